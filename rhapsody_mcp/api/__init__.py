@@ -1,0 +1,20 @@
+"""The face for Python users: tasks, sessions, and what they raise."""
+
+from rhapsody_mcp.model.errors import RhapsodyError, TaskCanceled, TaskFailed
+from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.runtime.encoding import Module, Source
+from rhapsody_mcp.runtime.session import Session
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Part
+
+__all__ = [
+    "AITask",
+    "ComputeTask",
+    "Module",
+    "Part",
+    "RhapsodyError",
+    "Session",
+    "Source",
+    "TaskCanceled",
+    "TaskFailed",
+    "TaskState",
+]

@@ -1,0 +1,35 @@
+"""Backends, opened by name: only the one that is asked for is imported."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rhapsody_mcp.backends.dragon import DragonExecutionBackendV3
+    from rhapsody_mcp.backends.endpoint import EndpointInferenceBackend
+    from rhapsody_mcp.backends.local import LocalExecutionBackend
+    from rhapsody_mcp.backends.vllm import DragonVllmInferenceBackend
+
+__all__ = [
+    "BACKENDS",
+    "DragonExecutionBackendV3",
+    "DragonVllmInferenceBackend",
+    "EndpointInferenceBackend",
+    "LocalExecutionBackend",
+]
+
+BACKENDS = {
+    "dragon": "DragonExecutionBackendV3",
+    "local": "LocalExecutionBackend",
+    "vllm": "DragonVllmInferenceBackend",
+    "endpoint": "EndpointInferenceBackend",
+}
+"""The module of each backend, which is also its default name, and its class."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, backend in BACKENDS.items():
+        if backend == name:
+            return getattr(import_module(f"rhapsody_mcp.backends.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

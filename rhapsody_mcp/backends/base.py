@@ -1,0 +1,92 @@
+"""The seam between a session and whatever runs its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Sequence
+from typing import Any, Literal, Protocol, Self, runtime_checkable
+
+import msgspec
+
+from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.values import Reader
+
+__all__ = ["Awaitable", "Backend", "Ended", "Event", "Kind", "Report", "Running"]
+
+Kind = Literal["function", "executable", "prompt"]
+
+
+class Running(msgspec.Struct, frozen=True):
+    """The task's user code has started, at this time (seconds since the epoch)."""
+
+    uid: str
+    at: float
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """The task has reached a final state, and no process of it is left."""
+
+    uid: str
+    outcome: Outcome
+
+
+Event = Running | Ended
+Report = Callable[[Event], None]
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Runs tasks. One object serves one session; every method is called in the session's event loop."""
+
+    name: str
+    """What tasks say in `backend` to come here; the session refuses two backends of one name."""
+
+    @property
+    def kinds(self) -> Collection[Kind]:
+        """The kinds of task that this backend runs."""
+
+    def check(self, spec: TaskSpec) -> None:
+        """Raise InvalidTask for what can be known to be wrong before submission. No I/O, no waiting."""
+
+    async def start(self) -> None:
+        """Get ready to run tasks. A second call waits for the first and then does nothing.
+
+        Raises InvalidSettings where starting again would fail again, BackendUnavailable otherwise. Nothing is
+        left running after a failed or cancelled start, and it may be tried again.
+        """
+
+    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+        """Take these tasks; the backend has started. Never blocks and never raises for a task.
+
+        For each order `report` is called from the event loop with at most one Running and then exactly one
+        Ended, also when the engine dies (cause lost) or the backend is closed. `read` opens bound values here,
+        outside the processes that run user code: it may refuse one with InvalidTask.
+        """
+
+    def cancel(self, uids: Collection[str]) -> None:
+        """Ask for these tasks to end CANCELED, with their process trees. Unknown and ended uids are ignored.
+
+        A task that ends by itself before the request reaches it keeps its own outcome.
+        """
+
+    async def close(self) -> None:
+        """End every task and process, then return. A second call does nothing. Survives cancellation of its
+        caller: nothing is left running in either case."""
+
+    def describe(self) -> dict[str, Any]:
+        """What this backend is and has, in plain JSON data; no secrets, no waiting."""
+
+
+class Awaitable:
+    """Makes `await backend` start a backend and give it back, as in `backend = await Backend()`."""
+
+    async def start(self) -> None:
+        raise NotImplementedError
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return self.initialize().__await__()
+
+    async def initialize(self) -> Self:
+        """Start the backend; the same as `await backend`."""
+        await self.start()
+        return self

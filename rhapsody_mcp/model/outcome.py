@@ -1,0 +1,53 @@
+"""What came of a task."""
+
+from __future__ import annotations
+
+import msgspec
+
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import Stream, Value
+
+__all__ = ["Outcome", "RankOutcome", "Usage"]
+
+
+class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One rank of a job. A negative `exit_code` is the signal that ended it."""
+
+    rank: int
+    host: str = ""
+    pid: int = 0
+    exit_code: int | None = None
+    value: Value | None = None
+    stdout: Stream = Stream()
+    stderr: Stream = Stream()
+    cause: Cause | None = None
+    error: str = ""
+    traceback: str = ""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of a prompt's request, as the server counted them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """A final state with everything that belongs to it. `started` and `ended` are seconds since the epoch.
+
+    `started` is None where user code never ran. `notes` are sentences about how it ran ("8 ranks on 2 cores").
+    """
+
+    state: TaskState
+    ended: float
+    started: float | None = None
+    value: Value | None = None
+    stdout: Stream = Stream()
+    stderr: Stream = Stream()
+    exit_code: int | None = None
+    cause: Cause | None = None
+    error: str = ""
+    traceback: str = ""
+    ranks: tuple[RankOutcome, ...] = ()
+    notes: tuple[str, ...] = ()
+    usage: Usage | None = None

@@ -1,0 +1,109 @@
+"""What a task is asked to do, as a backend gets it: checked, and with its user objects encoded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from rhapsody_mcp.model.values import Ref, Value
+
+__all__ = ["Call", "Command", "Completion", "Layout", "Mode", "Order", "RankGroup", "TaskSpec", "Template"]
+
+Mode = Literal["native", "process", "job"]
+
+
+class Call(msgspec.Struct, frozen=True, tag="call"):
+    """A Python function with its arguments.
+
+    `code` is a pickled function, a source text, or "module:function", by `form`; `entry` names the function in
+    a source text. `arguments` is a pickle of `(args, kwargs)` in which a Ref is a persistent id; empty for none.
+    """
+
+    form: Literal["pickle", "source", "module"]
+    code: bytes
+    entry: str = ""
+    arguments: bytes = b""
+
+
+class Command(msgspec.Struct, frozen=True, tag="command"):
+    """A program and its arguments. A Ref stands for its result: text as it is, anything else as JSON."""
+
+    executable: str
+    arguments: tuple[str | Ref, ...] = ()
+
+
+class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True):
+    """Prompts for a language model, all with the same parameters. None means the server's default.
+
+    `many` says whether the result is a list (one answer a prompt, in order) or the single answer. A Ref among
+    the prompts stands for a text; a Ref as the only prompt may stand for a list of texts.
+    """
+
+    prompts: tuple[str | Ref, ...]
+    many: bool
+    model: str | None = None
+    system_prompt: str | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    stop_sequences: tuple[str, ...] = ()
+
+
+class Template(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a process is started. `env` is merged over the engine's; a None value removes the variable.
+
+    `policy` holds Dragon's placement fields: host_name, cpu_affinity, gpu_affinity.
+    """
+
+    env: dict[str, str | None] = {}
+    cwd: str | None = None
+    host_name: str | None = None
+    cpu_affinity: tuple[int, ...] = ()
+    gpu_affinity: tuple[int, ...] = ()
+
+
+class RankGroup(msgspec.Struct, frozen=True):
+    """`ranks` processes started alike."""
+
+    ranks: int
+    template: Template
+
+
+class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Which processes a task gets: none of its own (native), one (process), or several (job).
+
+    `pmi` is set for a job whose ranks speak MPI to each other: "auto" takes the PMI that works here, "none" runs
+    independent ranks.
+    """
+
+    mode: Mode
+    groups: tuple[RankGroup, ...] = ()
+    pmi: Literal["auto", "pmix", "cray", "none"] | None = None
+
+    @property
+    def ranks(self) -> int:
+        return sum(group.ranks for group in self.groups)
+
+    @property
+    def templates(self) -> list[Template]:
+        """One for each rank, in rank order."""
+        return [group.template for group in self.groups for _ in range(group.ranks)]
+
+
+class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """A task as a backend gets it."""
+
+    uid: str
+    work: Call | Command | Completion
+    layout: Layout
+    timeout_s: float | None = None
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """A task that can start: the values that its Refs stand for, by uid, and the folder for what is large."""
+
+    spec: TaskSpec
+    bindings: dict[str, Value]
+    folder: str

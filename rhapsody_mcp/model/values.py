@@ -1,0 +1,96 @@
+"""A task's result as it travels: encoded once by whoever made it, opened only where user code may run."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from rhapsody_mcp.model.errors import InvalidTask
+
+__all__ = ["INLINE_BYTES", "PREVIEW_CHARS", "Ref", "Stream", "Value", "follow", "load", "load_json"]
+
+INLINE_BYTES = 64 * 1024
+"""A longer value, and a longer stdout or stderr, is a file; messages stay small."""
+PREVIEW_CHARS = 8 * 1024
+
+
+class Ref(msgspec.Struct, frozen=True, tag="ref"):
+    """The result of another task, or the part of it that `path` (a JSON Pointer, RFC 6901) names."""
+
+    uid: str
+    path: str = ""
+
+
+class Value(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An encoded result: JSON where that round-trips exactly, else a pickle.
+
+    Exactly one of `data` and `file` is set. `size` is in bytes. `preview` is empty where the data itself is
+    short JSON.
+    """
+
+    format: Literal["json", "pickle"]
+    type: str
+    size: int
+    data: bytes | None = None
+    file: str | None = None
+    length: int | None = None
+    preview: str = ""
+
+    def read(self) -> bytes:
+        """The encoded bytes. Raises OSError when the file is gone."""
+        return self.data if self.data is not None else Path(self.file or "").read_bytes()
+
+
+class Stream(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a program printed: `text`, or the whole in `file` where it is long (`text` is then its end)."""
+
+    text: str = ""
+    file: str | None = None
+    size: int = 0
+
+    def read(self) -> str:
+        if self.file is None:
+            return self.text
+        return Path(self.file).read_bytes().decode("utf-8", "replace")
+
+
+Reader = Callable[[Value], Any]
+
+
+def load(value: Value) -> Any:
+    """The value itself. Unpickles: only for values that this user's own tasks made, in this user's process."""
+    return msgspec.json.decode(value.read()) if value.format == "json" else pickle.loads(value.read())
+
+
+def load_json(value: Value) -> Any:
+    """The value itself if it is JSON; a pickle is refused, because opening one runs code."""
+    if value.format != "json":
+        raise InvalidTask(
+            f"this result is a Python object of type {value.type}, which only another function can read. "
+            "Pass it to a function task, or return plain data (numbers, text, lists, dicts)."
+        )
+    return msgspec.json.decode(value.read())
+
+
+def follow(value: Any, path: str) -> Any:
+    """The part of `value` that a JSON Pointer names; raises InvalidTask with what is there instead."""
+    for step in pointer_steps(path):
+        try:
+            value = value[int(step)] if isinstance(value, list | tuple) else value[step]
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            there = f"keys {list(value)[:10]}" if isinstance(value, dict) else f"a {type(value).__name__}"
+            if isinstance(value, list | tuple):
+                there += f" of length {len(value)}"
+            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {there}.") from error
+    return value
+
+
+def pointer_steps(path: str) -> list[str]:
+    """A JSON Pointer's steps, unescaped; raises InvalidTask where the path does not start with '/'."""
+    if path and not path.startswith("/"):
+        raise InvalidTask(f"path {path!r} is not a JSON Pointer: it starts with '/', as in '/0/label'.")
+    return [step.replace("~1", "/").replace("~0", "~") for step in path.split("/")[1:]]

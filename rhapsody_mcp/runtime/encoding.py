@@ -1,0 +1,141 @@
+"""Functions and their arguments on the way to a backend."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import cloudpickle
+import msgspec
+
+from rhapsody_mcp.model.errors import InvalidTask, nearest
+from rhapsody_mcp.model.specs import Call
+from rhapsody_mcp.model.values import Ref
+
+__all__ = ["Encoder", "Module", "Source"]
+
+
+class Module(msgspec.Struct, frozen=True):
+    """A function by its import path, "module:function"; imported where it runs, never here."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        module, _, function = self.path.partition(":")
+        if not all(name.isidentifier() for name in (*module.split("."), *function.split("."))):
+            raise InvalidTask(f'{self.path!r} is no import path; write it as "package.module:function".')
+
+
+class Source(msgspec.Struct, frozen=True):
+    """A function as source text. `entry` names it; without one, it is the only function, or the last one.
+
+    Raises InvalidTask where the text does not compile (with line and message) or has no such function.
+    """
+
+    text: str
+    entry: str = ""
+
+    def __post_init__(self) -> None:
+        functions = self._functions()
+        if not functions:
+            raise InvalidTask("the source defines no function at its top level; write one with def.")
+        if self.entry and self.entry not in functions:
+            near = nearest(self.entry, functions)
+            raise InvalidTask(f"the source has no function {self.entry!r}{near}. It has: {', '.join(functions)}.")
+
+    @property
+    def function_name(self) -> str:
+        return self.entry or list(self._functions())[-1]
+
+    def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise InvalidTask where the function does not take these arguments."""
+        definition = self._functions()[self.function_name]
+        if definition.decorator_list:
+            return  # a decorator may change the signature
+        try:
+            _signature(definition.args).bind(*args, **kwargs)
+        except TypeError as error:
+            written = ast.unparse(definition.args)
+            raise InvalidTask(f"{definition.name}({written}) does not take these arguments: {error}.") from None
+
+    def _functions(self) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+        try:
+            tree = ast.parse(self.text)
+            compile(tree, "<source>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError) as error:
+            line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+            message = error.msg if isinstance(error, SyntaxError) else str(error)
+            shown = f" in {error.text.strip()!r}" if isinstance(error, SyntaxError) and error.text else ""
+            raise InvalidTask(f"the source does not compile: {line}{message}{shown}.") from None
+        definitions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        return {node.name: node for node in definitions}
+
+
+class Encoder:
+    """Encodes the calls of one submission; a function that many of its tasks share is pickled once.
+
+    `reference` gives the Ref that an object among the arguments stands for, or None.
+    """
+
+    def __init__(self, reference: Callable[[object], Ref | None]) -> None:
+        self._reference = reference
+        self._pickled: dict[int, tuple[Callable[..., Any], bytes]] = {}
+
+    def call(
+        self, function: Callable[..., Any] | Source | Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Call:
+        arguments = self._pickle((tuple(args), dict(kwargs)), "the arguments") if args or kwargs else b""
+        if isinstance(function, Source):
+            return Call("source", function.text.encode(), function.function_name, arguments)
+        if isinstance(function, Module):
+            return Call("module", function.path.encode(), "", arguments)
+        return Call("pickle", self._function(function), getattr(function, "__name__", ""), arguments)
+
+    def _function(self, function: Callable[..., Any]) -> bytes:
+        if id(function) not in self._pickled:
+            self._pickled[id(function)] = (function, self._pickle(function, "the function"))
+        return self._pickled[id(function)][1]
+
+    def _pickle(self, value: object, what: str) -> bytes:
+        buffer = io.BytesIO()
+        try:
+            _Pickler(buffer, self._reference).dump(value)
+        except Exception as error:  # a pickler raises whatever a __reduce__ raises
+            raise InvalidTask(
+                f"{what} cannot be sent to another process: {type(error).__name__}: {error}. "
+                "Open files, locks and connections inside the function, and pass plain data."
+            ) from error
+        return buffer.getvalue()
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+    def __init__(self, buffer: io.BytesIO, reference: Callable[[object], Ref | None]) -> None:
+        super().__init__(buffer)
+        self._reference = reference
+
+    def persistent_id(self, item: object) -> tuple[str, str] | None:
+        ref = self._reference(item)
+        return None if ref is None else (ref.uid, ref.path)
+
+
+def _signature(arguments: ast.arguments) -> inspect.Signature:
+    """The signature that a definition's arguments make; defaults are present but have no value."""
+    kinds = inspect.Parameter
+    positional = [*arguments.posonlyargs, *arguments.args]
+    without_default = len(positional) - len(arguments.defaults)
+    parameters = []
+    for index, argument in enumerate(positional):
+        kind = kinds.POSITIONAL_ONLY if index < len(arguments.posonlyargs) else kinds.POSITIONAL_OR_KEYWORD
+        default = kinds.empty if index < without_default else None
+        parameters.append(inspect.Parameter(argument.arg, kind, default=default))
+    if arguments.vararg:
+        parameters.append(inspect.Parameter(arguments.vararg.arg, kinds.VAR_POSITIONAL))
+    for argument, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        default = kinds.empty if value is None else None
+        parameters.append(inspect.Parameter(argument.arg, kinds.KEYWORD_ONLY, default=default))
+    if arguments.kwarg:
+        parameters.append(inspect.Parameter(arguments.kwarg.arg, kinds.VAR_KEYWORD))
+    return inspect.Signature(parameters)

@@ -1,0 +1,115 @@
+"""Reads `task_backend_specific_kwargs`: which processes a task gets, and for how long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
+from rhapsody_mcp.model.specs import Layout, RankGroup, Template
+
+__all__ = ["read_layout", "read_timeout"]
+
+_KEYS = ("process_template", "process_templates", "type", "ranks", "pmi", "timeout")
+_TEMPLATE_KEYS = ("env", "cwd", "policy")
+_POLICY_KEYS = ("host_name", "cpu_affinity", "gpu_affinity")
+_PMI = ("auto", "pmix", "cray", "none")
+_EXAMPLE = "[(2, {}), (2, {})]"
+
+
+def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
+    """The layout that these kwargs ask for; without any, a function is `native` and a program a process."""
+    refuse_unknown("key of task_backend_specific_kwargs", kwargs, _KEYS)
+    chosen = [key for key in ("process_template", "process_templates", "type") if key in kwargs]
+    if len(chosen) > 1 and not (chosen == ["process_template", "type"]):
+        raise InvalidTask(f"{' and '.join(chosen)} contradict each other; give one of them.")
+    if "type" in kwargs:
+        return _mpi(kwargs)
+    if "ranks" in kwargs or "pmi" in kwargs:
+        raise InvalidTask('ranks and pmi belong to type="mpi"; a job of other processes has process_templates.')
+    if "process_templates" in kwargs:
+        return Layout("job", _groups(kwargs["process_templates"]))
+    if "process_template" in kwargs or not native:
+        return Layout("process", (RankGroup(1, _template(kwargs.get("process_template", {}))),))
+    return Layout("native")
+
+
+def read_timeout(kwargs: Mapping[str, Any]) -> float | None:
+    """The timeout in seconds, or None."""
+    value = kwargs.get("timeout")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InvalidTask(f"timeout is {value!r}; valid is a number of seconds above 0.")
+    return float(value)
+
+
+def _mpi(kwargs: Mapping[str, Any]) -> Layout:
+    if kwargs["type"] != "mpi":
+        raise InvalidTask(f'type is {kwargs["type"]!r}; the only type is "mpi".')
+    pmi = kwargs.get("pmi", "auto")
+    if pmi not in _PMI:
+        raise InvalidTask(f"pmi is {pmi!r}; valid: {', '.join(_PMI)}.")
+    if "ranks" not in kwargs:
+        raise InvalidTask('type="mpi" needs ranks, the number of its processes.')
+    group = RankGroup(_rank_count(kwargs["ranks"]), _template(kwargs.get("process_template", {})))
+    return Layout("job", (group,), pmi)
+
+
+def _groups(templates: Any) -> tuple[RankGroup, ...]:
+    if not isinstance(templates, list | tuple) or not templates:
+        raise InvalidTask(f"process_templates is a list of (ranks, template), as in {_EXAMPLE}.")
+    return tuple(_group(item) for item in templates)
+
+
+def _group(item: Any) -> RankGroup:
+    if not isinstance(item, list | tuple) or len(item) != 2:
+        raise InvalidTask(f"{item!r} in process_templates is no pair (ranks, template), as in {_EXAMPLE}.")
+    return RankGroup(_rank_count(item[0]), _template(item[1]))
+
+
+def _rank_count(ranks: Any) -> int:
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise InvalidTask(f"ranks is {ranks!r}; valid is a whole number of at least 1.")
+    return ranks
+
+
+def _template(fields: Any) -> Template:
+    if not isinstance(fields, Mapping):
+        raise InvalidTask(f"a process template is a dict (env, cwd, policy), not {fields!r}.")
+    refuse_unknown("key of a process template", fields, _TEMPLATE_KEYS)
+    policy = fields.get("policy") or {}
+    if not isinstance(policy, Mapping):
+        raise InvalidTask(f"policy is a dict with any of {', '.join(_POLICY_KEYS)}, not {policy!r}.")
+    refuse_unknown("key of a policy", policy, _POLICY_KEYS)
+    return Template(
+        env=_env(fields.get("env") or {}),
+        cwd=_optional_text("cwd", fields.get("cwd")),
+        host_name=_optional_text("host_name", policy.get("host_name")),
+        cpu_affinity=_numbers("cpu_affinity", policy.get("cpu_affinity") or ()),
+        gpu_affinity=_numbers("gpu_affinity", policy.get("gpu_affinity") or ()),
+    )
+
+
+def _env(env: Any) -> dict[str, str | None]:
+    if not isinstance(env, Mapping):
+        raise InvalidTask(f"env is a dict of variables, not {env!r}.")
+    for name, value in env.items():
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+            raise InvalidTask(f"env has no valid name of a variable in {name!r}.")
+        if value is not None and (not isinstance(value, str | int | float) or "\0" in str(value)):
+            raise InvalidTask(f"env {name} is {value!r}; valid is a text, or null to remove the variable.")
+    return {name: None if value is None else str(value) for name, value in env.items()}
+
+
+def _optional_text(field: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise InvalidTask(f"{field} is {value!r}; valid is a text.")
+    return value
+
+
+def _numbers(field: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(item, int) and item >= 0 for item in value):
+        raise InvalidTask(f"{field} is {value!r}; valid is a list of device numbers, as in [0, 1].")
+    return tuple(value)

@@ -1,0 +1,363 @@
+"""The tasks that a user holds: thin handles over a spec and an outcome, updated in place."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import msgspec
+
+from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, TaskCanceled, TaskFailed, refuse_unknown
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.specs import Call, Command, Completion, Layout, TaskSpec
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.statistics import Timing
+from rhapsody_mcp.model.values import Ref, Value
+from rhapsody_mcp.runtime.encoding import Encoder, Module, Source
+from rhapsody_mcp.runtime.layouts import read_layout, read_timeout
+
+__all__ = ["AITask", "ComputeTask", "Part", "Rank", "Task"]
+
+_uids = itertools.count(1)
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A part of another task's result: in arguments and prompts it stands for `task`'s value at `path`."""
+
+    task: Task
+    path: str = ""
+
+
+class Rank(msgspec.Struct, frozen=True):
+    """One rank of a job. A negative `exit_code` is the signal that ended it."""
+
+    rank: int
+    host: str
+    pid: int
+    exit_code: int | None
+    return_value: Any
+    stdout: str
+    stderr: str
+    error: str
+
+
+class Task:
+    """A unit of work. After submission the session updates it in place.
+
+    Awaiting it gives the task itself once it is DONE, raises TaskFailed once it is FAILED and TaskCanceled once
+    it is CANCELED. Cancelling whoever awaits it does not cancel the task.
+    """
+
+    def __init__(self, *, backend: str | None, name: str | None, uid: str | None) -> None:
+        self.uid = uid or f"task.{next(_uids):06d}"
+        self.name = name
+        self.backend = backend
+        self.state = TaskState.NEW
+        self.submitted: float | None = None
+        self.started: float | None = None
+        self.outcome: Outcome | None = None
+        self.return_value: Any = None
+        self.stdout: str | None = None
+        self.stderr: str | None = None
+        self.ranks: list[Rank] = []
+        self._future: asyncio.Future[Self] | None = None
+
+    kind: str
+
+    def sources(self) -> list[Task]:
+        """The tasks whose results this one needs."""
+        raise NotImplementedError
+
+    def spec(self, encoder: Encoder) -> TaskSpec:
+        """What a backend gets. Raises InvalidTask where a value cannot be sent."""
+        raise NotImplementedError
+
+    # --- what came of it
+
+    @property
+    def exit_code(self) -> int | None:
+        return self.outcome.exit_code if self.outcome else None
+
+    @property
+    def exception(self) -> TaskFailed | None:
+        """None, or what awaiting the task raises; its text holds the original message."""
+        if self.outcome is None or self.outcome.state is TaskState.DONE:
+            return None
+        kind = TaskCanceled if self.outcome.state is TaskState.CANCELED else TaskFailed
+        return kind(f"{self.uid}: {self.outcome.error}", self.outcome, self)
+
+    @property
+    def cause(self) -> Cause | None:
+        return self.outcome.cause if self.outcome else None
+
+    @property
+    def traceback(self) -> str:
+        """The traceback where the function raised, as text; else empty."""
+        return self.outcome.traceback if self.outcome else ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about how it ran, such as "4 ranks share 2 cores"."""
+        return self.outcome.notes if self.outcome else ()
+
+    @property
+    def timing(self) -> Timing:
+        if self.outcome is None or self.submitted is None:
+            return Timing(self.state)
+        ended = max(self.outcome.ended, self.submitted)
+        started = ended if self.outcome.started is None else min(max(self.outcome.started, self.submitted), ended)
+        return Timing(self.state, started - self.submitted, ended - started)
+
+    # --- awaiting
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return asyncio.shield(self.future).__await__()
+
+    @property
+    def future(self) -> asyncio.Future[Self]:
+        """Ends with the task. Raises RhapsodyError before submission."""
+        if self._future is None:
+            raise RhapsodyError(f"{self.uid} is not submitted yet: call session.submit_tasks([task]) first.")
+        return self._future
+
+    # --- the dict face
+
+    def get(self, field: str, default: Any = None) -> Any:
+        return getattr(self, field) if field in self else default
+
+    def __contains__(self, field: object) -> bool:
+        return isinstance(field, str) and not field.startswith("_") and field in vars(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.uid} {self.state}>"
+
+
+class ComputeTask(Task):
+    """A function or a program to run.
+
+    function      any callable, sync or async; it is run to completion and its value is `return_value`
+    args, kwargs  its arguments; a task among them, at any depth, stands for that task's return value
+    executable    a path, or a name on PATH; `return_value` is its standard output without outer white space
+    arguments     its arguments; a task among them stands for its return value, as text or as JSON
+    backend       a backend's name; default is the session's first that runs such tasks
+    task_backend_specific_kwargs
+        process_template   a dict (env, cwd, policy): a process of its own
+        process_templates  a list of (ranks, dict): a job of several processes
+        type, ranks        "mpi" and a number: a job whose ranks speak MPI; pmi: "auto", "pmix", "cray", "none"
+        timeout            seconds, in every mode
+    """
+
+    kind = "compute"
+
+    def __init__(
+        self,
+        function: Callable[..., Any] | Source | Module | None = None,
+        *,
+        executable: str | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        arguments: Sequence[Any] = (),
+        backend: str | None = None,
+        name: str | None = None,
+        uid: str | None = None,
+        task_backend_specific_kwargs: Mapping[str, Any] | None = None,
+        **unknown: object,
+    ) -> None:
+        refuse_unknown("field of ComputeTask", unknown, _COMPUTE_FIELDS)
+        super().__init__(backend=backend, name=name, uid=uid)
+        self.function = function
+        self.executable = executable
+        self.args = tuple(args)
+        self.kwargs = dict(kwargs or {})
+        self.arguments = list(arguments)
+        self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
+        self._layout = read_layout(self.task_backend_specific_kwargs, native=function is not None)
+        self._timeout_s = read_timeout(self.task_backend_specific_kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if (self.function is None) == (self.executable is None):
+            raise InvalidTask("a ComputeTask has either function= or executable=, one of the two.")
+        if self.function is not None and self.arguments:
+            raise InvalidTask("arguments= belongs to an executable; a function takes args= and kwargs=.")
+        if self.executable is not None and (self.args or self.kwargs):
+            raise InvalidTask("args= and kwargs= belong to a function; an executable takes arguments=[...].")
+        if self.function is not None and not callable(self.function):
+            if not isinstance(self.function, Source | Module):
+                raise InvalidTask(f"function= is a {type(self.function).__name__}, which cannot be called.")
+            if isinstance(self.function, Source):
+                self.function.check_arguments(self.args, self.kwargs)
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    def sources(self) -> list[Task]:
+        return [*_tasks_in(self.args), *_tasks_in(self.kwargs), *_tasks_in(self.arguments)]
+
+    def spec(self, encoder: Encoder) -> TaskSpec:
+        work: Call | Command
+        if self.function is not None:
+            work = encoder.call(self.function, self.args, self.kwargs)
+        else:
+            work = Command(self.executable or "", tuple(_argument(argument) for argument in self.arguments))
+        return TaskSpec(uid=self.uid, work=work, layout=self._layout, timeout_s=self._timeout_s)
+
+
+class AITask(Task):
+    """A prompt, or a list of prompts, for a language model.
+
+    prompt          a text or a list of texts; a task stands for its return value
+    backend         an inference backend's name; default is the session's first that runs prompts
+    model           a name that the backend serves; default is the backend's own
+    system_prompt   instructions that come before the prompt
+    temperature     0.0 to 2.0        top_p   0.0 to 1.0        top_k   a positive number, or -1 for all
+    max_tokens      the most tokens to generate for one prompt
+    stop_sequences  texts that end the answer and are not part of it
+    task_backend_specific_kwargs   timeout in seconds
+
+    `return_value` and `response` are the answer: a text for one prompt, a list in order for a list.
+    """
+
+    kind = "ai"
+
+    def __init__(
+        self,
+        prompt: Any,
+        *,
+        backend: str | None = None,
+        model: str | None = None,
+        system_prompt: str | None = None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        stop_sequences: Sequence[str] | None = None,
+        name: str | None = None,
+        uid: str | None = None,
+        task_backend_specific_kwargs: Mapping[str, Any] | None = None,
+        **unknown: object,
+    ) -> None:
+        refuse_unknown("field of AITask", unknown, _AI_FIELDS)
+        super().__init__(backend=backend, name=name, uid=uid)
+        self.prompt = prompt
+        self.model = model
+        self.system_prompt = system_prompt
+        self.temperature = _in_range("temperature", temperature, 0.0, 2.0)
+        self.max_tokens = _whole("max_tokens", max_tokens, least=1)
+        self.top_p = _in_range("top_p", top_p, 0.0, 1.0)
+        self.top_k = top_k if top_k == -1 else _whole("top_k", top_k, least=1)
+        self.stop_sequences = _texts("stop_sequences", stop_sequences)
+        self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
+        refuse_unknown(
+            "key of an AITask's task_backend_specific_kwargs", self.task_backend_specific_kwargs, ["timeout"]
+        )
+        self._timeout_s = read_timeout(self.task_backend_specific_kwargs)
+        self._prompts = self._read_prompts()
+
+    def _read_prompts(self) -> tuple[str | Task | Part, ...]:
+        prompts = self.prompt if isinstance(self.prompt, list | tuple) else [self.prompt]
+        if not prompts:
+            raise InvalidTask("prompt is an empty list; give a text or at least one text.")
+        for prompt in prompts:
+            if not isinstance(prompt, str | Task | Part):
+                raise InvalidTask(f"prompt is a text, a task, or a list of these; got a {type(prompt).__name__}.")
+            if isinstance(prompt, str) and not prompt.strip():
+                raise InvalidTask("a prompt is empty; write what the model shall answer.")
+        return tuple(prompts)
+
+    @property
+    def response(self) -> Any:
+        return self.return_value
+
+    @property
+    def many(self) -> bool:
+        return isinstance(self.prompt, list | tuple)
+
+    def sources(self) -> list[Task]:
+        return list(_tasks_in(self._prompts))
+
+    def spec(self, encoder: Encoder) -> TaskSpec:
+        work = Completion(
+            prompts=tuple(_argument(prompt) for prompt in self._prompts),
+            many=self.many,
+            model=self.model,
+            system_prompt=self.system_prompt,
+            temperature=self.temperature,
+            max_tokens=self.max_tokens,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop_sequences=tuple(self.stop_sequences or ()),
+        )
+        return TaskSpec(uid=self.uid, work=work, layout=Layout("native"), timeout_s=self._timeout_s)
+
+
+_COMMON_FIELDS = ("backend", "name", "uid", "task_backend_specific_kwargs")
+_COMPUTE_FIELDS = (*_COMMON_FIELDS, "function", "executable", "args", "kwargs", "arguments")
+_AI_FIELDS = (
+    *_COMMON_FIELDS,
+    *("prompt", "model", "system_prompt", "temperature", "max_tokens", "top_p", "top_k", "stop_sequences"),
+)
+
+
+def reference(item: object) -> Ref | None:
+    """The Ref that a task, or a part of one, stands for inside arguments and prompts; None for all else."""
+    if isinstance(item, Task):
+        return Ref(item.uid)
+    return Ref(item.task.uid, item.path) if isinstance(item, Part) else None
+
+
+def _argument(item: object) -> str | Ref:
+    return reference(item) or str(item)
+
+
+def _tasks_in(value: object) -> Iterator[Task]:
+    """Every task in lists, tuples, sets and dicts, at any depth."""
+    pending, seen = [value], set[int]()
+    while pending:
+        item = pending.pop()
+        if isinstance(item, Part):
+            yield item.task
+        elif isinstance(item, Task):
+            yield item
+        elif isinstance(item, list | tuple | set | frozenset | dict) and id(item) not in seen:
+            seen.add(id(item))
+            pending.extend(item.values() if isinstance(item, dict) else item)
+
+
+def _in_range(field: str, value: float | None, low: float, high: float) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidTask(f"{field} is {value!r}; valid is a number from {low} to {high}.")
+    return float(value)
+
+
+def _whole(field: str, value: int | None, least: int) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise InvalidTask(f"{field} is {value!r}; valid is a whole number of at least {least}.")
+    return value
+
+
+def _texts(field: str, value: Sequence[str] | None) -> list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str) or not all(isinstance(text, str) and text for text in value):
+        raise InvalidTask(f"{field} is {value!r}; valid is a list of texts that are not empty.")
+    return list(value)
+
+
+def rank_of(outcome: RankOutcome, read: Callable[[Value], Any]) -> Rank:
+    """A rank as users see it."""
+    return Rank(
+        outcome.rank,
+        outcome.host,
+        outcome.pid,
+        outcome.exit_code,
+        None if outcome.value is None else read(outcome.value),
+        outcome.stdout.read(),
+        outcome.stderr.read(),
+        outcome.error,
+    )

@@ -1,0 +1,102 @@
+"""A scripted backend: runs functions in this process, in memory, for tests of what is built on a session."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import pickle
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import msgspec
+
+from rhapsody_mcp.backends.base import Awaitable, Ended, Kind, Report, Running
+from rhapsody_mcp.model.errors import RhapsodyError
+from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import Reader, Value
+
+__all__ = ["ScriptedBackend"]
+
+Script = Callable[[TaskSpec, list[Any]], Any]
+
+
+class ScriptedBackend(Awaitable):
+    """Answers each task with what `script(spec, values)` returns; what it raises makes the task FAILED.
+
+    `values` are the results that the task refers to, in the order of their uids. While `gate` is clear, tasks
+    stay RUNNING. `received` holds every order. `start_error` is raised by `start`.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        name: str = "scripted",
+        kinds: Collection[Kind] = ("function", "executable", "prompt"),
+        start_error: RhapsodyError | None = None,
+    ) -> None:
+        self.name, self.kinds, self.script, self.start_error = name, kinds, script, start_error
+        self.received: list[Order] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.closed = False
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    def check(self, spec: TaskSpec) -> None:
+        pass
+
+    async def start(self) -> None:
+        if self.start_error is not None:
+            raise self.start_error
+
+    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+        self.received.extend(orders)
+        for order in orders:
+            self._running[order.spec.uid] = asyncio.create_task(self._run(order, report, read))
+
+    async def _run(self, order: Order, report: Report, read: Reader) -> None:
+        uid, started = order.spec.uid, time.time()
+        report(Running(uid, started))
+        try:
+            await self.gate.wait()
+            values = [read(order.bindings[name]) for name in sorted(order.bindings)]
+            value = msgspec.json.encode(self.script(order.spec, values))
+            outcome = Outcome(
+                state=TaskState.DONE,
+                started=started,
+                ended=time.time(),
+                value=Value("json", "scripted", len(value), value),
+            )
+        except asyncio.CancelledError:
+            outcome = _ended(TaskState.CANCELED, Cause.CANCELED, "canceled", started)
+        except Exception as error:  # whatever the script raises is the task's failure
+            outcome = _ended(TaskState.FAILED, Cause.ERROR, f"{type(error).__name__}: {error}", started)
+        report(Ended(uid, outcome))
+
+    def cancel(self, uids: Collection[str]) -> None:
+        for uid in uids:
+            if uid in self._running:
+                self._running[uid].cancel()
+
+    async def close(self) -> None:
+        self.closed = True
+        self.cancel(list(self._running))
+        await asyncio.gather(*self._running.values())
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": self.name, "kinds": sorted(self.kinds)}
+
+
+def call_of(spec: TaskSpec) -> Any:
+    """The function and arguments of a pickled call, or the prompts of a completion: what a script may look at."""
+    if isinstance(spec.work, Completion):
+        return spec.work.prompts
+    arguments = getattr(spec.work, "arguments", b"")
+    return pickle.load(io.BytesIO(arguments)) if isinstance(arguments, bytes) and arguments else arguments
+
+
+def _ended(state: TaskState, cause: Cause, message: str, started: float) -> Outcome:
+    return Outcome(state=state, cause=cause, error=message, started=started, ended=time.time())
