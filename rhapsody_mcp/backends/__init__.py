@@ -1,7 +1,12 @@
-"""Backends, opened by name: only the one that is asked for is imported."""
+"""Backends, opened by name: only the one that is asked for is imported.
+
+Importing this package makes `multiprocessing.set_start_method("dragon")` work in a plain Python process, where it
+means spawn; under Dragon its own start method stays.
+"""
 
 from __future__ import annotations
 
+import multiprocessing.context
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +31,16 @@ BACKENDS = {
     "endpoint": "EndpointInferenceBackend",
 }
 """The module of each backend, which is also its default name, and its class."""
+
+
+class _DragonContext(multiprocessing.context.SpawnContext):
+    """Plain spawn under the name that programs for Dragon ask for: tasks run in the backend's own Dragon."""
+
+    _name = "dragon"
+
+
+_contexts: dict[str, multiprocessing.context.BaseContext] = multiprocessing.context._concrete_contexts
+_contexts.setdefault("dragon", _DragonContext())
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,540 @@
+"""Runs functions and programs in processes that a host places: what the Dragon and the local backend share."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import sys
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from rhapsody_mcp.backends.base import Awaitable, Kind, Report, Running
+from rhapsody_mcp.backends.base import Ended as EndedEvent
+from rhapsody_mcp.engine.folders import Folder
+from rhapsody_mcp.engine.link import Frames, frame
+from rhapsody_mcp.engine.supervisor import GRACE_S, how_it_ended
+from rhapsody_mcp.engine.wire import (
+    Ask,
+    Cancel,
+    Ended,
+    Failed,
+    Finished,
+    Gone,
+    HostConfig,
+    Interrupt,
+    Listening,
+    Place,
+    Ready,
+    Revoked,
+    Run,
+    Started,
+    Stop,
+    ToBackend,
+    Up,
+)
+from rhapsody_mcp.engine.wire import Report as RankStarted
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.specs import Call, Order, TaskSpec
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import Reader
+
+__all__ = ["ComputeBackend"]
+
+_START_S = 60.0
+_QUICK_S = 0.005  # a worker whose functions are quicker is sent several at once
+_MOST_SENT = 64
+
+
+class ComputeBackend(Awaitable):
+    """Runs up to `num_workers` native functions at a time, and up to as many tasks in processes of their own.
+
+    A job counts for as many as it has ranks; one with more ranks than `num_workers` runs alone. What a worker
+    is given it runs one after the other; when it dies, only the task that was running fails.
+    """
+
+    placer: Literal["dragon", "local"]
+    kinds: Collection[Kind] = ("function", "executable")
+
+    def __init__(self, num_workers: int | None, name: str) -> None:
+        if num_workers is not None and (not isinstance(num_workers, int) or num_workers < 1):
+            raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number of at least 1.")
+        self.name = name
+        self.num_workers = num_workers or _cores()
+        self.progress = "not started"
+        self._starting: asyncio.Task[None] | None = None
+        self._engine: _Engine | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    def check(self, spec: TaskSpec) -> None:
+        """Anything that a session accepts can be tried here."""
+
+    def _refuse_to_start(self) -> None:
+        """Raise where this machine cannot run the engine."""
+
+    def _host_command(self, config: Path) -> list[str]:
+        """The command that runs the host program."""
+        return [sys.executable, "-m", "rhapsody_mcp.engine.host", str(config)]
+
+    def _host_environment(self, folder: Path) -> dict[str, str]:
+        """The environment of the host program; `folder` is the engine's own."""
+        return dict(os.environ)
+
+    async def start(self) -> None:
+        if self._closing is not None:
+            raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
+        if self._engine is not None and self._engine.lost is None:
+            return
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+            self._starting.add_done_callback(self._started)
+        await asyncio.shield(self._starting)
+
+    def _started(self, _: asyncio.Task[None]) -> None:
+        self._starting = None
+
+    async def _start(self) -> None:
+        self._refuse_to_start()
+        self.progress = "starting"
+        engine = _Engine(self)
+        try:
+            await engine.start()
+        except BaseException:
+            self.progress = "did not start"
+            await engine.close()
+            raise
+        self._engine = engine
+        self.progress = "ready"
+
+    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+        assert self._engine is not None, "the session starts a backend before it submits"
+        self._engine.submit(orders, report)
+
+    def cancel(self, uids: Collection[str]) -> None:
+        if self._engine is not None:
+            self._engine.stop_tasks(uids, Cause.CANCELED)
+
+    async def close(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+        if self._engine is not None:
+            await self._engine.close()
+        self.progress = "closed"
+
+    def describe(self) -> dict[str, Any]:
+        ready = self._engine.ready if self._engine else None
+        node = {"host": ready.host, "cores": ready.cores, "gpus": ready.gpus} if ready else {}
+        return {"backend": self.name, "runs on": self.placer, "num_workers": self.num_workers, **node}
+
+
+class _Live:
+    """A task that has not ended."""
+
+    def __init__(self, order: Order, report: Report) -> None:
+        self.order, self.report = order, report
+        self.uid = order.spec.uid
+        self.worker: _Worker | None = None
+        self.started: float | None = None
+        self.stop: Cause | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def native(self) -> bool:
+        return self.order.spec.layout.mode == "native"
+
+    @property
+    def slots(self) -> int:
+        return max(1, self.order.spec.layout.ranks)
+
+
+class _Worker:
+    """A worker process as the backend sees it; `sent` are its tasks, the running one first."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tasks: _Peer | None = None
+        self.control: _Peer | None = None
+        self.sent: dict[str, _Live] = {}
+        self.recalled = False
+        self.window = 1
+        self.exit_code: int | None = None
+
+
+class _Engine:
+    """One life of the engine: from its keeper's start to its end."""
+
+    def __init__(self, backend: ComputeBackend) -> None:
+        self.backend = backend
+        self.lost: str | None = None
+        self.ready: Ready | None = None
+        self._folder = Folder()
+        self._log = self._folder.path / "engine.log"
+        self._keeper: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._server: asyncio.Server | None = None
+        self._peers: set[_Peer] = set()
+        self._host: _Peer | None = None
+        self._host_ready = asyncio.get_running_loop().create_future()
+        self._live: dict[str, _Live] = {}
+        self._queue: deque[_Live] = deque()
+        self._process_queue: deque[_Live] = deque()
+        self._workers: dict[str, _Worker] = {}
+        self._worker_count = 0
+        self._used_slots = 0
+
+    # --- life
+
+    async def start(self) -> None:
+        """Returns when the host can place processes; workers are on their way then."""
+        loop = asyncio.get_running_loop()
+        address = str(self._folder.path / "backend")
+        self._server = await loop.create_unix_server(lambda: _Peer(self), address)
+        self._keeper = await self._start_keeper(address)
+        self._watch = asyncio.create_task(self._watch_keeper(self._keeper))
+        async with asyncio.timeout(_START_S):
+            await self._host_ready
+        for _ in range(self.backend.num_workers):
+            self._place_worker()
+
+    async def _start_keeper(self, address: str) -> asyncio.subprocess.Process:
+        mark = secrets.token_hex(8)
+        config = self._folder.path / "host.json"
+        sys_path = [entry or os.getcwd() for entry in sys.path]
+        host = HostConfig(self.backend.placer, mark, address, str(self._folder.path), sys_path, os.getcwd())
+        config.write_bytes(msgspec.json.encode(host))
+        return await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "rhapsody_mcp.engine.keeper", "--name", self.backend.name, "--mark", mark],
+            *["--log", str(self._log), "--stop", "close", "--"],
+            *self.backend._host_command(config),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=self.backend._host_environment(self._folder.path),
+            start_new_session=True,
+        )
+
+    async def _watch_keeper(self, keeper: asyncio.subprocess.Process) -> None:
+        code = await keeper.wait()
+        self.lose(f"the engine of backend {self.backend.name!r} ended with exit code {code}{self._last_words()}")
+
+    def _last_words(self) -> str:
+        try:
+            lines = self._log.read_text(errors="replace").strip().splitlines()[-5:]
+        except OSError:
+            return ""
+        return ": " + " | ".join(lines)[-1000:] if lines else ""
+
+    def lose(self, message: str) -> None:
+        """The engine is gone: what it ran is lost."""
+        self.lost = self.lost or message
+        if not self._host_ready.done():
+            self._host_ready.set_exception(BackendUnavailable(message))
+        for live in list(self._live.values()):
+            if live.stop is None:
+                self._finish(live, _failed(Cause.LOST, message, live.started))
+            else:
+                self._finish(live, _stopped(live))
+
+    async def close(self) -> None:
+        """End every process, then every task."""
+        if self._watch is not None and self._keeper is not None:
+            for live in self._live.values():
+                live.stop = live.stop or Cause.CANCELED
+            if self._keeper.stdin is not None:
+                self._keeper.stdin.close()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        if not self._host_ready.done():
+            self._host_ready.cancel()
+        elif not self._host_ready.cancelled():
+            self._host_ready.exception()
+        if self._server is not None:
+            self._server.close()
+        for peer in list(self._peers):
+            peer.transport.abort()
+        self._folder.remove()
+
+    # --- what the session asks for
+
+    def submit(self, orders: Iterable[Order], report: Report) -> None:
+        for order in orders:
+            live = _Live(order, report)
+            self._live[live.uid] = live
+            if self.lost is not None:
+                asyncio.get_running_loop().call_soon(self._finish, live, _failed(Cause.LOST, self.lost, None))
+            else:
+                (self._queue if self._runs_in_worker(live) else self._process_queue).append(live)
+        self._pump()
+
+    def _runs_in_worker(self, live: _Live) -> bool:
+        return live.native
+
+    def stop_tasks(self, uids: Iterable[str], cause: Cause) -> None:
+        """Ask for tasks to end, because they are canceled or their time is up."""
+        for uid in uids:
+            live = self._live.get(uid)
+            if live is None or live.stop is not None:
+                continue
+            live.stop = cause
+            if live in self._queue:
+                self._queue.remove(live)
+                self._finish(live, _stopped(live))
+            elif live in self._process_queue:
+                self._process_queue.remove(live)
+                self._finish(live, _stopped(live))
+            elif live.worker is not None:
+                self._interrupt(live, live.worker)
+            elif self._host is not None:
+                self._host.send(Cancel(uid))
+
+    def _interrupt(self, live: _Live, worker: _Worker) -> None:
+        """First an exception inside the function; where that does not help, its worker is replaced."""
+        if worker.control is not None:
+            worker.control.send(Interrupt(live.uid))
+        asyncio.get_running_loop().call_later(GRACE_S, self._replace, live, worker)
+
+    def _replace(self, live: _Live, worker: _Worker) -> None:
+        if live.uid in worker.sent and self._host is not None:
+            self._host.send(Stop(worker.name))
+
+    # --- dispatch
+
+    def _pump(self) -> None:
+        """Give workers and the host what they have room for."""
+        for worker in self._workers.values():
+            if self._queue and worker.tasks is not None and worker.exit_code is None:
+                self._feed(worker)
+        while self._process_queue and self._host is not None:
+            live = self._process_queue[0]
+            slots = min(live.slots, self.backend.num_workers)
+            if self._used_slots + slots > self.backend.num_workers:
+                break
+            self._process_queue.popleft()
+            self._used_slots += slots
+            self._host.send(Ask(live.order))
+
+    def _feed(self, worker: _Worker) -> None:
+        share = -(-len(self._queue) // max(1, len(self._workers)))
+        room = min(worker.window, max(1, share)) - len(worker.sent)
+        runs: list[object] = []
+        while self._queue and room > 0:
+            live = self._queue.popleft()
+            live.worker = worker
+            worker.sent[live.uid] = live
+            work = live.order.spec.work
+            assert isinstance(work, Call)
+            runs.append(Run(live.uid, work, live.order.bindings, live.order.folder))
+            room -= 1
+        if runs and worker.tasks is not None:
+            worker.tasks.send(*runs)
+
+    def _steal(self) -> None:
+        """Where a worker has nothing to do, take back what another has been sent and not begun."""
+        if self._queue or not any(not worker.sent and worker.tasks for worker in self._workers.values()):
+            return
+        for worker in self._workers.values():
+            if len(worker.sent) > 1 and worker.control is not None and not worker.recalled:
+                worker.recalled = True
+                uids = list(worker.sent)
+                worker.control.send(*(Interrupt(uid, running=False) for uid in uids[1 + len(uids) // 2 :] or uids[1:]))
+
+    # --- what the engine says
+
+    def hear(self, peer: _Peer, message: ToBackend) -> None:
+        match message:
+            case Finished():
+                self._on_finished(peer, message)
+            case Started():
+                self._on_started(message.uid, message.at)
+            case Revoked():
+                self._on_revoked(message.uid)
+            case Up():
+                peer.worker = self._workers.get(message.worker)
+                if peer.worker is not None:
+                    peer.worker.tasks = peer
+                    self._pump()
+            case Listening():
+                if message.worker in self._workers:
+                    self._workers[message.worker].control = peer
+            case RankStarted():
+                self._on_started(message.uid, message.at)
+            case Ended():
+                self._on_ended(message)
+            case Gone():
+                worker = self._workers[message.worker]
+                worker.exit_code = message.exit_code
+                self._bury(worker)
+            case Failed():
+                self._on_failed(message)
+            case Ready():
+                self._host, self.ready = peer, message
+                if not self._host_ready.done():
+                    self._host_ready.set_result(None)
+
+    def disconnected(self, peer: _Peer) -> None:
+        self._peers.discard(peer)
+        if peer.worker is not None and peer.worker.tasks is peer:
+            peer.worker.tasks = None
+            self._bury(peer.worker)
+
+    def _on_started(self, uid: str, at: float) -> None:
+        live = self._live.get(uid)
+        if live is None:
+            return
+        live.started = at
+        if live.native and live.order.spec.timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            live.timer = loop.call_later(live.order.spec.timeout_s, self.stop_tasks, [uid], Cause.TIMEOUT)
+        live.report(Running(uid, at))
+
+    def _on_finished(self, peer: _Peer, message: Finished) -> None:
+        worker, live = peer.worker, self._live.get(message.uid)
+        assert worker is not None
+        worker.sent.pop(message.uid, None)
+        quick = message.ended - message.started < _QUICK_S
+        worker.window = min(worker.window * 2, _MOST_SENT) if quick else 1
+        if not worker.sent:
+            worker.recalled = False
+        if live is not None:
+            self._finish(live, _outcome(live, message))
+        if self._queue:
+            if len(worker.sent) <= worker.window // 2:
+                self._feed(worker)
+        elif not worker.sent:
+            self._steal()
+
+    def _on_revoked(self, uid: str) -> None:
+        live = self._live.get(uid)
+        if live is None or live.worker is None:
+            return
+        live.worker.sent.pop(uid, None)
+        live.worker = None
+        if live.stop is not None:
+            self._finish(live, _stopped(live))
+        else:
+            self._queue.appendleft(live)
+            self._pump()
+
+    def _on_ended(self, message: Ended) -> None:
+        live = self._live.get(message.uid)
+        if live is None:
+            return
+        self._used_slots -= min(live.slots, self.backend.num_workers)
+        self._finish(live, message.outcome)
+        self._pump()
+
+    def _on_failed(self, message: Failed) -> None:
+        del self._workers[message.worker]
+        if not self._workers:
+            self.lose(f"backend {self.backend.name!r} could not place a worker: {message.error}")
+
+    def _bury(self, worker: _Worker) -> None:
+        """Once a worker is gone and all that it said is heard: fail what it ran, give the rest to others."""
+        if worker.exit_code is None or worker.tasks is not None or worker.name not in self._workers:
+            return
+        del self._workers[worker.name]
+        rest = list(worker.sent.values())
+        for live in rest:
+            live.worker = None
+            if live.stop is not None:
+                self._finish(live, _stopped(live))
+            elif live.started is not None:
+                message = f"its process {how_it_ended(worker.exit_code)} before the function returned."
+                self._finish(live, _failed(Cause.CRASHED, message, live.started, worker.exit_code))
+        self._queue.extendleft(live for live in reversed(rest) if live.uid in self._live)
+        if self.lost is None:
+            self._place_worker()
+
+    def _place_worker(self) -> None:
+        self._worker_count += 1
+        worker = _Worker(str(self._worker_count))
+        self._workers[worker.name] = worker
+        if self._host is not None:
+            self._host.send(Place(worker.name))
+
+    def _finish(self, live: _Live, outcome: Outcome) -> None:
+        if self._live.pop(live.uid, None) is not None:
+            if live.timer is not None:
+                live.timer.cancel()
+            live.report(EndedEvent(live.uid, outcome))
+
+
+class _Peer(asyncio.Protocol):
+    """A connection from the host or from a worker."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, engine: _Engine) -> None:
+        self._engine = engine
+        self._frames: Frames[ToBackend] = Frames(ToBackend)
+        self.worker: _Worker | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self._engine._peers.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        for message in self._frames.feed(data):
+            self._engine.hear(self, message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._engine.disconnected(self)
+
+    def send(self, *messages: object) -> None:
+        self.transport.write(frame(list(messages)))
+
+
+def _outcome(live: _Live, message: Finished) -> Outcome:
+    result = message.result
+    if message.interrupted and live.stop is not None:
+        return _stopped(live, message)
+    state = TaskState.DONE if result.cause is None else TaskState.FAILED
+    return Outcome(
+        state=state,
+        started=None if result.cause is Cause.INVALID else message.started,
+        ended=message.ended,
+        value=result.value,
+        stdout=message.stdout,
+        stderr=message.stderr,
+        cause=result.cause,
+        error=result.error,
+        traceback=result.traceback,
+    )
+
+
+def _stopped(live: _Live, message: Finished | None = None) -> Outcome:
+    """The outcome of a task that was canceled, or whose time was up."""
+    canceled = live.stop is not Cause.TIMEOUT
+    error = "canceled on request" if canceled else f"its time of {live.order.spec.timeout_s} s was up"
+    outcome = Outcome(
+        state=TaskState.CANCELED if canceled else TaskState.FAILED,
+        started=live.started,
+        ended=time.time(),
+        cause=live.stop,
+        error=error,
+    )
+    if message is None:
+        return outcome
+    return msgspec.structs.replace(outcome, stdout=message.stdout, stderr=message.stderr)
+
+
+def _failed(cause: Cause, message: str, started: float | None, exit_code: int | None = None) -> Outcome:
+    return Outcome(
+        state=TaskState.FAILED, started=started, ended=time.time(), cause=cause, error=message, exit_code=exit_code
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,0 +1,96 @@
+"""Runs functions and programs through Dragon, on one node."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from rhapsody_mcp.backends.compute import ComputeBackend
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+
+__all__ = ["DragonExecutionBackendV3"]
+
+
+class DragonExecutionBackendV3(ComputeBackend):
+    """Dragon places every process; native functions go to long-lived workers, or through Dragon's Batch.
+
+    Dragon runs as a process tree of its own, also where this process is itself managed by Dragon: nothing of it
+    is loaded here. `await backend` returns when it can place processes.
+    """
+
+    placer = "dragon"
+
+    def __init__(
+        self,
+        num_workers: int | None = None,
+        *,
+        num_nodes: int = 1,
+        dispatch: Literal["workers", "batch"] = "workers",
+        name: str = "dragon",
+    ) -> None:
+        """`num_workers` is one a core where it is not given.
+
+        `dispatch="batch"` sends native functions through Dragon's Batch scheduler, in bundles: much slower for
+        short functions, and a function that ends its process takes the functions of its bundle with it.
+        """
+        super().__init__(num_workers, name)
+        if num_nodes != 1:
+            raise InvalidSettings(f"num_nodes is {num_nodes!r}; this version runs on one node, num_nodes=1.")
+        if dispatch not in ("workers", "batch"):
+            raise InvalidSettings(f'dispatch is {dispatch!r}; valid: "workers", "batch".')
+        self.dispatch = dispatch
+
+    def _refuse_to_start(self) -> None:
+        if os.environ.get("DRAGON_MODE") == "crayhpe-multi":
+            raise InvalidSettings(
+                "this process runs inside a Dragon runtime of several nodes, where no second one can start. "
+                "Start your program with plain python inside the allocation; the backend starts Dragon itself."
+            )
+        if find_spec("dragon") is None or _launcher() is None:
+            raise BackendUnavailable(
+                "Dragon is not installed in this Python environment. Install it with: pip install "
+                "'dragonhpc[batch,telemetry]' (Linux, Python 3.11 to 3.13); without it, LocalExecutionBackend "
+                "(backend 'local') runs the same tasks on this machine."
+            )
+
+    def _host_command(self, config: Path) -> list[str]:
+        launcher = _launcher()
+        assert launcher is not None
+        # -s: with srun on PATH and no allocation, plain dragon fails
+        return [launcher, "-s", sys.executable, "-m", "rhapsody_mcp.engine.host", str(config)]
+
+    def _host_environment(self, folder: Path) -> dict[str, str]:
+        environment = {name: value for name, value in os.environ.items() if "DRAGON" not in name}
+        _write_config_shim(folder / "bin")
+        path = environment.get("PATH", os.defpath)
+        environment["PATH"] = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), path])
+        return environment
+
+
+def _launcher() -> str | None:
+    beside = Path(sys.executable).parent / "dragon"
+    return str(beside) if beside.exists() else shutil.which("dragon")
+
+
+def _write_config_shim(folder: Path) -> None:
+    """Write a `dragon-config` that answers `--get=KEY` from Dragon's settings file.
+
+    Dragon asks it six times at every start, and its own is a Python program of 0.6 s.
+    """
+    real = Path(sys.executable).parent / "dragon-config"
+    package = find_spec("dragon")
+    assert package is not None and package.origin is not None
+    settings = Path(package.origin).parent / ".hsta-config" / "dragon-config.json"
+    answers = json.loads(settings.read_text()) if settings.exists() else {}
+    cases = [f"--get={shlex.quote(key)}) echo {shlex.quote(str(value))};;" for key, value in answers.items()]
+    script = ["#!/bin/sh", 'case "$1" in', *cases, '--get=*) echo "";;', f'*) exec {shlex.quote(str(real))} "$@";;', "esac"]
+    folder.mkdir()
+    shim = folder / "dragon-config"
+    shim.write_text("\n".join(script) + "\n")
+    shim.chmod(0o755)

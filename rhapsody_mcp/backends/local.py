@@ -1,0 +1,17 @@
+"""Runs functions and programs in processes of this machine, without Dragon: for laptops, macOS, and tests."""
+
+from __future__ import annotations
+
+from rhapsody_mcp.backends.compute import ComputeBackend
+
+__all__ = ["LocalExecutionBackend"]
+
+
+class LocalExecutionBackend(ComputeBackend):
+    """The same modes as the Dragon backend on one machine; no MPI, and no other nodes."""
+
+    placer = "local"
+
+    def __init__(self, num_workers: int | None = None, *, name: str = "local") -> None:
+        """`num_workers` is one a core where it is not given."""
+        super().__init__(num_workers, name)

@@ -1,0 +1,211 @@
+"""Runs one function call where user code may run, and encodes what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import io
+import linecache
+import pickle
+import reprlib
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import cloudpickle
+import msgspec
+
+from rhapsody_mcp.engine.output import write_file
+from rhapsody_mcp.engine.wire import Result
+from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.specs import Call
+from rhapsody_mcp.model.states import Cause
+from rhapsody_mcp.model.values import INLINE_BYTES, PREVIEW_CHARS, Value, follow, load
+
+__all__ = ["encode", "perform"]
+
+
+def perform(call: Call, bindings: Mapping[str, Value], folder: str, runner: asyncio.Runner) -> Result:
+    """Run the call to its end; a coroutine function in `runner`. Only BaseExceptions that are no Exception, and
+    no SystemExit, leave it."""
+    try:
+        function = _function(call)
+        args, kwargs = _arguments(call, bindings)
+    except Exception as error:  # unpickling and importing run the user's own code
+        return Result(None, Cause.INVALID, f"it cannot start: {_words(error)}", _trace(error))
+    try:
+        value = function(*args, **kwargs)
+        if inspect.iscoroutine(value):
+            value = runner.run(value)
+        elif inspect.isawaitable(value):
+            value = runner.run(_awaited(value))
+    except (Exception, SystemExit) as error:
+        return Result(None, Cause.ERROR, _words(error), _trace(error))
+    return _encoded(value, folder)
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def _encoded(value: Any, folder: str) -> Result:
+    try:
+        return Result(encode(value, folder))
+    except Exception as error:  # a pickler raises whatever a __reduce__ raises
+        message = (
+            f"its return value of type {_type(value)} cannot be sent back: {_words(error)}. "
+            "Return plain data, or write a file and return its path."
+        )
+        return Result(None, Cause.ERROR, message, "")
+
+
+# --- the function and its arguments
+
+_functions: OrderedDict[tuple[str, bytes, str], Callable[..., Any]] = OrderedDict()
+_KEPT_FUNCTIONS = 256
+
+
+def _function(call: Call) -> Callable[..., Any]:
+    key = (call.form, call.code, call.entry)
+    if key not in _functions:
+        _functions[key] = _LOADERS[call.form](call)
+        if len(_functions) > _KEPT_FUNCTIONS:
+            _functions.popitem(last=False)
+    return _functions[key]
+
+
+def _unpickled(call: Call) -> Callable[..., Any]:
+    function: Callable[..., Any] = pickle.loads(call.code)
+    return function
+
+
+def _imported(call: Call) -> Callable[..., Any]:
+    module, _, path = call.code.decode().partition(":")
+    function: Any = importlib.import_module(module)
+    for name in path.split("."):
+        function = getattr(function, name)
+    if not callable(function):
+        raise InvalidTask(f"{call.code.decode()} is a {type(function).__name__}, not a function")
+    return function  # type: ignore[no-any-return]
+
+
+def _compiled(call: Call) -> Callable[..., Any]:
+    text = call.code.decode()
+    filename = f"<source of {call.entry}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    namespace: dict[str, Any] = {"__name__": "__rhapsody_source__"}
+    exec(compile(text, filename, "exec", dont_inherit=True), namespace)
+    return namespace[call.entry]  # type: ignore[no-any-return]
+
+
+_LOADERS = {"pickle": _unpickled, "module": _imported, "source": _compiled}
+
+
+def _arguments(call: Call, bindings: Mapping[str, Value]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not call.arguments:
+        return (), {}
+    args, kwargs = _Unpickler(call.arguments, bindings).load()
+    return args, kwargs
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts the values of other tasks where the references to them stand."""
+
+    def __init__(self, data: bytes, bindings: Mapping[str, Value]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._bindings = bindings
+        self._values: dict[str, Any] = {}
+
+    def persistent_load(self, reference: tuple[str, str]) -> Any:
+        uid, path = reference
+        if uid not in self._values:
+            self._values[uid] = load(self._bindings[uid])
+        return follow(self._values[uid], path)
+
+
+# --- the result
+
+
+def encode(value: Any, folder: str) -> Value:
+    """The value as JSON if that gives it back exactly, else as a pickle; in a file of `folder` where it is long.
+
+    Raises whatever pickling raises.
+    """
+    data = _json(value)
+    form: Any = "json"
+    if data is None:
+        form, data = "pickle", cloudpickle.dumps(value)
+    if form == "json" and len(data) <= INLINE_BYTES:
+        return Value(form, _type(value), len(data), data, length=_length(value))
+    inline = len(data) <= INLINE_BYTES
+    return Value(
+        form,
+        _type(value),
+        len(data),
+        data if inline else None,
+        None if inline else write_file(data, folder),
+        _length(value),
+        _preview(value, data if form == "json" else None),
+    )
+
+
+def _json(value: Any) -> bytes | None:
+    """The value as JSON, or None where JSON would change it."""
+    try:
+        if not _is_plain(value):
+            return None
+        return msgspec.json.encode(value)
+    except (OverflowError, RecursionError, UnicodeEncodeError, msgspec.MsgspecError):
+        return None  # whole numbers of more than 64 bits, half a surrogate pair, circles
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or value is None:
+        return True
+    if kind is float:
+        return bool(value - value == 0.0)  # neither infinite nor not-a-number
+    if kind is list:
+        return all(map(_is_plain, value))
+    if kind is dict:
+        return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
+    return False
+
+
+def _type(value: Any) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__name__}"
+
+
+def _length(value: Any) -> int | None:
+    try:
+        return len(value)
+    except Exception:  # a __len__ may raise anything
+        return None
+
+
+def _preview(value: Any, data: bytes | None) -> str:
+    if data is not None:
+        return data[:PREVIEW_CHARS].decode("utf-8", "ignore")
+    try:
+        shape = getattr(value, "shape", None)
+        shown = _REPR.repr(value)[:PREVIEW_CHARS]
+        return f"shape {tuple(shape)}: {shown}" if shape is not None else shown
+    except Exception:  # a __repr__ may raise anything
+        return ""
+
+
+_REPR = reprlib.Repr()
+_REPR.maxother = _REPR.maxstring = _REPR.maxlong = PREVIEW_CHARS
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _trace(error: BaseException) -> str:
+    """The traceback without the frame of this module."""
+    frames = error.__traceback__.tb_next if error.__traceback__ else None
+    return "".join(traceback.format_exception(type(error), error, frames))[-PREVIEW_CHARS:]

@@ -1,0 +1,322 @@
+"""The program that runs on a node, inside Dragon or without it: it places processes, watches them, ends them.
+
+    python -m rhapsody_mcp.engine.host CONFIG
+
+It ends when the lifeline closes, with everything that it placed.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import select
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rhapsody_mcp.engine.keeper import LIFELINE
+from rhapsody_mcp.engine.link import Link
+from rhapsody_mcp.engine.placers import DragonPlacer, LocalPlacer, Placed, Placer, count_gpus, this_host
+from rhapsody_mcp.engine.processes import PLACE, adopt_orphans, end, marked
+from rhapsody_mcp.engine.supervisor import GRACE_S, RankEnd, how_it_ended
+from rhapsody_mcp.engine.wire import (
+    Ask,
+    Ended,
+    Failed,
+    FromHost,
+    Gone,
+    HostConfig,
+    Place,
+    PlaceConfig,
+    Ready,
+    Report,
+    Stop,
+    ToHost,
+)
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.specs import Order, Template
+from rhapsody_mcp.model.states import Cause, TaskState
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=HostConfig)
+    os.chdir(config.cwd)
+    adopt_orphans()
+    threading.Thread(target=_end_with_owner, args=(config.mark,), daemon=True).start()
+    placer: Placer = DragonPlacer() if config.placer == "dragon" else LocalPlacer()
+    with suppress(EOFError, ConnectionError):
+        _Host(config, placer).serve()
+    end(lambda: marked(PLACE, config.mark))
+    os._exit(0)
+
+
+def _end_with_owner(mark: str) -> None:
+    """Wait for the lifeline to close, then end everything. os._exit, because sys.exit waits for Dragon's threads."""
+    lifeline = os.open(os.environ[LIFELINE], os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(lifeline, True)
+    os.read(lifeline, 1)
+    end(lambda: marked(PLACE, mark))
+    os._exit(0)
+
+
+class _Host:
+    """The main thread talks with the backend; each task and each worker has a thread that waits for its end."""
+
+    def __init__(self, config: HostConfig, placer: Placer) -> None:
+        self.config, self.placer = config, placer
+        self.cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        self.gpus = count_gpus()
+        self._number = 0
+        self._lock = threading.Lock()
+        self._workers: dict[str, _Process] = {}
+        self._tasks: dict[str, _Task] = {}
+        self._outbox: queue.SimpleQueue[FromHost] = queue.SimpleQueue()
+        self._awake, self._wake = os.pipe()
+        self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.events_path = f"{config.folder}/started"
+        self._events.bind(self.events_path)
+
+    def serve(self) -> None:
+        backend: Link[ToHost] = Link(self.config.address, ToHost)
+        self.say(Ready(socket.gethostname(), os.getpid(), self.cores, self.gpus))
+        while True:
+            sources: list[Any] = [backend.socket, self._awake, self._events]
+            readable, _, _ = select.select(sources, [], [])
+            if backend.socket in readable:
+                for message in backend.receive():
+                    self._obey(message)
+            if self._events in readable:
+                self._hear_started()
+            if self._awake in readable:
+                os.read(self._awake, 4096)
+                self._send(backend)
+
+    def say(self, message: FromHost) -> None:
+        """Send a message, from any thread."""
+        self._outbox.put(message)
+        os.write(self._wake, b"\0")
+
+    def _send(self, backend: Link[ToHost]) -> None:
+        messages: list[FromHost] = []
+        with suppress(queue.Empty):
+            while True:
+                messages.append(self._outbox.get_nowait())
+        if messages:
+            backend.send(*messages)
+
+    def _hear_started(self) -> None:
+        uid, at = msgspec.msgpack.decode(self._events.recv(4096), type=tuple[str, float])
+        task = self._tasks.get(uid)
+        if task is not None and not task.reported:
+            task.reported = True
+            self.say(Report(uid, at))
+
+    def _obey(self, message: ToHost) -> None:
+        if isinstance(message, Place):
+            threading.Thread(target=self._run_worker, args=(message.worker,), daemon=True).start()
+        elif isinstance(message, Stop):
+            if message.worker in self._workers:
+                threading.Thread(target=self._workers[message.worker].stop, daemon=True).start()
+        elif isinstance(message, Ask):
+            task = self._tasks[message.order.spec.uid] = _Task(self, message.order)
+            threading.Thread(target=self._run_task, args=(task,), daemon=True).start()
+        elif message.uid in self._tasks:
+            self._tasks[message.uid].cancel()
+
+    def _run_worker(self, worker: str) -> None:
+        config = PlaceConfig(
+            number=self.next_number(),
+            folder=self.config.folder,
+            sys_path=self.config.sys_path,
+            worker=worker,
+            address=self.config.address,
+        )
+        try:
+            process = self._workers[worker] = _Process(self, config, Template())
+        except Exception as error:  # Dragon raises errors of many kinds
+            self.say(Failed(worker, str(error)))
+            return
+        code = process.join()
+        del self._workers[worker]
+        self.say(Gone(worker, code if code <= 128 else 128 - code))
+
+    def _run_task(self, task: _Task) -> None:
+        outcome = task.run()
+        del self._tasks[task.uid]
+        self.say(Ended(task.uid, outcome))
+
+    def next_number(self) -> int:
+        with self._lock:
+            self._number += 1
+            return self._number
+
+
+class _Process:
+    """A supervisor that was placed."""
+
+    def __init__(self, host: _Host, config: PlaceConfig, template: Template) -> None:
+        self.path = f"{config.folder}/p{config.number}"
+        self._place = f"{host.config.mark}.{config.number}"
+        self._gone = threading.Event()
+        Path(self.path).write_bytes(msgspec.msgpack.encode(config))
+        command = [sys.executable, "-m", "rhapsody_mcp.engine.supervisor", self.path]
+        self._placed: Placed = host.placer.place(command, {PLACE: self._place}, template)
+
+    def join(self) -> int:
+        """Wait until it and all that it started has ended; its exit code."""
+        code = self._placed.join()
+        end(lambda: marked(PLACE, self._place))
+        self._gone.set()
+        return code
+
+    def stop(self) -> None:
+        """End it with its tree; returns when that is asked for, and done where it did not help to ask."""
+        self._placed.terminate()
+        if not self._gone.wait(GRACE_S + 1):
+            end(lambda: marked(PLACE, self._place))
+
+    def rank_end(self) -> RankEnd | None:
+        """What it left, or None where it was killed."""
+        left = Path(f"{self.path}.outcome")
+        if not left.exists():
+            return None
+        found = msgspec.msgpack.decode(left.read_bytes(), type=RankEnd)
+        left.unlink()
+        return found
+
+
+class _Task:
+    """A task in processes of its own, one a rank."""
+
+    def __init__(self, host: _Host, order: Order) -> None:
+        self.host, self.order, self.uid = host, order, order.spec.uid
+        self.reported = False
+        self._stop: Cause | None = None
+        self._processes: list[_Process] = []
+        self._lock = threading.Lock()
+
+    def cancel(self, cause: Cause = Cause.CANCELED) -> None:
+        """End all ranks; does not wait."""
+        with self._lock:
+            if self._stop is None:
+                self._stop = cause
+                for process in self._processes:
+                    threading.Thread(target=process.stop, daemon=True).start()
+
+    def run(self) -> Outcome:
+        """Run it to its end."""
+        for template in self.order.spec.layout.templates:
+            if wrong := self._impossible(template):
+                return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=wrong)
+        timer = self._timer()
+        try:
+            self._place()
+        except Exception as error:  # Dragon raises errors of many kinds
+            self.cancel(Cause.LOST)
+            self._join()
+            message = f"its process could not be started: {type(error).__name__}: {error}"
+            return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.LOST, error=message)
+        codes = self._join()
+        timer.cancel()
+        return self._outcome([self._rank_end(rank, code) for rank, code in enumerate(codes)])
+
+    def _impossible(self, template: Template) -> str:
+        """What this node cannot give; empty where it can."""
+        if not this_host(template.host_name):
+            return f"host_name {template.host_name!r} is no node of this engine; it has {socket.gethostname()!r}."
+        if missing := [gpu for gpu in template.gpu_affinity if gpu >= self.host.gpus]:
+            return f"GPU {missing[0]} was asked for; {socket.gethostname()} has {self.host.gpus or 'no'} GPUs."
+        usable = os.sched_getaffinity(0) if sys.platform == "linux" else set(range(self.host.cores))
+        if missing := [cpu for cpu in template.cpu_affinity if cpu not in usable]:
+            return f"CPU {missing[0]} was asked for; {socket.gethostname()} has CPUs {sorted(usable)}."
+        return ""
+
+    def _timer(self) -> threading.Timer:
+        timer = threading.Timer(self.order.spec.timeout_s or 0, lambda: self.cancel(Cause.TIMEOUT))
+        timer.daemon = True
+        if self.order.spec.timeout_s:
+            timer.start()
+        return timer
+
+    def _place(self) -> None:
+        host = self.host
+        for rank, template in enumerate(self.order.spec.layout.templates):
+            config = PlaceConfig(
+                number=host.next_number(),
+                folder=host.config.folder,
+                sys_path=host.config.sys_path,
+                order=self.order,
+                rank=rank,
+                sets_affinity=host.placer.sets_affinity,
+                started=host.events_path,
+            )
+            with self._lock:
+                if self._stop is not None:
+                    return
+                self._processes.append(_Process(host, config, template))
+
+    def _join(self) -> list[int]:
+        return [process.join() for process in self._processes]
+
+    def _rank_end(self, rank: int, code: int) -> RankEnd:
+        found = self._processes[rank].rank_end()
+        if found is not None:
+            return found
+        error = f"its process {how_it_ended(code)}."
+        return RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
+
+    def _outcome(self, ends: list[RankEnd]) -> Outcome:
+        """The task's outcome: DONE where every rank is; its value, output and exit code are rank 0's, or the first
+        failed rank's exit code."""
+        ranks = [found.outcome for found in ends]
+        bad = [rank for rank in ranks if rank.cause is not None]
+        spec = self.order.spec
+        state, cause, error, trace = TaskState.DONE, None, "", ""
+        if self._stop is not None:
+            state = TaskState.CANCELED if self._stop is Cause.CANCELED else TaskState.FAILED
+            cause, error = self._stop, _STOPPED[self._stop].format(timeout=spec.timeout_s)
+        elif bad:
+            where = f"rank {bad[0].rank} of {len(ranks)}: " if spec.layout.mode == "job" else ""
+            state, cause, error, trace = TaskState.FAILED, bad[0].cause, where + bad[0].error, bad[0].traceback
+        first = ranks[0] if ranks else RankOutcome(0)
+        return Outcome(
+            state=state,
+            started=min((found.started for found in ends if found.started is not None), default=None),
+            ended=max((found.ended for found in ends), default=time.time()),
+            value=first.value if state is TaskState.DONE else None,
+            stdout=first.stdout,
+            stderr=first.stderr,
+            exit_code=(bad[0] if bad else first).exit_code,
+            cause=cause,
+            error=error,
+            traceback=trace,
+            ranks=tuple(ranks) if spec.layout.mode == "job" else (),
+            notes=self._notes(len(ranks)),
+        )
+
+    def _notes(self, ranks: int) -> tuple[str, ...]:
+        notes = []
+        if ranks > self.host.cores:
+            notes.append(f"oversubscribed: {ranks} ranks shared {self.host.cores} cores")
+        if self.order.spec.layout.pmi == "none":
+            notes.append(f'pmi "none": {ranks} independent ranks, no MPI between them')
+        return tuple(notes)
+
+
+_STOPPED: dict[Cause, str] = {
+    Cause.CANCELED: "canceled on request",
+    Cause.TIMEOUT: "its time of {timeout} s was up",
+    Cause.LOST: "its process could not be started",
+}
+
+
+if __name__ == "__main__":
+    main()

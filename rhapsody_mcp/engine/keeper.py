@@ -1,0 +1,132 @@
+"""Keeps a program alive for as long as its owner lives, and leaves nothing of it behind.
+
+    python -m rhapsody_mcp.engine.keeper --name NAME --log FILE [OPTIONS] -- COMMAND...
+
+The owner starts it as the leader of a session and holds the other end of its standard input: the lifeline. When
+that closes, also because the owner was killed, the command is stopped: with TERM, or (close) by closing the FIFO
+that RHAPSODY_LIFELINE names, which the command watches. What is still there after the grace is killed, as is
+everything that carries the command's mark. It ends with the command's exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from rhapsody_mcp.engine.processes import ENGINE, end, marked
+
+LIFELINE = "RHAPSODY_LIFELINE"
+
+
+def main() -> int:
+    options = _options()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    mark = options.mark or secrets.token_hex(8)
+    with tempfile.TemporaryDirectory(prefix="rhapsody-keeper-") as folder:
+        lifeline, writer = _lifeline(Path(folder))
+        command = _start(options, mark, lifeline)
+        signal.signal(signal.SIGTERM, lambda *_: os.close(0))
+        if not _ended_before_owner(command):
+            _stop(command, options.stop, options.grace, writer)
+        _kill_group(command.pid)
+        end(lambda: marked(ENGINE, mark))
+        _unlink_shared_memory(command.pid)
+    code = command.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="keeper")
+    parser.add_argument("--name", required=True, help="what ps shows")
+    parser.add_argument("--log", required=True)
+    parser.add_argument("--mark", help="the value of RHAPSODY_ENGINE in the command's environment")
+    parser.add_argument("--stop", choices=["term", "close"], default="term")
+    parser.add_argument("--grace", type=float, default=8.0)
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    options.command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    return options
+
+
+def _lifeline(folder: Path) -> tuple[Path, int]:
+    """A FIFO whose only writer is this process: its readers see end-of-file when this process ends, however."""
+    path = folder / "lifeline"
+    os.mkfifo(path, 0o600)
+    return path, os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+def _start(options: argparse.Namespace, mark: str, lifeline: Path) -> subprocess.Popen[bytes]:
+    """Start the command in a process group of its own; the session stays the keeper's, because Dragon's local
+    services call setpgid, which a session leader may not."""
+    with open(options.log, "ab") as log:
+        return subprocess.Popen(
+            options.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=Path(options.log).parent,
+            env={**os.environ, ENGINE: mark, LIFELINE: str(lifeline)},
+            process_group=0,
+        )
+
+
+def _ended_before_owner(command: subprocess.Popen[bytes]) -> bool:
+    """Wait for the command's end or the owner's; True for the command's."""
+    ended = os.pidfd_open(command.pid) if sys.platform == "linux" else -1
+    while command.poll() is None:
+        try:
+            watched = [0, ended] if ended >= 0 else [0]
+            readable, _, _ = select.select(watched, [], [], None if ended >= 0 else 0.2)
+            if 0 in readable and not os.read(0, 4096):
+                return False
+        except OSError:  # TERM closed the lifeline
+            return False
+    return True
+
+
+def _stop(command: subprocess.Popen[bytes], how: str, grace_s: float, writer: int) -> None:
+    if how == "close":
+        os.close(writer)
+    else:
+        with suppress(ProcessLookupError):
+            os.killpg(command.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        command.wait(grace_s)
+
+
+def _kill_group(group: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _unlink_shared_memory(launcher: int) -> None:
+    """Remove what a killed Dragon runtime leaves in /dev/shm; its names hold the launcher's pid."""
+    prefix = f"DD{str(os.getuid())[-3:]}{str(launcher)[-3:]}"
+    left = {*glob.glob(f"/dev/shm/{prefix}*"), *glob.glob(f"/dev/shm/*{launcher}[DM]")}
+    for path in left - _mapped(left):
+        with suppress(OSError):
+            os.unlink(path)
+
+
+def _mapped(paths: set[str]) -> set[str]:
+    """Those that a living process uses: another runtime's names may differ only in digits that they leave out."""
+    used = set()
+    for maps in glob.glob("/proc/[0-9]*/maps") if paths else ():
+        with suppress(OSError):
+            text = Path(maps).read_text()
+            used |= {path for path in paths if path in text}
+    return used
+
+
+if __name__ == "__main__":
+    sys.exit(main())

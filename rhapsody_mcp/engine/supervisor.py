@@ -1,0 +1,290 @@
+"""The process that an engine places: it runs one rank of a task, or a worker, as its child, and owns the tree.
+
+    python -m rhapsody_mcp.engine.supervisor CONFIG
+
+TERM ends the child's whole tree: politely first, then with KILL. When this process has ended nothing that it
+started is left, and for a rank the file CONFIG.outcome says what came of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import msgspec
+
+from rhapsody_mcp.engine.output import move_stream, write_file
+from rhapsody_mcp.engine.processes import adopt_orphans, descendants, end
+from rhapsody_mcp.engine.wire import PlaceConfig, Result
+from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.outcome import RankOutcome
+from rhapsody_mcp.model.specs import Call, Command, Template
+from rhapsody_mcp.model.states import Cause
+from rhapsody_mcp.model.values import INLINE_BYTES, Ref, Stream, Value, follow, load
+
+__all__ = ["RankEnd"]
+
+GRACE_S = 2
+"""From TERM to KILL."""
+
+
+class RankEnd(msgspec.Struct, frozen=True):
+    """What a supervisor leaves in a file: the rank's outcome and its times, seconds since the epoch."""
+
+    outcome: RankOutcome
+    started: float | None
+    ended: float
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    config = msgspec.msgpack.decode(path.read_bytes(), type=PlaceConfig)
+    path.unlink()
+    adopt_orphans()
+    sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
+    if config.worker:
+        os._exit(_exit_status(_supervise(lambda: _worker(config))))
+    rank_end = _Rank(config, str(path)).run()
+    (temporary := path.with_suffix(".tmp")).write_bytes(msgspec.msgpack.encode(rank_end))
+    temporary.rename(f"{path}.outcome")
+    os._exit(0)
+
+
+def _worker(config: PlaceConfig) -> NoReturn:
+    from rhapsody_mcp.engine.worker import run_worker
+
+    run_worker(config)
+    os._exit(0)
+
+
+def _exit_status(code: int) -> int:
+    return code if code >= 0 else 128 - code
+
+
+# --- the tree
+
+
+def _supervise(child: Callable[[], NoReturn], started: Callable[[int], None] = lambda _: None) -> int:
+    """Run `child` in a forked process that leads a session of its own, until it and all its descendants have
+    ended; its exit code, negative for a signal."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        _finish(child)
+    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGALRM, _kill)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    started(pid)
+    _, status = os.waitpid(pid, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.alarm(0)
+    end(lambda: descendants(os.getpid()))
+    return os.waitstatus_to_exitcode(status)
+
+
+def _finish(child: Callable[[], NoReturn]) -> NoReturn:
+    try:
+        child()
+    except BaseException:  # nothing of the parent's may run in the child
+        sys.excepthook(*sys.exc_info())
+    os._exit(1)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    _signal_tree(signal.SIGTERM)
+    signal.alarm(GRACE_S)
+
+
+def _kill(_number: int, _frame: FrameType | None) -> None:
+    _signal_tree(signal.SIGKILL)
+
+
+def _signal_tree(number: int) -> None:
+    for pid in descendants(os.getpid()):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+# --- one rank of a task
+
+
+class _Rank:
+    """Runs a function or a program as its task's template says, and finds out what came of it."""
+
+    def __init__(self, config: PlaceConfig, path: str) -> None:
+        assert config.order is not None
+        self.config, self.path, self.order = config, path, config.order
+        self.spec = config.order.spec
+        self.template: Template = self.spec.layout.templates[config.rank]
+        self.started: float | None = None
+        self.pid = 0
+
+    def run(self) -> RankEnd:
+        try:
+            child = self._prepare()
+        except (InvalidTask, OSError) as error:
+            return self._end(None, Result(None, Cause.INVALID, str(error)))
+        code = _supervise(child, self._say_started)
+        return self._end(code, self._result(code))
+
+    def _prepare(self) -> Callable[[], NoReturn]:
+        env = self._environment()
+        cwd = self.template.cwd or os.getcwd()
+        if not os.path.isdir(cwd):
+            raise InvalidTask(f"cwd {cwd!r} is not a folder on {socket.gethostname()}.")
+        if self.config.sets_affinity and self.template.cpu_affinity:
+            os.sched_setaffinity(0, self.template.cpu_affinity)
+        work = self.spec.work
+        if isinstance(work, Command):
+            program = _find_program(work.executable, env, cwd)
+            arguments = [self._argument(argument) for argument in work.arguments]
+            return lambda: self._exec(program, [work.executable, *arguments], env, cwd)
+        assert isinstance(work, Call)
+        return lambda: self._call(work, env, cwd)
+
+    def _environment(self) -> dict[str, str]:
+        layout = self.spec.layout
+        env = {**os.environ, "RHAPSODY_RANK": str(self.config.rank), "RHAPSODY_RANKS": str(layout.ranks)}
+        if self.config.sets_affinity and self.template.gpu_affinity:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.template.gpu_affinity))
+        for name, value in self.template.env.items():
+            if value is None:
+                env.pop(name, None)
+            else:
+                env[name] = value
+        return env
+
+    def _argument(self, argument: str | Ref) -> str:
+        if isinstance(argument, str):
+            return argument
+        value = follow(load(self.order.bindings[argument.uid]), argument.path)
+        return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+    def _redirect(self, cwd: str) -> None:
+        for descriptor, suffix in ((1, "out"), (2, "err")):
+            file = os.open(f"{self.path}.{suffix}", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+            os.dup2(file, descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(cwd)
+
+    def _exec(self, program: str, arguments: list[str], env: dict[str, str], cwd: str) -> NoReturn:
+        self._redirect(cwd)
+        try:
+            os.execve(program, arguments, env)
+        except OSError as error:
+            self._leave(Result(None, Cause.INVALID, f"{program} cannot be run: {error.strerror}."))
+            os._exit(126)
+
+    def _call(self, call: Call, env: dict[str, str], cwd: str) -> NoReturn:
+        import asyncio
+
+        from rhapsody_mcp.engine.call import perform
+
+        self._redirect(cwd)
+        os.environ.clear()
+        os.environ.update(env)
+        sys.path.insert(0, cwd)
+        result = perform(call, self.order.bindings, self.order.folder, asyncio.Runner())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._leave(result)
+        os._exit(0 if result.cause is None else 1)
+
+    def _leave(self, result: Result) -> None:
+        Path(f"{self.path}.part").write_bytes(msgspec.msgpack.encode(result))
+        os.rename(f"{self.path}.part", f"{self.path}.result")
+
+    def _say_started(self, pid: int) -> None:
+        self.pid, self.started = pid, time.time()
+        if self.config.started:
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as events:
+                events.sendto(msgspec.msgpack.encode((self.spec.uid, self.started)), self.config.started)
+
+    def _result(self, code: int) -> Result:
+        left = Path(f"{self.path}.result")
+        if left.exists():
+            result = msgspec.msgpack.decode(left.read_bytes(), type=Result)
+            left.unlink()
+            return result
+        if isinstance(self.spec.work, Call):
+            return Result(None, Cause.CRASHED, f"its process {how_it_ended(code)} before the function returned.")
+        if code < 0:
+            return Result(None, Cause.CRASHED, f"the program {how_it_ended(code)}.")
+        if code > 0:
+            return Result(None, Cause.EXIT_CODE, f"exit code {code}{self._last_words()}")
+        return Result()
+
+    def _last_words(self) -> str:
+        """The last line of stderr, which often says why."""
+        with suppress(OSError):
+            lines = Path(f"{self.path}.err").read_bytes()[-2000:].decode("utf-8", "replace").split("\n")
+            words = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            return f": {words[:500]}" if words else "; it wrote nothing to stderr"
+        return ""
+
+    def _end(self, code: int | None, result: Result) -> RankEnd:
+        stdout, stderr = self._stream("out"), self._stream("err")
+        value = result.value
+        if result.cause is None and value is None:
+            value = self._printed(stdout)
+        outcome = RankOutcome(
+            rank=self.config.rank,
+            host=socket.gethostname(),
+            pid=self.pid,
+            exit_code=code,
+            value=value,
+            stdout=stdout,
+            stderr=stderr,
+            cause=result.cause,
+            error=result.error,
+            traceback=result.traceback,
+        )
+        return RankEnd(outcome, None if result.cause is Cause.INVALID else self.started, time.time())
+
+    def _stream(self, suffix: str) -> Stream:
+        path = f"{self.path}.{suffix}"
+        return move_stream(path, self.order.folder) if os.path.exists(path) else Stream()
+
+    def _printed(self, stdout: Stream) -> Value:
+        """A program's value: its standard output without outer white space."""
+        text = stdout.read().strip()
+        data = msgspec.json.encode(text)
+        if len(data) <= INLINE_BYTES:
+            return Value("json", "str", len(data), data, length=len(text))
+        return Value("json", "str", len(data), None, write_file(data, self.order.folder), len(text), text[:8192])
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+    hint = " (so does the kernel when memory runs out)" if -code == signal.SIGKILL else ""
+    return f"was killed by {name}{hint}"
+
+
+def _find_program(name: str, env: dict[str, str], cwd: str) -> str:
+    """The program's path; raises InvalidTask where there is none that can be run."""
+    path = os.path.join(cwd, name) if os.sep in name else shutil.which(name, path=env.get("PATH"))
+    if path is None:
+        raise InvalidTask(f"no program {name!r} on PATH of {socket.gethostname()}; give its full path.")
+    if not os.path.exists(path):
+        raise InvalidTask(f"executable {name!r} does not exist on {socket.gethostname()}.")
+    if os.path.isdir(path) or not os.access(path, os.X_OK):
+        raise InvalidTask(f"{path!r} is not a program that can be run; is it executable (chmod +x)?")
+    return path
+
+
+if __name__ == "__main__":
+    main()

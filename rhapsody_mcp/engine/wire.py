@@ -1,0 +1,213 @@
+"""The messages between a backend, its host, and its workers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.specs import Call, Order
+from rhapsody_mcp.model.states import Cause
+from rhapsody_mcp.model.values import Stream, Value
+
+__all__ = [
+    "Ask",
+    "Cancel",
+    "Ended",
+    "Failed",
+    "Finished",
+    "FromHost",
+    "FromWorker",
+    "Gone",
+    "HostConfig",
+    "Interrupt",
+    "Listening",
+    "Place",
+    "PlaceConfig",
+    "Ready",
+    "Report",
+    "Result",
+    "Revoked",
+    "Run",
+    "Started",
+    "Stop",
+    "ToBackend",
+    "ToHost",
+    "ToWorker",
+    "Up",
+]
+
+
+# --- backend → worker
+
+
+class Run(msgspec.Struct, frozen=True, tag="run"):
+    """Run this function."""
+
+    uid: str
+    call: Call
+    bindings: dict[str, Value]
+    folder: str
+
+
+class Interrupt(msgspec.Struct, frozen=True, tag="interrupt"):
+    """Give this task back if it has not started; end it if it is running and `running` says so."""
+
+    uid: str
+    running: bool = True
+
+
+ToWorker = Run | Interrupt
+
+
+# --- worker → backend
+
+
+class Result(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a function came to: a value, or a cause with its message and traceback."""
+
+    value: Value | None = None
+    cause: Cause | None = None
+    error: str = ""
+    traceback: str = ""
+
+
+class Up(msgspec.Struct, frozen=True, tag="up"):
+    """A worker can take tasks; the first message of its first connection."""
+
+    worker: str
+
+
+class Listening(msgspec.Struct, frozen=True, tag="listening"):
+    """A worker can take interrupts; the first message of its second connection."""
+
+    worker: str
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    uid: str
+    at: float
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True):
+    """A function has ended; `interrupted` where an Interrupt ended it."""
+
+    uid: str
+    started: float
+    ended: float
+    result: Result
+    stdout: Stream = Stream()
+    stderr: Stream = Stream()
+    interrupted: bool = False
+
+
+class Revoked(msgspec.Struct, frozen=True, tag="revoked"):
+    """This task will never start here."""
+
+    uid: str
+
+
+FromWorker = Up | Listening | Started | Finished | Revoked
+
+
+# --- backend → host
+
+
+class Place(msgspec.Struct, frozen=True, tag="place"):
+    """Start a worker of this name."""
+
+    worker: str
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """End this worker with everything under it."""
+
+    worker: str
+
+
+class Ask(msgspec.Struct, frozen=True, tag="ask"):
+    """Run this task in processes of its own."""
+
+    order: Order
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    uid: str
+
+
+ToHost = Place | Stop | Ask | Cancel
+
+
+# --- host → backend
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The host can place processes on this node."""
+
+    host: str
+    pid: int
+    cores: int
+    gpus: int
+
+
+class Gone(msgspec.Struct, frozen=True, tag="gone"):
+    """A worker has ended with this exit code, and nothing under it is left."""
+
+    worker: str
+    exit_code: int
+
+
+class Report(msgspec.Struct, frozen=True, tag="report"):
+    """A task's processes have started."""
+
+    uid: str
+    at: float
+
+
+class Ended(msgspec.Struct, frozen=True, tag="ended"):
+    uid: str
+    outcome: Outcome
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """A worker could not be placed."""
+
+    worker: str
+    error: str
+
+
+FromHost = Ready | Gone | Report | Ended | Failed
+ToBackend = FromWorker | FromHost
+
+
+# --- what a program is started with, in a file
+
+
+class HostConfig(msgspec.Struct, frozen=True):
+    """`address` is the backend's socket, in a folder that only this user can enter; `mark` marks processes."""
+
+    placer: Literal["dragon", "local"]
+    mark: str
+    address: str
+    folder: str
+    sys_path: list[str]
+    cwd: str
+
+
+class PlaceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A placed process: a worker that connects to `address`, or one rank of `order`.
+
+    A rank says to the datagram socket `started` when its user code starts. `sets_affinity` where nothing else
+    binds it to CPUs and GPUs.
+    """
+
+    number: int
+    folder: str
+    sys_path: list[str]
+    worker: str = ""
+    address: str = ""
+    order: Order | None = None
+    rank: int = 0
+    sets_affinity: bool = False
+    started: str = ""

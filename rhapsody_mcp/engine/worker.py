@@ -1,0 +1,198 @@
+"""A long-lived process that runs native functions, one at a time.
+
+The main thread runs them, so that a signal can interrupt one; a second thread listens for interrupts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from types import FrameType
+
+from rhapsody_mcp.engine.call import perform
+from rhapsody_mcp.engine.link import Link
+from rhapsody_mcp.engine.output import as_stream
+from rhapsody_mcp.engine.processes import descendants, end
+from rhapsody_mcp.engine.wire import (
+    Finished,
+    FromWorker,
+    Interrupt,
+    Listening,
+    PlaceConfig,
+    Result,
+    Revoked,
+    Run,
+    Started,
+    Up,
+)
+from rhapsody_mcp.model.states import Cause
+from rhapsody_mcp.model.values import Stream
+
+__all__ = ["Interrupted", "run_worker"]
+
+_INTERRUPT = signal.SIGRTMIN + 6 if sys.platform == "linux" else signal.SIGUSR2
+_REMEMBERED = 10_000
+
+
+class Interrupted(BaseException):
+    """Raised inside a function that is canceled or whose time is up."""
+
+
+class _Turn:
+    """Which task runs, shared by the two threads: an interrupt reaches that task or none."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.current = ""
+        self.interrupted = ""
+        self.revoked: set[str] = set()
+        self._started: set[str] = set()
+        self._order: deque[str] = deque()
+
+    def begin(self, uid: str) -> bool:
+        """False where the task was revoked before it could start."""
+        with self.lock:
+            if uid in self.revoked:
+                self.revoked.discard(uid)
+                return False
+            self.current = uid
+            self._started.add(uid)
+            self._order.append(uid)
+            if len(self._order) > _REMEMBERED:
+                self._started.discard(self._order.popleft())
+            return True
+
+    def over(self) -> bool:
+        """No interrupt reaches the task any more; True where one has."""
+        with self.lock:
+            uid, self.current = self.current, ""
+            return bool(uid) and self.interrupted == uid
+
+    def interrupt(self, message: Interrupt, main: int) -> bool:
+        """True where the task was revoked, because it has not started."""
+        with self.lock:
+            if self.current == message.uid and message.running:
+                self.interrupted = message.uid
+                signal.pthread_kill(main, _INTERRUPT)
+            if message.uid in self._started:
+                return False
+            self.revoked.add(message.uid)
+            return True
+
+
+def run_worker(config: PlaceConfig) -> None:
+    """Serve the backend at `config.address` until the process is ended from outside."""
+    turn = _Turn()
+    out, err = _capture(1, config.folder), _capture(2, config.folder)
+    signal.signal(_INTERRUPT, lambda number, frame: _raise(turn, number, frame))
+    threading.Thread(target=_listen, args=(config, turn, threading.get_ident()), daemon=True).start()
+    backend: Link[Run] = Link(config.address, Run)
+    backend.send(Up(config.worker))
+    with suppress(EOFError, ConnectionError):
+        _serve(backend, turn, out, err)
+
+
+def _serve(backend: Link[Run], turn: _Turn, out: int, err: int) -> None:
+    runner = asyncio.Runner()
+    waiting: deque[Run] = deque()
+    unsent: list[FromWorker] = []
+    while True:
+        while backend.ready() or not waiting:
+            if not waiting and not backend.ready():
+                _send(backend, unsent)
+            waiting.extend(backend.receive())
+        run = waiting.popleft()
+        if not turn.begin(run.uid):
+            continue
+        started = time.time()
+        unsent.append(Started(run.uid, started))
+        _send(backend, unsent)
+        finished, runner = _run(run, runner, turn, started, out, err)
+        unsent.append(finished)
+
+
+def _run(
+    run: Run, runner: asyncio.Runner, turn: _Turn, started: float, out: int, err: int
+) -> tuple[Finished, asyncio.Runner]:
+    interrupted = False
+    try:
+        try:
+            result = perform(run.call, run.bindings, run.folder, runner)
+        finally:
+            interrupted = turn.over()
+    except BaseException as error:  # Interrupted, KeyboardInterrupt, GeneratorExit: the worker goes on
+        interrupted = turn.over() or interrupted or isinstance(error, Interrupted)
+        result = Result(None, Cause.ERROR, type(error).__name__)
+        runner = asyncio.Runner()
+    _end_children()
+    stdout, stderr = _captured(out, sys.stdout, run.folder), _captured(err, sys.stderr, run.folder)
+    return Finished(run.uid, started, time.time(), result, stdout, stderr, interrupted), runner
+
+
+def _raise(turn: _Turn, _number: int, _frame: FrameType | None) -> None:
+    if turn.current and turn.current == turn.interrupted:
+        raise Interrupted
+
+
+def _listen(config: PlaceConfig, turn: _Turn, main: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {_INTERRUPT})
+    backend: Link[Interrupt] = Link(config.address, Interrupt)
+    backend.send(Listening(config.worker))
+    with suppress(EOFError, ConnectionError):
+        while True:
+            for message in backend.receive():
+                if turn.interrupt(message, main):
+                    backend.send(Revoked(message.uid))
+
+
+def _send(backend: Link[Run], messages: list[FromWorker]) -> None:
+    if messages:
+        backend.send(*messages)
+        messages.clear()
+
+
+# --- what a function leaves: output and processes
+
+
+def _capture(descriptor: int, folder: str) -> int:
+    """Send what is written to this descriptor into a file without a name, and give the file's descriptor."""
+    handle, path = tempfile.mkstemp(dir=folder)
+    os.close(handle)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+    os.unlink(path)
+    os.dup2(file, descriptor)
+    return file
+
+
+def _captured(file: int, stream: object, folder: str) -> Stream:
+    """What was written since the last call."""
+    with suppress(Exception):  # the function may have closed or replaced it
+        stream.flush()  # type: ignore[attr-defined]
+    size = os.fstat(file).st_size
+    if not size:
+        return _NOTHING
+    data = os.pread(file, size, 0)
+    os.ftruncate(file, 0)
+    return as_stream(data, folder)
+
+
+_NOTHING = Stream()
+
+
+def _end_children() -> None:
+    """End the processes that a function left behind; one system call where there are none."""
+    with suppress(ChildProcessError):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        end(_left_children)
+
+
+def _left_children() -> Iterable[int]:
+    return descendants(os.getpid())
