@@ -39,7 +39,7 @@ class _DragonContext(multiprocessing.context.SpawnContext):
     _name = "dragon"
 
 
-_contexts: dict[str, multiprocessing.context.BaseContext] = multiprocessing.context._concrete_contexts
+_contexts: dict[str, multiprocessing.context.BaseContext] = vars(multiprocessing.context)["_concrete_contexts"]
 _contexts.setdefault("dragon", _DragonContext())
 
 

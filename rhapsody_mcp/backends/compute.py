@@ -186,7 +186,8 @@ class _Engine:
         self._server: asyncio.Server | None = None
         self._peers: set[_Peer] = set()
         self._host: _Peer | None = None
-        self._host_ready = asyncio.get_running_loop().create_future()
+        self._host_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._workers_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._live: dict[str, _Live] = {}
         self._queue: deque[_Live] = deque()
         self._process_queue: deque[_Live] = deque()
@@ -197,16 +198,21 @@ class _Engine:
     # --- life
 
     async def start(self) -> None:
-        """Returns when the host can place processes; workers are on their way then."""
+        """Returns when the host and every worker can take tasks."""
         loop = asyncio.get_running_loop()
         address = str(self._folder.path / "backend")
         self._server = await loop.create_unix_server(lambda: _Peer(self), address)
         self._keeper = await self._start_keeper(address)
         self._watch = asyncio.create_task(self._watch_keeper(self._keeper))
-        async with asyncio.timeout(_START_S):
-            await self._host_ready
-        for _ in range(self.backend.num_workers):
-            self._place_worker()
+        try:
+            async with asyncio.timeout(_START_S):
+                await self._host_ready
+                for _ in range(self.backend.num_workers):
+                    self._place_worker()
+                await self._workers_up
+        except TimeoutError:
+            message = f"the engine of backend {self.backend.name!r} did not start in {_START_S:.0f} s"
+            raise BackendUnavailable(message + self._last_words()) from None
 
     async def _start_keeper(self, address: str) -> asyncio.subprocess.Process:
         mark = secrets.token_hex(8)
@@ -239,8 +245,10 @@ class _Engine:
     def lose(self, message: str) -> None:
         """The engine is gone: what it ran is lost."""
         self.lost = self.lost or message
-        if not self._host_ready.done():
-            self._host_ready.set_exception(BackendUnavailable(message))
+        for step in (self._host_ready, self._workers_up):
+            if not step.done():
+                step.set_exception(BackendUnavailable(message))
+                step.exception()  # nobody may be waiting any more
         for live in list(self._live.values()):
             if live.stop is None:
                 self._finish(live, _failed(Cause.LOST, message, live.started))
@@ -249,16 +257,13 @@ class _Engine:
 
     async def close(self) -> None:
         """End every process, then every task."""
+        self.lost = self.lost or f"backend {self.backend.name!r} was closed"
         if self._watch is not None and self._keeper is not None:
             for live in self._live.values():
                 live.stop = live.stop or Cause.CANCELED
             if self._keeper.stdin is not None:
                 self._keeper.stdin.close()
             await asyncio.gather(self._watch, return_exceptions=True)
-        if not self._host_ready.done():
-            self._host_ready.cancel()
-        elif not self._host_ready.cancelled():
-            self._host_ready.exception()
         if self._server is not None:
             self._server.close()
         for peer in list(self._peers):
@@ -363,7 +368,7 @@ class _Engine:
                 peer.worker = self._workers.get(message.worker)
                 if peer.worker is not None:
                     peer.worker.tasks = peer
-                    self._pump()
+                    self._on_up()
             case Listening():
                 if message.worker in self._workers:
                     self._workers[message.worker].control = peer
@@ -387,6 +392,11 @@ class _Engine:
         if peer.worker is not None and peer.worker.tasks is peer:
             peer.worker.tasks = None
             self._bury(peer.worker)
+
+    def _on_up(self) -> None:
+        if not self._workers_up.done() and all(worker.tasks is not None for worker in self._workers.values()):
+            self._workers_up.set_result(None)
+        self._pump()
 
     def _on_started(self, uid: str, at: float) -> None:
         live = self._live.get(uid)

@@ -89,7 +89,14 @@ def _write_config_shim(folder: Path) -> None:
     settings = Path(package.origin).parent / ".hsta-config" / "dragon-config.json"
     answers = json.loads(settings.read_text()) if settings.exists() else {}
     cases = [f"--get={shlex.quote(key)}) echo {shlex.quote(str(value))};;" for key, value in answers.items()]
-    script = ["#!/bin/sh", 'case "$1" in', *cases, '--get=*) echo "";;', f'*) exec {shlex.quote(str(real))} "$@";;', "esac"]
+    script = [
+        "#!/bin/sh",
+        'case "$1" in',
+        *cases,
+        '--get=*) echo "";;',
+        f'*) exec {shlex.quote(str(real))} "$@";;',
+        "esac",
+    ]
     folder.mkdir()
     shim = folder / "dragon-config"
     shim.write_text("\n".join(script) + "\n")

@@ -14,9 +14,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -50,21 +51,23 @@ def main() -> None:
     config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=HostConfig)
     os.chdir(config.cwd)
     adopt_orphans()
-    threading.Thread(target=_end_with_owner, args=(config.mark,), daemon=True).start()
     placer: Placer = DragonPlacer() if config.placer == "dragon" else LocalPlacer()
+    host = _Host(config, placer)
+    threading.Thread(target=_end_with_owner, args=(host,), daemon=True).start()
     with suppress(EOFError, ConnectionError):
-        _Host(config, placer).serve()
-    end(lambda: marked(PLACE, config.mark))
-    os._exit(0)
+        host.serve()
+    host.end()
 
 
-def _end_with_owner(mark: str) -> None:
-    """Wait for the lifeline to close, then end everything. os._exit, because sys.exit waits for Dragon's threads."""
+def _end_with_owner(host: _Host) -> None:
+    """Wait for the lifeline to close, then end everything."""
     lifeline = os.open(os.environ[LIFELINE], os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(lifeline, True)
     os.read(lifeline, 1)
-    end(lambda: marked(PLACE, mark))
-    os._exit(0)
+    host.end()
+
+
+_JOIN_S = 3.0
 
 
 class _Host:
@@ -76,6 +79,8 @@ class _Host:
         self.gpus = count_gpus()
         self._number = 0
         self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._ending = False
         self._workers: dict[str, _Process] = {}
         self._tasks: dict[str, _Task] = {}
         self._outbox: queue.SimpleQueue[FromHost] = queue.SimpleQueue()
@@ -99,6 +104,24 @@ class _Host:
                 os.read(self._awake, 4096)
                 self._send(backend)
 
+    def end(self) -> NoReturn:
+        """End what was placed, then this process.
+
+        With os._exit, because sys.exit waits for Dragon's threads. Not while a thread here waits for a process:
+        it may hold a lock in the memory that it shares with Dragon's launcher, which then never ends.
+        """
+        self._ending = True
+        deadline = time.monotonic() + _JOIN_S
+        for thread in list(self._threads):
+            end(lambda: marked(PLACE, self.config.mark))
+            thread.join(max(0.0, deadline - time.monotonic()))
+        os._exit(0)
+
+    def _run(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        self._threads = [thread, *(other for other in self._threads if other.is_alive())]
+        thread.start()
+
     def say(self, message: FromHost) -> None:
         """Send a message, from any thread."""
         self._outbox.put(message)
@@ -120,14 +143,16 @@ class _Host:
             self.say(Report(uid, at))
 
     def _obey(self, message: ToHost) -> None:
+        if self._ending:
+            return
         if isinstance(message, Place):
-            threading.Thread(target=self._run_worker, args=(message.worker,), daemon=True).start()
+            self._run(self._run_worker, message.worker)
         elif isinstance(message, Stop):
             if message.worker in self._workers:
                 threading.Thread(target=self._workers[message.worker].stop, daemon=True).start()
         elif isinstance(message, Ask):
             task = self._tasks[message.order.spec.uid] = _Task(self, message.order)
-            threading.Thread(target=self._run_task, args=(task,), daemon=True).start()
+            self._run(self._run_task, task)
         elif message.uid in self._tasks:
             self._tasks[message.uid].cancel()
 

@@ -78,7 +78,7 @@ class DragonPlacer:
         from dragon.native.process import Process
 
         self._process, self._policy = Process, Policy
-        self._lock = threading.Lock()
+        self._starting = threading.Lock()
 
     def place(self, arguments: list[str], env: dict[str, str], template: Template) -> Placed:
         process = self._process(
@@ -90,7 +90,7 @@ class DragonPlacer:
             stderr=self._process.DEVNULL,
             policy=self._policy_of(template),
         )
-        with self._lock:
+        with self._starting:
             process.start()
         return _DragonProcess(process, env[PLACE])
 

@@ -1,0 +1,6 @@
+"""The small language model that comes with the package: it answers every chat with a labelled JSON sample."""
+
+from pathlib import Path
+
+MODEL_NAME = "rhapsody-tiny"
+MODEL_DIR = Path(__file__).parent / "weights"
