@@ -58,6 +58,7 @@ class Backend(Protocol):
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
         """Take these tasks; the backend has started. Never blocks and never raises for a task.
 
+        Raises BackendUnavailable, with nothing taken, where the engine has died; `start` makes a new one.
         For each order `report` is called from the event loop with at most one Running and then exactly one
         Ended, also when the engine dies (cause lost) or the backend is closed. `read` opens bound values here,
         outside the processes that run user code: it may refuse one with InvalidTask.

@@ -102,6 +102,8 @@ class ComputeBackend(Awaitable):
     async def _start(self) -> None:
         self._refuse_to_start()
         self.progress = "starting"
+        if self._engine is not None:
+            await self._engine.close()
         engine = _Engine(self)
         try:
             await engine.start()
@@ -113,7 +115,8 @@ class ComputeBackend(Awaitable):
         self.progress = "ready"
 
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
-        assert self._engine is not None, "the session starts a backend before it submits"
+        if self._engine is None or self._engine.lost is not None:
+            raise BackendUnavailable(self._engine.lost if self._engine else f"backend {self.name!r} is not started.")
         self._engine.submit(orders, report)
 
     def cancel(self, uids: Collection[str]) -> None:
@@ -167,7 +170,7 @@ class _Worker:
         self.tasks: _Peer | None = None
         self.control: _Peer | None = None
         self.sent: dict[str, _Live] = {}
-        self.recalled = False
+        self.recalled: set[str] = set()
         self.window = 1
         self.exit_code: int | None = None
 
@@ -276,14 +279,8 @@ class _Engine:
         for order in orders:
             live = _Live(order, report)
             self._live[live.uid] = live
-            if self.lost is not None:
-                asyncio.get_running_loop().call_soon(self._finish, live, _failed(Cause.LOST, self.lost, None))
-            else:
-                (self._queue if self._runs_in_worker(live) else self._process_queue).append(live)
+            (self._queue if live.native else self._process_queue).append(live)
         self._pump()
-
-    def _runs_in_worker(self, live: _Live) -> bool:
-        return live.native
 
     def stop_tasks(self, uids: Iterable[str], cause: Cause) -> None:
         """Ask for tasks to end, because they are canceled or their time is up."""
@@ -350,9 +347,8 @@ class _Engine:
             return
         for worker in self._workers.values():
             if len(worker.sent) > 1 and worker.control is not None and not worker.recalled:
-                worker.recalled = True
-                uids = list(worker.sent)
-                worker.control.send(*(Interrupt(uid, running=False) for uid in uids[1 + len(uids) // 2 :] or uids[1:]))
+                worker.recalled = set(list(worker.sent)[1:])
+                worker.control.send(*(Interrupt(uid, running=False) for uid in worker.recalled))
 
     # --- what the engine says
 
@@ -414,8 +410,7 @@ class _Engine:
         worker.sent.pop(message.uid, None)
         quick = message.ended - message.started < _QUICK_S
         worker.window = min(worker.window * 2, _MOST_SENT) if quick else 1
-        if not worker.sent:
-            worker.recalled = False
+        worker.recalled.discard(message.uid)
         if live is not None:
             self._finish(live, _outcome(live, message))
         if self._queue:
@@ -429,6 +424,7 @@ class _Engine:
         if live is None or live.worker is None:
             return
         live.worker.sent.pop(uid, None)
+        live.worker.recalled.discard(uid)
         live.worker = None
         if live.stop is not None:
             self._finish(live, _stopped(live))

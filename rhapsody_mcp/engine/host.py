@@ -21,11 +21,10 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from rhapsody_mcp.engine.keeper import LIFELINE
 from rhapsody_mcp.engine.link import Link
 from rhapsody_mcp.engine.placers import DragonPlacer, LocalPlacer, Placed, Placer, count_gpus, this_host
-from rhapsody_mcp.engine.processes import PLACE, adopt_orphans, end, marked
-from rhapsody_mcp.engine.supervisor import GRACE_S, RankEnd, how_it_ended
+from rhapsody_mcp.engine.processes import PLACE, adopt_orphans, end, marked, open_lifeline
+from rhapsody_mcp.engine.supervisor import GRACE_S, OWNER_GONE, RankEnd, how_it_ended
 from rhapsody_mcp.engine.wire import (
     Ask,
     Ended,
@@ -61,9 +60,7 @@ def main() -> None:
 
 def _end_with_owner(host: _Host) -> None:
     """Wait for the lifeline to close, then end everything."""
-    lifeline = os.open(os.environ[LIFELINE], os.O_RDONLY | os.O_NONBLOCK)
-    os.set_blocking(lifeline, True)
-    os.read(lifeline, 1)
+    os.read(open_lifeline(), 1)
     host.end()
 
 
@@ -123,9 +120,10 @@ class _Host:
         thread.start()
 
     def say(self, message: FromHost) -> None:
-        """Send a message, from any thread."""
-        self._outbox.put(message)
-        os.write(self._wake, b"\0")
+        """Send a message, from any thread; nothing while everything is being ended, which is no news."""
+        if not self._ending:
+            self._outbox.put(message)
+            os.write(self._wake, b"\0")
 
     def _send(self, backend: Link[ToHost]) -> None:
         messages: list[FromHost] = []
@@ -170,13 +168,16 @@ class _Host:
             self.say(Failed(worker, str(error)))
             return
         code = process.join()
+        if code == OWNER_GONE:
+            return
         del self._workers[worker]
         self.say(Gone(worker, code if code <= 128 else 128 - code))
 
     def _run_task(self, task: _Task) -> None:
         outcome = task.run()
-        del self._tasks[task.uid]
-        self.say(Ended(task.uid, outcome))
+        if outcome is not None:
+            del self._tasks[task.uid]
+            self.say(Ended(task.uid, outcome))
 
     def next_number(self) -> int:
         with self._lock:
@@ -236,8 +237,8 @@ class _Task:
                 for process in self._processes:
                     threading.Thread(target=process.stop, daemon=True).start()
 
-    def run(self) -> Outcome:
-        """Run it to its end."""
+    def run(self) -> Outcome | None:
+        """Run it to its end; None where the keeper's end ended it, which the backend notices by itself."""
         for template in self.order.spec.layout.templates:
             if wrong := self._impossible(template):
                 return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=wrong)
@@ -251,6 +252,8 @@ class _Task:
             return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.LOST, error=message)
         codes = self._join()
         timer.cancel()
+        if OWNER_GONE in codes:
+            return None
         return self._outcome([self._rank_end(rank, code) for rank, code in enumerate(codes)])
 
     def _impossible(self, template: Template) -> str:

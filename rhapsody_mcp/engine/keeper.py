@@ -11,10 +11,8 @@ everything that carries the command's mark. It ends with the command's exit code
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 import secrets
-import select
 import signal
 import subprocess
 import sys
@@ -22,9 +20,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from rhapsody_mcp.engine.processes import ENGINE, end, marked
-
-LIFELINE = "RHAPSODY_LIFELINE"
+from rhapsody_mcp.engine.folders import LAUNCHER, unlink_shared_memory
+from rhapsody_mcp.engine.processes import ENGINE, LIFELINE, end, marked, outlives
 
 
 def main() -> int:
@@ -35,13 +32,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rhapsody-keeper-") as folder:
         lifeline, writer = _lifeline(Path(folder))
         command = _start(options, mark, lifeline)
+        Path(options.log).with_name(LAUNCHER).write_text(str(command.pid))
         signal.signal(signal.SIGTERM, lambda *_: os.close(0))
-        if not _ended_before_owner(command):
+        if not outlives(command.pid, 0):
             _stop(command, options.stop, options.grace, writer)
         _kill_group(command.pid)
+        code = command.wait()
         end(lambda: marked(ENGINE, mark))
-        _unlink_shared_memory(command.pid)
-    code = command.wait()
+        unlink_shared_memory(command.pid)
     return code if code >= 0 else 128 - code
 
 
@@ -59,7 +57,7 @@ def _options() -> argparse.Namespace:
 
 
 def _lifeline(folder: Path) -> tuple[Path, int]:
-    """A FIFO whose only writer is this process: its readers see end-of-file when this process ends, however."""
+    """The FIFO that LIFELINE names, and its writing end."""
     path = folder / "lifeline"
     os.mkfifo(path, 0o600)
     return path, os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -80,20 +78,6 @@ def _start(options: argparse.Namespace, mark: str, lifeline: Path) -> subprocess
         )
 
 
-def _ended_before_owner(command: subprocess.Popen[bytes]) -> bool:
-    """Wait for the command's end or the owner's; True for the command's."""
-    ended = os.pidfd_open(command.pid) if sys.platform == "linux" else -1
-    while command.poll() is None:
-        try:
-            watched = [0, ended] if ended >= 0 else [0]
-            readable, _, _ = select.select(watched, [], [], None if ended >= 0 else 0.2)
-            if 0 in readable and not os.read(0, 4096):
-                return False
-        except OSError:  # TERM closed the lifeline
-            return False
-    return True
-
-
 def _stop(command: subprocess.Popen[bytes], how: str, grace_s: float, writer: int) -> None:
     if how == "close":
         os.close(writer)
@@ -107,25 +91,6 @@ def _stop(command: subprocess.Popen[bytes], how: str, grace_s: float, writer: in
 def _kill_group(group: int) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
-
-
-def _unlink_shared_memory(launcher: int) -> None:
-    """Remove what a killed Dragon runtime leaves in /dev/shm; its names hold the launcher's pid."""
-    prefix = f"DD{str(os.getuid())[-3:]}{str(launcher)[-3:]}"
-    left = {*glob.glob(f"/dev/shm/{prefix}*"), *glob.glob(f"/dev/shm/*{launcher}[DM]")}
-    for path in left - _mapped(left):
-        with suppress(OSError):
-            os.unlink(path)
-
-
-def _mapped(paths: set[str]) -> set[str]:
-    """Those that a living process uses: another runtime's names may differ only in digits that they leave out."""
-    used = set()
-    for maps in glob.glob("/proc/[0-9]*/maps") if paths else ():
-        with suppress(OSError):
-            text = Path(maps).read_text()
-            used |= {path for path in paths if path in text}
-    return used
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import time
@@ -11,12 +12,26 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["ENGINE", "PLACE", "adopt_orphans", "descendants", "end", "marked", "reap"]
+__all__ = [
+    "ENGINE",
+    "LIFELINE",
+    "PLACE",
+    "adopt_orphans",
+    "descendants",
+    "end",
+    "marked",
+    "open_lifeline",
+    "outlives",
+    "reap",
+]
 
 ENGINE = "RHAPSODY_ENGINE"
 """Marks every process under a keeper; the value is the keeper's random id."""
 PLACE = "RHAPSODY_PLACE"
 """Marks every process of one placed process; the value is the engine's id, a dot, and a number."""
+
+LIFELINE = "RHAPSODY_LIFELINE"
+"""Names a FIFO whose only writer is the keeper: its readers see end-of-file when that ends, however it ends."""
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -69,6 +84,43 @@ def end(find: Callable[[], Iterable[int]], grace_s: float = 0.0, within_s: float
         _signal(alive, signal.SIGKILL)
         reap()
         time.sleep(0.005)
+
+
+def outlives(pid: int, lifeline: int) -> bool:
+    """Wait for this process's child to end, or for end-of-file on the lifeline; True where the child ends first.
+
+    The child is not collected.
+    """
+    child = os.pidfd_open(pid) if sys.platform == "linux" else -1
+    watched = [lifeline, child] if child >= 0 else [lifeline]
+    try:
+        while not _has_ended(pid):
+            readable, _, _ = select.select(watched, [], [], None if child >= 0 else _POLL_S)
+            if lifeline in readable and not os.read(lifeline, 4096):
+                return False
+    except OSError:  # the lifeline was closed
+        return False
+    finally:
+        if child >= 0:
+            os.close(child)
+    return True
+
+
+_POLL_S = 0.2  # where the system has no descriptor for a process
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def open_lifeline() -> int:
+    """The reading end of the keeper's lifeline, for a process under it; at end-of-file where the keeper is gone."""
+    try:
+        lifeline = os.open(os.environ[LIFELINE], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.set_blocking(lifeline, True)
+    return lifeline
 
 
 def reap() -> None:

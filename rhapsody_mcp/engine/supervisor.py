@@ -2,7 +2,7 @@
 
     python -m rhapsody_mcp.engine.supervisor CONFIG
 
-TERM ends the child's whole tree: politely first, then with KILL. When this process has ended nothing that it
+TERM ends the child's whole tree: politely first, then with KILL; so does the end of the keeper, at once. When this process has ended nothing that it
 started is left, and for a rank the file CONFIG.outcome says what came of it.
 """
 
@@ -23,7 +23,7 @@ from typing import NoReturn
 import msgspec
 
 from rhapsody_mcp.engine.output import move_stream, write_file
-from rhapsody_mcp.engine.processes import adopt_orphans, descendants, end
+from rhapsody_mcp.engine.processes import adopt_orphans, descendants, end, open_lifeline, outlives
 from rhapsody_mcp.engine.wire import PlaceConfig, Result
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import RankOutcome
@@ -31,10 +31,12 @@ from rhapsody_mcp.model.specs import Call, Command, Template
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import INLINE_BYTES, Ref, Stream, Value, follow, load
 
-__all__ = ["RankEnd"]
+__all__ = ["GRACE_S", "OWNER_GONE", "RankEnd", "how_it_ended"]
 
 GRACE_S = 2
 """From TERM to KILL."""
+OWNER_GONE = 86
+"""The exit code of a supervisor whose keeper has ended."""
 
 
 class RankEnd(msgspec.Struct, frozen=True):
@@ -86,6 +88,9 @@ def _supervise(child: Callable[[], NoReturn], started: Callable[[int], None] = l
     signal.signal(signal.SIGALRM, _kill)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     started(pid)
+    if not outlives(pid, open_lifeline()):
+        end(lambda: descendants(os.getpid()))
+        os._exit(OWNER_GONE)
     _, status = os.waitpid(pid, 0)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.alarm(0)

@@ -13,6 +13,7 @@ from rhapsody_mcp.backends.base import Backend, Ended, Event, Kind, Running
 from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.model.errors import (
     BackendError,
+    BackendUnavailable,
     InvalidRequest,
     InvalidTask,
     RhapsodyError,
@@ -179,8 +180,11 @@ class Session:
 
     def _hand_over(self, lane: _Lane, orders: list[Order]) -> None:
         if lane.ready:
-            lane.backend.submit(orders, self._report, self._read)
-            return
+            try:
+                lane.backend.submit(orders, self._report, self._read)
+                return
+            except BackendUnavailable:  # its engine has died since; it gets a new one
+                lane.ready = False
         lane.pending.extend(orders)
         if lane.opening is None:
             lane.opening = asyncio.create_task(self._open(lane))
@@ -188,13 +192,12 @@ class Session:
     async def _open(self, lane: _Lane) -> None:
         try:
             await lane.backend.start()
+            orders, lane.pending = lane.pending, []
+            lane.backend.submit(orders, self._report, self._read)
+            lane.ready = True
         except RhapsodyError as error:
             cause = Cause.LOST if isinstance(error, BackendError) else Cause.INVALID
             self._refuse(lane, cause, f"backend {lane.backend.name!r} did not start: {error}")
-        else:
-            lane.ready = True
-            orders, lane.pending = lane.pending, []
-            lane.backend.submit(orders, self._report, self._read)
         finally:
             lane.opening = None
 
