@@ -7,6 +7,7 @@ import io
 import pickle
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,8 +27,9 @@ Script = Callable[[TaskSpec, list[Any]], Any]
 class ScriptedBackend(Awaitable):
     """Answers each task with what `script(spec, values)` returns; what it raises makes the task FAILED.
 
-    `values` are the results that the task refers to, in the order of their uids. While `gate` is clear, tasks
-    stay RUNNING. `received` holds every order. `start_error` is raised by `start`.
+    A script that returns an Outcome gives the whole of what came of the task. `values` are the results that the
+    task refers to, in the order of their uids. While `gate` is clear, tasks stay RUNNING. `received` holds every
+    order. `start_error` is raised by `start`.
     """
 
     def __init__(
@@ -55,7 +57,8 @@ class ScriptedBackend(Awaitable):
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
         self.received.extend(orders)
         for order in orders:
-            self._running[order.spec.uid] = asyncio.create_task(self._run(order, report, read))
+            task = self._running[order.spec.uid] = asyncio.create_task(self._run(order, report, read))
+            task.add_done_callback(partial(_report_canceled, order.spec.uid, report))
 
     async def _run(self, order: Order, report: Report, read: Reader) -> None:
         uid, started = order.spec.uid, time.time()
@@ -63,15 +66,8 @@ class ScriptedBackend(Awaitable):
         try:
             await self.gate.wait()
             values = [read(order.bindings[name]) for name in sorted(order.bindings)]
-            value = msgspec.json.encode(self.script(order.spec, values))
-            outcome = Outcome(
-                state=TaskState.DONE,
-                started=started,
-                ended=time.time(),
-                value=Value("json", "scripted", len(value), value),
-            )
-        except asyncio.CancelledError:
-            outcome = _ended(TaskState.CANCELED, Cause.CANCELED, "canceled", started)
+            answer = self.script(order.spec, values)
+            outcome = answer if isinstance(answer, Outcome) else _done(answer, started)
         except Exception as error:  # whatever the script raises is the task's failure
             outcome = _ended(TaskState.FAILED, Cause.ERROR, f"{type(error).__name__}: {error}", started)
         report(Ended(uid, outcome))
@@ -84,7 +80,7 @@ class ScriptedBackend(Awaitable):
     async def close(self) -> None:
         self.closed = True
         self.cancel(list(self._running))
-        await asyncio.gather(*self._running.values())
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
 
     def describe(self) -> dict[str, Any]:
         return {"backend": self.name, "kinds": sorted(self.kinds)}
@@ -98,5 +94,17 @@ def call_of(spec: TaskSpec) -> Any:
     return pickle.load(io.BytesIO(arguments)) if isinstance(arguments, bytes) and arguments else arguments
 
 
-def _ended(state: TaskState, cause: Cause, message: str, started: float) -> Outcome:
+def _report_canceled(uid: str, report: Report, task: asyncio.Task[None]) -> None:
+    """Also for a task that was canceled before its first step."""
+    if task.cancelled():
+        report(Ended(uid, _ended(TaskState.CANCELED, Cause.CANCELED, "canceled on request", None)))
+
+
+def _done(answer: object, started: float) -> Outcome:
+    data = msgspec.json.encode(answer)
+    value = Value("json", type(answer).__name__, len(data), data)
+    return Outcome(state=TaskState.DONE, started=started, ended=time.time(), value=value)
+
+
+def _ended(state: TaskState, cause: Cause, message: str, started: float | None) -> Outcome:
     return Outcome(state=state, cause=cause, error=message, started=started, ended=time.time())

@@ -2,8 +2,8 @@
 
     python -m rhapsody_mcp.engine.supervisor CONFIG
 
-TERM ends the child's whole tree: politely first, then with KILL; so does the end of the keeper, at once. When this process has ended nothing that it
-started is left, and for a rank the file CONFIG.outcome says what came of it.
+TERM ends the child's whole tree, politely first, then with KILL; the end of the keeper ends it at once. When this
+process has ended nothing that it started is left, and for a rank the file CONFIG.outcome says what came of it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,251 @@
+"""Turns prompt tasks into chat requests, and the answers into outcomes: what every inference backend shares."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from rhapsody_mcp.backends.base import Ended, Report, Running
+from rhapsody_mcp.backends.batches import Dispatcher, Limits, Prompt
+from rhapsody_mcp.backends.chat import Answer, ChatServer, Conversation, Lost, Refused
+from rhapsody_mcp.engine.call import encode
+from rhapsody_mcp.model.errors import InvalidTask, UnknownName
+from rhapsody_mcp.model.outcome import Outcome, Usage
+from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import INLINE_BYTES, Reader, Ref, Value, follow
+
+__all__ = ["Completions", "Defaults", "check_prompts"]
+
+_LEAST_TOP_P = 1e-6
+"""Stands for a top_p of 0, which vLLM refuses: of any likelihood that a 32-bit float can tell, only the greatest."""
+_NOT_THE_TASKS_FAULT = (408, 425, 429)
+
+logger = logging.getLogger(__name__)
+
+
+class Defaults(msgspec.Struct, frozen=True):
+    """What a request has where its task says nothing. `parameters` are fields of the server's chat API."""
+
+    model: str
+    parameters: dict[str, Any] = {}
+    system_prompt: str | None = None
+
+
+def check_prompts(spec: TaskSpec) -> None:
+    """Raise InvalidTask for a task that no server can answer."""
+    if not isinstance(spec.work, Completion):
+        raise InvalidTask("it is no prompt, and this backend only runs prompts; another backend runs functions.")
+    if len(spec.work.stop_sequences) > 4:
+        raise InvalidTask(f"it has {len(spec.work.stop_sequences)} stop_sequences; a model server takes 4 at most.")
+
+
+class Completions:
+    """Answers orders with these servers. Close it before the servers."""
+
+    def __init__(self, servers: Iterable[ChatServer], defaults: Defaults, limits: Limits) -> None:
+        self._servers = list(servers)
+        self._defaults = defaults
+        self._dispatcher = Dispatcher(self._servers, limits)
+        self._jobs: dict[str, asyncio.Task[Outcome]] = {}
+
+    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+        for order in orders:
+            job = _Job(order, report, read, self._dispatcher, self._defaults, self._servers)
+            task = asyncio.create_task(job.run())
+            self._jobs[order.spec.uid] = task
+            task.add_done_callback(partial(self._ended, job, report))
+
+    def _ended(self, job: _Job, report: Report, task: asyncio.Task[Outcome]) -> None:
+        uid = job.order.spec.uid
+        del self._jobs[uid]
+        if task.cancelled():
+            outcome = job.failed(Cause.CANCELED, "canceled on request")
+        elif (error := task.exception()) is not None:
+            logger.error("prompt task %s broke off", uid, exc_info=error)
+            outcome = job.failed(Cause.ERROR, f"{type(error).__name__}: {error}")
+        else:
+            outcome = task.result()
+        report(Ended(uid, outcome))
+
+    def cancel(self, uids: Collection[str]) -> None:
+        for uid in uids:
+            if uid in self._jobs:
+                self._jobs[uid].cancel()
+
+    def lose(self, server: ChatServer, message: str) -> None:
+        """This server is gone, and so is what it was working on."""
+        self._dispatcher.lose(server, message)
+
+    async def close(self) -> None:
+        """Cancel every task, and return when no server works on one."""
+        tasks = list(self._jobs.values())
+        self.cancel(list(self._jobs))
+        if tasks:
+            await asyncio.wait(tasks)
+        await self._dispatcher.close()
+
+
+class _Job:
+    """One task on its way to its outcome."""
+
+    def __init__(
+        self,
+        order: Order,
+        report: Report,
+        read: Reader,
+        dispatcher: Dispatcher,
+        defaults: Defaults,
+        servers: Sequence[ChatServer],
+    ) -> None:
+        self.order, self.report, self.read = order, report, read
+        self.dispatcher, self.defaults, self.servers = dispatcher, defaults, servers
+        self.started: float | None = None
+        self.time_limit = asyncio.timeout(None)
+
+    async def run(self) -> Outcome:
+        timeout_s = self.order.spec.timeout_s
+        try:
+            texts, many = _texts(self.order, self.read)
+            answers = await self._ask(self._prompts(texts))
+            return await self._done(answers, many)
+        except InvalidTask as error:
+            return self.failed(Cause.INVALID, str(error))
+        except TimeoutError:
+            return self.failed(Cause.TIMEOUT, f"its time of {timeout_s} s was up")
+        except Refused as refusal:
+            server_fault = refusal.status >= 500 or refusal.status in _NOT_THE_TASKS_FAULT
+            return self.failed(Cause.ERROR if server_fault else Cause.INVALID, self._explained(refusal))
+        except Lost as lost:
+            return self.failed(Cause.LOST, str(lost))
+
+    def _prompts(self, texts: list[str]) -> list[Prompt]:
+        work = _work(self.order)
+        system = work.system_prompt if work.system_prompt is not None else self.defaults.system_prompt
+        parameters = _parameters(work, self.defaults)
+        kin = msgspec.json.encode([parameters, self.order.spec.timeout_s], order="sorted")
+        return [Prompt(_conversation(system, text), parameters, kin, self._sent) for text in texts]
+
+    async def _ask(self, prompts: list[Prompt]) -> list[Answer]:
+        try:
+            async with self.time_limit:
+                self.dispatcher.ask(prompts)
+                return await asyncio.gather(*(prompt.answer for prompt in prompts))
+        except Refused as refusal:
+            if len(prompts) == 1:
+                raise
+            number = next(number for number, prompt in enumerate(prompts, 1) if prompt.has_failed)
+            raise Refused(refusal.status, f"prompt {number} of {len(prompts)}: {refusal}") from refusal
+        finally:
+            await self.dispatcher.withdraw(prompts)
+
+    def _sent(self) -> None:
+        """The task runs from when the first of its prompts goes out; so does its time."""
+        if self.started is None:
+            self.started = time.time()
+            if (timeout_s := self.order.spec.timeout_s) is not None:
+                self.time_limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+            self.report(Running(self.order.spec.uid, self.started))
+
+    async def _done(self, answers: list[Answer], many: bool) -> Outcome:
+        texts = [answer.text for answer in answers]
+        long = sum(map(len, texts)) > INLINE_BYTES // 4  # a character is up to 4 bytes
+        result = texts if many else texts[0]
+        value = await asyncio.to_thread(self._encoded, result) if long else self._encoded(result)
+        cut = sum(answer.cut for answer in answers)
+        notes = (f"{cut} of {len(answers)} answers were cut off at max_tokens or the model's length",) if cut else ()
+        return Outcome(
+            state=TaskState.DONE,
+            started=self.started,
+            ended=time.time(),
+            value=value,
+            usage=_sum([answer.usage for answer in answers]),
+            notes=notes,
+        )
+
+    def _encoded(self, result: str | list[str]) -> Value:
+        return encode(result, self.order.folder)
+
+    def _explained(self, refusal: Refused) -> str:
+        """The server's message, with what to do where that is known."""
+        model = _work(self.order).model or self.defaults.model
+        served = self.servers[0].models
+        if refusal.status == 404 and served and model not in served:
+            return f"{UnknownName('model', model, served)} The server says: {refusal}"
+        if refusal.status in (401, 403):
+            return f"{refusal}. Give the backend another api_key."
+        return str(refusal)
+
+    def failed(self, cause: Cause, message: str) -> Outcome:
+        state = TaskState.CANCELED if cause is Cause.CANCELED else TaskState.FAILED
+        return Outcome(state=state, started=self.started, ended=time.time(), cause=cause, error=message)
+
+
+def _work(order: Order) -> Completion:
+    assert isinstance(order.spec.work, Completion), "the session routes by kind, and check_prompts looks again"
+    return order.spec.work
+
+
+def _parameters(work: Completion, defaults: Defaults) -> dict[str, Any]:
+    own = {
+        "model": work.model or defaults.model,
+        "temperature": work.temperature,
+        "max_tokens": work.max_tokens,
+        "top_p": work.top_p,
+        "top_k": work.top_k,
+        "stop": list(work.stop_sequences) or None,
+    }
+    parameters = {**defaults.parameters, **{name: value for name, value in own.items() if value is not None}}
+    if parameters.get("top_p") == 0.0:
+        parameters["top_p"] = _LEAST_TOP_P
+    return parameters
+
+
+def _conversation(system: str | None, text: str) -> Conversation:
+    user = {"role": "user", "content": text}
+    return [{"role": "system", "content": system}, user] if system else [user]
+
+
+def _texts(order: Order, read: Reader) -> tuple[list[str], bool]:
+    """The texts to send, and whether the result is a list: also where a lone Ref stands for a list of texts."""
+    work = _work(order)
+    values = [part if isinstance(part, str) else _value(part, order.bindings, read) for part in work.prompts]
+    if not work.many and isinstance(values[0], list | tuple) and all(isinstance(text, str) for text in values[0]):
+        return list(values[0]), True
+    return [_as_text(value) for value in values], work.many
+
+
+def _value(ref: Ref, bindings: Mapping[str, Value], read: Reader) -> Any:
+    if ref.uid not in bindings:
+        raise InvalidTask(f"{ref.uid} has no result that a prompt could hold.")
+    try:
+        value = read(bindings[ref.uid])
+    except InvalidTask as error:
+        raise InvalidTask(f"{ref.uid} cannot be part of a prompt: {error}") from error
+    except Exception as error:  # unpickling runs the user's own code
+        raise InvalidTask(f"the result of {ref.uid} cannot be read: {type(error).__name__}: {error}") from error
+    return follow(value, ref.path)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.encode(value).decode()
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise InvalidTask(
+            f"a {type(value).__name__} cannot be part of a prompt: {error}. Return a text, or plain data as in JSON."
+        ) from error
+
+
+def _sum(usages: list[Usage | None]) -> Usage | None:
+    known = [usage for usage in usages if usage is not None]
+    if not known or len(known) < len(usages):
+        return None
+    return Usage(sum(usage.prompt_tokens for usage in known), sum(usage.completion_tokens for usage in known))

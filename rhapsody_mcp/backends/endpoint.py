@@ -1,0 +1,115 @@
+"""Runs prompts on an OpenAI-compatible server that somebody else runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from rhapsody_mcp.backends.base import Awaitable, Kind, Report
+from rhapsody_mcp.backends.batches import read_limits
+from rhapsody_mcp.backends.chat import ChatServer, Lost, Refused
+from rhapsody_mcp.backends.completions import Completions, Defaults, check_prompts
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.values import Reader
+
+__all__ = ["EndpointInferenceBackend"]
+
+
+class EndpointInferenceBackend(Awaitable):
+    """Sends prompts to the server at a URL; no process is started."""
+
+    kinds: tuple[Kind, ...] = ("prompt",)
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        api_key: str | None = None,
+        *,
+        name: str = "endpoint",
+        max_batch_size: int = 256,
+        max_batch_wait_ms: int = 500,
+    ) -> None:
+        """`url` is as for any OpenAI client, as in "http://host:8000/v1"; `model` is by default the first that the
+        server lists. `max_batch_size` is the most prompts that the server has at a time, and `max_batch_wait_ms`
+        the longest that a prompt waits for others while the server could take it."""
+        self.name = name
+        self._url, self._model, self._api_key = url, model, api_key
+        self._limits = read_limits(max_batch_size, max_batch_wait_ms / 1000)
+        self._lock = asyncio.Lock()
+        self._server: ChatServer | None = None
+        self._completions: Completions | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def progress(self) -> str:
+        if self._closing is not None:
+            return "closed"
+        return "not started" if self._completions is None else "ready"
+
+    def describe(self) -> dict[str, Any]:
+        url = self._server.url if self._server else self._url
+        models = list(self._server.models) if self._server else []
+        return {"backend": self.name, "progress": self.progress, "url": url, "model": self._model, "models": models}
+
+    def check(self, spec: TaskSpec) -> None:
+        check_prompts(spec)
+
+    async def start(self) -> None:
+        async with self._lock:
+            if self._closing is not None:
+                raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
+            if self._completions is None:
+                server = await self._find()
+                self._model = self._model or server.models[0]
+                self._server = server
+                self._completions = Completions([server], Defaults(self._model), self._limits)
+
+    async def _find(self) -> ChatServer:
+        """The server at the URL, or at /v1 below it, where it answers to a request for its models."""
+        try:
+            return await self._open(self._url)
+        except Refused as refusal:
+            if refusal.status in (401, 403):
+                raise InvalidSettings(f"{self._url} wants another api_key: {refusal}.") from refusal
+            first = refusal
+        except Lost as lost:
+            raise BackendUnavailable(f"{lost}. Look whether the server runs, and whether the url is right.") from lost
+        try:
+            return await self._open(f"{self._url.rstrip('/')}/v1")
+        except (Refused, Lost):
+            raise InvalidSettings(
+                f"{self._url} is no OpenAI-compatible server: {first}. Give the address that has /models below it."
+            ) from first
+
+    async def _open(self, url: str) -> ChatServer:
+        server = ChatServer(url, self._api_key)
+        try:
+            await server.ask_models()
+            if not server.models and self._model is None:
+                raise InvalidSettings(f"{url} lists no models; name one: model=...")
+        except BaseException:
+            await server.close()
+            raise
+        return server
+
+    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+        assert self._completions is not None, "a session starts a backend before it submits"
+        self._completions.submit(orders, report, read)
+
+    def cancel(self, uids: Collection[str]) -> None:
+        if self._completions is not None:
+            self._completions.cancel(uids)
+
+    async def close(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        async with self._lock:
+            if self._completions is not None and self._server is not None:
+                await self._completions.close()
+                await self._server.close()

@@ -1,0 +1,238 @@
+"""Runs prompts on vLLM servers that it starts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Collection, Coroutine, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rhapsody_mcp.backends.base import Awaitable, Kind, Report
+from rhapsody_mcp.backends.batches import Limits, read_limits
+from rhapsody_mcp.backends.chat import Lost, Refused
+from rhapsody_mcp.backends.completions import Completions, Defaults, check_prompts
+from rhapsody_mcp.backends.vllm_config import Device, VllmConfig, read_config
+from rhapsody_mcp.backends.vllm_plan import Plan, find_model, look_at_hardware, plan_servers
+from rhapsody_mcp.backends.vllm_server import VllmServer
+from rhapsody_mcp.engine.folders import Folder
+from rhapsody_mcp.model.errors import BackendUnavailable
+from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.values import Reader
+
+__all__ = ["DragonVllmInferenceBackend"]
+
+_MAX_BATCH_SIZE = 1024
+_MAX_BATCH_WAIT_MS = 500
+
+
+class DragonVllmInferenceBackend(Awaitable):
+    """Starts one stock vLLM server for each `tp_size` of `num_gpus`, and shares prompts out among them.
+
+    Server i listens on `port` + i of 127.0.0.1; `urls` are their OpenAI APIs, for any client that has `api_key`.
+    Each is a process of this node that sees its own GPUs and no others (CUDA_VISIBLE_DEVICES); on the CPU, each
+    uses all cores. A server that dies fails the tasks that it was working on, and is not started again.
+    """
+
+    kinds: tuple[Kind, ...] = ("prompt",)
+
+    def __init__(
+        self,
+        config_file: str | os.PathLike[str] | None = None,
+        model_name: str | None = None,
+        num_nodes: int | None = None,
+        num_gpus: int | None = None,
+        tp_size: int | None = None,
+        port: int | None = None,
+        max_batch_size: int = _MAX_BATCH_SIZE,
+        max_batch_wait_ms: int = _MAX_BATCH_WAIT_MS,
+        *,
+        model: str | None = None,
+        device: Device | None = None,
+        name: str = "vllm",
+    ) -> None:
+        """What is given here wins over `config_file`, which is read when the backend starts.
+
+        config_file        YAML that describes model and hardware; `rhapsody-mcp init` writes one
+        model_name         the name that tasks use, and the model itself where nothing else names it
+        num_nodes          1: a backend serves on its own node
+        num_gpus, tp_size  GPUs in all, and GPUs for one server; without num_gpus, one server on a GPU if there is
+                           one, else on the CPU
+        port               of the first server; None for any that is free
+        max_batch_size     the most prompts that one server has at a time, and that one request holds
+        max_batch_wait_ms  the longest that a prompt waits for others while the server could take it
+        model              what to load: a folder, a hub name, or "shipped" for the model of this package
+        device             "auto", "cpu" or "cuda"
+        """
+        self.name = name
+        self.api_key = secrets.token_urlsafe(32)
+        self._file = None if config_file is None else Path(config_file).expanduser().absolute()
+        self._overrides: dict[str, dict[str, Any]] = {
+            "required": {"model_name": model_name, "tp_size": tp_size},
+            "hardware": {"num_nodes": num_nodes, "num_gpus": num_gpus},
+            "server": {"model": model, "device": device},
+        }
+        self._port = port
+        self._max_batch_size, self._max_batch_wait_ms = max_batch_size, max_batch_wait_ms
+        self._lock = asyncio.Lock()
+        self._starting: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        self._began: float | None = None
+        self._folder: Folder | None = None
+        self._plan: Plan | None = None
+        self._servers: list[VllmServer] = []
+        self._completions: Completions | None = None
+        self._unused: list[str] = []
+
+    # --- what it is
+
+    @property
+    def urls(self) -> list[str]:
+        """The OpenAI API of each server; empty before the start."""
+        return [server.url for server in self._servers]
+
+    @property
+    def progress(self) -> str:
+        """How far the start is, in words."""
+        if self._closing is not None:
+            return "closed"
+        if self._completions is not None:
+            return "ready"
+        if self._began is None:
+            return "not started"
+        stage = self._servers[0].stage if self._servers else "looking at model and hardware"
+        return f"starting vLLM: {stage}, {time.monotonic() - self._began:.0f} s"
+
+    def describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = {"backend": self.name, "progress": self.progress}
+        if self._plan is not None:
+            described |= {
+                "model": self._plan.model.names[0],
+                "models": list(self._plan.model.names),
+                "device": self._plan.device,
+                "replicas": len(self._plan.launches),
+                "urls": self.urls,
+                "logs": [str(launch.log) for launch in self._plan.launches],
+            }
+        if self._unused:
+            described["settings that nothing here needs"] = self._unused
+        return described
+
+    def check(self, spec: TaskSpec) -> None:
+        check_prompts(spec)
+
+    # --- its life
+
+    async def start(self) -> None:
+        async with self._lock:
+            if self._closing is not None:
+                raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
+            if self._completions is not None:
+                return
+            self._starting = asyncio.create_task(self._start())
+            try:
+                await self._starting
+            except asyncio.CancelledError:
+                if self._closing is not None:
+                    raise BackendUnavailable(f"backend {self.name!r} was closed while it started.") from None
+                raise
+            finally:
+                self._starting = self._began = None
+
+    async def _start(self) -> None:
+        self._began = time.monotonic()
+        config = read_config(self._file, self._overrides)
+        limits = self._limits(config)
+        plan = await self._make_plan(config)
+        self._servers = [VllmServer(launch) for launch in plan.launches]
+        self._plan, self._unused = plan, config.unused
+        try:
+            await _together(server.start(config.server.start_timeout_s) for server in self._servers)
+        except BaseException as error:
+            await _to_its_end(_stop(self._servers))
+            self._servers, self._plan = [], None
+            if isinstance(error, Refused | Lost):
+                raise BackendUnavailable(f"the vLLM server does not answer: {error}") from error
+            raise
+        defaults = Defaults(plan.model.names[0], config.llm.request_parameters, config.llm.system_text)
+        self._completions = Completions(self._servers, defaults, limits)
+        for server in self._servers:
+            server.watch(partial(self._completions.lose, server))
+
+    async def _make_plan(self, config: VllmConfig) -> Plan:
+        folders = [Path.cwd(), *([self._file.parent] if self._file else [])]
+        model = find_model(config, folders)
+        hardware = await look_at_hardware(config)
+        if self._folder is None:
+            self._folder = Folder()
+        return plan_servers(config, model, hardware, port=self._port, api_key=self.api_key, folder=self._folder.path)
+
+    def _limits(self, config: VllmConfig) -> Limits:
+        """The constructor's bounds where they are not its defaults, else the file's."""
+        batching = config.input_batching
+        at_once, wait_s = self._max_batch_size, self._max_batch_wait_ms / 1000
+        if at_once == _MAX_BATCH_SIZE and batching.max_batch_limit is not None:
+            at_once = batching.max_batch_limit
+        if self._max_batch_wait_ms == _MAX_BATCH_WAIT_MS and batching.input_batch_wait_seconds is not None:
+            wait_s = batching.input_batch_wait_seconds
+        return read_limits(at_once, wait_s, batches=batching.toggle_on)
+
+    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+        assert self._completions is not None, "a session starts a backend before it submits"
+        self._completions.submit(orders, report, read)
+
+    def cancel(self, uids: Collection[str]) -> None:
+        if self._completions is not None:
+            self._completions.cancel(uids)
+
+    async def close(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait({self._starting})
+        if self._completions is not None:
+            await self._completions.close()
+        await _stop(self._servers)
+        if self._folder is not None:
+            self._folder.remove()
+
+
+async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run these at the same time; where one fails, cancel the others, and raise when all have ended."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+async def _stop(servers: Iterable[VllmServer]) -> None:
+    stops = [asyncio.create_task(server.stop()) for server in servers]
+    if stops:
+        await asyncio.wait(stops)
+    for stop in stops:
+        stop.result()
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Run this to its end, also while the caller is being cancelled; the caller is cancelled afterwards."""
+    task = asyncio.create_task(work)
+    canceled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            canceled = True
+    task.result()
+    if canceled:
+        raise asyncio.CancelledError

