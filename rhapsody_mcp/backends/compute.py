@@ -60,6 +60,8 @@ class ComputeBackend(Awaitable):
     """
 
     placer: Literal["dragon", "local"]
+    dispatch: Literal["workers", "batch"] = "workers"
+    """With batch, a worker is started for a bundle of functions and ends with it."""
     kinds: Collection[Kind] = ("function", "executable")
 
     def __init__(self, num_workers: int | None, name: str) -> None:
@@ -165,13 +167,13 @@ class _Live:
 class _Worker:
     """A worker process as the backend sees it; `sent` are its tasks, the running one first."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, window: int) -> None:
         self.name = name
         self.tasks: _Peer | None = None
         self.control: _Peer | None = None
         self.sent: dict[str, _Live] = {}
         self.recalled: set[str] = set()
-        self.window = 1
+        self.window = window
         self.exit_code: int | None = None
 
 
@@ -180,6 +182,7 @@ class _Engine:
 
     def __init__(self, backend: ComputeBackend) -> None:
         self.backend = backend
+        self._bundles = backend.dispatch == "batch"
         self.lost: str | None = None
         self.ready: Ready | None = None
         self._folder = Folder()
@@ -210,9 +213,10 @@ class _Engine:
         try:
             async with asyncio.timeout(_START_S):
                 await self._host_ready
-                for _ in range(self.backend.num_workers):
-                    self._place_worker()
-                await self._workers_up
+                if not self._bundles:
+                    for _ in range(self.backend.num_workers):
+                        self._place_worker()
+                    await self._workers_up
         except TimeoutError:
             message = f"the engine of backend {self.backend.name!r} did not start in {_START_S:.0f} s"
             raise BackendUnavailable(message + self._last_words()) from None
@@ -221,7 +225,9 @@ class _Engine:
         mark = secrets.token_hex(8)
         config = self._folder.path / "host.json"
         sys_path = [entry or os.getcwd() for entry in sys.path]
-        host = HostConfig(self.backend.placer, mark, address, str(self._folder.path), sys_path, os.getcwd())
+        host = HostConfig(
+            self.backend.placer, mark, address, str(self._folder.path), sys_path, os.getcwd(), self._bundles
+        )
         config.write_bytes(msgspec.json.encode(host))
         return await asyncio.create_subprocess_exec(
             *[sys.executable, "-m", "rhapsody_mcp.engine.keeper", "--name", self.backend.name, "--mark", mark],
@@ -314,6 +320,8 @@ class _Engine:
 
     def _pump(self) -> None:
         """Give workers and the host what they have room for."""
+        if self._bundles and self.lost is None:
+            self._start_bundles()
         for worker in self._workers.values():
             if self._queue and worker.tasks is not None and worker.exit_code is None:
                 self._feed(worker)
@@ -325,6 +333,13 @@ class _Engine:
             self._process_queue.popleft()
             self._used_slots += slots
             self._host.send(Ask(live.order))
+
+    def _start_bundles(self) -> None:
+        """Have a worker placed for each bundle that waits; it gets its bundle when it is up."""
+        bundles = -(-len(self._queue) // _MOST_SENT)
+        coming = sum(not worker.sent for worker in self._workers.values())
+        for _ in range(min(bundles - coming, self.backend.num_workers - len(self._workers))):
+            self._place_worker()
 
     def _feed(self, worker: _Worker) -> None:
         share = -(-len(self._queue) // max(1, len(self._workers)))
@@ -408,16 +423,24 @@ class _Engine:
         worker, live = peer.worker, self._live.get(message.uid)
         assert worker is not None
         worker.sent.pop(message.uid, None)
+        if live is not None:
+            self._finish(live, _outcome(live, message))
+        if self._bundles:
+            self._on_bundle(worker)
+            return
         quick = message.ended - message.started < _QUICK_S
         worker.window = min(worker.window * 2, _MOST_SENT) if quick else 1
         worker.recalled.discard(message.uid)
-        if live is not None:
-            self._finish(live, _outcome(live, message))
         if self._queue:
             if len(worker.sent) <= worker.window // 2:
                 self._feed(worker)
         elif not worker.sent:
             self._steal()
+
+    def _on_bundle(self, worker: _Worker) -> None:
+        """Let a worker whose bundle is done go; the end of its connection tells it."""
+        if not worker.sent and worker.tasks is not None:
+            worker.tasks.transport.close()
 
     def _on_revoked(self, uid: str) -> None:
         live = self._live.get(uid)
@@ -459,12 +482,13 @@ class _Engine:
                 message = f"its process {how_it_ended(worker.exit_code)} before the function returned."
                 self._finish(live, _failed(Cause.CRASHED, message, live.started, worker.exit_code))
         self._queue.extendleft(live for live in reversed(rest) if live.uid in self._live)
-        if self.lost is None:
+        if self.lost is None and not self._bundles:
             self._place_worker()
+        self._pump()
 
     def _place_worker(self) -> None:
         self._worker_count += 1
-        worker = _Worker(str(self._worker_count))
+        worker = _Worker(str(self._worker_count), _MOST_SENT if self._bundles else 1)
         self._workers[worker.name] = worker
         if self._host is not None:
             self._host.send(Place(worker.name))

@@ -9,9 +9,12 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Literal
 
 from rhapsody_mcp.backends.compute import ComputeBackend
+from rhapsody_mcp.engine.placers import TASK_VARIABLES
+from rhapsody_mcp.engine.pmi import lend_pmix
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 
 __all__ = ["DragonExecutionBackendV3"]
@@ -36,8 +39,8 @@ class DragonExecutionBackendV3(ComputeBackend):
     ) -> None:
         """`num_workers` is one a core where it is not given.
 
-        `dispatch="batch"` sends native functions through Dragon's Batch scheduler, in bundles: much slower for
-        short functions, and a function that ends its process takes the functions of its bundle with it.
+        `dispatch="batch"` has Dragon's Batch scheduler start native functions, in bundles of up to 64, each in a
+        process of its own: with the same guarantees, and much slower where functions are short.
         """
         super().__init__(num_workers, name)
         if num_nodes != 1:
@@ -70,7 +73,10 @@ class DragonExecutionBackendV3(ComputeBackend):
         _write_config_shim(folder / "bin")
         path = environment.get("PATH", os.defpath)
         environment["PATH"] = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), path])
-        return environment
+        # in its own folder Dragon leaves nothing behind that outlives the engine
+        own = {"TMPDIR": str(folder), **lend_pmix(folder / "lib", environment)}
+        usual = {"TMPDIR": gettempdir(), "LD_LIBRARY_PATH": "", **environment}
+        return {**environment, **own, TASK_VARIABLES: json.dumps({name: usual[name] for name in own})}
 
 
 def _launcher() -> str | None:

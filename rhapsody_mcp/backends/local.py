@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from rhapsody_mcp.backends.compute import ComputeBackend
+from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.specs import TaskSpec
 
 __all__ = ["LocalExecutionBackend"]
 
@@ -15,3 +17,11 @@ class LocalExecutionBackend(ComputeBackend):
     def __init__(self, num_workers: int | None = None, *, name: str = "local") -> None:
         """`num_workers` is one a core where it is not given."""
         super().__init__(num_workers, name)
+
+    def check(self, spec: TaskSpec) -> None:
+        super().check(spec)
+        if spec.layout.pmi not in (None, "none"):
+            raise InvalidTask(
+                f'backend {self.name!r} runs no MPI: type="mpi" needs the Dragon backend. Here "pmi": "none" runs its '
+                "ranks as independent processes, with no MPI between them."
+            )

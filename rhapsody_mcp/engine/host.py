@@ -7,14 +7,17 @@ It ends when the lifeline closes, with everything that it placed.
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import select
+import shutil
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +25,18 @@ from typing import Any, NoReturn
 import msgspec
 
 from rhapsody_mcp.engine.link import Link
-from rhapsody_mcp.engine.placers import DragonPlacer, LocalPlacer, Placed, Placer, count_gpus, this_host
+from rhapsody_mcp.engine.placers import (
+    TASK_VARIABLES,
+    DragonPlacer,
+    LocalPlacer,
+    Placed,
+    Placer,
+    Program,
+    Together,
+    count_gpus,
+    this_host,
+)
+from rhapsody_mcp.engine.pmi import PmiName, Prober, rank_environment
 from rhapsody_mcp.engine.processes import PLACE, adopt_orphans, end, marked, open_lifeline
 from rhapsody_mcp.engine.supervisor import GRACE_S, OWNER_GONE, RankEnd, how_it_ended
 from rhapsody_mcp.engine.wire import (
@@ -48,7 +62,6 @@ __all__ = ["main"]
 
 def main() -> None:
     config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=HostConfig)
-    os.chdir(config.cwd)
     adopt_orphans()
     placer: Placer = DragonPlacer() if config.placer == "dragon" else LocalPlacer()
     host = _Host(config, placer)
@@ -67,13 +80,22 @@ def _end_with_owner(host: _Host) -> None:
 _JOIN_S = 3.0
 
 
+def _batch_placer() -> Placer:
+    from rhapsody_mcp.engine.batch import BatchPlacer
+
+    return BatchPlacer()
+
+
 class _Host:
     """The main thread talks with the backend; each task and each worker has a thread that waits for its end."""
 
     def __init__(self, config: HostConfig, placer: Placer) -> None:
         self.config, self.placer = config, placer
+        self._worker_placer = _batch_placer() if config.batch else placer
         self.cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
         self.gpus = count_gpus()
+        self.task_env: dict[str, str] = json.loads(os.environ.get(TASK_VARIABLES, "{}"))
+        self.prober = Prober(config.folder, config.sys_path)
         self._number = 0
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -108,6 +130,7 @@ class _Host:
         it may hold a lock in the memory that it shares with Dragon's launcher, which then never ends.
         """
         self._ending = True
+        self.prober.stop()
         deadline = time.monotonic() + _JOIN_S
         for thread in list(self._threads):
             end(lambda: marked(PLACE, self.config.mark))
@@ -159,11 +182,14 @@ class _Host:
             number=self.next_number(),
             folder=self.config.folder,
             sys_path=self.config.sys_path,
+            cwd=self.config.cwd,
             worker=worker,
             address=self.config.address,
         )
         try:
-            process = self._workers[worker] = _Process(self, config, Template())
+            process = _Process(self, config, Template())
+            process.place(self._worker_placer)
+            self._workers[worker] = process
         except Exception as error:  # Dragon raises errors of many kinds
             self.say(Failed(worker, str(error)))
             return
@@ -186,7 +212,7 @@ class _Host:
 
 
 class _Process:
-    """A supervisor that was placed."""
+    """A supervisor."""
 
     def __init__(self, host: _Host, config: PlaceConfig, template: Template) -> None:
         self.path = f"{config.folder}/p{config.number}"
@@ -194,29 +220,34 @@ class _Process:
         self._gone = threading.Event()
         Path(self.path).write_bytes(msgspec.msgpack.encode(config))
         command = [sys.executable, "-m", "rhapsody_mcp.engine.supervisor", self.path]
-        self._placed: Placed = host.placer.place(command, {PLACE: self._place}, template)
+        self.program = Program(command, {**host.task_env, PLACE: self._place}, template)
+        self.placed: Placed
+        self._left: RankEnd | None = None
+
+    def place(self, placer: Placer) -> None:
+        """Start it by itself; the ranks that a PMI joins are started together."""
+        self.placed = placer.place(self.program)
 
     def join(self) -> int:
         """Wait until it and all that it started has ended; its exit code."""
-        code = self._placed.join()
+        code = self.placed.join()
         end(lambda: marked(PLACE, self._place))
         self._gone.set()
         return code
 
     def stop(self) -> None:
         """End it with its tree; returns when that is asked for, and done where it did not help to ask."""
-        self._placed.terminate()
+        self.placed.terminate()
         if not self._gone.wait(GRACE_S + 1):
             end(lambda: marked(PLACE, self._place))
 
     def rank_end(self) -> RankEnd | None:
         """What it left, or None where it was killed."""
         left = Path(f"{self.path}.outcome")
-        if not left.exists():
-            return None
-        found = msgspec.msgpack.decode(left.read_bytes(), type=RankEnd)
-        left.unlink()
-        return found
+        if self._left is None and left.exists():
+            self._left = msgspec.msgpack.decode(left.read_bytes(), type=RankEnd)
+            left.unlink()
+        return self._left
 
 
 class _Task:
@@ -226,7 +257,13 @@ class _Task:
         self.host, self.order, self.uid = host, order, order.spec.uid
         self.reported = False
         self._stop: Cause | None = None
+        self._stopped: Future[None] = Future()
         self._processes: list[_Process] = []
+        self._pmi: PmiName | None = None
+        self._together: Together | None = None
+        self._failed: int | None = None
+        self._ended: set[int] = set()
+        self._dragged: set[int] = set()
         self._lock = threading.Lock()
 
     def cancel(self, cause: Cause = Cause.CANCELED) -> None:
@@ -234,14 +271,16 @@ class _Task:
         with self._lock:
             if self._stop is None:
                 self._stop = cause
-                for process in self._processes:
-                    threading.Thread(target=process.stop, daemon=True).start()
+                self._stopped.set_result(None)
+                _stop_all(self._processes)
 
     def run(self) -> Outcome | None:
         """Run it to its end; None where the keeper's end ended it, which the backend notices by itself."""
         for template in self.order.spec.layout.templates:
             if wrong := self._impossible(template):
                 return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=wrong)
+        if wrong := self._find_pmi():
+            return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=wrong)
         timer = self._timer()
         try:
             self._place()
@@ -254,7 +293,29 @@ class _Task:
         timer.cancel()
         if OWNER_GONE in codes:
             return None
-        return self._outcome([self._rank_end(rank, code) for rank, code in enumerate(codes)])
+        outcome = self._outcome([self._rank_end(rank, code) for rank, code in enumerate(codes)])
+        self._free()
+        return outcome
+
+    def _free(self) -> None:
+        """Give back what a job under a PMI had besides its processes."""
+        if self._together is not None:
+            with suppress(Exception):  # Dragon raises errors of many kinds; the ranks have ended well or badly before
+                self._together.close()
+            shutil.rmtree(self._memory, ignore_errors=True)
+
+    def _find_pmi(self) -> str:
+        """Learn which PMI its ranks get; why there is none, empty where there is or it needs none."""
+        wanted = self.order.spec.layout.pmi
+        if wanted is None or wanted == "none":
+            return ""
+        answer = self.host.prober.find(wanted)
+        either: list[Future[Any]] = [answer, self._stopped]
+        wait(either, return_when=FIRST_COMPLETED)
+        if self._stopped.done():
+            return ""
+        self._pmi = answer.result().pmi
+        return answer.result().problem
 
     def _impossible(self, template: Template) -> str:
         """What this node cannot give; empty where it can."""
@@ -275,37 +336,86 @@ class _Task:
         return timer
 
     def _place(self) -> None:
-        host = self.host
-        for rank, template in enumerate(self.order.spec.layout.templates):
-            config = PlaceConfig(
-                number=host.next_number(),
-                folder=host.config.folder,
-                sys_path=host.config.sys_path,
-                order=self.order,
-                rank=rank,
-                sets_affinity=host.placer.sets_affinity,
-                started=host.events_path,
-            )
+        if self._pmi is not None:
+            self._place_together(self._pmi)
+            return
+        for rank in range(self.order.spec.layout.ranks):
+            process = self._process(rank)
             with self._lock:
                 if self._stop is not None:
                     return
-                self._processes.append(_Process(host, config, template))
+                process.place(self.host.placer)
+                self._processes.append(process)
+
+    def _place_together(self, pmi: PmiName) -> None:
+        """Start all ranks under one PMI; it takes a second, in which the host goes on."""
+        processes = [self._process(rank) for rank in range(self.order.spec.layout.ranks)]
+        shared = rank_environment(self._memory)
+        programs = [process.program for process in processes]
+        programs = [program._replace(env={**shared, **program.env}) for program in programs]
+        self._together = self.host.placer.place_together(programs, pmi)
+        for process, placed in zip(processes, self._together.ranks, strict=True):
+            process.placed = placed
+        with self._lock:
+            self._processes = processes
+            if self._stop is not None:
+                _stop_all(processes)
+
+    @property
+    def _memory(self) -> Path:
+        """A folder for what the MPI library shares between the ranks."""
+        return Path(self.host.config.folder, f"mpi-{self.uid}")
+
+    def _process(self, rank: int) -> _Process:
+        host = self.host
+        config = PlaceConfig(
+            number=host.next_number(),
+            folder=host.config.folder,
+            sys_path=host.config.sys_path,
+            cwd=host.config.cwd,
+            order=self.order,
+            rank=rank,
+            sets_affinity=host.placer.sets_affinity,
+            started=host.events_path,
+        )
+        return _Process(host, config, self.order.spec.layout.templates[rank])
 
     def _join(self) -> list[int]:
-        return [process.join() for process in self._processes]
+        if self._together is None:
+            return [process.join() for process in self._processes]
+        with ThreadPoolExecutor(len(self._processes)) as waiting:
+            return list(waiting.map(self._join_together, range(len(self._processes))))
+
+    def _join_together(self, rank: int) -> int:
+        """Wait for a rank; when it has failed, end the others, which would wait for it for ever."""
+        code = self._processes[rank].join()
+        end = self._processes[rank].rank_end()
+        failed = end is None or end.outcome.cause is not None
+        with self._lock:
+            self._ended.add(rank)
+            if failed and self._failed is None and self._stop is None:
+                self._failed = rank
+                self._dragged = set(range(len(self._processes))) - self._ended
+                _stop_all(self._processes[other] for other in self._dragged)
+        return code
 
     def _rank_end(self, rank: int, code: int) -> RankEnd:
         found = self._processes[rank].rank_end()
-        if found is not None:
+        if found is None:
+            error = f"its process {how_it_ended(code)}."
+            found = RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
+        if rank not in self._dragged or found.outcome.cause is None:
             return found
-        error = f"its process {how_it_ended(code)}."
-        return RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
+        error = f"ended because rank {self._failed} failed"
+        outcome = msgspec.structs.replace(found.outcome, cause=Cause.CANCELED, error=error)
+        return msgspec.structs.replace(found, outcome=outcome)
 
     def _outcome(self, ends: list[RankEnd]) -> Outcome:
         """The task's outcome: DONE where every rank is; its value, output and exit code are rank 0's, or the first
         failed rank's exit code."""
         ranks = [found.outcome for found in ends]
         bad = [rank for rank in ranks if rank.cause is not None]
+        bad.sort(key=lambda rank: rank.rank != self._failed)  # what failed first, where that is known
         spec = self.order.spec
         state, cause, error, trace = TaskState.DONE, None, "", ""
         if self._stop is not None:
@@ -337,6 +447,12 @@ class _Task:
         if self.order.spec.layout.pmi == "none":
             notes.append(f'pmi "none": {ranks} independent ranks, no MPI between them')
         return tuple(notes)
+
+
+def _stop_all(processes: Iterable[_Process]) -> None:
+    """End them; does not wait."""
+    for process in processes:
+        threading.Thread(target=process.stop, daemon=True).start()
 
 
 _STOPPED: dict[Cause, str] = {

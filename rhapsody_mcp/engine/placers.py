@@ -7,14 +7,37 @@ import signal
 import socket
 import subprocess
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rhapsody_mcp.engine.processes import PLACE, marked
 from rhapsody_mcp.model.specs import Template
 
-__all__ = ["DragonPlacer", "LocalPlacer", "Placed", "Placer", "count_gpus"]
+__all__ = [
+    "TASK_VARIABLES",
+    "DragonPlacer",
+    "LocalPlacer",
+    "Placed",
+    "Placer",
+    "Program",
+    "Together",
+    "count_gpus",
+    "terminate_marked",
+    "this_host",
+]
+
+TASK_VARIABLES = "RHAPSODY_TASK_VARIABLES"
+"""Holds a JSON object of variables: the host and Dragon run with other values, what they place gets these."""
+
+
+class Program(NamedTuple):
+    """What to start; `env` is added to the variables that are there, and holds PLACE."""
+
+    arguments: list[str]
+    env: dict[str, str]
+    template: Template
 
 
 class Placed(Protocol):
@@ -27,12 +50,24 @@ class Placed(Protocol):
         """Send it TERM; nothing happens where it has ended."""
 
 
+class Together(Protocol):
+    """The ranks of one job, which find each other through a PMI."""
+
+    ranks: list[Placed]
+
+    def close(self) -> None:
+        """Free what the job had besides its ranks, which have ended."""
+
+
 class Placer(Protocol):
     sets_affinity: bool
     """Whether a placed process has to bind itself to CPUs and GPUs."""
 
-    def place(self, arguments: list[str], env: dict[str, str], template: Template) -> Placed:
-        """Start a program with these variables added, PLACE among them; from any thread."""
+    def place(self, program: Program) -> Placed:
+        """Start a program; from any thread."""
+
+    def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
+        """Start one program a rank, in order, under a PMI that works here; from any thread."""
 
 
 class LocalPlacer:
@@ -40,17 +75,20 @@ class LocalPlacer:
 
     sets_affinity = True
 
-    def place(self, arguments: list[str], env: dict[str, str], template: Template) -> Placed:
+    def place(self, program: Program) -> Placed:
         return _Child(
             subprocess.Popen(
-                arguments,
-                env={**os.environ, **env},
+                program.arguments,
+                env={**os.environ, **program.env},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
         )
+
+    def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
+        raise NotImplementedError("a job that needs a PMI is refused when it is submitted")
 
 
 class _Child:
@@ -80,19 +118,46 @@ class DragonPlacer:
         self._process, self._policy = Process, Policy
         self._starting = threading.Lock()
 
-    def place(self, arguments: list[str], env: dict[str, str], template: Template) -> Placed:
-        process = self._process(
-            target=arguments[0],
-            args=arguments[1:],
-            env=env,
-            cwd=os.getcwd(),
-            stdout=self._process.DEVNULL,
-            stderr=self._process.DEVNULL,
-            policy=self._policy_of(template),
-        )
+    def place(self, program: Program) -> Placed:
+        process = self._process(**self._start_of(program))
         with self._starting:
             process.start()
-        return _DragonProcess(process, env[PLACE])
+        return _DragonProcess(process, program.env[PLACE])
+
+    def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
+        from dragon.infrastructure.facts import PMIBackend
+        from dragon.native.process import ProcessTemplate
+        from dragon.native.process_group import ProcessGroup
+
+        group = ProcessGroup(restart=False, ignore_error_on_exit=True, pmi=PMIBackend(pmi))
+        for program in programs:
+            group.add_process(1, ProcessTemplate(**self._start_of(program)))
+        group.init()
+        try:
+            group.start()
+            # ascending ids are the order of the ranks
+            ids = sorted({*group.puids, *(puid for puid, _ in group.inactive_puids)})
+        except BaseException:
+            group.close()
+            raise
+        return _DragonGroup(
+            group,
+            [
+                _DragonProcess(self._process(None, ident=puid), program.env[PLACE])
+                for puid, program in zip(ids, programs, strict=True)
+            ],
+        )
+
+    def _start_of(self, program: Program) -> dict[str, Any]:
+        return {
+            "target": program.arguments[0],
+            "args": program.arguments[1:],
+            "env": program.env,
+            "cwd": os.getcwd(),
+            "stdout": self._process.DEVNULL,
+            "stderr": self._process.DEVNULL,
+            "policy": self._policy_of(program.template),
+        }
 
     def _policy_of(self, template: Template) -> Any:
         placement = self._policy.Placement
@@ -113,10 +178,25 @@ class _DragonProcess:
         return int(self._process.returncode)
 
     def terminate(self) -> None:
-        """By the kernel, not by Dragon: after a Dragon kill its launcher spins at the end and never ends."""
-        for pid in marked(PLACE, self._place):
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGTERM)
+        terminate_marked(self._place)
+
+
+def terminate_marked(place: str) -> None:
+    """Send TERM by the kernel, not by Dragon: after a Dragon kill its launcher spins at the end and never ends."""
+    for pid in marked(PLACE, place):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGTERM)
+
+
+class _DragonGroup:
+    """Has a manager process and a dictionary in Dragon besides its ranks."""
+
+    def __init__(self, group: Any, ranks: list[Placed]) -> None:
+        self._group, self.ranks = group, ranks
+
+    def close(self) -> None:
+        self._group.join()  # until it knows that they have ended: else it kills them, through Dragon
+        self._group.close()
 
 
 def count_gpus() -> int:

@@ -52,6 +52,7 @@ def main() -> None:
     config = msgspec.msgpack.decode(path.read_bytes(), type=PlaceConfig)
     path.unlink()
     adopt_orphans()
+    os.chdir(config.cwd if os.path.isdir(config.cwd) else "/")
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
     if config.worker:
         os._exit(_exit_status(_supervise(lambda: _worker(config))))

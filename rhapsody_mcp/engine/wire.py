@@ -185,7 +185,10 @@ ToBackend = FromWorker | FromHost
 
 
 class HostConfig(msgspec.Struct, frozen=True):
-    """`address` is the backend's socket, in a folder that only this user can enter; `mark` marks processes."""
+    """`address` is the backend's socket, in a folder that only this user can enter; `mark` marks processes.
+
+    `batch` sends workers through Dragon's Batch.
+    """
 
     placer: Literal["dragon", "local"]
     mark: str
@@ -193,6 +196,7 @@ class HostConfig(msgspec.Struct, frozen=True):
     folder: str
     sys_path: list[str]
     cwd: str
+    batch: bool = False
 
 
 class PlaceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -205,6 +209,7 @@ class PlaceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
     number: int
     folder: str
     sys_path: list[str]
+    cwd: str
     worker: str = ""
     address: str = ""
     order: Order | None = None

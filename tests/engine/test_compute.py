@@ -429,6 +429,21 @@ def backend_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     yield request.param
 
 
+async def test_native_functions_go_through_batch_with_the_same_guarantees(tmp_path: Path) -> None:
+    async with Session([DragonExecutionBackendV3(num_workers=2, dispatch="batch")]) as session:
+        good = [ComputeTask(identity, args=(n,)) for n in range(100)]
+        bad = [ComputeTask(leave), ComputeTask(unpicklable), ComputeTask(raise_error)]
+        slow = ComputeTask(
+            sleep_with_children, args=(str(tmp_path / "up"),), task_backend_specific_kwargs={"timeout": 1.0}
+        )
+        process = ComputeTask(identity, args=(1,), task_backend_specific_kwargs=PROCESS)
+        await run(session, *good[:50], *bad, slow, process, *good[50:])
+    assert [task.return_value for task in good] == list(range(100))
+    assert [task.cause for task in bad] == [Cause.CRASHED, Cause.ERROR, Cause.ERROR]
+    assert (slow.cause, process.return_value) == (Cause.TIMEOUT, 1)
+    assert not family("sleep", "300")
+
+
 async def test_closing_cancels_what_runs_and_leaves_nothing(backend_type: type[Any], tmp_path: Path) -> None:
     backend = await backend_type(num_workers=1)
     session = Session([backend])

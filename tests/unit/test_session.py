@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rhapsody_mcp.api import AITask, ComputeTask, Part, RhapsodyError, Session, Source, TaskCanceled, TaskFailed
+from rhapsody_mcp.backends.base import Kind
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidTask, SessionClosed, UnknownName
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -19,6 +20,10 @@ from rhapsody_mcp.model.statistics import Timing, summarise
 from rhapsody_mcp.testing import ScriptedBackend
 
 pytestmark = pytest.mark.anyio
+
+
+FUNCTIONS: tuple[Kind, ...] = ("function",)
+PROMPTS: tuple[Kind, ...] = ("prompt",)
 
 
 def echo(spec: TaskSpec, values: list[Any]) -> Any:
@@ -38,8 +43,8 @@ async def test_a_task_is_updated_in_place_and_is_its_own_result() -> None:
     assert (str(task.state), task.return_value, task.exception) == ("NEW", None, None)
     async with Session(backends=[await ScriptedBackend(echo)]) as session:
         futures = await session.submit_tasks([task])
-        assert await asyncio.gather(*futures) == [task]
-        assert await asyncio.gather(task) == [task]
+        assert list(await asyncio.gather(*futures)) == [task]
+        assert list(await asyncio.gather(task)) == [task]
     assert f"{task.state:>6}|{task.state}" == "  DONE|DONE"
     assert task.return_value == task.uid
     assert re.fullmatch(r"task\.\d{6}", task.uid)
@@ -53,7 +58,7 @@ async def test_tasks_are_numbered_in_order_of_creation_over_both_kinds() -> None
 
 async def test_tasks_go_to_the_backend_they_name_or_the_first_that_runs_their_kind() -> None:
     compute = ScriptedBackend(echo, name="compute", kinds=("function", "executable"))
-    inference = ScriptedBackend(echo, name="inference", kinds=("prompt",))
+    inference = ScriptedBackend(echo, name="inference", kinds=PROMPTS)
     spare = ScriptedBackend(echo, name="spare")
     tasks = [ComputeTask(work), AITask("x"), ComputeTask(work, backend="spare")]
     async with Session([compute, inference, spare]) as session:
@@ -201,12 +206,12 @@ LOOP.args[0].append(LOOP)
         ([AITask("x", backend="compute")], "is a prompt, which backend 'compute' does not run; 'scripted' does"),
         ([ComputeTask(work, args=(ComputeTask(work),))], "is not in this session"),
         ([LOOP], "in a circle"),
-        ([ComputeTask(work, args=(open,)), "task"], "not a str"),  # type: ignore[list-item]
+        ([ComputeTask(work, args=(open,)), "task"], "not a str"),
     ],
 )
 async def test_a_wrong_submission_is_refused_whole(tasks: list[Any], words: str) -> None:
     good = ComputeTask(work)
-    backends = [ScriptedBackend(echo), ScriptedBackend(echo, name="compute", kinds=("function",))]
+    backends = [ScriptedBackend(echo), ScriptedBackend(echo, name="compute", kinds=FUNCTIONS)]
     async with Session(backends) as session:
         with pytest.raises(InvalidRequest, match=re.escape(words)):
             await session.submit_tasks([good, *tasks])
@@ -219,7 +224,7 @@ async def test_a_wrong_submission_is_refused_whole(tasks: list[Any], words: str)
 async def test_arguments_that_cannot_travel_are_refused_at_submission() -> None:
     async with Session([ScriptedBackend(echo)]) as session:
         with pytest.raises(InvalidTask, match="cannot be sent to another process"):
-            await session.submit_tasks([ComputeTask(work, args=((item for item in ()),))])
+            await session.submit_tasks([ComputeTask(work, args=((n for n in range(3)),))])
 
 
 async def test_a_task_runs_once() -> None:
