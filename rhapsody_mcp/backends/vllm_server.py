@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import glob
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import msgspec
 
 from rhapsody_mcp.backends.chat import Answer, ChatServer, Conversation, Lost, Refused
 from rhapsody_mcp.engine.processes import descendants
+from rhapsody_mcp.engine.shared_memory import segments_of, unlink_unused
 from rhapsody_mcp.model.errors import BackendUnavailable
 
 __all__ = ["Launch", "VllmServer"]
@@ -64,8 +63,8 @@ class VllmServer(ChatServer):
                 waited = f"{time.monotonic() - began:.0f} s (server.start_timeout_s)"
                 raise BackendUnavailable(f"the vLLM server was not ready after {waited}: {self.last_words()}")
             await healthy
-            segments = await asyncio.to_thread(_segments, descendants(self._keeper.pid))
-            self._exit.add_done_callback(lambda _: _unlink(segments))
+            segments = await asyncio.to_thread(segments_of, descendants(self._keeper.pid))
+            self._exit.add_done_callback(lambda _: unlink_unused(segments))
         finally:
             healthy.cancel()
         await self.ask_models()
@@ -151,30 +150,6 @@ class VllmServer(ChatServer):
                 return log.read().decode("utf-8", "replace")
         except OSError:
             return ""
-
-
-def _segments(pids: list[int]) -> list[str]:
-    """The shared memory that these processes made, which stays where one of them is killed."""
-    inodes = set()
-    for pid in pids:
-        with suppress(OSError):
-            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-            inodes |= {int(line.split()[4]) for line in lines if "/dev/shm/" in line}
-    named = [path for pattern in ("psm_*", "sem.mp-*", "nccl-*") for path in glob.glob(f"/dev/shm/{pattern}")]
-    return [path for path in named if _inode(path) in inodes]
-
-
-def _inode(path: str) -> int | None:
-    try:
-        return os.stat(path).st_ino
-    except OSError:
-        return None
-
-
-def _unlink(paths: list[str]) -> None:
-    for path in paths:
-        with suppress(OSError):
-            os.unlink(path)
 
 
 _STAGES = (

