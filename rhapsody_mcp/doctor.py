@@ -1,0 +1,118 @@
+"""Says what is there and what is missing on this machine, and how to get it."""
+
+from __future__ import annotations
+
+import ctypes.util
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from rhapsody_mcp.engine.folders import Folder
+from rhapsody_mcp.machine import Machine, Part, look
+from rhapsody_mcp.settings import settings_file
+from rhapsody_mcp.shipped_model import MODEL_DIR
+
+__all__ = ["Finding", "examine", "run_doctor"]
+
+Verdict = Literal["there", "missing", "note"]
+_MARKS = {"there": "[green]✓[/]", "missing": "[red]✗[/]", "note": "[yellow]·[/]"}
+_GIB = 1024**3
+_LEAST_SHM_GIB = 1.0
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that was looked at. The demo needs what is `needed`."""
+
+    what: str
+    verdict: Verdict
+    told: str
+    needed: bool = False
+
+
+def run_doctor() -> int:
+    """Print the findings; 0 where the demo can run."""
+    findings = list(examine(look()))
+    table = Table("", "what", "found", show_lines=False)
+    for finding in findings:
+        table.add_row(_MARKS[finding.verdict], finding.what, finding.told)
+    console = Console(highlight=False)
+    console.print(table)
+    lacking = [finding.what for finding in findings if finding.needed and finding.verdict == "missing"]
+    console.print(f"The demo cannot run without: {', '.join(lacking)}." if lacking else "Ready: rhapsody-mcp demo")
+    return 1 if lacking else 0
+
+
+def examine(machine: Machine) -> Iterator[Finding]:
+    """Look at everything that this package uses; starts nothing."""
+    memory = f", {machine.memory_gib:g} GiB memory" if machine.memory_gib else ""
+    yield Finding("machine", "there", f"{machine.host}, {machine.system}, {machine.cores} cores{memory}")
+    yield Finding("Python", "there", f"{machine.python} at {sys.executable}")
+    yield _part(machine.dragon, "note", "; until then sessions use the local backend")
+    yield _part(machine.vllm, "missing", "")
+    yield _shipped_model()
+    yield _gpus(machine)
+    yield _pmi()
+    yield _temporary_folder()
+    yield _shared_memory()
+    yield _settings()
+
+
+def _part(part: Part, without: Verdict, meanwhile: str) -> Finding:
+    if part.present:
+        return Finding(part.name, "there", part.version)
+    return Finding(part.name, without, f"not installed; get it with: {part.remedy}{meanwhile}", without == "missing")
+
+
+def _shipped_model() -> Finding:
+    weights = MODEL_DIR / "model.safetensors"
+    if weights.is_file():
+        return Finding("shipped model", "there", f"{weights.stat().st_size / 1e6:.1f} MB at {MODEL_DIR}")
+    return Finding("shipped model", "missing", f"no weights in {MODEL_DIR}; install this package again", needed=True)
+
+
+def _gpus(machine: Machine) -> Finding:
+    if machine.gpus:
+        return Finding("GPU", "there", ", ".join(machine.gpus))
+    return Finding("GPU", "note", "none; vLLM serves small models on the CPU")
+
+
+def _pmi() -> Finding:
+    """Only a probe by the engine can tell that it works."""
+    if library := ctypes.util.find_library("pmix") or ctypes.util.find_library("pmi"):
+        return Finding("MPI", "there", f"{library} is here; the first MPI job tries whether it works")
+    return Finding("MPI", "note", "no PMIx or Cray PMI library: MPI jobs are refused, other jobs of many ranks run")
+
+
+def _temporary_folder() -> Finding:
+    try:
+        folder = Folder()
+    except OSError as error:
+        return Finding("temporary folder", "missing", f"{error}; set TMPDIR to a folder of yours", needed=True)
+    free = shutil.disk_usage(folder.path).free / _GIB
+    folder.remove()
+    return Finding("temporary folder", "there", f"{folder.path.parent}, {free:.0f} GiB free")
+
+
+def _shared_memory() -> Finding:
+    path = Path("/dev/shm")
+    if not path.is_dir():
+        return Finding("shared memory", "note", "no /dev/shm: Dragon does not run here")
+    free = shutil.disk_usage(path).free / _GIB
+    if free < _LEAST_SHM_GIB:
+        return Finding(
+            "shared memory", "note", f"{free:.1f} GiB free in {path}; Dragon may need {_LEAST_SHM_GIB:g} GiB"
+        )
+    return Finding("shared memory", "there", f"{free:.1f} GiB free in {path}")
+
+
+def _settings() -> Finding:
+    file = settings_file()
+    return Finding(
+        "settings", "there" if file.is_file() else "note", str(file) if file.is_file() else f"none at {file}"
+    )

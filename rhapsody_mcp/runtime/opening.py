@@ -1,0 +1,106 @@
+"""Makes the backends that a session asks for; none of them is started here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from rhapsody_mcp import backends
+from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.backends.vllm_config import Device, read_config
+from rhapsody_mcp.machine import Machine, Part, look
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest
+from rhapsody_mcp.settings import Settings
+
+__all__ = ["BackendName", "OpenBackends", "Wanted", "open_backends"]
+
+BackendName = Literal["dragon", "local", "vllm", "endpoint"]
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What a session shall have. Without `backends`: what runs functions here, and what answers prompts here."""
+
+    backends: tuple[BackendName, ...] = ()
+    num_workers: int | None = None
+    model: str | None = None
+    device: Device | None = None
+    config_file: str | None = None
+    endpoint_url: str | None = None
+    endpoint_model: str | None = None
+
+
+OpenBackends = Callable[[Wanted], Sequence[Backend]]
+
+
+def open_backends(wanted: Wanted, settings: Settings) -> list[Backend]:
+    """The backends of a session on this machine; what is not wished for is as the settings say.
+
+    Raises InvalidRequest where a wish is wrong or contradicts another, BackendUnavailable where a program is missing.
+    """
+    machine = look()
+    names = wanted.backends or _defaults(wanted, machine)
+    if len(set(names)) < len(names):
+        raise InvalidRequest(f"backends is {list(names)}; name each backend once.")
+    _refuse_idle_wishes(wanted, names)
+    return [_open(name, wanted, settings, machine) for name in names]
+
+
+def _defaults(wanted: Wanted, machine: Machine) -> tuple[BackendName, ...]:
+    compute: BackendName = "dragon" if machine.dragon.present else "local"
+    if wanted.endpoint_url:
+        return (compute, "endpoint")
+    if wanted.model or wanted.device or wanted.config_file or machine.vllm.present:
+        return (compute, "vllm")
+    return (compute,)
+
+
+def _refuse_idle_wishes(wanted: Wanted, names: Sequence[BackendName]) -> None:
+    """Refuse a wish that none of the session's backends would hear."""
+    wishes: dict[str, tuple[object, tuple[BackendName, ...]]] = {
+        "num_workers": (wanted.num_workers, ("dragon", "local")),
+        "model": (wanted.model, ("vllm",)),
+        "device": (wanted.device, ("vllm",)),
+        "config_file": (wanted.config_file, ("vllm",)),
+        "endpoint_url": (wanted.endpoint_url, ("endpoint",)),
+        "endpoint_model": (wanted.endpoint_model, ("endpoint",)),
+    }
+    for wish, (value, hearers) in wishes.items():
+        if value is not None and not set(hearers) & set(names):
+            raise InvalidRequest(
+                f"{wish} has no effect without the backend {' or '.join(hearers)}: add it to backends, "
+                f"which is {list(names)}, or leave {wish} out."
+            )
+
+
+def _open(name: BackendName, wanted: Wanted, settings: Settings, machine: Machine) -> Backend:
+    num_workers = wanted.num_workers or settings.default_num_workers
+    match name:
+        case "dragon":
+            _need(machine.dragon, "the local backend runs the same tasks with processes of this machine")
+            return backends.DragonExecutionBackendV3(num_workers=num_workers)
+        case "local":
+            return backends.LocalExecutionBackend(num_workers=num_workers)
+        case "vllm":
+            _need(machine.vllm, "the endpoint backend speaks to a server that runs elsewhere")
+            if wanted.config_file:
+                read_config(Path(wanted.config_file).expanduser(), {})
+            model = wanted.model or (None if wanted.config_file else settings.default_model)
+            return backends.DragonVllmInferenceBackend(wanted.config_file, model=model, device=wanted.device)
+        case "endpoint":
+            return _open_endpoint(wanted, settings)
+
+
+def _open_endpoint(wanted: Wanted, settings: Settings) -> Backend:
+    if (url := wanted.endpoint_url or settings.endpoint_url) is None:
+        raise InvalidRequest('the endpoint backend needs endpoint_url, as in "http://127.0.0.1:8000/v1".')
+    own = url == settings.endpoint_url  # the key goes to its own address and to no other
+    model = wanted.endpoint_model or (settings.endpoint_model if own else None)
+    return backends.EndpointInferenceBackend(url, model=model, api_key=settings.endpoint_api_key if own else None)
+
+
+def _need(part: Part, instead: str) -> None:
+    if not part.present:
+        raise BackendUnavailable(f"{part.name} is not installed here. Get it with: {part.remedy}; or {instead}.")

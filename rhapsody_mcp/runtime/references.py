@@ -1,0 +1,66 @@
+"""References in JSON: `{"ref": name}` and `{"ref": name, "path": pointer}` stand for another task's result.
+
+`{"literal": X}` stands for X as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.model.values import follow, load_json, pointer_steps
+from rhapsody_mcp.runtime.tasks import Part, Task
+
+__all__ = ["names_in", "resolve"]
+
+_SHAPES = (frozenset({"ref"}), frozenset({"ref", "path"}))
+
+
+def names_in(value: Any) -> Iterator[str]:
+    """Every name that is referred to in a JSON value. Raises InvalidTask for a malformed reference."""
+    if _is_reference(value):
+        yield _checked(value)["ref"]
+    elif isinstance(value, dict) and value.keys() != {"literal"}:
+        for item in value.values():
+            yield from names_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from names_in(item)
+
+
+def resolve(value: Any, task_named: Callable[[str], Task]) -> Any:
+    """The value with a task, or a Part of one, in the place of each reference.
+
+    Raises InvalidTask for a path that leads nowhere in a result that is there already.
+    """
+    if _is_reference(value):
+        task = task_named(value["ref"])
+        return _part(task, value["path"]) if "path" in value else task
+    if isinstance(value, dict):
+        if value.keys() == {"literal"}:
+            return value["literal"]
+        return {key: resolve(item, task_named) for key, item in value.items()}
+    return [resolve(item, task_named) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.keys() in _SHAPES
+
+
+def _checked(reference: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not all(isinstance(part, str) for part in reference.values()):
+        raise InvalidTask(
+            f"{dict(reference)} is no reference: ref is a task's name, as in {{'ref': 'train'}}, and path a JSON "
+            "Pointer, as in '/0/label'. Write {'literal': ...} around a dict that is data."
+        )
+    pointer_steps(reference.get("path", ""))
+    return reference
+
+
+def _part(task: Task, path: str) -> Part:
+    value = task.outcome.value if task.outcome and task.state is TaskState.DONE else None
+    if value is not None and value.data is not None and value.format == "json":
+        follow(load_json(value), path)
+    return Part(task, path)

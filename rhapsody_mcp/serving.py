@@ -1,0 +1,39 @@
+"""Serves one client on stdin and stdout, and stops everything that it started when the client leaves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from functools import partial
+
+import anyio
+
+from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.opening import open_backends
+from rhapsody_mcp.server import build_server
+from rhapsody_mcp.settings import Settings
+
+__all__ = ["serve_stdio"]
+
+
+async def serve_stdio(settings: Settings) -> None:
+    """Returns at the end of stdin, when nothing is left running. SIGTERM and SIGINT end the process in that state;
+    after SIGKILL the keepers of the engines do the same."""
+    async with OpenSessions(partial(open_backends, settings=settings)) as sessions, anyio.create_task_group() as group:
+        server = build_server(settings, sessions)
+        await group.start(_stop_on_signal, sessions)
+        await server.run_stdio_async()
+        await sessions.close_all()
+        group.cancel_scope.cancel()
+
+
+async def _stop_on_signal(
+    sessions: OpenSessions, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for number in signals:
+            await sessions.close_all()
+            logging.shutdown()
+            os._exit(128 + number)  # the thread that reads stdin cannot be interrupted

@@ -1,0 +1,82 @@
+"""Turns a toolset's methods into tools, each described by its card."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
+from mcp.server.mcpserver.tools import Tool
+from mcp.types import ToolAnnotations
+from pydantic import ValidationError
+
+from rhapsody_mcp.model.errors import RhapsodyError
+from rhapsody_mcp.text import Card
+from rhapsody_mcp.toolsets.refusals import refuse_arguments, refuse_call, refuse_crash, refuse_unknown_arguments
+from rhapsody_mcp.toolsets.schemas import flat
+
+__all__ = ["CardTool", "make_tools"]
+
+
+class CardTool(Tool):
+    """A tool whose every refusal is a text that the model can act on."""
+
+    async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
+        if refused := refuse_unknown_arguments(arguments, self.parameters, self.name):
+            raise ToolError(refused)
+        try:
+            return await super().run(arguments, context, convert_result)
+        except ToolError as error:
+            raise self._refusal(error, arguments) from error.__cause__
+
+    def _refusal(self, error: ToolError, arguments: dict[str, Any]) -> ToolError:
+        match error.__cause__:
+            case RhapsodyError() as cause:
+                return ToolError(refuse_call(cause, self.name))
+            case ValidationError() as cause if not isinstance(error, UnexpectedToolError):
+                return ToolError(refuse_arguments(cause, self.parameters, arguments, self.name))
+        return UnexpectedToolError(refuse_crash(self.name))
+
+
+def make_tools(toolsets: Iterable[object], cards: Iterable[Card]) -> list[Tool]:
+    """A tool for each public method of each toolset, in the order of their definition.
+
+    Raises RhapsodyError where a method has no card or a card no method.
+    """
+    unused = {(card.toolset, card.name): card for card in cards}
+    tools: list[Tool] = []
+    for toolset in toolsets:
+        folder = type(toolset).__name__.lower()
+        for name in _methods(toolset):
+            card = unused.pop((folder, name), None)
+            if card is None:
+                raise RhapsodyError(f"the tool {name} has no card: write tools/{folder}/{name}.md.")
+            tools.append(_make_tool(getattr(toolset, name), card))
+    for folder, name in unused:
+        raise RhapsodyError(f"the card tools/{folder}/{name}.md has no tool: write the method, or delete the card.")
+    return tools
+
+
+def _methods(toolset: object) -> list[str]:
+    members = vars(type(toolset))
+    return [name for name in members if not name.startswith("_") and inspect.isfunction(members[name])]
+
+
+def _make_tool(method: Any, card: Card) -> Tool:
+    tool = CardTool.from_function(method, title=card.title, description=card.text, annotations=_annotations(card))
+    tool.parameters = {**flat(tool.parameters), "additionalProperties": False}
+    if tool.fn_metadata.output_schema is not None:
+        tool.fn_metadata.output_schema = flat(tool.fn_metadata.output_schema)
+    return tool
+
+
+def _annotations(card: Card) -> ToolAnnotations:
+    hints = card.annotations
+    return ToolAnnotations(
+        read_only_hint=hints.read_only,
+        destructive_hint=hints.destructive,
+        idempotent_hint=hints.idempotent,
+        open_world_hint=hints.open_world,
+    )

@@ -1,0 +1,150 @@
+"""A scripted agent: an MCP client in memory, before the real server on a scripted backend."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from importlib import import_module
+from typing import Any, cast
+
+import msgspec
+from mcp import Client
+from mcp.types import CallToolResult, TextContent
+
+from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec
+from rhapsody_mcp.model.values import Ref, follow
+from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.server import build_server
+from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.testing import ScriptedBackend
+
+ERAS = ["legacy", "auto"]
+"""The handshake revisions of the protocol, and 2026-07-28."""
+
+
+class Refused(Exception):
+    """A tool call ended in an error; the text is what the model reads."""
+
+
+class Agent:
+    """Calls tools as a model does. `calls` counts them, `texts` holds what a model would have read."""
+
+    def __init__(self, client: Client, backend: ScriptedBackend, sessions: OpenSessions) -> None:
+        self.client, self.backend, self.sessions = client, backend, sessions
+        self.texts: list[str] = []
+
+    @property
+    def calls(self) -> int:
+        return len(self.texts)
+
+    async def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
+        """The structured reply. Raises Refused."""
+        result = await self.client.call_tool(tool, arguments)
+        self.texts.append(text_of(result))
+        if result.is_error:
+            raise Refused(self.texts[-1])
+        return cast(dict[str, Any], result.structured_content)
+
+    async def refusal(self, tool: str, **arguments: Any) -> str:
+        """The text of a call that must be refused; the rules that hold for each of them are checked here."""
+        try:
+            reply = await self.call(tool, **arguments)
+        except Refused as refused:
+            text = str(refused)
+            assert text.partition(":")[0].replace("_", "").isalpha(), text
+            assert len(text.encode()) <= 1000
+            assert "Traceback" not in text and "Error executing" not in text and "pydantic" not in text
+            return text
+        raise AssertionError(f"{tool} was not refused: {reply}")
+
+    async def session(self) -> str:
+        return str((await self.call("create_session"))["session"])
+
+
+@asynccontextmanager
+async def open_agent(
+    era: str = "auto", backend: ScriptedBackend | None = None, settings: Settings | None = None
+) -> AsyncIterator[Agent]:
+    """An agent before a server whose sessions run on `backend`, which does what tasks say unless it is scripted."""
+    scripted = backend or ScriptedBackend(perform)
+
+    def open_backends(_: object) -> Sequence[Backend]:
+        return [scripted]
+
+    async with OpenSessions(open_backends) as sessions:
+        server = build_server(settings or Settings(), sessions)
+        async with Client(server, mode=cast(Any, era)) as client:
+            yield Agent(client, scripted, sessions)
+
+
+def text_of(result: CallToolResult) -> str:
+    return "\n".join(block.text for block in result.content if isinstance(block, TextContent))
+
+
+def perform(spec: TaskSpec, values: list[Any]) -> Any:
+    """Does what a task says, in this process; a prompt is answered with its own text."""
+    work = spec.work
+    if isinstance(work, Call):
+        args, kwargs = _arguments(work, values)
+        return _function(work)(*args, **kwargs)
+    if isinstance(work, Command):
+        bound = _bound(refs_of(list(work.arguments)), values)
+        return " ".join([work.executable, *(_text(bound.get(item, item)) for item in work.arguments)])
+    return _answers(work, values)
+
+
+def _answers(work: Completion, values: list[Any]) -> Any:
+    bound = _bound(refs_of(list(work.prompts)), values)
+    prompts = [bound.get(prompt, prompt) for prompt in work.prompts]
+    return [f"answer to {prompt}" for prompt in prompts] if work.many else f"answer to {prompts[0]}"
+
+
+def _function(work: Call) -> Callable[..., Any]:
+    if work.form == "module":
+        module, _, name = work.code.decode().partition(":")
+        return cast(Callable[..., Any], getattr(import_module(module), name))
+    space: dict[str, Any] = {}
+    exec(work.code.decode(), space)
+    return cast(Callable[..., Any], space[work.entry])
+
+
+def _arguments(work: Call, values: list[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+    if not work.arguments:
+        return (), {}
+    found: list[Ref] = []
+    _Unpickler(work.arguments, lambda ref: found.append(ref)).load()
+    return cast(
+        tuple[Sequence[Any], dict[str, Any]], _Unpickler(work.arguments, _bound(found, values).__getitem__).load()
+    )
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, meaning: Callable[[Ref], Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._meaning = meaning
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._meaning(Ref(*pid))
+
+
+def refs_of(items: list[Any]) -> list[Ref]:
+    return [item for item in items if isinstance(item, Ref)]
+
+
+def _bound(refs: list[Ref], values: list[Any]) -> dict[Any, Any]:
+    """What each Ref stands for; a scripted backend gives the values in the order of their uids."""
+    by_uid = dict(zip(sorted({ref.uid for ref in refs}), values, strict=True))
+    return {ref: follow(by_uid[ref.uid], ref.path) for ref in refs}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def wire(value: Any) -> str:
+    """What goes over the wire, in a form that a person can read and compare."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,65 @@
+"""The server as clients start it: a process that speaks on stdin and stdout."""
+
+from __future__ import annotations
+
+import signal
+import uuid
+from typing import Any, cast
+
+import anyio
+import pytest
+from mcp import Client, StdioServerParameters
+
+from rhapsody_mcp.text import read_cards
+from tests.agents import ERAS, text_of
+from tests.bare_client import COMMAND, busy_server, call
+from tests.processes import FAMILY, family, wait_until
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("era", ERAS)
+async def test_a_client_runs_a_pipeline_in_both_eras_of_the_protocol(era: str) -> None:
+    server = StdioServerParameters(command=COMMAND[0], args=COMMAND[1:])
+    source = "def total(text):\n    print('adding')\n    return sum(map(int, text.split()))"
+    with anyio.fail_after(60):
+        async with Client(server, mode=cast(Any, era)) as client:
+            assert {tool.name for tool in (await client.list_tools()).tools} == {card.name for card in read_cards()}
+            await client.call_tool("create_session", {"backends": ["local"]})
+            tasks: list[dict[str, Any]] = [
+                {"name": "total", "source": source, "args": [{"ref": "numbers"}]},
+                {"name": "numbers", "executable": "/bin/echo", "arguments": [1, 2, 39]},
+            ]
+            await client.call_tool("submit_tasks", {"session": "session-1", "tasks": tasks})
+            await client.call_tool("wait_tasks", {"session": "session-1"})
+            result = await client.call_tool("get_result", {"session": "session-1", "task": "total"})
+    assert result.structured_content
+    assert (result.structured_content["result"], result.structured_content["stdout"]) == (42, "adding\n")
+    assert "untrusted output" in text_of(result)
+
+
+@pytest.mark.parametrize("way", ["end of stdin", signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+async def test_whatever_ends_the_server_ends_all_that_it_started(
+    way: str | signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FAMILY, uuid.uuid4().hex)
+    with anyio.fail_after(60):
+        async with busy_server("local") as server:
+            assert len(family("sleep 600")) >= 3
+            assert server.stdin
+            if isinstance(way, signal.Signals):
+                server.send_signal(way)
+            else:
+                await server.stdin.aclose()
+            code = await server.wait()
+            await wait_until(lambda: not family(), within_s=15)
+    assert code == {"end of stdin": 0, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[way]
+
+
+@pytest.mark.parametrize("noise", ["not JSON\n", '{"jsonrpc": "2.0"}\n', "\n"])
+async def test_noise_on_stdin_does_not_bring_the_server_down(noise: str) -> None:
+    with anyio.fail_after(30):
+        async with await anyio.open_process(COMMAND, stderr=None) as server:
+            assert server.stdin
+            await server.stdin.send(noise.encode())
+            assert (await call(server, "list_sessions")) == {"sessions": []}

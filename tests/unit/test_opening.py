@@ -1,0 +1,77 @@
+"""Which backends a session gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from rhapsody_mcp.machine import Part, look
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest
+from rhapsody_mcp.runtime import opening
+from rhapsody_mcp.runtime.opening import Wanted, open_backends
+from rhapsody_mcp.settings import Settings
+
+URL = "http://127.0.0.1:8000/v1"
+
+
+def on_machine(monkeypatch: pytest.MonkeyPatch, *, dragon: str = "", vllm: str = "") -> None:
+    parts = {"dragon": Part("Dragon", dragon, "pip install dragon"), "vllm": Part("vLLM", vllm, "pip install vllm")}
+    machine = msgspec.structs.replace(look(), **parts)
+    monkeypatch.setattr(opening, "look", lambda: machine)
+
+
+def names(wanted: Wanted) -> list[str]:
+    return [backend.name for backend in open_backends(wanted, Settings())]
+
+
+@pytest.mark.parametrize(
+    ("has", "wanted", "got"),
+    [
+        ({"dragon": "0.15", "vllm": "0.32"}, Wanted(), ["dragon", "vllm"]),
+        ({"vllm": "0.32"}, Wanted(), ["local", "vllm"]),
+        ({}, Wanted(), ["local"]),
+        ({"vllm": "0.32"}, Wanted(endpoint_url=URL), ["local", "endpoint"]),
+        ({"dragon": "0.15"}, Wanted(backends=("local",), num_workers=2), ["local"]),
+    ],
+)
+def test_a_session_gets_what_works_here_unless_it_says_what_it_wants(
+    monkeypatch: pytest.MonkeyPatch, has: dict[str, str], wanted: Wanted, got: list[str]
+) -> None:
+    on_machine(monkeypatch, **has)
+    assert names(wanted) == got
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error", "told"),
+    [
+        (Wanted(backends=("dragon",)), BackendUnavailable, "Dragon is not installed here. Get it with: pip install"),
+        (Wanted(model="x"), BackendUnavailable, "vLLM is not installed here"),
+        (Wanted(backends=("local",), model="x"), InvalidRequest, "model has no effect without the backend vllm"),
+        (Wanted(backends=("endpoint",), num_workers=3), InvalidRequest, "without the backend dragon or local"),
+        (Wanted(backends=("endpoint",)), InvalidRequest, "needs endpoint_url"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_with_the_way_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, wanted: Wanted, error: type[Exception], told: str
+) -> None:
+    on_machine(monkeypatch)
+    with pytest.raises(error, match=told):
+        names(wanted)
+
+
+def test_the_key_of_the_settings_goes_to_their_own_address_and_to_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def endpoint(url: str, **fields: Any) -> Any:
+        given.append({"url": url, **fields})
+
+    monkeypatch.setattr("rhapsody_mcp.backends.EndpointInferenceBackend", endpoint, raising=False)
+    settings = Settings(endpoint_url=URL, endpoint_model="own", endpoint_api_key="secret")
+    open_backends(Wanted(backends=("endpoint",)), settings)
+    open_backends(Wanted(backends=("endpoint",), endpoint_url="http://elsewhere/v1"), settings)
+    assert given == [
+        {"url": URL, "model": "own", "api_key": "secret"},
+        {"url": "http://elsewhere/v1", "model": None, "api_key": None},
+    ]
