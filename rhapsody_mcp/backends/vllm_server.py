@@ -23,7 +23,7 @@ __all__ = ["Launch", "VllmServer"]
 
 _LAUNCHER = Path(__file__).parents[1] / "engine" / "vllm_launcher.py"
 _POLL_S = 0.25
-_STOP_GRACE_S = 10.0  # it takes under 8 s when it is ready; in the middle of its start it may ignore TERM
+_STOP_GRACE_S = 6.0  # it takes about 1 s when it is ready; in the middle of its start it may ignore TERM
 _DYING_S = 10.0  # how long a server that failed a request has to end; until then it counts as alive
 
 
@@ -112,9 +112,14 @@ class VllmServer(ChatServer):
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
-            env={**launch.environment, "VLLM_API_KEY": launch.api_key},
+            env={**launch.environment, **self._folders(), "VLLM_API_KEY": launch.api_key},
             start_new_session=True,
         )
+
+    def _folders(self) -> dict[str, str]:
+        """Its temporary files go where the log is, which is deleted at the end: it leaves some behind."""
+        folder = str(self.launch.log.parent)
+        return {"TMPDIR": folder, "VLLM_RPC_BASE_PATH": folder}
 
     async def _until_healthy(self) -> None:
         async with httpx2.AsyncClient(trust_env=False, timeout=10.0) as client:

