@@ -235,7 +235,7 @@ def test_on_the_cpu_num_gpus_counts_servers() -> None:
 @pytest.mark.parametrize(
     ("sections", "hardware", "words"),
     [
-        ({"hardware": {"num_gpus": 1}}, CPU, "num_gpus is 1, and nvidia-smi lists no GPU.*set device: cpu"),
+        ({"hardware": {"num_gpus": 1}}, CPU, "num_gpus is 1, and nvidia-smi lists no GPU.*give device cpu"),
         ({"server": {"device": "cuda"}}, CPU, "device is cuda, and nvidia-smi lists no GPU"),
         ({"hardware": {"num_gpus": 8}}, FOUR_GPUS, "8 GPUs are asked for .* and 4 are visible here"),
         ({"hardware": {"num_gpus": 0}, "server": {"device": "cuda"}}, FOUR_GPUS, "num_gpus is 0"),

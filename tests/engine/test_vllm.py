@@ -255,7 +255,7 @@ async def test_tasks_of_a_model_folder_without_weights_fail_and_the_session_goes
 
 async def test_a_missing_gpu_is_refused_with_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(InvalidSettings, match=r"num_gpus is 1, and nvidia-smi lists no GPU .*set device: cpu"):
+    with pytest.raises(InvalidSettings, match=r"num_gpus is 1, and nvidia-smi lists no GPU .*give device cpu"):
         await DragonVllmInferenceBackend(model="shipped", num_gpus=1)
 
 
