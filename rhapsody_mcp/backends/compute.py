@@ -39,7 +39,7 @@ from rhapsody_mcp.engine.wire import (
     Up,
 )
 from rhapsody_mcp.engine.wire import Report as RankStarted
-from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Call, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -48,6 +48,7 @@ from rhapsody_mcp.model.values import Reader
 __all__ = ["ComputeBackend"]
 
 _START_S = 60.0
+_RANKS_A_CORE = 32
 _QUICK_S = 0.005  # a worker whose functions are quicker is sent several at once
 _MOST_SENT = 64
 
@@ -75,7 +76,13 @@ class ComputeBackend(Awaitable):
         self._closing: asyncio.Task[None] | None = None
 
     def check(self, spec: TaskSpec) -> None:
-        """Anything that a session accepts can be tried here."""
+        """Refuses more ranks than this node can hold at once: each is two processes."""
+        most = _RANKS_A_CORE * _cores()
+        if spec.layout.ranks > most:
+            raise InvalidTask(
+                f"{spec.layout.ranks} ranks are too many for this machine of {_cores()} cores; valid is up to {most} "
+                f"({_RANKS_A_CORE} a core)."
+            )
 
     def _refuse_to_start(self) -> None:
         """Raise where this machine cannot run the engine."""

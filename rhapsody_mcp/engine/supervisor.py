@@ -9,6 +9,7 @@ process has ended nothing that it started is left, and for a rank the file CONFI
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import msgspec
 
@@ -29,7 +30,7 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.specs import Call, Command, Template
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import INLINE_BYTES, Ref, Stream, Value, follow, load
+from rhapsody_mcp.model.values import INLINE_BYTES, PREVIEW_CHARS, Ref, Stream, Value, follow, load
 
 __all__ = ["GRACE_S", "OWNER_GONE", "RankEnd", "how_it_ended"]
 
@@ -240,10 +241,10 @@ class _Rank:
         return ""
 
     def _end(self, code: int | None, result: Result) -> RankEnd:
-        stdout, stderr = self._stream("out"), self._stream("err")
         value = result.value
         if result.cause is None and value is None:
-            value = self._printed(stdout)
+            value = self._printed()
+        stdout, stderr = self._stream("out"), self._stream("err")
         outcome = RankOutcome(
             rank=self.config.rank,
             host=socket.gethostname(),
@@ -262,13 +263,20 @@ class _Rank:
         path = f"{self.path}.{suffix}"
         return move_stream(path, self.order.folder) if os.path.exists(path) else Stream()
 
-    def _printed(self, stdout: Stream) -> Value:
-        """A program's value: its standard output without outer white space."""
-        text = stdout.read().strip()
-        data = msgspec.json.encode(text)
+    def _printed(self) -> Value:
+        """A program's value: its standard output without outer white space, as bytes where it is not UTF-8."""
+        data = Path(f"{self.path}.out").read_bytes()
+        try:
+            text = data.decode().strip()
+        except UnicodeDecodeError:
+            preview = f"{len(data)} bytes that are not UTF-8 text"
+            return self._value("pickle", "bytes", pickle.dumps(data), len(data), preview)
+        return self._value("json", "str", msgspec.json.encode(text), len(text), text[:PREVIEW_CHARS])
+
+    def _value(self, form: Literal["json", "pickle"], kind: str, data: bytes, length: int, preview: str) -> Value:
         if len(data) <= INLINE_BYTES:
-            return Value("json", "str", len(data), data, length=len(text))
-        return Value("json", "str", len(data), None, write_file(data, self.order.folder), len(text), text[:8192])
+            return Value(form, kind, len(data), data, length=length, preview="" if form == "json" else preview)
+        return Value(form, kind, len(data), None, write_file(data, self.order.folder), length, preview)
 
 
 def how_it_ended(code: int) -> str:

@@ -91,6 +91,7 @@ class _Turn:
 def run_worker(config: PlaceConfig) -> None:
     """Serve the backend at `config.address` until the process is ended from outside."""
     turn = _Turn()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     out, err = _capture(1, config.folder), _capture(2, config.folder)
     signal.signal(_INTERRUPT, lambda number, frame: _raise(turn, number, frame))
     threading.Thread(target=_listen, args=(config, turn, threading.get_ident()), daemon=True).start()

@@ -126,14 +126,14 @@ class Session:
         able = [lane for lane in self._lanes.values() if kind in lane.backend.kinds]
         if task.backend is None:
             if not able:
-                raise InvalidTask(f"{task.uid} is a {kind}, and no backend of this session runs one.")
+                raise InvalidTask(f"{task.name or task.uid} is a {kind}, and no backend of this session runs one.")
             return able[0]
         lane = self._lanes.get(task.backend)
         if lane is None:
             raise UnknownName("backend", task.backend, self._lanes)
         if lane not in able:
             others = ", ".join(repr(other.backend.name) for other in able) or "none here"
-            raise InvalidTask(f"{task.uid} is a {kind}, which backend {task.backend!r} does not run; {others} does.")
+            raise InvalidTask(f"{task.name or task.uid} is a {kind}, which backend {task.backend!r} does not run; {others} does.")
         return lane
 
     def _register(self, task: Task, lane: _Lane, spec: TaskSpec) -> None:

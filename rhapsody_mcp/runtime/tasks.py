@@ -139,7 +139,8 @@ class ComputeTask(Task):
 
     function      any callable, sync or async; it is run to completion and its value is `return_value`
     args, kwargs  its arguments; a task among them, at any depth, stands for that task's return value
-    executable    a path, or a name on PATH; `return_value` is its standard output without outer white space
+    executable    a path, or a name on PATH; `return_value` is its standard output without outer white space, or
+                  its bytes where that is not UTF-8 text
     arguments     its arguments; a task among them stands for its return value, as text or as JSON
     backend       a backend's name; default is the session's first that runs such tasks
     task_backend_specific_kwargs

@@ -206,6 +206,29 @@ async def test_output_of_megabytes_is_kept_whole(session: Session) -> None:
     assert len(task.return_value) == 2_200_000 - 1
 
 
+async def test_output_that_is_no_text_comes_back_as_bytes(session: Session) -> None:
+    task = ComputeTask(executable="sh", arguments=["-c", r"printf 'a\377\376 '"])
+    user = ComputeTask(identity, args=(task,))
+    await run(session, task, user)
+    assert task.return_value == user.return_value == b"a\xff\xfe "
+    assert task.stdout == "a\ufffd\ufffd "
+
+
+async def test_a_function_that_reads_its_standard_input_finds_its_end(session: Session) -> None:
+    def ask() -> str:
+        return input("?")
+
+    task = await run_one(session, ComputeTask(ask))
+    assert (task.state, task.cause) == (TaskState.FAILED, Cause.ERROR)
+    assert "EOFError" in str(task.exception)
+
+
+async def test_more_ranks_than_a_machine_can_hold_are_refused_at_submission(session: Session) -> None:
+    task = ComputeTask(executable="true", task_backend_specific_kwargs={"process_templates": [(100_000, {})]})
+    with pytest.raises(InvalidTask, match="100000 ranks are too many"):
+        await session.submit_tasks([task])
+
+
 async def test_a_program_is_found_by_path_by_name_and_has_its_exit_code(session: Session) -> None:
     by_path, by_name, failing = await run(
         session,
