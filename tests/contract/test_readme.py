@@ -18,20 +18,27 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
-def test_the_python_example_runs_on_dragon(tmp_path: Path) -> None:
-    script = tmp_path / "example.py"
-    script.write_text(blocks("python")[0], encoding="utf-8")
-    ended = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False)
+def run_example(text: str, folder: Path) -> str:
+    """What it prints."""
+    script = folder / "example.py"
+    script.write_text(text, encoding="utf-8")
+    ended = subprocess.run([sys.executable, str(script)], cwd=folder, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    state, ranks, summary = ended.stdout.splitlines()
+    return ended.stdout
+
+
+def test_the_python_example_runs_on_dragon(tmp_path: Path) -> None:
+    state, ranks, summary = run_example(blocks("python")[0], tmp_path).splitlines()
     assert state.startswith("DONE ['HELLO 0 FROM ")
     assert ranks.count("\\n") == 4
     assert "'total_tasks': 5" in summary
 
 
-def test_the_other_python_example_is_valid() -> None:
-    (_, inference) = blocks("python")
-    compile(inference, "README.md", "exec")
+def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rhapsody_mcp", "init", str(tmp_path), "--shipped-model"]
+    subprocess.run(command, capture_output=True, check=True)
+    answers = run_example(blocks("python")[1], tmp_path).splitlines()
+    assert [set(json.loads(answer)) for answer in answers] == [{"f1", "f2", "f3", "f4", "label"}] * 2
 
 
 def test_the_settings_for_clients_are_json_that_names_the_command() -> None:
