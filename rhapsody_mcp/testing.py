@@ -76,7 +76,7 @@ class ScriptedBackend(Awaitable):
             if uid in self._running:
                 self._running[uid].cancel()
 
-    async def close(self) -> None:
+    async def _close(self) -> None:
         self.closed = True
         self.cancel(list(self._running))
         await asyncio.gather(*self._running.values(), return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -79,9 +80,19 @@ class Backend(Protocol):
 
 
 class Awaitable:
-    """Makes `await backend` start a backend and give it back, as in `backend = await Backend()`."""
+    """Makes `await backend` start a backend and give it back, as in `backend = await Backend()`, and closes it once."""
+
+    _closing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         raise NotImplementedError
 
     def __await__(self) -> Generator[Any, None, Self]:

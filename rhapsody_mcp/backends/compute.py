@@ -73,7 +73,6 @@ class ComputeBackend(Awaitable):
         self.progress = "not started"
         self._starting: asyncio.Task[None] | None = None
         self._engine: _Engine | None = None
-        self._closing: asyncio.Task[None] | None = None
 
     def check(self, spec: TaskSpec) -> None:
         """Refuses more ranks than this node can hold at once: each is two processes."""
@@ -131,11 +130,6 @@ class ComputeBackend(Awaitable):
     def cancel(self, uids: Collection[str]) -> None:
         if self._engine is not None:
             self._engine.stop_tasks(uids, Cause.CANCELED)
-
-    async def close(self) -> None:
-        if self._closing is None:
-            self._closing = asyncio.create_task(self._close())
-        await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
         if self._starting is not None:

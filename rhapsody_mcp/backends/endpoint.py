@@ -41,7 +41,6 @@ class EndpointInferenceBackend(Awaitable):
         self._lock = asyncio.Lock()
         self._server: ChatServer | None = None
         self._completions: Completions | None = None
-        self._closing: asyncio.Task[None] | None = None
 
     @property
     def progress(self) -> str:
@@ -102,11 +101,6 @@ class EndpointInferenceBackend(Awaitable):
     def cancel(self, uids: Collection[str]) -> None:
         if self._completions is not None:
             self._completions.cancel(uids)
-
-    async def close(self) -> None:
-        if self._closing is None:
-            self._closing = asyncio.create_task(self._close())
-        await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
         async with self._lock:

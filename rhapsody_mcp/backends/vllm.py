@@ -79,7 +79,6 @@ class DragonVllmInferenceBackend(Awaitable):
         self._max_batch_size, self._max_batch_wait_ms = max_batch_size, max_batch_wait_ms
         self._lock = asyncio.Lock()
         self._starting: asyncio.Task[None] | None = None
-        self._closing: asyncio.Task[None] | None = None
         self._began: float | None = None
         self._folder: Folder | None = None
         self._plan: Plan | None = None
@@ -187,11 +186,6 @@ class DragonVllmInferenceBackend(Awaitable):
     def cancel(self, uids: Collection[str]) -> None:
         if self._completions is not None:
             self._completions.cancel(uids)
-
-    async def close(self) -> None:
-        if self._closing is None:
-            self._closing = asyncio.create_task(self._close())
-        await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
         if self._starting is not None:
