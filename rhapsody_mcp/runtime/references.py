@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import follow, load_json, pointer_steps
 from rhapsody_mcp.runtime.tasks import Part, Task
@@ -20,7 +20,7 @@ _SHAPES = (frozenset({"ref"}), frozenset({"ref", "path"}))
 
 def names_in(value: Any) -> Iterator[str]:
     """Every name that is referred to in a JSON value. Raises InvalidTask for a malformed reference."""
-    if _is_reference(value):
+    if isinstance(value, Mapping) and "ref" in value:
         yield _checked(value)["ref"]
     elif isinstance(value, dict) and value.keys() != {"literal"}:
         for item in value.values():
@@ -50,6 +50,11 @@ def _is_reference(value: Any) -> bool:
 
 
 def _checked(reference: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in reference.keys() - {"ref", "path"}:
+        raise InvalidTask(
+            f"unknown key {key!r} beside ref{nearest(key, ['path'])}. A reference has the key ref, or ref and path; "
+            'a dict that only looks like a reference goes in as {"literal": ...}.'
+        )
     if not all(isinstance(part, str) for part in reference.values()):
         raise InvalidTask(
             f"{dict(reference)} is no reference: ref is a task's name, as in {{'ref': 'train'}}, and path a JSON "

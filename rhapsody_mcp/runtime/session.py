@@ -133,7 +133,8 @@ class Session:
             raise UnknownName("backend", task.backend, self._lanes)
         if lane not in able:
             others = ", ".join(repr(other.backend.name) for other in able) or "none here"
-            raise InvalidTask(f"{task.name or task.uid} is a {kind}, which backend {task.backend!r} does not run; {others} does.")
+            named = task.name or task.uid
+            raise InvalidTask(f"{named} is a {kind}, which backend {task.backend!r} does not run; {others} does.")
         return lane
 
     def _register(self, task: Task, lane: _Lane, spec: TaskSpec) -> None:

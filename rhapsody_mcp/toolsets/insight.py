@@ -11,7 +11,7 @@ from rhapsody_mcp.machine import Machine, Part, look
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
+from rhapsody_mcp.toolsets.replies import Reply, counts_text, duration, reply
 from rhapsody_mcp.toolsets.sessions import SessionId
 
 __all__ = ["Insight"]
@@ -43,6 +43,7 @@ class System(Reply):
     dragon: Annotated[str | None, Field(description="Version, where it is installed.")] = None
     vllm: Annotated[str | None, Field(description="Version, where it is installed.")] = None
     backends: list[BackendHere]
+    mpi: str
     default_model: str
     wait_cap_s: float
 
@@ -75,7 +76,8 @@ def _statistics(session: str, statistics: Statistics) -> SessionStatistics:
 def _statistics_text(data: SessionStatistics) -> str:
     return (
         f"{data.session}: {data.total_tasks} tasks ({counts_text(data.counts)}). Averages of the ended ones: total "
-        f"{data.avg_total_s:.4f} s = queue {data.avg_queue_s:.4f} s + execution {data.avg_execution_s:.4f} s."
+        f"{duration(data.avg_total_s)} = queue {duration(data.avg_queue_s)} + execution "
+        f"{duration(data.avg_execution_s)}."
     )
 
 
@@ -90,6 +92,7 @@ def _system(machine: Machine, settings: Settings) -> System:
         dragon=machine.dragon.version or None,
         vllm=machine.vllm.version or None,
         backends=_backends(machine),
+        mpi=_mpi(machine),
         default_model=settings.default_model,
         wait_cap_s=settings.wait_cap_s,
     )
@@ -106,6 +109,14 @@ def _backends(machine: Machine) -> list[BackendHere]:
     ]
 
 
+def _mpi(machine: Machine) -> str:
+    if not machine.dragon.present:
+        return "MPI jobs do not run here: they need Dragon"
+    if not machine.pmi:
+        return "MPI jobs do not run here: no PMIx or Cray PMI library was found; other jobs of many ranks run"
+    return f"MPI jobs may run here, on dragon: {machine.pmi} is here, and the first one tries whether it works"
+
+
 def _backend(name: str, runs: str, part: Part) -> BackendHere:
     missing = None if part.present else f"{part.name} is not installed. Get it with: {part.remedy}."
     return BackendHere(name=name, works=part.present, runs=runs, missing=missing)
@@ -116,6 +127,7 @@ def _system_text(data: System) -> str:
     gpus = ", ".join(data.gpus) or "no GPU"
     lines = [f"{data.host}: {data.system}, Python {data.python}, {data.cores} cores{memory}, {gpus}."]
     lines += [f"- {backend.name} {_state(backend)}: {backend.missing or backend.runs}" for backend in data.backends]
+    lines.append(f"- {data.mpi}.")
     lines.append(f"Default model: {data.default_model}. One wait_tasks waits {data.wait_cap_s:g} s at most.")
     return "\n".join(lines)
 

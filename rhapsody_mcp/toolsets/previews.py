@@ -44,7 +44,10 @@ def preview_value(value: Value, max_chars: int) -> Preview:
     if value.format == "json" and value.data is not None:
         return preview_json(value.data, max_chars, value.type, value.length)
     opaque = value.format == "pickle"
-    return Preview(value.preview[:max_chars], False, value.type, value.size, length=value.length, opaque=opaque)
+    text = value.preview
+    if not opaque and value.type == "str" and not text.startswith('"'):  # a program's: the text as it is
+        text = msgspec.json.encode(text).decode()[:-1]
+    return Preview(text[:max_chars], False, value.type, value.size, length=value.length, opaque=opaque)
 
 
 def preview_json(data: bytes, max_chars: int, type: str, length: int | None = None) -> Preview:

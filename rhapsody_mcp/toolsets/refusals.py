@@ -89,7 +89,29 @@ def _problem(problem: Mapping[str, Any], schema: dict[str, Any], arguments: Mapp
     if problem["type"] == "missing":
         return f"{where} is missing."
     near = nearest(str(problem["input"]), _choices(problem)) if problem["type"] == "literal_error" else ""
-    return f"{where}: {problem['msg']}, not {_short(problem['input'])}{near}."
+    return f"{where} must be {_plain(problem)}, not {_short(problem['input'])}{near}."
+
+
+def _plain(problem: Mapping[str, Any]) -> str:
+    """What is valid, in words that need no knowledge of this program."""
+    limits = problem.get("ctx", {})
+    told = {
+        "string_pattern_mismatch": "letters, digits, '_', '.' and '-', a letter first, 64 characters at most",
+        "too_short": f"a list of at least {limits.get('min_length')} item",
+        "greater_than_equal": f"at least {_number(limits.get('ge'))}",
+        "greater_than": f"more than {_number(limits.get('gt'))}",
+        "less_than_equal": f"at most {_number(limits.get('le'))}",
+        "literal_error": str(limits.get("expected")),
+        "finite_number": "a finite number",
+    }
+    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text"}
+    kinds |= {"list": "a list", "dict": "an object", "model": "an object"}
+    kind = str(problem["type"])
+    return told.get(kind) or kinds.get(kind.partition("_")[0]) or str(problem["msg"])
+
+
+def _number(limit: object) -> str:
+    return f"{limit:g}" if isinstance(limit, int | float) else str(limit)
 
 
 def _choices(problem: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -13,9 +14,23 @@ from rhapsody_mcp.runtime.session import kind_of
 from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.toolsets.previews import Preview, preview_value
 
-__all__ = ["Reply", "TaskRow", "counts_text", "name_of", "reply", "task_row", "untrusted"]
+__all__ = [
+    "Reply",
+    "TaskRow",
+    "counts_text",
+    "duration",
+    "name_of",
+    "one_line",
+    "quoted",
+    "reply",
+    "rounded",
+    "shortened",
+    "task_row",
+    "untrusted",
+]
 
 _ERROR_CHARS = 300
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class Reply(BaseModel):
@@ -41,16 +56,16 @@ class TaskRow(Reply):
 
     def head(self) -> str:
         """As in `task.000002 train DONE in 0.31 s`."""
-        parts = [self.task, self.name or "", self.state, "" if self.seconds is None else f"in {self.seconds:.2f} s"]
+        parts = [self.task, self.name or "", self.state, "" if self.seconds is None else f"in {duration(self.seconds)}"]
         return " ".join(part for part in parts if part)
 
     def line(self) -> str:
         """As in `task.000002 train DONE in 0.31 s: {"accuracy": 0.9}`."""
         if self.error:
-            return f"{self.head()}: {self.cause}: {self.error}"
+            return f"{self.head()}: {self.cause}: {one_line(self.error)}"
         if self.result_bytes is None:
             return self.head()
-        return f"{self.head()}: {self.preview or msgspec.json.encode(self.result).decode()}"
+        return f"{self.head()}: {one_line(self.preview or msgspec.json.encode(self.result).decode())}"
 
 
 def reply(text: str, data: Reply) -> CallToolResult:
@@ -78,7 +93,8 @@ def _result_fields(shown: Preview) -> dict[str, Any]:
     if shown.complete:
         return {"result": shown.value, "result_bytes": shown.size}
     cut = "" if shown.opaque else " ..."
-    return {"preview": f"{shown.text}{cut} ({shown.described})", "result_bytes": shown.size}
+    text = quoted(shown.text) if shown.opaque else shown.text
+    return {"preview": f"{text}{cut} ({shown.described})", "result_bytes": shown.size}
 
 
 def rounded(seconds: float | None) -> float | None:
@@ -86,11 +102,34 @@ def rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 6)
 
 
+def duration(seconds: float) -> str:
+    """As in `0.4 ms`, `310 ms` or `2.50 s`."""
+    if seconds >= 1 or not seconds:
+        return f"{seconds:.2f} s" if seconds else "0 s"
+    return f"{seconds * 1000:.1f} ms" if seconds < 0.01 else f"{seconds * 1000:.0f} ms"
+
+
 def shortened(text: str, max_chars: int) -> str:
-    """What is too long loses its middle: a message's beginning and end say most."""
+    """What is too long loses its middle, between words: a message's beginning and end say most."""
     if len(text) <= max_chars:
         return text
-    return f"{text[: max_chars // 2]} ... {text[-max_chars // 2 :]}"
+    begin = re.sub(r"\s+\S{0,40}\Z", "", text[: max_chars // 2])
+    end = re.sub(r"\A\S{0,40}\s+", "", text[-(max_chars // 2) :])
+    return f"{begin} ... {end}"
+
+
+def one_line(text: str) -> str:
+    """With its control characters escaped: whatever a task says, it cannot begin a line of a reply."""
+    return _CONTROLS.sub(lambda found: _escape(found.group()), text)
+
+
+def quoted(text: str) -> str:
+    """As a JSON text on one line."""
+    return one_line(msgspec.json.encode(text.encode("utf-8", "replace").decode()).decode())
+
+
+def _escape(character: str) -> str:
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character, f"\\u{ord(character):04x}")
 
 
 def counts_text(counts: Mapping[str, int]) -> str:
@@ -107,4 +146,5 @@ def untrusted(what: str, text: str, size: int) -> list[str]:
     if not text:
         return []
     shown = f"last {len(text.encode())} of {size} bytes" if len(text.encode()) < size else f"{size} bytes"
-    return [f"--- {what}: untrusted output of the task, {shown} ---", text.rstrip("\n"), f"--- end of {what} ---"]
+    lines = [f"| {one_line(line)}" for line in text.rstrip("\n").splitlines()]
+    return [f"--- {what}: untrusted output of the task, {shown} ---", *lines, f"--- end of {what} ---"]

@@ -9,14 +9,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rhapsody_mcp.model.errors import InvalidTask, UnknownName
+from rhapsody_mcp.model.errors import InvalidTask, UnknownName, nearest
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.open_sessions import OpenSession
 from rhapsody_mcp.runtime.references import names_in, resolve
+from rhapsody_mcp.runtime.session import kind_of
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Part, Task
 
-__all__ = ["RankGroup", "TaskRequest", "make_tasks"]
+__all__ = ["RankGroup", "TaskRequest", "label_of", "make_tasks"]
+
+_NAMES_SHOWN = 20
 
 
 class _Closed(BaseModel):
@@ -89,7 +92,12 @@ class TaskRequest(_Closed):
         None
     )
     process: Annotated[bool, Field(description="true gives a function a process of its own.")] = False
-    ranks: Annotated[int | None, Field(ge=1, description="Run it as a job of this many processes, e.g. 4.")] = None
+    ranks: Annotated[
+        int | None,
+        Field(
+            ge=1, description="Run it as a job of this many processes, each with RHAPSODY_RANK and RHAPSODY_RANKS set."
+        ),
+    ] = None
     mpi: Annotated[
         bool, Field(description="true lets the ranks speak MPI to each other; else they run independently.")
     ] = False
@@ -137,6 +145,7 @@ def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Ta
     for index in made.order():
         with _named(index, requests[index]):
             made.tasks[index] = _make_task(requests[index], uids[index], made.task)
+            _refuse_without_backend(made.tasks[index], session)
     return [made.tasks[index] for index in range(len(requests))]
 
 
@@ -164,28 +173,36 @@ class _Batch:
         try:
             return list(TopologicalSorter(needs).static_order())
         except CycleError as error:
-            circle = " needs ".join(_label(index, self.requests[index]) for index in reversed(error.args[1]))
+            circle = " needs ".join(label_of(index, self.requests[index]) for index in reversed(error.args[1]))
             raise InvalidTask(f"these tasks wait for each other in a circle: {circle}. Remove a reference.") from None
 
     def _needs(self, index: int, request: TaskRequest) -> set[int]:
         with _named(index, request):
             names = request.references()
             for name in names - self._index.keys():
-                _refuse_failed(self._earlier(name))
+                _refuse_failed(self._earlier(name, index))
             if index in (needs := {self._index[name] for name in names & self._index.keys()}):
                 raise InvalidTask("it refers to its own result; refer to another task.")
         return needs
 
     def task(self, name: str) -> Task:
         """The task of this call or of an earlier one; those of this call have been made by now."""
-        return self.tasks[self._index[name]] if name in self._index else self._earlier(name)
+        return self.tasks[self._index[name]] if name in self._index else self.session.task(name)
 
-    def _earlier(self, name: str) -> Task:
+    def _earlier(self, name: str, index: int) -> Task:
         try:
             return self.session.task(name)
-        except UnknownName as error:
-            named = [request.name for request in self.requests if request.name]
-            raise UnknownName("task", name, [*named, *error.known]) from None
+        except UnknownName:
+            known = self._others(index)
+            valid = ", ".join(known[:_NAMES_SHOWN]) or "no other task yet"
+            more = f", and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
+            raise InvalidTask(f"unknown task {name!r}{nearest(name, known)}. Valid: {valid}{more}.") from None
+
+    def _others(self, index: int) -> list[str]:
+        """What the task of this index can refer to."""
+        here = [request.name for at, request in enumerate(self.requests) if request.name and at != index]
+        lost = (TaskState.FAILED, TaskState.CANCELED)
+        return here + [task.name or task.uid for task in self.session.session.tasks if task.state not in lost]
 
 
 def _refuse_failed(task: Task) -> None:
@@ -193,6 +210,23 @@ def _refuse_failed(task: Task) -> None:
         raise InvalidTask(
             f"it needs the result of {task.name or task.uid}, which ended {task.state}; submit that one again first."
         )
+
+
+def _refuse_without_backend(task: Task, session: OpenSession) -> None:
+    kind, backends = kind_of(task), session.session.backends
+    names = [backend.name for backend in backends]
+    able = [backend.name for backend in backends if kind in backend.kinds]
+    hint = "vllm or endpoint" if kind == "prompt" else "dragon or local"
+    if task.backend is not None and task.backend not in names:
+        near = nearest(task.backend, names)
+        wrong = f"unknown backend {task.backend!r}{near}. Valid: {', '.join(names)}."
+    elif not able:
+        wrong = f"no backend of this session runs a {kind} ({', '.join(names)})."
+    elif task.backend is not None and task.backend not in able:
+        raise InvalidTask(f"backend {task.backend!r} runs no {kind}. Valid: {', '.join(able)}.")
+    else:
+        return
+    raise InvalidTask(wrong if able else f"{wrong} For a {kind}: create_session with {hint} in backends.")
 
 
 def _make_task(request: TaskRequest, uid: str, task_named: Any) -> Task:
@@ -258,8 +292,8 @@ def _named(index: int, request: TaskRequest) -> Iterator[None]:
     try:
         yield
     except (InvalidTask, UnknownName) as error:
-        raise InvalidTask(f"{_label(index, request)}: {error}") from error
+        raise InvalidTask(f"{label_of(index, request)}: {error}") from error
 
 
-def _label(index: int, request: TaskRequest) -> str:
+def label_of(index: int, request: TaskRequest) -> str:
     return f"tasks[{index}]" + (f" ({request.name!r})" if request.name else "")

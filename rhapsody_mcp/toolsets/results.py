@@ -9,10 +9,21 @@ from pydantic import Field
 
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Value
 from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.toolsets.previews import Preview, preview_part, preview_value, tail
-from rhapsody_mcp.toolsets.replies import Reply, TaskRow, reply, rounded, shortened, task_row, untrusted
+from rhapsody_mcp.toolsets.replies import (
+    Reply,
+    TaskRow,
+    one_line,
+    quoted,
+    reply,
+    rounded,
+    shortened,
+    task_row,
+    untrusted,
+)
 
 __all__ = ["RankRow", "TaskResult", "show_result"]
 
@@ -65,8 +76,9 @@ def _not_ended(task: Task) -> CallToolResult:
 
 def _rank(outcome: Outcome, rank: int) -> RankOutcome:
     if rank >= len(outcome.ranks):
-        valid = f"0 to {len(outcome.ranks) - 1}" if outcome.ranks else "none: it is no job, leave rank out"
-        raise InvalidRequest(f"this task has no rank {rank}. Valid: {valid}.")
+        if not outcome.ranks:
+            raise InvalidRequest("this task is no job of many ranks; leave rank out.")
+        raise InvalidRequest(f"this task has no rank {rank}. Valid: 0 to {len(outcome.ranks) - 1}.")
     return outcome.ranks[rank]
 
 
@@ -89,7 +101,9 @@ def _failure_fields(source: Outcome | RankOutcome) -> dict[str, Any]:
     return {
         "cause": source.cause,
         "error": shortened(source.error, _TRACEBACK_CHARS) or None,
-        "traceback": shortened(source.traceback, _TRACEBACK_CHARS) or None,
+        "traceback": None
+        if source.cause is Cause.INVALID  # it never ran: the frames would be this package's
+        else shortened(source.traceback, _TRACEBACK_CHARS) or None,
     }
 
 
@@ -121,11 +135,12 @@ def _rank_row(rank: RankOutcome) -> RankRow:
 
 
 def _short_preview(value: Value) -> str:
-    return preview_value(value, _RANK_CHARS).text
+    shown = preview_value(value, _RANK_CHARS)
+    return quoted(shown.text) if shown.opaque else shown.text
 
 
 def _text(data: TaskResult, shown: Preview | None) -> str:
-    told = f": {data.cause}: {data.error}" if data.error else ""
+    told = f": {data.cause}: {one_line(data.error)}" if data.error else ""
     lines = [data.head() + ("" if data.rank is None else f", rank {data.rank} of {data.rank_count}") + told]
     if shown is not None:
         lines += _result_lines(shown)
@@ -143,23 +158,23 @@ def _text(data: TaskResult, shown: Preview | None) -> str:
 
 
 def _result_lines(shown: Preview) -> list[str]:
+    marked = f"result ({shown.described}), untrusted output of the task"
     if shown.complete:
-        return [f"result ({shown.described}):", shown.text]
+        return [f"{marked}:", one_line(shown.text)]
     if shown.opaque:
         how = "A Python object, which only another function can read"
-        return [f"result ({shown.described}):", shown.text, f'{how}: pass it on as {{"ref": ...}} in submit_tasks.']
+        return [f"{marked}:", quoted(shown.text), f'{how}: pass it on as {{"ref": ...}} in submit_tasks.']
     part = "" if shown.type == "str" else 'Take a part with path, as in "/0". '
     return [
-        f"result ({shown.described}), its first {len(shown.text)} characters:",
-        f"{shown.text} ...",
+        f"{marked}, its first {len(shown.text)} characters:",
+        f"{one_line(shown.text)} ...",
         f'{part}To use it whole, pass {{"ref": ...}} in submit_tasks.',
     ]
 
 
 def _rank_lines(data: TaskResult) -> list[str]:
     rows = data.ranks or []
-    lines = [
-        f"rank {row.rank} on {row.host}: {row.error or row.preview or f'exit code {row.exit_code}'}" for row in rows
-    ]
+    told = [(row, row.error or row.preview or f"exit code {row.exit_code}") for row in rows]
+    lines = [f"rank {row.rank} on {row.host} (untrusted output): {one_line(text)}" for row, text in told]
     more = (data.rank_count or 0) - len(rows)
     return lines + ([f"... and {more} more ranks: ask for one with rank."] if more else [])

@@ -11,13 +11,13 @@ from mcp.server.mcpserver import Context
 from mcp.types import CallToolResult
 from pydantic import Field
 
-from rhapsody_mcp.model.errors import InvalidRequest
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, UnknownName
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.replies import Reply, TaskRow, counts_text, name_of, reply, task_row
-from rhapsody_mcp.toolsets.requests import TaskRequest, make_tasks
+from rhapsody_mcp.toolsets.requests import TaskRequest, label_of, make_tasks
 from rhapsody_mcp.toolsets.results import TaskResult, show_result
 from rhapsody_mcp.toolsets.sessions import SessionId
 from rhapsody_mcp.toolsets.waiting import Mode, Waited, engine_states, report, wait_for
@@ -65,7 +65,7 @@ class Tasks:
     ) -> Annotated[CallToolResult, Submitted]:
         opened = self._sessions.get(session)
         made = make_tasks(tasks, opened)
-        await opened.submit(made)
+        await _submit(opened, tasks, made)
         data = Submitted(
             session=session,
             submitted=len(made),
@@ -117,7 +117,7 @@ class Tasks:
     ) -> Annotated[CallToolResult, TaskPage]:
         opened = self._sessions.get(session)
         matching = [task for task in opened.session.tasks if _matches(task, state, name_contains or "")]
-        after = "" if cursor is None else opened.task(cursor).uid
+        after = "" if cursor is None else _uid_of_cursor(opened, cursor)
         rest = [task for task in matching if task.uid > after]
         rows = [task_row(task) for task in rest[:limit]]
         more = len(rest) > limit
@@ -158,7 +158,9 @@ class Tasks:
         all_open: Annotated[bool, Field(description="true cancels every task that has not ended.")] = False,
     ) -> Annotated[CallToolResult, CancelReport]:
         opened = self._sessions.get(session)
-        if (tasks is None) != all_open:
+        if tasks is not None and all_open:
+            raise InvalidRequest("tasks and all_open=true contradict each other; give one of them.")
+        if tasks is None and not all_open:
             raise InvalidRequest("say which tasks to cancel: either tasks=[names], or all_open=true.")
         chosen = opened.tasks(tasks or []) if tasks else opened.session.tasks
         still_open = [task for task in chosen if not task.state.final]
@@ -171,6 +173,27 @@ class Tasks:
             still_ending=[name_of(task) for task in still_open if not task.state.final][:_NAMES_SHOWN],
         )
         return reply(_cancel_text(data), data)
+
+
+async def _submit(opened: OpenSession, requests: Sequence[TaskRequest], made: Sequence[Task]) -> None:
+    """A refusal names a task by its place in the call: its id is taken only by a submission that is."""
+    try:
+        await opened.submit(made)
+    except InvalidTask as error:
+        for index, task in enumerate(made):
+            told, named, rest = str(error).partition(f"{task.name or task.uid}: ")
+            if named and not told:
+                raise InvalidTask(f"{label_of(index, requests[index])}: {rest}") from error
+        raise
+
+
+def _uid_of_cursor(opened: OpenSession, cursor: str) -> str:
+    try:
+        return opened.task(cursor).uid
+    except UnknownName:
+        raise InvalidRequest(
+            f"cursor {cursor[:64]!r} is no next_cursor of a reply; leave cursor out for the first page."
+        ) from None
 
 
 def _few_names(tasks: Sequence[Task]) -> dict[str, str]:

@@ -13,7 +13,17 @@ from pydantic import Field
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.tasks import Task
-from rhapsody_mcp.toolsets.replies import Reply, TaskRow, counts_text, name_of, reply, shortened, task_row
+from rhapsody_mcp.toolsets.replies import (
+    Reply,
+    TaskRow,
+    counts_text,
+    duration,
+    name_of,
+    one_line,
+    reply,
+    shortened,
+    task_row,
+)
 
 __all__ = ["Failures", "Mode", "Waited", "engine_states", "report", "wait_for"]
 
@@ -21,7 +31,7 @@ Mode = Literal["all", "any"]
 _TICK_S = 1.0
 _ROWS, _RESULTS_CHARS, _RESULT_CHARS = 20, 6000, 2000
 _TOLD_IN_FULL = (Cause.ERROR, Cause.EXIT_CODE, Cause.CRASHED, Cause.TIMEOUT)
-_GROUPS, _EXAMPLES, _ERROR_CHARS = 5, 3, 500
+_GROUPS, _EXAMPLES, _ERROR_CHARS = 5, 3, 600
 
 
 class Failures(Reply):
@@ -36,7 +46,7 @@ class Failures(Reply):
         """As in `2 tasks (fit-1, fit-2) ended with cause error: ValueError: ...`."""
         names = ", ".join(self.tasks) + (", ..." if self.count > len(self.tasks) else "")
         who = names if self.count == 1 else f"{self.count} tasks ({names})"
-        return f"{who} ended with cause {self.cause}: {self.error}"
+        return f"{who} ended with cause {self.cause}: {one_line(self.error)}"
 
 
 class Waited(Reply):
@@ -50,6 +60,7 @@ class Waited(Reply):
     done: Annotated[list[TaskRow], Field(description="The DONE ones, last ended first.")]
     done_not_shown: int
     failures: list[Failures]
+    failures_not_shown: int
     engines: Annotated[dict[str, str], Field(description="State of each backend's engine.")]
 
 
@@ -90,6 +101,7 @@ def report(
 ) -> CallToolResult:
     done = sorted((task for task in tasks if task.state is TaskState.DONE), key=_ended, reverse=True)
     shown = done[:_ROWS]
+    failures = _digest(tasks)
     room = min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown)))
     data = Waited(
         session=session,
@@ -97,11 +109,12 @@ def report(
         mode=mode,
         asked_timeout_s=asked,
         applied_timeout_s=applied,
-        waited_s=round(waited, 2),
+        waited_s=round(waited, 4),
         counts=dict(Counter(task.state.value for task in tasks)),
         done=[task_row(task, room) for task in shown],
         done_not_shown=len(done) - len(shown),
-        failures=_digest(tasks),
+        failures=failures[:_GROUPS],
+        failures_not_shown=sum(group.count for group in failures[_GROUPS:]),
         engines=engine_states(backends),
     )
     return reply(_text(data), data)
@@ -112,16 +125,20 @@ def _ended(task: Task) -> float:
 
 
 def _digest(tasks: Sequence[Task]) -> list[Failures]:
-    """The tasks that ended otherwise than DONE, those that ended alike together, the largest groups first."""
-    groups: dict[tuple[str, str], list[Task]] = {}
+    """The tasks that ended otherwise than DONE, those that ended alike together: FAILED first, then by size."""
+    groups: dict[tuple[bool, str, str], list[Task]] = {}
     for task in tasks:
         if task.outcome is not None and task.outcome.state is not TaskState.DONE:
-            key = (str(task.outcome.cause), shortened(task.outcome.error, _ERROR_CHARS))
+            key = (
+                task.outcome.state is TaskState.CANCELED,
+                str(task.outcome.cause),
+                shortened(task.outcome.error, _ERROR_CHARS),
+            )
             groups.setdefault(key, []).append(task)
-    largest = sorted(groups.items(), key=lambda group: -len(group[1]))[:_GROUPS]
+    largest = sorted(groups.items(), key=lambda group: (group[0][0], -len(group[1])))
     return [
         Failures(cause=cause, error=error, count=len(alike), tasks=[name_of(task) for task in alike[:_EXAMPLES]])
-        for (cause, error), alike in largest
+        for (_, cause, error), alike in largest
     ]
 
 
@@ -129,10 +146,14 @@ def _text(data: Waited) -> str:
     lines = [_first_line(data)]
     if data.engines and not data.ended:
         lines.append(f"Engines: {', '.join(f'{name} {state}' for name, state in data.engines.items())}.")
+    if data.done or data.failures:
+        lines.append("Results and errors are untrusted output of the tasks:")
     lines += [row.line() for row in data.done]
     if data.done_not_shown:
         lines.append(f"... and {data.done_not_shown} more DONE: see list_tasks.")
     lines += [group.line() for group in data.failures]
+    if data.failures_not_shown:
+        lines.append(f'... and {data.failures_not_shown} more: list_tasks(state="FAILED")')
     lines.append(_next_step(data))
     return "\n".join(line for line in lines if line)
 
@@ -141,15 +162,14 @@ def _first_line(data: Waited) -> str:
     if not data.counts:
         return "There is no task to wait for."
     cut = f" (asked {data.asked_timeout_s:g} s)" if data.asked_timeout_s != data.applied_timeout_s else ""
-    waited = f"waited {data.waited_s:g} s of {data.applied_timeout_s:g} s{cut}"
+    waited = f"waited {duration(data.waited_s)} of {data.applied_timeout_s:g} s{cut}"
     return f"{'All have ended' if data.ended else 'Not all have ended'}: {counts_text(data.counts)}; {waited}."
 
 
 def _next_step(data: Waited) -> str:
     if not data.counts:
         return f'Next: submit_tasks(session="{data.session}", tasks=[...]).'
-    if not data.ended:
-        return f'Next: wait_tasks(session="{data.session}") again; nothing is lost meanwhile.'
+    steps = [] if data.ended else [f'wait_tasks(session="{data.session}") again; nothing is lost meanwhile']
     if telling := [group.tasks[0] for group in data.failures if group.cause in _TOLD_IN_FULL]:
-        return f'Next: get_result(session="{data.session}", task="{telling[0]}") for its traceback and output.'
-    return ""
+        steps.append(f'get_result(session="{data.session}", task="{telling[0]}") for its traceback and output')
+    return "\n".join(f"Next: {step}." for step in steps)

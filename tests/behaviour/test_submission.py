@@ -75,9 +75,9 @@ async def test_a_reference_reaches_into_a_result_and_back_to_earlier_calls(agent
 
 async def test_a_literal_is_passed_as_it_is(agent: Agent) -> None:
     same = "def same(value):\n    return value"
-    value = {"ref": "nothing", "deep": [{"literal": {"ref": "main"}}, {"literal": {"literal": 1}}]}
+    value = {"data": "nothing", "deep": [{"literal": {"ref": "main"}}, {"literal": {"literal": 1}}]}
     await agent.call("submit_tasks", session="session-1", tasks=[{"name": "same", "source": same, "args": [value]}])
-    assert await results(agent) == {"same": {"ref": "nothing", "deep": [{"ref": "main"}, {"literal": 1}]}}
+    assert await results(agent) == {"same": {"data": "nothing", "deep": [{"ref": "main"}, {"literal": 1}]}}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ async def test_a_literal_is_passed_as_it_is(agent: Agent) -> None:
         ),
         pytest.param(
             [{"name": "hot", "prompt": "go", "temperature": 3}],
-            ["invalid_argument: tasks[0] ('hot').temperature: Input should be less than or equal to 2, not 3"],
+            ["invalid_argument: tasks[0] ('hot').temperature must be at most 2, not 3"],
             id="a temperature of 3",
         ),
         pytest.param(
@@ -151,7 +151,9 @@ async def test_a_literal_is_passed_as_it_is(agent: Agent) -> None:
         pytest.param(
             [{"name": "a", "prompt": "x"}, {"name": "a", "prompt": "y"}], ["tasks[1] ('a')", "taken"], id="name"
         ),
-        pytest.param([{"prompt": "x", "name": "1 2"}], ["tasks[0] ('1 2').name: String should match"], id="odd name"),
+        pytest.param(
+            [{"prompt": "x", "name": "1 2"}], ["tasks[0] ('1 2').name must be letters, digits"], id="odd name"
+        ),
         pytest.param([{"prompt": []}], ["prompt is an empty list"], id="no prompts"),
         pytest.param([{"executable": "/bin/echo", "mpi": True}], ["mpi needs ranks"], id="mpi without ranks"),
         pytest.param(
@@ -160,7 +162,17 @@ async def test_a_literal_is_passed_as_it_is(agent: Agent) -> None:
         pytest.param(
             [{"executable": "x", "process_templates": [{"ranks": 1}], "ranks": 2}], ["contradict"], id="two layouts"
         ),
-        pytest.param([], ["tasks: List should have at least 1 item"], id="no tasks"),
+        pytest.param(
+            [{"name": "a", "source": DOUBLE, "args": [{"ref": "a", "pth": "/x"}]}],
+            ["tasks[0] ('a')", "unknown key 'pth' beside ref (did you mean 'path'?)", '{"literal": ...}'],
+            id="a key beside ref",
+        ),
+        pytest.param(
+            [{"name": "a", "source": DOUBLE, "args": [{"ref": "b"}]}],
+            ["tasks[0] ('a'): unknown task 'b'. Valid: no other task yet."],
+            id="a reference where there is no other task",
+        ),
+        pytest.param([], ["tasks must be a list of at least 1 item"], id="no tasks"),
     ],
 )
 async def test_a_call_is_refused_whole_with_what_is_wrong_and_what_is_valid(
