@@ -38,7 +38,6 @@ from rhapsody_mcp.engine.wire import (
     ToBackend,
     Up,
 )
-from rhapsody_mcp.engine.wire import Report as RankStarted
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Call, Order, TaskSpec
@@ -384,8 +383,6 @@ class _Engine:
             case Listening():
                 if message.worker in self._workers:
                     self._workers[message.worker].control = peer
-            case RankStarted():
-                self._on_started(message.uid, message.at)
             case Ended():
                 self._on_ended(message)
             case Gone():

@@ -49,7 +49,7 @@ from rhapsody_mcp.engine.wire import (
     Place,
     PlaceConfig,
     Ready,
-    Report,
+    Started,
     Stop,
     ToHost,
 )
@@ -161,7 +161,7 @@ class _Host:
         task = self._tasks.get(uid)
         if task is not None and not task.reported:
             task.reported = True
-            self.say(Report(uid, at))
+            self.say(Started(uid, at))
 
     def _obey(self, message: ToHost) -> None:
         if self._ending:

@@ -26,7 +26,6 @@ __all__ = [
     "Place",
     "PlaceConfig",
     "Ready",
-    "Report",
     "Result",
     "Revoked",
     "Run",
@@ -86,6 +85,8 @@ class Listening(msgspec.Struct, frozen=True, tag="listening"):
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
+    """The task's user code has started; the host says it of a task in processes of its own."""
+
     uid: str
     at: float
 
@@ -158,13 +159,6 @@ class Gone(msgspec.Struct, frozen=True, tag="gone"):
     exit_code: int
 
 
-class Report(msgspec.Struct, frozen=True, tag="report"):
-    """A task's processes have started."""
-
-    uid: str
-    at: float
-
-
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
     uid: str
     outcome: Outcome
@@ -177,7 +171,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: str
 
 
-FromHost = Ready | Gone | Report | Ended | Failed
+FromHost = Ready | Gone | Started | Ended | Failed
 ToBackend = FromWorker | FromHost
 
 

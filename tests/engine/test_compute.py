@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -499,8 +500,9 @@ async def test_an_engine_that_dies_fails_its_tasks_as_lost_and_the_next_one_star
         launcher = set(family("bin/dragon -s")) - keeper
         host = set(family("rhapsody_mcp.engine.host")) - keeper - launcher
         chosen = {"host": host, "keeper": keeper, "launcher": launcher, "all": keeper | launcher | host}
-        for pid in chosen[victims]:
-            os.kill(pid, 9)
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that they die at one moment
+            for pid in chosen[victims]:
+                os.kill(pid, number)
         await session.wait_tasks([task], timeout=30)
         assert (task.state, task.cause) == (TaskState.FAILED, Cause.LOST)
         await wait_until(lambda: not family("sleep", "300"))
