@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
-import pickle
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -14,7 +12,7 @@ import msgspec
 
 from rhapsody_mcp.backends.base import Awaitable, Ended, Kind, Report, Running
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
+from rhapsody_mcp.model.specs import Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader, Value
 
@@ -83,14 +81,6 @@ class ScriptedBackend(Awaitable):
 
     def describe(self) -> dict[str, Any]:
         return {"backend": self.name, "kinds": sorted(self.kinds)}
-
-
-def call_of(spec: TaskSpec) -> Any:
-    """The function and arguments of a pickled call, or the prompts of a completion: what a script may look at."""
-    if isinstance(spec.work, Completion):
-        return spec.work.prompts
-    arguments = getattr(spec.work, "arguments", b"")
-    return pickle.load(io.BytesIO(arguments)) if isinstance(arguments, bytes) and arguments else arguments
 
 
 def _report_canceled(uid: str, report: Report, task: asyncio.Task[None]) -> None:

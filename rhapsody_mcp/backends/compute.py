@@ -18,6 +18,7 @@ from rhapsody_mcp.backends.base import Awaitable, Kind, Report, Running
 from rhapsody_mcp.backends.base import Ended as EndedEvent
 from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.engine.link import Frames, frame
+from rhapsody_mcp.engine.placers import count_cores
 from rhapsody_mcp.engine.supervisor import GRACE_S, how_it_ended
 from rhapsody_mcp.engine.wire import (
     Ask,
@@ -68,18 +69,18 @@ class ComputeBackend(Awaitable):
         if num_workers is not None and (not isinstance(num_workers, int) or num_workers < 1):
             raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number of at least 1.")
         self.name = name
-        self.num_workers = num_workers or _cores()
+        self.num_workers = num_workers or count_cores()
         self.progress = "not started"
         self._starting: asyncio.Task[None] | None = None
         self._engine: _Engine | None = None
 
     def check(self, spec: TaskSpec) -> None:
         """Refuses more ranks than this node can hold at once: each is two processes."""
-        most = _RANKS_A_CORE * _cores()
+        most = _RANKS_A_CORE * count_cores()
         if spec.layout.ranks > most:
             raise InvalidTask(
-                f"{spec.layout.ranks} ranks are too many for this machine of {_cores()} cores; valid is up to {most} "
-                f"({_RANKS_A_CORE} a core)."
+                f"{spec.layout.ranks} ranks are too many for this machine of {count_cores()} cores; "
+                f"valid is up to {most} ({_RANKS_A_CORE} a core)."
             )
 
     def _refuse_to_start(self) -> None:
@@ -562,7 +563,3 @@ def _failed(cause: Cause, message: str, started: float | None, exit_code: int | 
     return Outcome(
         state=TaskState.FAILED, started=started, ended=time.time(), cause=cause, error=message, exit_code=exit_code
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

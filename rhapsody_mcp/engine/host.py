@@ -33,6 +33,7 @@ from rhapsody_mcp.engine.placers import (
     Placer,
     Program,
     Together,
+    count_cores,
     count_gpus,
     this_host,
 )
@@ -92,7 +93,7 @@ class _Host:
     def __init__(self, config: HostConfig, placer: Placer) -> None:
         self.config, self.placer = config, placer
         self._worker_placer = _batch_placer() if config.batch else placer
-        self.cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        self.cores = count_cores()
         self.gpus = count_gpus()
         self.task_env: dict[str, str] = json.loads(os.environ.get(TASK_VARIABLES, "{}"))
         self.prober = Prober(config.folder, config.sys_path)

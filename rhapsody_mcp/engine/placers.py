@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ __all__ = [
     "Placer",
     "Program",
     "Together",
+    "count_cores",
     "count_gpus",
     "terminate_marked",
     "this_host",
@@ -197,6 +199,11 @@ class _DragonGroup:
     def close(self) -> None:
         self._group.join()  # until it knows that they have ended: else it kills them, through Dragon
         self._group.close()
+
+
+def count_cores() -> int:
+    """The cores of this node that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def count_gpus() -> int:

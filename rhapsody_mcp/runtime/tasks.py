@@ -191,10 +191,6 @@ class ComputeTask(Task):
             if isinstance(self.function, Source):
                 self.function.check_arguments(self.args, self.kwargs)
 
-    @property
-    def layout(self) -> Layout:
-        return self._layout
-
     def sources(self) -> list[Task]:
         return [*_tasks_in(self.args), *_tasks_in(self.kwargs), *_tasks_in(self.arguments)]
 
