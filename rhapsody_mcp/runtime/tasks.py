@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self, get_args
 
 import msgspec
 
@@ -18,7 +18,9 @@ from rhapsody_mcp.model.values import Ref, Value
 from rhapsody_mcp.runtime.encoding import Encoder, Module, Source
 from rhapsody_mcp.runtime.layouts import read_layout, read_timeout
 
-__all__ = ["AITask", "ComputeTask", "Part", "Rank", "Task"]
+__all__ = ["AITask", "ComputeTask", "ForEach", "OnUpstreamFailure", "Part", "Rank", "Task", "leaves"]
+
+OnUpstreamFailure = Literal["cancel", "run"]
 
 _uids = itertools.count(1)
 
@@ -48,12 +50,39 @@ class Task:
 
     Awaiting it gives the task itself once it is DONE, raises TaskFailed once it is FAILED and TaskCanceled once
     it is CANCELED. Cancelling whoever awaits it does not cancel the task.
+
+    backend       a backend's name; default is the session's first that runs such tasks
+    after         tasks that must be DONE before this one starts, besides those whose results it uses
+    retries       how often it is started again after it FAILED, `retry_delay_s` later, and twice as long each
+                  next time up to a minute; what could not start as asked (cause invalid) is not tried again
+    on_upstream_failure   "cancel" (default): it is CANCELED where a task that it waits for does not end DONE;
+                  "run": it runs nevertheless, with None in the place of a result that is not there
+
+    `attempts` counts how often it was started.
     """
 
-    def __init__(self, *, backend: str | None, name: str | None, uid: str | None) -> None:
+    def __init__(
+        self,
+        *,
+        backend: str | None = None,
+        name: str | None = None,
+        uid: str | None = None,
+        after: Sequence[Task] = (),
+        retries: int = 0,
+        retry_delay_s: float = 1.0,
+        on_upstream_failure: OnUpstreamFailure = "cancel",
+    ) -> None:
         self.uid = uid or f"task.{next(_uids):06d}"
         self.name = name
         self.backend = backend
+        self.after = _tasks_to_follow(after)
+        self.retries = _whole("retries", retries, least=0) or 0
+        self.retry_delay_s = _delay(retry_delay_s)
+        if on_upstream_failure not in get_args(OnUpstreamFailure):
+            raise InvalidTask(f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".')
+        self.on_upstream_failure = on_upstream_failure
+        self.attempts = 0
+        self.parent: ForEach | None = None
         self.state = TaskState.NEW
         self.submitted: float | None = None
         self.started: float | None = None
@@ -67,7 +96,11 @@ class Task:
     kind: str
 
     def sources(self) -> list[Task]:
-        """The tasks whose results this one needs."""
+        """The tasks that must have ended before this one starts: those whose results it needs, and `after`."""
+        return [*self.needs(), *self.after]
+
+    def needs(self) -> list[Task]:
+        """The tasks whose results this one uses."""
         raise NotImplementedError
 
     def spec(self, encoder: Encoder) -> TaskSpec:
@@ -142,7 +175,6 @@ class ComputeTask(Task):
     executable    a path, or a name on PATH; `return_value` is its standard output without outer white space, or
                   its bytes where that is not UTF-8 text
     arguments     its arguments; a task among them stands for its return value, as text or as JSON
-    backend       a backend's name; default is the session's first that runs such tasks
     task_backend_specific_kwargs
         process_template   a dict (env, cwd, policy): a process of its own
         process_templates  a list of (ranks, dict): a job of several processes
@@ -160,14 +192,11 @@ class ComputeTask(Task):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         arguments: Sequence[Any] = (),
-        backend: str | None = None,
-        name: str | None = None,
-        uid: str | None = None,
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
-        **unknown: object,
+        **common: Any,
     ) -> None:
-        refuse_unknown("field of ComputeTask", unknown, _COMPUTE_FIELDS)
-        super().__init__(backend=backend, name=name, uid=uid)
+        refuse_unknown("field of ComputeTask", common.keys() - _COMMON_FIELDS, (*_COMPUTE_FIELDS, *_COMMON_FIELDS))
+        super().__init__(**common)
         self.function = function
         self.executable = executable
         self.args = tuple(args)
@@ -191,7 +220,7 @@ class ComputeTask(Task):
             if isinstance(self.function, Source):
                 self.function.check_arguments(self.args, self.kwargs)
 
-    def sources(self) -> list[Task]:
+    def needs(self) -> list[Task]:
         return [*_tasks_in(self.args), *_tasks_in(self.kwargs), *_tasks_in(self.arguments)]
 
     def spec(self, encoder: Encoder) -> TaskSpec:
@@ -207,7 +236,6 @@ class AITask(Task):
     """A prompt, or a list of prompts, for a language model.
 
     prompt          a text or a list of texts; a task stands for its return value
-    backend         an inference backend's name; default is the session's first that runs prompts
     model           a name that the backend serves; default is the backend's own
     system_prompt   instructions that come before the prompt
     temperature     0.0 to 2.0        top_p   0.0 to 1.0        top_k   a positive number, or -1 for all
@@ -224,7 +252,6 @@ class AITask(Task):
         self,
         prompt: Any,
         *,
-        backend: str | None = None,
         model: str | None = None,
         system_prompt: str | None = None,
         temperature: float | None = None,
@@ -232,13 +259,11 @@ class AITask(Task):
         top_p: float | None = None,
         top_k: int | None = None,
         stop_sequences: Sequence[str] | None = None,
-        name: str | None = None,
-        uid: str | None = None,
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
-        **unknown: object,
+        **common: Any,
     ) -> None:
-        refuse_unknown("field of AITask", unknown, _AI_FIELDS)
-        super().__init__(backend=backend, name=name, uid=uid)
+        refuse_unknown("field of AITask", common.keys() - _COMMON_FIELDS, (*_AI_FIELDS, *_COMMON_FIELDS))
+        super().__init__(**common)
         self.prompt = prompt
         self.model = model
         self.system_prompt = system_prompt
@@ -273,7 +298,7 @@ class AITask(Task):
     def many(self) -> bool:
         return isinstance(self.prompt, list | tuple)
 
-    def sources(self) -> list[Task]:
+    def needs(self) -> list[Task]:
         return list(_tasks_in(self._prompts))
 
     def spec(self, encoder: Encoder) -> TaskSpec:
@@ -291,11 +316,11 @@ class AITask(Task):
         return TaskSpec(uid=self.uid, work=work, layout=Layout("native"), timeout_s=self._timeout_s)
 
 
-_COMMON_FIELDS = ("backend", "name", "uid", "task_backend_specific_kwargs")
-_COMPUTE_FIELDS = (*_COMMON_FIELDS, "function", "executable", "args", "kwargs", "arguments")
+_COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure"}
+_COMPUTE_FIELDS = ("function", "executable", "args", "kwargs", "arguments", "task_backend_specific_kwargs")
 _AI_FIELDS = (
-    *_COMMON_FIELDS,
     *("prompt", "model", "system_prompt", "temperature", "max_tokens", "top_p", "top_k", "stop_sequences"),
+    "task_backend_specific_kwargs",
 )
 
 
@@ -322,6 +347,53 @@ def _tasks_in(value: object) -> Iterator[Task]:
         elif isinstance(item, list | tuple | set | frozenset | dict) and id(item) not in seen:
             seen.add(id(item))
             pending.extend(item.values() if isinstance(item, dict) else item)
+
+
+class ForEach(Task):
+    """The same task once for each item, side by side; its result is the list of their results, in order.
+
+    items         a list, or a task (or Part of one) whose result is a list
+    make          makes the task for one item: called with the item (for a task's result, a Part of it) and its number
+
+    `children` are these tasks, once the items are known. It is DONE when all of them are, and FAILED when one is not;
+    then its list has None in that place.
+    """
+
+    kind = "for_each"
+
+    def __init__(
+        self, items: Sequence[Any] | Task | Part, make: Callable[[Any, int], ComputeTask | AITask], **common: Any
+    ) -> None:
+        refuse_unknown("field of ForEach", common.keys() - _COMMON_FIELDS, _COMMON_FIELDS)
+        super().__init__(**common)
+        self.items, self.make = items, make
+        self.children: list[ComputeTask | AITask] = []
+
+    def needs(self) -> list[Task]:
+        return list(_tasks_in([self.items]))
+
+    def spec(self, encoder: Encoder) -> TaskSpec:
+        raise NotImplementedError("a session runs its children")
+
+
+def leaves(tasks: Iterable[Task]) -> list[Task]:
+    """These tasks, with the children of a ForEach in its place where it has any."""
+    found: list[Task] = []
+    for task in tasks:
+        found += task.children if isinstance(task, ForEach) and task.children else [task]
+    return found
+
+
+def _tasks_to_follow(after: Sequence[Task]) -> tuple[Task, ...]:
+    if isinstance(after, Task) or not all(isinstance(task, Task) for task in after):
+        raise InvalidTask("after is a list of tasks, as in [first, second].")
+    return tuple(after)
+
+
+def _delay(seconds: float) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 3600:
+        raise InvalidTask(f"retry_delay_s is {seconds!r}; valid is a number of seconds from 0 to 3600.")
+    return float(seconds)
 
 
 def _in_range(field: str, value: float | None, low: float, high: float) -> float | None:
