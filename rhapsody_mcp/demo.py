@@ -25,9 +25,8 @@ from rhapsody_mcp.model.errors import RhapsodyError
 __all__ = ["DemoFailed", "run_demo"]
 
 _PROMPT = (
-    'Write one labelled sample as JSON and nothing else: {"f1": number, "f2": number, "f3": number, "f4": number, '
-    '"label": 0 or 1}. Each feature is between -3 and 3 with one decimal; the label is 1 if their sum is positive, '
-    "else 0. This is sample number "
+    "Write one labelled sample as JSON: features f1 to f4, each between -3 and 3 with one decimal, and a label, which "
+    "is 1 if their sum is positive, else 0. This is sample number "
 )
 _LOG_LINES = 20
 
@@ -67,9 +66,13 @@ async def _pipeline(steps: _Steps, model: str, samples: int) -> None:
 
 def _tasks(samples: int) -> list[dict[str, Any]]:
     prompts = [f"{_PROMPT}{number}." for number in range(1, samples + 1)]
+    source = inspect.getsource(demo_training)
     return [
-        {"name": "samples", "prompt": prompts, "temperature": 1.0, "max_tokens": 100},
-        {"name": "train", "source": inspect.getsource(demo_training), "entry": "train", "args": [{"ref": "samples"}]},
+        {
+            **{"name": "samples", "prompt": prompts, "temperature": 1.0, "max_tokens": 200},
+            "json_schema": demo_training.SCHEMA,
+        },
+        {"name": "train", "source": source, "entry": "train", "args": [{"ref": "samples"}]},
     ]
 
 
@@ -117,7 +120,7 @@ class _Steps:
         elapsed = time.monotonic() - self._began
         self._console.print("\nThe model wrote, for example:")
         for example in result["examples"]:
-            self._console.print(f"  {example.strip()}", markup=False)
+            self._console.print(f"  {_plain(example)}", markup=False)
         self._console.print("\nThe classifier that was trained on it:")
         for name, value in result.items():
             if name != "examples":
@@ -130,7 +133,7 @@ class _Steps:
     def show_statistics(self, statistics: dict[str, Any]) -> None:
         table = Table("tasks", "states", "avg total", "avg queue", "avg execution")
         states = ", ".join(f"{count} {state}" for state, count in statistics["counts"].items())
-        times = [f"{statistics[f'avg_{name}_s']:.4f} s" for name in ("total", "queue", "execution")]
+        times = [f"{statistics['times_s'][name]['mean']:.4f} s" for name in ("total", "queue", "execution")]
         table.add_row(str(statistics["total_tasks"]), states, *times)
         self._console.print(table)
 

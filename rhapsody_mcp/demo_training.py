@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
+from typing import Any
 
 FEATURES = ("f1", "f2", "f3", "f4")
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        **{name: {"type": "number", "minimum": -3, "maximum": 3} for name in FEATURES},
+        "label": {"enum": [0, 1]},
+    },
+    "required": [*FEATURES, "label"],
+    "additionalProperties": False,
+}
+"""What the model writes, and `train` reads."""
 LEAST = 10
 EPOCHS, RATE = 300, 0.5
 
 Sample = tuple[list[float], int]
 
 
-def train(texts: list[str]) -> dict[str, object]:
+def train(objects: list[dict[str, Any]]) -> dict[str, object]:
     """Learn the label from the features by logistic regression; accuracy is measured on a fifth held out."""
-    samples = [sample for text in texts if (sample := parse(text)) is not None]
-    if len(samples) < LEAST:
-        raise ValueError(f"of {len(texts)} answers only {len(samples)} are samples; {LEAST} are needed to train")
+    if len(objects) < LEAST:
+        raise ValueError(f"there are {len(objects)} samples; {LEAST} are needed to train")
+    samples: list[Sample] = [([found[name] for name in FEATURES], found["label"]) for found in objects]
     random.Random(0).shuffle(samples)
     held_out, training = samples[: len(samples) // 5], samples[len(samples) // 5 :]
     weights = fit(training)
     ones = sum(label for _, label in held_out)
     return {
         "samples": len(samples),
-        "unparsable": len(texts) - len(samples),
         "trained_on": len(training),
         "held_out": len(held_out),
         "accuracy": sum(predict(weights, features) == label for features, label in held_out) / len(held_out),
         "accuracy_of_the_commoner_label": max(ones, len(held_out) - ones) / len(held_out),
         "weights": dict(zip((*FEATURES, "bias"), (round(weight, 3) for weight in weights), strict=True)),
-        "examples": texts[:3],
+        "examples": objects[:3],
     }
-
-
-def parse(text: str) -> Sample | None:
-    """The sample that a model's answer holds, if it holds one."""
-    try:
-        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
-        features = [float(found[name]) for name in FEATURES]
-    except (ValueError, KeyError, TypeError):
-        return None
-    label = found.get("label")
-    return (features, label) if label in (0, 1) and all(map(math.isfinite, features)) else None
 
 
 def fit(samples: list[Sample]) -> list[float]:

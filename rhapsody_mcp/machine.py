@@ -12,6 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from rhapsody_mcp.engine.placers import count_cores
+
 __all__ = ["Machine", "Part", "look"]
 
 _GIB = 1024**3
@@ -58,7 +60,7 @@ def look() -> Machine:
         host=platform.node(),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        cores=_cores(),
+        cores=count_cores(),
         memory_gib=_memory_gib(),
         gpus=gpus,
         dragon=Part("Dragon", _version("dragonhpc"), _dragon_remedy()),
@@ -91,10 +93,6 @@ def _dragon_remedy() -> str:
 
 def _vllm_remedy(has_gpu: bool) -> str:
     return f'pip install "rhapsody-mcp[{"gpu" if has_gpu else "cpu"}]"'
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory_gib() -> float | None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
-from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.mcpserver import Context, Extension, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
-from mcp.types import CallToolResult, InputRequiredResult
+from mcp.types import CallToolResult, GetPromptResult, InputRequiredResult
 
 from rhapsody_mcp import __version__
+from rhapsody_mcp.completions import Completions
 from rhapsody_mcp.model.errors import UnknownName
+from rhapsody_mcp.notices import Notices
+from rhapsody_mcp.prompts import make_prompt, refuse_prompt
+from rhapsody_mcp.resources import Resources, add_resources
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.text import read_cards, read_prompt
+from rhapsody_mcp.subscriptions import Subscriptions
+from rhapsody_mcp.text import read_cards, read_prompt, read_prompts
+from rhapsody_mcp.toolsets.asking import Desk
 from rhapsody_mcp.toolsets.card_tool import make_tools
+from rhapsody_mcp.toolsets.functions import Functions
 from rhapsody_mcp.toolsets.insight import Insight
+from rhapsody_mcp.toolsets.offered import choose
 from rhapsody_mcp.toolsets.refusals import refuse_call
 from rhapsody_mcp.toolsets.sessions import Sessions
 from rhapsody_mcp.toolsets.tasks import Tasks
@@ -23,7 +33,7 @@ __all__ = ["Server", "build_server"]
 
 
 class Server(MCPServer):
-    """An MCP server that helps where a tool's name is wrong, too."""
+    """An MCP server that helps where the name of a tool or a prompt is wrong, too."""
 
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
@@ -33,19 +43,46 @@ class Server(MCPServer):
             raise ToolError(refuse_call(UnknownName("tool", name, names), "one of these"))
         return await super().call_tool(name, arguments, context)
 
+    async def get_prompt(
+        self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
+    ) -> GetPromptResult | InputRequiredResult:
+        names = [prompt.name for prompt in self._prompt_manager.list_prompts()]
+        if name not in names:
+            raise refuse_prompt(UnknownName("prompt", name, names))
+        return await super().get_prompt(name, arguments, context)
 
-def build_server(settings: Settings, sessions: OpenSessions) -> Server:
-    """A server that speaks of these sessions; whoever made them closes them.
 
-    Raises RhapsodyError where a tool lacks its card or a card its tool.
+def build_server(settings: Settings, sessions: OpenSessions, extensions: Sequence[Extension] = ()) -> Server:
+    """A server that speaks of these sessions; whoever made them closes them, and ends the extensions.
+
+    Raises RhapsodyError where a tool lacks its card or a card its tool, UnknownName where the settings name a
+    toolset that there is not.
     """
-    toolsets = [Sessions(sessions), Tasks(sessions, settings), Insight(sessions, settings)]
-    return Server(
+    cards = read_cards()
+    offer = choose(cards, settings)
+    session_tools, task_tools = Sessions(sessions, settings), Tasks(sessions, settings)
+    insight_tools = Insight(sessions, settings)
+    toolsets = [session_tools, task_tools, insight_tools, Functions(sessions)]
+    notices = Notices(settings.notice_interval_s)
+    desk = Desk(sessions, settings)
+    server = Server(
         "rhapsody",
         title="Rhapsody",
         description="Runs functions, programs, parallel jobs and language-model prompts on this machine.",
-        instructions=read_prompt("instructions"),
+        instructions=offer.instructions(read_prompt("instructions")),
         version=__version__,
-        tools=make_tools(toolsets, read_cards()),
+        tools=[tool for tool in make_tools(toolsets, cards) if tool.name in offer.names],
+        extensions=extensions,
+        lifespan=lambda _: nullcontext(desk),
+        subscriptions=notices.bus,
         log_level="WARNING",
     )
+    prompts = offer.prompts(read_prompts())
+    for prompt in prompts:
+        server.add_prompt(make_prompt(prompt, sessions))
+    resources = Resources(sessions, session_tools, task_tools, insight_tools)
+    add_resources(server, resources)
+    Completions(sessions, prompts).serve(server)
+    Subscriptions(server, notices, resources.check).serve()
+    sessions.watch(notices.changed)
+    return server

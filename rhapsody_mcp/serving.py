@@ -13,6 +13,7 @@ from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.runtime.opening import open_backends
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.tasks_extension import TasksExtension
 
 __all__ = ["serve_stdio"]
 
@@ -20,12 +21,14 @@ __all__ = ["serve_stdio"]
 async def serve_stdio(settings: Settings) -> None:
     """Returns at the end of stdin, when nothing is left running. SIGTERM and SIGINT end the process in that state;
     after SIGKILL the keepers of the engines do the same."""
-    async with OpenSessions(partial(open_backends, settings=settings)) as sessions, anyio.create_task_group() as group:
-        server = build_server(settings, sessions)
-        await group.start(_stop_on_signal, sessions)
-        await server.run_stdio_async()
-        await sessions.close_all()
-        group.cancel_scope.cancel()
+    tasks = TasksExtension()
+    async with OpenSessions(partial(open_backends, settings=settings)) as sessions:
+        server = build_server(settings, sessions, [tasks])
+        async with tasks, anyio.create_task_group() as group:
+            await group.start(_stop_on_signal, sessions)
+            await server.run_stdio_async()
+            await sessions.close_all()
+            group.cancel_scope.cancel()
 
 
 async def _stop_on_signal(

@@ -23,8 +23,10 @@ class Settings(BaseModel):
     """How long wait_tasks waits when it is not told, in seconds."""
     wait_cap_s: Annotated[float, Field(gt=0)] = 55.0
     """The longest that one wait_tasks waits; many clients give up on a call after 60 s."""
-    result_bytes: Annotated[int, Field(ge=256, le=65536)] = 8192
-    """How much of a result get_result returns when it is not told."""
+    result_bytes: Annotated[int, Field(ge=256, le=10_000)] = 8192
+    """How much of a result one get_result returns, in bytes."""
+    notice_interval_s: Annotated[float, Field(ge=0)] = 1.0
+    """A subscriber hears of each resource's changes at once, and then at most once in this time, in seconds."""
     default_model: str = "shipped"
     """The model of the vllm backend where create_session names none: a path, a hub name, or "shipped"."""
     default_num_workers: Annotated[int, Field(ge=1)] | None = None
@@ -34,6 +36,19 @@ class Settings(BaseModel):
     endpoint_model: str | None = None
     endpoint_api_key: str | None = None
     """Sent to `endpoint_url` and to no other address."""
+    budget_tasks: Annotated[int, Field(ge=0)] | None = 10_000
+    """How many tasks a session takes before submit_tasks asks the person; null for any number."""
+    budget_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The same for the sum of max_tokens over its prompts; one that does not say it counts as none."""
+    read_only: bool = False
+    """Offer only the tools that change nothing."""
+    toolsets: tuple[str, ...] | None = None
+    """Offer only the tools of these folders of tools/, as in [sessions, tasks]; null for all."""
+    http_token_file: Path | None = None
+    """Holds the bearer token that HTTP clients must send. Without it a token is asked for only where other machines
+    can connect, and it is in a file of the user's state folder."""
+    http_allowed_hosts: tuple[str, ...] = ()
+    """More names by which HTTP clients may call this host, such as that of a proxy."""
 
 
 def settings_file() -> Path:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.abc import Traversable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rhapsody_mcp.model.errors import RhapsodyError
 
-__all__ = ["Annotations", "Card", "Example", "read_cards", "read_prompt"]
+__all__ = ["Annotations", "Argument", "Card", "Example", "PromptText", "read_cards", "read_prompt", "read_prompts"]
 
 _FENCE = "---\n"
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+_INSTRUCTIONS = "instructions.md"
+_NO_PLACEHOLDERS = {"item"}
+"""What `for_each` reads, and so stays as it is."""
 
 
 class _Frozen(BaseModel):
@@ -49,6 +55,44 @@ class Card(_Frozen):
     text: str
 
 
+class Argument(_Frozen):
+    """What a person fills in. An argument that may be left out has the text that then takes its place."""
+
+    name: str
+    description: str
+    default: str | None = None
+
+    @property
+    def required(self) -> bool:
+        return self.default is None
+
+
+class PromptText(_Frozen):
+    """One MCP prompt. Each argument has its place in the text, as in `{session}`.
+
+    Without the tools that it `needs` it makes no sense; those that it only names may be missing.
+    """
+
+    name: str
+    title: str
+    description: str
+    needs: tuple[str, ...]
+    arguments: tuple[Argument, ...]
+    text: str
+
+    @model_validator(mode="after")
+    def _has_a_place_for_each_argument(self) -> Self:
+        places = set(_PLACEHOLDER.findall(self.text)) - _NO_PLACEHOLDERS
+        if stray := places ^ {argument.name for argument in self.arguments}:
+            raise ValueError(f"{{{min(stray)}}} is not both an argument and a place in the text")
+        return self
+
+    def filled(self, given: Mapping[str, str]) -> str:
+        """The text with what was given, or else the default, in its places."""
+        values = {argument.name: given.get(argument.name) or argument.default or "" for argument in self.arguments}
+        return _PLACEHOLDER.sub(lambda place: values.get(place.group(1), place.group()), self.text)
+
+
 def read_cards() -> list[Card]:
     """Every card, by toolset and name. Raises RhapsodyError where a card is malformed."""
     return [_read_card(toolset.name, file) for toolset in _entries(_shipped("tools")) for file in _cards(toolset)]
@@ -57,6 +101,15 @@ def read_cards() -> list[Card]:
 def read_prompt(name: str) -> str:
     """The text of prompts/NAME.md."""
     return (_shipped("prompts") / f"{name}.md").read_text(encoding="utf-8").strip()
+
+
+def read_prompts(folder: Traversable | None = None) -> list[PromptText]:
+    """Every MCP prompt in the folder, by name; default are those of this package.
+
+    Raises RhapsodyError where one is malformed.
+    """
+    files = _cards(folder or _shipped("prompts"))
+    return [_read_prompt_text(file) for file in files if file.name != _INSTRUCTIONS]
 
 
 def _shipped(name: str) -> Traversable:
@@ -74,11 +127,32 @@ def _cards(toolset: Traversable) -> Iterator[Traversable]:
 
 
 def _read_card(toolset: str, file: Traversable) -> Card:
+    with _named(f"the card tools/{toolset}/{file.name}"):
+        fields, text = _parts(file)
+        return Card(toolset=toolset, name=_stem(file), text=text, **fields)
+
+
+def _read_prompt_text(file: Traversable) -> PromptText:
+    with _named(f"the prompt prompts/{file.name}"):
+        fields, text = _parts(file)
+        return PromptText(name=_stem(file), text=text, **fields)
+
+
+def _parts(file: Traversable) -> tuple[dict[str, Any], str]:
+    """Front matter and text."""
     head, fence, body = file.read_text(encoding="utf-8").removeprefix(_FENCE).partition(_FENCE)
-    name = file.name.removesuffix(".md")
+    if not fence:
+        raise ValueError(f"it does not start with front matter between two lines of {_FENCE.strip()}")
+    return yaml.safe_load(head), body.strip()
+
+
+def _stem(file: Traversable) -> str:
+    return file.name.removesuffix(".md")
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
     try:
-        if not fence:
-            raise ValueError(f"it does not start with front matter between two lines of {_FENCE.strip()}")
-        return Card(toolset=toolset, name=name, text=body.strip(), **yaml.safe_load(head))
+        yield
     except (ValidationError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise RhapsodyError(f"the card tools/{toolset}/{file.name} is malformed: {error}") from error
+        raise RhapsodyError(f"{what} is malformed: {error}") from error

@@ -20,6 +20,7 @@ from rhapsody_mcp.model.values import Ref, follow
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.tasks_extension import TasksExtension
 from rhapsody_mcp.testing import ScriptedBackend
 
 ERAS = ["legacy", "auto"]
@@ -67,17 +68,20 @@ class Agent:
 
 @asynccontextmanager
 async def open_agent(
-    era: str = "auto", backend: ScriptedBackend | None = None, settings: Settings | None = None
+    era: str = "auto", backend: ScriptedBackend | None = None, settings: Settings | None = None, **options: Any
 ) -> AsyncIterator[Agent]:
-    """An agent before a server whose sessions run on `backend`, which does what tasks say unless it is scripted."""
+    """An agent before a server whose sessions run on `backend`, which does what tasks say unless it is scripted.
+
+    `options` are the client's.
+    """
     scripted = backend or ScriptedBackend(perform)
 
     def open_backends(_: object) -> Sequence[Backend]:
         return [scripted]
 
-    async with OpenSessions(open_backends) as sessions:
-        server = build_server(settings or Settings(), sessions)
-        async with Client(server, mode=cast(Any, era)) as client:
+    async with OpenSessions(open_backends) as sessions, TasksExtension() as tasks:
+        server = build_server(settings or Settings(), sessions, [tasks])
+        async with Client(server, mode=cast(Any, era), **options) as client:
             yield Agent(client, scripted, sessions)
 
 
@@ -138,7 +142,7 @@ def refs_of(items: list[Any]) -> list[Ref]:
 def _bound(refs: list[Ref], values: list[Any]) -> dict[Any, Any]:
     """What each Ref stands for; a scripted backend gives the values in the order of their uids."""
     by_uid = dict(zip(sorted({ref.uid for ref in refs}), values, strict=True))
-    return {ref: follow(by_uid[ref.uid], ref.path) for ref in refs}
+    return {ref: None if by_uid[ref.uid] is None else follow(by_uid[ref.uid], ref.path) for ref in refs}
 
 
 def _text(value: object) -> str:

@@ -29,7 +29,7 @@ async def busy_server(*backends: str) -> AsyncIterator[Process]:
         prompts = [{"name": "ai", "prompt": "Write a sample."}] if "vllm" in backends else []
         await call(server, "submit_tasks", session="session-1", tasks=[*_TASKS, *prompts])
         counts = {"RUNNING": len(_TASKS)} | ({"DONE": 1} if prompts else {})
-        while (state := await call(server, "wait_tasks", session="session-1", mode="any", timeout_s=0.2))[
+        while (state := await call(server, "wait_tasks", session="session-1", count=1, timeout_s=0.2))[
             "counts"
         ] != counts:
             assert not state["failures"], state

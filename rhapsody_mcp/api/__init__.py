@@ -4,11 +4,12 @@ from rhapsody_mcp.model.errors import RhapsodyError, TaskCanceled, TaskFailed
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.session import Session
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Part
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part
 
 __all__ = [
     "AITask",
     "ComputeTask",
+    "ForEach",
     "Module",
     "Part",
     "RhapsodyError",

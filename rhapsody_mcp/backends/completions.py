@@ -16,26 +16,30 @@ from rhapsody_mcp.backends.batches import Dispatcher, Limits, Prompt
 from rhapsody_mcp.backends.chat import Answer, ChatServer, Conversation, Lost, Refused
 from rhapsody_mcp.engine.call import encode
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName
+from rhapsody_mcp.model.json_schemas import Unfit, read_answer
 from rhapsody_mcp.model.outcome import Outcome, Usage
 from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.values import INLINE_BYTES, Reader, Ref, Value, follow
+from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, Reader, Ref, Value, follow
 
 __all__ = ["Completions", "Defaults", "check_prompts"]
 
 _LEAST_TOP_P = 1e-6
 """Stands for a top_p of 0, which vLLM refuses: of any likelihood that a 32-bit float can tell, only the greatest."""
 _NOT_THE_TASKS_FAULT = (408, 425, 429)
+_ON_CUT = "Raise max_tokens, or let json_schema bound what can be long, with maxLength and maxItems."
 
 logger = logging.getLogger(__name__)
 
 
 class Defaults(msgspec.Struct, frozen=True):
-    """What a request has where its task says nothing. `parameters` are fields of the server's chat API."""
+    """What a request has where its task says nothing. `parameters` are fields of the server's chat API,
+    `schema_options` what goes into a JSON schema besides what the task gives."""
 
     model: str
     parameters: dict[str, Any] = {}
     system_prompt: str | None = None
+    schema_options: dict[str, Any] = {}
 
 
 def check_prompts(spec: TaskSpec) -> None:
@@ -129,7 +133,7 @@ class _Job:
         work = _work(self.order)
         system = work.system_prompt if work.system_prompt is not None else self.defaults.system_prompt
         parameters = _parameters(work, self.defaults)
-        kin = msgspec.json.encode([parameters, self.order.spec.timeout_s], order="sorted")
+        kin = msgspec.json.encode([parameters, self.order.spec.timeout_s])  # unsorted: a schema's order counts
         return [Prompt(_conversation(system, text), parameters, kin, self._sent) for text in texts]
 
     async def _ask(self, prompts: list[Prompt]) -> list[Answer]:
@@ -154,23 +158,43 @@ class _Job:
             self.report(Running(self.order.spec.uid, self.started))
 
     async def _done(self, answers: list[Answer], many: bool) -> Outcome:
-        texts = [answer.text for answer in answers]
-        long = sum(map(len, texts)) > INLINE_BYTES // 4  # a character is up to 4 bytes
-        result = texts if many else texts[0]
-        value = await asyncio.to_thread(self._encoded, result) if long else self._encoded(result)
+        usage = _sum([answer.usage for answer in answers])
+        length = sum(len(answer.text) for answer in answers)
+        try:
+            if length > INLINE_BYTES // 4:  # a character is up to 4 bytes
+                value = await asyncio.to_thread(self._value, answers, many)
+            else:
+                value = self._value(answers, many)
+        except Unfit as unfit:
+            return self.failed(Cause.ERROR, str(unfit), usage)
         cut = sum(answer.cut for answer in answers)
         notes = (f"{cut} of {len(answers)} answers were cut off at max_tokens or the model's length",) if cut else ()
         return Outcome(
-            state=TaskState.DONE,
-            started=self.started,
-            ended=time.time(),
-            value=value,
-            usage=_sum([answer.usage for answer in answers]),
-            notes=notes,
+            state=TaskState.DONE, started=self.started, ended=time.time(), value=value, usage=usage, notes=notes
         )
 
-    def _encoded(self, result: str | list[str]) -> Value:
-        return encode(result, self.order.folder)
+    def _value(self, answers: list[Answer], many: bool) -> Value:
+        schema = _work(self.order).json_schema
+        texts = [answer.text for answer in answers]
+        results = texts if schema is None else self._objects(answers, schema)
+        return encode(results if many else results[0], self.order.folder)
+
+    def _objects(self, answers: list[Answer], schema: bytes) -> list[Any]:
+        """What the answers hold. Raises Unfit for the first that was cut or does not fit."""
+        objects = []
+        for number, answer in enumerate(answers, 1):
+            which = f"the answer to prompt {number} of {len(answers)}" if len(answers) > 1 else "the answer"
+            if answer.cut:
+                raise Unfit(f"{which} was cut at {self._most_tokens()} before its object was whole. {_ON_CUT}")
+            try:
+                objects.append(read_answer(answer.text, schema))
+            except Unfit as unfit:
+                raise Unfit(f"{which} {unfit}") from unfit
+        return objects
+
+    def _most_tokens(self) -> str:
+        most = _parameters(_work(self.order), self.defaults).get("max_tokens")
+        return "the model's length" if most is None else f"max_tokens ({most})"
 
     def _explained(self, refusal: Refused) -> str:
         """The server's message, with what to do where that is known."""
@@ -182,9 +206,9 @@ class _Job:
             return f"{refusal}. Give the backend another api_key."
         return str(refusal)
 
-    def failed(self, cause: Cause, message: str) -> Outcome:
+    def failed(self, cause: Cause, message: str, usage: Usage | None = None) -> Outcome:
         state = TaskState.CANCELED if cause is Cause.CANCELED else TaskState.FAILED
-        return Outcome(state=state, started=self.started, ended=time.time(), cause=cause, error=message)
+        return Outcome(state=state, started=self.started, ended=time.time(), cause=cause, error=message, usage=usage)
 
 
 def _work(order: Order) -> Completion:
@@ -200,11 +224,19 @@ def _parameters(work: Completion, defaults: Defaults) -> dict[str, Any]:
         "top_p": work.top_p,
         "top_k": work.top_k,
         "stop": list(work.stop_sequences) or None,
+        "response_format": _response_format(work.json_schema, defaults.schema_options),
     }
     parameters = {**defaults.parameters, **{name: value for name, value in own.items() if value is not None}}
     if parameters.get("top_p") == 0.0:
         parameters["top_p"] = _LEAST_TOP_P
     return parameters
+
+
+def _response_format(schema: bytes | None, options: dict[str, Any]) -> dict[str, Any] | None:
+    if schema is None:
+        return None
+    asked = {**msgspec.json.decode(schema), **options}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked, "strict": True}}
 
 
 def _conversation(system: str | None, text: str) -> Conversation:
@@ -224,6 +256,8 @@ def _texts(order: Order, read: Reader) -> tuple[list[str], bool]:
 def _value(ref: Ref, bindings: Mapping[str, Value], read: Reader) -> Any:
     if ref.uid not in bindings:
         raise InvalidTask(f"{ref.uid} has no result that a prompt could hold.")
+    if bindings[ref.uid] == NOTHING:
+        return None
     try:
         value = read(bindings[ref.uid])
     except InvalidTask as error:

@@ -16,7 +16,7 @@ from rhapsody_mcp.backends.batches import Limits, read_limits
 from rhapsody_mcp.backends.chat import Lost, Refused
 from rhapsody_mcp.backends.completions import Completions, Defaults, check_prompts
 from rhapsody_mcp.backends.vllm_config import Device, VllmConfig, read_config
-from rhapsody_mcp.backends.vllm_plan import Plan, find_model, look_at_hardware, plan_servers
+from rhapsody_mcp.backends.vllm_plan import SCHEMA_OPTIONS, Plan, find_model, look_at_hardware, plan_servers
 from rhapsody_mcp.backends.vllm_server import VllmServer
 from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.model.errors import BackendUnavailable
@@ -111,6 +111,7 @@ class DragonVllmInferenceBackend(Awaitable):
             described |= {
                 "model": self._plan.model.names[0],
                 "models": list(self._plan.model.names),
+                "source": self._plan.model.source,
                 "device": self._plan.device,
                 "replicas": len(self._plan.launches),
                 "urls": self.urls,
@@ -156,7 +157,8 @@ class DragonVllmInferenceBackend(Awaitable):
             if isinstance(error, Refused | Lost):
                 raise BackendUnavailable(f"the vLLM server does not answer: {error}") from error
             raise
-        defaults = Defaults(plan.model.names[0], config.llm.request_parameters, config.llm.system_text)
+        llm = config.llm
+        defaults = Defaults(plan.model.names[0], llm.request_parameters, llm.system_text, SCHEMA_OPTIONS)
         self._completions = Completions(self._servers, defaults, limits)
         for server in self._servers:
             server.watch(partial(self._completions.lose, server))

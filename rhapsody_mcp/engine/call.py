@@ -11,7 +11,7 @@ import pickle
 import reprlib
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cloudpickle
@@ -22,7 +22,7 @@ from rhapsody_mcp.engine.wire import Result
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.specs import Call
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import INLINE_BYTES, PREVIEW_CHARS, Value, follow, load
+from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, follow, load
 
 __all__ = ["encode", "perform"]
 
@@ -120,6 +120,8 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, reference: tuple[str, str]) -> Any:
         uid, path = reference
+        if self._bindings[uid] == NOTHING:
+            return None
         if uid not in self._values:
             self._values[uid] = load(self._bindings[uid])
         return follow(self._values[uid], path)
@@ -189,16 +191,27 @@ def _length(value: Any) -> int | None:
 def _preview(value: Any, data: bytes | None) -> str:
     if data is not None:
         return data[:PREVIEW_CHARS].decode("utf-8", "ignore")
+    if isinstance(value, bytes | bytearray):
+        return f"binary, {len(value)} bytes"
     try:
-        shape = getattr(value, "shape", None)
-        shown = _REPR.repr(value)[:PREVIEW_CHARS]
-        return f"shape {tuple(shape)}: {shown}" if shape is not None else shown
+        return f"{_form(value)}{_REPR.repr(value)}"[:PREVIEW_CHARS]
     except Exception:  # a __repr__ may raise anything
         return ""
 
 
+def _form(value: Any) -> str:
+    """What arrays, tensors and tables say of themselves, as in `shape (2, 3), dtype float64, 48 bytes: `."""
+    shape, dtype, size = (getattr(value, name, None) for name in ("shape", "dtype", "nbytes"))
+    facts = [f"shape {tuple(shape)}"] if isinstance(shape, Sequence) else []
+    facts += [f"dtype {dtype}"] if facts and dtype is not None else []
+    facts += [f"{size} bytes"] if facts and isinstance(size, int) else []
+    return f"{', '.join(facts)}: " if facts else ""
+
+
 _REPR = reprlib.Repr()
 _REPR.maxother = _REPR.maxstring = _REPR.maxlong = PREVIEW_CHARS
+_REPR.maxtuple = _REPR.maxlist = _REPR.maxset = _REPR.maxfrozenset = _REPR.maxdict = 20
+_REPR.maxlevel = 3
 
 
 def _words(error: BaseException) -> str:

@@ -30,7 +30,7 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.specs import Call, Command, Template
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import INLINE_BYTES, PREVIEW_CHARS, Ref, Stream, Value, follow, load
+from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Ref, Stream, Value, follow, load
 
 __all__ = ["GRACE_S", "OWNER_GONE", "RankEnd", "how_it_ended"]
 
@@ -175,7 +175,8 @@ class _Rank:
     def _argument(self, argument: str | Ref) -> str:
         if isinstance(argument, str):
             return argument
-        value = follow(load(self.order.bindings[argument.uid]), argument.path)
+        bound = self.order.bindings[argument.uid]
+        value = None if bound == NOTHING else follow(load(bound), argument.path)
         return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
     def _redirect(self, cwd: str) -> None:

@@ -8,6 +8,8 @@ RhapsodyError
 ├── BackendError            a backend could not do its part now; another time it may
 │   └── BackendUnavailable  a backend's program is not installed, did not start, or is gone
 ├── SessionClosed           the session takes no more tasks
+├── NotConfirmed            what would be lost or exceeded was not agreed to; nothing was changed
+│   └── NeedsForce          nobody could be asked whether they agree
 └── TaskFailed              a task ran and failed, or never could
     └── TaskCanceled        a task was canceled before it ended
 """
@@ -27,6 +29,8 @@ __all__ = [
     "InvalidRequest",
     "InvalidSettings",
     "InvalidTask",
+    "NeedsForce",
+    "NotConfirmed",
     "RhapsodyError",
     "SessionClosed",
     "TaskCanceled",
@@ -77,6 +81,14 @@ class BackendUnavailable(BackendError):
 
 class SessionClosed(RhapsodyError):
     """The session is closed and takes no more tasks; open another one."""
+
+
+class NotConfirmed(RhapsodyError):
+    """A person was asked whether to go on and did not agree; nothing was changed."""
+
+
+class NeedsForce(NotConfirmed):
+    """A person must agree to this, and the client cannot ask one; nothing was changed."""
 
 
 class TaskFailed(RhapsodyError):

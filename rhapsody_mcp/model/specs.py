@@ -37,7 +37,8 @@ class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True):
     """Prompts for a language model, all with the same parameters. None means the server's default.
 
     `many` says whether the result is a list (one answer a prompt, in order) or the single answer. A Ref among
-    the prompts stands for a text; a Ref as the only prompt may stand for a list of texts.
+    the prompts stands for a text; a Ref as the only prompt may stand for a list of texts. With `json_schema`, a
+    schema as JSON, an answer is the object that the model wrote; else it is a text.
     """
 
     prompts: tuple[str | Ref, ...]
@@ -49,6 +50,7 @@ class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True):
     top_p: float | None = None
     top_k: int | None = None
     stop_sequences: tuple[str, ...] = ()
+    json_schema: bytes | None = None
 
 
 class Template(msgspec.Struct, frozen=True, omit_defaults=True):

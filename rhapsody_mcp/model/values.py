@@ -11,7 +11,7 @@ import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask
 
-__all__ = ["INLINE_BYTES", "PREVIEW_CHARS", "Ref", "Stream", "Value", "follow", "load", "load_json"]
+__all__ = ["INLINE_BYTES", "NOTHING", "PREVIEW_CHARS", "Ref", "Stream", "Value", "follow", "load", "load_json"]
 
 INLINE_BYTES = 64 * 1024
 """A longer value, and a longer stdout or stderr, is a file; messages stay small."""
@@ -43,6 +43,10 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True):
     def read(self) -> bytes:
         """The encoded bytes. Raises OSError when the file is gone."""
         return self.data if self.data is not None else Path(self.file or "").read_bytes()
+
+
+NOTHING = Value("json", "nothing", 4, b"null")
+"""Stands for the result of a task that ended without one: null, and so is every part of it."""
 
 
 class Stream(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -6,6 +6,7 @@ import ast
 import inspect
 import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import cloudpickle
@@ -50,6 +51,19 @@ class Source(msgspec.Struct, frozen=True):
     def function_name(self) -> str:
         return self.entry or list(self._functions())[-1]
 
+    @property
+    def signature(self) -> str:
+        """As it is written, as in `add(a, b=2) -> int`."""
+        definition = self._functions()[self.function_name]
+        kind = "async " if isinstance(definition, ast.AsyncFunctionDef) else ""
+        returns = f" -> {ast.unparse(definition.returns)}" if definition.returns else ""
+        return f"{kind}{definition.name}({ast.unparse(definition.args)}){returns}"
+
+    @property
+    def docstring(self) -> str:
+        """Empty where it has none."""
+        return ast.get_docstring(self._functions()[self.function_name]) or ""
+
     def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise InvalidTask where the function does not take these arguments."""
         definition = self._functions()[self.function_name]
@@ -61,17 +75,22 @@ class Source(msgspec.Struct, frozen=True):
             written = ast.unparse(definition.args)
             raise InvalidTask(f"{definition.name}({written}) does not take these arguments: {error}.") from None
 
-    def _functions(self) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
-        try:
-            tree = ast.parse(self.text)
-            compile(tree, "<source>", "exec", dont_inherit=True)
-        except (SyntaxError, ValueError) as error:
-            line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
-            message = error.msg if isinstance(error, SyntaxError) else str(error)
-            shown = f" in {error.text.strip()!r}" if isinstance(error, SyntaxError) and error.text else ""
-            raise InvalidTask(f"the source does not compile: {line}{message}{shown}.") from None
-        definitions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-        return {node.name: node for node in definitions}
+    def _functions(self) -> Mapping[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+        return _functions_in(self.text)
+
+
+@lru_cache(maxsize=64)
+def _functions_in(text: str) -> Mapping[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+    try:
+        tree = ast.parse(text)
+        compile(tree, "<source>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+        shown = f" in {error.text.strip()!r}" if isinstance(error, SyntaxError) and error.text else ""
+        raise InvalidTask(f"the source does not compile: {line}{message}{shown}.") from None
+    definitions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return {node.name: node for node in definitions}
 
 
 class Encoder:

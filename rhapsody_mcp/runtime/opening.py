@@ -1,10 +1,10 @@
-"""Makes the backends that a session asks for; none of them is started here."""
+"""Works out and makes the backends that a session asks for; none of them is started here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,7 +15,7 @@ from rhapsody_mcp.machine import Machine, Part, look
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest
 from rhapsody_mcp.settings import Settings
 
-__all__ = ["BackendName", "OpenBackends", "Wanted", "open_backends"]
+__all__ = ["BackendName", "OpenBackends", "Plan", "Wanted", "open_backends", "plan_backends"]
 
 BackendName = Literal["dragon", "local", "vllm", "endpoint"]
 
@@ -35,8 +35,24 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 OpenBackends = Callable[[Wanted], Sequence[Backend]]
 
 
+class Plan(msgspec.Struct, frozen=True):
+    """A backend before it is made: its name, and the arguments of its class."""
+
+    name: BackendName
+    arguments: dict[str, Any]
+
+    def open(self) -> Backend:
+        made: Backend = getattr(backends, backends.BACKENDS[self.name])(**self.arguments)
+        return made
+
+
 def open_backends(wanted: Wanted, settings: Settings) -> list[Backend]:
-    """The backends of a session on this machine; what is not wished for is as the settings say.
+    """The backends of a session on this machine; raises what `plan_backends` raises."""
+    return [plan.open() for plan in plan_backends(wanted, settings)]
+
+
+def plan_backends(wanted: Wanted, settings: Settings) -> list[Plan]:
+    """What a session gets on this machine; what is not wished for is as the settings say.
 
     Raises InvalidRequest where a wish is wrong or contradicts another, BackendUnavailable where a program is missing.
     """
@@ -45,7 +61,7 @@ def open_backends(wanted: Wanted, settings: Settings) -> list[Backend]:
     if len(set(names)) < len(names):
         raise InvalidRequest(f"backends is {list(names)}; name each backend once.")
     _refuse_idle_wishes(wanted, names)
-    return [_open(name, wanted, settings, machine) for name in names]
+    return [Plan(name, _arguments(name, wanted, settings, machine)) for name in names]
 
 
 def _defaults(wanted: Wanted, machine: Machine) -> tuple[BackendName, ...]:
@@ -75,30 +91,30 @@ def _refuse_idle_wishes(wanted: Wanted, names: Sequence[BackendName]) -> None:
             )
 
 
-def _open(name: BackendName, wanted: Wanted, settings: Settings, machine: Machine) -> Backend:
+def _arguments(name: BackendName, wanted: Wanted, settings: Settings, machine: Machine) -> dict[str, Any]:
     num_workers = wanted.num_workers or settings.default_num_workers
     match name:
         case "dragon":
             _need(machine.dragon, "the local backend runs the same tasks with processes of this machine")
-            return backends.DragonExecutionBackendV3(num_workers=num_workers)
+            return {"num_workers": num_workers}
         case "local":
-            return backends.LocalExecutionBackend(num_workers=num_workers)
+            return {"num_workers": num_workers}
         case "vllm":
             _need(machine.vllm, "the endpoint backend speaks to a server that runs elsewhere")
             if wanted.config_file:
                 read_config(Path(wanted.config_file).expanduser(), {})
             model = wanted.model or (None if wanted.config_file else settings.default_model)
-            return backends.DragonVllmInferenceBackend(wanted.config_file, model=model, device=wanted.device)
+            return {"config_file": wanted.config_file, "model": model, "device": wanted.device}
         case "endpoint":
-            return _open_endpoint(wanted, settings)
+            return _endpoint_arguments(wanted, settings)
 
 
-def _open_endpoint(wanted: Wanted, settings: Settings) -> Backend:
+def _endpoint_arguments(wanted: Wanted, settings: Settings) -> dict[str, Any]:
     if (url := wanted.endpoint_url or settings.endpoint_url) is None:
         raise InvalidRequest('the endpoint backend needs endpoint_url, as in "http://127.0.0.1:8000/v1".')
     own = url == settings.endpoint_url  # the key goes to its own address and to no other
     model = wanted.endpoint_model or (settings.endpoint_model if own else None)
-    return backends.EndpointInferenceBackend(url, model=model, api_key=settings.endpoint_api_key if own else None)
+    return {"url": url, "model": model, "api_key": settings.endpoint_api_key if own else None}
 
 
 def _need(part: Part, instead: str) -> None:

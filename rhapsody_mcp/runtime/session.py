@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
-from collections.abc import Collection, Coroutine, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
+
+from msgspec.structs import replace
 
 from rhapsody_mcp.backends.base import Backend, Ended, Event, Kind, Running
 from rhapsody_mcp.engine.folders import Folder
@@ -24,14 +26,17 @@ from rhapsody_mcp.model.errors import (
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.statistics import Statistics, summarise
-from rhapsody_mcp.model.values import Reader, load, load_json
-from rhapsody_mcp.runtime.encoding import Encoder
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Task, rank_of, reference
+from rhapsody_mcp.model.statistics import Statistics
+from rhapsody_mcp.model.values import NOTHING, Reader, Value, load, load_json
+from rhapsody_mcp.runtime.encoding import Encoder, Module
+from rhapsody_mcp.runtime.fan_out import join, outcome_of, read_items
+from rhapsody_mcp.runtime.measuring import measure
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, leaves, rank_of, reference
 
 __all__ = ["Session"]
 
 _log = logging.getLogger(__name__)
+_LONGEST_DELAY_S = 60.0
 
 
 class Session:
@@ -48,20 +53,28 @@ class Session:
         self._lanes = {backend.name: _Lane(backend) for backend in backends}
         self._read: Reader = load if opens_results else load_json
         self._opens_results = opens_results
+        self._submitted: list[Task] = []
         self._tasks: dict[str, Task] = {}
         self._specs: dict[str, TaskSpec] = {}
         self._missing: dict[str, set[str]] = {}
         self._dependents: dict[str, list[str]] = {}
+        self._unfinished: dict[str, int] = {}
+        self._retrying: dict[str, asyncio.TimerHandle] = {}
+        self._hidden = 0
         self._folder: Folder | None = None
         self._closing: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
+        self.ended: list[Task] = []
+        """Every task that has ended, first ended first; a ForEach after its children."""
+        self.on_change: Callable[[Task], None] | None = None
+        """Called after each change of a task's state."""
 
     # --- what there is
 
     @property
     def tasks(self) -> list[Task]:
-        """Every task, in the order of submission."""
-        return list(self._tasks.values())
+        """Every task, in the order of submission. The children of a ForEach are in it alone."""
+        return list(self._submitted)
 
     @property
     def backends(self) -> list[Backend]:
@@ -71,9 +84,18 @@ class Session:
     def closed(self) -> bool:
         return self._closing is not None
 
-    def get_statistics(self) -> Statistics:
-        """Counts and average times of this session's tasks, now."""
-        return summarise(task.timing for task in self._tasks.values())
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tasks are in which state, with the children of a ForEach in its place."""
+        return dict(Counter(task.state.value for task in leaves(self._submitted)))
+
+    def get_statistics(self, group: str | None = None) -> Statistics:
+        """Counts, times, rates and the critical path of this session's tasks, or of one group of them, now.
+
+        Groups and everything else are as `Statistics` and `summarise` of `rhapsody_mcp.model.statistics` say.
+        Raises UnknownName where no task is in such a group.
+        """
+        return measure(self._submitted, self._specs, self.backends, group)
 
     # --- submission
 
@@ -87,13 +109,40 @@ class Session:
         if self.closed:
             raise SessionClosed("this session is closed; open another one with Session(backends=[...]).")
         batch = list(tasks)
-        accepted = self._accept(batch)
-        for task, lane, spec in accepted:
-            self._register(task, lane, spec)
-        self._queue([task for task in batch if not self._missing.get(task.uid)])
+        self._take(self._accept(batch))
+        self._submitted += batch
         return [task.future for task in batch]
 
-    def _accept(self, batch: list[Task]) -> list[tuple[Task, _Lane, TaskSpec]]:
+    def check(self, tasks: Iterable[Task]) -> None:
+        """Raise what `submit_tasks` would raise for these tasks; nothing is taken."""
+        self._accept(list(tasks))
+
+    def _take(self, accepted: list[_Accepted]) -> None:
+        for task, lane, spec in accepted:
+            self._register(task, lane, spec)
+        self._queue([task for task, _, _ in accepted if self._is_ready(task)])
+
+    def _is_ready(self, task: Task) -> bool:
+        return not self._missing[task.uid] and task.state is TaskState.WAITING
+
+    async def run_hidden(self, task: Task) -> Task:
+        """Run a task of this program's own, which no list or count shows, and give it when it has ended.
+
+        Raises what `submit_tasks` raises.
+        """
+        if self.closed:
+            raise SessionClosed("this session is closed.")
+        self._hidden += 1
+        task.uid = f"~{self._hidden}"
+        self._take(self._accept([task]))
+        try:
+            await asyncio.wait([task.future])
+        except asyncio.CancelledError:
+            self._cancel([task], "nobody waits for it")
+            raise
+        return task
+
+    def _accept(self, batch: list[Task]) -> list[_Accepted]:
         uids = {}
         for task in batch:
             if not isinstance(task, Task):
@@ -110,9 +159,18 @@ class Session:
                     )
         _refuse_cycles(uids)
         encoder = Encoder(reference)
-        return [self._checked(task, encoder) for task in batch]
+        accepted: list[_Accepted] = []
+        for task in batch:
+            accepted += self._checked_children(task, encoder) if isinstance(task, ForEach) else ()
+            accepted.append(self._checked(task, encoder))
+        return accepted
 
-    def _checked(self, task: Task, encoder: Encoder) -> tuple[Task, _Lane, TaskSpec]:
+    def _checked_children(self, parent: ForEach, encoder: Encoder) -> list[_Accepted]:
+        return [self._checked(child, encoder) for child in parent.children]
+
+    def _checked(self, task: Task, encoder: Encoder) -> _Accepted:
+        if isinstance(task, ForEach):
+            return task, None, None
         lane = self._route(task)
         try:
             spec = task.spec(encoder)
@@ -137,19 +195,22 @@ class Session:
             raise InvalidTask(f"{named} is a {kind}, which backend {task.backend!r} does not run; {others} does.")
         return lane
 
-    def _register(self, task: Task, lane: _Lane, spec: TaskSpec) -> None:
-        task.backend = lane.backend.name
+    def _register(self, task: Task, lane: _Lane | None, spec: TaskSpec | None) -> None:
+        if lane is not None and spec is not None:
+            task.backend, self._specs[task.uid] = lane.backend.name, spec
         task.submitted = time.time()
         task.state = TaskState.WAITING
         task._future = asyncio.get_running_loop().create_future()
         task._future.add_done_callback(_retrieve)
         self._tasks[task.uid] = task
-        self._specs[task.uid] = spec
-        sources = {source.uid for source in task.sources()}
-        unfinished = {uid for uid in sources if uid not in self._tasks or not self._tasks[uid].state.final}
+        sources = () if isinstance(task, ForEach) and task.source is None else task.sources()
+        unfinished = {source.uid for source in sources if not source.state.final}
         self._missing[task.uid] = unfinished
         for uid in unfinished:
             self._dependents.setdefault(uid, []).append(task.uid)
+        if isinstance(task, ForEach) and task.source is None:
+            self._watch_children(task)
+        self._tell(task)
 
     # --- from task to task
 
@@ -161,18 +222,22 @@ class Session:
                 self._end(task, _canceled(Cause.UPSTREAM, f"{failed.name or failed.uid} did not end DONE"))
                 continue
             task.state = TaskState.QUEUED
+            self._tell(task)
+            if isinstance(task, ForEach):
+                self._spawn(self._fan_out(task))
+                continue
+            task.attempts += 1
             by_lane.setdefault(task.backend or "", []).append(self._order(task))
         for name, orders in by_lane.items():
             self._hand_over(self._lanes[name], orders)
 
     def _failed_source(self, task: Task) -> Task | None:
+        if task.on_upstream_failure == "run":
+            return None
         return next((source for source in task.sources() if source.state is not TaskState.DONE), None)
 
     def _order(self, task: Task) -> Order:
-        bindings = {}
-        for source in task.sources():
-            if source.outcome is not None and source.outcome.value is not None:
-                bindings[source.uid] = source.outcome.value
+        bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
         return Order(spec=self._specs[task.uid], bindings=bindings, folder=str(self.folder))
 
     @property
@@ -181,6 +246,74 @@ class Session:
         if self._folder is None:
             self._folder = Folder()
         return self._folder.path
+
+    # --- one task for each item
+
+    def _watch_children(self, parent: ForEach) -> None:
+        """Its children are in, or there is nothing to do."""
+        parent.state = TaskState.QUEUED
+        self._unfinished[parent.uid] = sum(not child.state.final for child in parent.children)
+        if not self._unfinished[parent.uid]:
+            self._spawn(self._gather(parent))
+
+    async def _fan_out(self, parent: ForEach) -> None:
+        try:
+            parent.make_children(await self._items_of(parent))
+            for source in {source.uid: source for child in parent.children for source in child.sources()}.values():
+                if source.uid not in self._tasks or _leads_to(source, parent):
+                    raise InvalidTask(
+                        f"its tasks need {source.name or source.uid}, which is not in this session or waits for it."
+                    )
+            accepted = self._checked_children(parent, Encoder(reference))
+        except (RhapsodyError, OSError) as error:
+            parent.children = []
+            self._end(parent, Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=str(error)))
+            return
+        if parent.state.final:
+            parent.children = []
+            return
+        self._watch_children(parent)
+        self._take(accepted)
+
+    async def _items_of(self, parent: ForEach) -> Sequence[Any]:
+        source = parent.source
+        assert source is not None, "the children of a list are made at once"
+        value = source.task.outcome.value if source.task.outcome else None
+        if value is None or value.format == "json":
+            return await read_items(source)
+        count = await self.run_hidden(ComputeTask(Module("builtins:len"), args=(source,)))
+        if count.state is not TaskState.DONE or count.outcome is None or count.outcome.value is None:
+            raise InvalidTask(f"for_each needs a list: {count.exception}")
+        return [Part(source.task, f"{source.path}/{number}") for number in range(load_json(count.outcome.value))]
+
+    def _child_has_ended(self, parent: ForEach) -> None:
+        self._unfinished[parent.uid] -= 1
+        if not self._unfinished[parent.uid] and not self.closed:
+            self._spawn(self._gather(parent))
+
+    async def _gather(self, parent: ForEach) -> None:
+        """Make one result of its children's."""
+        values = [
+            child.outcome.value if child.outcome and child.state is TaskState.DONE else None
+            for child in parent.children
+        ]
+        value: Value | None
+        try:
+            if all(value is None or value.format == "json" for value in values):
+                value = await join(values, self.folder)
+            else:
+                children = [child if child.state is TaskState.DONE else None for child in parent.children]
+                gathered = await self.run_hidden(ComputeTask(Module("builtins:list"), args=(children,)))
+                await gathered
+                value = gathered.outcome.value if gathered.outcome else None
+            outcome = outcome_of(parent, value)
+        except (RhapsodyError, OSError) as error:
+            message = f"its results cannot be put together: {error}"
+            outcome = Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.LOST, error=message)
+        parent.return_value = [child.return_value for child in parent.children]
+        self._end(parent, outcome)
+
+    # --- to backends
 
     def _hand_over(self, lane: _Lane, orders: list[Order]) -> None:
         if lane.ready:
@@ -221,13 +354,36 @@ class Session:
         if task.state.final:
             return
         if isinstance(event, Running):
-            task.state, task.started = TaskState.RUNNING, event.at
+            self._run(task, event.at)
+            if task.parent is not None and task.parent.state is not TaskState.RUNNING:
+                self._run(task.parent, event.at)
+        elif self._tries_again(task, event.outcome):
+            self._try_again_later(task, event.outcome)
         elif self._opens_results and _is_long(event):
             self._spawn(self._open_long_result(task, event.outcome))
         elif self._opens_results:
             self._end(task, self._opened(task, event.outcome))
         else:
             self._end(task, event.outcome)
+
+    def _run(self, task: Task, at: float) -> None:
+        task.state, task.started = TaskState.RUNNING, at
+        self._tell(task)
+
+    def _tries_again(self, task: Task, outcome: Outcome) -> bool:
+        failed = outcome.state is TaskState.FAILED and outcome.cause is not Cause.INVALID
+        return failed and task.attempts <= task.retries and not self.closed
+
+    def _try_again_later(self, task: Task, outcome: Outcome) -> None:
+        task.state, task.started = TaskState.QUEUED, None
+        task.last_failure = f"attempt {task.attempts} ended with cause {outcome.cause}: {outcome.error}"
+        delay_s = min(task.retry_delay_s * 2.0 ** (task.attempts - 1), _LONGEST_DELAY_S)
+        self._retrying[task.uid] = asyncio.get_running_loop().call_later(delay_s, self._try_again, task)
+        self._tell(task)
+
+    def _try_again(self, task: Task) -> None:
+        del self._retrying[task.uid]
+        self._queue([task])
 
     async def _open_long_result(self, task: Task, outcome: Outcome) -> None:
         opened = await asyncio.to_thread(self._opened, task, outcome)
@@ -253,19 +409,36 @@ class Session:
             task, outcome = ended.popleft()
             if task.state.final:
                 continue
+            if task.last_failure:
+                outcome = replace(outcome, notes=(*outcome.notes, f"attempt {task.attempts}; {task.last_failure}"))
             task.outcome, task.state, task.started = outcome, outcome.state, outcome.started
+            self._forget(task)
             _settle(task)
+            self._tell(task)
+            if task.parent is not None:
+                self._child_has_ended(task.parent)
             for uid in self._dependents.pop(task.uid, ()):
                 missing = self._missing[uid]
                 missing.discard(task.uid)
                 dependent = self._tasks[uid]
-                if outcome.state is not TaskState.DONE:
+                if outcome.state is not TaskState.DONE and dependent.on_upstream_failure == "cancel":
                     message = f"{task.name or task.uid} did not end DONE: {outcome.error}"
                     ended.append((dependent, _canceled(Cause.UPSTREAM, message)))
                 elif not missing and not dependent.state.final:
                     ready.append(dependent)
         if ready and not self.closed:
             self._queue(ready)
+
+    def _forget(self, task: Task) -> None:
+        if task.uid.startswith("~"):
+            for kept in (self._tasks, self._specs, self._missing):
+                kept.pop(task.uid, None)
+        else:
+            self.ended.append(task)
+
+    def _tell(self, task: Task) -> None:
+        if self.on_change is not None and not task.uid.startswith("~"):
+            self.on_change(task)
 
     # --- waiting, canceling, closing
 
@@ -288,13 +461,19 @@ class Session:
         for task in batch:
             if task.uid not in self._tasks:
                 raise UnknownName("task", task.uid, self._tasks)
-        self._cancel(batch, "canceled on request")
+        self._cancel([*leaves(batch), *batch], "canceled on request")
         return await self.wait_tasks(batch)
 
     def _cancel(self, tasks: Collection[Task], message: str) -> None:
         by_lane: dict[str, set[str]] = {}
         for task in tasks:
-            by_lane.setdefault(task.backend or "", set()).add(task.uid)
+            if isinstance(task, ForEach):
+                self._cancel_for_each(task, message)
+            elif (timer := self._retrying.pop(task.uid, None)) is not None:
+                timer.cancel()
+                self._end(task, _canceled(Cause.CANCELED, message))
+            else:
+                by_lane.setdefault(task.backend or "", set()).add(task.uid)
         for name, uids in by_lane.items():
             lane = self._lanes[name]
             held = {order.spec.uid for order in lane.pending}
@@ -304,6 +483,11 @@ class Session:
                     self._end(self._tasks[uid], _canceled(Cause.CANCELED, message))
             if lane.ready:
                 lane.backend.cancel({uid for uid in uids if not self._tasks[uid].state.final})
+
+    def _cancel_for_each(self, parent: ForEach, message: str) -> None:
+        """One that has children ends when they have."""
+        if not self._unfinished.get(parent.uid):
+            self._end(parent, _canceled(Cause.CANCELED, message))
 
     async def close(self) -> None:
         """Cancel what has not ended, stop the backends, and delete the session's files.
@@ -317,14 +501,14 @@ class Session:
 
     async def _close(self) -> None:
         message = "its session was closed"
-        self._cancel([task for task in self._tasks.values() if not task.state.final], message)
+        self._cancel([task for task in list(self._tasks.values()) if not task.state.final], message)
         openings = [lane.opening for lane in self._lanes.values() if lane.opening]
         for opening in openings:
             opening.cancel()
         await asyncio.gather(*openings, return_exceptions=True)
         failures = await asyncio.gather(*(backend.close() for backend in self.backends), return_exceptions=True)
         await asyncio.gather(*self._background, return_exceptions=True)
-        for task in self._tasks.values():
+        for task in list(self._tasks.values()):
             self._end(task, _canceled(Cause.CANCELED, message))
         if self._folder is not None:
             self._folder.remove()
@@ -354,11 +538,30 @@ class _Lane:
         self.pending: list[Order] = []
 
 
-def kind_of(task: Task) -> Kind:
-    """What a backend must be able to run for this task."""
+_Accepted = tuple[Task, _Lane | None, TaskSpec | None]
+"""With the lane and the spec of what a backend runs; a ForEach has none."""
+
+
+def kind_of(task: Task) -> Kind | Literal["for_each"]:
+    """What a backend must be able to run for this task; a ForEach is run by the session."""
+    if isinstance(task, ForEach):
+        return "for_each"
     if isinstance(task, AITask):
         return "prompt"
     return "function" if isinstance(task, ComputeTask) and task.function is not None else "executable"
+
+
+def _leads_to(task: Task, sought: Task) -> bool:
+    """Whether `task` waits for the sought one, or is it."""
+    pending, seen = [task], set[str]()
+    while pending:
+        one = pending.pop()
+        if one is sought:
+            return True
+        if one.uid not in seen and not one.state.final:
+            seen.add(one.uid)
+            pending += one.sources()
+    return False
 
 
 def _refuse_cycles(batch: dict[str, Task]) -> None:

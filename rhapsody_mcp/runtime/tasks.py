@@ -10,10 +10,11 @@ from typing import Any, Literal, Self, get_args
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, TaskCanceled, TaskFailed, refuse_unknown
+from rhapsody_mcp.model.json_schemas import encode_schema
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.specs import Call, Command, Completion, Layout, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.statistics import Timing
+from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.model.values import Ref, Value
 from rhapsody_mcp.runtime.encoding import Encoder, Module, Source
 from rhapsody_mcp.runtime.layouts import read_layout, read_timeout
@@ -82,6 +83,7 @@ class Task:
             raise InvalidTask(f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".')
         self.on_upstream_failure = on_upstream_failure
         self.attempts = 0
+        self.last_failure = ""
         self.parent: ForEach | None = None
         self.state = TaskState.NEW
         self.submitted: float | None = None
@@ -137,11 +139,9 @@ class Task:
 
     @property
     def timing(self) -> Timing:
-        if self.outcome is None or self.submitted is None:
-            return Timing(self.state)
-        ended = max(self.outcome.ended, self.submitted)
-        started = ended if self.outcome.started is None else min(max(self.outcome.started, self.submitted), ended)
-        return Timing(self.state, started - self.submitted, ended - started)
+        if self.outcome is None:
+            return Timing()
+        return Timing.of(self.submitted, self.outcome.started, self.outcome.ended)
 
     # --- awaiting
 
@@ -203,7 +203,7 @@ class ComputeTask(Task):
         self.kwargs = dict(kwargs or {})
         self.arguments = list(arguments)
         self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
-        self._layout = read_layout(self.task_backend_specific_kwargs, native=function is not None)
+        self.layout = read_layout(self.task_backend_specific_kwargs, native=function is not None)
         self._timeout_s = read_timeout(self.task_backend_specific_kwargs)
         self._check()
 
@@ -229,7 +229,7 @@ class ComputeTask(Task):
             work = encoder.call(self.function, self.args, self.kwargs)
         else:
             work = Command(self.executable or "", tuple(_argument(argument) for argument in self.arguments))
-        return TaskSpec(uid=self.uid, work=work, layout=self._layout, timeout_s=self._timeout_s)
+        return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s)
 
 
 class AITask(Task):
@@ -241,9 +241,11 @@ class AITask(Task):
     temperature     0.0 to 2.0        top_p   0.0 to 1.0        top_k   a positive number, or -1 for all
     max_tokens      the most tokens to generate for one prompt
     stop_sequences  texts that end the answer and are not part of it
+    json_schema     a JSON schema of an object, which the answer is held to
     task_backend_specific_kwargs   timeout in seconds
 
-    `return_value` and `response` are the answer: a text for one prompt, a list in order for a list.
+    `return_value` and `response` are the answer: a text for one prompt, a list in order for a list. With json_schema
+    an answer is the object itself, as a dict; the task is FAILED where one was cut or does not fit.
     """
 
     kind = "ai"
@@ -259,6 +261,7 @@ class AITask(Task):
         top_p: float | None = None,
         top_k: int | None = None,
         stop_sequences: Sequence[str] | None = None,
+        json_schema: dict[str, Any] | None = None,
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
         **common: Any,
     ) -> None:
@@ -272,12 +275,14 @@ class AITask(Task):
         self.top_p = _in_range("top_p", top_p, 0.0, 1.0)
         self.top_k = top_k if top_k == -1 else _whole("top_k", top_k, least=1)
         self.stop_sequences = _texts("stop_sequences", stop_sequences)
+        self.json_schema = json_schema
         self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
         refuse_unknown(
             "key of an AITask's task_backend_specific_kwargs", self.task_backend_specific_kwargs, ["timeout"]
         )
         self._timeout_s = read_timeout(self.task_backend_specific_kwargs)
         self._prompts = self._read_prompts()
+        self._schema = None if json_schema is None else encode_schema(json_schema)
 
     def _read_prompts(self) -> tuple[str | Task | Part, ...]:
         prompts = self.prompt if isinstance(self.prompt, list | tuple) else [self.prompt]
@@ -312,6 +317,7 @@ class AITask(Task):
             top_p=self.top_p,
             top_k=self.top_k,
             stop_sequences=tuple(self.stop_sequences or ()),
+            json_schema=self._schema,
         )
         return TaskSpec(uid=self.uid, work=work, layout=Layout("native"), timeout_s=self._timeout_s)
 
@@ -320,7 +326,7 @@ _COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s",
 _COMPUTE_FIELDS = ("function", "executable", "args", "kwargs", "arguments", "task_backend_specific_kwargs")
 _AI_FIELDS = (
     *("prompt", "model", "system_prompt", "temperature", "max_tokens", "top_p", "top_k", "stop_sequences"),
-    "task_backend_specific_kwargs",
+    *("json_schema", "task_backend_specific_kwargs"),
 )
 
 
@@ -353,27 +359,63 @@ class ForEach(Task):
     """The same task once for each item, side by side; its result is the list of their results, in order.
 
     items         a list, or a task (or Part of one) whose result is a list
-    make          makes the task for one item: called with the item (for a task's result, a Part of it) and its number
+    make          makes the task for one item: called with the item and its number. Of a result that is no JSON the
+                  item is a Part, which stands for it in arguments
+    uses          tasks whose results the made ones use, besides `items`: these must have ended first
 
-    `children` are these tasks, once the items are known. It is DONE when all of them are, and FAILED when one is not;
-    then its list has None in that place.
+    `children` are the made tasks, named as in `sweep[0]`; those of a list are made at once. It is DONE when all of
+    them are, else FAILED (or CANCELED, where none of them FAILED) with None in the place of what is not there.
     """
 
     kind = "for_each"
 
     def __init__(
-        self, items: Sequence[Any] | Task | Part, make: Callable[[Any, int], ComputeTask | AITask], **common: Any
+        self,
+        items: Sequence[Any] | Task | Part,
+        make: Callable[[Any, int], ComputeTask | AITask],
+        *,
+        uses: Sequence[Task] = (),
+        **common: Any,
     ) -> None:
-        refuse_unknown("field of ForEach", common.keys() - _COMMON_FIELDS, _COMMON_FIELDS)
+        refuse_unknown("field of ForEach", common.keys() - _COMMON_FIELDS, ("items", "make", "uses", *_COMMON_FIELDS))
         super().__init__(**common)
+        if not isinstance(items, Task | Part | list | tuple):
+            raise InvalidTask(f"items is a list, or a task whose result is one, not a {type(items).__name__}.")
         self.items, self.make = items, make
         self.children: list[ComputeTask | AITask] = []
+        if isinstance(items, list | tuple):
+            self.make_children(items)
+            uses = [*uses, *{source.uid: source for child in self.children for source in child.needs()}.values()]
+        self._uses = list(uses)
+
+    @property
+    def source(self) -> Part | None:
+        """What the items are a part of; None where they are a list."""
+        return (
+            Part(self.items) if isinstance(self.items, Task) else self.items if isinstance(self.items, Part) else None
+        )
+
+    def make_children(self, items: Sequence[Any]) -> None:
+        """Raises InvalidTask, which names the item, where `make` refuses one."""
+        self.children = [self._child(item, number) for number, item in enumerate(items)]
+
+    def _child(self, item: Any, number: int) -> ComputeTask | AITask:
+        try:
+            child = self.make(item, number)
+        except InvalidTask as error:
+            raise InvalidTask(f"item {number}: {error}") from error
+        child.uid, child.name = f"{self.uid}[{number}]", f"{self.name or self.uid}[{number}]"
+        child.backend = child.backend or self.backend
+        child.after, child.on_upstream_failure = self.after, self.on_upstream_failure
+        child.retries, child.retry_delay_s = self.retries, self.retry_delay_s
+        child.parent = self
+        return child
 
     def needs(self) -> list[Task]:
-        return list(_tasks_in([self.items]))
+        return [*_tasks_in([self.items]), *self._uses]
 
     def spec(self, encoder: Encoder) -> TaskSpec:
-        raise NotImplementedError("a session runs its children")
+        raise NotImplementedError("its children are what backends get")
 
 
 def leaves(tasks: Iterable[Task]) -> list[Task]:

@@ -14,7 +14,13 @@ from pydantic import ValidationError
 
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.text import Card
-from rhapsody_mcp.toolsets.refusals import refuse_arguments, refuse_call, refuse_crash, refuse_unknown_arguments
+from rhapsody_mcp.toolsets.refusals import (
+    refuse_answer,
+    refuse_arguments,
+    refuse_call,
+    refuse_crash,
+    refuse_unknown_arguments,
+)
 from rhapsody_mcp.toolsets.schemas import flat
 
 __all__ = ["CardTool", "make_tools"]
@@ -35,6 +41,8 @@ class CardTool(Tool):
         match error.__cause__:
             case RhapsodyError() as cause:
                 return ToolError(refuse_call(cause, self.name))
+            case ToolError():
+                return ToolError(refuse_answer(self.name))
             case ValidationError() as cause if not isinstance(error, UnexpectedToolError):
                 return ToolError(refuse_arguments(cause, self.parameters, arguments, self.name))
         return UnexpectedToolError(refuse_crash(self.name))

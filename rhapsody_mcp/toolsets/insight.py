@@ -8,77 +8,56 @@ from mcp.types import CallToolResult
 from pydantic import Field
 
 from rhapsody_mcp.machine import Machine, Part, look
-from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.replies import Reply, counts_text, duration, reply
+from rhapsody_mcp.toolsets.figures import SessionStatistics, figures_of, figures_text
+from rhapsody_mcp.toolsets.replies import Reply, reply
+from rhapsody_mcp.toolsets.schemas import UNTOLD
 from rhapsody_mcp.toolsets.sessions import SessionId
 
 __all__ = ["Insight"]
 
-
-class SessionStatistics(Reply):
-    session: str
-    total_tasks: int
-    counts: Annotated[dict[str, int], Field(description="Tasks by state.")]
-    avg_total_s: Annotated[float, Field(description="Over ended tasks; queue plus execution.")]
-    avg_queue_s: float
-    avg_execution_s: float
+_TOLD_SETTINGS = {"default_model", "wait_cap_s", "budget_tasks", "budget_tokens"}
+"""What an agent must know of what the person decided."""
 
 
 class BackendHere(Reply):
+    """`missing` says what is not there, and how to get it."""
+
     name: str
     works: bool
-    runs: Annotated[str, Field(description="What it runs, and how.")]
-    missing: Annotated[str | None, Field(description="What is not there, and how to get it.")] = None
+    version: str | None = None
+    runs: str
+    missing: str | None = None
 
 
 class System(Reply):
-    host: str
-    system: str
-    python: str
-    cores: int
-    memory_gib: float | None = None
-    gpus: list[str]
-    dragon: Annotated[str | None, Field(description="Version, where it is installed.")] = None
-    vllm: Annotated[str | None, Field(description="Version, where it is installed.")] = None
-    backends: list[BackendHere]
-    mpi: str
-    default_model: str
-    wait_cap_s: float
+    host: Annotated[str, UNTOLD]
+    system: Annotated[str, UNTOLD]
+    python: Annotated[str, UNTOLD]
+    cores: Annotated[int, UNTOLD]
+    memory_gib: Annotated[float | None, UNTOLD] = None
+    gpus: Annotated[list[str], UNTOLD]
+    backends: Annotated[list[BackendHere], UNTOLD]
+    mpi: Annotated[str, UNTOLD]
+    settings: Annotated[dict[str, str | float], UNTOLD]
 
 
 class Insight:
     def __init__(self, sessions: OpenSessions, settings: Settings) -> None:
         self._sessions, self._settings = sessions, settings
 
-    async def get_statistics(self, session: SessionId) -> Annotated[CallToolResult, SessionStatistics]:
-        data = _statistics(session, self._sessions.get(session).session.get_statistics())
-        return reply(_statistics_text(data), data)
+    async def get_statistics(
+        self,
+        session: SessionId,
+        group: Annotated[str | None, Field(description='Only this group, e.g. "sweep".')] = None,
+    ) -> Annotated[CallToolResult, SessionStatistics]:
+        statistics = self._sessions.get(session).session.get_statistics(group)
+        return reply(figures_text(session, group, statistics), figures_of(session, group, statistics))
 
     async def describe_system(self) -> Annotated[CallToolResult, System]:
         data = _system(look(), self._settings)
-        return reply(_system_text(data), data)
-
-
-def _statistics(session: str, statistics: Statistics) -> SessionStatistics:
-    summary = statistics["summary"]
-    return SessionStatistics(
-        session=session,
-        total_tasks=summary["total_tasks"],
-        counts=statistics["counts"],
-        avg_total_s=summary["avg_total"],
-        avg_queue_s=summary["avg_queue"],
-        avg_execution_s=summary["avg_execution"],
-    )
-
-
-def _statistics_text(data: SessionStatistics) -> str:
-    return (
-        f"{data.session}: {data.total_tasks} tasks ({counts_text(data.counts)}). Averages of the ended ones: total "
-        f"{duration(data.avg_total_s)} = queue {duration(data.avg_queue_s)} + execution "
-        f"{duration(data.avg_execution_s)}."
-    )
+        return reply(_system_text(data, self._settings), data)
 
 
 def _system(machine: Machine, settings: Settings) -> System:
@@ -89,12 +68,9 @@ def _system(machine: Machine, settings: Settings) -> System:
         cores=machine.cores,
         memory_gib=machine.memory_gib,
         gpus=list(machine.gpus),
-        dragon=machine.dragon.version or None,
-        vllm=machine.vllm.version or None,
         backends=_backends(machine),
         mpi=_mpi(machine),
-        default_model=settings.default_model,
-        wait_cap_s=settings.wait_cap_s,
+        settings=settings.model_dump(include=_TOLD_SETTINGS, exclude_none=True),
     )
 
 
@@ -119,18 +95,27 @@ def _mpi(machine: Machine) -> str:
 
 def _backend(name: str, runs: str, part: Part) -> BackendHere:
     missing = None if part.present else f"{part.name} is not installed. Get it with: {part.remedy}."
-    return BackendHere(name=name, works=part.present, runs=runs, missing=missing)
+    return BackendHere(name=name, works=part.present, version=part.version or None, runs=runs, missing=missing)
 
 
-def _system_text(data: System) -> str:
+def _system_text(data: System, settings: Settings) -> str:
     memory = f", {data.memory_gib:g} GiB memory" if data.memory_gib else ""
     gpus = ", ".join(data.gpus) or "no GPU"
     lines = [f"{data.host}: {data.system}, Python {data.python}, {data.cores} cores{memory}, {gpus}."]
-    lines += [f"- {backend.name} {_state(backend)}: {backend.missing or backend.runs}" for backend in data.backends]
+    lines += [f"- {_headline(backend)}: {backend.missing or backend.runs}" for backend in data.backends]
     lines.append(f"- {data.mpi}.")
-    lines.append(f"Default model: {data.default_model}. One wait_tasks waits {data.wait_cap_s:g} s at most.")
+    lines.append(f"Default model: {settings.default_model}. {_limits_text(settings)}")
     return "\n".join(lines)
 
 
-def _state(backend: BackendHere) -> str:
-    return "works here" if backend.works else "does not work here"
+def _headline(backend: BackendHere) -> str:
+    """As in `dragon 0.15.1 works here`."""
+    named = f"{backend.name} {backend.version}" if backend.version else backend.name
+    return f"{named} {'works here' if backend.works else 'does not work here'}"
+
+
+def _limits_text(settings: Settings) -> str:
+    asks = {"tasks": settings.budget_tasks, "tokens of max_tokens": settings.budget_tokens}
+    told = [f"{most} {what}" for what, most in asks.items() if most is not None]
+    budget = f" Above {' or '.join(told)} in a session, submit_tasks asks the person." if told else ""
+    return f"One wait_tasks waits {settings.wait_cap_s:g} s at most.{budget}"

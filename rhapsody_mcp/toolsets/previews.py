@@ -1,100 +1,115 @@
-"""Short views of results and of what tasks printed: bounded, whatever their size."""
+"""Short views of results, for rows of many: no file is read for them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import anyio.to_thread
 import msgspec
 
-from rhapsody_mcp.model.values import Stream, Value, follow, load_json
+from rhapsody_mcp.model.values import Value
+from rhapsody_mcp.runtime.tasks import ForEach, Task
+from rhapsody_mcp.toolsets.replies import one_line
 
-__all__ = ["Preview", "preview_json", "preview_part", "preview_value", "tail"]
+__all__ = ["Preview", "advice", "as_item", "described", "preview_task", "preview_value"]
 
-T = TypeVar("T")
+_PLAIN = "numbers, texts, lists and dicts with texts as keys"
 
 
 class Preview(msgspec.Struct, frozen=True):
-    """`text` is the whole of the result, as JSON, where it is `complete`; then `value` is the result itself.
-
-    An `opaque` result is a Python object; its text is what its repr says. `size` is in bytes; `length` is the
-    number of items, where there are any.
-    """
+    """`text` is the whole of a result, as JSON, where it is `complete`, and `value` is the result itself; else its
+    beginning and what it is the beginning of."""
 
     text: str
-    complete: bool
-    type: str
-    size: int
+    complete: bool = False
     value: Any = None
-    length: int | None = None
-    opaque: bool = False
 
-    @property
-    def described(self) -> str:
-        """As in `list of 1000 items, 52301 bytes`."""
-        items = "" if self.length is None or self.type == "str" else f" of {self.length} items"
-        return f"{self.type}{items}, {self.size} bytes"
+
+def preview_task(task: Task, max_chars: int, shows: Callable[[Task], bool]) -> Preview | None:
+    """Of a for_each, the list of its results; until it has ended, those of the tasks in it that `shows` is true of,
+    by number."""
+    if isinstance(task, ForEach) and task.children:
+        return _preview_children(task, max_chars, shows)
+    value = task.outcome.value if task.outcome else None
+    return None if value is None else preview_value(value, max_chars)
 
 
 def preview_value(value: Value, max_chars: int) -> Preview:
-    """Reads no file: a result that lies in one is shown by the preview that came with it."""
+    if value.format == "pickle":
+        return Preview(_with_end(one_line(value.preview), max_chars, described(value)))
+    if value.data is not None and len(text := value.data.decode()) <= max_chars:
+        return Preview(text, True, msgspec.json.decode(value.data))
+    begin = value.preview if value.data is None else text
+    if value.type == "str" and not begin.startswith('"'):  # a program's: the text as it is
+        begin = msgspec.json.encode(begin).decode()[:-1]
+    return Preview(f"{begin[:max_chars]} ... ({described(value)})")
+
+
+def _preview_children(task: ForEach, max_chars: int, shows: Callable[[Task], bool]) -> Preview:
+    numbered = list(enumerate(task.children))
+    if task.state.final:
+        items, brackets = (as_item(child) for _, child in numbered), "[]"
+    else:
+        items = (b'"%d":%s' % (number, as_item(child)) for number, child in numbered if shows(child))
+        brackets = "{}"
+    text, complete = _joined(items, max_chars)
+    if complete:
+        whole = f"{brackets[0]}{text}{brackets[1]}"
+        return Preview(whole, True, msgspec.json.decode(whole))
+    return Preview(f"{brackets[0]}{text} ... (of {len(numbered)} results)")
+
+
+def _joined(items: Iterable[bytes], max_chars: int) -> tuple[str, bool]:
+    """As many as fit, whole; and whether these are all."""
+    shown: list[str] = []
+    left = max_chars
+    for item in items:
+        text = item.decode()
+        left -= len(text) + 1
+        if left < 0:
+            return ",".join(shown), False
+        shown.append(text)
+    return ",".join(shown), True
+
+
+def as_item(task: Task) -> bytes:
+    """Its result in a list of results, as JSON: null where it has none, a description of what is long or no JSON."""
+    value = task.outcome.value if task.outcome else None
+    if value is None:
+        return b"null"
     if value.format == "json" and value.data is not None:
-        return preview_json(value.data, max_chars, value.type, value.length)
-    opaque = value.format == "pickle"
-    text = value.preview
-    if not opaque and value.type == "str" and not text.startswith('"'):  # a program's: the text as it is
-        text = msgspec.json.encode(text).decode()[:-1]
-    return Preview(text[:max_chars], False, value.type, value.size, length=value.length, opaque=opaque)
+        return value.data
+    return msgspec.json.encode(f"({described(value)})")
 
 
-def preview_json(data: bytes, max_chars: int, type: str, length: int | None = None) -> Preview:
-    text = data.decode()
-    if len(text) <= max_chars:
-        return Preview(text, True, type, len(data), msgspec.json.decode(data), length)
-    return Preview(text[:max_chars], False, type, len(data), length=length)
+def described(value: Value) -> str:
+    """As in `list of 1000 items, 52301 bytes`."""
+    if value.type == "bytes":
+        return f"binary, {value.size if value.length is None else value.length} bytes"
+    items = "" if value.length is None or value.type == "str" else f" of {value.length} items"
+    return f"{value.type}{items}, {value.size} bytes"
 
 
-async def preview_part(value: Value, path: str, max_chars: int) -> Preview:
-    """The part of a result that a JSON Pointer names. Raises InvalidTask where it leads nowhere."""
-    if not path:
-        return await _preview_whole(value, max_chars)
-    part = await _in_thread_if(value.file is not None, lambda: follow(load_json(value), path))
-    length = len(part) if isinstance(part, list | dict) else None
-    return preview_json(msgspec.json.encode(part), max_chars, type(part).__name__, length)
+def advice(value: Value) -> str:
+    """What to return in place of a Python object, to be able to read it here."""
+    kind = value.type.partition(".")[0]
+    if kind in ("numpy", "torch"):
+        plain = "return value.tolist(), or numbers that sum it up"
+    elif kind == "pandas":
+        plain = 'return value.to_dict("records"), or numbers that sum it up'
+    elif value.type in ("tuple", "set", "frozenset"):
+        plain = "return a list"
+    elif value.type == "float":
+        plain = "return None in place of NaN and infinity"
+    elif value.type == "bytes":
+        plain = "write it to a file and return its path"
+    elif value.type in ("list", "dict"):
+        plain = f"return one that holds {_PLAIN} alone: no tuples, sets, NaN or other objects"
+    else:
+        plain = f"return {_PLAIN}"
+    return f"To read it here, {plain}."
 
 
-async def _preview_whole(value: Value, max_chars: int) -> Preview:
-    shown = preview_value(value, max_chars)
-    if value.format == "pickle" or value.file is None or len(value.preview) >= max_chars:
-        return shown
-    head = await anyio.to_thread.run_sync(_head_of_file, Path(value.file), max_chars)
-    return msgspec.structs.replace(shown, text=head)
-
-
-async def tail(stream: Stream, max_bytes: int) -> str:
-    """The end of what was printed."""
-    if stream.file is None or len(stream.text.encode()) >= max_bytes:
-        return _last(stream.text.encode(), max_bytes)
-    return await anyio.to_thread.run_sync(_tail_of_file, Path(stream.file), max_bytes)
-
-
-def _head_of_file(file: Path, max_bytes: int) -> str:
-    with file.open("rb") as opened:
-        return opened.read(max_bytes).decode("utf-8", "ignore")
-
-
-def _tail_of_file(file: Path, max_bytes: int) -> str:
-    with file.open("rb") as opened:
-        opened.seek(max(0, opened.seek(0, os.SEEK_END) - max_bytes))
-        return opened.read(max_bytes).decode("utf-8", "replace")
-
-
-def _last(data: bytes, max_bytes: int) -> str:
-    return data[-max_bytes:].decode("utf-8", "replace") if max_bytes else ""
-
-
-async def _in_thread_if(long: bool, work: Callable[[], T]) -> T:
-    return await anyio.to_thread.run_sync(work) if long else work()
+def _with_end(text: str, max_chars: int, what: str) -> str:
+    shown = text[:max_chars] + (" ..." if len(text) > max_chars else "")
+    return f"{shown} ({what})" if shown and shown != what else f"({what})"

@@ -13,6 +13,8 @@ from rhapsody_mcp.model.errors import (
     InvalidRequest,
     InvalidSettings,
     InvalidTask,
+    NeedsForce,
+    NotConfirmed,
     RhapsodyError,
     SessionClosed,
     UnknownName,
@@ -20,12 +22,14 @@ from rhapsody_mcp.model.errors import (
 )
 from rhapsody_mcp.toolsets.schemas import field_names
 
-__all__ = ["refuse_arguments", "refuse_call", "refuse_crash", "refuse_unknown_arguments"]
+__all__ = ["refuse_answer", "refuse_arguments", "refuse_call", "refuse_crash", "refuse_unknown_arguments"]
 
 _MAX_BYTES = 1000
 _PROBLEMS_SHOWN = 3
 _CODES: dict[type[RhapsodyError], str] = {
     SessionClosed: "session_closed",
+    NeedsForce: "needs_force",
+    NotConfirmed: "not_confirmed",
     InvalidSettings: "invalid_settings",
     InvalidTask: "invalid_task",
     InvalidRequest: "invalid_request",
@@ -36,6 +40,8 @@ _NEXT = {
     "unknown_task": "Call list_tasks to see the tasks of this session.",
     "unknown_backend": "Call list_sessions to see the backends of this session.",
     "session_closed": "Call create_session for a new one.",
+    "needs_force": "If that is what the person wants, call again with force=true.",
+    "not_confirmed": "Ask the person how to go on.",
     "backend_unavailable": "Call describe_system to see what works on this machine.",
     "invalid_settings": "Call describe_system to see what works on this machine.",
 }
@@ -64,6 +70,15 @@ def refuse_arguments(error: ValidationError, schema: dict[str, Any], arguments: 
     if len(problems) > _PROBLEMS_SHOWN:
         shown.append(f"And {len(problems) - _PROBLEMS_SHOWN} more problems.")
     return _text("invalid_argument", " ".join(shown), f"Correct it and call {tool} again.")
+
+
+def refuse_answer(tool: str) -> str:
+    """For a client that answers a question otherwise than it was asked."""
+    return _text(
+        "invalid_answer",
+        "the client's answer to the question whether to go on cannot be read; nothing was changed.",
+        f"If that is what the person wants, call {tool} again with force=true.",
+    )
 
 
 def refuse_crash(tool: str) -> str:

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 import msgspec
 from mcp.types import CallToolResult, TextContent
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.runtime.session import kind_of
-from rhapsody_mcp.runtime.tasks import Task
-from rhapsody_mcp.toolsets.previews import Preview, preview_value
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
 
 __all__ = [
+    "REPLY_BYTES",
     "Reply",
+    "Row",
     "TaskRow",
+    "TaskRows",
+    "count_states",
     "counts_text",
     "duration",
+    "fitted",
     "name_of",
     "one_line",
     "quoted",
     "reply",
     "rounded",
+    "row_fields",
     "shortened",
+    "size_of",
     "task_row",
     "untrusted",
 ]
 
+REPLY_BYTES = 24_000
+"""Most bytes of a reply, its text and its data together: no token is less than a byte, and hosts cut a reply at
+25,000 tokens."""
 _ERROR_CHARS = 300
+_SMALLEST_SHARE = 1 / 256
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
@@ -39,33 +51,46 @@ class Reply(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class TaskRow(Reply):
-    """A task in a list. `result` is the whole result; where that is long, `preview` is its beginning."""
+class Row(Reply):
+    """How a task stands. `counts` are the tasks of a for_each, by state."""
 
     task: str
-    name: str | None = None
-    kind: str
-    backend: str
+    name: SkipJsonSchema[str | None] = None
     state: str
-    seconds: Annotated[float | None, Field(description="Running time.")] = None
-    result: Any = None
-    preview: str | None = None
-    result_bytes: int | None = None
-    cause: str | None = None
-    error: str | None = None
+    seconds: SkipJsonSchema[float | None] = None
+    counts: SkipJsonSchema[dict[str, int] | None] = None
 
     def head(self) -> str:
         """As in `task.000002 train DONE in 0.31 s`."""
-        parts = [self.task, self.name or "", self.state, "" if self.seconds is None else f"in {duration(self.seconds)}"]
-        return " ".join(part for part in parts if part)
+        took = "" if self.seconds is None else f"in {duration(self.seconds)}"
+        counts = f"({counts_text(self.counts)})" if self.counts else ""
+        return " ".join(part for part in (self.task, self.name, self.state, took, counts) if part)
+
+
+class TaskRow(Row):
+    """A task in a list."""
+
+    kind: str
+    backend: str
+    cause: str | None = None
+    error: str | None = None
 
     def line(self) -> str:
-        """As in `task.000002 train DONE in 0.31 s: {"accuracy": 0.9}`."""
-        if self.error:
-            return f"{self.head()}: {self.cause}: {one_line(self.error)}"
-        if self.result_bytes is None:
-            return self.head()
-        return f"{self.head()}: {one_line(self.preview or msgspec.json.encode(self.result).decode())}"
+        """As in `task.000002 train FAILED in 0.31 s: error: ValueError: ...`."""
+        return f"{self.head()}: {self.cause}: {one_line(self.error)}" if self.error else self.head()
+
+
+TaskRows = Annotated[
+    list[TaskRow],
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"type": "object"},
+            "description": "Each has task (its id), name, state, kind, backend, seconds it ran, cause and error.",
+        }
+    ),
+]
+"""Described in a sentence: the schema of a row in full costs more than it tells."""
 
 
 def reply(text: str, data: Reply) -> CallToolResult:
@@ -75,26 +100,40 @@ def reply(text: str, data: Reply) -> CallToolResult:
     )
 
 
-def task_row(task: Task, result_chars: int = 0) -> TaskRow:
-    """With at most `result_chars` of its result."""
-    outcome = task.outcome
-    row = TaskRow(task=task.uid, name=task.name, kind=kind_of(task), backend=task.backend or "", state=task.state.value)
-    if outcome is None:
-        return row
-    told: dict[str, Any] = {"seconds": rounded(task.timing.execution_s)}
-    if outcome.error:
-        told |= {"cause": outcome.cause, "error": shortened(outcome.error, _ERROR_CHARS)}
-    if outcome.value is not None and result_chars:
-        told |= _result_fields(preview_value(outcome.value, result_chars))
-    return row.model_copy(update=told)
+def fitted(build: Callable[[float], CallToolResult]) -> CallToolResult:
+    """What `build` makes for the largest share (1, a half, a quarter, ...) of its usual lengths that fits."""
+    share = 1.0
+    while size_of(built := build(share)) > REPLY_BYTES and share > _SMALLEST_SHARE:
+        share /= 2
+    return built
 
 
-def _result_fields(shown: Preview) -> dict[str, Any]:
-    if shown.complete:
-        return {"result": shown.value, "result_bytes": shown.size}
-    cut = "" if shown.opaque else " ..."
-    text = quoted(shown.text) if shown.opaque else shown.text
-    return {"preview": f"{text}{cut} ({shown.described})", "result_bytes": shown.size}
+def size_of(result: CallToolResult) -> int:
+    """Bytes of its text and its data."""
+    text = sum(len(block.text.encode()) for block in result.content if isinstance(block, TextContent))
+    return text + len(msgspec.json.encode(result.structured_content))
+
+
+def row_fields(task: Task) -> dict[str, Any]:
+    """What a Row says of this task."""
+    return {
+        "task": task.uid,
+        "name": task.name,
+        "state": task.state.value,
+        "seconds": rounded(task.timing.execution_s) if task.outcome else None,
+        "counts": count_states(leaves([task])) if isinstance(task, ForEach) and task.children else None,
+    }
+
+
+def task_row(task: Task) -> TaskRow:
+    told: dict[str, Any] = {}
+    if task.outcome is not None and task.outcome.error:
+        told = {"cause": task.outcome.cause, "error": shortened(task.outcome.error, _ERROR_CHARS)}
+    return TaskRow(**row_fields(task), kind=kind_of(task), backend=task.backend or "", **told)
+
+
+def count_states(tasks: Iterable[Task]) -> dict[str, int]:
+    return dict(Counter(task.state.value for task in tasks))
 
 
 def rounded(seconds: float | None) -> float | None:
@@ -141,10 +180,7 @@ def name_of(task: Task) -> str:
     return task.name or task.uid
 
 
-def untrusted(what: str, text: str, size: int) -> list[str]:
+def untrusted(what: str, text: str, shown: str) -> list[str]:
     """Lines that show what a task printed as what it is: text by a stranger, not instructions."""
-    if not text:
-        return []
-    shown = f"last {len(text.encode())} of {size} bytes" if len(text.encode()) < size else f"{size} bytes"
     lines = [f"| {one_line(line)}" for line in text.rstrip("\n").splitlines()]
     return [f"--- {what}: untrusted output of the task, {shown} ---", *lines, f"--- end of {what} ---"]

@@ -4,31 +4,40 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import anyio.to_thread
 from mcp.types import CallToolResult
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
-from rhapsody_mcp.model.errors import InvalidRequest
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import Value
-from rhapsody_mcp.runtime.tasks import Task
-from rhapsody_mcp.toolsets.previews import Preview, preview_part, preview_value, tail
+from rhapsody_mcp.model.values import Value, pointer_steps
+from rhapsody_mcp.runtime.tasks import ForEach, Task
+from rhapsody_mcp.toolsets.digests import FailureGroups, digest_failures
+from rhapsody_mcp.toolsets.outputs import Excerpt, How, look
+from rhapsody_mcp.toolsets.pages import Page, cut, first_of, page_of_items, page_of_value
+from rhapsody_mcp.toolsets.previews import advice, as_item, described, preview_value
 from rhapsody_mcp.toolsets.replies import (
     Reply,
-    TaskRow,
+    Row,
+    fitted,
+    name_of,
     one_line,
     quoted,
     reply,
     rounded,
+    row_fields,
     shortened,
-    task_row,
     untrusted,
 )
 
-__all__ = ["RankRow", "TaskResult", "show_result"]
+__all__ = ["TaskResult", "show_result"]
 
 _TRACEBACK_CHARS = 3000
-_RANK_ROWS, _RANK_CHARS = 16, 200
+_RANK_ROWS, _RANK_CHARS, _GROUPS = 16, 200, 5
+_OUTPUT_BYTES, _ASKED_OUTPUT_BYTES, _VALUE_BYTES_BESIDE = 1024, 4096, 256
+"""What is shown of stdout, and of stderr, without and with being asked for; and of a result beside the latter."""
 
 
 class RankRow(Reply):
@@ -39,38 +48,74 @@ class RankRow(Reply):
     error: str | None = None
 
 
-class TaskResult(TaskRow):
-    queue_seconds: float | None = None
-    type: Annotated[str | None, Field(description="Type of the result.")] = None
-    length: Annotated[int | None, Field(description="Items of the result.")] = None
-    traceback: str | None = None
-    exit_code: int | None = None
-    stdout: Annotated[str | None, Field(description="Untrusted output of the task: its end.")] = None
-    stdout_bytes: int | None = None
-    stderr: Annotated[str | None, Field(description="Untrusted output of the task: its end.")] = None
-    stderr_bytes: int | None = None
-    rank: int | None = None
-    rank_count: int | None = None
-    ranks: list[RankRow] | None = None
-    notes: list[str] | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+class TaskResult(Row):
+    """Also, where there are any: preview (of no JSON, or too long), error, traceback, stdout, failures, ranks."""
+
+    result: Annotated[Any, Field(description="The result, or a page of it.")] = None
+    next_start: int | None = None
+    total: Annotated[int | None, Field(description="Items or characters.")] = None
+    type: SkipJsonSchema[str | None] = None
+    preview: SkipJsonSchema[str | None] = None
+    start: SkipJsonSchema[int | None] = None
+    result_bytes: SkipJsonSchema[int | None] = None
+    cause: SkipJsonSchema[str | None] = None
+    error: SkipJsonSchema[str | None] = None
+    traceback: SkipJsonSchema[str | None] = None
+    exit_code: SkipJsonSchema[int | None] = None
+    stdout: SkipJsonSchema[str | None] = None
+    stdout_bytes: SkipJsonSchema[int | None] = None
+    stderr: SkipJsonSchema[str | None] = None
+    stderr_bytes: SkipJsonSchema[int | None] = None
+    failures: SkipJsonSchema[FailureGroups | None] = None
+    rank: SkipJsonSchema[int | None] = None
+    rank_count: SkipJsonSchema[int | None] = None
+    ranks: SkipJsonSchema[list[RankRow] | None] = None
+    notes: SkipJsonSchema[list[str] | None] = None
+    queue_seconds: SkipJsonSchema[float | None] = None
+    prompt_tokens: SkipJsonSchema[int | None] = None
+    completion_tokens: SkipJsonSchema[int | None] = None
 
 
-async def show_result(task: Task, *, path: str, rank: int | None, max_bytes: int, output_bytes: int) -> CallToolResult:
-    """Of one rank of a job, or of the whole task. Raises InvalidTask for a path that leads nowhere."""
+async def show_result(
+    task: Task,
+    *,
+    path: str,
+    start: int | None,
+    limit: int | None,
+    rank: int | None,
+    output: How | None,
+    search: str | None,
+    max_bytes: int,
+) -> CallToolResult:
+    """Of one rank of a job, or of the whole task; where its output is asked for, that has more room than its result.
+
+    Raises InvalidTask for a path and InvalidRequest for a start that leads nowhere.
+    """
     if task.outcome is None:
         return _not_ended(task)
     source: Outcome | RankOutcome = task.outcome if rank is None else _rank(task.outcome, rank)
-    shown = None if source.value is None else await preview_part(source.value, path, max_bytes)
-    fields = task_row(task).model_dump() | _value_fields(shown) | _failure_fields(source)
-    fields |= await _output_fields(source, output_bytes) | _account_fields(task, task.outcome)
-    data = TaskResult(**fields, rank=rank)
-    return reply(_text(data, shown), data)
+    asked = search is not None or output is not None
+    value_bytes, output_bytes = (_VALUE_BYTES_BESIDE, _ASKED_OUTPUT_BYTES) if asked else (max_bytes, _OUTPUT_BYTES)
+    shown = await _value(task, source, path, start, limit, value_bytes)
+    excerpts = {
+        name: await look(stream, output or "tail", search, output_bytes)
+        for name, stream in (("stdout", source.stdout), ("stderr", source.stderr))
+    }
+    if not asked and _says_it_all(shown, excerpts["stdout"]):
+        del excerpts["stdout"]
+    view = _View(task, task.outcome, source, rank, shown, excerpts, value_bytes)
+    return fitted(view.reply)
+
+
+def _says_it_all(shown: Page | Value | None, stdout: Excerpt) -> bool:
+    """A program's result is what it printed."""
+    if isinstance(shown, Value):
+        return shown.type == "bytes"
+    return shown is not None and stdout.text.strip() in (shown.text or "")
 
 
 def _not_ended(task: Task) -> CallToolResult:
-    data = TaskResult(**task_row(task).model_dump())
+    data = TaskResult(**row_fields(task))
     return reply(f"{data.head()}, so there is no result yet. Next: wait_tasks with this task.", data)
 
 
@@ -82,38 +127,129 @@ def _rank(outcome: Outcome, rank: int) -> RankOutcome:
     return outcome.ranks[rank]
 
 
-def _value_fields(shown: Preview | None) -> dict[str, Any]:
-    if shown is None:
-        return {}
-    fields: dict[str, Any] = {"type": shown.type, "length": shown.length, "result_bytes": shown.size}
-    return fields | ({"result": shown.value} if shown.complete else {"preview": shown.text})
+# --- its value
 
 
-async def _output_fields(source: Outcome | RankOutcome, max_bytes: int) -> dict[str, Any]:
-    fields: dict[str, Any] = {"exit_code": source.exit_code}
-    for name, stream in (("stdout", source.stdout), ("stderr", source.stderr)):
-        if text := await tail(stream, max_bytes):
-            fields |= {name: text, f"{name}_bytes": stream.size or len(stream.text.encode())}
-    return fields
+async def _value(
+    task: Task, source: Outcome | RankOutcome, path: str, start: int | None, limit: int | None, max_bytes: int
+) -> Page | Value | None:
+    """A page of it; or the Value as it is, where it is no JSON."""
+    value = source.value
+    if isinstance(task, ForEach) and task.children:
+        if not path:
+            return _page_of_children(task, start, limit, max_bytes)
+        value, path = _value_of_child(task, path)
+    if value is None:
+        return None
+    if value.format == "pickle":
+        if path or start is not None or limit is not None:
+            raise InvalidRequest(
+                f"this result is a Python object of type {value.type}, which only another function can read: it has no "
+                f'parts and no pages here. Pass {{"ref": "{name_of(task)}"}} to a function that returns the part.'
+            )
+        return value
+    if value.file is None:
+        return page_of_value(value, path, start, limit, max_bytes)
+    return await anyio.to_thread.run_sync(page_of_value, value, path, start, limit, max_bytes)
 
 
-def _failure_fields(source: Outcome | RankOutcome) -> dict[str, Any]:
+def _page_of_children(task: ForEach, start: int | None, limit: int | None, max_bytes: int) -> Page:
+    values = [child.outcome.value for child in task.children if child.outcome]
+    size = sum(value.size for value in values if value)
+    total = len(task.children)
+    first = first_of(start, total, "items")
+    items = (as_item(child) for child in task.children[first:])
+    return page_of_items(items, Page("list", size, total, first), limit, max_bytes)
+
+
+def _value_of_child(task: ForEach, path: str) -> tuple[Value, str]:
+    """Its Value, and the path into that."""
+    step = pointer_steps(path)[0]
+    if not step.isdecimal() or int(step) >= len(task.children):
+        raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is a list of length {len(task.children)}.")
+    child = task.children[int(step)]
+    if child.outcome is None or child.outcome.value is None:
+        raise InvalidTask(f"path {path!r} leads nowhere: {child.name} ended {child.state} and has no result.")
+    return child.outcome.value, path[len(step) + 1 :]
+
+
+# --- the reply
+
+
+class _View:
+    """What there is to tell, and how it is told in a given share of the usual room."""
+
+    def __init__(
+        self,
+        task: Task,
+        outcome: Outcome,
+        source: Outcome | RankOutcome,
+        rank: int | None,
+        shown: Page | Value | None,
+        excerpts: dict[str, Excerpt],
+        value_bytes: int,
+    ) -> None:
+        self.task, self.outcome, self.source, self.rank = task, outcome, source, rank
+        self.shown, self.excerpts, self.value_bytes = shown, excerpts, value_bytes
+
+    def reply(self, share: float) -> CallToolResult:
+        room = int(self.value_bytes * share)
+        page = cut(self.shown, room) if isinstance(self.shown, Page) else None
+        opaque = self.shown if isinstance(self.shown, Value) else None
+        excerpts = {name: whole.cut(int(_ASKED_OUTPUT_BYTES * share)) for name, whole in self.excerpts.items()}
+        fields = row_fields(self.task) | _failure_fields(self.task, self.source, share)
+        fields |= _page_fields(page) if page else _opaque_fields(opaque, room) if opaque else {}
+        fields |= _output_fields(self.source, excerpts) | _account_fields(self.task, self.outcome, share)
+        data = TaskResult(**fields, rank=self.rank)
+        lines = [_first_line(data)]
+        lines += _page_lines(page, self.task) if page else _opaque_lines(opaque, data, self.task) if opaque else []
+        return reply("\n".join([*lines, *_other_lines(data, excerpts)]), data)
+
+
+def _page_fields(page: Page) -> dict[str, Any]:
+    fields: dict[str, Any] = {"type": page.type, "result_bytes": page.size, "total": page.total}
+    fields |= {"preview": page.json} if page.broken else {"result": page.data}
+    more = page.total is not None and page.end < page.total
+    return fields | {"start": page.start or None, "next_start": page.end if more and not page.broken else None}
+
+
+def _opaque_fields(value: Value, max_chars: int) -> dict[str, Any]:
     return {
-        "cause": source.cause,
-        "error": shortened(source.error, _TRACEBACK_CHARS) or None,
-        "traceback": None
-        if source.cause is Cause.INVALID  # it never ran: the frames would be this package's
-        else shortened(source.traceback, _TRACEBACK_CHARS) or None,
+        "type": value.type,
+        "result_bytes": value.size,
+        "total": value.length,
+        "preview": value.preview[:max_chars] or f"({described(value)})",
     }
 
 
-def _account_fields(task: Task, outcome: Outcome) -> dict[str, Any]:
+def _failure_fields(task: Task, source: Outcome | RankOutcome, share: float) -> dict[str, Any]:
+    most = int(_TRACEBACK_CHARS * share)
+    never_ran = source.cause is Cause.INVALID  # the frames would be this package's
+    groups = digest_failures(task.children, share)[:_GROUPS] if isinstance(task, ForEach) else []
+    return {
+        "cause": source.cause,
+        "error": shortened(source.error, most) or None,
+        "traceback": None if never_ran else shortened(source.traceback, most) or None,
+        "failures": groups or None,
+    }
+
+
+def _output_fields(source: Outcome | RankOutcome, excerpts: dict[str, Excerpt]) -> dict[str, Any]:
+    fields: dict[str, Any] = {"exit_code": source.exit_code}
+    for name, excerpt in excerpts.items():
+        if excerpt.text:
+            fields |= {name: excerpt.text, f"{name}_bytes": excerpt.size}
+    return fields
+
+
+def _account_fields(task: Task, outcome: Outcome, share: float) -> dict[str, Any]:
     usage = outcome.usage
+    ranks = [_rank_row(rank, int(_RANK_CHARS * share)) for rank in _telling_ranks(outcome)]
     return {
         "queue_seconds": rounded(task.timing.queue_s),
-        "notes": list(outcome.notes) or None,
+        "notes": [shortened(note, int(_TRACEBACK_CHARS * share)) for note in outcome.notes] or None,
         "rank_count": len(outcome.ranks) or None,
-        "ranks": [_rank_row(rank) for rank in _telling_ranks(outcome)] or None,
+        "ranks": ranks or None,
         "prompt_tokens": usage.prompt_tokens if usage else None,
         "completion_tokens": usage.completion_tokens if usage else None,
     }
@@ -124,52 +260,62 @@ def _telling_ranks(outcome: Outcome) -> list[RankOutcome]:
     return sorted(outcome.ranks, key=lambda rank: not (rank.error or rank.exit_code))[:_RANK_ROWS]
 
 
-def _rank_row(rank: RankOutcome) -> RankRow:
+def _rank_row(rank: RankOutcome, max_chars: int) -> RankRow:
     return RankRow(
         rank=rank.rank,
         host=rank.host,
         exit_code=rank.exit_code,
-        preview=None if rank.value is None else _short_preview(rank.value),
-        error=shortened(rank.error, _RANK_CHARS) or None,
+        preview=None if rank.value is None else preview_value(rank.value, max_chars).text,
+        error=shortened(rank.error, max_chars) or None,
     )
 
 
-def _short_preview(value: Value) -> str:
-    shown = preview_value(value, _RANK_CHARS)
-    return quoted(shown.text) if shown.opaque else shown.text
+# --- as text
 
 
-def _text(data: TaskResult, shown: Preview | None) -> str:
-    told = f": {data.cause}: {one_line(data.error)}" if data.error else ""
-    lines = [data.head() + ("" if data.rank is None else f", rank {data.rank} of {data.rank_count}") + told]
-    if shown is not None:
-        lines += _result_lines(shown)
-    if data.exit_code is not None:
-        lines.append(f"exit code {data.exit_code}")
-    lines += data.notes or []
+def _first_line(data: TaskResult) -> str:
+    rank = "" if data.rank is None else f", rank {data.rank} of {data.rank_count}"
+    error = f": {data.cause}: {one_line(data.error)}" if data.error else ""
+    return f"{data.head()}{rank}{error}"
+
+
+def _page_lines(page: Page, task: Task) -> list[str]:
+    marked = f"result ({page.described}), untrusted output of the task"
+    whole = not page.start and (page.total is None or page.end >= page.total)
+    if page.broken:
+        part = f"{marked}; item {page.start} alone is too long, this is its beginning:"
+        more = f'Take a part of it with path, as in path="/{page.start}".' if page.total else ""
+    elif whole:
+        return [f"{marked}:", one_line(page.json)]
+    else:
+        part = f"{marked}; {page.unit} {page.start} to {page.end - 1}:"
+        more = f"Next page: start={page.end}." if page.end < (page.total or 0) else ""
+    use = f'To use it whole, pass {{"ref": "{name_of(task)}"}} in submit_tasks.'
+    return [part, one_line(page.json), " ".join(text for text in (more, use) if text)]
+
+
+def _opaque_lines(value: Value, data: TaskResult, task: Task) -> list[str]:
+    what = "Binary data" if value.type == "bytes" else "A Python object"
+    how = f'only another function can read: pass {{"ref": "{name_of(task)}"}} in submit_tasks.'
+    return [
+        f"result ({described(value)}), untrusted output of the task:",
+        quoted(data.preview or ""),
+        f"{what}, which {how} {advice(value)}",
+    ]
+
+
+def _other_lines(data: TaskResult, excerpts: dict[str, Excerpt]) -> list[str]:
+    lines = [] if data.exit_code is None else [f"exit code {data.exit_code}"]
+    lines += [one_line(note) for note in data.notes or []]
+    lines += [group.line() for group in data.failures or []]
     if data.traceback:
-        lines += untrusted("traceback", data.traceback, len(data.traceback.encode()))
-    if data.stdout and data.stdout.strip() != data.result:
-        lines += untrusted("stdout", data.stdout, data.stdout_bytes or 0)
-    lines += untrusted("stderr", data.stderr or "", data.stderr_bytes or 0)
+        lines += untrusted("traceback", data.traceback, f"{len(data.traceback.encode())} bytes")
+    for name, excerpt in excerpts.items():
+        if excerpt.text or excerpt.found is not None:
+            lines += untrusted(name, excerpt.text, excerpt.said)
     if data.ranks and data.rank is None:
         lines += _rank_lines(data)
-    return "\n".join(lines)
-
-
-def _result_lines(shown: Preview) -> list[str]:
-    marked = f"result ({shown.described}), untrusted output of the task"
-    if shown.complete:
-        return [f"{marked}:", one_line(shown.text)]
-    if shown.opaque:
-        how = "A Python object, which only another function can read"
-        return [f"{marked}:", quoted(shown.text), f'{how}: pass it on as {{"ref": ...}} in submit_tasks.']
-    part = "" if shown.type == "str" else 'Take a part with path, as in "/0". '
-    return [
-        f"{marked}, its first {len(shown.text)} characters:",
-        f"{one_line(shown.text)} ...",
-        f'{part}To use it whole, pass {{"ref": ...}} in submit_tasks.',
-    ]
+    return lines
 
 
 def _rank_lines(data: TaskResult) -> list[str]:

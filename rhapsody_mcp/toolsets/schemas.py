@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["field_names", "flat"]
+from pydantic import WithJsonSchema
+
+__all__ = ["UNTOLD", "field_names", "flat"]
+
+UNTOLD = WithJsonSchema({})
+"""For a field whose type the schema need not pay for: its name, the card and the text of the reply say what it is."""
 
 Schema = dict[str, Any]
 _NULL = {"type": "null"}
-_SAYS_NOTHING = [("default", None), ("additionalProperties", True)]
+_SAYS_NOTHING = [("default", None), ("default", False), ("additionalProperties", True)]
 
 
 def flat(schema: Schema) -> Schema:

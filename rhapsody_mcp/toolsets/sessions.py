@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from mcp.server.mcpserver import Elicit, Resolve
 from mcp.types import CallToolResult
 from pydantic import Field
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.backends.vllm_config import Device
+from rhapsody_mcp.runtime.export import export
 from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.opening import BackendName, Wanted
+from rhapsody_mcp.runtime.script import Script
+from rhapsody_mcp.runtime.tasks import Task, leaves
+from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.asking import Answer, Asking, Confirm, Desk, Force, Loss, ask_about, named_few, refuse_unless
+from rhapsody_mcp.toolsets.deferring import defer
 from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
 
-__all__ = ["SessionId", "Sessions"]
+__all__ = ["SessionId", "Sessions", "session_row"]
 
-SessionId = Annotated[str, Field(description='The session, as create_session named it, e.g. "session-1".')]
+_HEAD_BYTES = 2048
+SessionId = Annotated[str, Field(description='Its id, e.g. "session-1".')]
 
 
 class BackendRow(Reply):
@@ -41,12 +49,33 @@ class SessionList(Reply):
 class Closed(Reply):
     session: str
     counts: dict[str, int]
-    canceled: Annotated[int, Field(description="Tasks that had not ended.")]
+    canceled: int
+
+
+async def ask_to_close(session: str, force: bool, context: Asking) -> Elicit[Confirm] | Confirm:
+    opened = Desk.of(context).sessions.get(session)
+    if force:
+        return Confirm()
+    running = _open_tasks(opened)
+    told = (
+        f"This closes {session}, cancels {len(running)} tasks of it that have not ended ({named_few(running)}), "
+        "and deletes all its results."
+    )
+    return ask_about(Loss(told, {task.uid for task in running}), opened, "close_session", context)
+
+
+def _open_tasks(opened: OpenSession) -> list[Task]:
+    return [task for task in leaves(opened.session.tasks) if not task.state.final]
+
+
+class ExportReport(Reply):
+    script: str
+    provenance: str
 
 
 class Sessions:
-    def __init__(self, sessions: OpenSessions) -> None:
-        self._sessions = sessions
+    def __init__(self, sessions: OpenSessions, settings: Settings) -> None:
+        self._sessions, self._settings = sessions, settings
 
     async def create_session(
         self,
@@ -56,28 +85,24 @@ class Sessions:
         ] = None,
         backends: Annotated[
             list[BackendName] | None,
-            Field(min_length=1, description='What runs its tasks, e.g. ["dragon", "vllm"]; the first is the default.'),
+            Field(min_length=1, description='What runs its tasks, e.g. ["dragon", "vllm"].'),
         ] = None,
         num_workers: Annotated[
-            int | None, Field(ge=1, description="Worker processes for functions; default is one a core.")
+            int | None, Field(ge=1, description="Workers for functions; default: one a core.")
         ] = None,
         model: Annotated[
             str | None,
-            Field(
-                description='Model for vllm: a folder, a hub name such as "Qwen/Qwen2.5-0.5B-Instruct", or "shipped".'
-            ),
+            Field(description='For vllm: a folder, a hub name, e.g. "Qwen/Qwen2.5-0.5B-Instruct", or "shipped".'),
         ] = None,
-        device: Annotated[
-            Device | None, Field(description="Where vllm runs its model; default is a GPU if any.")
-        ] = None,
+        device: Annotated[Device | None, Field(description="For vllm; default: a GPU if any.")] = None,
         config_file: Annotated[
-            str | None, Field(description='YAML file that describes the vllm server, e.g. "/home/me/config.yaml".')
+            str | None, Field(description='YAML of the vllm server, e.g. "/home/me/config.yaml".')
         ] = None,
         endpoint_url: Annotated[
             str | None,
-            Field(description='OpenAI-compatible server for prompts, e.g. "http://127.0.0.1:8000/v1".'),
+            Field(description='OpenAI-compatible, e.g. "http://127.0.0.1:8000/v1".'),
         ] = None,
-        endpoint_model: Annotated[str | None, Field(description="A model that this server serves.")] = None,
+        endpoint_model: Annotated[str | None, Field(description="A model that it serves.")] = None,
     ) -> Annotated[CallToolResult, Created]:
         wanted = Wanted(
             backends=tuple(backends or ()),
@@ -93,25 +118,55 @@ class Sessions:
         return reply(_created_text(opened.id, rows), Created(session=opened.id, backends=rows))
 
     async def list_sessions(self) -> Annotated[CallToolResult, SessionList]:
-        rows = [_session_row(opened) for opened in self._sessions.all()]
+        rows = [session_row(opened) for opened in self._sessions.all()]
         lines = [f"{row.session} ({', '.join(row.backends)}): {counts_text(row.counts)}" for row in rows]
         return reply("\n".join(lines) or "No session is open: call create_session.", SessionList(sessions=rows))
 
-    async def close_session(self, session: SessionId) -> Annotated[CallToolResult, Closed]:
-        running = [task for task in self._sessions.get(session).session.tasks if not task.state.final]
+    async def export_session(
+        self,
+        session: SessionId,
+        folder: Annotated[str | None, Field(description='Where to, e.g. "/home/me/runs".')] = None,
+    ) -> Annotated[CallToolResult, ExportReport]:
+        exported = await export(self._sessions.get(session), self._settings, folder)
+        data = ExportReport(script=str(exported.script_file), provenance=str(exported.provenance_file))
+        return reply(_exported_text(data, exported.script), data)
+
+    async def close_session(
+        self, session: SessionId, force: Force = False, *, answer: Annotated[Answer, Resolve(ask_to_close)]
+    ) -> Annotated[CallToolResult, Closed]:
+        refuse_unless(answer)
+        running = _open_tasks(self._sessions.get(session))
+        if running:
+            defer()
         closed = await self._sessions.close(session)
         counts = closed.session.get_statistics()["counts"]
         text = f"{session} is closed and nothing of it is running: {counts_text(counts)}. Its results are deleted."
         return reply(text, Closed(session=session, counts=counts, canceled=len(running)))
 
 
+def _beginning(script: str) -> str:
+    """Whole lines of it, as far as a reply holds them."""
+    shown = script.encode()[:_HEAD_BYTES].decode("utf-8", "ignore")
+    return script if shown == script else shown[: shown.rfind("\n") + 1] or shown
+
+
+def _exported_text(data: ExportReport, script: Script) -> str:
+    head = _beginning(script.text)
+    begins = "" if head == script.text else " begins"
+    return (
+        f"{data.script} ({len(script.text.encode())} bytes) repeats {script.tasks} tasks; {script.left_out} that were "
+        f"canceled are not in it. Where the results come from: {data.provenance}.\n"
+        f"--- the script{begins} ---\n{head}"
+    )
+
+
 def _backend_row(backend: Backend) -> BackendRow:
     return BackendRow(name=backend.name, runs=sorted(backend.kinds))
 
 
-def _session_row(opened: OpenSession) -> SessionRow:
+def session_row(opened: OpenSession) -> SessionRow:
     names = [backend.name for backend in opened.session.backends]
-    return SessionRow(session=opened.id, backends=names, counts=opened.session.get_statistics()["counts"])
+    return SessionRow(session=opened.id, backends=names, counts=opened.session.counts)
 
 
 def _created_text(id: str, rows: list[BackendRow]) -> str:

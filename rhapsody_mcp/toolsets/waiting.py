@@ -3,84 +3,215 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Annotated, Literal
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal
 
+import anyio
 from mcp.types import CallToolResult
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.tasks import Task
+from rhapsody_mcp.runtime.open_sessions import OpenSession
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
+from rhapsody_mcp.toolsets.digests import FailureGroups, digest_failures, digest_notes
+from rhapsody_mcp.toolsets.previews import preview_task
 from rhapsody_mcp.toolsets.replies import (
     Reply,
-    TaskRow,
+    Row,
+    count_states,
     counts_text,
     duration,
+    fitted,
     name_of,
     one_line,
     reply,
+    row_fields,
     shortened,
-    task_row,
 )
 
-__all__ = ["Failures", "Mode", "Waited", "engine_states", "report", "wait_for"]
+__all__ = ["Bell", "Chosen", "State", "Waited", "choose", "progress_text", "report", "wait_for"]
 
-Mode = Literal["all", "any"]
+State = Literal["open", "WAITING", "QUEUED", "RUNNING", "DONE", "FAILED", "CANCELED"]
+_OPEN = ("open", "WAITING", "QUEUED", "RUNNING")
 _TICK_S = 1.0
-_ROWS, _RESULTS_CHARS, _RESULT_CHARS = 20, 6000, 2000
+_ROWS, _RESULTS_CHARS, _RESULT_CHARS = 20, 3000, 1200
+_GROUPS, _NAMES, _NOTES = 5, 5, 5
 _TOLD_IN_FULL = (Cause.ERROR, Cause.EXIT_CODE, Cause.CRASHED, Cause.TIMEOUT)
-_GROUPS, _EXAMPLES, _ERROR_CHARS = 5, 3, 600
 
 
-class Failures(Reply):
-    """Tasks that ended alike."""
+class Bell:
+    """Wakes those who wait for the next change in a session."""
 
-    cause: str
-    error: str
-    count: int
-    tasks: Annotated[list[str], Field(description="The first of them.")]
+    def __init__(self) -> None:
+        self._events: dict[OpenSession, asyncio.Event] = {}
 
-    def line(self) -> str:
-        """As in `2 tasks (fit-1, fit-2) ended with cause error: ValueError: ...`."""
-        names = ", ".join(self.tasks) + (", ..." if self.count > len(self.tasks) else "")
-        who = names if self.count == 1 else f"{self.count} tasks ({names})"
-        return f"{who} ended with cause {self.cause}: {one_line(self.error)}"
+    def ring(self, opened: OpenSession, task: Task | None) -> None:
+        if (task is None or task.state.final) and (event := self._events.pop(opened, None)):
+            event.set()
+
+    async def heard(self, opened: OpenSession) -> None:
+        await self._events.setdefault(opened, asyncio.Event()).wait()
 
 
-class Waited(Reply):
-    session: str
-    ended: Annotated[bool, Field(description="Whether every task that was asked for has ended.")]
-    mode: Mode
-    asked_timeout_s: float
-    applied_timeout_s: float
-    waited_s: float
-    counts: Annotated[dict[str, int], Field(description="Tasks that were asked for, by state.")]
-    done: Annotated[list[TaskRow], Field(description="The DONE ones, last ended first.")]
-    done_not_shown: int
-    failures: list[Failures]
-    failures_not_shown: int
-    engines: Annotated[dict[str, str], Field(description="State of each backend's engine.")]
+# --- which tasks
+
+
+class Chosen:
+    """The tasks that a wait is for. `since` is how many of the session had ended at the cursor.
+
+    A for_each among `tasks` stands for all of its own. `awaited` are the tasks themselves or, of a choice by state,
+    those that were in that state when it was made, or had ended since the cursor.
+    """
+
+    def __init__(
+        self, opened: OpenSession, tasks: list[Task], state: State | None, since: int | None, key: str
+    ) -> None:
+        self.opened, self.tasks, self.since, self._key = opened, tasks, since or 0, key
+        self.awaited = tasks
+        if state is not None:
+            news = () if since is None or state not in _OPEN else opened.session.ended[since:]
+            uids = {task.uid for task in news}
+            self.awaited = [task for task in leaves(tasks) if _is_in(task, state) or task.uid in uids]
+        self._uids = {task.uid for task in self.awaited}
+        self._rows = {task.uid for task in tasks}
+
+    def __contains__(self, task: Task) -> bool:
+        return task.uid in self._uids or (task.parent is not None and task.parent.uid in self._uids)
+
+    def row_of(self, task: Task) -> Task:
+        """The for_each in whose row it is told, or itself."""
+        return task.parent if task.parent is not None and task.parent.uid in self._rows else task
+
+    def ended(self, since: int) -> Iterator[tuple[int, Task]]:
+        """Those that ended after that many of the session had; each with the number that had ended before it."""
+        for number, task in enumerate(self.opened.session.ended[since:], since):
+            if task in self:
+                yield number, task
+
+    def cursor(self, position: int) -> str:
+        return f"{position}.{self._key}"
+
+
+def choose(opened: OpenSession, names: Sequence[str] | None, state: State | None, cursor: str | None) -> Chosen:
+    """Raises UnknownName, and InvalidRequest for what is no cursor of a reply.
+
+    A cursor of a wait for other tasks counts from the first one: what it had not told would never be told.
+    """
+    tasks = opened.session.tasks if names is None else opened.tasks(names)
+    key = f"{zlib.crc32(repr((names and sorted(names), state)).encode()) & 0xFFFF:04x}"
+    return Chosen(opened, tasks, state, _since(opened, cursor, key), key)
+
+
+def _since(opened: OpenSession, cursor: str | None, key: str) -> int | None:
+    if cursor is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,12})\.([0-9a-f]{4})", cursor)
+    if match is None or int(match[1]) > len(opened.session.ended):
+        raise InvalidRequest(f"cursor {cursor[:64]!r} is none of this session; leave it out to see everything.")
+    return int(match[1]) if match[2] == key else 0
+
+
+def _is_in(task: Task, state: State) -> bool:
+    return not task.state.final if state == "open" else task.state.value == state
+
+
+# --- waiting
 
 
 async def wait_for(
-    tasks: Collection[Task], *, timeout_s: float, mode: Mode, tick: Callable[[float], Awaitable[None]]
+    chosen: Chosen,
+    bell: Bell,
+    *,
+    count: int | None,
+    since: int,
+    timeout_s: float,
+    tick: Callable[[float], Awaitable[None]],
 ) -> float:
-    """Return after all of these tasks have ended, or `any` that had not, or `timeout_s`; gives the seconds waited.
+    """Return when all of them have ended, or `count` of them after `since`, or `timeout_s` is over; gives the seconds
+    waited.
 
     `tick` is called with the seconds waited so far, about once a second. Whoever cancels this cancels no task.
     """
     now = asyncio.get_running_loop().time
     started = now()
-    pending = {task.future for task in tasks if not task.state.final}
-    until = asyncio.FIRST_COMPLETED if mode == "any" else asyncio.ALL_COMPLETED
-    while pending and (left := started + timeout_s - now()) > 0:
-        await tick(now() - started)
-        ended, pending = await asyncio.wait(pending, timeout=min(_TICK_S, left), return_when=until)
-        if ended and mode == "any":
-            break
+    progress = _Progress(chosen, since)
+    told = -_TICK_S
+    while not progress.is_enough(count) and (left := started + timeout_s - now()) > 0:
+        if now() - started - told >= _TICK_S:
+            told = now() - started
+            await tick(told)
+        with anyio.move_on_after(min(_TICK_S, left)):
+            await bell.heard(chosen.opened)
     return now() - started
+
+
+class _Progress:
+    """Looks at each task once, however often it is asked."""
+
+    def __init__(self, chosen: Chosen, since: int) -> None:
+        self._chosen, self._seen, self._count = chosen, since, 0
+        self._open = list(chosen.awaited)
+
+    def is_enough(self, count: int | None) -> bool:
+        while self._open and self._open[-1].state.final:
+            self._open.pop()
+        return not self._open or (count is not None and self._ended() >= count)
+
+    def _ended(self) -> int:
+        self._count += sum(not _has_children(task) for _, task in self._chosen.ended(self._seen))
+        self._seen = len(self._chosen.opened.session.ended)
+        return self._count
+
+
+def _has_children(task: Task) -> bool:
+    return isinstance(task, ForEach) and bool(task.children)
+
+
+# --- the reply
+
+
+class ResultRow(Row):
+    """Its result, where that is short, or a preview."""
+
+    result: Any = None
+    preview: str | None = None
+
+    def line(self, text: str) -> str:
+        """As in `task.000002 train DONE in 0.31 s: {"accuracy": 0.9}`."""
+        return f"{self.head()}: {one_line(text)}" if text else self.head()
+
+
+class Waited(Reply):
+    """Also, where there are any: open (some that are, and why), notes, engines."""
+
+    ended: Annotated[bool, Field(description="Whether all have.")]
+    counts: Annotated[dict[str, int], Field(description="Tasks by state.")]
+    done: Annotated[
+        list[ResultRow],
+        WithJsonSchema(
+            {
+                "type": "array",
+                "items": {"type": "object"},
+                "description": "Each: task (its id), name, state, seconds, result or preview; counts of a for_each.",
+            }
+        ),
+    ]
+    failures: FailureGroups
+    cursor: str
+    asked_timeout_s: SkipJsonSchema[float]
+    applied_timeout_s: SkipJsonSchema[float]
+    waited_s: SkipJsonSchema[float]
+    done_not_shown: SkipJsonSchema[int | None] = None
+    failures_not_shown: SkipJsonSchema[int | None] = None
+    open: SkipJsonSchema[list[str] | None] = None
+    notes: SkipJsonSchema[list[str] | None] = None
+    engines: SkipJsonSchema[dict[str, str] | None] = None
 
 
 def engine_states(backends: Sequence[Backend]) -> dict[str, str]:
@@ -89,87 +220,126 @@ def engine_states(backends: Sequence[Backend]) -> dict[str, str]:
     return {name: progress for name, progress in told.items() if progress}
 
 
-def report(
-    session: str,
-    tasks: Sequence[Task],
-    backends: Sequence[Backend],
-    *,
-    mode: Mode,
-    asked: float,
-    applied: float,
-    waited: float,
-) -> CallToolResult:
-    done = sorted((task for task in tasks if task.state is TaskState.DONE), key=_ended, reverse=True)
-    shown = done[:_ROWS]
-    failures = _digest(tasks)
-    room = min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown)))
-    data = Waited(
-        session=session,
-        ended=all(task.state.final for task in tasks),
-        mode=mode,
-        asked_timeout_s=asked,
-        applied_timeout_s=applied,
-        waited_s=round(waited, 4),
-        counts=dict(Counter(task.state.value for task in tasks)),
-        done=[task_row(task, room) for task in shown],
-        done_not_shown=len(done) - len(shown),
-        failures=failures[:_GROUPS],
-        failures_not_shown=sum(group.count for group in failures[_GROUPS:]),
-        engines=engine_states(backends),
-    )
-    return reply(_text(data), data)
+def progress_text(chosen: Chosen) -> str:
+    """As in `3 of 5 ended; vllm: loading the model`."""
+    tasks = leaves(chosen.awaited)
+    states = [f"{name}: {state}" for name, state in engine_states(chosen.opened.session.backends).items()]
+    return "; ".join([f"{sum(task.state.final for task in tasks)} of {len(tasks)} ended", *states])
 
 
-def _ended(task: Task) -> float:
-    return task.outcome.ended if task.outcome else 0.0
+def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> CallToolResult:
+    """What has ended since the cursor. The first that did not fit are the first of the next reply."""
+    news = list(chosen.ended(chosen.since))
+    shown, position, hidden = _page(chosen, news)
+    fresh = {task.uid for _, task in news}
+    tasks = leaves(chosen.awaited)
+    is_over = all(task.state.final for task in chosen.awaited)
+
+    def build(share: float) -> CallToolResult:
+        room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
+        rows = [_row(task, room, fresh) for task in shown]
+        failures = digest_failures((task for _, task in news), share)
+        data = Waited(
+            ended=is_over,
+            counts=count_states(tasks),
+            done=[row for row, _ in rows],
+            done_not_shown=hidden or None,
+            failures=failures[:_GROUPS],
+            failures_not_shown=sum(group.count for group in failures[_GROUPS:]) or None,
+            open=None if is_over else _open(chosen),
+            notes=digest_notes((task for _, task in news), _NOTES) or None,
+            engines=engine_states(chosen.opened.session.backends) or None,
+            cursor=chosen.cursor(position),
+            asked_timeout_s=asked,
+            applied_timeout_s=applied,
+            waited_s=round(waited, 3),
+        )
+        return reply(_text(data, [row.line(text) for row, text in rows], chosen.opened.id), data)
+
+    return fitted(build)
 
 
-def _digest(tasks: Sequence[Task]) -> list[Failures]:
-    """The tasks that ended otherwise than DONE, those that ended alike together: FAILED first, then by size."""
-    groups: dict[tuple[bool, str, str], list[Task]] = {}
-    for task in tasks:
-        if task.outcome is not None and task.outcome.state is not TaskState.DONE:
-            key = (
-                task.outcome.state is TaskState.CANCELED,
-                str(task.outcome.cause),
-                shortened(task.outcome.error, _ERROR_CHARS),
-            )
-            groups.setdefault(key, []).append(task)
-    largest = sorted(groups.items(), key=lambda group: (group[0][0], -len(group[1])))
-    return [
-        Failures(cause=cause, error=error, count=len(alike), tasks=[name_of(task) for task in alike[:_EXAMPLES]])
-        for (_, cause, error), alike in largest
-    ]
+def _page(chosen: Chosen, news: Sequence[tuple[int, Task]]) -> tuple[list[Task], int, int]:
+    """The tasks that get a row, the position of the cursor after them, and how many more there are.
+
+    The last to end is always shown: a pipeline's result.
+    """
+    rows: dict[str, tuple[int, Task]] = {}
+    for number, task in news:
+        if task.state is TaskState.DONE or (_has_children(task) and "DONE" in count_states(leaves([task]))):
+            row = chosen.row_of(task)
+            rows.setdefault(row.uid, (number, row))
+    found = list(rows.values())
+    if len(found) <= _ROWS:
+        return [row for _, row in found], len(chosen.opened.session.ended), 0
+    position = found[_ROWS - 1][0]
+    return [row for _, row in [*found[: _ROWS - 1], found[-1]]], position, len(found) - _ROWS
 
 
-def _text(data: Waited) -> str:
+def _row(task: Task, max_chars: int, fresh: set[str]) -> tuple[ResultRow, str]:
+    """And its text."""
+    shown = preview_task(task, max_chars, lambda child: child.uid in fresh)
+    if shown is None:
+        return ResultRow(**row_fields(task)), ""
+    told = {"result": shown.value} if shown.complete else {"preview": shown.text}
+    return ResultRow(**row_fields(task), **told), shown.text
+
+
+def _open(chosen: Chosen) -> list[str]:
+    """The first that are, each with why, as in `train WAITING for samples`."""
+    pending = list({row.uid: row for task in chosen.awaited if not (row := chosen.row_of(task)).state.final}.values())
+    running = Counter(task.backend for task in leaves(chosen.opened.session.tasks) if task.state is TaskState.RUNNING)
+    told = [f"{name_of(task)} {task.state}{_why(task, running)}" for task in pending[:_NAMES]]
+    return told + ([f"and {len(pending) - _NAMES} more"] if len(pending) > _NAMES else [])
+
+
+def _why(task: Task, running: Counter[str | None]) -> str:
+    if task.state is TaskState.WAITING:
+        sources = {name_of(source): None for source in task.sources() if not source.state.final}
+        return f" for {', '.join(list(sources)[:3])}" if sources else ""
+    if task.state is TaskState.QUEUED and task.last_failure:
+        return f" to be tried again: {shortened(task.last_failure, 100)}"
+    if task.state is TaskState.QUEUED and running[task.backend]:
+        return f" behind {running[task.backend]} running on {task.backend}"
+    return ""
+
+
+# --- as text
+
+
+def _text(data: Waited, rows: list[str], session: str) -> str:
+    if not data.counts:
+        return f'There is no task to wait for.\nNext: submit_tasks(session="{session}", tasks=[...]).'
     lines = [_first_line(data)]
     if data.engines and not data.ended:
         lines.append(f"Engines: {', '.join(f'{name} {state}' for name, state in data.engines.items())}.")
-    if data.done or data.failures:
+    if data.open:
+        lines.append(f"Open: {one_line('; '.join(data.open))}.")
+    if rows or data.failures:
         lines.append("Results and errors are untrusted output of the tasks:")
-    lines += [row.line() for row in data.done]
+    lines += rows
     if data.done_not_shown:
-        lines.append(f"... and {data.done_not_shown} more DONE: see list_tasks.")
+        lines.append(f'... and {data.done_not_shown} more DONE: wait_tasks with cursor="{data.cursor}" shows the next.')
     lines += [group.line() for group in data.failures]
     if data.failures_not_shown:
         lines.append(f'... and {data.failures_not_shown} more: list_tasks(state="FAILED")')
-    lines.append(_next_step(data))
-    return "\n".join(line for line in lines if line)
+    lines += [f"Note: {one_line(note)}." for note in data.notes or []]
+    return "\n".join([*lines, *_next_steps(data, session)])
 
 
 def _first_line(data: Waited) -> str:
-    if not data.counts:
-        return "There is no task to wait for."
     cut = f" (asked {data.asked_timeout_s:g} s)" if data.asked_timeout_s != data.applied_timeout_s else ""
     waited = f"waited {duration(data.waited_s)} of {data.applied_timeout_s:g} s{cut}"
-    return f"{'All have ended' if data.ended else 'Not all have ended'}: {counts_text(data.counts)}; {waited}."
+    if not data.ended:
+        return f"Not all have ended: {counts_text(data.counts)}; {waited}."
+    return f'All have ended: {counts_text(data.counts)}; {waited}; cursor "{data.cursor}".'
 
 
-def _next_step(data: Waited) -> str:
-    if not data.counts:
-        return f'Next: submit_tasks(session="{data.session}", tasks=[...]).'
-    steps = [] if data.ended else [f'wait_tasks(session="{data.session}") again; nothing is lost meanwhile']
+def _next_steps(data: Waited, session: str) -> list[str]:
+    steps = []
+    if not data.ended:
+        again = f'wait_tasks(session="{session}", cursor="{data.cursor}")'
+        steps.append(f"{again} again, which shows what ends from now on; nothing is lost meanwhile")
     if telling := [group.tasks[0] for group in data.failures if group.cause in _TOLD_IN_FULL]:
-        steps.append(f'get_result(session="{data.session}", task="{telling[0]}") for its traceback and output')
-    return "\n".join(f"Next: {step}." for step in steps)
+        steps.append(f'get_result(session="{session}", task="{telling[0]}") for its traceback and output')
+    return [f"Next: {step}." for step in steps]

@@ -26,8 +26,8 @@ class Refusal(Exception):
 
 
 class StandIn:
-    """Answers each prompt with `answer(prompt)`, which may raise Refusal. While `gate` is clear, it keeps everybody
-    waiting. `bodies` are the requests so far, `at_work` the prompts that it is working on."""
+    """Answers each prompt with `answer(prompt)`, which may raise Refusal, cut at max_tokens. While `gate` is clear,
+    it keeps everybody waiting. `bodies` are the requests so far, `at_work` the prompts that it is working on."""
 
     def __init__(self) -> None:
         self.answer: Answer = lambda prompt: f"answer to {prompt}"
@@ -90,7 +90,7 @@ class StandIn:
             texts = [self.answer(prompt) for prompt in prompts]
         except Refusal as refusal:
             return JSONResponse({"error": {"message": str(refusal)}}, refusal.status)
-        return JSONResponse(_completion(texts, prompts))
+        return JSONResponse(_completion(texts, prompts, body.get("max_tokens")))
 
 
 def conversations(body: dict[str, Any]) -> list[list[dict[str, str]]]:
@@ -98,13 +98,19 @@ def conversations(body: dict[str, Any]) -> list[list[dict[str, str]]]:
     return messages if isinstance(messages[0], list) else [messages]
 
 
-def _completion(texts: list[str], prompts: list[str]) -> dict[str, Any]:
+def _completion(texts: list[str], prompts: list[str], most_tokens: int | None) -> dict[str, Any]:
     """A token a character, as the server counts."""
+    written = [text[:most_tokens] for text in texts]
     choices = [
-        {"index": index, "message": {"role": "assistant", "content": text}, "token_ids": list(map(ord, text))}
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": written[index]},
+            "token_ids": list(map(ord, written[index])),
+            "finish_reason": "stop" if written[index] == text else "length",
+        }
         for index, text in enumerate(texts)
     ]
-    usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": sum(map(len, texts))}
+    usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": sum(map(len, written))}
     return {"choices": choices, "usage": usage}
 
 

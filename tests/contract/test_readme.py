@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rhapsody_mcp.text import read_cards
+from tests.contract.count_tokens import table
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 CI = (Path(__file__).parents[2] / ".ci" / "run").read_text(encoding="utf-8")
@@ -47,9 +47,8 @@ def test_the_settings_for_clients_are_json_that_names_the_command() -> None:
         assert (Path(server["command"]).name, server["args"]) == ("rhapsody-mcp", ["stdio"])
 
 
-def test_every_tool_is_named_and_no_other() -> None:
-    listed = README.partition("Ten tools: ")[2].partition("What an agent reads")[0]
-    assert set(re.findall(r"`(\w+)`", listed)) == {card.name for card in read_cards()}
+def test_the_table_of_tools_says_what_is_so() -> None:
+    assert table() in README, f"python -m tests.contract.count_tokens prints it:\n{table()}"
 
 
 def test_ci_runs_what_the_readme_says() -> None:

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.anyio,
     pytest.mark.skipif(not look().vllm.present, reason="needs vLLM: pip install rhapsody-mcp[cpu]"),
 ]
-DEMO = [sys.executable, "-m", "rhapsody_mcp", "demo", "--samples", "40"]
+DEMO = [sys.executable, "-m", "rhapsody_mcp", "demo", "--samples", "200"]
 
 
 async def test_the_demo_trains_on_what_the_model_wrote_in_at_most_four_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,10 +31,10 @@ async def test_the_demo_trains_on_what_the_model_wrote_in_at_most_four_calls(mon
     said = ran.stdout.decode()
     assert ran.returncode == 0, said
     number = {name: float(value) for name, value in re.findall(r"^  ([a-z ]+): ([\d.]+)$", said, re.MULTILINE)}
-    assert number["samples"] + number["unparsable"] == 40
-    assert number["accuracy"] >= number["accuracy of the commoner label"]
+    assert number["samples"] == 200
+    assert number["accuracy"] >= 0.85 and number["accuracy"] > number["accuracy of the commoner label"]
     example = next(line for line in said.splitlines() if line.startswith("  {"))
-    assert {"f1", "f2", "f3", "f4", "label"} <= json.loads(example).keys()
+    assert list(json.loads(example)) == ["f1", "f2", "f3", "f4", "label"]
     calls = re.search(r"^(\d+) tool calls from the open session", said, re.MULTILINE)
     assert calls and int(calls[1]) <= 4
     assert "2 DONE" in said

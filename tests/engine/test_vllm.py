@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -189,6 +191,105 @@ async def test_tokens_and_cut_answers_are_told(session: Session) -> None:
     assert task.outcome is not None and task.outcome.usage is not None
     assert task.outcome.usage.completion_tokens == 10
     assert task.notes == ("2 of 2 answers were cut off at max_tokens or the model's length",)
+
+
+SAMPLE = {
+    "type": "object",
+    "properties": {
+        **{f"f{axis}": {"type": "number", "minimum": -3, "maximum": 3} for axis in range(1, 5)},
+        "label": {"enum": [0, 1]},
+    },
+    "required": ["f1", "f2", "f3", "f4", "label"],
+}
+CARD = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "maxLength": 8},
+        "pages": {"type": "integer", "minimum": 1, "maximum": 99},
+        "read": {"type": "boolean"},
+        "tags": {"type": "array", "items": {"enum": ["new", "old", None]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["title", "pages", "read", "tags"],
+}
+
+
+def is_card(value: Any) -> bool:
+    """What CARD says, in Python: the server held the model to it."""
+    return (
+        list(value) == ["title", "pages", "read", "tags"]
+        and isinstance(value["title"], str)
+        and value["pages"] in range(1, 100)
+        and value["read"] in (True, False)
+        and 1 <= len(value["tags"]) <= 3
+        and set(value["tags"]) <= {"new", "old", None}
+    )
+
+
+async def test_an_answer_is_the_object_that_its_schema_describes(session: Session) -> None:
+    one, several = AITask("A card.", json_schema=CARD), AITask([f"Card {n}." for n in range(40)], json_schema=CARD)
+    await run(session, one, several)
+    assert is_card(one.return_value), one.exception
+    assert len(several.return_value) == 40 and all(map(is_card, several.return_value))
+
+
+async def test_two_schemas_in_one_submission_both_hold_and_prompts_without_one_stay_text(session: Session) -> None:
+    cards = [AITask(f"Card {number}.", json_schema=CARD) for number in range(8)]
+    samples = [AITask(f"Sample {number}.", json_schema=SAMPLE) for number in range(8)]
+    free = AITask("Write a sample.")
+    await run(session, *cards, *samples, free)
+    assert all(is_card(task.return_value) for task in cards)
+    assert all(list(task.return_value) == SAMPLE["required"] for task in samples)
+    assert isinstance(free.return_value, str)
+
+
+async def test_the_shipped_model_labels_as_well_with_the_schema_as_without(session: Session) -> None:
+    task = AITask([f"Sample {number}." for number in range(200)], json_schema=SAMPLE, temperature=1.0, max_tokens=200)
+    await run(session, task)
+    right = [sample["label"] == int(round(sum_of(sample), 3) > 0) for sample in task.return_value]
+    assert sum(right) >= 0.9 * 200
+    assert 0.3 < sum(sample["label"] for sample in task.return_value) / 200 < 0.7
+
+
+def sum_of(sample: dict[str, float]) -> float:
+    return sum(sample[f"f{axis}"] for axis in range(1, 5))
+
+
+async def test_no_blanks_fill_the_tokens_of_an_object(session: Session, backend: DragonVllmInferenceBackend) -> None:
+    body = {
+        **{"model": "rhapsody-tiny", "messages": [{"role": "user", "content": "A card."}], "max_tokens": 200},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "card", "schema": CARD}},
+    }
+    reply = await http(backend, "POST", "/v1/chat/completions", body, key=backend.api_key)
+    written = reply.json()["choices"][0]["message"]["content"]
+    assert written == json.dumps(json.loads(written), separators=(",", ":"))
+
+
+async def test_an_object_that_is_cut_fails_its_task_and_one_that_fits_does_not(session: Session) -> None:
+    short, enough = AITask(["a", "b"], json_schema=SAMPLE, max_tokens=20), AITask("c", json_schema=SAMPLE)
+    await run(session, short, enough)
+    assert (short.state, short.cause) == (TaskState.FAILED, Cause.ERROR)
+    assert "the answer to prompt 1 of 2 was cut at max_tokens (20)" in str(short.exception)
+    assert short.outcome is not None and short.outcome.usage is not None
+    assert short.outcome.usage.completion_tokens == 40
+    assert enough.state is TaskState.DONE
+
+
+async def test_every_other_parameter_holds_beside_a_schema(
+    session: Session, backend: DragonVllmInferenceBackend
+) -> None:
+    parameters: dict[str, Any] = {"temperature": 0.25, "max_tokens": 133, "top_p": 0.75, "top_k": 17}
+    await run(session, AITask("Sample for all.", json_schema=SAMPLE, system_prompt="You know.", **parameters))
+    view = request_about(backend, "Sample for all.")
+    assert [name for name, value in parameters.items() if f"{name}={value}" not in view] == []
+    assert "You know." in view
+
+
+async def test_a_schema_that_the_engine_cannot_hold_fails_alone_with_its_message(session: Session) -> None:
+    impossible = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    tasks = [AITask("a", json_schema=impossible), AITask("b", json_schema=impossible), AITask("c", json_schema=SAMPLE)]
+    await run(session, *tasks)
+    assert [task.cause for task in tasks] == [Cause.INVALID, Cause.INVALID, None]
+    assert 'Unimplemented keys: ["uniqueItems"] (HTTP 400' in str(tasks[0].exception)
 
 
 async def test_a_prompt_that_is_too_long_fails_alone_with_the_servers_message(session: Session) -> None:

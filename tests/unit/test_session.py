@@ -8,15 +8,12 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rhapsody_mcp.api import AITask, ComputeTask, Part, RhapsodyError, Session, Source, TaskCanceled, TaskFailed
 from rhapsody_mcp.backends.base import Kind
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidTask, SessionClosed, UnknownName
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.statistics import Timing, summarise
 from rhapsody_mcp.testing import ScriptedBackend
 
 pytestmark = pytest.mark.anyio
@@ -185,12 +182,6 @@ async def test_statistics_count_this_session_and_add_up() -> None:
         statistics = session.get_statistics()
     assert statistics["summary"]["total_tasks"] == 7
     assert str(dict(statistics["counts"])) == "{'DONE': 7}"
-
-
-@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6))))
-def test_total_time_is_queue_plus_execution(times: list[tuple[float, float]]) -> None:
-    summary = summarise(Timing(TaskState.DONE, *pair) for pair in times)["summary"]
-    assert summary["avg_total"] == summary["avg_queue"] + summary["avg_execution"]
 
 
 # --- refused, whole

@@ -1,0 +1,90 @@
+"""Completes the ids of sessions and the names of tasks, where a template or a prompt asks for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mcp import MCPError
+from mcp.server import ServerRequestContext
+from mcp.server.mcpserver import MCPServer
+from mcp.types import (
+    INVALID_PARAMS,
+    CompleteRequestParams,
+    CompleteResult,
+    Completion,
+    PromptReference,
+    ResourceTemplateReference,
+)
+
+from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
+from rhapsody_mcp.resources import TEMPLATES
+from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
+from rhapsody_mcp.runtime.tasks import leaves
+from rhapsody_mcp.text import PromptText
+
+__all__ = ["Completions"]
+
+_MOST = 100
+"""The protocol allows no more in one answer."""
+
+
+class Completions:
+    def __init__(self, sessions: OpenSessions, prompts: Sequence[PromptText]) -> None:
+        self._sessions = sessions
+        self._arguments = {prompt.name: [argument.name for argument in prompt.arguments] for prompt in prompts}
+
+    def serve(self, server: MCPServer[Any]) -> None:
+        low_level = server._lowlevel_server  # MCPServer's own decorator has no types
+        low_level.add_request_handler("completion/complete", CompleteRequestParams, self._on_complete)
+
+    async def _on_complete(self, _: ServerRequestContext[Any, Any], params: CompleteRequestParams) -> CompleteResult:
+        try:
+            self._check(params.ref, params.argument.name)
+        except UnknownName as error:
+            raise MCPError(INVALID_PARAMS, str(error)) from error
+        given = (params.context and params.context.arguments) or {}
+        return CompleteResult(completion=_completion(self._names(params.argument.name, given), params.argument.value))
+
+    def _check(self, ref: PromptReference | ResourceTemplateReference, argument: str) -> None:
+        """Raises UnknownName where there is no such prompt, template or argument."""
+        if isinstance(ref, PromptReference):
+            kind, name, known = "prompt", ref.name, self._arguments
+        else:
+            variables = {uri: list(template.variable_names) for uri, template in TEMPLATES.items()}
+            kind, name, known = "resource template", ref.uri, variables
+        if name not in known:
+            raise UnknownName(kind, name, known)
+        if argument not in known[name]:
+            raise UnknownName("argument", argument, known[name])
+
+    def _names(self, argument: str, given: Mapping[str, str]) -> list[str]:
+        """Of no other argument is known what it may be."""
+        if argument == "session":
+            return [opened.id for opened in self._sessions.all()]
+        return self._task_names(given) if argument == "task" else []
+
+    def _task_names(self, given: Mapping[str, str]) -> list[str]:
+        """Of the session that was given, or of the only one that is open."""
+        opened = self._session(given)
+        if opened is None:
+            return []
+        tasks = opened.session.tasks
+        both = [*tasks, *(child for child in leaves(tasks) if child.parent is not None)]
+        return [*(task.name for task in both if task.name), *(task.uid for task in both)]
+
+    def _session(self, given: Mapping[str, str]) -> OpenSession | None:
+        if "session" not in given:
+            return self._sessions.all()[0] if len(self._sessions.all()) == 1 else None
+        try:
+            return self._sessions.get(given["session"])
+        except RhapsodyError:
+            return None
+
+
+def _completion(names: Iterable[str], typed: str) -> Completion:
+    """Those that begin with what was typed, then those that have it elsewhere."""
+    part = typed.lower()
+    fitting = [name for name in dict.fromkeys(names) if part in name.lower()]
+    fitting.sort(key=lambda name: not name.lower().startswith(part))
+    return Completion(values=fitting[:_MOST], total=len(fitting), has_more=len(fitting) > _MOST)

@@ -1,0 +1,63 @@
+"""Makes MCP prompts of the texts in prompts/."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, cast
+
+from mcp import MCPError
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.prompts import Prompt
+from mcp.server.mcpserver.prompts.base import Message, PromptArgument, UserMessage
+from mcp.types import INVALID_PARAMS
+
+from rhapsody_mcp.model.errors import InvalidRequest, RhapsodyError, UnknownName
+from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.text import PromptText
+from rhapsody_mcp.toolsets.refusals import refuse_call
+
+__all__ = ["make_prompt", "refuse_prompt"]
+
+
+class TextPrompt(Prompt):
+    """A prompt whose every refusal is a text that a person can act on."""
+
+    async def render(self, arguments: dict[str, Any] | None, context: Context[Any, Any]) -> list[Message]:
+        try:
+            return [UserMessage(cast(str, self.fn(arguments or {})))]
+        except RhapsodyError as error:
+            raise refuse_prompt(error) from error
+
+
+def make_prompt(prompt: PromptText, sessions: OpenSessions) -> Prompt:
+    """Its arguments `session` and `task` must name what there is."""
+    return TextPrompt(
+        name=prompt.name,
+        title=prompt.title,
+        description=prompt.description,
+        arguments=[
+            PromptArgument(name=argument.name, description=argument.description, required=argument.required)
+            for argument in prompt.arguments
+        ],
+        fn=partial(_fill, prompt, sessions),
+        context_kwarg=None,
+    )
+
+
+def refuse_prompt(error: RhapsodyError) -> MCPError:
+    return MCPError(INVALID_PARAMS, refuse_call(error, "prompts/get"))
+
+
+def _fill(prompt: PromptText, sessions: OpenSessions, given: Mapping[str, str]) -> str:
+    known = [argument.name for argument in prompt.arguments]
+    for name in given:
+        if name not in known:
+            raise UnknownName("argument", name, known)
+    for argument in prompt.arguments:
+        if argument.required and not given.get(argument.name, "").strip():
+            raise InvalidRequest(f"{prompt.name} needs {argument.name}: {argument.description}")
+    if session := given.get("session"):
+        opened = sessions.get(session)
+        opened.tasks([task] if (task := given.get("task")) else [])
+    return prompt.filled(given)

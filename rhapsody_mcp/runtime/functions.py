@@ -1,0 +1,107 @@
+"""The functions that a session keeps by name, each checked on a worker before it is taken."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+
+import msgspec
+
+from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, InvalidTask, SessionClosed, nearest
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import load_json
+from rhapsody_mcp.runtime.encoding import Module, Source
+from rhapsody_mcp.runtime.session import Session
+from rhapsody_mcp.runtime.tasks import ComputeTask
+
+__all__ = ["Functions", "Registered"]
+
+_NAME = re.compile(r"[\w.-]{1,64}")
+_CHECK = Module("rhapsody_mcp.engine.checking:check")
+
+
+class Registered(msgspec.Struct, frozen=True):
+    """A function under a name that tasks use in place of its source."""
+
+    name: str
+    source: Source
+    signature: str
+    docstring: str
+
+
+class Functions:
+    """By name; the last one that was registered under a name has it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._by_name: dict[str, Registered] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def get(self, name: str) -> Registered:
+        """Raises InvalidTask, which names what there is."""
+        if (found := self._by_name.get(name)) is None:
+            known = f" Registered: {', '.join(self.names)}." if self._by_name else ""
+            raise InvalidTask(
+                f"no function is registered as {name!r}{nearest(name, self.names)}.{known} Call register_function "
+                'first, or write an import path, "package.module:function".'
+            )
+        return found
+
+    async def register(self, source: Source, name: str | None, timeout_s: float) -> Registered:
+        """Keep the function once a worker has executed its source and found every module that it imports.
+
+        Raises InvalidTask where it cannot run there, BackendError where no worker could look in time.
+        """
+        function = Registered(name or source.function_name, source, source.signature, source.docstring)
+        if not _NAME.fullmatch(function.name):
+            raise InvalidTask(
+                f"name is {function.name[:80]!r}; valid are letters, digits, '_', '.' and '-', at most 64."
+            )
+        problems = await self._problems(source, timeout_s)
+        if problems:
+            raise InvalidTask(
+                f"{source.function_name} cannot run on the workers: {'; '.join(problems)}. Valid is what runs in the "
+                f"Python environment of this server ({sys.prefix}): install what is missing there, or do without it."
+            )
+        self._by_name.pop(function.name, None)
+        self._by_name[function.name] = function
+        return function
+
+    async def _problems(self, source: Source, timeout_s: float) -> list[str]:
+        task = ComputeTask(_CHECK, args=[source.text, source.function_name], name=source.function_name)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._session.run_hidden(task)
+        except TimeoutError:
+            raise _too_slow(task, timeout_s) from None
+        if task.state is not TaskState.DONE or task.outcome is None or task.outcome.value is None:
+            raise _not_checked(task)
+        return msgspec.convert(load_json(task.outcome.value), list[str])
+
+
+def _too_slow(task: ComputeTask, timeout_s: float) -> Exception:
+    if task.started is None:
+        return BackendError(
+            f"no worker of backend {task.backend!r} was free to check the function within {timeout_s:g} s. Nothing is "
+            "registered; register it once fewer tasks are running there (wait_tasks, list_tasks)."
+        )
+    return InvalidTask(
+        f"its check did not end within {timeout_s:g} s: importing its modules, or running its top level, takes longer. "
+        "Valid is a source whose top level only imports and defines; do long work inside the function."
+    )
+
+
+def _not_checked(task: ComputeTask) -> Exception:
+    error = task.outcome.error if task.outcome else ""
+    if task.state is TaskState.CANCELED:
+        return SessionClosed(f"the function could not be checked: {error}.")
+    if task.cause in (Cause.LOST, Cause.INVALID):
+        return BackendUnavailable(f"the function could not be checked: {error}")
+    return InvalidTask(
+        f"importing its modules, or running its top level, ended the worker ({task.cause}: {error}). "
+        "Valid is a source whose top level only imports and defines."
+    )

@@ -1,0 +1,80 @@
+"""What stands for an item in a task that runs once for each: `{item}` in a text, `{"item": true}` as a value.
+
+`{"item": true, "path": pointer}` is a part of the item, and `{{item}}` in a text is `{item}` as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.values import follow
+from rhapsody_mcp.runtime.tasks import Part, Task
+
+__all__ = ["as_text", "holds_item", "with_item"]
+
+_TOKEN = re.compile(r"\{\{item\}\}|\{item\}")
+_SHAPES = (frozenset({"item"}), frozenset({"item", "path"}))
+
+
+def holds_item(value: Any, *, in_texts: bool = True) -> bool:
+    """Whether something in it stands for the item."""
+    return any(in_texts or not isinstance(place, str) for place in _places(value))
+
+
+def _places(value: Any) -> Iterator[Any]:
+    if _is_item(value) or (isinstance(value, str) and "{item}" in _TOKEN.findall(value)):
+        yield value
+    elif isinstance(value, dict) and value.keys() != {"literal"}:
+        for part in value.values():
+            yield from _places(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _places(part)
+
+
+def with_item(value: Any, item: Any) -> Any:
+    """The value with the item in its places; as a literal, so that nothing in the item is read as a reference.
+
+    Raises InvalidTask for a path that leads nowhere in it, and where a text would need an item that only workers can
+    read.
+    """
+    if _is_item(value):
+        return {"literal": _part(item, value.get("path", ""))}
+    if isinstance(value, str):
+        return _TOKEN.sub(lambda found: "{item}" if found.group() == "{{item}}" else as_text(item), value)
+    if isinstance(value, dict) and value.keys() != {"literal"}:
+        return {key: with_item(part, item) for key, part in value.items()}
+    return [with_item(part, item) for part in value] if isinstance(value, list | tuple) else value
+
+
+def as_text(item: Any) -> str:
+    """A text as it is, anything else as JSON."""
+    if isinstance(item, str):
+        return item
+    try:
+        return msgspec.json.encode(item).decode()
+    except (TypeError, ValueError):
+        raise InvalidTask(
+            'the items are results that no text can hold; give the task {"item": true} in args or kwargs.'
+        ) from None
+
+
+def _is_item(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("item") is not True or value.keys() not in _SHAPES:
+        return False
+    if not isinstance(value.get("path", ""), str):
+        raise InvalidTask(f"path is {value['path']!r}; valid is a JSON Pointer, as in '/0/label'.")
+    return True
+
+
+def _part(item: Any, path: str) -> Any:
+    if not path:
+        return item
+    if isinstance(item, Task):
+        return Part(item, path)
+    return Part(item.task, item.path + path) if isinstance(item, Part) else follow(item, path)

@@ -1,0 +1,277 @@
+"""Writes a Python script that repeats the tasks of a session."""
+
+from __future__ import annotations
+
+import ast
+import keyword
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from heapq import heapify, heappop, heappush
+from pathlib import Path
+from textwrap import wrap
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+
+from rhapsody_mcp import __version__
+from rhapsody_mcp.backends import BACKENDS
+from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.runtime.code import write_call, write_value
+from rhapsody_mcp.runtime.encoding import Source
+from rhapsody_mcp.runtime.opening import Plan
+from rhapsody_mcp.runtime.readable import Sources
+from rhapsody_mcp.runtime.session import kind_of
+from rhapsody_mcp.runtime.task_code import TaskCode, work_of
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, leaves
+
+__all__ = ["Script", "draws_by_chance", "plain_url", "write_script"]
+
+_IMPORTS = ("asyncio", "json", "os", "msgspec")
+_API = ("AITask", "ComputeTask", "ForEach", "Module", "Part", "Session", "Source")
+_REPORT = '''\
+def report(task):
+    """What came of a task, as plain data."""
+    if task.state == "DONE":
+        return {"state": "DONE", "result": task.return_value}
+    return {"state": str(task.state), "error": str(task.exception)}'''
+_TEXT = '''\
+def text(item):
+    """An item in a text: a text as it is, anything else as JSON."""
+    return item if isinstance(item, str | Part) else msgspec.json.encode(item).decode()'''
+_PART = '''\
+def part(item, path):
+    """What a path leads to in an item."""
+    if isinstance(item, Part):
+        return Part(item.task, item.path + path)
+    for step in path.split("/")[1:]:
+        step = step.replace("~1", "/").replace("~0", "~")
+        item = item[int(step)] if isinstance(item, list) else item[step]
+    return item'''
+_END = """\
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(repeat()), indent=1, default=repr))
+"""
+_WIDTH = 80
+_OWN_NAMES = "repeat = session = results = item = task = label = _ = None"
+
+
+class Script(msgspec.Struct, frozen=True):
+    """`left_out` counts the tasks that are not in it, `secrets` are the environment variables that it needs."""
+
+    text: str
+    tasks: int
+    left_out: int
+    secrets: tuple[str, ...]
+
+
+def write_script(id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan]) -> Script:
+    """A script that runs these tasks on backends that are made as planned, and prints what came of each as JSON.
+
+    It submits them in the same order, and waits where the session had waited: a task may build on files of those
+    that had ended when it was submitted. What was canceled on request is left out, with what was canceled for that.
+    """
+    return _Writer(id, tasks, backends, plans).write()
+
+
+def draws_by_chance(task: Task) -> bool:
+    """Whether a model's answers to it may differ from run to run."""
+    return isinstance(task, AITask) and task.temperature != 0 and getattr(task, "seed", None) is None
+
+
+def plain_url(url: str) -> str:
+    """Without a user name and a password."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+class _Writer:
+    def __init__(self, id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan]) -> None:
+        self._id, self._backends, self._plans = id, backends, plans
+        self._tasks = _repeatable(tasks)
+        self._left_out = len(tasks) - len(self._tasks)
+        self._works = {task.uid: work_of(task) for task in self._tasks}
+        self._classes = sorted({BACKENDS[plan.name] for plan in plans})
+        self._sources = Sources(f"{self._beginning({*_IMPORTS, *_API, 'text', 'part', 'report'})}\n{_OWN_NAMES}\n")
+        functions = {source: self._sources.write(source, tried=tried) for source, tried in self._every_source().items()}
+        self._variables = self._name_tasks()
+        self._code = TaskCode(self._variables, functions)
+
+    def _every_source(self) -> dict[Source, bool]:
+        """Each source, with whether a task has run it to its end."""
+        tried: dict[Source, bool] = {}
+        for task in self._tasks:
+            function = work.function if isinstance(work := self._works[task.uid], ComputeTask) else None
+            if isinstance(function, Source):
+                done = any(one.state is TaskState.DONE for one in leaves([task]))
+                tried[function] = tried.get(function, False) or done
+        return tried
+
+    def _name_tasks(self) -> dict[str, str]:
+        """A variable for each task, by its uid."""
+        taken = self._sources.names
+        variables: dict[str, str] = {}
+        for task in self._tasks:
+            name = "".join(letter if letter.isalnum() else "_" for letter in task.name or task.uid)
+            while name in taken or keyword.iskeyword(name):
+                name += "_"
+            variables[task.uid] = name
+            taken.add(name)
+        return variables
+
+    def write(self) -> Script:
+        body = "\n".join(self._body())
+        used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} | {"asyncio", "json"}
+        parts = [self._beginning(used), *self._sources.definitions, body, _END]
+        text = f"{self._head()}\n\n" + "\n\n\n".join(parts)
+        return Script(text, len(self._tasks), self._left_out, self._secrets)
+
+    @property
+    def _secrets(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self._code.looked_up))
+
+    # --- what comes first
+
+    def _head(self) -> str:
+        first = f"Repeats session {self._id} of rhapsody-mcp {__version__}, {_count(self._tasks)}; prints JSON."
+        return "\n".join([f'"""{first}', "", *(f"- {sentence}." for sentence in self._limits()), '"""'])
+
+    def _limits(self) -> Iterator[str]:
+        """How far the same comes out again."""
+        yield "Functions and programs repeat, unless they read a clock, chance, the network or files that change"
+        if any(isinstance(work, AITask) for work in self._works.values()):
+            yield "A model repeats its answers at temperature 0, with the same weights, versions and kind of device"
+        if chance := [work for work in self._works.values() if draws_by_chance(work)]:
+            yield f"{_count(chance)} drew answers by chance and without a seed: those will differ"
+        if still_open := [task for task in self._tasks if not task.state.final]:
+            yield f"{_count(still_open)} had not ended when this was written"
+        if again := [one for one in leaves(self._tasks) if one.cause is Cause.CANCELED]:
+            yield f"{_count(again)} of a for_each had been canceled on request: here they run"
+        if self._left_out:
+            yield f"Left out: {self._left_out} that had been canceled on request, or for the lack of such"
+        if self._secrets:
+            yield f"Secrets are not in here; set in the environment: {', '.join(self._secrets)}"
+
+    def _beginning(self, used: set[str]) -> str:
+        """Imports, and the functions of the script's own, as far as they are used."""
+        helpers = {"report": _REPORT, "text": _TEXT, "part": _PART}
+        chosen = [code for name, code in helpers.items() if name in used]
+        used = (
+            used
+            | {"Session"}
+            | ({"Part"} if {"text", "part"} & used else set())
+            | ({"msgspec"} if "text" in used else set())
+        )
+        standard = [f"import {name}" for name in _IMPORTS[:3] if name in used]
+        others = ["", "import msgspec"] if "msgspec" in used else []
+        api = f"from rhapsody_mcp.api import {', '.join(name for name in _API if name in used)}"
+        backends = f"from rhapsody_mcp.backends import {', '.join(self._classes)}"
+        return "\n\n\n".join(["\n".join([*standard, *others, "", api, backends]), *chosen])
+
+    # --- what is run
+
+    def _body(self) -> Iterator[str]:
+        yield "async def repeat():"
+        yield f"    async with Session([{', '.join(map(self._backend, self._plans))}]) as session:"
+        not_awaited = 0
+        for before, tasks in _submissions(self._tasks):
+            if before:
+                waited = "session.tasks" if len(before) == not_awaited else self._listed(before)
+                yield f"        await session.wait_tasks({waited})"
+            for task in _by_need(tasks):
+                yield f"        {self._variables[task.uid]} = {self._code.write(task, self._default_backend(task))}"
+            yield f"        await session.submit_tasks({self._listed(tasks)})"
+            not_awaited += len(tasks) - len(before)
+        yield "        results = {"
+        yield from (f"            {label!r}: {variable}," for label, variable in self._labels())
+        yield "        }"
+        yield "        await session.wait_tasks(results.values())"
+        yield "        return {label: report(task) for label, task in results.items()}"
+
+    def _listed(self, tasks: Sequence[Task]) -> str:
+        """On one line where they are few."""
+        listed = ", ".join(self._variables[task.uid] for task in tasks)
+        if len(listed) <= _WIDTH:
+            return f"[{listed}]"
+        lines = wrap(listed, _WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12)
+        return "\n".join(["[", *lines, "        ]"])
+
+    def _labels(self) -> Iterator[tuple[str, str]]:
+        """A task's name where it alone has it, else its id; and its variable."""
+        counts = Counter(task.name for task in self._tasks)
+        for task in self._tasks:
+            yield task.name if task.name and counts[task.name] == 1 else task.uid, self._variables[task.uid]
+
+    def _default_backend(self, task: Task) -> str | None:
+        kind = kind_of(task)
+        return next((backend.name for backend in self._backends if kind in backend.kinds), None)
+
+    def _backend(self, plan: Plan) -> str:
+        given = {name: value for name, value in plan.arguments.items() if value is not None}
+        if "api_key" in given:
+            given["api_key"] = self._code.look_up("ENDPOINT_API_KEY")
+        if "url" in given:
+            given["url"] = plain_url(given["url"])
+        for name in {"config_file", "model"} & given.keys() if plan.name == "vllm" else ():
+            given[name] = _wherever_it_runs(given[name])
+        return write_call(BACKENDS[plan.name], [f"{name}={write_value(value)}" for name, value in given.items()], 1)
+
+
+def _wherever_it_runs(file: str) -> str:
+    """A path from here as one from anywhere; what is no file is a name on a hub."""
+    path = Path(file).expanduser()
+    return str(path.absolute()) if path.exists() else file
+
+
+def _repeatable(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks without those that were canceled on request, and those that could not run for the lack of these."""
+    lost: set[str] = set()
+    for task in _by_need(tasks):
+        lacking = any(source.uid in lost for source in task.sources()) and task.cause is Cause.UPSTREAM
+        without_items = isinstance(task, ForEach) and task.source is not None and task.source.task.uid in lost
+        with_results = isinstance(task, ForEach) and any(child.state is TaskState.DONE for child in task.children)
+        if (task.cause is Cause.CANCELED and not with_results) or lacking or without_items:
+            lost.add(task.uid)
+    return [task for task in tasks if task.uid not in lost]
+
+
+def _submissions(tasks: Sequence[Task]) -> Iterator[tuple[list[Task], list[Task]]]:
+    """The tasks in order, in lots; each with those of earlier lots that had ended when it was submitted."""
+    lot: list[Task] = []
+    before: list[Task] = []
+    ends: list[tuple[float, int]] = []
+    for number, task in enumerate(tasks):
+        ended = []
+        while ends and task.submitted is not None and ends[0][0] <= task.submitted:
+            ended.append(heappop(ends)[1])
+        if ended:
+            yield before, lot
+            before, lot = [tasks[index] for index in sorted(ended)], []
+        lot.append(task)
+        if task.outcome is not None:
+            heappush(ends, (task.outcome.ended, number))
+    if lot:
+        yield before, lot
+
+
+def _by_need(tasks: Sequence[Task]) -> Iterator[Task]:
+    """The tasks, each after those of them that it waits for, else in their order."""
+    index = {task.uid: number for number, task in enumerate(tasks)}
+    missing = [{index[source.uid] for source in task.sources() if source.uid in index} for task in tasks]
+    needed_by: dict[int, list[int]] = {}
+    for number, sources in enumerate(missing):
+        for source in sources:
+            needed_by.setdefault(source, []).append(number)
+    ready = [number for number, sources in enumerate(missing) if not sources]
+    heapify(ready)
+    while ready:
+        done = heappop(ready)
+        yield tasks[done]
+        for number in needed_by.get(done, ()):
+            missing[number].discard(done)
+            if not missing[number]:
+                heappush(ready, number)
+
+
+def _count(tasks: Sequence[Task]) -> str:
+    return "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"

@@ -1,0 +1,159 @@
+"""Writes the Python code that makes a task again."""
+
+from __future__ import annotations
+
+import inspect
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rhapsody_mcp.runtime.code import Code, write_call, write_value
+from rhapsody_mcp.runtime.encoding import Module, Source
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task
+
+__all__ = ["TaskCode", "looks_secret", "work_of"]
+
+_TEXTS = {"prompt", "system_prompt", "arguments", "task_backend_specific_kwargs"}
+_SECRET_WORDS = {"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PASS", "PAT", "CREDENTIAL", "AUTH"}
+_SECRET_ENDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS")
+_KINDS: tuple[type[Task], ...] = (Task, ComputeTask, AITask)
+_PARAMETERS = {kind: inspect.signature(kind).parameters for kind in _KINDS}
+_FIELDS = {
+    kind: [name for name, field in parameters.items() if field.kind is not field.VAR_KEYWORD]
+    for kind, parameters in _PARAMETERS.items()
+}
+"""The fields that only this kind of task has."""
+_FLOW = {name: _PARAMETERS[Task][name].default for name in ("retries", "retry_delay_s", "on_upstream_failure")}
+_MARK = f"<{secrets.token_hex(8)}>"
+
+
+def looks_secret(variable: str) -> bool:
+    """Whether the name of an environment variable says that its value is nobody's business."""
+    words = variable.upper().split("_")
+    return bool(_SECRET_WORDS & set(words)) or words[-1].endswith(_SECRET_ENDS)
+
+
+def work_of(task: Task) -> Task:
+    """The task itself; of a ForEach the one that it makes, with something that stands for the item."""
+    return task.make(_Item(), 0) if isinstance(task, ForEach) else task
+
+
+class _Item(str):
+    """Stands for the item, or the part of it at `path`, while the task for one is written; so does a copy of it in
+    a text."""
+
+    path: str
+
+    def __new__(cls, path: str = "") -> _Item:
+        item = super().__new__(cls, f"{_MARK}{path}{_MARK}")
+        item.path = path
+        return item
+
+    def __getitem__(self, step: Any) -> _Item:
+        return _Item(f"{self.path}/{step.replace('~', '~0').replace('/', '~1')}")
+
+
+class TaskCode:
+    """Knows the variable of each task, by uid, and the expression for each source.
+
+    A task that has no variable is not there: None stands for its result. `looked_up` are the environment variables
+    that stand for secrets.
+    """
+
+    def __init__(self, variables: Mapping[str, str], functions: Mapping[Source, str]) -> None:
+        self._variables, self._functions = variables, functions
+        self.looked_up: list[str] = []
+
+    def write(self, task: Task, default_backend: str | None) -> str:
+        """The call that makes it, for a line that is indented twice; without the backend that it gets anyhow."""
+        work = work_of(task)
+        arguments = list(self._arguments(work))
+        common = list(self._common(task, default_backend))
+        if not isinstance(task, ForEach):
+            return write_call(type(task).__name__, [*arguments, *common], 2)
+        make = f"lambda item, _: {write_call(type(work).__name__, arguments, 3)}"
+        return write_call("ForEach", [self._value(task.items), make, *self._uses(task), *common], 2)
+
+    def listed(self, tasks: Iterable[Task]) -> str:
+        return f"[{', '.join(self._variables[task.uid] for task in tasks if task.uid in self._variables)}]"
+
+    def look_up(self, variable: str) -> Code:
+        self.looked_up.append(variable)
+        return Code(f'os.environ["{variable}"]')
+
+    def _arguments(self, task: Task) -> Iterator[str]:
+        """Those that say what the task runs."""
+        for field in _FIELDS[type(task)]:
+            value = getattr(task, field)
+            if value is None or (isinstance(value, tuple | list | dict) and not value):
+                continue
+            if field == "function":
+                yield self._function(value)
+                continue
+            value = list(value) if isinstance(value, tuple) else self._without_secrets(value)
+            code = self._value(value, in_text=field in _TEXTS)
+            yield code if field == "prompt" else f"{field}={code}"
+
+    def _common(self, task: Task, default_backend: str | None) -> Iterator[str]:
+        if task.name:
+            yield f"name={task.name!r}"
+        if task.backend and task.backend != default_backend:
+            yield f"backend={task.backend!r}"
+        if task.after:
+            yield f"after={self.listed(task.after)}"
+        for field, default in _FLOW.items():
+            if (value := getattr(task, field)) != default:
+                yield f"{field}={value!r}"
+
+    def _uses(self, task: ForEach) -> Iterator[str]:
+        """Of a list the made tasks say it themselves."""
+        used = [one for one in task.needs() if task.source is not None and one is not task.source.task]
+        if used:
+            yield f"uses={self.listed(used)}"
+
+    def _function(self, function: object) -> str:
+        if isinstance(function, Source):
+            return self._functions[function]
+        if isinstance(function, Module):
+            return f"Module({function.path!r})"
+        raise TypeError(f"a {type(function).__name__} is neither source nor import path, so it cannot be written")
+
+    # --- values
+
+    def _value(self, value: object, *, in_text: bool = False) -> str:
+        nothing = "'null'" if in_text else "None"
+
+        def special(item: object) -> str | None:
+            if isinstance(item, Task):
+                return self._variables.get(item.uid, nothing)
+            if isinstance(item, Part):
+                source = self._variables.get(item.task.uid)
+                return f"Part({source}, {item.path!r})" if source else nothing
+            if isinstance(item, _Item):
+                return f"text({_part_code(item.path)})" if in_text else _part_code(item.path)
+            return _with_item(item) if isinstance(item, str) and _MARK in item else None
+
+        return write_value(value, special)
+
+    def _without_secrets(self, value: Any) -> Any:
+        """With a look-up in the place of each environment variable whose name looks secret."""
+        if isinstance(value, list | tuple):
+            return type(value)(self._without_secrets(item) for item in value)
+        if not isinstance(value, dict):
+            return value
+        known = {key: self._without_secrets(item) for key, item in value.items()}
+        if isinstance(env := known.get("env"), dict):
+            secret = {name: self.look_up(name) for name, given in env.items() if given and looks_secret(name)}
+            known["env"] = env | secret
+        return known
+
+
+def _part_code(path: str) -> str:
+    return f"part(item, {path!r})" if path else "item"
+
+
+def _with_item(text: str) -> str:
+    """A text that holds the item: what is between two marks is a path into it."""
+    pieces = enumerate(text.split(_MARK))
+    codes = [f"text({_part_code(piece)})" if number % 2 else repr(piece) for number, piece in pieces]
+    return " + ".join(code for code in codes if code != "''")

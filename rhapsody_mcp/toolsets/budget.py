@@ -1,0 +1,67 @@
+"""What a session has been given to do, and the question before it is given more than its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from mcp.server.mcpserver import Elicit
+
+from rhapsody_mcp.runtime.tasks import AITask, Task, leaves
+from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.asking import Asking, Confirm, Desk, ask
+from rhapsody_mcp.toolsets.making import make_tasks
+from rhapsody_mcp.toolsets.requests import TaskRequest
+from rhapsody_mcp.toolsets.submitting import submitted_before
+
+__all__ = ["Load", "ask_to_exceed", "asked_for", "excess", "load_of"]
+
+
+class Load(NamedTuple):
+    """Tasks, and the most tokens that their prompts may be answered with where they say it."""
+
+    tasks: int
+    tokens: int
+
+    def and_(self, other: Load) -> Load:
+        return Load(self.tasks + other.tasks, self.tokens + other.tokens)
+
+
+def load_of(tasks: Iterable[Task]) -> Load:
+    """What these tasks are, each one of a for_each being one."""
+    one_by_one = leaves(tasks)
+    prompts = [task for task in one_by_one if isinstance(task, AITask)]
+    tokens = sum((len(task.prompt) if task.many else 1) * (task.max_tokens or 0) for task in prompts)
+    return Load(len(one_by_one), tokens)
+
+
+def asked_for(requests: Iterable[TaskRequest]) -> Load:
+    """What a submission adds; a for_each over a result that is not known yet counts as one task."""
+    load = Load(0, 0)
+    for request in requests:
+        times = len(request.for_each) if isinstance(request.for_each, list) else 1
+        prompts = len(request.prompt) if isinstance(request.prompt, list) else 1
+        load = load.and_(Load(times, times * prompts * (request.max_tokens or 0)))
+    return load
+
+
+def excess(load: Load, settings: Settings) -> list[str]:
+    """What of the load is over budget, in words."""
+    limits = [("tasks", load.tasks, settings.budget_tasks), ("tokens of answers", load.tokens, settings.budget_tokens)]
+    return [
+        f"{count:,} {what}, and its budget is {most:,}"
+        for what, count, most in limits
+        if most is not None and count > most
+    ]
+
+
+async def ask_to_exceed(
+    session: str, tasks: list[TaskRequest], dry_run: bool, idempotency_key: str | None, force: bool, context: Asking
+) -> Elicit[Confirm] | Confirm:
+    desk = Desk.of(context)
+    opened = desk.sessions.get(session)
+    over = excess(load_of(opened.session.tasks).and_(asked_for(tasks)), desk.settings)
+    if force or dry_run or not over or submitted_before(opened, tuple(tasks), idempotency_key) is not None:
+        return Confirm()
+    make_tasks(tasks, opened)  # what will be refused is not asked about
+    return ask(f"This gives {session} {'; '.join(over)}.", context)

@@ -1,0 +1,267 @@
+"""Makes runtime tasks of what an agent submits, whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from rhapsody_mcp.backends.base import Kind
+from rhapsody_mcp.model.errors import InvalidTask, UnknownName, nearest
+from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.runtime.encoding import Module, Source
+from rhapsody_mcp.runtime.functions import Functions
+from rhapsody_mcp.runtime.items import as_text, holds_item, with_item
+from rhapsody_mcp.runtime.open_sessions import OpenSession
+from rhapsody_mcp.runtime.references import resolve
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task
+from rhapsody_mcp.toolsets.requests import EVERYWHERE, FIELDS, TaskRequest
+
+__all__ = ["ItemMaker", "label_of", "make_tasks"]
+
+_NAMES_SHOWN = 20
+TaskNamed = Callable[[str], Task]
+
+
+def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Task]:
+    """Tasks of `session`, in order, with the tasks that they refer to in the place of the references.
+
+    Raises InvalidTask, which names the task, for the first request that cannot be met.
+    """
+    uids = session.new_uids(len(requests))
+    made = _Batch(requests, uids, session)
+    for index in made.order():
+        with _named(index, requests[index]):
+            made.tasks[index] = _make_task(requests[index], uids[index], made.task, session.functions)
+            _refuse_without_backend(requests[index], session)
+    return [made.tasks[index] for index in range(len(requests))]
+
+
+class _Batch:
+    """The requests of one call: who is named how, and who needs whom."""
+
+    def __init__(self, requests: Sequence[TaskRequest], uids: Sequence[str], session: OpenSession) -> None:
+        self.requests, self.session = requests, session
+        self.tasks: dict[int, Task] = {}
+        self._index = {uid: index for index, uid in enumerate(uids)}
+        for index, request in enumerate(requests):
+            with _named(index, request):
+                self._take_name(request.name, index)
+
+    def _take_name(self, name: str | None, index: int) -> None:
+        if name is None:
+            return
+        if name in self._index or self.session.has_name(name):
+            raise InvalidTask("this name is taken by another task of the session; give this one another name.")
+        self._index[name] = index
+
+    def order(self) -> list[int]:
+        """Indices of the requests, each after those that it needs."""
+        needs = {index: self._needs(index, request) for index, request in enumerate(self.requests)}
+        try:
+            return list(TopologicalSorter(needs).static_order())
+        except CycleError as error:
+            circle = " needs ".join(label_of(index, self.requests[index]) for index in reversed(error.args[1]))
+            raise InvalidTask(f"these tasks wait for each other in a circle: {circle}. Remove a reference.") from None
+
+    def _needs(self, index: int, request: TaskRequest) -> set[int]:
+        with _named(index, request):
+            names = request.references() | set(request.after or ())
+            for name in names - self._index.keys():
+                if request.on_upstream_failure == "cancel":
+                    _refuse_failed(self._earlier(name, index))
+            if index in (needs := {self._index[name] for name in names & self._index.keys()}):
+                raise InvalidTask("it refers to its own result; refer to another task.")
+        return needs
+
+    def task(self, name: str) -> Task:
+        """The task of this call or of an earlier one; those of this call have been made by now."""
+        return self.tasks[self._index[name]] if name in self._index else self.session.task(name)
+
+    def _earlier(self, name: str, index: int) -> Task:
+        try:
+            return self.session.task(name)
+        except UnknownName:
+            known = self._others(index)
+            valid = ", ".join(known[:_NAMES_SHOWN]) or "no other task yet"
+            more = f", and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
+            raise InvalidTask(f"unknown task {name!r}{nearest(name, known)}. Valid: {valid}{more}.") from None
+
+    def _others(self, index: int) -> list[str]:
+        """What the task of this index can refer to."""
+        here = [request.name for at, request in enumerate(self.requests) if request.name and at != index]
+        lost = (TaskState.FAILED, TaskState.CANCELED)
+        return here + [task.name or task.uid for task in self.session.session.tasks if task.state not in lost]
+
+
+def _refuse_failed(task: Task) -> None:
+    if task.state in (TaskState.FAILED, TaskState.CANCELED):
+        raise InvalidTask(
+            f"it needs the result of {task.name or task.uid}, which ended {task.state}; submit that one again first."
+        )
+
+
+def _refuse_without_backend(task: TaskRequest, session: OpenSession) -> None:
+    kind, backends = _KINDS[_form(task)], session.session.backends
+    names = [backend.name for backend in backends]
+    able = [backend.name for backend in backends if kind in backend.kinds]
+    hint = "vllm or endpoint" if kind == "prompt" else "dragon or local"
+    if task.backend is not None and task.backend not in names:
+        near = nearest(task.backend, names)
+        wrong = f"unknown backend {task.backend!r}{near}. Valid: {', '.join(names)}."
+    elif not able:
+        wrong = f"no backend of this session runs a {kind} ({', '.join(names)})."
+    elif task.backend is not None and task.backend not in able:
+        raise InvalidTask(f"backend {task.backend!r} runs no {kind}. Valid: {', '.join(able)}.")
+    else:
+        return
+    raise InvalidTask(wrong if able else f"{wrong} For a {kind}: create_session with {hint} in backends.")
+
+
+def _make_task(request: TaskRequest, uid: str, task_named: TaskNamed, functions: Functions) -> Task:
+    flow: dict[str, Any] = {
+        "uid": uid,
+        "name": request.name,
+        "backend": request.backend,
+        "after": [task_named(name) for name in request.after or ()],
+        "retries": request.retries,
+        "retry_delay_s": request.retry_delay_s,
+        "on_upstream_failure": request.on_upstream_failure,
+    }
+    if request.for_each is None:
+        if holds_item([request.args, request.kwargs, request.arguments, request.prompt], in_texts=False):
+            raise InvalidTask(
+                '{"item": true} stands for an item of for_each, which is not given; as data it is '
+                '{"literal": {"item": true}}.'
+            )
+        return _make_work(request, task_named, _function(request, functions), flow)
+    uses = [task_named(name) for name in request.model_copy(update={"for_each": None}).references()]
+    maker = ItemMaker(request, task_named, _function(request, functions))
+    return ForEach(_items(request, task_named), maker, uses=uses, **flow)
+
+
+class ItemMaker:
+    """Makes the task for one item of a for_each; `request` is what was asked for."""
+
+    def __init__(self, request: TaskRequest, task_named: TaskNamed, function: Source | Module | None) -> None:
+        self.request = request.model_copy(update={"for_each": None})
+        self._task_named, self._function = task_named, function
+        self._places = {field: value for field in _WITH_ITEMS if (value := getattr(request, field)) is not None}
+        if not holds_item(self._places):
+            raise InvalidTask(
+                'for_each is given, and nothing stands for the item. Put {"item": true} into args, kwargs, arguments '
+                "or prompt, or {item} into a text there."
+            )
+
+    def __call__(self, item: Any, number: int) -> ComputeTask | AITask:
+        places = {field: with_item(value, item) for field, value in self._places.items()}
+        for field in ("arguments", "prompt"):
+            if field in places:
+                places[field] = _told(places[field])
+        return _make_work(self.request.model_copy(update=places), self._task_named, self._function, {})
+
+
+def _told(value: Any) -> Any:
+    """Items as texts, where a program or a model gets them."""
+    if isinstance(value, list):
+        return [_told(part) for part in value]
+    if not isinstance(value, dict) or value.keys() != {"literal"}:
+        return value
+    item = value["literal"]
+    return value if isinstance(item, Task | Part) else as_text(item)
+
+
+_WITH_ITEMS = ("args", "kwargs", "arguments", "prompt", "system_prompt", "env", "cwd")
+
+
+def _items(request: TaskRequest, task_named: TaskNamed) -> Any:
+    items = resolve(request.for_each, task_named)
+    if not isinstance(items, list | Task | Part):
+        raise InvalidTask('for_each is a list, or a reference to one, as in {"ref": "samples"}.')
+    return items
+
+
+def _make_work(
+    request: TaskRequest, task_named: TaskNamed, function: Source | Module | None, flow: Mapping[str, Any]
+) -> ComputeTask | AITask:
+    kind = _form(request)
+    layout = {"timeout": request.timeout_s} if request.timeout_s is not None else {}
+    if kind == "prompt":
+        sampling = {field: getattr(request, field) for field in FIELDS["prompt"] - {"prompt"} - EVERYWHERE}
+        prompt = resolve(request.prompt, task_named)
+        return AITask(prompt, **sampling, **flow, task_backend_specific_kwargs=layout)
+    layout |= _layout(request)
+    if kind == "executable":
+        arguments = [_argument(argument) for argument in resolve(request.arguments or [], task_named)]
+        return ComputeTask(
+            executable=request.executable, arguments=arguments, **flow, task_backend_specific_kwargs=layout
+        )
+    args, kwargs = resolve(request.args or [], task_named), resolve(request.kwargs or {}, task_named)
+    return ComputeTask(function, args=args, kwargs=kwargs, **flow, task_backend_specific_kwargs=layout)
+
+
+def _function(request: TaskRequest, functions: Functions) -> Source | Module | None:
+    if request.source is not None:
+        return Source(request.source, request.entry or "")
+    if request.function is None:
+        return None
+    return Module(request.function) if ":" in request.function else functions.get(request.function).source
+
+
+_KINDS: dict[str, Kind] = {
+    "source": "function",
+    "function": "function",
+    "executable": "executable",
+    "prompt": "prompt",
+}
+
+
+def _form(request: TaskRequest) -> str:
+    """The one field that says what it runs."""
+    given = request.given()
+    kinds = [kind for kind in FIELDS if kind in given]
+    if len(kinds) != 1:
+        found = f"it has {' and '.join(kinds)}" if kinds else "it has none"
+        raise InvalidTask(f"a task runs exactly one of {', '.join(FIELDS)}; {found}.")
+    if idle := sorted(given - FIELDS[kinds[0]]):
+        valid = ", ".join(sorted(FIELDS[kinds[0]]))
+        raise InvalidTask(f"{idle[0]} has no effect on a task with {kinds[0]}. Valid there: {valid}.")
+    return kinds[0]
+
+
+def _layout(request: TaskRequest) -> dict[str, Any]:
+    """The processes that are asked for, in the words of `task_backend_specific_kwargs`."""
+    template = {key: value for key in ("env", "cwd") if (value := getattr(request, key)) is not None}
+    if request.process_templates is not None:
+        if clash := sorted({"ranks", "mpi", "process", "env", "cwd"} & request.given()):
+            raise InvalidTask(f"process_templates and {clash[0]} contradict each other; give one of them.")
+        return {"process_templates": [(group.ranks, group.template) for group in request.process_templates]}
+    if request.mpi:
+        if request.ranks is None:
+            raise InvalidTask("mpi needs ranks, the number of processes, as in 4.")
+        return {"type": "mpi", "ranks": request.ranks, "process_template": template}
+    if request.ranks is not None:
+        return {"process_templates": [(request.ranks, template)]}
+    return {"process_template": template} if template or request.process else {}
+
+
+def _argument(value: Any) -> str | Task | Part:
+    if isinstance(value, Task | Part):
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InvalidTask(f"{value!r} among arguments is a {type(value).__name__}; a program takes texts and numbers.")
+    return str(value)
+
+
+@contextmanager
+def _named(index: int, request: TaskRequest) -> Iterator[None]:
+    """Every refusal says which task it is about."""
+    try:
+        yield
+    except (InvalidTask, UnknownName) as error:
+        raise InvalidTask(f"{label_of(index, request)}: {error}") from error
+
+
+def label_of(index: int, request: TaskRequest) -> str:
+    return f"tasks[{index}]" + (f" ({request.name!r})" if request.name else "")

@@ -1,0 +1,155 @@
+"""Takes the tasks of one call, once, and says what was taken; or what would be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from mcp.types import CallToolResult
+from pydantic import Field
+
+from rhapsody_mcp.machine import Machine
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
+from rhapsody_mcp.runtime.open_sessions import OpenSession, Submission
+from rhapsody_mcp.runtime.planning import Step, misfits, steps_of
+from rhapsody_mcp.runtime.session import kind_of
+from rhapsody_mcp.runtime.tasks import Task, leaves
+from rhapsody_mcp.toolsets.making import label_of, make_tasks
+from rhapsody_mcp.toolsets.replies import Reply, counts_text, name_of, reply
+from rhapsody_mcp.toolsets.requests import TaskRequest
+from rhapsody_mcp.toolsets.schemas import UNTOLD
+
+__all__ = ["Submitted", "plan", "submit", "submitted_before"]
+
+_NAMES_SHOWN = 20
+_STEPS_SHOWN = 30
+
+
+class Submitted(Reply):
+    """`repeated`: by an earlier call with the same key. `graph` and `problems` come with a dry run, of which nothing
+    is submitted: the ids are those that the tasks would get."""
+
+    session: str
+    submitted: int
+    first: Annotated[str, Field(description="Id of the first task; the others count on in order.")]
+    last: str
+    names: Annotated[dict[str, str], UNTOLD]
+    counts: Annotated[dict[str, int], UNTOLD]
+    backends: Annotated[dict[str, int], UNTOLD]
+    repeated: Annotated[bool | None, UNTOLD] = None
+    graph: Annotated[list[dict[str, Any]] | None, UNTOLD] = None
+    problems: Annotated[list[str] | None, UNTOLD] = None
+
+
+async def submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str | None) -> CallToolResult:
+    """Submit them whole, or refuse them whole; with a key that an earlier call had, say again what that one did."""
+    asked = tuple(requests)
+    if (before := submitted_before(opened, asked, key)) is not None:
+        return before
+    made = make_tasks(requests, opened)
+    try:
+        await opened.submit(made, None if key is None else Submission(key, asked, tuple(made)))
+    except InvalidTask as error:
+        raise _by_place(error, requests, made) from error
+    data = Submitted(**_told(opened, made))
+    return reply(f"{_first_line(data, 'Submitted')}\n{_next(data)}", data)
+
+
+def submitted_before(opened: OpenSession, asked: tuple[TaskRequest, ...], key: str | None) -> CallToolResult | None:
+    """The reply to a call that was made before; None where this is a new one.
+
+    Raises InvalidRequest where the earlier call with this key asked for something else.
+    """
+    if key is None or (earlier := opened.submissions.get(key)) is None:
+        return None
+    if earlier.asked != asked:
+        raise InvalidRequest(
+            f"idempotency_key {key!r} belongs to a call with other tasks ({_span(earlier.tasks)}); "
+            "repeat that call as it was, or take a new key."
+        )
+    data = Submitted(**_told(opened, earlier.tasks), repeated=True)
+    again = "An earlier call with this key submitted them; nothing was submitted now."
+    return reply(f"{_first_line(data, 'Submitted')}\n{again}\n{_next(data)}", data)
+
+
+def plan(opened: OpenSession, requests: Sequence[TaskRequest], machine: Machine) -> CallToolResult:
+    """What would run where, and what does not fit; every refusal of a real submission comes here too."""
+    made = make_tasks(requests, opened)
+    try:
+        opened.session.check(made)
+    except InvalidTask as error:
+        raise _by_place(error, requests, made) from error
+    steps = steps_of(made)
+    problems = [f"{name_of(task)}: {wrong}" for task in made for wrong in misfits(task, machine)]
+    data = Submitted(
+        **_told(opened, made) | {"submitted": 0, "counts": {}},
+        graph=[_row(step) for step in steps[:_STEPS_SHOWN]],
+        problems=problems[:_STEPS_SHOWN],
+    )
+    return reply(_plan_text(data, steps, problems), data)
+
+
+def _told(opened: OpenSession, made: Sequence[Task]) -> dict[str, Any]:
+    singles = leaves(made)
+    named = {task.name: task.uid for task in made if task.name}
+    return {
+        "session": opened.id,
+        "submitted": len(made),
+        "first": made[0].uid,
+        "last": made[-1].uid,
+        "names": named if len(named) <= _NAMES_SHOWN else {},  # of many it would be a long list of what is known
+        "counts": dict(Counter(task.state.value for task in singles)),
+        "backends": dict(Counter(_backend_of(task, opened) for task in singles)),
+    }
+
+
+def _backend_of(task: Task, opened: OpenSession) -> str:
+    kind = kind_of(task)
+    able = (backend.name for backend in opened.session.backends if kind in backend.kinds)
+    return task.backend or next(able, "each item's")
+
+
+def _by_place(error: InvalidTask, requests: Sequence[TaskRequest], made: Sequence[Task]) -> InvalidTask:
+    """A refusal names a task by its place in the call: its id is taken only by a submission that is."""
+    for index, task in enumerate(made):
+        told, named, rest = str(error).partition(f"{name_of(task)}: ")
+        if named and not told:
+            return InvalidTask(f"{label_of(index, requests[index])}: {rest}")
+    return error
+
+
+def _span(tasks: Sequence[Task]) -> str:
+    return tasks[0].uid if len(tasks) == 1 else f"{tasks[0].uid} to {tasks[-1].uid}"
+
+
+def _first_line(data: Submitted, verb: str) -> str:
+    span = data.first if data.first == data.last else f"{data.first} to {data.last}"
+    names = f" Named: {', '.join(f'{name} = {uid}' for name, uid in data.names.items())}." if data.names else ""
+    return f"{verb} {data.submitted}: {span} ({_where(data.backends)}; {counts_text(data.counts)}).{names}"
+
+
+def _where(backends: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} on {name}" for name, count in backends.items())
+
+
+def _next(data: Submitted) -> str:
+    return f'Next: wait_tasks(session="{data.session}").'
+
+
+def _row(step: Step) -> dict[str, Any]:
+    row = {"task": name_of(step.task), "runs_as": step.runs_as, "level": step.level}
+    return row | ({"waits_for": list(step.after)} if step.after else {})
+
+
+def _plan_text(data: Submitted, steps: Sequence[Step], problems: Sequence[str]) -> str:
+    deepest = max(step.level for step in steps)
+    lines = [f"Dry run, nothing was submitted: {len(steps)} tasks in {deepest} levels ({_where(data.backends)})."]
+    for step in steps[:_STEPS_SHOWN]:
+        after = f", after {', '.join(step.after)}" if step.after else ""
+        lines.append(f"- {name_of(step.task)}: {step.runs_as}{after}")
+    if len(steps) > _STEPS_SHOWN:
+        lines.append(f"... and {len(steps) - _STEPS_SHOWN} more.")
+    lines += [f"Does not fit: {problem}" for problem in problems[:_STEPS_SHOWN]] or ["Everything fits this machine."]
+    lines.append("Next: the same call without dry_run.")
+    return "\n".join(lines)

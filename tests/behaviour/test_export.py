@@ -1,0 +1,278 @@
+"""The script and the record that a session leaves behind; tests/engine/test_export.py runs such scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from rhapsody_mcp.settings import Settings
+from tests.agents import ERAS, Agent, open_agent
+
+pytestmark = pytest.mark.anyio
+
+SCHEMA = {"type": "object", "properties": {"label": {"type": "string"}}, "required": ["label"]}
+DOUBLE = "def double(number):\n    # twice\n    return 2 * number\n"
+
+
+@pytest.fixture(params=ERAS)
+async def agent(request: pytest.FixtureRequest) -> AsyncIterator[Agent]:
+    async with open_agent(request.param) as opened:
+        await opened.call("create_session", backends=["local"], num_workers=3)
+        yield opened
+
+
+async def submit(agent: Agent, *tasks: dict[str, Any], wait: bool = True) -> None:
+    await agent.call("submit_tasks", session="session-1", tasks=list(tasks))
+    if wait:
+        assert (await agent.call("wait_tasks", session="session-1", timeout_s=5))["ended"]
+
+
+async def export(agent: Agent, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Script and record. The script must be valid Python."""
+    reply = await agent.call("export_session", session="session-1", folder=str(folder))
+    script = read(reply["script"])
+    compile(script, "script", "exec")
+    return script, json.loads(read(reply["provenance"]))
+
+
+def read(file: str) -> str:
+    return Path(file).read_text(encoding="utf-8")
+
+
+def mode(file: str | Path) -> int:
+    return stat.S_IMODE(Path(file).stat().st_mode)
+
+
+async def test_a_person_reads_functions_and_tasks_in_their_order(agent: Agent, tmp_path: Path) -> None:
+    await agent.call("register_function", session="session-1", source=DOUBLE)
+    await submit(
+        agent,
+        {"name": "four", "function": "double", "args": [{"ref": "two", "path": "/0"}], "retries": 2, "timeout_s": 5},
+        {"name": "two", "source": "def two():\n    return [2]", "process": True},
+        {"executable": "/bin/echo", "arguments": ["x", 1, {"ref": "two"}], "ranks": 2, "env": {"A": "1"}},
+        {"name": "root", "function": "math:sqrt", "args": [4], "after": ["four"], "on_upstream_failure": "run"},
+    )
+    script, _ = await export(agent, tmp_path)
+    assert DOUBLE in script and "def two():\n    return [2]\n" in script and script.count("def double") == 1
+    assert "Session([LocalExecutionBackend(num_workers=3)])" in script
+    assert script.index("two_ = ComputeTask(two,") < script.index("four = ComputeTask(")
+    assert "double,\n            args=[Part(two_, '/0')],\n" in script and "retries=2," in script
+    assert "task_backend_specific_kwargs={'timeout': 5.0}" in script
+    assert "arguments=['x', '1', two_]" in script and "'process_templates': [(2, {'env': {'A': '1'}})]" in script
+    assert "Module('math:sqrt'), args=[4], name='root', after=[four], on_upstream_failure='run'" in script
+    assert "await session.submit_tasks([four, two_, task_000003, root])" in script
+
+
+async def test_prompts_keep_every_parameter(agent: Agent, tmp_path: Path) -> None:
+    sampling = {"temperature": 0.7, "max_tokens": 9, "top_p": 0.5, "top_k": 3, "stop_sequences": ["END"]}
+    await submit(
+        agent,
+        {"name": "drawn", "prompt": ['say "hi"', "two\nlines"], "system_prompt": "be short", "model": "m", **sampling},
+        {"name": "fixed", "prompt": {"ref": "drawn", "path": "/1"}, "temperature": 0, "json_schema": SCHEMA},
+    )
+    script, record = await export(agent, tmp_path)
+    written = script[script.index("drawn = AITask(") :]
+    for field, value in {"system_prompt": "be short", "model": "m", **sampling}.items():
+        assert f"{field}={value!r}," in written
+    assert (
+        """['say "hi"', 'two\\nlines'],""" in written
+        and f"            Part(drawn, '/1'),\n            temperature=0.0,\n            json_schema={SCHEMA!r},"
+        in written
+    )
+    assert "1 task drew answers by chance and without a seed" in script
+    drawn, fixed = record["tasks"]
+    assert drawn["sampling"] == {"model": "m", **sampling, "seeded": False}
+    assert fixed["sampling"] == {"model": "the backend's own", "temperature": 0.0, "seeded": True}
+
+
+async def test_a_for_each_is_written_with_its_items_and_the_task_for_one(agent: Agent, tmp_path: Path) -> None:
+    await submit(
+        agent,
+        {"name": "numbers", "source": "def numbers():\n    return [1, 2]"},
+        {"name": "each", "for_each": {"ref": "numbers"}, "source": DOUBLE, "args": [{"item": True}], "retries": 1},
+        {
+            "name": "files",
+            "for_each": [{"id": "a"}, {"id": "b"}],
+            "executable": "/bin/echo",
+            "arguments": [{"item": True, "path": "/id"}, "{item}-{{item}}.txt", {"ref": "numbers"}],
+        },
+    )
+    script, record = await export(agent, tmp_path)
+    assert "ForEach(numbers_, lambda item, _: ComputeTask(double, args=[item]), name='each', retries=1)" in script
+    assert "[{'id': 'a'}, {'id': 'b'}],\n" in script
+    assert "arguments=[text(part(item, '/id')), text(item) + '-{item}.txt', numbers_]" in script
+    names = [task["name"] for task in record["tasks"]]
+    assert names == ["numbers", "each", "each[0]", "each[1]", "files", "files[0]", "files[1]"]
+
+
+async def test_what_was_submitted_after_others_had_ended_is_so_in_the_script(agent: Agent, tmp_path: Path) -> None:
+    await submit(agent, {"name": "write", "executable": "/bin/true"}, {"name": "more", "executable": "/bin/true"})
+    await submit(agent, {"name": "read", "executable": "/bin/cat"})
+    script, _ = await export(agent, tmp_path)
+    first = script.index("submit_tasks([write, more])")
+    assert first < script.index("wait_tasks(session.tasks)") < script.index("submit_tasks([read])")
+
+
+async def test_sources_that_mean_something_else_as_functions_stay_texts(agent: Agent, tmp_path: Path) -> None:
+    texts = {
+        "double": "def double(number):\n    return 'another of this name'",
+        "counts": "CALLS = []\n\n\ndef counts(number):\n    CALLS.append(number)\n    return len(CALLS)",
+        "report": "def report(number):\n    return number",
+        "cached": "import functools\n\n\n@functools.cache\ndef cached(number):\n    return number",
+        "quotes": "def quotes(number):\n    '''\\\\d'''\n    global seen\n    return \"\"\"'''\"\"\"",
+        "lost": "def lost(number):\n    return nowhere",
+    }
+    await submit(agent, {"source": DOUBLE, "args": [1]})
+    await submit(agent, *({"name": name, "source": text, "args": [1]} for name, text in texts.items()))
+    script, _ = await export(agent, tmp_path)
+    space: dict[str, Any] = {"__name__": "exported"}
+    exec(script, space)
+    assert space["double"](4) == 8
+    assert [space[f"SOURCE_{number}"] for number in range(1, 7)] == list(texts.values())
+    assert "report_ = ComputeTask(Source(SOURCE_3), args=[1], name='report')" in script
+
+
+async def test_failed_tasks_are_in_it_and_canceled_ones_are_not(agent: Agent, tmp_path: Path) -> None:
+    fail = "def fail():\n    raise ValueError('seven')"
+    await submit(
+        agent, {"name": "fail", "source": fail}, {"name": "after-fail", "source": DOUBLE, "args": [{"ref": "fail"}]}
+    )
+    agent.backend.gate.clear()
+    await submit(
+        agent,
+        {"name": "endless", "executable": "/bin/sleep"},
+        {"name": "needs-it", "source": DOUBLE, "args": [{"ref": "endless"}]},
+        {"name": "runs-anyhow", "source": DOUBLE, "args": [{"ref": "endless"}], "on_upstream_failure": "run"},
+        wait=False,
+    )
+    await agent.call("cancel_tasks", session="session-1", tasks=["endless"], force=True)
+    script, record = await export(agent, tmp_path)
+    assert (
+        "fail_ = ComputeTask(fail, name='fail')" in script and "after_fail = ComputeTask(double, args=[fail_]" in script
+    )
+    assert "/bin/sleep" not in script and "needs_it" not in script and record["tasks_left_out"] == 2
+    assert "ComputeTask(double, args=[None], name='runs-anyhow', on_upstream_failure='run')" in script
+    assert "Left out: 2 that had been canceled" in script
+    ends = {task["name"]: (task["state"], task.get("cause")) for task in record["tasks"]}
+    assert ends["fail"] == ("FAILED", "error") and ends["endless"] == ("CANCELED", "canceled")
+
+
+async def test_what_failed_where_it_is_imported_does_not_stop_the_script(agent: Agent, tmp_path: Path) -> None:
+    broken = [
+        "import module_of_nobody\n\n\ndef a():\n    pass",
+        "def b(x=1 / 0):\n    pass",
+        "def c():\n    raise OSError",
+    ]
+    await submit(agent, *({"source": source} for source in broken))
+    script, record = await export(agent, tmp_path)
+    assert [task["state"] for task in record["tasks"]] == ["FAILED"] * 3
+    space: dict[str, Any] = {"__name__": "exported"}
+    exec(script, space)
+    assert (space["SOURCE_1"], space["SOURCE_2"]) == tuple(broken[:2]) and callable(space["c"])
+
+
+async def test_a_for_each_of_which_some_were_canceled_is_in_it_whole(agent: Agent, tmp_path: Path) -> None:
+    await submit(agent, {"name": "done", "source": DOUBLE, "args": [1]})
+    agent.backend.gate.clear()
+    each = {"name": "each", "for_each": [1, 2], "source": DOUBLE, "args": [{"item": True}]}
+    await submit(agent, each, each | {"name": "all"}, wait=False)
+    await agent.call("cancel_tasks", session="session-1", tasks=["each[0]", "all[0]", "all[1]"], force=True)
+    agent.backend.gate.set()
+    assert (await agent.call("wait_tasks", session="session-1", timeout_s=5))["ended"]
+    script, _ = await export(agent, tmp_path)
+    assert "name='each'" in script and "name='all'" not in script
+    assert "1 task of a for_each had been canceled on request" in script
+
+
+async def test_it_can_be_written_while_tasks_run(agent: Agent, tmp_path: Path) -> None:
+    agent.backend.gate.clear()
+    await submit(agent, {"name": "slow", "source": DOUBLE, "args": [1]}, wait=False)
+    script, record = await export(agent, tmp_path)
+    assert "1 task had not ended when this was written" in script and "name='slow'" in script
+    assert record["tasks"][0]["state"] in ("QUEUED", "RUNNING") and "ended" not in record["tasks"][0]
+    agent.backend.gate.set()
+
+
+async def test_secrets_are_looked_up_where_the_script_runs(tmp_path: Path) -> None:
+    url = "http://user:hunter1@127.0.0.1:8000/v1"
+    settings = Settings(endpoint_url=url, endpoint_api_key="hunter2")
+    env = {"HF_TOKEN": "hunter3", "DB_PASSWORD": "hunter4", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    async with open_agent(settings=settings) as agent:
+        await agent.call("create_session", backends=["local", "endpoint"])
+        templates = [{"ranks": 1, "env": {"MY_SECRET": "hunter5"}}]
+        await submit(
+            agent, {"executable": "/bin/a", "env": env}, {"executable": "/bin/b", "process_templates": templates}
+        )
+        script, record = await export(agent, tmp_path)
+    assert "hunter" not in script and "hunter" not in json.dumps(record)
+    assert (
+        "EndpointInferenceBackend(url='http://127.0.0.1:8000/v1', api_key=os.environ[\"ENDPOINT_API_KEY\"])" in script
+    )
+    assert "'HF_TOKEN': os.environ[\"HF_TOKEN\"]" in script
+    assert "'OMP_NUM_THREADS': '1', 'TOKENIZERS_PARALLELISM': 'false'" in script
+    needed = "set in the environment: ENDPOINT_API_KEY, HF_TOKEN, DB_PASSWORD, MY_SECRET"
+    assert needed in script
+
+
+async def test_the_record_says_where_results_come_from(agent: Agent, tmp_path: Path) -> None:
+    await submit(agent, {"name": "four", "source": DOUBLE, "args": [2]})
+    _, record = await export(agent, tmp_path)
+    assert {"python", "rhapsody-mcp"} <= record["versions"].keys()
+    assert record["machine"]["cores"] >= 1 and record["backends"][0]["backend"] == "scripted"
+    (task,) = record["tasks"]
+    assert task["submitted"] <= task["started"] <= task["ended"] and task["ended"].endswith("+00:00")
+    digest = "4b227777d4dd1fc61c6f884f48641d02b4d121d3fd328cb08b5531fcacdabf8a"  # of the text 4
+    assert task["result"] == {"type": "int", "encoding": "json", "bytes": 1, "sha256": digest}
+
+
+async def test_the_reply_is_short_and_the_files_are_their_owners_alone(agent: Agent, tmp_path: Path) -> None:
+    await submit(agent, *({"name": f"t{number}", "source": DOUBLE, "args": [number]} for number in range(200)))
+    reply = await agent.call("export_session", session="session-1", folder=str(tmp_path / "new" / "runs"))
+    text = read(reply["script"])
+    head = agent.texts[-1].partition("--- the script begins ---\n")[2]
+    assert 1000 < len(head) <= 2048 and text.startswith(head) and head.endswith("\n")
+    assert f"({len(text)} bytes) repeats 200 tasks" in agent.texts[-1]
+    assert len(agent.texts[-1]) < 3000
+    assert (mode(reply["script"]), mode(reply["provenance"])) == (0o600, 0o600)
+    assert mode(tmp_path / "new" / "runs") == 0o700
+
+
+async def test_an_export_overwrites_nothing(agent: Agent, tmp_path: Path) -> None:
+    replies = [await agent.call("export_session", session="session-1", folder=str(tmp_path)) for _ in range(3)]
+    files = {reply[field] for reply in replies for field in ("script", "provenance")}
+    assert len(files) == 6 and {str(tmp_path / name) for name in os.listdir(tmp_path)} == files
+
+
+async def test_without_a_folder_it_goes_to_the_users_state(
+    agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    reply = await agent.call("export_session", session="session-1")
+    assert Path(reply["script"]).parent.name == "exports"
+    assert sys.platform != "linux" or Path(reply["script"]).is_relative_to(tmp_path)
+
+
+async def test_an_empty_session_gives_a_script_that_runs(agent: Agent, tmp_path: Path) -> None:
+    reply = await agent.call("export_session", session="session-1", folder=str(tmp_path))
+    ran = await anyio.run_process([sys.executable, reply["script"]])
+    assert (ran.stdout, ran.stderr) == (b"{}\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("folder", "told"),
+    [
+        ("runs", "folder is 'runs'; valid is an absolute path"),
+        ("/dev/null/runs", "folder /dev/null/runs cannot be written: Not a directory. Give another folder."),
+    ],
+)
+async def test_a_folder_that_cannot_be_written_is_refused(agent: Agent, folder: str, told: str) -> None:
+    text = await agent.refusal("export_session", session="session-1", folder=folder)
+    assert text.startswith("invalid_request: ") and told in text

@@ -1,0 +1,198 @@
+"""One call submits once, says what would happen, and lets tasks follow one another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rhapsody_mcp.model.specs import TaskSpec
+from rhapsody_mcp.testing import ScriptedBackend
+from tests.agents import open_agent, perform
+
+pytestmark = pytest.mark.anyio
+
+HELLO: dict[str, Any] = {"name": "hello", "executable": "/bin/echo", "arguments": ["hello"]}
+
+
+# --- the same call twice
+
+
+async def test_a_repeated_call_with_its_key_submits_nothing_twice() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        call = {"session": session, "tasks": [HELLO, {"prompt": "Hi."}], "idempotency_key": "k1"}
+        first = await agent.call("submit_tasks", **call)
+        await agent.call("wait_tasks", session=session)
+        again = await agent.call("submit_tasks", **call)
+        assert again == first | {"counts": {"DONE": 2}, "repeated": True}
+        assert "nothing was submitted now" in agent.texts[-1]
+        assert len(agent.backend.received) == 2
+
+
+async def test_a_key_with_other_tasks_is_refused_and_names_the_earlier_ones() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        await agent.call("submit_tasks", session=session, tasks=[HELLO], idempotency_key="k1")
+        refused = await agent.refusal(
+            "submit_tasks", session=session, tasks=[HELLO | {"arguments": ["bye"]}], idempotency_key="k1"
+        )
+        assert refused.startswith(
+            "invalid_request: idempotency_key 'k1' belongs to a call with other tasks (task.000001)"
+        )
+
+
+async def test_the_key_of_a_refused_call_is_free() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        await agent.refusal("submit_tasks", session=session, tasks=[{"name": "x"}], idempotency_key="k1")
+        reply = await agent.call("submit_tasks", session=session, tasks=[HELLO], idempotency_key="k1")
+        assert (reply["submitted"], "repeated" in reply) == (1, False)
+
+
+async def test_keys_belong_to_their_session() -> None:
+    async with open_agent() as agent:
+        for session in (await agent.session(), await agent.session()):
+            reply = await agent.call("submit_tasks", session=session, tasks=[HELLO], idempotency_key="k1")
+            assert "repeated" not in reply
+
+
+# --- what would happen
+
+
+async def test_a_dry_run_shows_the_graph_and_submits_nothing() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        tasks = [
+            {"name": "texts", "prompt": ["a", "b"]},
+            {
+                "name": "each",
+                "source": "def f(t):\n    return t",
+                "args": [{"item": True}],
+                "for_each": {"ref": "texts"},
+            },
+            {"name": "job", "executable": "/bin/hostname", "ranks": 2, "after": ["each"]},
+        ]
+        reply = await agent.call("submit_tasks", session=session, tasks=tasks, dry_run=True)
+        assert reply["submitted"] == 0
+        assert reply["graph"] == [
+            {"task": "texts", "runs_as": "2 prompts", "level": 1},
+            {"task": "each", "runs_as": "a task for each item of texts", "level": 2, "waits_for": ["texts"]},
+            {"task": "job", "runs_as": "a job of 2 processes", "level": 3, "waits_for": ["each"]},
+        ]
+        assert "Dry run, nothing was submitted: 3 tasks in 3 levels" in agent.texts[-1]
+        assert (await agent.call("list_tasks", session=session))["total"] == 0
+        assert not agent.backend.received
+        assert (await agent.call("submit_tasks", session=session, tasks=tasks))["first"] == reply["first"]
+
+
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        ({"executable": "no-such-program"}, "no-such-program is no program here"),
+        ({"executable": "/bin/echo", "ranks": 10_000}, "10000 processes share"),
+        ({"executable": "/bin/echo", "cwd": "/no/such"}, "cwd /no/such is no folder here"),
+        ({"function": "no_such_module:f"}, "no module 'no_such_module' is installed here"),
+        ({"source": "def f():\n    import no_such_module.part"}, "no module 'no_such_module' is installed here"),
+        (
+            {"executable": "/bin/echo", "process_templates": [{"ranks": 1, "policy": {"gpu_affinity": [99]}}]},
+            "GPU 99 was asked for",
+        ),
+        (
+            {"executable": "no-such-program", "arguments": ["{item}"], "for_each": [1, 2]},
+            "no-such-program is no program here",
+        ),
+    ],
+)
+async def test_a_dry_run_names_what_does_not_fit(task: dict[str, Any], problem: str) -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        reply = await agent.call("submit_tasks", session=session, tasks=[task], dry_run=True)
+        assert len(reply["problems"]) == 1
+        assert problem in reply["problems"][0]
+        assert f"Does not fit: task.000001: {problem}" in agent.texts[-1]
+
+
+async def test_what_a_source_can_do_without_is_no_problem() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        source = "def f():\n    try:\n        import no_such_module\n    except ImportError:\n        pass"
+        reply = await agent.call("submit_tasks", session=session, tasks=[{"source": source}], dry_run=True)
+        assert reply["problems"] == []
+        assert "Everything fits this machine." in agent.texts[-1]
+
+
+async def test_a_dry_run_of_many_tasks_stays_short() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        tasks = [{"name": f"task-{number}", "executable": "no-such-program"} for number in range(1000)]
+        reply = await agent.call("submit_tasks", session=session, tasks=tasks, dry_run=True)
+        assert (len(reply["graph"]), len(reply["problems"]), reply["names"]) == (30, 30, {})
+        assert "... and 970 more." in agent.texts[-1]
+
+
+async def test_a_dry_run_refuses_what_a_submission_would() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        wrong = {"name": "a", "function": "builtins:len", "args": [{"ref": "b"}]}
+        assert "unknown task 'b'" in await agent.refusal("submit_tasks", session=session, tasks=[wrong], dry_run=True)
+
+
+# --- one after another
+
+
+async def test_tasks_follow_others_without_their_data() -> None:
+    order: list[str] = []
+
+    def script(spec: TaskSpec, values: list[Any]) -> Any:
+        order.append(spec.uid)
+        return perform(spec, values)
+
+    async with open_agent(backend=ScriptedBackend(script)) as agent:
+        session = await agent.session()
+        tasks = [HELLO | {"name": "last", "after": ["first", "second"]}, HELLO | {"name": "first"}]
+        tasks.append(HELLO | {"name": "second", "after": ["first"]})
+        await agent.call("submit_tasks", session=session, tasks=tasks)
+        await agent.call("wait_tasks", session=session)
+        assert order == ["task.000002", "task.000003", "task.000001"]
+
+
+async def test_a_circle_of_tasks_that_follow_each_other_is_refused() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        tasks = [HELLO | {"name": "a", "after": ["b"]}, HELLO | {"name": "b", "after": ["a"]}]
+        assert "in a circle" in await agent.refusal("submit_tasks", session=session, tasks=tasks)
+        assert "unknown task 'c'" in await agent.refusal(
+            "submit_tasks", session=session, tasks=[HELLO | {"after": ["c"]}]
+        )
+
+
+async def test_a_failed_task_is_tried_again_and_the_result_says_how_often() -> None:
+    tries: list[str] = []
+
+    def script(spec: TaskSpec, values: list[Any]) -> Any:
+        tries.append(spec.uid)
+        if len(tries) < 3:
+            raise RuntimeError("not yet")
+        return "now"
+
+    async with open_agent(backend=ScriptedBackend(script)) as agent:
+        session = await agent.session()
+        await agent.call("submit_tasks", session=session, tasks=[HELLO | {"retries": 5, "retry_delay_s": 0}])
+        await agent.call("wait_tasks", session=session)
+        result = await agent.call("get_result", session=session, task="hello")
+        assert (result["result"], len(tries)) == ("now", 3)
+        assert result["notes"] == ["attempt 3; attempt 2 ended with cause error: RuntimeError: not yet"]
+
+
+async def test_a_task_can_run_although_one_that_it_needs_has_failed_before() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        bad = {"name": "bad", "function": "builtins:abs", "args": ["x"]}
+        await agent.call("submit_tasks", session=session, tasks=[bad])
+        await agent.call("wait_tasks", session=session)
+        needs = {"name": "needs", "function": "builtins:repr", "args": [{"ref": "bad", "path": "/a"}]}
+        assert "ended FAILED" in await agent.refusal("submit_tasks", session=session, tasks=[needs])
+        await agent.call("submit_tasks", session=session, tasks=[needs | {"on_upstream_failure": "run"}])
+        await agent.call("wait_tasks", session=session)
+        assert (await agent.call("get_result", session=session, task="needs"))["result"] == "None"
