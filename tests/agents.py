@@ -31,21 +31,24 @@ class Refused(Exception):
     """A tool call ended in an error; the text is what the model reads."""
 
 
-class Agent:
-    """Calls tools as a model does. `calls` counts them, `texts` holds what a model would have read."""
+class Caller:
+    """Calls tools as a model does. `calls` counts them, those without a reply too; `texts` holds what a model would
+    have read."""
 
-    def __init__(self, client: Client, backend: ScriptedBackend, sessions: OpenSessions) -> None:
-        self.client, self.backend, self.sessions = client, backend, sessions
-        self.texts: list[str] = []
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.calls = 0
+        self.replies: list[CallToolResult] = []
 
     @property
-    def calls(self) -> int:
-        return len(self.texts)
+    def texts(self) -> list[str]:
+        return [text_of(result) for result in self.replies]
 
     async def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
         """The structured reply. Raises Refused."""
+        self.calls += 1
         result = await self.client.call_tool(tool, arguments)
-        self.texts.append(text_of(result))
+        self.replies.append(result)
         if result.is_error:
             raise Refused(self.texts[-1])
         return cast(dict[str, Any], result.structured_content)
@@ -61,6 +64,14 @@ class Agent:
             assert "Traceback" not in text and "Error executing" not in text and "pydantic" not in text
             return text
         raise AssertionError(f"{tool} was not refused: {reply}")
+
+
+class Agent(Caller):
+    """Before sessions of this process, which run on `backend`."""
+
+    def __init__(self, client: Client, backend: ScriptedBackend, sessions: OpenSessions) -> None:
+        super().__init__(client)
+        self.backend, self.sessions = backend, sessions
 
     async def session(self) -> str:
         return str((await self.call("create_session"))["session"])

@@ -223,6 +223,7 @@ def _parameters(work: Completion, defaults: Defaults) -> dict[str, Any]:
         "max_tokens": work.max_tokens,
         "top_p": work.top_p,
         "top_k": work.top_k,
+        "seed": work.seed,
         "stop": list(work.stop_sequences) or None,
         "response_format": _response_format(work.json_schema, defaults.schema_options),
     }

@@ -49,6 +49,7 @@ class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True):
     max_tokens: int | None = None
     top_p: float | None = None
     top_k: int | None = None
+    seed: int | None = None
     stop_sequences: tuple[str, ...] = ()
     json_schema: bytes | None = None
 

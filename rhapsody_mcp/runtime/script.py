@@ -76,7 +76,7 @@ def write_script(id: str, tasks: Sequence[Task], backends: Sequence[Backend], pl
 
 def draws_by_chance(task: Task) -> bool:
     """Whether a model's answers to it may differ from run to run."""
-    return isinstance(task, AITask) and task.temperature != 0 and getattr(task, "seed", None) is None
+    return isinstance(task, AITask) and task.temperature != 0 and task.seed is None
 
 
 def plain_url(url: str) -> str:
@@ -156,12 +156,8 @@ class _Writer:
         """Imports, and the functions of the script's own, as far as they are used."""
         helpers = {"report": _REPORT, "text": _TEXT, "part": _PART}
         chosen = [code for name, code in helpers.items() if name in used]
-        used = (
-            used
-            | {"Session"}
-            | ({"Part"} if {"text", "part"} & used else set())
-            | ({"msgspec"} if "text" in used else set())
-        )
+        needs = {"text": {"Part", "msgspec"}, "part": {"Part"}}
+        used = used.union({"Session"}, *(names for helper, names in needs.items() if helper in used))
         standard = [f"import {name}" for name in _IMPORTS[:3] if name in used]
         others = ["", "import msgspec"] if "msgspec" in used else []
         api = f"from rhapsody_mcp.api import {', '.join(name for name in _API if name in used)}"

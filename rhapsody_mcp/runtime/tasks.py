@@ -240,6 +240,7 @@ class AITask(Task):
     system_prompt   instructions that come before the prompt
     temperature     0.0 to 2.0        top_p   0.0 to 1.0        top_k   a positive number, or -1 for all
     max_tokens      the most tokens to generate for one prompt
+    seed            a whole number: the same seed, prompt and server give the same answer
     stop_sequences  texts that end the answer and are not part of it
     json_schema     a JSON schema of an object, which the answer is held to
     task_backend_specific_kwargs   timeout in seconds
@@ -260,6 +261,7 @@ class AITask(Task):
         max_tokens: int | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
+        seed: int | None = None,
         stop_sequences: Sequence[str] | None = None,
         json_schema: dict[str, Any] | None = None,
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
@@ -274,6 +276,9 @@ class AITask(Task):
         self.max_tokens = _whole("max_tokens", max_tokens, least=1)
         self.top_p = _in_range("top_p", top_p, 0.0, 1.0)
         self.top_k = top_k if top_k == -1 else _whole("top_k", top_k, least=1)
+        self.seed = _whole("seed", seed, least=0)
+        if self.seed is not None and self.seed >= 2**63:
+            raise InvalidTask(f"seed is {seed}; valid is less than 2**63.")
         self.stop_sequences = _texts("stop_sequences", stop_sequences)
         self.json_schema = json_schema
         self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
@@ -316,6 +321,7 @@ class AITask(Task):
             max_tokens=self.max_tokens,
             top_p=self.top_p,
             top_k=self.top_k,
+            seed=self.seed,
             stop_sequences=tuple(self.stop_sequences or ()),
             json_schema=self._schema,
         )
@@ -325,7 +331,7 @@ class AITask(Task):
 _COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure"}
 _COMPUTE_FIELDS = ("function", "executable", "args", "kwargs", "arguments", "task_backend_specific_kwargs")
 _AI_FIELDS = (
-    *("prompt", "model", "system_prompt", "temperature", "max_tokens", "top_p", "top_k", "stop_sequences"),
+    *("prompt", "model", "system_prompt", "temperature", "max_tokens", "top_p", "top_k", "seed", "stop_sequences"),
     *("json_schema", "task_backend_specific_kwargs"),
 )
 

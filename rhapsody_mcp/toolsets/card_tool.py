@@ -9,6 +9,7 @@ from typing import Any
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp.server.mcpserver.tools import Tool
+from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata
 from mcp.types import ToolAnnotations
 from pydantic import ValidationError
 
@@ -20,10 +21,18 @@ from rhapsody_mcp.toolsets.refusals import (
     refuse_call,
     refuse_crash,
     refuse_unknown_arguments,
+    refuse_unreadable,
 )
-from rhapsody_mcp.toolsets.schemas import flat
+from rhapsody_mcp.toolsets.schemas import flat, read_texts
 
 __all__ = ["CardTool", "make_tools"]
+
+
+class _AsTheyAre(FuncMetadata):
+    """Takes arguments as they are; the one that it replaces takes a text such as `null` or `[a]` for JSON."""
+
+    def pre_parse_json(self, data: dict[str, Any]) -> dict[str, Any]:
+        return data
 
 
 class CardTool(Tool):
@@ -32,10 +41,13 @@ class CardTool(Tool):
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
         if refused := refuse_unknown_arguments(arguments, self.parameters, self.name):
             raise ToolError(refused)
+        read = read_texts(self.parameters, arguments)
+        if refused := refuse_unreadable(read, self.name):
+            raise ToolError(refused)
         try:
-            return await super().run(arguments, context, convert_result)
+            return await super().run(read, context, convert_result)
         except ToolError as error:
-            raise self._refusal(error, arguments) from error.__cause__
+            raise self._refusal(error, read) from error.__cause__
 
     def _refusal(self, error: ToolError, arguments: dict[str, Any]) -> ToolError:
         match error.__cause__:
@@ -74,6 +86,7 @@ def _methods(toolset: object) -> list[str]:
 
 def _make_tool(method: Any, card: Card) -> Tool:
     tool = CardTool.from_function(method, title=card.title, description=card.text, annotations=_annotations(card))
+    tool.fn_metadata = _AsTheyAre(**dict(tool.fn_metadata))
     tool.parameters = {**flat(tool.parameters), "additionalProperties": False}
     if tool.fn_metadata.output_schema is not None:
         tool.fn_metadata.output_schema = flat(tool.fn_metadata.output_schema)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import monotonic
-from typing import Annotated, Any
+from typing import Annotated
 
 from mcp.types import CallToolResult
 from pydantic import Field
@@ -12,6 +12,7 @@ from rhapsody_mcp.runtime.encoding import Source
 from rhapsody_mcp.runtime.functions import Registered
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.toolsets.replies import Reply, duration, one_line, reply
+from rhapsody_mcp.toolsets.schemas import UNTOLD
 from rhapsody_mcp.toolsets.sessions import SessionId
 
 __all__ = ["Functions"]
@@ -22,7 +23,7 @@ _NAMES_SHOWN = 20
 
 class Kept(Reply):
     function: str
-    registered: Any  # names with signatures
+    registered: Annotated[dict[str, str], UNTOLD]  # signatures, by name
 
 
 class Functions:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,12 +21,25 @@ from rhapsody_mcp.model.errors import (
     UnknownName,
     nearest,
 )
-from rhapsody_mcp.toolsets.schemas import field_names
+from rhapsody_mcp.toolsets.replies import one_line
+from rhapsody_mcp.toolsets.schemas import NAME_PATTERN, field_at, field_names
 
-__all__ = ["refuse_answer", "refuse_arguments", "refuse_call", "refuse_crash", "refuse_unknown_arguments"]
+__all__ = [
+    "refuse_answer",
+    "refuse_arguments",
+    "refuse_call",
+    "refuse_crash",
+    "refuse_unknown_arguments",
+    "refuse_unreadable",
+]
 
+Location = tuple[int | str, ...]
+Problem = Mapping[str, Any]
 _MAX_BYTES = 1000
 _PROBLEMS_SHOWN = 3
+_SHOWN_CHARS, _EXAMPLE_CHARS = 80, 60
+_DEEPEST = 100
+_DECODER = json.JSONDecoder(strict=False)
 _CODES: dict[type[RhapsodyError], str] = {
     SessionClosed: "session_closed",
     NeedsForce: "needs_force",
@@ -59,16 +73,35 @@ def refuse_unknown_arguments(given: Iterable[str], schema: dict[str, Any], tool:
     unknown = [name for name in given if name not in known]
     if not unknown:
         return None
-    wrong = f"{tool} has no argument {unknown[0]!r}{nearest(unknown[0], known)}."
-    return _text("unknown_argument", f"{wrong} {_valid(known)}", f"Correct it and call {tool} again.")
+    wrong = f"{tool} has no argument {_short(unknown[0])}{nearest(unknown[0], known)}."
+    return _text(
+        "unknown_argument", f"{wrong} {_listed(known) or 'It takes none.'}", f"Correct it and call {tool} again."
+    )
+
+
+def refuse_unreadable(arguments: Mapping[str, Any], tool: str) -> str | None:
+    """For what no JSON text can hold, or only one that few programs read; None where there is no such thing."""
+    for location, value in _parts(arguments):
+        if len(location) > _DEEPEST:
+            where = _where(location[:3], arguments)
+            wrong = f"{where} is nested deeper than {_DEEPEST}. Valid are at most {_DEEPEST} lists and objects in each other."
+        elif any(_is_broken(text) for text in (value, *(value if isinstance(value, dict) else ()))):
+            where = _where(location[:_DEEPEST], arguments)
+            wrong = f"{where} holds half a character (a lone surrogate). Valid is Unicode text."
+        else:
+            continue
+        return _text("invalid_argument", wrong, f"Correct it and call {tool} again.")
+    return None
 
 
 def refuse_arguments(error: ValidationError, schema: dict[str, Any], arguments: Mapping[str, Any], tool: str) -> str:
     """For arguments of a wrong type, range or size."""
-    problems = error.errors(include_url=False, include_context=True)
-    shown = [_problem(problem, schema, arguments) for problem in problems[:_PROBLEMS_SHOWN]]
-    if len(problems) > _PROBLEMS_SHOWN:
-        shown.append(f"And {len(problems) - _PROBLEMS_SHOWN} more problems.")
+    places: dict[Location, list[Problem]] = {}
+    for problem in error.errors(include_url=False):
+        places.setdefault(_place(problem, arguments), []).append(problem)
+    shown = [_told(place, problems, schema, arguments) for place, problems in list(places.items())[:_PROBLEMS_SHOWN]]
+    if len(places) > _PROBLEMS_SHOWN:
+        shown.append(f"And {len(places) - _PROBLEMS_SHOWN} more problems.")
     return _text("invalid_argument", " ".join(shown), f"Correct it and call {tool} again.")
 
 
@@ -94,50 +127,128 @@ def _code(error: RhapsodyError) -> str:
     return next((code for kind, code in _CODES.items() if isinstance(error, kind)), "failed")
 
 
-def _problem(problem: Mapping[str, Any], schema: dict[str, Any], arguments: Mapping[str, Any]) -> str:
-    location = problem["loc"]
-    where = _where(location, arguments)
-    if problem["type"] == "extra_forbidden":
-        owner, field = location[:-1], str(location[-1])
-        known = field_names(schema, owner)
-        return f"{_where(owner, arguments)} has no field {field!r}{nearest(field, known)}. {_valid(known)}"
-    if problem["type"] == "missing":
+def _parts(arguments: Mapping[str, Any]) -> Iterator[tuple[Location, Any]]:
+    """Every value at every depth, with the way to it; without recursion, for what is too deep."""
+    pending: list[tuple[Location, Any]] = [((), arguments)]
+    while pending:
+        location, value = pending.pop()
+        yield location, value
+        inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        pending += [((*location, step), part) for step, part in inside]
+
+
+def _is_broken(text: object) -> bool:
+    if not isinstance(text, str) or text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _place(problem: Problem, arguments: Mapping[str, Any]) -> Location:
+    """What the problem is about: after it pydantic names the choices of a union."""
+    location: Location = problem["loc"]
+    value: Any = arguments
+    for depth, step in enumerate(location):
+        if not isinstance(value, dict | list) or (isinstance(value, dict) and step not in value):
+            return location if problem["type"] == "missing" else location[:depth]
+        value = _item(value, step)
+    return location
+
+
+def _told(place: Location, problems: list[Problem], schema: dict[str, Any], arguments: Mapping[str, Any]) -> str:
+    first, where = problems[0], _where(place, arguments)
+    if first["type"] == "extra_forbidden":
+        known, field = field_names(schema, place[:-1]), str(place[-1])
+        owner = _where(place[:-1], arguments)
+        return f"{owner} has no field {_short(field)}{nearest(field, known)}. {_listed(known)}".rstrip()
+    if first["type"] == "missing":
         return f"{where} is missing."
-    near = nearest(str(problem["input"]), _choices(problem)) if problem["type"] == "literal_error" else ""
-    return f"{where} must be {_plain(problem)}, not {_short(problem['input'])}{near}."
+    field = field_at(schema, place)
+    kinds = list(dict.fromkeys(_valid(problem, field) for problem in problems))
+    near = nearest(str(first["input"]), _choices(first)) if first["type"] == "literal_error" else ""
+    valid = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[:-1] else kinds)
+    return f"{where} must be {valid}{_example(field)}, not {_short(first['input'])}{near}."
 
 
-def _plain(problem: Mapping[str, Any]) -> str:
-    """What is valid, in words that need no knowledge of this program."""
-    limits = problem.get("ctx", {})
-    told = {
-        "string_pattern_mismatch": "letters, digits, '_', '.' and '-', a letter first, 64 characters at most",
-        "too_short": f"a list of at least {limits.get('min_length')} item",
-        "greater_than_equal": f"at least {_number(limits.get('ge'))}",
-        "greater_than": f"more than {_number(limits.get('gt'))}",
-        "less_than_equal": f"at most {_number(limits.get('le'))}",
-        "literal_error": str(limits.get("expected")),
-        "finite_number": "a finite number",
-    }
-    kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a text"}
-    kinds |= {"list": "a list", "dict": "an object", "model": "an object"}
-    kind = str(problem["type"])
-    return told.get(kind) or kinds.get(kind.partition("_")[0]) or str(problem["msg"])
+def _valid(problem: Problem, field: dict[str, Any]) -> str:
+    """In words that need no knowledge of this program."""
+    kind, limits = str(problem["type"]), problem.get("ctx", {})
+    match kind:
+        case "string_pattern_mismatch":
+            return _PATTERNS.get(limits["pattern"], f"a text that matches {limits['pattern']}")
+        case "string_too_short":
+            return f"a text of at least {_count(limits['min_length'], 'character')}"
+        case "string_too_long":
+            return f"a text of at most {_count(limits['max_length'], 'character')}"
+        case "too_short":
+            return f"a list of at least {_count(limits['min_length'], 'item')}"
+        case "too_long":
+            return f"a list of at most {_count(limits['max_length'], 'item')}"
+        case "greater_than_equal":
+            return f"at least {_number(limits['ge'])}"
+        case "greater_than":
+            return f"more than {_number(limits['gt'])}"
+        case "less_than_equal":
+            return f"at most {_number(limits['le'])}"
+        case "less_than":
+            return f"less than {_number(limits['lt'])}"
+        case "finite_number":
+            return f"a finite number{_range(field)}"
+        case "literal_error":
+            return str(limits["expected"])
+    word = _KINDS.get(kind.partition("_")[0], "of another kind")
+    return word + _range(field) if word.endswith("number") else word
 
 
-def _number(limit: object) -> str:
-    return f"{limit:g}" if isinstance(limit, int | float) else str(limit)
+_KINDS = {
+    **{"string": "a text", "bool": "true or false", "int": "a whole number", "float": "a number"},
+    **{"list": "a list", "dict": "an object", "model": "an object"},
+}
+"""By the beginning of the type of a problem, as in `int_type`, `int_parsing` and `int_from_float`."""
+_PATTERNS = {
+    NAME_PATTERN: "letters, digits, '_', '.' and '-', a letter first, 64 characters at most",
+    r"[^|\s]": "a text that says what to look for, with '|' between choices",
+}
 
 
-def _choices(problem: Mapping[str, Any]) -> list[str]:
+def _range(field: Mapping[str, Any]) -> str:
+    least, most = field.get("minimum"), field.get("maximum")
+    if least is not None:
+        return f" from {_number(least)} to {_number(most)}" if most is not None else f" of at least {_number(least)}"
+    return f" above {_number(field['exclusiveMinimum'])}" if "exclusiveMinimum" in field else ""
+
+
+def _number(limit: float) -> str:
+    return f"{limit:g}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _choices(problem: Problem) -> list[str]:
     """Of a literal: pydantic writes them as in `'all' or 'any'`."""
     return re.findall(r"'([^']*)'", problem["ctx"]["expected"])
 
 
-def _where(location: tuple[int | str, ...], arguments: Mapping[str, Any]) -> str:
+def _example(field: Mapping[str, Any]) -> str:
+    """The JSON value that the field's description gives for one; empty where it gives none, or a long one."""
+    _, found, rest = str(field.get("description", "")).partition("e.g. ")
+    try:
+        _, end = _DECODER.raw_decode(rest) if found else (None, 0)
+    except ValueError:
+        return ""
+    return f", as in {rest[:end]}" if 0 < end <= _EXAMPLE_CHARS else ""
+
+
+def _where(location: Location, arguments: Mapping[str, Any]) -> str:
     """As in `tasks[3] ('train').temperature`."""
     text, value = "", arguments
     for step in location:
+        step = step if isinstance(step, int) else step[:_SHOWN_CHARS]
         text += f"[{step}]" if isinstance(step, int) else f".{step}" if text else step
         value = _item(value, step)
         if isinstance(step, int) and isinstance(value, Mapping) and isinstance(value.get("name"), str):
@@ -152,19 +263,24 @@ def _item(value: Any, step: int | str) -> Any:
         return None
 
 
-def _valid(known: list[str]) -> str:
-    return f"Valid: {', '.join(known)}." if known else "It takes none."
+def _listed(known: list[str]) -> str:
+    return f"Valid: {', '.join(known)}." if known else ""
 
 
 def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """As JSON has it, and texts as Python does: on one line, and its beginning where it is long."""
+    try:
+        text = repr(value[:_SHOWN_CHARS]) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        text = f"this {type(value).__name__}"
+    return text if len(text) <= _SHOWN_CHARS else f"{text[: _SHOWN_CHARS - 3]}..."
 
 
 def _text(code: str, wrong: str, next_call: str) -> str:
-    """At most 1,000 bytes, with what to do next always in it."""
+    """At most 1,000 bytes of text that any program can show, with what to do next always in it."""
     room = _MAX_BYTES - len(f"{code}:  {next_call}".encode())
-    raw = wrong.encode("utf-8", "replace")
-    if len(raw) > room:
-        wrong = raw[: room - 4].decode("utf-8", "ignore") + " ..."
+    wrong = one_line(wrong.encode("utf-8", "backslashreplace").decode())
+    if len(raw := wrong.encode()) > room:
+        part = (room - 5) // 2
+        wrong = f"{raw[:part].decode('utf-8', 'ignore')} ... {raw[-part:].decode('utf-8', 'ignore')}"
     return f"{code}: {wrong} {next_call}"

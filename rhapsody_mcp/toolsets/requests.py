@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from rhapsody_mcp.runtime.references import names_in
+from rhapsody_mcp.toolsets.schemas import Name
 
 __all__ = ["EVERYWHERE", "FIELDS", "RankGroup", "TaskRequest"]
 
@@ -18,12 +19,12 @@ class _Closed(BaseModel):
 class RankGroup(_Closed):
     """Ranks started alike."""
 
-    ranks: Annotated[int, Field(ge=1, description="Processes in it.")]
-    env: Annotated[dict[str, str] | None, Field(description="Environment variables to set.")] = None
-    cwd: Annotated[str | None, Field(description="Working directory.")] = None
+    ranks: Annotated[int, Field(ge=1)]
+    env: dict[str, str] | None = None
+    cwd: str | None = None
     policy: Annotated[
         dict[str, Any] | None,
-        Field(description='Placement: host_name, cpu_affinity, gpu_affinity, e.g. {"gpu_affinity": [0]}.'),
+        Field(description='host_name, cpu_affinity, gpu_affinity, e.g. {"gpu_affinity": [0]}.'),
     ] = None
 
     @property
@@ -34,13 +35,7 @@ class RankGroup(_Closed):
 class TaskRequest(_Closed):
     """One task: exactly one of source, function, executable and prompt."""
 
-    name: Annotated[
-        str | None,
-        Field(
-            pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$",
-            description='How references and later calls name it, e.g. "train".',
-        ),
-    ] = None
+    name: Annotated[Name | None, Field(description='How references and later calls name it, e.g. "train".')] = None
     source: Annotated[
         str | None,
         Field(description='A function, its imports inside it, e.g. "def add(a, b):\\n    return a + b".'),
@@ -65,16 +60,15 @@ class TaskRequest(_Closed):
     ] = None
     system_prompt: Annotated[str | None, Field(description="Instructions that come before prompt.")] = None
     model: Annotated[str | None, Field(description="Default is the backend's own.")] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2, description="For prompt: randomness, 0 to 2.")] = None
-    max_tokens: Annotated[int | None, Field(ge=1, description="For prompt: most tokens of one answer.")] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1, description="For prompt: nucleus sampling, 0 to 1.")] = None
-    top_k: Annotated[int | None, Field(ge=-1, description="For prompt: candidate tokens; -1 for all.")] = None
-    stop_sequences: Annotated[
-        list[str] | None, Field(description="For prompt: texts that end an answer and are not part of it.")
-    ] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2, description="Of prompt: randomness, 0 to 2.")] = None
+    max_tokens: Annotated[int | None, Field(ge=1, description="Of prompt: most tokens of one answer.")] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1, description="Of prompt: nucleus sampling, 0 to 1.")] = None
+    top_k: Annotated[int | None, Field(ge=-1, description="Of prompt: candidate tokens; -1 for all.")] = None
+    seed: Annotated[int | None, Field(ge=0, description="Of prompt: repeats its answer.")] = None
+    stop_sequences: Annotated[list[str] | None, Field(description="Of prompt: texts that end an answer.")] = None
     json_schema: Annotated[
         dict[str, Any] | None,
-        Field(description="For prompt: JSON schema of the answer, which is then an object."),
+        Field(description="Of prompt: JSON schema of the answer, which is then an object."),
     ] = None
     backend: Annotated[str | None, Field(description="Default is the session's first that can run it.")] = None
     process: Annotated[bool, Field(description="true gives a function a process of its own.")] = False
@@ -132,7 +126,7 @@ FIELDS = {
     "function": {"function", "args", "kwargs", *_PROCESSES, *EVERYWHERE},
     "executable": {"executable", "arguments", *_PROCESSES, *EVERYWHERE},
     "prompt": {
-        *("prompt", "system_prompt", "model", "temperature", "max_tokens", "top_p", "top_k", "stop_sequences"),
+        *("prompt", "system_prompt", "model", "temperature", "max_tokens", "top_p", "top_k", "seed", "stop_sequences"),
         "json_schema",
         *EVERYWHERE,
     },

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import anyio.to_thread
 from mcp.types import CallToolResult
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
@@ -48,10 +48,13 @@ class RankRow(Reply):
     error: str | None = None
 
 
+_ANYTHING = WithJsonSchema({"anyOf": [{"type": kind} for kind in ("object", "array", "string", "number", "boolean")]})
+
+
 class TaskResult(Row):
     """Also, where there are any: preview (of no JSON, or too long), error, traceback, stdout, failures, ranks."""
 
-    result: Annotated[Any, Field(description="The result, or a page of it.")] = None
+    result: Annotated[Any, _ANYTHING, Field(description="The result, or a page of it.")] = None
     next_start: int | None = None
     total: Annotated[int | None, Field(description="Items or characters.")] = None
     type: SkipJsonSchema[str | None] = None

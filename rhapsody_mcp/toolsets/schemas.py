@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Annotated, Any
 
-from pydantic import WithJsonSchema
+from pydantic import GetJsonSchemaHandler, StringConstraints, WithJsonSchema
+from pydantic_core import CoreSchema
 
-__all__ = ["UNTOLD", "field_names", "flat"]
-
-UNTOLD = WithJsonSchema({})
-"""For a field whose type the schema need not pay for: its name, the card and the text of the reply say what it is."""
+__all__ = ["NAME_PATTERN", "UNTOLD", "Name", "field_at", "field_names", "flat", "read_texts"]
 
 Schema = dict[str, Any]
+
+
+class _Untold:
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+        return {"type": _without_null(handler(core))["type"]}
+
+
+UNTOLD = _Untold()
+"""For a field of which the schema need only tell the outermost type: its name, the card and the text of the reply say
+the rest, and each word of a schema costs every agent."""
 _NULL = {"type": "null"}
-_SAYS_NOTHING = [("default", None), ("default", False), ("additionalProperties", True)]
+_SAYS_NOTHING: list[tuple[str, Any]] = [
+    ("default", None),
+    ("default", False),
+    ("additionalProperties", True),
+    ("items", {}),
+]
+
+
+NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN), WithJsonSchema({"type": "string"})]
+"""What agents may call a session, a task or a function; a refusal says the rule."""
 
 
 def flat(schema: Schema) -> Schema:
@@ -23,9 +42,32 @@ def flat(schema: Schema) -> Schema:
 
 def field_names(schema: Schema, location: tuple[int | str, ...]) -> list[str]:
     """The fields that a flat schema knows in the object at `location`."""
+    return list(field_at(schema, location).get("properties", {}))
+
+
+def field_at(schema: Schema, location: tuple[int | str, ...]) -> Schema:
+    """What a flat schema says of the value at `location`; empty where it says nothing."""
     for step in location:
-        schema = schema.get("items", {}) if isinstance(step, int) else schema.get("properties", {}).get(step, {})
-    return list(schema.get("properties", {}))
+        if isinstance(step, int):
+            schema = schema.get("items", {})
+        else:
+            schema = schema.get("properties", {}).get(step) or schema.get("additionalProperties") or {}
+    return schema
+
+
+def read_texts(schema: Schema, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, with lists and objects that came as texts of JSON, as some hosts send them, read."""
+    return {name: _read_text(field_at(schema, (name,)), value) for name, value in arguments.items()}
+
+
+def _read_text(field: Schema, value: Any) -> Any:
+    if not isinstance(value, str) or field.get("type") not in ("array", "object"):
+        return value
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return read if isinstance(read, list | dict) else value
 
 
 def _flat_node(node: Schema, definitions: Schema) -> Schema:
@@ -36,8 +78,12 @@ def _flat_node(node: Schema, definitions: Schema) -> Schema:
     return {
         key: _flat_value(key, value, definitions)
         for key, value in node.items()
-        if key not in ("title", "$defs") and (key, value) not in _SAYS_NOTHING
+        if key not in ("title", "$defs") and not _says_nothing(key, value)
     }
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    return any(key == idle_key and value == idle and type(value) is type(idle) for idle_key, idle in _SAYS_NOTHING)
 
 
 def _without_null(node: Schema) -> Schema:

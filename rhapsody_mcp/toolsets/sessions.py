@@ -19,6 +19,7 @@ from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.asking import Answer, Asking, Confirm, Desk, Force, Loss, ask_about, named_few, refuse_unless
 from rhapsody_mcp.toolsets.deferring import defer
 from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
+from rhapsody_mcp.toolsets.schemas import Name
 
 __all__ = ["SessionId", "Sessions", "session_row"]
 
@@ -79,10 +80,7 @@ class Sessions:
 
     async def create_session(
         self,
-        name: Annotated[
-            str | None,
-            Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$", description='Its id; default is "session-1", and so on.'),
-        ] = None,
+        name: Annotated[Name | None, Field(description='Its id; default is "session-1", and so on.')] = None,
         backends: Annotated[
             list[BackendName] | None,
             Field(min_length=1, description='What runs its tasks, e.g. ["dragon", "vllm"].'),

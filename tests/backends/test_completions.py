@@ -66,6 +66,7 @@ async def test_every_parameter_is_sent(session: Session, server: StandIn) -> Non
         max_tokens=7,
         top_p=0.9,
         top_k=3,
+        seed=11,
         stop_sequences=["x", "y"],
     )
     await run(session, task)
@@ -77,6 +78,7 @@ async def test_every_parameter_is_sent(session: Session, server: StandIn) -> Non
             "max_tokens": 7,
             "top_p": 0.9,
             "top_k": 3,
+            "seed": 11,
             "stop": ["x", "y"],
         }
     ]

@@ -17,7 +17,7 @@ from typing import Any
 
 from rhapsody_mcp.text import Card, read_cards
 
-__all__ = ["count_tokens", "table"]
+__all__ = ["count_tokens", "table", "tokens_of"]
 
 _SNAPSHOTS = Path(__file__).parent / "snapshots"
 
@@ -34,7 +34,12 @@ def _tokenizer() -> Any:
 def count_tokens(tool: str) -> int:
     """Of a tool as its snapshot has it."""
     wire = json.loads((_SNAPSHOTS / f"{tool}.json").read_text(encoding="utf-8"))
-    return len(_tokenizer().encode(json.dumps(wire, separators=(",", ":"), ensure_ascii=False), bos=False, eos=False))
+    return tokens_of(json.dumps(wire, separators=(",", ":"), ensure_ascii=False))
+
+
+def tokens_of(text: str) -> int:
+    """What it costs a model to read it."""
+    return len(_tokenizer().encode(text, bos=False, eos=False))
 
 
 def table() -> str:

@@ -179,6 +179,13 @@ async def test_extremes_that_the_api_allows_are_answered(session: Session) -> No
     assert greedy[0].return_value == greedy[1].return_value
 
 
+async def test_a_seed_makes_an_answer_repeatable(session: Session) -> None:
+    seeded = [AITask("Write a sample.", temperature=2.0, max_tokens=40, seed=seed) for seed in (7, 7, 8)]
+    await run(session, *seeded)
+    first, again, other = [task.return_value for task in seeded]
+    assert first == again != other
+
+
 async def test_a_thousand_prompts_are_answered(session: Session) -> None:
     tasks = [AITask(f"Sample {number}.", max_tokens=8) for number in range(1000)]
     await run(session, *tasks)
