@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import sys
 import time
@@ -47,7 +48,10 @@ from rhapsody_mcp.model.values import Reader
 
 __all__ = ["ComputeBackend"]
 
-_START_S = 60.0
+_GAVE_UP = "leftover files in /dev/shm"
+"""Dragon's launcher says it last of all; rarely, it stays after that."""
+_SHM_FILE = re.compile(r"DD\w+|\w*\d[DM]|warning: \d+ leftover files in /dev/shm: ?")
+_LOOK_S = 1.0
 _RANKS_A_CORE = 32
 _QUICK_S = 0.005  # a worker whose functions are quicker is sent several at once
 _MOST_SENT = 64
@@ -64,10 +68,15 @@ class ComputeBackend(Awaitable):
     dispatch: Literal["workers", "batch"] = "workers"
     """With batch, a worker is started for a bundle of functions and ends with it."""
     kinds: Collection[Kind] = ("function", "executable")
+    start_limits_s: tuple[float, float] = (60.0, 120.0)
+    """How long a start may take, and a second one where the first failed: rarely, one of a few seconds hangs."""
+    instead: str = ""
+    """What else runs the same tasks."""
 
     def __init__(self, num_workers: int | None, name: str) -> None:
-        if num_workers is not None and (not isinstance(num_workers, int) or num_workers < 1):
-            raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number of at least 1.")
+        most = _RANKS_A_CORE * count_cores()
+        if num_workers is not None and (not isinstance(num_workers, int) or not 1 <= num_workers <= most):
+            raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number from 1 to {most}.")
         self.name = name
         self.num_workers = num_workers or count_cores()
         self.progress = "not started"
@@ -112,15 +121,31 @@ class ComputeBackend(Awaitable):
         self.progress = "starting"
         if self._engine is not None:
             await self._engine.close()
-        engine = _Engine(self)
+        first_s, second_s = self.start_limits_s
         try:
-            await engine.start()
+            try:
+                self._engine = await self._new_engine(first_s)
+            except BackendUnavailable as error:
+                late = isinstance(error.__cause__, TimeoutError)
+                self.progress = f"starting again, the first start {f'took more than {first_s:.0f} s' if late else 'failed'}"
+                self._engine = await self._new_engine(second_s)
         except BaseException:
             self.progress = "did not start"
+            raise
+        self.progress = "ready"
+
+    async def _new_engine(self, limit_s: float) -> _Engine:
+        engine = _Engine(self)
+        try:
+            await engine.start(limit_s)
+        except BackendUnavailable as error:
+            await engine.close()
+            again = "Try again: tasks that are submitted again, under the same names, start the engine anew"
+            raise BackendUnavailable(f"{error}. {again}{self.instead}.") from error.__cause__
+        except BaseException:
             await engine.close()
             raise
-        self._engine = engine
-        self.progress = "ready"
+        return engine
 
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
         if self._engine is None or self._engine.lost is not None:
@@ -204,23 +229,32 @@ class _Engine:
 
     # --- life
 
-    async def start(self) -> None:
+    async def start(self, limit_s: float) -> None:
         """Returns when the host and every worker can take tasks."""
         loop = asyncio.get_running_loop()
         address = str(self._folder.path / "backend")
         self._server = await loop.create_unix_server(lambda: _Peer(self), address)
         self._keeper = await self._start_keeper(address)
         self._watch = asyncio.create_task(self._watch_keeper(self._keeper))
+        giving_up = asyncio.create_task(self._watch_log())
         try:
-            async with asyncio.timeout(_START_S):
+            async with asyncio.timeout(limit_s):
                 await self._host_ready
                 if not self._bundles:
                     for _ in range(self.backend.num_workers):
                         self._place_worker()
                     await self._workers_up
-        except TimeoutError:
-            message = f"the engine of backend {self.backend.name!r} did not start in {_START_S:.0f} s"
-            raise BackendUnavailable(message + self._last_words()) from None
+        except TimeoutError as error:
+            message = f"the engine of backend {self.backend.name!r} was not ready in {limit_s:.0f} s"
+            raise BackendUnavailable(message + self._last_words()) from error
+        finally:
+            giving_up.cancel()
+
+    async def _watch_log(self) -> None:
+        """Notice a launcher that gave up and does not end."""
+        while _GAVE_UP not in self._read_log():
+            await asyncio.sleep(_LOOK_S)
+        self.lose(f"the engine of backend {self.backend.name!r} gave up its start{self._last_words()}")
 
     async def _start_keeper(self, address: str) -> asyncio.subprocess.Process:
         mark = secrets.token_hex(8)
@@ -246,11 +280,14 @@ class _Engine:
         self.lose(f"the engine of backend {self.backend.name!r} ended with exit code {code}{self._last_words()}")
 
     def _last_words(self) -> str:
+        lines = [line for line in self._read_log().splitlines() if line.strip() and not _SHM_FILE.fullmatch(line)]
+        return ": " + " | ".join(lines[-5:])[-1000:] if lines else ""
+
+    def _read_log(self) -> str:
         try:
-            lines = self._log.read_text(errors="replace").strip().splitlines()[-5:]
+            return self._log.read_text(errors="replace")
         except OSError:
             return ""
-        return ": " + " | ".join(lines)[-1000:] if lines else ""
 
     def lose(self, message: str) -> None:
         """The engine is gone: what it ran is lost."""
@@ -402,6 +439,8 @@ class _Engine:
         if peer.worker is not None and peer.worker.tasks is peer:
             peer.worker.tasks = None
             self._bury(peer.worker)
+        if peer is self._host and self._keeper is not None and self._keeper.stdin is not None:
+            self._keeper.stdin.close()  # what placed the host may stay without it
 
     def _on_up(self) -> None:
         if not self._workers_up.done() and all(worker.tasks is not None for worker in self._workers.values()):

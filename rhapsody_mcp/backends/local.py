@@ -22,6 +22,7 @@ class LocalExecutionBackend(ComputeBackend):
         super().check(spec)
         if spec.layout.pmi not in (None, "none"):
             raise InvalidTask(
-                f'backend {self.name!r} runs no MPI: type="mpi" needs the Dragon backend. Here "pmi": "none" runs its '
-                "ranks as independent processes, with no MPI between them."
+                f"backend {self.name!r} runs no MPI, which needs the dragon backend: use a session that has it "
+                '(create_session with backends=["dragon"]), or leave mpi out: its ranks then run as independent '
+                'processes (in Python: "pmi": "none").'
             )

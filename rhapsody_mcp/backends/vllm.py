@@ -69,7 +69,7 @@ class DragonVllmInferenceBackend(Awaitable):
         """
         self.name = name
         self.api_key = secrets.token_urlsafe(32)
-        self._file = None if config_file is None else Path(config_file).expanduser().absolute()
+        self._file = None if config_file is None else Path(os.path.expanduser(config_file)).absolute()
         self._overrides: dict[str, dict[str, Any]] = {
             "required": {"model_name": model_name, "tp_size": tp_size},
             "hardware": {"num_nodes": num_nodes, "num_gpus": num_gpus},

@@ -247,7 +247,7 @@ def _sections(file: Path) -> dict[str, Any]:
         raise InvalidSettings(
             f"config_file {file} cannot be read: {error.strerror}. `rhapsody-mcp init` writes one to start from."
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InvalidSettings(f"config_file {file} is no valid YAML: {error}") from error
     if not isinstance(read, dict | None):
         raise InvalidSettings(f"config_file {file} holds no sections; it begins with one, as in 'required:'.")

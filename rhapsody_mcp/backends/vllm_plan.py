@@ -116,9 +116,9 @@ def find_model(config: VllmConfig, folders: Sequence[Path]) -> Model:
 
 
 def _folder(wanted: str, folders: Sequence[Path]) -> Path | None:
-    path = Path(wanted).expanduser()
+    path = Path(os.path.expanduser(wanted))
     for folder in folders:
-        if (folder / path).exists():
+        if os.path.exists(folder / path):
             return (folder / path).resolve()
     if wanted.startswith((".", "/", "~")):
         raise InvalidSettings(f"there is no model folder {wanted}. Set model to a folder that has the model's files.")

@@ -19,7 +19,7 @@ import msgspec
 
 from rhapsody_mcp.engine.output import write_file
 from rhapsody_mcp.engine.wire import Result
-from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.specs import Call
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, follow, load
@@ -85,7 +85,10 @@ def _imported(call: Call) -> Callable[..., Any]:
     module, _, path = call.code.decode().partition(":")
     function: Any = importlib.import_module(module)
     for name in path.split("."):
-        function = getattr(function, name)
+        try:
+            function = getattr(function, name)
+        except AttributeError as error:
+            raise AttributeError(f"{error}{nearest(name, dir(function))}") from None
     if not callable(function):
         raise InvalidTask(f"{call.code.decode()} is a {type(function).__name__}, not a function")
     return function  # type: ignore[no-any-return]

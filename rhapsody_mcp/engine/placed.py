@@ -266,11 +266,16 @@ class PlacedTask:
             error=error,
             traceback=trace,
             ranks=tuple(ranks) if spec.layout.mode == "job" else (),
-            notes=self._notes(len(ranks)),
+            notes=self._notes(ends),
         )
 
-    def _notes(self, ranks: int) -> tuple[str, ...]:
-        notes = []
+    def _notes(self, ends: list[RankEnd]) -> tuple[str, ...]:
+        ranks, notes = len(ends), []
+        left = sum(found.left_running for rank, found in enumerate(ends) if rank not in self._dragged)
+        if left and self._stop is None:
+            notes.append(
+                f"processes that still ran when it ended were stopped: {left}; it must wait for what it starts"
+            )
         if ranks > self.host.cores:
             notes.append(f"oversubscribed: {ranks} ranks shared {self.host.cores} cores")
         if self.order.spec.layout.pmi == "none":

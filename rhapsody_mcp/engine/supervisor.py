@@ -24,7 +24,7 @@ from typing import Literal, NoReturn
 import msgspec
 
 from rhapsody_mcp.engine.output import move_stream, write_file
-from rhapsody_mcp.engine.processes import adopt_orphans, descendants, end, open_lifeline, outlives
+from rhapsody_mcp.engine.processes import adopt_orphans, descendants, end, open_lifeline, outlives, reap
 from rhapsody_mcp.engine.wire import PlaceConfig, Result
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import RankOutcome
@@ -36,16 +36,21 @@ __all__ = ["GRACE_S", "OWNER_GONE", "RankEnd", "how_it_ended"]
 
 GRACE_S = 2
 """From TERM to KILL."""
+_ABOUT_TO_END_S = 0.1
 OWNER_GONE = 86
 """The exit code of a supervisor whose keeper has ended."""
 
 
 class RankEnd(msgspec.Struct, frozen=True):
-    """What a supervisor leaves in a file: the rank's outcome and its times, seconds since the epoch."""
+    """What a supervisor leaves in a file: the rank's outcome and its times, seconds since the epoch.
+
+    `left_running` counts the processes that it had started and not waited for; they were ended with it.
+    """
 
     outcome: RankOutcome
     started: float | None
     ended: float
+    left_running: int = 0
 
 
 def main() -> None:
@@ -56,7 +61,7 @@ def main() -> None:
     os.chdir(config.cwd if os.path.isdir(config.cwd) else "/")
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
     if config.worker:
-        os._exit(_exit_status(_supervise(lambda: _worker(config))))
+        os._exit(_exit_status(_supervise(lambda: _worker(config))[0]))
     rank_end = _Rank(config, str(path)).run()
     (temporary := path.with_suffix(".tmp")).write_bytes(msgspec.msgpack.encode(rank_end))
     temporary.rename(f"{path}.outcome")
@@ -77,9 +82,9 @@ def _exit_status(code: int) -> int:
 # --- the tree
 
 
-def _supervise(child: Callable[[], NoReturn], started: Callable[[int], None] = lambda _: None) -> int:
+def _supervise(child: Callable[[], NoReturn], started: Callable[[int], None] = lambda _: None) -> tuple[int, int]:
     """Run `child` in a forked process that leads a session of its own, until it and all its descendants have
-    ended; its exit code, negative for a signal."""
+    ended; its exit code, negative for a signal, and how many processes it left running."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     pid = os.fork()
     if pid == 0:
@@ -96,8 +101,18 @@ def _supervise(child: Callable[[], NoReturn], started: Callable[[int], None] = l
     _, status = os.waitpid(pid, 0)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.alarm(0)
+    left_running = _left_running()
     end(lambda: descendants(os.getpid()))
-    return os.waitstatus_to_exitcode(status)
+    return os.waitstatus_to_exitcode(status), left_running
+
+
+def _left_running() -> int:
+    """How many processes the child left that are not about to end by themselves."""
+    deadline = time.monotonic() + _ABOUT_TO_END_S
+    while (count := len(descendants(os.getpid()))) and time.monotonic() < deadline:
+        reap()
+        time.sleep(0.005)
+    return count
 
 
 def _finish(child: Callable[[], NoReturn]) -> NoReturn:
@@ -142,8 +157,8 @@ class _Rank:
             child = self._prepare()
         except (InvalidTask, OSError) as error:
             return self._end(None, Result(None, Cause.INVALID, str(error)))
-        code = _supervise(child, self._say_started)
-        return self._end(code, self._result(code))
+        code, left_running = _supervise(child, self._say_started)
+        return msgspec.structs.replace(self._end(code, self._result(code)), left_running=left_running)
 
     def _prepare(self) -> Callable[[], NoReturn]:
         env = self._environment()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.errors import InvalidTask, nearest
 
-__all__ = ["INLINE_BYTES", "NOTHING", "PREVIEW_CHARS", "Ref", "Stream", "Value", "follow", "load", "load_json"]
+__all__ = [
+    *("INLINE_BYTES", "NOTHING", "PREVIEW_CHARS", "Ref", "Stream", "Value"),
+    *("follow", "keys_text", "load", "load_json"),
+]
 
 INLINE_BYTES = 64 * 1024
 """A longer value, and a longer stdout or stderr, is a file; messages stay small."""
@@ -86,11 +90,17 @@ def follow(value: Any, path: str) -> Any:
         try:
             value = value[int(step)] if isinstance(value, list | tuple) else value[step]
         except (KeyError, IndexError, ValueError, TypeError) as error:
-            there = f"keys {list(value)[:10]}" if isinstance(value, dict) else f"a {type(value).__name__}"
+            there = keys_text(step, value) if isinstance(value, dict) else f"a {type(value).__name__}"
             if isinstance(value, list | tuple):
                 there += f" of length {len(value)}"
             raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {there}.") from error
     return value
+
+
+def keys_text(step: str, keys: Iterable[Any]) -> str:
+    """What there is of keys where `step` is none of them; the nearest is looked for among the first thousand."""
+    known = list(itertools.islice(keys, 1000))
+    return f"a dict with keys {known[:10]}{nearest(step, map(str, known))}"
 
 
 def pointer_steps(path: str) -> list[str]:

@@ -103,10 +103,8 @@ class Encoder:
         self._reference = reference
         self._pickled: dict[int, tuple[Callable[..., Any], bytes]] = {}
 
-    def call(
-        self, function: Callable[..., Any] | Source | Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Call:
-        arguments = self._pickle((tuple(args), dict(kwargs)), "the arguments") if args or kwargs else b""
+    def call(self, function: Callable[..., Any] | Source | Module, args: Sequence[Any], kwargs: object) -> Call:
+        arguments = self._pickle((tuple(args), kwargs), "the arguments") if args or kwargs else b""
         if isinstance(function, Source):
             return Call("source", function.text.encode(), function.function_name, arguments)
         if isinstance(function, Module):

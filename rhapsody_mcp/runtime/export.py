@@ -42,13 +42,14 @@ async def export(opened: OpenSession, settings: Settings, folder: str | None = N
     script = await asyncio.to_thread(write_script, opened.id, session.tasks, session.backends, plans)
     try:
         files = await asyncio.to_thread(_write, chosen, opened.id, script, record)
-    except OSError as error:
-        raise InvalidRequest(f"folder {chosen} cannot be written: {error.strerror}. Give another folder.") from error
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(f"folder {chosen} cannot be written: {why}. Give another folder.") from error
     return Exported(script, *files)
 
 
 def _folder(wanted: str | None) -> Path:
-    folder = platformdirs.user_state_path("rhapsody-mcp") / "exports" if wanted is None else Path(wanted).expanduser()
+    folder = platformdirs.user_state_path("rhapsody-mcp") / "exports" if wanted is None else Path(os.path.expanduser(wanted))
     if not folder.is_absolute():
         raise InvalidRequest(f"folder is {wanted!r}; valid is an absolute path, as in '/home/me/runs'.")
     return folder

@@ -1,6 +1,7 @@
 """What stands for an item in a task that runs once for each: `{item}` in a text, `{"item": true}` as a value.
 
-`{"item": true, "path": pointer}` is a part of the item, and `{{item}}` in a text is `{item}` as it is.
+`{"item": true, "path": pointer}` and `{item/pointer}` are a part of the item, and `{{item}}` in a text is `{item}` as
+it is.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from rhapsody_mcp.runtime.tasks import Part, Task
 
 __all__ = ["as_text", "holds_item", "with_item"]
 
-_TOKEN = re.compile(r"\{\{item\}\}|\{item\}")
+_TOKEN = re.compile(r"\{\{item(?:/[^{}]*)?\}\}|\{item(/[^{}]*)?\}")
+_MISTAKEN = re.compile(r"\{item[.\[][^{}]*\}")
 _SHAPES = (frozenset({"item"}), frozenset({"item", "path"}))
 
 
-def holds_item(value: Any, *, in_texts: bool = True) -> bool:
+def holds_item(value: Any) -> bool:
     """Whether something in it stands for the item."""
-    return any(in_texts or not isinstance(place, str) for place in _places(value))
+    return any(True for _ in _places(value))
 
 
 def _places(value: Any) -> Iterator[Any]:
-    if _is_item(value) or (isinstance(value, str) and "{item}" in _TOKEN.findall(value)):
+    if _is_item(value) or (isinstance(value, str) and any(not _is_escaped(found) for found in _TOKEN.finditer(value))):
         yield value
     elif isinstance(value, dict) and value.keys() != {"literal"}:
         for part in value.values():
@@ -46,10 +48,22 @@ def with_item(value: Any, item: Any) -> Any:
     if _is_item(value):
         return {"literal": _part(item, value.get("path", ""))}
     if isinstance(value, str):
-        return _TOKEN.sub(lambda found: "{item}" if found.group() == "{{item}}" else as_text(item), value)
+        if mistaken := _MISTAKEN.search(value):
+            raise InvalidTask(
+                f"{mistaken.group()} in a text names a part wrongly; write it as in {{item/name}} or {{item/0}}."
+            )
+        return _TOKEN.sub(lambda found: _text(found, item), value)
     if isinstance(value, dict) and value.keys() != {"literal"}:
         return {key: with_item(part, item) for key, part in value.items()}
     return [with_item(part, item) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _is_escaped(found: re.Match[str]) -> bool:
+    return found.group().startswith("{{")
+
+
+def _text(found: re.Match[str], item: Any) -> str:
+    return found.group()[1:-1] if _is_escaped(found) else as_text(_part(item, found.group(1) or ""))
 
 
 def as_text(item: Any) -> str:

@@ -109,7 +109,11 @@ def _optional_text(field: str, value: Any) -> str | None:
     return value
 
 
+def _is_device(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31
+
+
 def _numbers(field: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(item, int) and item >= 0 for item in value):
+    if not isinstance(value, list | tuple) or not all(map(_is_device, value)):
         raise InvalidTask(f"{field} is {value!r}; valid is a list of device numbers, as in [0, 1].")
     return tuple(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -102,7 +103,7 @@ def _arguments(name: BackendName, wanted: Wanted, settings: Settings, machine: M
         case "vllm":
             _need(machine.vllm, "the endpoint backend speaks to a server that runs elsewhere")
             if wanted.config_file:
-                read_config(Path(wanted.config_file).expanduser(), {})
+                read_config(Path(os.path.expanduser(wanted.config_file)), {})
             model = wanted.model or (None if wanted.config_file else settings.default_model)
             return {"config_file": wanted.config_file, "model": model, "device": wanted.device}
         case "endpoint":

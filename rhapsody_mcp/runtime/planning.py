@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from graphlib import TopologicalSorter
@@ -48,18 +49,21 @@ def _runs_as(task: Task) -> str:
     if isinstance(task, ForEach):
         if task.source is not None:
             return f"a task for each item of {task.source.task.name or task.source.task.uid}"
-        return f"{len(task.children)} tasks" + (f", each {_runs_as(task.children[0])}" if task.children else "")
+        one = len(task.children) == 1
+        each = f", {'' if one else 'each '}{_runs_as(task.children[0])}" if task.children else ""
+        return f"{len(task.children)} task{'' if one else 's'}{each}"
     if isinstance(task, AITask):
         return f"{len(task.prompt)} prompts" if task.many else "a prompt"
     assert isinstance(task, ComputeTask)
     layout = task.layout
     job = "an MPI job" if layout.pmi not in (None, "none") else "a job"
-    return _LAYOUTS[layout.mode].format(kind=kind_of(task), job=job, ranks=layout.ranks)
+    kind = "an executable" if kind_of(task) == "executable" else "a function"
+    return _LAYOUTS[layout.mode].format(kind=kind, job=job, ranks=layout.ranks)
 
 
 _LAYOUTS = {
     "native": "a function in a worker",
-    "process": "a {kind} in a process of its own",
+    "process": "{kind} in a process of its own",
     "job": "{job} of {ranks} processes",
 }
 
@@ -81,7 +85,7 @@ def _misfits_of_processes(layout: Layout, machine: Machine) -> Iterator[str]:
     if layout.pmi not in (None, "none") and not machine.pmi:
         yield "no PMIx or Cray PMI library was found here, through which MPI ranks find each other"
     for template in (group.template for group in layout.groups):
-        if template.cwd is not None and not Path(template.cwd).is_dir():
+        if template.cwd is not None and not os.path.isdir(template.cwd):
             yield f"cwd {template.cwd} is no folder here"
         if any(number >= len(machine.gpus) for number in template.gpu_affinity):
             yield f"GPU {max(template.gpu_affinity)} was asked for, and this machine has {len(machine.gpus) or 'none'}"
@@ -91,7 +95,8 @@ def _misfits_of_program(executable: str, layout: Layout) -> Iterator[str]:
     template = layout.groups[0].template
     path = template.env.get("PATH")
     if shutil.which(str(Path(template.cwd or "", executable)) if "/" in executable else executable, path=path) is None:
-        yield f"{executable} is no program here"
+        hint = "; executable is the program alone, what follows it goes into arguments" if " " in executable else ""
+        yield f"{executable} is no program here{hint}"
 
 
 def _modules(task: ComputeTask) -> list[str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import keyword
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
-from pathlib import Path
 from textwrap import wrap
 from urllib.parse import urlsplit, urlunsplit
 
@@ -215,8 +215,8 @@ class _Writer:
 
 def _wherever_it_runs(file: str) -> str:
     """A path from here as one from anywhere; what is no file is a name on a hub."""
-    path = Path(file).expanduser()
-    return str(path.absolute()) if path.exists() else file
+    path = os.path.expanduser(file)
+    return os.path.abspath(path) if os.path.exists(path) else file
 
 
 def _repeatable(tasks: Sequence[Task]) -> list[Task]:

@@ -30,6 +30,7 @@ from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.model.values import NOTHING, Reader, Value, load, load_json
 from rhapsody_mcp.runtime.encoding import Encoder, Module
 from rhapsody_mcp.runtime.fan_out import join, outcome_of, read_items
+from rhapsody_mcp.runtime.graph import leads_to, refuse_cycles
 from rhapsody_mcp.runtime.measuring import measure
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, leaves, rank_of, reference
 
@@ -157,7 +158,7 @@ class Session:
                         f"{task.uid} needs the result of {source.uid}, which is not in this session: "
                         "submit both in one call, or that one first."
                     )
-        _refuse_cycles(uids)
+        refuse_cycles(uids)
         encoder = Encoder(reference)
         accepted: list[_Accepted] = []
         for task in batch:
@@ -260,7 +261,7 @@ class Session:
         try:
             parent.make_children(await self._items_of(parent))
             for source in {source.uid: source for child in parent.children for source in child.sources()}.values():
-                if source.uid not in self._tasks or _leads_to(source, parent):
+                if (source.uid not in self._tasks and not _is_hidden(source)) or leads_to(source, parent):
                     raise InvalidTask(
                         f"its tasks need {source.name or source.uid}, which is not in this session or waits for it."
                     )
@@ -281,10 +282,14 @@ class Session:
         value = source.task.outcome.value if source.task.outcome else None
         if value is None or value.format == "json":
             return await read_items(source)
-        count = await self.run_hidden(ComputeTask(Module("builtins:len"), args=(source,)))
-        if count.state is not TaskState.DONE or count.outcome is None or count.outcome.value is None:
-            raise InvalidTask(f"for_each needs a list: {count.exception}")
-        return [Part(source.task, f"{source.path}/{number}") for number in range(load_json(count.outcome.value))]
+        listed = await self.run_hidden(ComputeTask(Module("rhapsody_mcp.engine.splitting:as_list"), args=(source,)))
+        if listed.state is not TaskState.DONE or listed.outcome is None or listed.outcome.value is None:
+            raise InvalidTask(
+                f"for_each needs a list: {listed.outcome.error if listed.outcome else 'nothing came back'}"
+            )
+        if listed.outcome.value.format == "json":
+            return await read_items(Part(listed))
+        return [Part(listed, f"/{number}") for number in range(listed.outcome.value.length or 0)]
 
     def _child_has_ended(self, parent: ForEach) -> None:
         self._unfinished[parent.uid] -= 1
@@ -430,14 +435,14 @@ class Session:
             self._queue(ready)
 
     def _forget(self, task: Task) -> None:
-        if task.uid.startswith("~"):
+        if _is_hidden(task):
             for kept in (self._tasks, self._specs, self._missing):
                 kept.pop(task.uid, None)
         else:
             self.ended.append(task)
 
     def _tell(self, task: Task) -> None:
-        if self.on_change is not None and not task.uid.startswith("~"):
+        if self.on_change is not None and not _is_hidden(task):
             self.on_change(task)
 
     # --- waiting, canceling, closing
@@ -551,37 +556,8 @@ def kind_of(task: Task) -> Kind | Literal["for_each"]:
     return "function" if isinstance(task, ComputeTask) and task.function is not None else "executable"
 
 
-def _leads_to(task: Task, sought: Task) -> bool:
-    """Whether `task` waits for the sought one, or is it."""
-    pending, seen = [task], set[str]()
-    while pending:
-        one = pending.pop()
-        if one is sought:
-            return True
-        if one.uid not in seen and not one.state.final:
-            seen.add(one.uid)
-            pending += one.sources()
-    return False
-
-
-def _refuse_cycles(batch: dict[str, Task]) -> None:
-    """Raise InvalidTask where tasks of one submission wait for each other in a circle."""
-    missing = {uid: {source.uid for source in task.sources() if source.uid in batch} for uid, task in batch.items()}
-    needed_by: dict[str, list[str]] = {}
-    for uid, sources in missing.items():
-        for source in sources:
-            needed_by.setdefault(source, []).append(uid)
-    free = deque(uid for uid, sources in missing.items() if not sources)
-    while free:
-        done = free.popleft()
-        del missing[done]
-        for uid in needed_by.get(done, ()):
-            missing[uid].discard(done)
-            if not missing[uid]:
-                free.append(uid)
-    if missing:
-        names = ", ".join(batch[uid].name or uid for uid in list(missing)[:10])
-        raise InvalidTask(f"these tasks wait for each other in a circle: {names}. Remove one of the references.")
+def _is_hidden(task: Task) -> bool:
+    return task.uid.startswith("~")
 
 
 def _settle(task: Task) -> None:

@@ -24,6 +24,7 @@ __all__ = ["AITask", "ComputeTask", "ForEach", "OnUpstreamFailure", "Part", "Ran
 OnUpstreamFailure = Literal["cancel", "run"]
 
 _uids = itertools.count(1)
+_MOST = 2**31 - 1  # what servers of models read
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -171,7 +172,8 @@ class ComputeTask(Task):
     """A function or a program to run.
 
     function      any callable, sync or async; it is run to completion and its value is `return_value`
-    args, kwargs  its arguments; a task among them, at any depth, stands for that task's return value
+    args, kwargs  its arguments; a task among them, at any depth, stands for that task's return value; a task as
+                  kwargs, for a dict of all of them
     executable    a path, or a name on PATH; `return_value` is its standard output without outer white space, or
                   its bytes where that is not UTF-8 text
     arguments     its arguments; a task among them stands for its return value, as text or as JSON
@@ -190,7 +192,7 @@ class ComputeTask(Task):
         *,
         executable: str | None = None,
         args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        kwargs: Mapping[str, Any] | Task | Part | None = None,
         arguments: Sequence[Any] = (),
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
         **common: Any,
@@ -200,7 +202,7 @@ class ComputeTask(Task):
         self.function = function
         self.executable = executable
         self.args = tuple(args)
-        self.kwargs = dict(kwargs or {})
+        self.kwargs = kwargs if isinstance(kwargs, Task | Part) else dict(kwargs or {})
         self.arguments = list(arguments)
         self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
         self.layout = read_layout(self.task_backend_specific_kwargs, native=function is not None)
@@ -217,7 +219,7 @@ class ComputeTask(Task):
         if self.function is not None and not callable(self.function):
             if not isinstance(self.function, Source | Module):
                 raise InvalidTask(f"function= is a {type(self.function).__name__}, which cannot be called.")
-            if isinstance(self.function, Source):
+            if isinstance(self.function, Source) and isinstance(self.kwargs, dict):
                 self.function.check_arguments(self.args, self.kwargs)
 
     def needs(self) -> list[Task]:
@@ -295,7 +297,10 @@ class AITask(Task):
             raise InvalidTask("prompt is an empty list; give a text or at least one text.")
         for prompt in prompts:
             if not isinstance(prompt, str | Task | Part):
-                raise InvalidTask(f"prompt is a text, a task, or a list of these; got a {type(prompt).__name__}.")
+                messages = " Chat messages are not taken: give system_prompt and prompt." if _is_message(prompt) else ""
+                raise InvalidTask(
+                    f"prompt is a text, a task, or a list of these; got a {type(prompt).__name__}.{messages}"
+                )
             if isinstance(prompt, str) and not prompt.strip():
                 raise InvalidTask("a prompt is empty; write what the model shall answer.")
         return tuple(prompts)
@@ -341,6 +346,10 @@ def reference(item: object) -> Ref | None:
     if isinstance(item, Task):
         return Ref(item.uid)
     return Ref(item.task.uid, item.path) if isinstance(item, Part) else None
+
+
+def _is_message(prompt: object) -> bool:
+    return isinstance(prompt, dict) and "role" in prompt
 
 
 def _argument(item: object) -> str | Ref:
@@ -453,8 +462,8 @@ def _in_range(field: str, value: float | None, low: float, high: float) -> float
 
 
 def _whole(field: str, value: int | None, least: int) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise InvalidTask(f"{field} is {value!r}; valid is a whole number of at least {least}.")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST):
+        raise InvalidTask(f"{field} is {value!r}; valid is a whole number from {least} to {_MOST}.")
     return value
 
 

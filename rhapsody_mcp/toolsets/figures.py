@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from rhapsody_mcp.model.critical_path import CriticalPath, Step
 from rhapsody_mcp.model.statistics import Measures, Spread, Statistics, Times, Tokens
-from rhapsody_mcp.toolsets.replies import Reply, counts_text, duration, one_line
+from rhapsody_mcp.toolsets.replies import Reply, counts_text, duration, one_line, tasks_text
 from rhapsody_mcp.toolsets.schemas import UNTOLD
 
 __all__ = ["SessionStatistics", "figures_of", "figures_text"]
@@ -134,7 +134,7 @@ def _seconds(step: Step) -> float:
 def figures_text(session: str, group: str | None, statistics: Statistics) -> str:
     """At most 15 lines that stand alone."""
     what = f"{one_line(group)} of {session}" if group else session
-    head = f"{what}: {statistics['summary']['total_tasks']} tasks ({counts_text(statistics['counts'])})"
+    head = f"{what}: {tasks_text(statistics['summary']['total_tasks'])} ({counts_text(statistics['counts'])})"
     if not statistics["ran"]:
         return f"{head}. None has run and ended yet."
     lines = [

@@ -18,24 +18,39 @@ from rhapsody_mcp.runtime.references import resolve
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task
 from rhapsody_mcp.toolsets.requests import EVERYWHERE, FIELDS, TaskRequest
 
-__all__ = ["ItemMaker", "label_of", "make_tasks"]
+__all__ = ["ItemMaker", "kind_of_request", "label_of", "make_tasks"]
 
 _NAMES_SHOWN = 20
+_REFUSALS_SHOWN = 3
 TaskNamed = Callable[[str], Task]
 
 
 def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Task]:
     """Tasks of `session`, in order, with the tasks that they refer to in the place of the references.
 
-    Raises InvalidTask, which names the task, for the first request that cannot be met.
+    Raises InvalidTask, which names the tasks, for the first requests that cannot be met.
     """
     uids = session.new_uids(len(requests))
     made = _Batch(requests, uids, session)
+    wrong: dict[int, str] = {}
     for index in made.order():
-        with _named(index, requests[index]):
-            made.tasks[index] = _make_task(requests[index], uids[index], made.task, session.functions)
-            _refuse_without_backend(requests[index], session)
+        if made.needs[index] & wrong.keys():
+            wrong[index] = ""  # told by what it needs
+            continue
+        try:
+            with _named(index, requests[index]):
+                made.tasks[index] = _make_task(requests[index], uids[index], made.task, session.functions)
+                _refuse_without_backend(requests[index], session)
+        except InvalidTask as error:
+            wrong[index] = str(error)
+    _refuse_all([wrong[index] for index in sorted(wrong) if wrong[index]])
     return [made.tasks[index] for index in range(len(requests))]
+
+
+def _refuse_all(wrong: Sequence[str]) -> None:
+    if wrong:
+        more = f" And {len(wrong) - _REFUSALS_SHOWN} more tasks are wrong." if len(wrong) > _REFUSALS_SHOWN else ""
+        raise InvalidTask(" ".join(wrong[:_REFUSALS_SHOWN]) + more)
 
 
 class _Batch:
@@ -48,6 +63,7 @@ class _Batch:
         for index, request in enumerate(requests):
             with _named(index, request):
                 self._take_name(request.name, index)
+        self.needs = {index: self._needs(index, request) for index, request in enumerate(requests)}
 
     def _take_name(self, name: str | None, index: int) -> None:
         if name is None:
@@ -58,9 +74,8 @@ class _Batch:
 
     def order(self) -> list[int]:
         """Indices of the requests, each after those that it needs."""
-        needs = {index: self._needs(index, request) for index, request in enumerate(self.requests)}
         try:
-            return list(TopologicalSorter(needs).static_order())
+            return list(TopologicalSorter(self.needs).static_order())
         except CycleError as error:
             circle = " needs ".join(label_of(index, self.requests[index]) for index in reversed(error.args[1]))
             raise InvalidTask(f"these tasks wait for each other in a circle: {circle}. Remove a reference.") from None
@@ -83,6 +98,10 @@ class _Batch:
         try:
             return self.session.task(name)
         except UnknownName:
+            base, _, number = name.removesuffix("]").partition("[")
+            if base in self._index and number.isdecimal():
+                part = f'{{"ref": "{base}", "path": "/{number}"}}'
+                raise InvalidTask(f"{name} is not there before {base} has started; refer to it as {part}.") from None
             known = self._others(index)
             valid = ", ".join(known[:_NAMES_SHOWN]) or "no other task yet"
             more = f", and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
@@ -103,7 +122,7 @@ def _refuse_failed(task: Task) -> None:
 
 
 def _refuse_without_backend(task: TaskRequest, session: OpenSession) -> None:
-    kind, backends = _KINDS[_form(task)], session.session.backends
+    kind, backends = kind_of_request(task), session.session.backends
     names = [backend.name for backend in backends]
     able = [backend.name for backend in backends if kind in backend.kinds]
     hint = "vllm or endpoint" if kind == "prompt" else "dragon or local"
@@ -130,10 +149,10 @@ def _make_task(request: TaskRequest, uid: str, task_named: TaskNamed, functions:
         "on_upstream_failure": request.on_upstream_failure,
     }
     if request.for_each is None:
-        if holds_item([request.args, request.kwargs, request.arguments, request.prompt], in_texts=False):
+        if holds_item([getattr(request, field) for field in _WITH_ITEMS]):
             raise InvalidTask(
-                '{"item": true} stands for an item of for_each, which is not given; as data it is '
-                '{"literal": {"item": true}}.'
+                '{item} and {"item": true} stand for an item of for_each, which is not given; what is data goes in as '
+                '{"literal": ...}.'
             )
         return _make_work(request, task_named, _function(request, functions), flow)
     uses = [task_named(name) for name in request.model_copy(update={"for_each": None}).references()]
@@ -153,6 +172,8 @@ class ItemMaker:
                 'for_each is given, and nothing stands for the item. Put {"item": true} into args, kwargs, arguments '
                 "or prompt, or {item} into a text there."
             )
+        if request.process_templates and holds_item([group.template for group in request.process_templates]):
+            raise InvalidTask("process_templates hold no {item}; give the task ranks, env and cwd.")
 
     def __call__(self, item: Any, number: int) -> ComputeTask | AITask:
         places = {field: with_item(value, item) for field, value in self._places.items()}
@@ -172,7 +193,7 @@ def _told(value: Any) -> Any:
     return value if isinstance(item, Task | Part) else as_text(item)
 
 
-_WITH_ITEMS = ("args", "kwargs", "arguments", "prompt", "system_prompt", "env", "cwd")
+_WITH_ITEMS = ("args", "kwargs", "executable", "arguments", "prompt", "system_prompt", "env", "cwd")
 
 
 def _items(request: TaskRequest, task_named: TaskNamed) -> Any:
@@ -198,6 +219,8 @@ def _make_work(
             executable=request.executable, arguments=arguments, **flow, task_backend_specific_kwargs=layout
         )
     args, kwargs = resolve(request.args or [], task_named), resolve(request.kwargs or {}, task_named)
+    if not isinstance(kwargs, dict | Task | Part):
+        raise InvalidTask(f"kwargs is an object with the function's arguments by name, not {kwargs!r}.")
     return ComputeTask(function, args=args, kwargs=kwargs, **flow, task_backend_specific_kwargs=layout)
 
 
@@ -215,6 +238,10 @@ _KINDS: dict[str, Kind] = {
     "executable": "executable",
     "prompt": "prompt",
 }
+
+
+def kind_of_request(request: TaskRequest) -> Kind:
+    return _KINDS[_form(request)]
 
 
 def _form(request: TaskRequest) -> str:

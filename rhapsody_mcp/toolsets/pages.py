@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import re
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
-from rhapsody_mcp.model.values import Value, pointer_steps
+from rhapsody_mcp.model.values import Value, keys_text, pointer_steps
 
 __all__ = ["Page", "cut", "first_of", "page_of_items", "page_of_value"]
 
@@ -149,7 +148,7 @@ def _find(data: Data, path: str) -> int:
     for step in pointer_steps(path):
         found = _entry(data, at, step) if data[at : at + 1] == b"{" else _item(data, at, step)
         if found is None:
-            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {_there(data, at)}.")
+            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {_there(data, at, step)}.")
         at = found
     return at
 
@@ -228,10 +227,10 @@ def _broken_text() -> InvalidTask:
     return InvalidTask("this result is no whole JSON text: its file was changed. Run the task again.")
 
 
-def _there(data: Data, at: int) -> str:
+def _there(data: Data, at: int, step: str) -> str:
     kind = data[at : at + 1]
     if kind == b"{":
-        return f"keys {[msgspec.json.decode(key) for _, key in itertools.islice(_keys(data, at + 1), 10)]}"
+        return keys_text(step, (msgspec.json.decode(key) for _, key in _keys(data, at + 1)))
     if kind == b"[":
         return f"a list of length {_skip(data, at + 1, sys.maxsize)[1]}"
     return "a single value"

@@ -84,7 +84,7 @@ def refuse_unreadable(arguments: Mapping[str, Any], tool: str) -> str | None:
     for location, value in _parts(arguments):
         if len(location) > _DEEPEST:
             where = _where(location[:3], arguments)
-            wrong = f"{where} is nested deeper than {_DEEPEST}. Valid are at most {_DEEPEST} lists and objects in each other."
+            wrong = f"{where} is too deep. Valid are at most {_DEEPEST} lists and objects in each other."
         elif any(_is_broken(text) for text in (value, *(value if isinstance(value, dict) else ()))):
             where = _where(location[:_DEEPEST], arguments)
             wrong = f"{where} holds half a character (a lone surrogate). Valid is Unicode text."
@@ -128,13 +128,13 @@ def _code(error: RhapsodyError) -> str:
 
 
 def _parts(arguments: Mapping[str, Any]) -> Iterator[tuple[Location, Any]]:
-    """Every value at every depth, with the way to it; without recursion, for what is too deep."""
+    """Every text, list and object at every depth, with the way to it; without recursion, for what is too deep."""
     pending: list[tuple[Location, Any]] = [((), arguments)]
     while pending:
         location, value = pending.pop()
         yield location, value
         inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        pending += [((*location, step), part) for step, part in inside]
+        pending += [((*location, step), part) for step, part in inside if isinstance(part, str | list | dict)]
 
 
 def _is_broken(text: object) -> bool:
@@ -161,16 +161,17 @@ def _place(problem: Problem, arguments: Mapping[str, Any]) -> Location:
 def _told(place: Location, problems: list[Problem], schema: dict[str, Any], arguments: Mapping[str, Any]) -> str:
     first, where = problems[0], _where(place, arguments)
     if first["type"] == "extra_forbidden":
-        known, field = field_names(schema, place[:-1]), str(place[-1])
+        known, name = field_names(schema, place[:-1]), str(place[-1])
         owner = _where(place[:-1], arguments)
-        return f"{owner} has no field {_short(field)}{nearest(field, known)}. {_listed(known)}".rstrip()
+        return f"{owner} has no field {_short(name)}{nearest(name, known)}. {_listed(known)}".rstrip()
     if first["type"] == "missing":
         return f"{where} is missing."
     field = field_at(schema, place)
     kinds = list(dict.fromkeys(_valid(problem, field) for problem in problems))
     near = nearest(str(first["input"]), _choices(first)) if first["type"] == "literal_error" else ""
     valid = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[:-1] else kinds)
-    return f"{where} must be {valid}{_example(field)}, not {_short(first['input'])}{near}."
+    example = "" if "ctx" in first else _example(field)
+    return f"{where} must be {valid}{example}, not {_short(first['input'])}{near}."
 
 
 def _valid(problem: Problem, field: dict[str, Any]) -> str:

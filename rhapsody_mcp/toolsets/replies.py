@@ -34,6 +34,7 @@ __all__ = [
     "shortened",
     "size_of",
     "task_row",
+    "tasks_text",
     "untrusted",
 ]
 
@@ -169,6 +170,11 @@ def quoted(text: str) -> str:
 
 def _escape(character: str) -> str:
     return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character, f"\\u{ord(character):04x}")
+
+
+def tasks_text(count: int) -> str:
+    """As in `1 task` and `3 tasks`."""
+    return "1 task" if count == 1 else f"{count} tasks"
 
 
 def counts_text(counts: Mapping[str, int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from rhapsody_mcp.runtime.references import names_in
 from rhapsody_mcp.toolsets.schemas import Name
@@ -16,11 +16,21 @@ class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _with_texts(env: Any) -> Any:
+    """Numbers as the texts that variables are."""
+    if not isinstance(env, dict):
+        return env
+    return {name: str(value) if type(value) in (int, float) else value for name, value in env.items()}
+
+
+Env = Annotated[dict[str, str], BeforeValidator(_with_texts)]
+
+
 class RankGroup(_Closed):
     """Ranks started alike."""
 
     ranks: Annotated[int, Field(ge=1)]
-    env: dict[str, str] | None = None
+    env: Env | None = None
     cwd: str | None = None
     policy: Annotated[
         dict[str, Any] | None,
@@ -82,7 +92,7 @@ class TaskRequest(_Closed):
         Field(description='A job whose processes differ, e.g. [{"ranks": 2}, {"ranks": 1, "env": {"ROLE": "head"}}].'),
     ] = None
     env: Annotated[
-        dict[str, str] | None,
+        Env | None,
         Field(description='Environment variables, e.g. {"OMP_NUM_THREADS": "1"}; gives a process of its own.'),
     ] = None
     cwd: Annotated[str | None, Field(description="Working directory; gives a process of its own.")] = None

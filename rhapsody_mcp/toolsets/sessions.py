@@ -18,7 +18,7 @@ from rhapsody_mcp.runtime.tasks import Task, leaves
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.asking import Answer, Asking, Confirm, Desk, Force, Loss, ask_about, named_few, refuse_unless
 from rhapsody_mcp.toolsets.deferring import defer
-from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
+from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply, tasks_text
 from rhapsody_mcp.toolsets.schemas import Name
 
 __all__ = ["SessionId", "Sessions", "session_row"]
@@ -59,7 +59,7 @@ async def ask_to_close(session: str, force: bool, context: Asking) -> Elicit[Con
         return Confirm()
     running = _open_tasks(opened)
     told = (
-        f"This closes {session}, cancels {len(running)} tasks of it that have not ended ({named_few(running)}), "
+        f"This closes {session}, cancels {tasks_text(len(running))} of it that have not ended ({named_few(running)}), "
         "and deletes all its results."
     )
     return ask_about(Loss(told, {task.uid for task in running}), opened, "close_session", context)
@@ -152,7 +152,7 @@ def _exported_text(data: ExportReport, script: Script) -> str:
     head = _beginning(script.text)
     begins = "" if head == script.text else " begins"
     return (
-        f"{data.script} ({len(script.text.encode())} bytes) repeats {script.tasks} tasks; {script.left_out} that were "
+        f"{data.script} ({len(script.text.encode())} bytes) repeats {tasks_text(script.tasks)}; {script.left_out} that were "
         f"canceled are not in it. Where the results come from: {data.provenance}.\n"
         f"--- the script{begins} ---\n{head}"
     )

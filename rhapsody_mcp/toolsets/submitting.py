@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from mcp.types import CallToolResult
@@ -14,9 +14,9 @@ from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.runtime.open_sessions import OpenSession, Submission
 from rhapsody_mcp.runtime.planning import Step, misfits, steps_of
 from rhapsody_mcp.runtime.session import kind_of
-from rhapsody_mcp.runtime.tasks import Task, leaves
-from rhapsody_mcp.toolsets.making import label_of, make_tasks
-from rhapsody_mcp.toolsets.replies import Reply, counts_text, name_of, reply
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
+from rhapsody_mcp.toolsets.making import ItemMaker, kind_of_request, label_of, make_tasks
+from rhapsody_mcp.toolsets.replies import Reply, counts_text, name_of, reply, tasks_text
 from rhapsody_mcp.toolsets.requests import TaskRequest
 from rhapsody_mcp.toolsets.schemas import UNTOLD
 
@@ -82,6 +82,7 @@ def plan(opened: OpenSession, requests: Sequence[TaskRequest], machine: Machine)
         raise _by_place(error, requests, made) from error
     steps = steps_of(made)
     problems = [f"{name_of(task)}: {wrong}" for task in made for wrong in misfits(task, machine)]
+    problems += [wrong for index, request in enumerate(requests) for wrong in _suspects(index, request, made)]
     data = Submitted(
         **_told(opened, made) | {"submitted": 0, "counts": {}},
         graph=[_row(step) for step in steps[:_STEPS_SHOWN]],
@@ -104,10 +105,30 @@ def _told(opened: OpenSession, made: Sequence[Task]) -> dict[str, Any]:
     }
 
 
+def _suspects(index: int, request: TaskRequest, made: Sequence[Task]) -> Iterator[str]:
+    """Texts that seem to refer to a task, and would be passed on as they are."""
+    texts = " ".join(_texts_in([request.args, request.kwargs, request.arguments, request.prompt]))
+    for name in (task.name for task in made if task.name):
+        written = next((form for form in (f"{{{name}}}", f"${name}", f'"ref": "{name}"') if form in texts), None)
+        if written is not None:
+            ref = f'{{"ref": "{name}"}}'
+            yield f"{label_of(index, request)}: the text {written} stays as it is; {name}'s result is the value {ref}"
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(part)
+
+
 def _backend_of(task: Task, opened: OpenSession) -> str:
     kind = kind_of(task)
-    able = (backend.name for backend in opened.session.backends if kind in backend.kinds)
-    return task.backend or next(able, "each item's")
+    if isinstance(task, ForEach):
+        assert isinstance(task.make, ItemMaker), "all that agents submit are made here"
+        kind = kind_of_request(task.make.request)
+    return task.backend or next(backend.name for backend in opened.session.backends if kind in backend.kinds)
 
 
 def _by_place(error: InvalidTask, requests: Sequence[TaskRequest], made: Sequence[Task]) -> InvalidTask:
@@ -126,7 +147,9 @@ def _span(tasks: Sequence[Task]) -> str:
 def _first_line(data: Submitted, verb: str) -> str:
     span = data.first if data.first == data.last else f"{data.first} to {data.last}"
     names = f" Named: {', '.join(f'{name} = {uid}' for name, uid in data.names.items())}." if data.names else ""
-    return f"{verb} {data.submitted}: {span} ({_where(data.backends)}; {counts_text(data.counts)}).{names}"
+    singles = sum(data.counts.values())
+    each = "" if singles == data.submitted else f"{singles} with those of for_each: "
+    return f"{verb} {data.submitted}: {span} ({each}{_where(data.backends)}; {counts_text(data.counts)}).{names}"
 
 
 def _where(backends: Mapping[str, int]) -> str:
@@ -144,12 +167,13 @@ def _row(step: Step) -> dict[str, Any]:
 
 def _plan_text(data: Submitted, steps: Sequence[Step], problems: Sequence[str]) -> str:
     deepest = max(step.level for step in steps)
-    lines = [f"Dry run, nothing was submitted: {len(steps)} tasks in {deepest} levels ({_where(data.backends)})."]
+    levels = "1 level" if deepest == 1 else f"{deepest} levels"
+    lines = [f"Dry run, nothing was submitted: {tasks_text(len(steps))} in {levels} ({_where(data.backends)})."]
     for step in steps[:_STEPS_SHOWN]:
         after = f", after {', '.join(step.after)}" if step.after else ""
         lines.append(f"- {name_of(step.task)}: {step.runs_as}{after}")
     if len(steps) > _STEPS_SHOWN:
         lines.append(f"... and {len(steps) - _STEPS_SHOWN} more.")
     lines += [f"Does not fit: {problem}" for problem in problems[:_STEPS_SHOWN]] or ["Everything fits this machine."]
-    lines.append("Next: the same call without dry_run.")
+    lines.append(f"Next: {'correct what does not fit, or ' if problems else ''}the same call without dry_run.")
     return "\n".join(lines)

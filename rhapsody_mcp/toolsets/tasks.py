@@ -13,7 +13,7 @@ from pydantic import Field
 from rhapsody_mcp.machine import look
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.runtime.tasks import ForEach, Task
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.asking import Answer, Force, refuse_unless
 from rhapsody_mcp.toolsets.budget import ask_to_exceed
@@ -168,11 +168,12 @@ class Tasks:
         refuse_unless(answer)
         opened = self._sessions.get(session)
         chosen = chosen_tasks(opened, tasks, all_open)
-        if still_open := [task for task in chosen if not task.state.final]:
+        singles = leaves(chosen)
+        if still_open := [task for task in singles if not task.state.final]:
             defer()
         with anyio.move_on_after(_CANCEL_WAIT_S):
-            await opened.session.cancel(still_open)
-        return report_canceled(chosen, still_open)
+            await opened.session.cancel([task for task in chosen if not task.state.final])
+        return report_canceled(singles, still_open)
 
 
 def _tasks_of(task: Task) -> Sequence[Task]:

@@ -40,7 +40,7 @@ __all__ = ["Bell", "Chosen", "State", "Waited", "choose", "progress_text", "repo
 State = Literal["open", "WAITING", "QUEUED", "RUNNING", "DONE", "FAILED", "CANCELED"]
 _OPEN = ("open", "WAITING", "QUEUED", "RUNNING")
 _TICK_S = 1.0
-_ROWS, _RESULTS_CHARS, _RESULT_CHARS = 20, 3000, 1200
+_ROWS, _RESULTS_CHARS, _RESULT_CHARS, _PASSED_ON_CHARS = 20, 3000, 1200, 400
 _GROUPS, _NAMES, _NOTES = 5, 5, 5
 _TOLD_IN_FULL = (Cause.ERROR, Cause.EXIT_CODE, Cause.CRASHED, Cause.TIMEOUT)
 
@@ -228,16 +228,20 @@ def progress_text(chosen: Chosen) -> str:
 
 
 def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> CallToolResult:
-    """What has ended since the cursor. The first that did not fit are the first of the next reply."""
+    """What has ended since the cursor. The first that did not fit are the first of the next reply.
+
+    A result that another task gets has less room: the agent need not read it.
+    """
     news = list(chosen.ended(chosen.since))
     shown, position, hidden = _page(chosen, news)
     fresh = {task.uid for _, task in news}
+    passed_on = {source.uid for task in chosen.opened.session.tasks for source in task.needs()}
     tasks = leaves(chosen.awaited)
     is_over = all(task.state.final for task in chosen.awaited)
 
     def build(share: float) -> CallToolResult:
         room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
-        rows = [_row(task, room, fresh) for task in shown]
+        rows = [_row(task, min(room, _PASSED_ON_CHARS) if task.uid in passed_on else room, fresh) for task in shown]
         failures = digest_failures((task for _, task in news), share)
         data = Waited(
             ended=is_over,
@@ -323,7 +327,7 @@ def _text(data: Waited, rows: list[str], session: str) -> str:
     lines += [group.line() for group in data.failures]
     if data.failures_not_shown:
         lines.append(f'... and {data.failures_not_shown} more: list_tasks(state="FAILED")')
-    lines += [f"Note: {one_line(note)}." for note in data.notes or []]
+    lines += [f"Note: {one_line(note).rstrip('.')}." for note in data.notes or []]
     return "\n".join([*lines, *_next_steps(data, session)])
 
 

@@ -60,6 +60,31 @@ async def test_an_item_stands_in_texts_and_a_part_of_it_as_a_value() -> None:
         assert await result(agent, session, "get") == [1, 2]
 
 
+async def test_an_item_can_be_all_arguments_by_name_or_part_of_a_text_or_the_program() -> None:
+    async with open_agent() as agent:
+        items = [{"a": 1, "b": 2}, {"a": 3, "b": 4}]
+        add = "def add(a, b):\n    return a + b"
+        session = await run(
+            agent,
+            {"name": "sums", "source": add, "kwargs": {"item": True}, "for_each": items},
+            {"name": "texts", "executable": "echo", "arguments": ["{item/a} of {{item/a}}"], "for_each": items},
+            {"name": "both", "executable": "{item}", "for_each": ["true", "date"]},
+        )
+        assert await result(agent, session, "sums") == [3, 7]
+        assert await result(agent, session, "texts") == ["echo 1 of {item/a}", "echo 3 of {item/a}"]
+        assert await result(agent, session, "both") == ["true", "date"]
+
+
+async def test_the_result_of_a_task_can_be_all_arguments_by_name() -> None:
+    async with open_agent() as agent:
+        session = await run(
+            agent,
+            {"name": "best", "source": "def best():\n    return {'x': 2, 'y': 5}"},
+            {"name": "use", "source": "def use(x, y):\n    return x * y", "kwargs": {"ref": "best"}},
+        )
+        assert await result(agent, session, "use") == 10
+
+
 async def test_an_item_that_looks_like_a_reference_is_data() -> None:
     async with open_agent() as agent:
         task = {
@@ -112,7 +137,10 @@ async def test_what_is_no_list_fails_in_words() -> None:
             {"name": "all", "source": SQUARE, "args": [{"item": True}], "for_each": {"ref": "one"}},
         )
         told = await agent.call("get_result", session=session, task="all")
-        assert (told["cause"], told["error"]) == ("invalid", "for_each needs a list, and the result of one is of type int.")
+        assert (told["cause"], told["error"]) == (
+            "invalid",
+            "for_each needs a list, and the result of one is of type int.",
+        )
 
 
 async def test_canceling_it_cancels_its_tasks() -> None:
@@ -147,7 +175,14 @@ async def test_a_thousand_tasks_are_one_row_and_their_list_has_pages() -> None:
         ({"for_each": [{"a": 1}], "args": [{"item": True, "path": "/b"}]}, "item 0: path '/b' leads nowhere"),
         ({"for_each": [1, "x"], "kwargs": {"y": "{item}"}}, "item 0: square(x) does not take these arguments"),
         ({"for_each": {"ref": "nobody"}}, "unknown task 'nobody'"),
-        ({"for_each": None}, "stands for an item of for_each, which is not given"),
+        ({"args": ["{item.n} {item}"]}, "{item.n} in a text names a part wrongly; write it as in {item/name}"),
+        ({"for_each": None, "args": ["a {item}"]}, "which is not given"),
+        (
+            {"kwargs": {"item": True}, "for_each": [5]},
+            "kwargs is an object with the function's arguments by name, not 5",
+        ),
+        ({"process_templates": [{"ranks": 1, "env": {"A": "{item}"}}]}, "process_templates hold no {item}"),
+        ({"for_each": None}, "stand for an item of for_each, which is not given"),
     ],
 )
 async def test_a_wrong_for_each_is_refused_whole(change: dict[str, Any], told: str) -> None:

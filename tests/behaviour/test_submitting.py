@@ -122,6 +122,47 @@ async def test_what_a_source_can_do_without_is_no_problem() -> None:
         assert "Everything fits this machine." in agent.texts[-1]
 
 
+@pytest.mark.parametrize("text", ["{hello}", "say $hello", '{"ref": "hello"}'])
+async def test_a_dry_run_names_texts_that_seem_to_refer_to_a_task(text: str) -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        tasks = [HELLO, {"name": "echo", "executable": "/bin/echo", "arguments": [text]}]
+        reply = await agent.call("submit_tasks", session=session, tasks=tasks, dry_run=True)
+        (problem,) = reply["problems"]
+        assert problem.startswith("tasks[1] ('echo'): the text ")
+        assert problem.endswith("""stays as it is; hello's result is the value {"ref": "hello"}""")
+        assert "Next: correct what does not fit, or the same call without dry_run." in agent.texts[-1]
+
+
+async def test_several_wrong_tasks_are_named_in_one_refusal() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        wrong = [{"name": f"w{number}", "source": "lambda: 1"} for number in range(5)]
+        needs = {"name": "needs", "function": "builtins:len", "args": [{"ref": "w0"}]}
+        text = await agent.refusal("submit_tasks", session=session, tasks=[*wrong, needs])
+        assert all(f"tasks[{number}] ('w{number}'): the source defines no function" in text for number in range(3))
+        assert "And 2 more tasks are wrong." in text
+
+
+async def test_variables_can_be_numbers_and_words_in_an_executable_are_named() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        tasks = [HELLO | {"env": {"OMP_NUM_THREADS": 4}}, {"executable": "echo hello"}]
+        reply = await agent.call("submit_tasks", session=session, tasks=tasks, dry_run=True)
+        assert "what follows it goes into arguments" in reply["problems"][0]
+
+
+async def test_a_task_of_a_for_each_in_the_same_call_is_named_by_its_place() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        each = {"name": "each", "function": "builtins:abs", "args": [{"item": True}], "for_each": [1, 2]}
+        wrong = {"function": "builtins:abs", "args": [{"ref": "each[1]"}]}
+        text = await agent.refusal("submit_tasks", session=session, tasks=[each, wrong])
+        assert 'refer to it as {"ref": "each", "path": "/1"}' in text
+        await agent.call("submit_tasks", session=session, tasks=[each])
+        await agent.call("submit_tasks", session=session, tasks=[wrong])
+
+
 async def test_a_dry_run_of_many_tasks_stays_short() -> None:
     async with open_agent() as agent:
         session = await agent.session()

@@ -55,7 +55,7 @@ _ORDER = ("sessions", "tasks", "functions", "insight")
 
 def _one_line(card: Card) -> str:
     """How the card begins."""
-    return re.split(r"[.:;]\s", card.text)[0] + "."
+    return re.split(r"[.;]\s", card.text)[0].rstrip(".") + "."
 
 
 if __name__ == "__main__":

@@ -87,6 +87,34 @@ async def test_items_and_results_that_are_no_json_go_from_worker_to_worker(sessi
     assert used.return_value == repr([{1, 2, 9}, {3, 9}])
 
 
+def spread() -> object:
+    return {3, 1, 2}
+
+
+def steps() -> range:
+    return range(0, 6, 2)
+
+
+def odd() -> dict[str, float]:
+    return {"a": float("nan")}
+
+
+async def test_what_is_like_a_list_is_taken_for_one_and_what_is_not_fails_once(session: Session) -> None:
+    made = [ComputeTask(function) for function in (spread, steps, odd)]
+    each = [ForEach(task, lambda item, _: ComputeTask(square, args=(item,))) for task in made]
+    await run(session, *made, *each)
+    assert [task.return_value for task in each[:2]] == [[1, 4, 9], [0, 4, 16]]
+    assert (each[2].cause, each[2].children) == (Cause.INVALID, [])
+    assert "for_each needs a list: TypeError: the result is of type dict" in str(each[2].exception)
+
+
+async def test_a_result_can_be_all_arguments_by_name(session: Session) -> None:
+    best = ComputeTask(dict, kwargs={"a": 2, "b": {5}})
+    use = ComputeTask(lambda a, b: (a, b), kwargs=best)
+    await run(session, best, use)
+    assert use.return_value == (2, {5})
+
+
 async def test_long_results_are_put_together_in_a_file(session: Session) -> None:
     made = ComputeTask(long_texts)
     upper = ForEach(made, lambda item, _: ComputeTask(str.upper, args=(item,)))
