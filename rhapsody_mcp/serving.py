@@ -8,12 +8,16 @@ import signal
 from functools import partial
 
 import anyio
+from anyio.abc import TaskGroup
+from mcp.server.stdio import stdio_server
+from mcp.shared.message import SessionMessage
 
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.runtime.opening import open_backends
-from rhapsody_mcp.server import build_server
+from rhapsody_mcp.server import Server, build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.tasks_extension import TasksExtension
+from rhapsody_mcp.unreadable import answer_unreadable
 
 __all__ = ["serve_stdio"]
 
@@ -26,9 +30,17 @@ async def serve_stdio(settings: Settings) -> None:
         server = build_server(settings, sessions, [tasks])
         async with tasks, anyio.create_task_group() as group:
             await group.start(_stop_on_signal, sessions)
-            await server.run_stdio_async()
+            await _serve(server, group)
             await sessions.close_all()
             group.cancel_scope.cancel()
+
+
+async def _serve(server: Server, group: TaskGroup) -> None:
+    lowlevel = server._lowlevel_server  # the SDK's own run_stdio_async leaves no place between it and the streams
+    heard, readable = anyio.create_memory_object_stream[SessionMessage](0)
+    async with stdio_server() as (read, write):
+        group.start_soon(answer_unreadable, read, heard, write)
+        await lowlevel.run(readable, write, lowlevel.create_initialization_options())
 
 
 async def _stop_on_signal(

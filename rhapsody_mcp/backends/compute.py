@@ -127,7 +127,9 @@ class ComputeBackend(Awaitable):
                 self._engine = await self._new_engine(first_s)
             except BackendUnavailable as error:
                 late = isinstance(error.__cause__, TimeoutError)
-                self.progress = f"starting again, the first start {f'took more than {first_s:.0f} s' if late else 'failed'}"
+                self.progress = (
+                    f"starting again, the first start {f'took more than {first_s:.0f} s' if late else 'failed'}"
+                )
                 self._engine = await self._new_engine(second_s)
         except BaseException:
             self.progress = "did not start"
@@ -252,7 +254,7 @@ class _Engine:
 
     async def _watch_log(self) -> None:
         """Notice a launcher that gave up and does not end."""
-        while _GAVE_UP not in self._read_log():
+        while _GAVE_UP not in self._read_log():  # noqa: ASYNC110 - a file's growth is no event
             await asyncio.sleep(_LOOK_S)
         self.lose(f"the engine of backend {self.backend.name!r} gave up its start{self._last_words()}")
 

@@ -28,7 +28,9 @@ class DragonExecutionBackendV3(ComputeBackend):
     """
 
     placer = "dragon"
-    instead = ', or go to the local backend, which runs the same tasks: backends=["local"], in Python LocalExecutionBackend()'
+    instead = (
+        ', or go to the local backend, which runs the same tasks: backends=["local"], in Python LocalExecutionBackend()'
+    )
 
     def __init__(
         self,

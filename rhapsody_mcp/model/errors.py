@@ -60,15 +60,15 @@ class InvalidSettings(InvalidRequest):
 class UnknownName(InvalidRequest):
     """There is nothing of that kind with that name.
 
-    `kind`, `name` and `known` (every valid name) are attributes.
+    `kind`, `name`, `known` (every valid name) and `valid` (said in their place) are attributes.
     """
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        self.kind, self.name, self.known = kind, name, sorted(known)
-        super().__init__(f"unknown {kind} {name!r}{nearest(name, self.known)}. Valid: {_listed(self.known)}.")
+    def __init__(self, kind: str, name: str, known: Iterable[str], valid: str = "") -> None:
+        self.kind, self.name, self.known, self.valid = kind, name, sorted(known), valid
+        super().__init__(f"unknown {kind} {name!r}{nearest(name, self.known)}. Valid: {valid or _listed(self.known)}.")
 
-    def __reduce__(self) -> tuple[type[UnknownName], tuple[str, str, list[str]]]:
-        return type(self), (self.kind, self.name, self.known)
+    def __reduce__(self) -> tuple[type[UnknownName], tuple[str, str, list[str], str]]:
+        return type(self), (self.kind, self.name, self.known, self.valid)
 
 
 class BackendError(RhapsodyError):

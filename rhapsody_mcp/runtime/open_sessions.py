@@ -55,8 +55,13 @@ class OpenSession:
     def _child(self, name: str) -> Task | None:
         of, _, number = name.removesuffix("]").rpartition("[")
         parent = self._named.get(of) or self._tasks.get(of)
+        if parent is None or not number.isdecimal():
+            return None
         children = parent.children if isinstance(parent, ForEach) else []
-        return children[int(number)] if number.isdecimal() and int(number) < len(children) else None
+        if int(number) < len(children):
+            return children[int(number)]
+        there = f"{of}[0] to {of}[{len(children) - 1}]" if children else f"{of}, which has no tasks of its own"
+        raise UnknownName("task", name, (), there)
 
     def tasks(self, names: Collection[str]) -> list[Task]:
         return [self.task(name) for name in dict.fromkeys(names)]
@@ -70,6 +75,9 @@ class OpenSession:
         await self.session.submit_tasks(tasks)
         if submission is not None:
             self.submissions[submission.key] = submission
+        for task in tasks:
+            if task.name and (earlier := self._named.get(task.name)):
+                earlier.replaced_by = task.uid
         self._tasks.update({task.uid: task for task in tasks})
         self._named.update({task.name: task for task in tasks if task.name})
 

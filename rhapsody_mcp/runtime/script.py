@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import keyword
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from textwrap import wrap
@@ -57,11 +57,15 @@ _OWN_NAMES = "repeat = session = results = item = task = label = _ = None"
 
 
 class Script(msgspec.Struct, frozen=True):
-    """`left_out` counts the tasks that are not in it, `secrets` are the environment variables that it needs."""
+    """`left_out` counts the tasks that are not in it because they were canceled, `replaced` those that others of the
+    same name replaced, and `unwritable` those that no code can say. `secrets` are the environment variables that it
+    needs."""
 
     text: str
     tasks: int
     left_out: int
+    replaced: int
+    unwritable: int
     secrets: tuple[str, ...]
 
 
@@ -69,7 +73,8 @@ def write_script(id: str, tasks: Sequence[Task], backends: Sequence[Backend], pl
     """A script that runs these tasks on backends that are made as planned, and prints what came of each as JSON.
 
     It submits them in the same order, and waits where the session had waited: a task may build on files of those
-    that had ended when it was submitted. What was canceled on request is left out, with what was canceled for that.
+    that had ended when it was submitted. What was canceled on request is left out, with what was canceled for that;
+    so is what another task of the same name replaced, and what cannot be written as code.
     """
     return _Writer(id, tasks, backends, plans).write()
 
@@ -88,8 +93,11 @@ def plain_url(url: str) -> str:
 class _Writer:
     def __init__(self, id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan]) -> None:
         self._id, self._backends, self._plans = id, backends, plans
-        self._tasks = _repeatable(tasks)
-        self._left_out = len(tasks) - len(self._tasks)
+        current = [task for task in tasks if task.replaced_by is None]
+        repeatable = _repeatable(current)
+        self._replaced, self._left_out = len(tasks) - len(current), len(current) - len(repeatable)
+        self._unwritable = _unwritable(repeatable)
+        self._tasks = [task for task in repeatable if task.uid not in self._unwritable]
         self._works = {task.uid: work_of(task) for task in self._tasks}
         self._classes = sorted({BACKENDS[plan.name] for plan in plans})
         self._sources = Sources(f"{self._beginning({*_IMPORTS, *_API, 'text', 'part', 'report'})}\n{_OWN_NAMES}\n")
@@ -124,7 +132,7 @@ class _Writer:
         used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} | {"asyncio", "json"}
         parts = [self._beginning(used), *self._sources.definitions, body, _END]
         text = f"{self._head()}\n\n" + "\n\n\n".join(parts)
-        return Script(text, len(self._tasks), self._left_out, self._secrets)
+        return Script(text, len(self._tasks), self._left_out, self._replaced, len(self._unwritable), self._secrets)
 
     @property
     def _secrets(self) -> tuple[str, ...]:
@@ -149,6 +157,10 @@ class _Writer:
             yield f"{_count(again)} of a for_each had been canceled on request: here they run"
         if self._left_out:
             yield f"Left out: {self._left_out} that had been canceled on request, or for the lack of such"
+        if self._replaced:
+            yield f"Left out: {self._replaced} that others of the same name replaced"
+        if self._unwritable:
+            yield f"Left out: {len(self._unwritable)} that cannot be written as code; a comment says why"
         if self._secrets:
             yield f"Secrets are not in here; set in the environment: {', '.join(self._secrets)}"
 
@@ -169,6 +181,7 @@ class _Writer:
     def _body(self) -> Iterator[str]:
         yield "async def repeat():"
         yield f"    async with Session([{', '.join(map(self._backend, self._plans))}]) as session:"
+        yield from (f"        # {told}" for told in self._unwritable.values())
         not_awaited = 0
         for before, tasks in _submissions(self._tasks):
             if before:
@@ -231,6 +244,22 @@ def _repeatable(tasks: Sequence[Task]) -> list[Task]:
     return [task for task in tasks if task.uid not in lost]
 
 
+def _unwritable(tasks: Sequence[Task]) -> dict[str, str]:
+    """What cannot be written as code, and what needs such, by uid: with a sentence that says why."""
+    code = TaskCode({task.uid: "task" for task in tasks}, defaultdict(lambda: "function"))
+    told: dict[str, str] = {}
+    for task in _by_need(tasks):
+        name = task.name or task.uid
+        if lacking := [source.name or source.uid for source in task.sources() if source.uid in told]:
+            told[task.uid] = _one_line(f"{name} is left out: it needs {lacking[0]}")
+            continue
+        try:
+            code.write(task, None)
+        except Exception as error:  # one task must not take the script from the others
+            told[task.uid] = _one_line(f"{name} is left out, it cannot be written as code: {error}")
+    return told
+
+
 def _submissions(tasks: Sequence[Task]) -> Iterator[tuple[list[Task], list[Task]]]:
     """The tasks in order, in lots; each with those of earlier lots that had ended when it was submitted."""
     lot: list[Task] = []
@@ -267,6 +296,10 @@ def _by_need(tasks: Sequence[Task]) -> Iterator[Task]:
             missing[number].discard(done)
             if not missing[number]:
                 heappush(ready, number)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _count(tasks: Sequence[Task]) -> str:

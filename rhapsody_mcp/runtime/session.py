@@ -87,16 +87,20 @@ class Session:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many tasks are in which state, with the children of a ForEach in its place."""
-        return dict(Counter(task.state.value for task in leaves(self._submitted)))
+        """How many tasks are in which state, with the children of a ForEach in its place; without replaced ones."""
+        return dict(Counter(task.state.value for task in leaves(self._current)))
+
+    @property
+    def _current(self) -> list[Task]:
+        return [task for task in self._submitted if task.replaced_by is None]
 
     def get_statistics(self, group: str | None = None) -> Statistics:
         """Counts, times, rates and the critical path of this session's tasks, or of one group of them, now.
 
-        Groups and everything else are as `Statistics` and `summarise` of `rhapsody_mcp.model.statistics` say.
-        Raises UnknownName where no task is in such a group.
+        Groups and everything else are as `Statistics` and `summarise` of `rhapsody_mcp.model.statistics` say; replaced
+        tasks are left out. Raises UnknownName where no task is in such a group.
         """
-        return measure(self._submitted, self._specs, self.backends, group)
+        return measure(self._current, self._specs, self.backends, group)
 
     # --- submission
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
+
+import msgspec
 
 from rhapsody_mcp.runtime.code import Code, write_call, write_value
 from rhapsody_mcp.runtime.encoding import Module, Source
@@ -25,6 +28,9 @@ _FIELDS = {
 """The fields that only this kind of task has."""
 _FLOW = {name: _PARAMETERS[Task][name].default for name in ("retries", "retry_delay_s", "on_upstream_failure")}
 _MARK = f"<{secrets.token_hex(8)}>"
+_ITEM = Part(cast(Task, _MARK))
+"""Stands for the item while the task for one is written, as do parts of it; in a text it stands as JSON."""
+_IN_TEXT = re.compile(r'\{"task":"%s","path":("(?:[^"\\]|\\.)*")\}' % _MARK)
 
 
 def looks_secret(variable: str) -> bool:
@@ -35,22 +41,7 @@ def looks_secret(variable: str) -> bool:
 
 def work_of(task: Task) -> Task:
     """The task itself; of a ForEach the one that it makes, with something that stands for the item."""
-    return task.make(_Item(), 0) if isinstance(task, ForEach) else task
-
-
-class _Item(str):
-    """Stands for the item, or the part of it at `path`, while the task for one is written; so does a copy of it in
-    a text."""
-
-    path: str
-
-    def __new__(cls, path: str = "") -> _Item:
-        item = super().__new__(cls, f"{_MARK}{path}{_MARK}")
-        item.path = path
-        return item
-
-    def __getitem__(self, step: Any) -> _Item:
-        return _Item(f"{self.path}/{step.replace('~', '~0').replace('/', '~1')}")
+    return task.make(_ITEM, 0) if isinstance(task, ForEach) else task
 
 
 class TaskCode:
@@ -126,11 +117,11 @@ class TaskCode:
         def special(item: object) -> str | None:
             if isinstance(item, Task):
                 return self._variables.get(item.uid, nothing)
+            if isinstance(item, Part) and item.task == _ITEM.task:
+                return f"text({_part_code(item.path)})" if in_text else _part_code(item.path)
             if isinstance(item, Part):
                 source = self._variables.get(item.task.uid)
                 return f"Part({source}, {item.path!r})" if source else nothing
-            if isinstance(item, _Item):
-                return f"text({_part_code(item.path)})" if in_text else _part_code(item.path)
             return _with_item(item) if isinstance(item, str) and _MARK in item else None
 
         return write_value(value, special)
@@ -153,7 +144,7 @@ def _part_code(path: str) -> str:
 
 
 def _with_item(text: str) -> str:
-    """A text that holds the item: what is between two marks is a path into it."""
-    pieces = enumerate(text.split(_MARK))
-    codes = [f"text({_part_code(piece)})" if number % 2 else repr(piece) for number, piece in pieces]
+    """A text that holds the item, or parts of it."""
+    pieces = enumerate(_IN_TEXT.split(text))
+    codes = [f"text({_part_code(msgspec.json.decode(piece))})" if number % 2 else repr(piece) for number, piece in pieces]
     return " + ".join(code for code in codes if code != "''")

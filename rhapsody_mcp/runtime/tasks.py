@@ -60,7 +60,8 @@ class Task:
     on_upstream_failure   "cancel" (default): it is CANCELED where a task that it waits for does not end DONE;
                   "run": it runs nevertheless, with None in the place of a result that is not there
 
-    `attempts` counts how often it was started.
+    `attempts` counts how often it was started. `replaced_by` is the uid of a task that took its name after it FAILED or
+    was CANCELED.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Task:
         self.attempts = 0
         self.last_failure = ""
         self.parent: ForEach | None = None
+        self.replaced_by: str | None = None
         self.state = TaskState.NEW
         self.submitted: float | None = None
         self.started: float | None = None

@@ -66,12 +66,12 @@ async def ask_to_cancel(
     return ask_about(Loss(told, {task.uid for task in lost}), opened, "cancel_tasks", context)
 
 
-def report_canceled(chosen: Sequence[Task], still_open: Sequence[Task]) -> CallToolResult:
-    """What came of a cancel of the chosen tasks, of which some were still open."""
+def report_canceled(ending: Sequence[Task], had_ended: int) -> CallToolResult:
+    """What came of a cancel of these tasks, besides some that had ended before."""
     data = CancelReport(
-        canceled=sum(task.state is TaskState.CANCELED for task in still_open),
-        had_ended=len(chosen) - len(still_open),
-        still_ending=[name_of(task) for task in still_open if not task.state.final][:_NAMES_SHOWN],
+        canceled=sum(task.state is TaskState.CANCELED for task in ending),
+        had_ended=had_ended,
+        still_ending=[name_of(task) for task in ending if not task.state.final][:_NAMES_SHOWN],
     )
     text = f"{data.canceled} canceled, {data.had_ended} had ended before."
     if data.still_ending:

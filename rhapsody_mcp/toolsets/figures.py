@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+from pydantic.json_schema import SkipJsonSchema
+
 from rhapsody_mcp.model.critical_path import CriticalPath, Step
 from rhapsody_mcp.model.statistics import Measures, Spread, Statistics, Times, Tokens
 from rhapsody_mcp.toolsets.replies import Reply, counts_text, duration, one_line, tasks_text
@@ -34,9 +36,10 @@ class SessionStatistics(Reply):
     critical_path: Annotated[dict[str, Any] | None, UNTOLD] = None
     groups: Annotated[dict[str, dict[str, Any]], UNTOLD]
     groups_left_out: Annotated[int | None, UNTOLD] = None
+    replaced: SkipJsonSchema[int | None] = None
 
 
-def figures_of(session: str, group: str | None, statistics: Statistics) -> SessionStatistics:
+def figures_of(session: str, group: str | None, statistics: Statistics, replaced: int) -> SessionStatistics:
     """With the slowest groups, and the longest steps of the critical path."""
     groups = statistics["groups"]
     return SessionStatistics(
@@ -47,6 +50,7 @@ def figures_of(session: str, group: str | None, statistics: Statistics) -> Sessi
         ran=statistics["ran"],
         groups={name: _group(groups[name]) for name in list(groups)[:_GROUPS_KEPT]},
         groups_left_out=max(0, len(groups) - _GROUPS_KEPT) or None,
+        replaced=replaced or None,
         **(_ran(statistics) if statistics["ran"] else {}),
     )
 
@@ -131,9 +135,10 @@ def _seconds(step: Step) -> float:
 # --- the text
 
 
-def figures_text(session: str, group: str | None, statistics: Statistics) -> str:
+def figures_text(session: str, group: str | None, statistics: Statistics, replaced: int) -> str:
     """At most 15 lines that stand alone."""
     what = f"{one_line(group)} of {session}" if group else session
+    what += f", without {tasks_text(replaced)} that others of the same name replaced" if replaced else ""
     head = f"{what}: {tasks_text(statistics['summary']['total_tasks'])} ({counts_text(statistics['counts'])})"
     if not statistics["ran"]:
         return f"{head}. None has run and ended yet."

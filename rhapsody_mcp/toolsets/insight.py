@@ -9,6 +9,7 @@ from pydantic import Field
 
 from rhapsody_mcp.machine import Machine, Part, look
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.tasks import leaves
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.figures import SessionStatistics, figures_of, figures_text
 from rhapsody_mcp.toolsets.replies import Reply, reply
@@ -52,8 +53,11 @@ class Insight:
         session: SessionId,
         group: Annotated[str | None, Field(description='Only this group, e.g. "sweep".')] = None,
     ) -> Annotated[CallToolResult, SessionStatistics]:
-        statistics = self._sessions.get(session).session.get_statistics(group)
-        return reply(figures_text(session, group, statistics), figures_of(session, group, statistics))
+        measured = self._sessions.get(session).session
+        statistics = measured.get_statistics(group)
+        replaced = len(leaves(task for task in measured.tasks if task.replaced_by))
+        told = (session, group, statistics, replaced)
+        return reply(figures_text(*told), figures_of(*told))
 
     async def describe_system(self) -> Annotated[CallToolResult, System]:
         data = _system(look(), self._settings)

@@ -97,7 +97,9 @@ class _Batch:
     def _earlier(self, name: str, index: int) -> Task:
         try:
             return self.session.task(name)
-        except UnknownName:
+        except UnknownName as error:
+            if error.valid:
+                raise
             base, _, number = name.removesuffix("]").partition("[")
             if base in self._index and number.isdecimal():
                 part = f'{{"ref": "{base}", "path": "/{number}"}}'

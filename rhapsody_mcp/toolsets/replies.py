@@ -42,6 +42,7 @@ REPLY_BYTES = 24_000
 """Most bytes of a reply, its text and its data together: no token is less than a byte, and hosts cut a reply at
 25,000 tokens."""
 _ERROR_CHARS = 300
+_SAME = "the same as above"
 _SMALLEST_SHARE = 1 / 256
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -60,12 +61,14 @@ class Row(Reply):
     state: str
     seconds: SkipJsonSchema[float | None] = None
     counts: SkipJsonSchema[dict[str, int] | None] = None
+    replaced_by: SkipJsonSchema[str | None] = None
 
     def head(self) -> str:
         """As in `task.000002 train DONE in 0.31 s`."""
+        replaced = f", replaced by {self.replaced_by}" if self.replaced_by else ""
         took = "" if self.seconds is None else f"in {duration(self.seconds)}"
         counts = f"({counts_text(self.counts)})" if self.counts else ""
-        return " ".join(part for part in (self.task, self.name, self.state, took, counts) if part)
+        return " ".join(part for part in (self.task, self.name, self.state, took, counts) if part) + replaced
 
 
 class TaskRow(Row):
@@ -79,6 +82,11 @@ class TaskRow(Row):
     def line(self) -> str:
         """As in `task.000002 train FAILED in 0.31 s: error: ValueError: ...`."""
         return f"{self.head()}: {self.cause}: {one_line(self.error)}" if self.error else self.head()
+
+    def after(self, before: TaskRow | None) -> TaskRow:
+        """With a long error that the row before has too told as such."""
+        alike = before is not None and before.error == self.error and len(self.error or "") > len(_SAME)
+        return self.model_copy(update={"error": _SAME}) if alike else self
 
 
 TaskRows = Annotated[
@@ -123,6 +131,7 @@ def row_fields(task: Task) -> dict[str, Any]:
         "state": task.state.value,
         "seconds": rounded(task.timing.execution_s) if task.outcome else None,
         "counts": count_states(leaves([task])) if isinstance(task, ForEach) and task.children else None,
+        "replaced_by": (task.parent or task).replaced_by,
     }
 
 

@@ -17,7 +17,7 @@ from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.asking import Answer, Force, refuse_unless
 from rhapsody_mcp.toolsets.budget import ask_to_exceed
-from rhapsody_mcp.toolsets.canceling import CancelReport, ask_to_cancel, chosen_tasks, report_canceled
+from rhapsody_mcp.toolsets.canceling import CancelReport, ask_to_cancel, canceled_with, chosen_tasks, report_canceled
 from rhapsody_mcp.toolsets.deferring import LONGEST_WAIT_S, defer
 from rhapsody_mcp.toolsets.outputs import How
 from rhapsody_mcp.toolsets.replies import Reply, TaskRows, reply, task_row
@@ -118,10 +118,11 @@ class Tasks:
         start = 0 if cursor is None else _read_cursor(cursor)
         rest = [(number, task) for number, task in matching if number > start]
         more = len(rest) > limit
+        rows = [task_row(task) for _, task in rest[:limit]]
         page = TaskPage(
             session=session,
             total=len(matching),
-            tasks=[task_row(task) for _, task in rest[:limit]],
+            tasks=[row.after(before) for before, row in zip([None, *rows], rows, strict=False)],
             has_more=more,
             next_cursor=str(rest[limit - 1][0]) if more else None,
         )
@@ -168,12 +169,12 @@ class Tasks:
         refuse_unless(answer)
         opened = self._sessions.get(session)
         chosen = chosen_tasks(opened, tasks, all_open)
-        singles = leaves(chosen)
-        if still_open := [task for task in singles if not task.state.final]:
+        had_ended = sum(task.state.final for task in leaves(chosen))
+        if ending := canceled_with(chosen, opened.session.tasks):
             defer()
         with anyio.move_on_after(_CANCEL_WAIT_S):
             await opened.session.cancel([task for task in chosen if not task.state.final])
-        return report_canceled(singles, still_open)
+        return report_canceled(ending, had_ended)
 
 
 def _tasks_of(task: Task) -> Sequence[Task]:

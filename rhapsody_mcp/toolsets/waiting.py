@@ -66,18 +66,21 @@ class Chosen:
     """The tasks that a wait is for. `since` is how many of the session had ended at the cursor.
 
     A for_each among `tasks` stands for all of its own. `awaited` are the tasks themselves or, of a choice by state,
-    those that were in that state when it was made, or had ended since the cursor.
+    those that were in that state when it was made, or had ended since the cursor. `until` are those that must have
+    ended: a for_each ends after its tasks, once its result is put together.
     """
 
     def __init__(
         self, opened: OpenSession, tasks: list[Task], state: State | None, since: int | None, key: str
     ) -> None:
-        self.opened, self.tasks, self.since, self._key = opened, tasks, since or 0, key
-        self.awaited = tasks
+        self.opened, self.tasks, self.state, self.since, self._key = opened, tasks, state, since or 0, key
+        self.awaited = self.until = tasks
         if state is not None:
             news = () if since is None or state not in _OPEN else opened.session.ended[since:]
             uids = {task.uid for task in news}
-            self.awaited = [task for task in leaves(tasks) if _is_in(task, state) or task.uid in uids]
+            self.awaited = [task for task in _with_gathering(tasks) if _is_in(task, state) or task.uid in uids]
+            parents = {task.parent.uid: task.parent for task in self.awaited if task.parent is not None}
+            self.until = [*self.awaited, *parents.values()] if state in _OPEN else self.awaited
         self._uids = {task.uid for task in self.awaited}
         self._rows = {task.uid for task in tasks}
 
@@ -103,9 +106,19 @@ def choose(opened: OpenSession, names: Sequence[str] | None, state: State | None
 
     A cursor of a wait for other tasks counts from the first one: what it had not told would never be told.
     """
-    tasks = opened.session.tasks if names is None else opened.tasks(names)
+    current = (task for task in opened.session.tasks if task.replaced_by is None)
+    tasks = list(current) if names is None else opened.tasks(names)
     key = f"{zlib.crc32(repr((names and sorted(names), state)).encode()) & 0xFFFF:04x}"
     return Chosen(opened, tasks, state, _since(opened, cursor, key), key)
+
+
+def _with_gathering(tasks: Sequence[Task]) -> Iterator[Task]:
+    """Their leaves, and each for_each that has still to put its result together."""
+    for task in leaves(tasks):
+        yield task
+    for task in tasks:
+        if _has_children(task) and not task.state.final and all(child.state.final for child in leaves([task])):
+            yield task
 
 
 def _since(opened: OpenSession, cursor: str | None, key: str) -> int | None:
@@ -156,7 +169,7 @@ class _Progress:
 
     def __init__(self, chosen: Chosen, since: int) -> None:
         self._chosen, self._seen, self._count = chosen, since, 0
-        self._open = list(chosen.awaited)
+        self._open = list(chosen.until)
 
     def is_enough(self, count: int | None) -> bool:
         while self._open and self._open[-1].state.final:
@@ -236,8 +249,8 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
     shown, position, hidden = _page(chosen, news)
     fresh = {task.uid for _, task in news}
     passed_on = {source.uid for task in chosen.opened.session.tasks for source in task.needs()}
-    tasks = leaves(chosen.awaited)
-    is_over = all(task.state.final for task in chosen.awaited)
+    tasks = {task.uid: task for task in leaves(chosen.awaited)}.values()
+    is_over = all(task.state.final for task in chosen.until)
 
     def build(share: float) -> CallToolResult:
         room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
@@ -258,7 +271,7 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
             applied_timeout_s=applied,
             waited_s=round(waited, 3),
         )
-        return reply(_text(data, [row.line(text) for row, text in rows], chosen.opened.id), data)
+        return reply(_text(data, [row.line(text) for row, text in rows], chosen), data)
 
     return fitted(build)
 
@@ -291,7 +304,7 @@ def _row(task: Task, max_chars: int, fresh: set[str]) -> tuple[ResultRow, str]:
 
 def _open(chosen: Chosen) -> list[str]:
     """The first that are, each with why, as in `train WAITING for samples`."""
-    pending = list({row.uid: row for task in chosen.awaited if not (row := chosen.row_of(task)).state.final}.values())
+    pending = list({row.uid: row for task in chosen.until if not (row := chosen.row_of(task)).state.final}.values())
     running = Counter(task.backend for task in leaves(chosen.opened.session.tasks) if task.state is TaskState.RUNNING)
     told = [f"{name_of(task)} {task.state}{_why(task, running)}" for task in pending[:_NAMES]]
     return told + ([f"and {len(pending) - _NAMES} more"] if len(pending) > _NAMES else [])
@@ -311,7 +324,10 @@ def _why(task: Task, running: Counter[str | None]) -> str:
 # --- as text
 
 
-def _text(data: Waited, rows: list[str], session: str) -> str:
+def _text(data: Waited, rows: list[str], chosen: Chosen) -> str:
+    session = chosen.opened.id
+    if not data.counts and chosen.tasks:
+        return f"None of them is {chosen.state}: {_standing(chosen.tasks)}."
     if not data.counts:
         return f'There is no task to wait for.\nNext: submit_tasks(session="{session}", tasks=[...]).'
     lines = [_first_line(data)]
@@ -329,6 +345,16 @@ def _text(data: Waited, rows: list[str], session: str) -> str:
         lines.append(f'... and {data.failures_not_shown} more: list_tasks(state="FAILED")')
     lines += [f"Note: {one_line(note).rstrip('.')}." for note in data.notes or []]
     return "\n".join([*lines, *_next_steps(data, session)])
+
+
+def _standing(tasks: Sequence[Task]) -> str:
+    """As in `sweep 100 DONE; last DONE`."""
+    if len(tasks) > _NAMES:
+        return counts_text(count_states(leaves(tasks)))
+    return "; ".join(
+        f"{name_of(task)} {counts_text(count_states(leaves([task]))) if _has_children(task) else task.state}"
+        for task in tasks
+    )
 
 
 def _first_line(data: Waited) -> str:

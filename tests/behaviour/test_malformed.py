@@ -471,9 +471,14 @@ MESSAGES = {
     "a long line": b"x" * WIDE,
 }
 
+UNANSWERED = ("a response to nothing", "an id that is an object")
+"""Nothing that could be answered: the second passes for a notification."""
+UNREADABLE = ("half an object", "half a character", "a value too deep", "a number too long")
+"""No JSON, and yet their sender's id can be seen."""
+
 
 @pytest.mark.anyio
-async def test_the_server_outlives_every_malformed_message() -> None:
+async def test_the_server_answers_every_malformed_message_and_goes_on() -> None:
     with anyio.fail_after(120):
         async with await anyio.open_process(COMMAND, stderr=None) as server:
             assert server.stdin and server.stdout
@@ -481,7 +486,9 @@ async def test_the_server_outlives_every_malformed_message() -> None:
             for what, message in MESSAGES.items():
                 await server.stdin.send(message + b"\n" + request("tools/call", id=what, name="list_sessions") + b"\n")
                 told = [reply async for reply in until(what, replies)]
+                assert len(told) == (what not in UNANSWERED), (what, told)
                 assert all(is_refusal(reply) for reply in told), (what, told)
+                assert what not in UNREADABLE or told[0]["id"] == "bad", (what, told)
 
 
 async def until(id: str, replies: BufferedByteReceiveStream) -> AsyncIterator[dict[str, Any]]:

@@ -193,7 +193,7 @@ async def test_before_anything_has_ended_statistics_only_count() -> None:
         reply = await agent.call("get_statistics", **SESSION)
         text = agent.texts[-1]
     assert reply["total_tasks"] == 1 and reply["ran"] == 0 and sum(reply["counts"].values()) == 1
-    assert text.startswith("session-1: 1 tasks (1 ") and text.endswith("None has run and ended yet.")
+    assert text.startswith("session-1: 1 task (1 ") and text.endswith("None has run and ended yet.")
 
 
 async def test_a_python_user_gets_the_same_under_the_keys_of_the_tutorial_and_more() -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 
 from rhapsody_mcp.api import ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import LocalExecutionBackend
-from rhapsody_mcp.engine.processes import descendants
-from rhapsody_mcp.model.errors import BackendUnavailable
 from rhapsody_mcp.model.states import Cause
+from tests.processes import family
 
 pytestmark = pytest.mark.anyio
 
 HANGS = "import signal; signal.pause()"
-GIVES_UP = f"print('+++ no luck\\nwarning: 2 leftover files in /dev/shm: \\nDD0968log_0D\\n_41M', flush=True); {HANGS}"
+STAYS = "import os; os.read(os.open(os.environ['RHAPSODY_LIFELINE'], os.O_RDONLY), 1)"
+GIVES_UP = f"print('+++ no luck\\nwarning: 2 leftover files in /dev/shm: \\nDD0968log_0D\\n_41M', flush=True); {STAYS}"
 ENDS = "print('+++ no luck'); raise SystemExit(3)"
 
 
@@ -37,14 +37,14 @@ class Moody(LocalExecutionBackend):
         return [sys.executable, "-c", self.moods.pop(0)] if self.moods else super()._host_command(config)
 
 
-def name() -> str:
+def answer() -> str:
     return "ran"
 
 
 @pytest.mark.parametrize(
     ("mood", "limits_s", "told"),
     [
-        (HANGS, (0.5, 60.0), "starting again, the first start took more than 0 s"),
+        (HANGS, (1.0, 60.0), "starting again, the first start took more than 1 s"),
         (GIVES_UP, (60.0, 60.0), "starting again, the first start failed"),
         (ENDS, (60.0, 60.0), "starting again, the first start failed"),
     ],
@@ -53,18 +53,54 @@ def name() -> str:
 async def test_an_engine_that_does_not_start_is_started_again_and_its_tasks_run(
     mood: str, limits_s: tuple[float, float], told: str
 ) -> None:
-    before = set(descendants(1))
-    said: list[tuple[str, TaskState]] = []
+    mark, said, task = uuid.uuid4().hex, list[tuple[object, TaskState]](), ComputeTask(answer)
 
     class Watched(Moody):
         def __setattr__(self, field: str, value: object) -> None:
             super().__setattr__(field, value)
-            if field == "progress":
-                said.append((str(value), task.state))
+            said.append((value, task.state))
 
-    task = ComputeTask(name)
-    async with Session([Watched(mood, limits_s=limits_s)]) as session:
+    async with Session([Watched(f"{mood} # {mark}", limits_s=limits_s)]) as session:
         await session.submit_tasks([task])
-        assert await task == "ran"
-    assert (told, TaskState.QUEUED) in said
-    assert set(descendants(1)) <= before
+        await session.wait_tasks([task], timeout=60)
+        assert task.return_value == "ran"
+        assert (told, TaskState.QUEUED) in said
+        assert not family(mark)
+
+
+async def test_an_engine_that_fails_twice_loses_its_tasks_in_words_and_the_next_submission_starts_it_anew() -> None:
+    first, second = ComputeTask(answer), ComputeTask(answer)
+    async with Session([Moody(ENDS, GIVES_UP, limits_s=(60.0, 60.0))]) as session:
+        await session.submit_tasks([first])
+        await session.wait_tasks([first], timeout=60)
+        assert (first.state, first.cause) == (TaskState.FAILED, Cause.LOST)
+        told = str(first.exception)
+        assert "gave up its start: +++ no luck. Try again: tasks that are submitted again, under the same names" in told
+        assert "DD0968" not in told and "_41M" not in told
+        await session.submit_tasks([second])
+        await session.wait_tasks([second], timeout=60)
+        assert second.return_value == "ran"
+
+
+async def test_a_host_that_ends_while_what_placed_it_stays_does_not_hold_its_tasks_for_ever() -> None:
+    class Stays(LocalExecutionBackend):
+        def _host_command(self, config: Path) -> list[str]:
+            return ["/bin/sh", "-c", '"$@"; exec cat "$RHAPSODY_LIFELINE"', "sh", *super()._host_command(config)]
+
+    def end_the_host() -> None:
+        import os
+        import signal
+
+        status = {line.split(":")[0]: line.split() for line in open(f"/proc/{os.getppid()}/status")}
+        os.kill(int(status["PPid"][1]), signal.SIGKILL)
+        signal.pause()
+
+    task = ComputeTask(end_the_host)
+    async with Session([Stays(num_workers=1)]) as session:
+        await session.submit_tasks([task])
+        await session.wait_tasks([task], timeout=60)
+        assert (task.state, task.cause) == (TaskState.FAILED, Cause.LOST)
+        again = ComputeTask(answer)
+        await session.submit_tasks([again])
+        await session.wait_tasks([again], timeout=60)
+        assert again.return_value == "ran"
