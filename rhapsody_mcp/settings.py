@@ -17,7 +17,7 @@ __all__ = ["Settings", "read_settings", "settings_file"]
 class Settings(BaseModel):
     """What the person who runs the server decides. Every key has a default that works."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     wait_default_s: Annotated[float, Field(gt=0)] = 25.0
     """How long wait_tasks waits when it is not told, in seconds."""
@@ -34,6 +34,7 @@ class Settings(BaseModel):
     endpoint_url: str | None = None
     """An OpenAI-compatible server that sessions use for prompts when they ask for the endpoint backend."""
     endpoint_model: str | None = None
+    """A model that it serves; null for its first."""
     endpoint_api_key: str | None = None
     """Sent to `endpoint_url` and to no other address."""
     budget_tasks: Annotated[int, Field(ge=0)] | None = 10_000

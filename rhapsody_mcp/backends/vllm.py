@@ -19,8 +19,8 @@ from rhapsody_mcp.backends.vllm_config import Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm_plan import SCHEMA_OPTIONS, Plan, find_model, look_at_hardware, plan_servers
 from rhapsody_mcp.backends.vllm_server import VllmServer
 from rhapsody_mcp.engine.folders import Folder
-from rhapsody_mcp.model.errors import BackendUnavailable
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask, UnknownName
+from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
 from rhapsody_mcp.model.values import Reader
 
 __all__ = ["DragonVllmInferenceBackend"]
@@ -34,7 +34,8 @@ class DragonVllmInferenceBackend(Awaitable):
 
     Server i listens on `port` + i of 127.0.0.1; `urls` are their OpenAI APIs, for any client that has `api_key`.
     Each is a process of this node that sees its own GPUs and no others (CUDA_VISIBLE_DEVICES); on the CPU, each
-    uses all cores. A server that dies fails the tasks that it was working on, and is not started again.
+    uses all cores. A server that dies fails the tasks that it was working on; when none is left, the next submission
+    starts them all anew.
     """
 
     kinds: tuple[Kind, ...] = ("prompt",)
@@ -85,6 +86,7 @@ class DragonVllmInferenceBackend(Awaitable):
         self._servers: list[VllmServer] = []
         self._completions: Completions | None = None
         self._unused: list[str] = []
+        self._names: tuple[str, ...] | None = None
 
     # --- what it is
 
@@ -99,7 +101,7 @@ class DragonVllmInferenceBackend(Awaitable):
         if self._closing is not None:
             return "closed"
         if self._completions is not None:
-            return "ready"
+            return "ended; the next prompt starts it anew" if self._is_dead else "ready"
         if self._began is None:
             return "not started"
         stage = self._servers[0].stage if self._servers else "looking at model and hardware"
@@ -123,14 +125,39 @@ class DragonVllmInferenceBackend(Awaitable):
 
     def check(self, spec: TaskSpec) -> None:
         check_prompts(spec)
+        model, served = spec.work.model if isinstance(spec.work, Completion) else None, self._served()
+        if model is not None and served and model not in served:
+            raise InvalidTask(str(UnknownName("model", model, served)))
+
+    def _served(self) -> tuple[str, ...]:
+        """The names that a task may use, as the servers say, or before that the settings; empty where neither knows."""
+        if self._servers and self._servers[0].models:
+            return self._servers[0].models
+        if self._names is None:
+            try:
+                config = read_config(self._file, self._overrides)
+                adapters = any("lora" in argument for argument in config.server.extra_args)  # each has a name
+                self._names = () if adapters else find_model(config, self._folders).names
+            except InvalidSettings:
+                self._names = ()
+        return self._names
+
+    @property
+    def _folders(self) -> list[Path]:
+        """Where a relative path to a model begins."""
+        return [Path.cwd(), *([self._file.parent] if self._file else [])]
 
     # --- its life
+
+    @property
+    def _is_dead(self) -> bool:
+        return all(server.has_ended for server in self._servers)
 
     async def start(self) -> None:
         async with self._lock:
             if self._closing is not None:
                 raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
-            if self._completions is not None:
+            if self._completions is not None and not self._is_dead:
                 return
             self._starting = asyncio.create_task(self._start())
             try:
@@ -143,7 +170,9 @@ class DragonVllmInferenceBackend(Awaitable):
                 self._starting = self._began = None
 
     async def _start(self) -> None:
-        self._began = time.monotonic()
+        self._began, self._names = time.monotonic(), None
+        self._completions = None  # the servers that it had took its tasks with them
+        await _stop(self._servers)
         config = read_config(self._file, self._overrides)
         limits = self._limits(config)
         plan = await self._make_plan(config)
@@ -164,8 +193,7 @@ class DragonVllmInferenceBackend(Awaitable):
             server.watch(partial(self._completions.lose, server))
 
     async def _make_plan(self, config: VllmConfig) -> Plan:
-        folders = [Path.cwd(), *([self._file.parent] if self._file else [])]
-        model = find_model(config, folders)
+        model = find_model(config, self._folders)
         hardware = await look_at_hardware(config)
         if self._folder is None:
             self._folder = Folder()
@@ -182,7 +210,8 @@ class DragonVllmInferenceBackend(Awaitable):
         return read_limits(at_once, wait_s, batches=batching.toggle_on)
 
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
-        assert self._completions is not None, "a session starts a backend before it submits"
+        if self._completions is None or self._is_dead:
+            raise BackendUnavailable(f"no server of backend {self.name!r} is running.")
         self._completions.submit(orders, report, read)
 
     def cancel(self, uids: Collection[str]) -> None:

@@ -108,6 +108,8 @@ def find_model(config: VllmConfig, folders: Sequence[Path]) -> Model:
     folder = MODEL_DIR.resolve() if wanted == SHIPPED else _folder(wanted, folders)
     if folder is not None:
         _check_folder(folder)
+    else:
+        _refuse_absent(wanted, config)
     name = MODEL_NAME if folder == MODEL_DIR.resolve() else folder.name if folder else wanted
     asked = [config.server.served_model_name, config.required.model_name]
     names = [given for given in asked if given and given != SHIPPED and not os.path.isabs(given)]
@@ -123,6 +125,21 @@ def _folder(wanted: str, folders: Sequence[Path]) -> Path | None:
     if wanted.startswith((".", "/", "~")):
         raise InvalidSettings(f"there is no model folder {wanted}. Set model to a folder that has the model's files.")
     return None
+
+
+def _refuse_absent(name: str, config: VllmConfig) -> None:
+    """Refuse a hub name that nothing was downloaded for, where nothing may be downloaded."""
+    environment = {**os.environ, **config.server.environment}
+    offline = environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if not offline or "://" in name or config.server.extra_args:  # those may say where else it is
+        return
+    home = environment.get("HF_HOME") or f"{environment.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    cache = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    if not os.path.exists(os.path.expanduser(f"{cache}/models--{name.replace('/', '--')}")):
+        raise InvalidSettings(
+            f"there is no folder {name} here, no model of this name in {cache}, and HF_HUB_OFFLINE forbids a download. "
+            f"Set model to a folder that has a model's files, or to {SHIPPED!r}."
+        )
 
 
 def _check_folder(folder: Path) -> None:

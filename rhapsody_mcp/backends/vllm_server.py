@@ -17,7 +17,7 @@ import msgspec
 from rhapsody_mcp.backends.chat import Answer, ChatServer, Conversation, Lost, Refused
 from rhapsody_mcp.engine.processes import descendants
 from rhapsody_mcp.engine.shared_memory import segments_of, unlink_unused
-from rhapsody_mcp.model.errors import BackendUnavailable
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 
 __all__ = ["Launch", "VllmServer"]
 
@@ -49,8 +49,8 @@ class VllmServer(ChatServer):
         self._stopping = False
 
     async def start(self, timeout_s: float) -> None:
-        """Start the process and return when it answers. Raises BackendUnavailable where it ends or takes longer;
-        stop it then too."""
+        """Start the process and return when it answers. Stop it also where this raises: BackendUnavailable where it
+        ends or takes longer, InvalidSettings where its log says that it would end again."""
         began = time.monotonic()
         self._keeper = await self._start_keeper()
         self._exit = asyncio.create_task(self._keeper.wait())
@@ -58,7 +58,8 @@ class VllmServer(ChatServer):
         try:
             await asyncio.wait({healthy, self._exit}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if self._exit.done():
-                raise BackendUnavailable(f"the vLLM server did not start: {self.last_words()}")
+                error = InvalidSettings if self._would_fail_again() else BackendUnavailable
+                raise error(f"the vLLM server did not start: {self.last_words()}")
             if not healthy.done():
                 waited = f"{time.monotonic() - began:.0f} s (server.start_timeout_s)"
                 raise BackendUnavailable(f"the vLLM server was not ready after {waited}: {self.last_words()}")
@@ -68,6 +69,10 @@ class VllmServer(ChatServer):
         finally:
             healthy.cancel()
         await self.ask_models()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._exit is not None and self._exit.done()
 
     def watch(self, on_exit: Callable[[str], None]) -> None:
         """Call `on_exit` once, with words for it, when the server ends by itself; soon, where it has."""
@@ -140,13 +145,18 @@ class VllmServer(ChatServer):
         return next((words for mark, words in _STAGES if mark in log), "starting Python and vLLM")
 
     def last_words(self) -> str:
-        """Its exit code where it has ended, what its log says about why, what to do, and where the log lies."""
+        """Its exit code where it has ended, what its log says about why, what to do, and the log's end."""
         log = self._log()
         code = self._exit.result() if self._exit is not None and self._exit.done() else None
         parts = [] if code is None else [_ended_how(code)]
         parts.append(_telling_lines(log))
-        parts += [advice for pattern, advice in _ADVICE if re.search(pattern, log)][:1]
-        return ". ".join(part.rstrip(". ") for part in parts if part) + f". Its log: {self.launch.log}"
+        parts += [advice for pattern, advice, _ in _ADVICE if re.search(pattern, log)][:1]
+        end = " | ".join(line[:200] for line in _lines(log)[-3:])
+        return ". ".join(part.rstrip(". ") for part in parts if part) + f". Its log, {self.launch.log}, ends: {end}"
+
+    def _would_fail_again(self) -> bool:
+        log = self._log()
+        return any([again for pattern, _, again in _ADVICE if re.search(pattern, log)][:1])
 
     def _log(self) -> str:
         try:
@@ -165,20 +175,36 @@ _STAGES = (
 )
 
 _ADVICE = (
-    (r"unrecognized arguments|expected one argument|invalid choice", "Correct server.extra_args in the config file"),
+    (
+        r"unrecognized arguments|expected one argument|invalid choice",
+        "Correct extra_args in the config file's section server",
+        True,
+    ),
     (
         r"out of memory|No available memory|KV cache is needed|desired (GPU|CPU) memory utilization",
-        "Use a smaller model, or lower llm.gpu_memory_utilization or llm.max_model_len",
+        "Use a smaller model, or lower gpu_memory_utilization or max_model_len in the config file's section llm",
+        False,
     ),
-    (r"gated repo|401 Client Error|restricted", "Set required.hf_token to a token that may download this model"),
     (
-        r"not a valid model identifier|Repository Not Found|couldn't connect|LocalEntryNotFound|offline mode",
-        "Set server.model to a folder with the model, or to its full name on the hub, such as "
-        "Qwen/Qwen2.5-0.5B-Instruct, which takes internet access the first time",
+        r"gated repo|401 Client Error|restricted",
+        "In the config file's section required, set hf_token to a token that may download this model",
+        True,
     ),
-    (r"No module named '?vllm", 'Install vLLM: pip install "rhapsody-mcp[gpu]", or [cpu] on a machine without a GPU'),
-    (r"[Aa]ddress already in use", "Another program took the port meanwhile: choose another one"),
+    (
+        r"not a valid model identifier|Repository Not Found|Invalid repository ID|couldn't connect|LocalEntryNotFound"
+        r"|offline mode|Cannot find any model weights|No supported config format",
+        "Give another model (create_session's model; model in the config file's section server): a folder that has "
+        "one, or a full name on the hub, such as Qwen/Qwen2.5-0.5B-Instruct, where this machine can reach the hub",
+        True,
+    ),
+    (
+        r"No module named '?vllm",
+        'Install vLLM: pip install "rhapsody-mcp[gpu]", or [cpu] on a machine without a GPU',
+        True,
+    ),
+    (r"[Aa]ddress already in use", "Another program took the port meanwhile: choose another one", False),
 )
+"""What a log says, what to do about it, and whether the same start would fail again."""
 
 
 def _ended_how(code: int) -> str:
@@ -187,7 +213,13 @@ def _ended_how(code: int) -> str:
 
 def _telling_lines(log: str) -> str:
     """The first and the last error that the log names, else its last lines."""
-    lines = [re.sub(r"^\(.*?\)\s+(\w+ [\d-]+ [\d:]+ \[.*?\] )?", "", line).strip() for line in log.splitlines()]
+    lines = _lines(log)
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit): \S|.*: error: ", line)]
-    shown = list(dict.fromkeys([errors[0], errors[-1]])) if errors else [line for line in lines if line][-5:]
+    shown = list(dict.fromkeys([errors[0], errors[-1]])) if errors else lines[-5:]
     return " | ".join(line[:500] for line in shown)
+
+
+def _lines(log: str) -> list[str]:
+    """Its lines that say something, without what vLLM puts before each."""
+    bare = (re.sub(r"^\(.*?\)\s+(\w+ [\d-]+ [\d:]+ \[.*?\] )?", "", line).strip() for line in log.splitlines())
+    return [line for line in bare if line]

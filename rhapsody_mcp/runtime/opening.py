@@ -12,6 +12,7 @@ import msgspec
 from rhapsody_mcp import backends
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.backends.vllm_config import Device, read_config
+from rhapsody_mcp.backends.vllm_plan import find_model
 from rhapsody_mcp.machine import Machine, Part, look
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest
 from rhapsody_mcp.settings import Settings
@@ -102,12 +103,18 @@ def _arguments(name: BackendName, wanted: Wanted, settings: Settings, machine: M
             return {"num_workers": num_workers}
         case "vllm":
             _need(machine.vllm, "the endpoint backend speaks to a server that runs elsewhere")
-            if wanted.config_file:
-                read_config(Path(os.path.expanduser(wanted.config_file)), {})
             model = wanted.model or (None if wanted.config_file else settings.default_model)
+            _refuse_model(wanted.config_file, model)
             return {"config_file": wanted.config_file, "model": model, "device": wanted.device}
         case "endpoint":
             return _endpoint_arguments(wanted, settings)
+
+
+def _refuse_model(config_file: str | None, model: str | None) -> None:
+    """Raise InvalidSettings where the settings of the vllm backend, or the model that they name, cannot work here."""
+    file = Path(os.path.expanduser(config_file)).absolute() if config_file else None
+    config = read_config(file, {"server": {"model": model}})
+    find_model(config, [Path.cwd(), *([file.parent] if file else [])])
 
 
 def _endpoint_arguments(wanted: Wanted, settings: Settings) -> dict[str, Any]:

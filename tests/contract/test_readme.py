@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.contract import settings_table
 from tests.contract.count_tokens import table
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -49,6 +50,12 @@ def test_the_settings_for_clients_are_json_that_names_the_command() -> None:
 
 def test_the_table_of_tools_says_what_is_so() -> None:
     assert table() in README, f"python -m tests.contract.count_tokens prints it:\n{table()}"
+
+
+def test_the_table_of_settings_says_what_is_so() -> None:
+    assert settings_table.table() in README, (
+        f"python -m tests.contract.settings_table prints it:\n{settings_table.table()}"
+    )
 
 
 def test_ci_runs_what_the_readme_says() -> None:
