@@ -113,15 +113,15 @@ def _samples(text: str) -> int:
 
 
 def _stdio(options: argparse.Namespace) -> int:
-    from rhapsody_mcp.serving import serve_stdio
+    from rhapsody_mcp.serving.stdio import serve_stdio
 
     anyio.run(serve_stdio, _settings(options))
     return 0
 
 
 def _http(options: argparse.Namespace) -> int:
-    from rhapsody_mcp.http_serving import serve_http
-    from rhapsody_mcp.listening import listen_on_host, listen_on_socket
+    from rhapsody_mcp.serving.http import serve_http
+    from rhapsody_mcp.serving.listening import listen_on_host, listen_on_socket
 
     settings = _settings(options)
     listening = listen_on_socket(options.socket) if options.socket else listen_on_host(options.host, options.port)

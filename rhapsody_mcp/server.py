@@ -11,14 +11,14 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import CallToolResult, GetPromptResult, InputRequiredResult
 
 from rhapsody_mcp import __version__
-from rhapsody_mcp.completions import Completions
 from rhapsody_mcp.model.errors import UnknownName
-from rhapsody_mcp.notices import Notices
-from rhapsody_mcp.prompts import make_prompt, refuse_prompt
-from rhapsody_mcp.resources import Resources, add_resources
+from rhapsody_mcp.protocol.completions import Completions
+from rhapsody_mcp.protocol.notices import Notices
+from rhapsody_mcp.protocol.prompts import make_prompt, refuse_prompt
+from rhapsody_mcp.protocol.resources import Resources, add_resources
+from rhapsody_mcp.protocol.subscriptions import Subscriptions
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.subscriptions import Subscriptions
 from rhapsody_mcp.text import read_cards, read_prompt, read_prompts
 from rhapsody_mcp.toolsets.asking import Desk
 from rhapsody_mcp.toolsets.card_tool import make_tools

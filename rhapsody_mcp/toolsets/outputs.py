@@ -12,11 +12,13 @@ import anyio.to_thread
 import msgspec
 
 from rhapsody_mcp.model.values import Stream
+from rhapsody_mcp.runtime.tasks import ForEach
 
-__all__ = ["Excerpt", "How", "look", "tail"]
+__all__ = ["Excerpt", "How", "look", "search_in_children", "tail"]
 
 How = Literal["tail", "head"]
 _LINE_BYTES, _PIECE_BYTES = 300, 64 * 1024
+_SEARCHED_BYTES = 64 * 1024 * 1024
 
 
 class Excerpt(msgspec.Struct, frozen=True):
@@ -48,6 +50,24 @@ async def look(stream: Stream, how: How, search: str | None, max_bytes: int) -> 
     if stream.file is None:
         return _look(stream, how, search, max_bytes)
     return await anyio.to_thread.run_sync(_look, stream, how, search, max_bytes)
+
+
+async def search_in_children(task: ForEach, search: str, max_bytes: int) -> dict[str, Excerpt]:
+    """What its tasks printed, by stream: the lines with one of the texts, each after the name of its task."""
+    found: dict[str, Excerpt] = {}
+    for name in ("stdout", "stderr"):
+        lines: list[str] = []
+        size, count, left = 0, 0, max_bytes
+        for child in task.children:
+            if child.outcome is None or size > _SEARCHED_BYTES:
+                continue
+            excerpt = await look(getattr(child.outcome, name), "head", search, max(left, 0))
+            size, count = size + excerpt.size, count + (excerpt.found or 0)
+            shown = [f"{child.name} {line}" for line in excerpt.text.splitlines()]
+            left -= sum(len(line.encode()) + 1 for line in shown)
+            lines += shown
+        found[name] = Excerpt("head", "\n".join(lines), size, count)
+    return found
 
 
 async def tail(stream: Stream, max_bytes: int) -> str:

@@ -36,7 +36,8 @@ class Page(msgspec.Struct, frozen=True):
     bytes of JSON.
 
     `pieces` are items of a list, entries of a dict, or one single value, each as JSON; `text` is of a text. A piece
-    that is too long for a page comes alone, and is cut off: `broken`.
+    that is too long for a page comes alone, and is cut off: `broken`. `view_of` is the type of an object that is no
+    JSON, of which this is a plain view.
     """
 
     type: str
@@ -46,12 +47,13 @@ class Page(msgspec.Struct, frozen=True):
     pieces: tuple[bytes, ...] = ()
     text: str | None = None
     broken: bool = False
+    view_of: str = ""
 
     @property
     def described(self) -> str:
         """As in `list of 1000 items, 52301 bytes`."""
         of = "" if self.total is None else f" of {self.total} {self.unit}"
-        return f"{self.type}{of}, {self.size} bytes"
+        return f"{self.view_of or self.type}{of}, {self.size} bytes"
 
     @property
     def unit(self) -> str:

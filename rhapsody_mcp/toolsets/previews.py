@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from rhapsody_mcp.model.values import Value
+from rhapsody_mcp.model.values import Stream, Value
 from rhapsody_mcp.runtime.tasks import ForEach, Task
 from rhapsody_mcp.toolsets.replies import one_line
 
-__all__ = ["Preview", "advice", "as_item", "described", "preview_task", "preview_value"]
+__all__ = ["Preview", "advice", "as_item", "described", "preview_task", "preview_value", "printed_only"]
 
 _PLAIN = "numbers, texts, lists and dicts with texts as keys"
 
@@ -79,7 +79,24 @@ def as_item(task: Task) -> bytes:
         return b"null"
     if value.format == "json" and value.data is not None:
         return value.data
+    if value.format == "pickle" and (plain := _plain(value.preview)):
+        return plain
     return msgspec.json.encode(f"({described(value)})")
+
+
+def _plain(preview: str) -> bytes:
+    """A preview that is a plain view of the whole; empty where it only describes it."""
+    try:
+        return msgspec.json.encode(msgspec.json.decode(preview))
+    except (msgspec.MsgspecError, UnicodeError):
+        return b""
+
+
+def printed_only(value: Value | None, stdout: Stream) -> str:
+    """As in `null; it printed 3 bytes, and returned nothing`; empty of all else."""
+    if value is None or value.data != b"null" or not stdout.text:
+        return ""
+    return f"null; it printed {stdout.size or len(stdout.text.encode())} bytes, and returned nothing"
 
 
 def described(value: Value) -> str:

@@ -13,11 +13,12 @@ from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Value, pointer_steps
+from rhapsody_mcp.runtime.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task
 from rhapsody_mcp.toolsets.digests import FailureGroups, digest_failures
-from rhapsody_mcp.toolsets.outputs import Excerpt, How, look
+from rhapsody_mcp.toolsets.outputs import Excerpt, How, look, search_in_children
 from rhapsody_mcp.toolsets.pages import Page, cut, first_of, page_of_items, page_of_value
-from rhapsody_mcp.toolsets.previews import advice, as_item, described, preview_value
+from rhapsody_mcp.toolsets.previews import advice, as_item, described, preview_value, printed_only
 from rhapsody_mcp.toolsets.replies import (
     Reply,
     Row,
@@ -31,13 +32,14 @@ from rhapsody_mcp.toolsets.replies import (
     shortened,
     untrusted,
 )
+from rhapsody_mcp.toolsets.views import Opaque, view_object
 
 __all__ = ["TaskResult", "show_result"]
 
 _TRACEBACK_CHARS = 3000
 _RANK_ROWS, _RANK_CHARS, _GROUPS = 16, 200, 5
-_OUTPUT_BYTES, _ASKED_OUTPUT_BYTES, _VALUE_BYTES_BESIDE = 1024, 4096, 256
-"""What is shown of stdout, and of stderr, without and with being asked for; and of a result beside the latter."""
+_OUTPUT_BYTES, _ASKED_OUTPUT_BYTES = 1024, 4096
+"""What is shown of stdout, and of stderr, without and with being asked for."""
 
 
 class RankRow(Reply):
@@ -80,6 +82,7 @@ class TaskResult(Row):
 
 
 async def show_result(
+    session: Session,
     task: Task,
     *,
     path: str,
@@ -90,7 +93,7 @@ async def show_result(
     search: str | None,
     max_bytes: int,
 ) -> CallToolResult:
-    """Of one rank of a job, or of the whole task; where its output is asked for, that has more room than its result.
+    """Of one rank of a job, or of the whole task; where its output is asked for, its result is only described.
 
     Raises InvalidTask for a path and InvalidRequest for a start that leads nowhere.
     """
@@ -98,22 +101,26 @@ async def show_result(
         return _not_ended(task)
     source: Outcome | RankOutcome = task.outcome if rank is None else _rank(task.outcome, rank)
     asked = search is not None or output is not None
-    value_bytes, output_bytes = (_VALUE_BYTES_BESIDE, _ASKED_OUTPUT_BYTES) if asked else (max_bytes, _OUTPUT_BYTES)
-    shown = await _value(task, source, path, start, limit, value_bytes)
-    excerpts = {
-        name: await look(stream, output or "tail", search, output_bytes)
-        for name, stream in (("stdout", source.stdout), ("stderr", source.stderr))
-    }
+    output_bytes = _ASKED_OUTPUT_BYTES if asked else _OUTPUT_BYTES
+    shown: Page | Opaque | None
+    if asked and not path and start is None and limit is None:
+        shown = _only_described(task, source)
+    else:
+        shown = await _value(session, task, source, path, start, limit, max_bytes)
+    streams = {"stdout": source.stdout, "stderr": source.stderr}
+    excerpts = {name: await look(stream, output or "tail", search, output_bytes) for name, stream in streams.items()}
+    if search is not None and isinstance(task, ForEach):
+        excerpts = await search_in_children(task, search, output_bytes)
     if not asked and _says_it_all(shown, excerpts["stdout"]):
         del excerpts["stdout"]
-    view = _View(task, task.outcome, source, rank, shown, excerpts, value_bytes)
+    view = _View(task, task.outcome, source, rank, shown, excerpts, max_bytes)
     return fitted(view.reply)
 
 
-def _says_it_all(shown: Page | Value | None, stdout: Excerpt) -> bool:
+def _says_it_all(shown: Page | Opaque | None, stdout: Excerpt) -> bool:
     """A program's result is what it printed."""
-    if isinstance(shown, Value):
-        return shown.type == "bytes"
+    if isinstance(shown, Opaque):
+        return shown.value.type == "bytes"
     return shown is not None and stdout.text.strip() in (shown.text or "")
 
 
@@ -133,10 +140,24 @@ def _rank(outcome: Outcome, rank: int) -> RankOutcome:
 # --- its value
 
 
+def _only_described(task: Task, source: Outcome | RankOutcome) -> Opaque | None:
+    value = source.value
+    if value is None and isinstance(task, ForEach) and task.children:
+        page = _page_of_children(task, None, None, 0)
+        value = Value("json", "list", page.size, length=page.total)
+    return None if value is None else Opaque(value, only_described=True)
+
+
 async def _value(
-    task: Task, source: Outcome | RankOutcome, path: str, start: int | None, limit: int | None, max_bytes: int
-) -> Page | Value | None:
-    """A page of it; or the Value as it is, where it is no JSON."""
+    session: Session,
+    task: Task,
+    source: Outcome | RankOutcome,
+    path: str,
+    start: int | None,
+    limit: int | None,
+    max_bytes: int,
+) -> Page | Opaque | None:
+    """A page of it; or what there is to say of an object that nobody could look at."""
     value = source.value
     if isinstance(task, ForEach) and task.children:
         if not path:
@@ -145,12 +166,13 @@ async def _value(
     if value is None:
         return None
     if value.format == "pickle":
-        if path or start is not None or limit is not None:
+        shown = await view_object(session, value, path, start, limit, max_bytes)
+        if isinstance(shown, Opaque) and (path or start is not None or limit is not None):
             raise InvalidRequest(
-                f"this result is a Python object of type {value.type}, which only another function can read: it has no "
-                f'parts and no pages here. Pass {{"ref": "{name_of(task)}"}} to a function that returns the part.'
+                f"this result is a Python object of type {value.type}, which only another function can read now: "
+                f'{shown.why}. Pass {{"ref": "{name_of(task)}"}} to a function that returns the part.'
             )
-        return value
+        return shown
     if value.file is None:
         return page_of_value(value, path, start, limit, max_bytes)
     return await anyio.to_thread.run_sync(page_of_value, value, path, start, limit, max_bytes)
@@ -188,7 +210,7 @@ class _View:
         outcome: Outcome,
         source: Outcome | RankOutcome,
         rank: int | None,
-        shown: Page | Value | None,
+        shown: Page | Opaque | None,
         excerpts: dict[str, Excerpt],
         value_bytes: int,
     ) -> None:
@@ -198,31 +220,32 @@ class _View:
     def reply(self, share: float) -> CallToolResult:
         room = int(self.value_bytes * share)
         page = cut(self.shown, room) if isinstance(self.shown, Page) else None
-        opaque = self.shown if isinstance(self.shown, Value) else None
+        opaque = self.shown if isinstance(self.shown, Opaque) else None
         excerpts = {name: whole.cut(int(_ASKED_OUTPUT_BYTES * share)) for name, whole in self.excerpts.items()}
         fields = row_fields(self.task) | _failure_fields(self.task, self.source, share)
         fields |= _page_fields(page) if page else _opaque_fields(opaque, room) if opaque else {}
         fields |= _output_fields(self.source, excerpts) | _account_fields(self.task, self.outcome, share)
         data = TaskResult(**fields, rank=self.rank)
         lines = [_first_line(data)]
-        lines += _page_lines(page, self.task) if page else _opaque_lines(opaque, data, self.task) if opaque else []
+        if page and (printed := printed_only(self.source.value, self.source.stdout)):
+            lines.append(f"result: {printed}")
+        else:
+            lines += _page_lines(page, self.task) if page else _opaque_lines(opaque, data, self.task) if opaque else []
         return reply("\n".join([*lines, *_other_lines(data, excerpts)]), data)
 
 
 def _page_fields(page: Page) -> dict[str, Any]:
-    fields: dict[str, Any] = {"type": page.type, "result_bytes": page.size, "total": page.total}
+    fields: dict[str, Any] = {"type": page.view_of or page.type, "result_bytes": page.size, "total": page.total}
     fields |= {"preview": page.json} if page.broken else {"result": page.data}
     more = page.total is not None and page.end < page.total
     return fields | {"start": page.start or None, "next_start": page.end if more and not page.broken else None}
 
 
-def _opaque_fields(value: Value, max_chars: int) -> dict[str, Any]:
-    return {
-        "type": value.type,
-        "result_bytes": value.size,
-        "total": value.length,
-        "preview": value.preview[:max_chars] or f"({described(value)})",
-    }
+def _opaque_fields(opaque: Opaque, max_chars: int) -> dict[str, Any]:
+    value = opaque.value
+    fields: dict[str, Any] = {"type": value.type, "result_bytes": value.size, "total": value.length}
+    shown = value.preview[:max_chars] or f"({described(value)})"
+    return fields if opaque.only_described else fields | {"preview": shown}
 
 
 def _failure_fields(task: Task, source: Outcome | RankOutcome, share: float) -> dict[str, Any]:
@@ -289,21 +312,33 @@ def _page_lines(page: Page, task: Task) -> list[str]:
         part = f"{marked}; item {page.start} alone is too long, this is its beginning:"
         more = f'Take a part of it with path, as in path="/{page.start}".' if page.total else ""
     elif whole:
-        return [f"{marked}:", one_line(page.json)]
+        return [f"{marked}:", one_line(page.json), *([_view_text(page, task)] if page.view_of else [])]
     else:
         part = f"{marked}; {page.unit} {page.start} to {page.end - 1}:"
         more = f"Next page: start={page.end}." if page.end < (page.total or 0) else ""
+    if page.view_of:
+        more = f"{more} {_view_text(page, task)}".strip()
     use = f'To use it whole, pass {{"ref": "{name_of(task)}"}} in submit_tasks.'
     return [part, one_line(page.json), " ".join(text for text in (more, use) if text)]
 
 
-def _opaque_lines(value: Value, data: TaskResult, task: Task) -> list[str]:
+def _view_text(page: Page, task: Task) -> str:
+    return (
+        f"This is a plain view of a Python object of type {page.view_of}; "
+        f'{{"ref": "{name_of(task)}"}} passes the object itself.'
+    )
+
+
+def _opaque_lines(opaque: Opaque, data: TaskResult, task: Task) -> list[str]:
+    value = opaque.value
+    if opaque.only_described:
+        return [f"result: {described(value)}; get_result without output and search shows it."]
     what = "Binary data" if value.type == "bytes" else "A Python object"
     how = f'only another function can read: pass {{"ref": "{name_of(task)}"}} in submit_tasks.'
     return [
         f"result ({described(value)}), untrusted output of the task:",
         quoted(data.preview or ""),
-        f"{what}, which {how} {advice(value)}",
+        f"{what}, which {how} {advice(value)}" + (f" (No view of it here: {opaque.why}.)" if opaque.why else ""),
     ]
 
 
@@ -314,8 +349,10 @@ def _other_lines(data: TaskResult, excerpts: dict[str, Excerpt]) -> list[str]:
     if data.traceback:
         lines += untrusted("traceback", data.traceback, f"{len(data.traceback.encode())} bytes")
     for name, excerpt in excerpts.items():
-        if excerpt.text or excerpt.found is not None:
+        if excerpt.text:
             lines += untrusted(name, excerpt.text, excerpt.said)
+        elif excerpt.found is not None:
+            lines.append(f"{name}: no line of its {excerpt.size} bytes has what was searched for.")
     if data.ranks and data.rank is None:
         lines += _rank_lines(data)
     return lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import Annotated
 
 from mcp.server.mcpserver import Elicit, Resolve
@@ -151,9 +153,13 @@ def _beginning(script: str) -> str:
 def _exported_text(data: ExportReport, script: Script) -> str:
     head = _beginning(script.text)
     begins = "" if head == script.text else " begins"
+    left = {"were canceled": script.left_out, "others replaced": script.replaced, "no code can say": script.unwritable}
+    missing = ", ".join(f"{count} that {why}" for why, count in left.items() if count)
     return (
-        f"{data.script} ({len(script.text.encode())} bytes) repeats {tasks_text(script.tasks)}; {script.left_out} that were "
-        f"canceled are not in it. Where the results come from: {data.provenance}.\n"
+        f"{data.script} ({len(script.text.encode())} bytes) repeats {tasks_text(script.tasks)}"
+        f"{f'; not in it: {missing}' if missing else ''}.\n"
+        f"Run it with: {shlex.join([sys.executable, data.script])}\n"
+        f"{data.provenance}: versions, machine, and for each task its times, state and digest of its result.\n"
         f"--- the script{begins} ---\n{head}"
     )
 

@@ -146,8 +146,10 @@ class Tasks:
             Field(pattern=r"[^|\s]", max_length=200, description='Show their lines with a text, e.g. "error|warning".'),
         ] = None,
     ) -> Annotated[CallToolResult, TaskResult]:
+        opened = self._sessions.get(session)
         return await show_result(
-            self._sessions.get(session).task(task),
+            opened.session,
+            opened.task(task),
             path=path,
             start=start,
             limit=limit,

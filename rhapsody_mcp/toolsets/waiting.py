@@ -20,7 +20,7 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.open_sessions import OpenSession
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
 from rhapsody_mcp.toolsets.digests import FailureGroups, digest_failures, digest_notes
-from rhapsody_mcp.toolsets.previews import preview_task
+from rhapsody_mcp.toolsets.previews import preview_task, printed_only
 from rhapsody_mcp.toolsets.replies import (
     Reply,
     Row,
@@ -40,6 +40,7 @@ __all__ = ["Bell", "Chosen", "State", "Waited", "choose", "progress_text", "repo
 State = Literal["open", "WAITING", "QUEUED", "RUNNING", "DONE", "FAILED", "CANCELED"]
 _OPEN = ("open", "WAITING", "QUEUED", "RUNNING")
 _TICK_S = 1.0
+_READY = "ready"
 _ROWS, _RESULTS_CHARS, _RESULT_CHARS, _PASSED_ON_CHARS = 20, 3000, 1200, 400
 _GROUPS, _NAMES, _NOTES = 5, 5, 5
 _TOLD_IN_FULL = (Cause.ERROR, Cause.EXIT_CODE, Cause.CRASHED, Cause.TIMEOUT)
@@ -298,6 +299,8 @@ def _row(task: Task, max_chars: int, fresh: set[str]) -> tuple[ResultRow, str]:
     shown = preview_task(task, max_chars, lambda child: child.uid in fresh)
     if shown is None:
         return ResultRow(**row_fields(task)), ""
+    if task.outcome and (printed := printed_only(task.outcome.value, task.outcome.stdout)):
+        return ResultRow(**row_fields(task), preview=printed), printed
     told = {"result": shown.value} if shown.complete else {"preview": shown.text}
     return ResultRow(**row_fields(task), **told), shown.text
 
@@ -306,19 +309,26 @@ def _open(chosen: Chosen) -> list[str]:
     """The first that are, each with why, as in `train WAITING for samples`."""
     pending = list({row.uid: row for task in chosen.until if not (row := chosen.row_of(task)).state.final}.values())
     running = Counter(task.backend for task in leaves(chosen.opened.session.tasks) if task.state is TaskState.RUNNING)
-    told = [f"{name_of(task)} {task.state}{_why(task, running)}" for task in pending[:_NAMES]]
+    engines = engine_states(chosen.opened.session.backends)
+    told = [f"{name_of(task)} {task.state}{_why(task, running, engines)}" for task in pending[:_NAMES]]
     return told + ([f"and {len(pending) - _NAMES} more"] if len(pending) > _NAMES else [])
 
 
-def _why(task: Task, running: Counter[str | None]) -> str:
+def _why(task: Task, running: Counter[str | None], engines: dict[str, str]) -> str:
     if task.state is TaskState.WAITING:
         sources = {name_of(source): None for source in task.sources() if not source.state.final}
         return f" for {', '.join(list(sources)[:3])}" if sources else ""
     if task.state is TaskState.QUEUED and task.last_failure:
         return f" to be tried again: {shortened(task.last_failure, 100)}"
-    if task.state is TaskState.QUEUED and running[task.backend]:
+    if isinstance(task, ForEach):
+        task = next((child for child in task.children if child.state is TaskState.QUEUED), task)
+    if task.state is not TaskState.QUEUED or task.backend is None:
+        return ""
+    if (state := engines.get(task.backend, _READY)) != _READY:
+        return f" until {task.backend} is ready ({state})"
+    if running[task.backend]:
         return f" behind {running[task.backend]} running on {task.backend}"
-    return ""
+    return f" at {task.backend}, which has not started it yet"
 
 
 # --- as text

@@ -168,7 +168,7 @@ async def test_of_a_long_answer_only_the_beginning_is_shown(session: Session, se
     [
         ("size", "json_schema is a str; valid is a JSON schema of an object"),
         ({"type": "array"}, "json_schema has type 'array'; valid is a JSON schema of an object"),
-        ({}, "json_schema has type None; valid is a JSON schema of an object"),
+        ({}, "json_schema has no type; valid is a JSON schema of an object"),
         ({"type": "object", "properties": {"a": {"type": "text"}}}, r"no JSON schema: at \$.properties.a.type, 'text'"),
         (
             {"type": "object", "properties": {"a": {"pattern": "("}}},

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rhapsody_mcp.api import AITask, Session
+from rhapsody_mcp.backends import DragonVllmInferenceBackend
 from rhapsody_mcp.backends.vllm_config import VllmConfig, read_config, sample_config
 from rhapsody_mcp.backends.vllm_plan import Hardware, Plan, find_model, look_at_hardware, plan_servers
 from rhapsody_mcp.engine import vllm_launcher
-from rhapsody_mcp.model.errors import InvalidSettings
+from rhapsody_mcp.model.errors import InvalidSettings, InvalidTask
 from rhapsody_mcp.shipped_model import MODEL_DIR, MODEL_NAME
 
 SITE = Path(vllm_launcher.__file__).with_name("vllm_site")
@@ -195,6 +198,32 @@ def test_a_folder_that_is_no_model_or_is_missing_is_refused(tmp_path: Path) -> N
         find_model(read_config(None, {"server": {"model": str(tmp_path)}}), [tmp_path])
     with pytest.raises(InvalidSettings, match=r"there is no model folder \./none"):
         find_model(read_config(None, {"server": {"model": "./none"}}), [tmp_path])
+
+
+def test_a_hub_name_that_is_not_on_this_machine_is_refused_where_nothing_may_be_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    wanted = read_config(None, {"server": {"model": "org/model"}})
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert find_model(wanted, []).source == "org/model"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InvalidSettings, match=r"no folder org/model here, no model of this name in .*HF_HUB_OFFLINE"):
+        find_model(wanted, [])
+    (tmp_path / "models--org--model").mkdir()
+    assert find_model(wanted, []).source == "org/model"
+
+
+def test_a_prompt_for_a_model_that_the_settings_do_not_name_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    for extra_args, served in (("[]", False), ("[--lora-modules, gpt-4=/adapter]", True)):
+        file.write_text(f"server: {{model: shipped, served_model_name: mine, extra_args: {extra_args}}}")
+        session = Session([DragonVllmInferenceBackend(file, "pretty")])
+        session.check([AITask("x"), AITask("x", model="mine"), AITask("x", model="pretty")])
+        with (
+            nullcontext() if served else pytest.raises(InvalidTask, match=r"model 'gpt-4'. Valid: mine, pretty, rhaps")
+        ):
+            session.check([AITask("x", model="gpt-4")])
 
 
 def test_without_any_model_the_three_ways_to_name_one_are_told() -> None:

@@ -276,3 +276,52 @@ async def test_an_empty_session_gives_a_script_that_runs(agent: Agent, tmp_path:
 async def test_a_folder_that_cannot_be_written_is_refused(agent: Agent, folder: str, told: str) -> None:
     text = await agent.refusal("export_session", session="session-1", folder=folder)
     assert text.startswith("invalid_request: ") and told in text
+
+
+async def test_an_item_or_a_result_that_is_the_object_of_keyword_arguments_is_written_so(
+    agent: Agent, tmp_path: Path
+) -> None:
+    source = "def add(a, b):\n    return a + b"
+    await submit(
+        agent,
+        {"name": "made", "source": "def made():\n    return {'all': [{'a': 1, 'b': 2}], 'one': {'a': 3, 'b': 4}}"},
+        {"name": "whole", "source": source, "kwargs": {"item": True}, "for_each": [{"a": 1, "b": 2}]},
+        {
+            "name": "part",
+            "source": source,
+            "kwargs": {"item": True, "path": "/x"},
+            "for_each": [{"x": {"a": 1, "b": 2}}],
+        },
+        {"name": "listed", "source": source, "kwargs": {"item": True}, "for_each": {"ref": "made", "path": "/all"}},
+        {"name": "given", "source": source, "kwargs": {"ref": "made", "path": "/one"}},
+    )
+    script, _ = await export(agent, tmp_path)
+    assert "lambda item, _: ComputeTask(add, kwargs=item), name='whole'" in script
+    assert "lambda item, _: ComputeTask(add, kwargs=part(item, '/x'))," in script
+    assert "ForEach(Part(made_, '/all'), lambda item, _: ComputeTask(add, kwargs=item), name='listed')" in script
+    assert "ComputeTask(add, kwargs=Part(made_, '/one'), name='given')" in script
+
+
+async def test_a_task_that_no_code_can_say_is_left_out_with_what_needs_it(agent: Agent, tmp_path: Path) -> None:
+    await submit(
+        agent,
+        {"name": "odd", "source": DOUBLE, "args": [1]},
+        {"name": "needs-odd", "source": DOUBLE, "args": [{"ref": "odd"}]},
+        {"name": "plain", "source": DOUBLE, "args": [2]},
+    )
+    odd = agent.sessions.get("session-1").task("odd")
+    odd.args = (object(),)  # type: ignore[attr-defined]
+    script, _ = await export(agent, tmp_path)
+    assert "# odd is left out, it cannot be written as code: a object cannot be written as code" in script
+    assert "# needs-odd is left out: it needs odd" in script and "submit_tasks([plain])" in script
+    assert "repeats 1 task; not in it: 2 that no code can say." in agent.texts[-1]
+
+
+async def test_a_replaced_task_is_not_repeated_and_the_reply_says_how_to_run(agent: Agent, tmp_path: Path) -> None:
+    await submit(agent, {"name": "run", "source": "def run():\n    raise ValueError('first')"})
+    await submit(agent, {"name": "run", "source": "def run():\n    return 'second'"})
+    script, record = await export(agent, tmp_path)
+    assert "first" not in script and "second" in script
+    assert [task.get("replaced_by") for task in record["tasks"]] == ["task.000002", None]
+    assert f"Run it with: {sys.executable} {tmp_path}" in agent.texts[-1]
+    assert "not in it: 1 that others replaced" in agent.texts[-1]

@@ -26,11 +26,11 @@ from rhapsody_mcp.backends.completions import check_prompts
 from rhapsody_mcp.backends.local import LocalExecutionBackend
 from rhapsody_mcp.engine.link import frame
 from rhapsody_mcp.model.specs import Call, Completion, TaskSpec
+from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.runtime.opening import Wanted, plan_backends
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.tasks_extension import TasksExtension
 from rhapsody_mcp.testing import ScriptedBackend
 from rhapsody_mcp.text import read_cards
 from rhapsody_mcp.toolsets.replies import one_line

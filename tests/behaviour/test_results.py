@@ -16,13 +16,16 @@ from hypothesis import strategies as st
 from mcp.types import CallToolResult
 
 from rhapsody_mcp.engine.call import encode
+from rhapsody_mcp.engine.reading import view
+from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome, Usage
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
+from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
 from rhapsody_mcp.toolsets.pages import page_of_value
 from rhapsody_mcp.toolsets.replies import REPLY_BYTES, size_of
-from tests.agents import ERAS, Agent, open_agent
+from tests.agents import ERAS, Agent, open_agent, perform
 
 pytestmark = pytest.mark.anyio
 
@@ -192,10 +195,10 @@ class Array:
     ("made", "told", "advised"),
     [
         (Array(), "shape (2, 3), dtype float64, 48 bytes: array([...])", "return numbers, texts, lists and dicts"),
-        ((1, 2), "(1, 2)", "return a list."),
-        ({3}, "{3}", "return a list."),
-        (float("nan"), "nan", "return None in place of NaN"),
-        ([1.5, float("nan")], "[1.5, nan]", "no tuples, sets, NaN or other objects"),
+        ((1, 2), "[1,2]", "return a list."),
+        ({3}, "[3]", "return a list."),
+        (float("nan"), '"NaN"', "return None in place of NaN"),
+        ([1.5, float("nan")], '[1.5,"NaN"]', "no tuples, sets, NaN or other objects"),
         (b"\xff\x00\xfe", "binary, 3 bytes", "write it to a file"),
     ],
 )
@@ -241,7 +244,7 @@ async def test_the_list_of_a_sweep_comes_in_pages_with_its_failures(agent: Agent
 
 
 async def test_in_the_list_of_a_sweep_objects_and_long_results_are_described(tmp_path: Path) -> None:
-    for value in (as_file(b'"' + b"x" * 70_000 + b'"', tmp_path, "str", 70_000), encode((1, 2), str(tmp_path))):
+    for value in (as_file(b'"' + b"x" * 70_000 + b'"', tmp_path, "str", 70_000), encode(Array(), str(tmp_path))):
         async with open_agent(backend=outcome_of(value=value)) as agent:
             waited = await run(agent, prompt={"item": True}, for_each=["a", "b"])
             shown = await agent.call("get_result", **RESULT)
@@ -276,7 +279,7 @@ async def test_output_is_read_from_its_end_its_beginning_or_by_search(tmp_path: 
         assert "of 200 lines that were found" in agent.texts[-1] and "| 100: line 100 ERROR" in agent.texts[-1]
         either = await printed(agent, search="line 777|line 778")
         assert either["stdout"].splitlines()[:2] == ["777: line 777", "778: line 778"]
-        assert "0 of 0 lines" in agent.texts[-1]
+        assert "stderr: no line of its 16 bytes has what" in agent.texts[-1]
         nothing = await printed(agent, search="(a+)+$")
         assert "stdout" not in nothing
         assert "search" in await agent.refusal("get_result", **RESULT, search=" | ")
@@ -396,3 +399,83 @@ def test_no_reply_is_too_long_whatever_the_result_and_the_arguments(
 
     with TemporaryDirectory() as folder:
         assert size_of(anyio.run(read, folder)) <= REPLY_BYTES
+
+
+# --- a view of what is no plain data
+
+
+def pickling(spec: Any, values: list[Any]) -> Outcome:
+    """Does what a task says, and encodes its result as a worker does."""
+    now = time.time()
+    try:
+        value = encode(perform(spec, values), "/nowhere")
+    except InvalidRequest as error:
+        message = f"{type(error).__name__}: {error}"
+        return Outcome(state=TaskState.FAILED, started=now, ended=now, cause=Cause.ERROR, error=message)
+    return Outcome(state=TaskState.DONE, started=now, ended=now, value=value)
+
+
+ODD = "def odd():\n    return {'x': (1, 2), 'y': float('nan'), 'z': {'deep': [3, {4}]}, 'n': 5}"
+
+
+async def test_an_object_is_read_as_a_plain_view_with_its_parts_and_pages() -> None:
+    async with open_agent(backend=ScriptedBackend(pickling)) as agent:
+        waited = await run(agent, source=ODD)
+        plain = {"x": [1, 2], "y": "NaN", "z": {"deep": [3, [4]]}, "n": 5}
+        assert waited["done"][0]["preview"].startswith('{"x":[1,2],"y":"NaN",')
+        shown = await agent.call("get_result", **RESULT)
+        assert shown["result"] == plain and shown["type"] == "dict" and shown["total"] == 4
+        assert 'a plain view of a Python object of type dict; {"ref": "run"} passes the object' in agent.texts[-1]
+        assert (await agent.call("get_result", **RESULT, path="/z/deep/1"))["result"] == [4]
+        assert (await agent.call("get_result", **RESULT, path="/n"))["result"] == 5
+        page = await agent.call("get_result", **RESULT, start=1, limit=2)
+        assert page["result"] == {"y": "NaN", "z": plain["z"]} and page["next_start"] == 3
+        assert "there is a list of length 2" in await agent.refusal("get_result", **RESULT, path="/x/7")
+        assert "past the end" in await agent.refusal("get_result", **RESULT, start=9)
+        assert len((await agent.call("list_tasks", **SESSION))["tasks"]) == 1
+
+
+class Holding(ScriptedBackend):
+    """Never starts a hidden task."""
+
+    async def _run(self, order: Any, report: Any, read: Any) -> None:
+        if order.spec.uid.startswith("~"):
+            await anyio.sleep_forever()
+        await super()._run(order, report, read)
+
+
+async def test_an_object_is_described_where_no_worker_is_free_to_read_it() -> None:
+    async with open_agent(backend=Holding(pickling), settings=Settings()) as agent:
+        await run(agent, source=ODD)
+        shown = await agent.call("get_result", **RESULT)
+        assert "result" not in shown and shown["preview"].startswith('{"x":[1,2]')
+        assert "no worker was free to look at it within" in agent.texts[-1]
+
+
+@given(st.recursive(PLAIN | st.floats() | st.tuples(PLAIN, PLAIN) | st.binary(), st.lists), st.integers(50, 3000))
+def test_a_view_is_bounded_and_is_plain_data(whole: Any, max_bytes: int) -> None:
+    value = encode(whole, "/nowhere")
+    seen = view(value, "", None, None, max_bytes)
+    assert encode(seen, "/nowhere").format == "json"
+    assert len(msgspec.json.encode(seen["plain"])) <= 8 * max_bytes + 4000
+
+
+# --- what was printed and not returned
+
+
+async def test_a_function_that_prints_and_returns_nothing_says_so() -> None:
+    value = Value("json", "NoneType", 4, b"null")
+    async with open_agent(backend=outcome_of(value=value, stdout=Stream("hi\n"))) as agent:
+        waited = await run(agent)
+        assert waited["done"][0]["preview"] == "null; it printed 3 bytes, and returned nothing"
+        shown = await agent.call("get_result", **RESULT)
+        assert shown["stdout"] == "hi\n" and "null; it printed 3 bytes, and returned nothing" in agent.texts[-1]
+
+
+async def test_a_search_in_a_sweep_names_the_tasks_that_printed_it_and_repeats_no_results() -> None:
+    async with open_agent(backend=outcome_of(value=Value("json", "int", 1, b"7"), stdout=Stream("a\nboom\n"))) as agent:
+        await run(agent, prompt={"item": True}, for_each=["a", "b"])
+        shown = await agent.call("get_result", **RESULT, search="boom")
+        assert shown["stdout"] == "run[0] 2: boom\nrun[1] 2: boom" and "result" not in shown
+        assert "result: list of 2 items" in agent.texts[-1] and "stderr: no line of its 0 bytes" in agent.texts[-1]
+        assert (await agent.call("get_result", **RESULT, search="boom", path="/1"))["result"] == 7

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -424,3 +425,106 @@ async def test_a_mistake_of_the_server_is_told_as_such_without_its_details(caplo
         text = await agent.refusal("submit_tasks", **SESSION, tasks=[{"prompt": "x"}])
     assert text.startswith("internal_error: submit_tasks failed inside the server") and "secret" not in text
     assert "a secret of the house" in caplog.text
+
+
+async def test_a_task_that_another_of_its_name_replaced_counts_no_more_and_says_so(agent: Agent) -> None:
+    fail = "def run(x):\n    raise ValueError('first')"
+    again = "def run(x):\n    return x"
+    await submit(agent, {"name": "run", "source": fail, "args": [{"item": True}], "for_each": [1, 2]})
+    await agent.call("wait_tasks", **SESSION)
+    await submit(agent, {"name": "run", "source": again, "args": [{"item": True}], "for_each": [1, 2]})
+    reply = await agent.call("wait_tasks", **SESSION)
+    assert reply["counts"] == {"DONE": 2} and reply["failures"] == []
+    assert (await agent.call("list_sessions"))["sessions"][0]["counts"] == {"DONE": 2}
+    first, second = (await agent.call("list_tasks", **SESSION))["tasks"]
+    assert first["replaced_by"] == second["task"] == "task.000002" and "replaced_by" not in second
+    shown = await agent.call("get_result", **SESSION, task="task.000001[0]")
+    assert shown["state"] == "FAILED" and "replaced by task.000002" in agent.texts[-1]
+    statistics = await agent.call("get_statistics", **SESSION)
+    assert statistics["counts"] == {"DONE": 2} and statistics["replaced"] == 2
+    assert "without 2 tasks that others of the same name replaced" in agent.texts[-1]
+    assert (await agent.call("wait_tasks", **SESSION, tasks=["task.000001"]))["counts"] == {"FAILED": 2}
+
+
+class Gathering(ScriptedBackend):
+    """Does not put lists together before `released` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(perform)
+        self.waiting, self.released = anyio.Event(), anyio.Event()
+
+    async def _run(self, order: Order, report: Report, read: Reader) -> None:
+        if order.spec.uid.startswith("~"):
+            self.waiting.set()
+            await self.released.wait()
+        await super()._run(order, report, read)
+
+
+async def test_a_sweep_is_open_until_its_results_are_put_together() -> None:
+    value = Value("pickle", "tuple", 3, b"()..", preview="[]")
+    ended = Outcome(state=TaskState.DONE, started=1.0, ended=2.0, value=value)
+    backend = Gathering()
+    backend.script = lambda spec, values: ended
+    async with open_agent(backend=backend) as agent:
+        await agent.session()
+        await submit(agent, {"name": "sweep", "prompt": {"item": True}, "for_each": ["a", "b"]})
+        with anyio.fail_after(5):
+            await backend.waiting.wait()
+        reply = await agent.call("wait_tasks", **SESSION, tasks=["sweep"], state="open", timeout_s=0)
+        assert not reply["ended"] and reply["open"] == ["sweep RUNNING"]
+        backend.released.set()
+        assert (await agent.call("wait_tasks", **SESSION, tasks=["sweep"], state="open"))["ended"]
+        await agent.call("wait_tasks", **SESSION, tasks=["sweep"], state="open", timeout_s=0)
+        assert agent.texts[-1] == "None of them is open: sweep 2 DONE."
+
+
+async def test_a_cancel_counts_the_tasks_of_a_sweep_as_the_question_does(agent: Agent) -> None:
+    agent.backend.gate.clear()
+    await submit(agent, {"name": "sweep", "prompt": {"item": True}, "for_each": [str(n) for n in range(29)]})
+    assert "cancels 29 tasks" in await agent.refusal("cancel_tasks", **SESSION, tasks=["sweep"])
+    assert (await agent.call("cancel_tasks", **SESSION, tasks=["sweep"], force=True))["canceled"] == 29
+
+
+async def test_a_number_beyond_a_sweep_is_told_what_there_is(agent: Agent) -> None:
+    await submit(agent, {"name": "sweep", "prompt": {"item": True}, "for_each": ["a", "b"]})
+    refused = await agent.refusal("get_result", **SESSION, task="sweep[200]")
+    assert "unknown task 'sweep[200]'. Valid: sweep[0] to sweep[1]." in refused
+    used = {"source": "def f(x):\n    return x", "args": [{"ref": "sweep[2]"}]}
+    assert "Valid: sweep[0] to sweep[1]." in await agent.refusal("submit_tasks", **SESSION, tasks=[used])
+
+
+async def test_an_error_that_many_tasks_of_a_list_share_is_told_once(agent: Agent) -> None:
+    fail = "def f():\n    raise ValueError('word ' * 30)"
+    await submit(agent, *({"source": fail} for _ in range(3)))
+    await agent.call("wait_tasks", **SESSION)
+    rows = (await agent.call("list_tasks", **SESSION))["tasks"]
+    assert [row["error"] == "the same as above" for row in rows] == [False, True, True]
+
+
+class Starting(Held):
+    """Is not ready before it may."""
+
+    def __init__(self) -> None:
+        super().__init__("held")
+        self.progress, self.may_start = "starting", anyio.Event()
+
+    async def start(self) -> None:
+        await self.may_start.wait()
+        self.progress = "ready"
+
+
+async def test_what_is_queued_says_why() -> None:
+    async with open_agent(backend=(backend := Starting())) as agent:
+        await agent.session()
+        await submit(
+            agent, {"name": "a", "prompt": "held"}, {"name": "sweep", "prompt": {"item": True}, "for_each": ["held"]}
+        )
+        reply = await agent.call("wait_tasks", **SESSION, timeout_s=0)
+        why = "QUEUED until scripted is ready (starting)"
+        assert reply["open"] == [f"a {why}", f"sweep {why}"]
+        backend.may_start.set()
+        while backend.progress != "ready":
+            await anyio.lowlevel.checkpoint()
+        reply = await agent.call("wait_tasks", **SESSION, timeout_s=0)
+        assert reply["open"][0] == "a QUEUED at scripted, which has not started it yet"
+        backend.released.set()

@@ -8,12 +8,12 @@ from functools import partial
 import anyio
 from mcp.shared.exceptions import MCPDeprecationWarning
 
-from rhapsody_mcp.http_serving import checks, run_web_server
-from rhapsody_mcp.listening import Listener, listen_on_host
+from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.server import build_server
+from rhapsody_mcp.serving.http import checks, run_web_server
+from rhapsody_mcp.serving.listening import Listener, listen_on_host
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.tasks_extension import TasksExtension
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import perform
 from tests.conformance.asking_fixture import add_asking

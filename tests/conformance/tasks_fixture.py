@@ -11,7 +11,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import INTERNAL_ERROR, ElicitRequest, ElicitRequestFormParams
 from pydantic import BaseModel
 
-from rhapsody_mcp.tasks_extension import TASKS
+from rhapsody_mcp.protocol.tasks_extension import TASKS
 from rhapsody_mcp.toolsets.deferring import ask_later, defer
 
 __all__ = ["add_task_tools"]

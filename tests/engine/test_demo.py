@@ -45,7 +45,9 @@ async def test_a_model_that_is_not_there_fails_the_demo_in_words() -> None:
     with anyio.fail_after(120):
         ran = await anyio.run_process([*DEMO, "--model", "/nowhere/model"], check=False)
     assert ran.returncode == 1
-    assert "The demo failed: samples ended with invalid" in ran.stdout.decode()
+    assert (
+        "The demo failed: create_session was refused. invalid_settings: there is no model folder" in ran.stdout.decode()
+    )
     assert "/nowhere/model" in ran.stdout.decode()
 
 

@@ -255,7 +255,7 @@ async def test_pmi_none_runs_independent_ranks_and_says_so(backend: Any) -> None
 async def test_the_local_backend_refuses_mpi_when_it_is_submitted() -> None:
     async with Session([LocalExecutionBackend(num_workers=1)]) as session:
         task = ComputeTask(world, task_backend_specific_kwargs=mpi(2))
-        with pytest.raises(InvalidTask, match="needs the dragon backend.* or leave mpi out"):
+        with pytest.raises(InvalidTask, match=r"needs the dragon backend.* or leave mpi out"):
             await session.submit_tasks([task])
         assert task.state is TaskState.NEW
 

@@ -20,7 +20,7 @@ import pytest
 from rhapsody_mcp.api import AITask, Session
 from rhapsody_mcp.backends import DragonVllmInferenceBackend
 from rhapsody_mcp.engine.processes import descendants
-from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.states import Cause, TaskState
 
 
@@ -307,11 +307,9 @@ async def test_a_prompt_that_is_too_long_fails_alone_with_the_servers_message(se
     assert "maximum context length is 4096 tokens" in str(tasks[1].exception)
 
 
-async def test_an_unknown_model_fails_with_those_that_are_served(session: Session) -> None:
-    task = AITask("Hello.", model="Pretty-Nam")
-    await run(session, task)
-    assert task.cause is Cause.INVALID
-    assert "did you mean 'Pretty-Name'?). Valid: Pretty-Name, rhapsody-tiny" in str(task.exception)
+async def test_an_unknown_model_is_refused_with_those_that_are_served(session: Session) -> None:
+    with pytest.raises(InvalidTask, match=r"did you mean 'Pretty-Name'\?\)\. Valid: Pretty-Name, rhapsody-tiny"):
+        await session.submit_tasks([AITask("Hello.", model="Pretty-Nam")])
 
 
 async def test_canceling_ends_the_work_in_the_engine(session: Session, backend: DragonVllmInferenceBackend) -> None:
@@ -367,17 +365,28 @@ async def test_a_missing_gpu_is_refused_with_what_to_set(tmp_path: Path, monkeyp
         await DragonVllmInferenceBackend(model="shipped", num_gpus=1)
 
 
-async def test_a_server_that_ends_at_once_is_unavailable_with_its_words_and_its_log(tmp_path: Path) -> None:
+async def test_a_server_that_ends_at_once_and_would_again_is_refused_with_its_words_and_its_log(tmp_path: Path) -> None:
     before = set(descendants(os.getpid()))
     (tmp_path / "config.yaml").write_text("server: {model: shipped, extra_args: [--no-such-flag]}")
     backend = DragonVllmInferenceBackend(tmp_path / "config.yaml")
-    with pytest.raises(BackendUnavailable, match=r"exit code 2.*no-such-flag.*Correct server\.extra_args") as raised:
+    with pytest.raises(InvalidSettings, match=r"exit code 2.*no-such-flag.*Correct extra_args in") as raised:
         await backend
-    log = str(raised.value).rpartition("Its log: ")[2]
-    assert is_there(log)
+    log, _, end = str(raised.value).rpartition("Its log, ")[2].partition(", ends: ")
+    assert end.rpartition(" | ")[2][:100] in text_of(log)
     assert set(descendants(os.getpid())) == before
     await backend.close()
     assert not is_there(log)
+
+
+async def test_a_model_that_the_hub_does_not_give_makes_its_tasks_invalid_with_what_to_give() -> None:
+    async with Session([DragonVllmInferenceBackend(model="nosuch/model", device="cpu")]) as session:
+        task = AITask("Hello.")
+        await session.submit_tasks([task])
+        await session.wait_tasks([task], timeout=200)
+    assert (task.state, task.cause) == (TaskState.FAILED, Cause.INVALID)
+    assert "Give another model (create_session's model; model in the config file's section server)" in str(
+        task.exception
+    )
 
 
 async def test_a_start_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
@@ -396,6 +405,10 @@ async def test_a_start_that_is_given_up_leaves_nothing(tmp_path: Path) -> None:
     await backend.close()
 
 
+def text_of(path: str) -> str:
+    return Path(path).read_text()
+
+
 def is_there(path: str) -> bool:
     return os.path.exists(path)
 
@@ -410,7 +423,9 @@ def command_of(pid: int) -> str:
 # --- two servers, and how they end
 
 
-async def test_two_servers_share_the_prompts_and_each_death_is_told_until_none_is_left(tmp_path: Path) -> None:
+async def test_two_servers_share_the_prompts_and_each_death_is_told_and_when_none_is_left_they_start_anew(
+    tmp_path: Path,
+) -> None:
     before = set(descendants(os.getpid()))
     shared_before = shared_memory()
     first = free_pair()
@@ -442,6 +457,12 @@ async def test_two_servers_share_the_prompts_and_each_death_is_told_until_none_i
         await run(session, late)
         assert late.cause is Cause.LOST
         assert "ended: signal 9 ended it" in str(late.exception)
+
+        again = AITask("Started anew?", max_tokens=8)
+        await session.submit_tasks([again])
+        await session.wait_tasks([again], timeout=200)
+        assert again.state is TaskState.DONE, again.exception
+        pids |= set(descendants(os.getpid())) - before
     assert {pid for pid in pids if command_of(pid)} == set()
     assert shared_memory() & made == set()
 

@@ -28,8 +28,10 @@ async def test_a_sweep_of_200_and_its_best_take_three_calls(agent: Traveller) ->
     )
     waited = await agent.wait()
     assert waited["ended"] and waited["counts"] == {"DONE": 201}
-    assert rows_by_name(waited)["best"]["result"][0] == {"rate": 1.0, "loss": 0.09}
-    assert agent.calls == 3 and agent.tokens < 2_500
+    done = rows_by_name(waited)
+    assert done["best"]["result"][0] == {"rate": 1.0, "loss": 0.09}
+    assert len(done["runs"]["preview"]) < 500, "what was passed on need not be read"
+    assert agent.calls == 3 and agent.tokens < 1_500
 
 
 async def test_a_sweep_of_500_with_four_bad_items_is_read_in_four_calls_and_under_4000_tokens(agent: Traveller) -> None:
@@ -42,7 +44,7 @@ async def test_a_sweep_of_500_with_four_bad_items_is_read_in_four_calls_and_unde
     waited = await agent.wait()
     assert waited["counts"] == {"DONE": 497, "FAILED": 4}
     (failed,) = waited["failures"]
-    assert failed["count"] == 4 and "no convergence at 0.02" in failed["error"] and "line 4" in failed["detail"]
+    assert failed["count"] == 4 and "no convergence at 0." in failed["error"] and "line 4" in failed["detail"]
     assert rows_by_name(waited)["best"]["result"][0] == {"rate": 0.7, "loss": 0.0}
     around = await agent.result("runs", start=345, limit=20)
     assert [run["rate"] for run in around["result"]] == rates[345:365]
@@ -76,4 +78,4 @@ async def test_statistics_tell_the_slowest_group_and_the_critical_path_of_a_swee
     assert next(iter(told["groups"])) == "slow" and told["groups"]["slow"]["tasks"] == 4
     first, middle, last = [step["task"] for step in told["critical_path"]["steps"]]
     assert (first, middle[:5], last) == ("load", "slow[", "report")
-    assert agent.calls == 4 and agent.tokens < 3_000
+    assert agent.calls == 4 and agent.tokens < 3_500

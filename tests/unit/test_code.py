@@ -83,3 +83,10 @@ def test_plain_functions_become_functions_of_the_script(text: str) -> None:
 )
 def test_what_would_mean_something_else_in_the_script_stays_a_text(text: str) -> None:
     assert not is_function_of_the_script(text)
+
+
+@pytest.mark.parametrize("fenced", ["```python\n{}\n```", "\n```\n{}```\n", "``` py \r\n{}\n  ```"])
+def test_a_fence_around_a_source_is_no_part_of_it(fenced: str) -> None:
+    text = 'def f():\n    """Writes ```."""\n    return 1'
+    assert Source(fenced.format(text)) == Source(text)
+    assert Source(text).text == text

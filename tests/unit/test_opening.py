@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -59,6 +60,20 @@ def test_what_cannot_be_had_is_refused_with_the_way_to_get_it(
     on_machine(monkeypatch)
     with pytest.raises(error, match=told):
         names(wanted)
+
+
+def test_a_model_folder_that_is_not_there_is_refused_when_the_session_is_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_machine(monkeypatch, vllm="0.32")
+    with pytest.raises(InvalidRequest, match=r"there is no model folder /no/such"):
+        names(Wanted(model="/no/such"))
+    (tmp_path / "config.yaml").write_text("server: {model: ./none}")
+    with pytest.raises(InvalidRequest, match=r"there is no model folder \./none"):
+        names(Wanted(config_file=str(tmp_path / "config.yaml")))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InvalidRequest, match=r"none is no model: it has no config\.json"):
+        names(Wanted(config_file=str(tmp_path / "config.yaml")))
 
 
 def test_the_key_of_the_settings_goes_to_their_own_address_and_to_no_other(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,8 @@ async def test_an_engine_that_fails_twice_loses_its_tasks_in_words_and_the_next_
 async def test_a_host_that_ends_while_what_placed_it_stays_does_not_hold_its_tasks_for_ever() -> None:
     class Stays(LocalExecutionBackend):
         def _host_command(self, config: Path) -> list[str]:
-            return ["/bin/sh", "-c", '"$@"; exec cat "$RHAPSODY_LIFELINE"', "sh", *super()._host_command(config)]
+            stays = 'exec 3<"$RHAPSODY_LIFELINE"; "$@"; exec cat <&3'
+            return ["/bin/sh", "-c", stays, "sh", *super()._host_command(config)]
 
     def end_the_host() -> None:
         import os

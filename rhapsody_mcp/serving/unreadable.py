@@ -19,21 +19,22 @@ async def answer_unreadable(read: Any, readable: MemoryObjectSendStream[SessionM
     """Pass on what a transport has read, and answer what it could not read with JSON-RPC's parse error."""
     async with readable, read:
         async for item in read:
-            if isinstance(item, Exception):
-                await write.send(SessionMessage(_refusal(item)))
-            else:
+            if not isinstance(item, Exception):
                 await readable.send(item)
+            elif line := _line_of(item):
+                await write.send(SessionMessage(_refusal(item, line)))
 
 
-def _refusal(error: Exception) -> JSONRPCError:
+def _line_of(error: Exception) -> str:
+    """What could not be read, as far as the error has it; empty for an empty line, which is no message."""
     found = error.errors(include_url=False) if isinstance(error, ValidationError) else []
-    message = found[0]["msg"] if found else str(error)
-    line = found[0].get("input") if found else None
-    return JSONRPCError(
-        jsonrpc="2.0",
-        id=_id_in(line) if isinstance(line, str) else None,
-        error=ErrorData(code=PARSE_ERROR, message=f"this message cannot be read: {message[:300]}"),
-    )
+    return str(found[0]["input"]).strip() if found else str(error)
+
+
+def _refusal(error: Exception, line: str) -> JSONRPCError:
+    why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
+    told = ErrorData(code=PARSE_ERROR, message=f"this message cannot be read: {why[:300]}")
+    return JSONRPCError(jsonrpc="2.0", id=_id_in(line), error=told)
 
 
 def _id_in(line: str) -> str | int | None:

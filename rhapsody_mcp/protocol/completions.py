@@ -18,7 +18,7 @@ from mcp.types import (
 )
 
 from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
-from rhapsody_mcp.resources import TEMPLATES
+from rhapsody_mcp.protocol.resources import TEMPLATES
 from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.tasks import leaves
 from rhapsody_mcp.text import PromptText

@@ -13,7 +13,7 @@ from mcp.shared.uri_template import UriTemplate
 from mcp.types import CallToolResult
 
 from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
-from rhapsody_mcp.notices import ROOT
+from rhapsody_mcp.protocol.notices import ROOT
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.toolsets.insight import Insight
 from rhapsody_mcp.toolsets.outputs import tail

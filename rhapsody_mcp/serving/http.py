@@ -17,14 +17,14 @@ from mcp.server.transport_security import TransportSecuritySettings
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp
 
-from rhapsody_mcp.listening import Listener
 from rhapsody_mcp.model.errors import InvalidSettings
+from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.runtime.opening import open_backends
 from rhapsody_mcp.server import Server, build_server
+from rhapsody_mcp.serving.listening import Listener
+from rhapsody_mcp.serving.tokens import OneToken, read_or_make_token, token_file
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.tasks_extension import TasksExtension
-from rhapsody_mcp.tokens import OneToken, read_or_make_token, token_file
 
 __all__ = ["checks", "run_web_server", "serve_http"]
 

@@ -12,12 +12,12 @@ from anyio.abc import TaskGroup
 from mcp.server.stdio import stdio_server
 from mcp.shared.message import SessionMessage
 
+from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.runtime.opening import open_backends
 from rhapsody_mcp.server import Server, build_server
+from rhapsody_mcp.serving.unreadable import answer_unreadable
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.tasks_extension import TasksExtension
-from rhapsody_mcp.unreadable import answer_unreadable
 
 __all__ = ["serve_stdio"]
 

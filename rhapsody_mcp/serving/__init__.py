@@ -1,0 +1,1 @@
+"""Serves MCP clients: one on stdin and stdout, or many over HTTP."""

@@ -1,0 +1,52 @@
+"""Imports point one way: what a package may know of the others."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "rhapsody_mcp"
+KNOWS: dict[str, set[str]] = {
+    "model": set(),
+    "engine": {"model"},
+    "backends": {"model", "engine", "shipped_model"},
+    "runtime": {"model", "engine", "backends", "machine", "settings"},
+    "api": {"model", "runtime"},
+    "toolsets": {"model", "backends", "runtime", "machine", "settings", "text"},
+    "protocol": {"model", "runtime", "settings", "text", "toolsets"},
+    "serving": {"model", "runtime", "settings", "protocol", "server"},
+}
+ALONE = {"dragon": "engine", "vllm": "engine"}
+"""Packages of others that only one of ours imports."""
+
+
+def imports(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "rhapsody_mcp":
+            yield from (f"rhapsody_mcp.{alias.name}" for alias in node.names if (PACKAGE / alias.name).is_dir())
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_no_package_imports_what_is_above_it() -> None:
+    above = {
+        (str(file.relative_to(PACKAGE)), name)
+        for package, known in KNOWS.items()
+        for file in (PACKAGE / package).rglob("*.py")
+        for name in imports(file)
+        if name.startswith("rhapsody_mcp.") and name.split(".")[1] not in known | {package}
+    }
+    assert not above
+
+
+def test_dragon_and_vllm_are_imported_in_the_engine_alone() -> None:
+    elsewhere = {
+        (str(file.relative_to(PACKAGE)), name)
+        for file in PACKAGE.rglob("*.py")
+        for name in imports(file)
+        if (own := ALONE.get(name.split(".")[0])) and file.relative_to(PACKAGE).parts[0] != own
+    }
+    assert not elsewhere
