@@ -35,10 +35,14 @@ def test_the_python_example_runs_on_dragon(tmp_path: Path) -> None:
     assert "'total_tasks': 5" in summary
 
 
+def test_the_example_of_a_sweep_runs(tmp_path: Path) -> None:
+    assert run_example(blocks("python")[1], tmp_path) == "[0.04, 0.01, 0.0] 0.0 tidy\n"
+
+
 def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rhapsody_mcp", "init", str(tmp_path), "--shipped-model"]
     subprocess.run(command, capture_output=True, check=True)
-    answers = run_example(blocks("python")[1], tmp_path).splitlines()
+    answers = run_example(blocks("python")[2], tmp_path).splitlines()
     assert [set(json.loads(answer)) for answer in answers] == [{"f1", "f2", "f3", "f4", "label"}] * 2
 
 
