@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,13 +88,21 @@ def follow(value: Any, path: str) -> Any:
     """The part of `value` that a JSON Pointer names; raises InvalidTask with what is there instead."""
     for step in pointer_steps(path):
         try:
-            value = value[int(step)] if isinstance(value, list | tuple) else value[step]
+            value = _item(value, step)
         except (KeyError, IndexError, ValueError, TypeError) as error:
             there = keys_text(step, value) if isinstance(value, dict) else f"a {type(value).__name__}"
-            if isinstance(value, list | tuple):
+            if isinstance(value, Sized) and not isinstance(value, dict | str | bytes):
                 there += f" of length {len(value)}"
             raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {there}.") from error
     return value
+
+
+def _item(value: Any, step: str) -> Any:
+    if isinstance(value, Mapping):
+        return value[step] if step in value else {str(key): part for key, part in value.items()}[step]
+    if isinstance(value, str | bytes):
+        raise TypeError("a text has no parts")
+    return value[int(step)]
 
 
 def keys_text(step: str, keys: Iterable[Any]) -> str:

@@ -66,6 +66,10 @@ class OpenSession:
     def tasks(self, names: Collection[str]) -> list[Task]:
         return [self.task(name) for name in dict.fromkeys(names)]
 
+    def named(self, name: str) -> Task | None:
+        """The task that has this name."""
+        return self._named.get(name)
+
     def has_name(self, name: str) -> bool:
         """Whether the name is taken by a task that has not failed."""
         task = self._named.get(name)

@@ -23,19 +23,40 @@ from rhapsody_mcp.runtime.encoding import Source
 from rhapsody_mcp.runtime.opening import Plan
 from rhapsody_mcp.runtime.readable import Sources
 from rhapsody_mcp.runtime.session import kind_of
-from rhapsody_mcp.runtime.task_code import TaskCode, work_of
+from rhapsody_mcp.runtime.task_code import TaskCode, whole, work_of
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, leaves
 
 __all__ = ["Script", "draws_by_chance", "plain_url", "write_script"]
 
-_IMPORTS = ("asyncio", "json", "os", "msgspec")
+_IMPORTS = ("asyncio", "json", "math", "os", "msgspec")
 _API = ("AITask", "ComputeTask", "ForEach", "Module", "Part", "Session", "Source")
 _REPORT = '''\
 def report(task):
     """What came of a task, as plain data."""
     if task.state == "DONE":
-        return {"state": "DONE", "result": task.return_value}
+        try:
+            return {"state": "DONE", "result": as_json(task.return_value)}
+        except Exception as error:  # a __repr__ may raise anything, and a list may hold itself
+            kind = type(task.return_value).__name__
+            return {"state": "DONE", "result": f"{kind}, which cannot be shown: {type(error).__name__}"}
     return {"state": str(task.state), "error": str(task.exception)}'''
+_AS_JSON = '''\
+def as_json(value):
+    """What JSON can say of it: keys as text, NaN as "NaN", an array of up to 1000 elements as lists."""
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else repr(key): as_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [as_json(part) for part in value]
+    if isinstance(value, float):
+        return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(str(float(value)), float(value))
+    if value is None or isinstance(value, int | str):
+        return value
+    shape = getattr(value, "shape", None)
+    if not isinstance(shape, tuple) or not hasattr(value, "tolist"):
+        return repr(value)
+    if math.prod(shape) <= 1000:
+        return as_json(value.tolist())
+    return f"{type(value).__name__} of shape {tuple(shape)}, dtype {getattr(value, 'dtype', '?')}"'''
 _TEXT = '''\
 def text(item):
     """An item in a text: a text as it is, anything else as JSON."""
@@ -51,7 +72,7 @@ def part(item, path):
     return item'''
 _END = """\
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(repeat()), indent=1, default=repr))
+    print(json.dumps(asyncio.run(repeat()), indent=1))
 """
 _WIDTH = 80
 _OWN_NAMES = "repeat = session = results = item = task = label = _ = None"
@@ -74,8 +95,9 @@ def write_script(id: str, tasks: Sequence[Task], backends: Sequence[Backend], pl
     """A script that runs these tasks on backends that are made as planned, and prints what came of each as JSON.
 
     It submits them in the same order, and waits where the session had waited: a task may build on files of those
-    that had ended when it was submitted. What was canceled on request is left out, with what was canceled for that;
-    so is what another task of the same name replaced, and what cannot be written as code.
+    that had ended when it was submitted. What was canceled is left out, on request or for a source that did not end
+    DONE; so is what cannot be written as code, and what another task of the same name replaced, unless a task that
+    is in the script uses it.
     """
     return _Writer(id, tasks, backends, plans).write()
 
@@ -94,14 +116,16 @@ def plain_url(url: str) -> str:
 class _Writer:
     def __init__(self, id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan]) -> None:
         self._id, self._backends, self._plans = id, backends, plans
-        current = [task for task in tasks if task.replaced_by is None]
-        repeatable = _repeatable(current)
-        self._replaced, self._left_out = len(tasks) - len(current), len(current) - len(repeatable)
+        repeatable = _repeatable(tasks)
+        kept = {task.uid for task in repeatable}
+        self._replaced = sum(task.replaced_by is not None for task in tasks if task.uid not in kept)
+        self._left_out = len(tasks) - len(repeatable) - self._replaced
         self._unwritable = _unwritable(repeatable)
         self._tasks = [task for task in repeatable if task.uid not in self._unwritable]
         self._works = {task.uid: work_of(task) for task in self._tasks}
         self._classes = sorted({BACKENDS[plan.name] for plan in plans})
-        self._sources = Sources(f"{self._beginning({*_IMPORTS, *_API, 'text', 'part', 'report'})}\n{_OWN_NAMES}\n")
+        every_name = {*_IMPORTS, *_API, "text", "part", "report", "as_json"}
+        self._sources = Sources(f"{self._beginning(every_name)}\n{_OWN_NAMES}\n")
         functions = {source: self._sources.write(source, tried=tried) for source, tried in self._every_source().items()}
         self._variables = self._name_tasks()
         self._code = TaskCode(self._variables, functions)
@@ -117,11 +141,15 @@ class _Writer:
         return tried
 
     def _name_tasks(self) -> dict[str, str]:
-        """A variable for each task, by its uid."""
+        """A variable for each task, by its uid; one that was replaced has a number behind its name."""
         taken = self._sources.names
         variables: dict[str, str] = {}
-        for task in self._tasks:
+        earlier: Counter[str] = Counter()
+        for task in sorted(self._tasks, key=lambda task: task.replaced_by is not None):
             name = "".join(letter if letter.isalnum() else "_" for letter in task.name or task.uid)
+            if task.replaced_by is not None:
+                earlier[name] += 1
+                name = f"{name}_{earlier[name]}"
             while name in taken or keyword.iskeyword(name):
                 name += "_"
             variables[task.uid] = name
@@ -130,7 +158,12 @@ class _Writer:
 
     def write(self) -> Script:
         body = "\n".join(self._body())
-        used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} | {"asyncio", "json"}
+        used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)} | {
+            "asyncio",
+            "json",
+            "math",
+            "as_json",
+        }
         parts = [self._beginning(used), *self._sources.definitions, body, _END]
         text = f"{self._head()}\n\n" + "\n\n\n".join(parts)
         return Script(text, len(self._tasks), self._left_out, self._replaced, len(self._unwritable), self._secrets)
@@ -158,7 +191,7 @@ class _Writer:
         if again := [one for one in leaves(self._tasks) if one.cause is Cause.CANCELED]:
             yield f"{_count(again)} of a for_each had been canceled on request: here they run"
         if self._left_out:
-            yield f"Left out: {self._left_out} that had been canceled on request, or for the lack of such"
+            yield f"Left out: {self._left_out} that had been canceled, on request or because a task before them failed"
         if self._replaced:
             yield f"Left out: {self._replaced} that others of the same name replaced"
         if self._unwritable:
@@ -168,11 +201,11 @@ class _Writer:
 
     def _beginning(self, used: set[str]) -> str:
         """Imports, and the functions of the script's own, as far as they are used."""
-        helpers = {"report": _REPORT, "text": _TEXT, "part": _PART}
+        helpers = {"report": _REPORT, "text": _TEXT, "part": _PART, "as_json": _AS_JSON}
         chosen = [code for name, code in helpers.items() if name in used]
         needs = {"text": {"Part", "msgspec"}, "part": {"Part"}}
         used = used.union({"Session"}, *(names for helper, names in needs.items() if helper in used))
-        standard = [f"import {name}" for name in _IMPORTS[:3] if name in used]
+        standard = [f"import {name}" for name in _IMPORTS[:-1] if name in used]
         others = ["", "import msgspec"] if "msgspec" in used else []
         api = f"from rhapsody_mcp.api import {', '.join(name for name in _API if name in used)}"
         backends = f"from rhapsody_mcp.backends import {', '.join(self._classes)}"
@@ -208,10 +241,11 @@ class _Writer:
         return "\n".join(["[", *lines, "        ]"])
 
     def _labels(self) -> Iterator[tuple[str, str]]:
-        """A task's name where it alone has it, else its id; and its variable."""
-        counts = Counter(task.name for task in self._tasks)
+        """A task's name where it alone has it, else its id; and its variable. What was replaced lost its name."""
+        counts = Counter(task.name for task in self._tasks if task.replaced_by is None)
         for task in self._tasks:
-            yield task.name if task.name and counts[task.name] == 1 else task.uid, self._variables[task.uid]
+            named = task.name and counts[task.name] == 1 and task.replaced_by is None
+            yield str(task.name if named else task.uid), self._variables[task.uid]
 
     def _default_backend(self, task: Task) -> str | None:
         kind = kind_of(task)
@@ -235,15 +269,26 @@ def _wherever_it_runs(file: str) -> str:
 
 
 def _repeatable(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks without those that were canceled on request, and those that could not run for the lack of these."""
+    """The tasks without those that were canceled, and without replaced ones that none of the others uses."""
     lost: set[str] = set()
-    for task in _by_need(tasks):
-        lacking = any(source.uid in lost for source in task.sources()) and task.cause is Cause.UPSTREAM
+    ordered = list(_by_need(tasks))
+    for task in ordered:
         without_items = isinstance(task, ForEach) and task.source is not None and task.source.task.uid in lost
-        with_results = isinstance(task, ForEach) and any(child.state is TaskState.DONE for child in task.children)
-        if (task.cause is Cause.CANCELED and not with_results) or lacking or without_items:
+        if without_items or _was_canceled(task):
             lost.add(task.uid)
+    used: set[str] = set()
+    for task in reversed(ordered):
+        if task.replaced_by is not None and task.uid not in used:
+            lost.add(task.uid)
+        if task.uid not in lost:
+            used.update(whole(source).uid for source in task.sources())
     return [task for task in tasks if task.uid not in lost]
+
+
+def _was_canceled(task: Task) -> bool:
+    """Whether nothing came of it: some tasks of a for_each may have ended before the others were canceled."""
+    with_results = isinstance(task, ForEach) and any(child.state is TaskState.DONE for child in task.children)
+    return task.cause in (Cause.CANCELED, Cause.UPSTREAM) and not with_results
 
 
 def _unwritable(tasks: Sequence[Task]) -> dict[str, str]:
@@ -252,7 +297,7 @@ def _unwritable(tasks: Sequence[Task]) -> dict[str, str]:
     told: dict[str, str] = {}
     for task in _by_need(tasks):
         name = task.name or task.uid
-        if lacking := [source.name or source.uid for source in task.sources() if source.uid in told]:
+        if lacking := [source.name or source.uid for source in map(whole, task.sources()) if source.uid in told]:
             told[task.uid] = _one_line(f"{name} is left out: it needs {lacking[0]}")
             continue
         try:
@@ -284,7 +329,7 @@ def _submissions(tasks: Sequence[Task]) -> Iterator[tuple[list[Task], list[Task]
 def _by_need(tasks: Sequence[Task]) -> Iterator[Task]:
     """The tasks, each after those of them that it waits for, else in their order."""
     index = {task.uid: number for number, task in enumerate(tasks)}
-    missing = [{index[source.uid] for source in task.sources() if source.uid in index} for task in tasks]
+    missing = [{index[source.uid] for source in map(whole, task.sources()) if source.uid in index} for task in tasks]
     needed_by: dict[int, list[int]] = {}
     for number, sources in enumerate(missing):
         for source in sources:

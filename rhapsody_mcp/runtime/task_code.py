@@ -14,7 +14,7 @@ from rhapsody_mcp.runtime.code import Code, write_call, write_value
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task
 
-__all__ = ["TaskCode", "looks_secret", "work_of"]
+__all__ = ["TaskCode", "looks_secret", "whole", "work_of"]
 
 _TEXTS = {"prompt", "system_prompt", "arguments", "task_backend_specific_kwargs"}
 _SECRET_WORDS = {"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PASS", "PAT", "CREDENTIAL", "AUTH"}
@@ -44,6 +44,11 @@ def work_of(task: Task) -> Task:
     return task.make(_ITEM, 0) if isinstance(task, ForEach) else task
 
 
+def whole(task: Task) -> Task:
+    """The task that a script makes: of one of a for_each, the for_each."""
+    return task.parent or task
+
+
 class TaskCode:
     """Knows the variable of each task, by uid, and the expression for each source.
 
@@ -66,7 +71,8 @@ class TaskCode:
         return write_call("ForEach", [self._value(task.items), make, *self._uses(task), *common], 2)
 
     def listed(self, tasks: Iterable[Task]) -> str:
-        return f"[{', '.join(self._variables[task.uid] for task in tasks if task.uid in self._variables)}]"
+        named = (self._variables.get(whole(task).uid) for task in tasks)
+        return f"[{', '.join(dict.fromkeys(name for name in named if name))}]"
 
     def look_up(self, variable: str) -> Code:
         self.looked_up.append(variable)
@@ -116,15 +122,22 @@ class TaskCode:
 
         def special(item: object) -> str | None:
             if isinstance(item, Task):
-                return self._variables.get(item.uid, nothing)
+                return self._result(item, "") or nothing
             if isinstance(item, Part) and item.task == _ITEM.task:
                 return f"text({_part_code(item.path)})" if in_text else _part_code(item.path)
             if isinstance(item, Part):
-                source = self._variables.get(item.task.uid)
-                return f"Part({source}, {item.path!r})" if source else nothing
+                return self._result(item.task, item.path) or nothing
             return _with_item(item) if isinstance(item, str) and _MARK in item else None
 
         return write_value(value, special)
+
+    def _result(self, task: Task, path: str) -> str | None:
+        """What stands for a part of its result; None where it has no variable."""
+        if task.parent is not None:
+            number = [child.uid for child in task.parent.children].index(task.uid)
+            path = f"/{number}{path}"
+        variable = self._variables.get(whole(task).uid)
+        return f"Part({variable}, {path!r})" if variable and path else variable
 
     def _without_secrets(self, value: Any) -> Any:
         """With a look-up in the place of each environment variable whose name looks secret."""

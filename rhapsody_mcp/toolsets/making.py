@@ -68,7 +68,9 @@ class _Batch:
     def _take_name(self, name: str | None, index: int) -> None:
         if name is None:
             return
-        if name in self._index or self.session.has_name(name):
+        if (other := self._index.get(name)) is not None:
+            raise InvalidTask(f"this is the name of tasks[{other}] of this call; give each its own.")
+        if self.session.has_name(name):
             raise InvalidTask("this name is taken by another task of the session; give this one another name.")
         self._index[name] = index
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from mcp.types import CallToolResult
@@ -11,6 +12,7 @@ from pydantic import Field
 
 from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
+from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.open_sessions import OpenSession, Submission
 from rhapsody_mcp.runtime.planning import Step, misfits, steps_of
 from rhapsody_mcp.runtime.session import kind_of
@@ -24,6 +26,7 @@ __all__ = ["Submitted", "plan", "submit", "submitted_before"]
 
 _NAMES_SHOWN = 20
 _STEPS_SHOWN = 30
+_SUSPECTS_SHOWN = 3
 
 
 class Submitted(Reply):
@@ -48,12 +51,15 @@ async def submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str 
     if (before := submitted_before(opened, asked, key)) is not None:
         return before
     made = make_tasks(requests, opened)
+    replaced = [earlier for request in requests if request.name and (earlier := opened.named(request.name))]
     try:
         await opened.submit(made, None if key is None else Submission(key, asked, tuple(made)))
     except InvalidTask as error:
         raise _by_place(error, requests, made) from error
-    data = Submitted(**_told(opened, made))
-    return reply(f"{_first_line(data, 'Submitted')}\n{_next(data)}", data)
+    suspects = _suspects(requests, opened, made)[:_SUSPECTS_SHOWN]
+    data = Submitted(**_told(opened, made), problems=suspects or None)
+    notes = [*(f"Note: {suspect}." for suspect in suspects), _left_canceled(opened, replaced)]
+    return reply("\n".join([_first_line(data, "Submitted"), *filter(None, notes), _next(data)]), data)
 
 
 def submitted_before(opened: OpenSession, asked: tuple[TaskRequest, ...], key: str | None) -> CallToolResult | None:
@@ -82,7 +88,7 @@ def plan(opened: OpenSession, requests: Sequence[TaskRequest], machine: Machine)
         raise _by_place(error, requests, made) from error
     steps = steps_of(made)
     problems = [f"{name_of(task)}: {wrong}" for task in made for wrong in misfits(task, machine)]
-    problems += [wrong for index, request in enumerate(requests) for wrong in _suspects(index, request, made)]
+    problems += _suspects(requests, opened, made)
     data = Submitted(
         **_told(opened, made) | {"submitted": 0, "counts": {}},
         graph=[_row(step) for step in steps[:_STEPS_SHOWN]],
@@ -105,14 +111,37 @@ def _told(opened: OpenSession, made: Sequence[Task]) -> dict[str, Any]:
     }
 
 
-def _suspects(index: int, request: TaskRequest, made: Sequence[Task]) -> Iterator[str]:
-    """Texts that seem to refer to a task, and would be passed on as they are."""
-    texts = " ".join(_texts_in([request.args, request.kwargs, request.arguments, request.prompt]))
-    for name in (task.name for task in made if task.name):
-        written = next((form for form in (f"{{{name}}}", f"${name}", f'"ref": "{name}"') if form in texts), None)
-        if written is not None:
-            ref = f'{{"ref": "{name}"}}'
-            yield f"{label_of(index, request)}: the text {written} stays as it is; {name}'s result is the value {ref}"
+def _suspects(requests: Sequence[TaskRequest], opened: OpenSession, made: Sequence[Task]) -> list[str]:
+    """Texts that seem to refer to a task, and are passed on as they are."""
+    known = {task.name for task in (*made, *opened.session.tasks) if task.name}
+    told = []
+    for index, request in enumerate(requests):
+        texts = " ".join(_texts_in([request.args, request.kwargs, request.arguments, request.prompt]))
+        found = next((match for match in _REFERENCE_IN_TEXT.finditer(texts) if set(match.groups()) & known), None)
+        if found is not None:
+            name = next(name for name in found.groups() if name)
+            told.append(
+                f"{label_of(index, request)}: the text {found.group()} stays as it is; {name}'s result is the value "
+                f'{{"ref": "{name}"}}'
+            )
+    return told
+
+
+_REFERENCE_IN_TEXT = re.compile(r'\{([A-Za-z][\w.-]{0,63})\}|\$([A-Za-z][\w-]{0,63})|"ref": ?"([^"]{1,64})"')
+
+
+def _left_canceled(opened: OpenSession, replaced: Collection[Task]) -> str:
+    """The tasks that were canceled because of these, which have been replaced now."""
+    sources = {task.uid for task in replaced}
+    left = [
+        name_of(task)
+        for task in opened.session.tasks
+        if task.cause is Cause.UPSTREAM and not task.replaced_by and sources & {source.uid for source in task.sources()}
+    ]
+    if not left:
+        return ""
+    names = ", ".join(left[:_NAMES_SHOWN]) + (", ..." if len(left) > _NAMES_SHOWN else "")
+    return f"{names} had been canceled because of what this replaces, and do not run by themselves: submit them again."
 
 
 def _texts_in(value: Any) -> Iterator[str]:

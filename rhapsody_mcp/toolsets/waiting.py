@@ -72,8 +72,15 @@ class Chosen:
     """
 
     def __init__(
-        self, opened: OpenSession, tasks: list[Task], state: State | None, since: int | None, key: str
+        self,
+        opened: OpenSession,
+        tasks: list[Task],
+        state: State | None,
+        since: int | None,
+        key: str,
+        names: Sequence[str] | None,
     ) -> None:
+        self.names = names
         self.opened, self.tasks, self.state, self.since, self._key = opened, tasks, state, since or 0, key
         self.awaited = self.until = tasks
         if state is not None:
@@ -110,7 +117,7 @@ def choose(opened: OpenSession, names: Sequence[str] | None, state: State | None
     current = (task for task in opened.session.tasks if task.replaced_by is None)
     tasks = list(current) if names is None else opened.tasks(names)
     key = f"{zlib.crc32(repr((names and sorted(names), state)).encode()) & 0xFFFF:04x}"
-    return Chosen(opened, tasks, state, _since(opened, cursor, key), key)
+    return Chosen(opened, tasks, state, _since(opened, cursor, key), key, names)
 
 
 def _with_gathering(tasks: Sequence[Task]) -> Iterator[Task]:
@@ -354,7 +361,7 @@ def _text(data: Waited, rows: list[str], chosen: Chosen) -> str:
     if data.failures_not_shown:
         lines.append(f'... and {data.failures_not_shown} more: list_tasks(state="FAILED")')
     lines += [f"Note: {one_line(note).rstrip('.')}." for note in data.notes or []]
-    return "\n".join([*lines, *_next_steps(data, session)])
+    return "\n".join([*lines, *_next_steps(data, chosen)])
 
 
 def _standing(tasks: Sequence[Task]) -> str:
@@ -375,10 +382,17 @@ def _first_line(data: Waited) -> str:
     return f'All have ended: {counts_text(data.counts)}; {waited}; cursor "{data.cursor}".'
 
 
-def _next_steps(data: Waited, session: str) -> list[str]:
-    steps = []
+def _listed(names: Sequence[str]) -> str:
+    quoted_names = [f'"{name}"' for name in names[:_NAMES]]
+    return f"[{', '.join(quoted_names + ['...'] * (len(names) > _NAMES))}]"
+
+
+def _next_steps(data: Waited, chosen: Chosen) -> list[str]:
+    steps, session = [], chosen.opened.id
     if not data.ended:
-        again = f'wait_tasks(session="{session}", cursor="{data.cursor}")'
+        same = "" if chosen.names is None else f", tasks={_listed(chosen.names)}"
+        same += "" if chosen.state is None else f', state="{chosen.state}"'
+        again = f'wait_tasks(session="{session}"{same}, cursor="{data.cursor}")'
         steps.append(f"{again} again, which shows what ends from now on; nothing is lost meanwhile")
     if telling := [group.tasks[0] for group in data.failures if group.cause in _TOLD_IN_FULL]:
         steps.append(f'get_result(session="{session}", task="{telling[0]}") for its traceback and output')

@@ -140,7 +140,7 @@ async def test_sources_that_mean_something_else_as_functions_stay_texts(agent: A
     assert "report_ = ComputeTask(Source(SOURCE_3), args=[1], name='report')" in script
 
 
-async def test_failed_tasks_are_in_it_and_canceled_ones_are_not(agent: Agent, tmp_path: Path) -> None:
+async def test_failed_tasks_are_in_it_and_what_was_canceled_for_them_is_not(agent: Agent, tmp_path: Path) -> None:
     fail = "def fail():\n    raise ValueError('seven')"
     await submit(
         agent, {"name": "fail", "source": fail}, {"name": "after-fail", "source": DOUBLE, "args": [{"ref": "fail"}]}
@@ -155,12 +155,10 @@ async def test_failed_tasks_are_in_it_and_canceled_ones_are_not(agent: Agent, tm
     )
     await agent.call("cancel_tasks", session="session-1", tasks=["endless"], force=True)
     script, record = await export(agent, tmp_path)
-    assert (
-        "fail_ = ComputeTask(fail, name='fail')" in script and "after_fail = ComputeTask(double, args=[fail_]" in script
-    )
-    assert "/bin/sleep" not in script and "needs_it" not in script and record["tasks_left_out"] == 2
+    assert "fail_ = ComputeTask(fail, name='fail')" in script and "after_fail" not in script
+    assert "/bin/sleep" not in script and "needs_it" not in script and record["tasks_left_out"] == 3
     assert "ComputeTask(double, args=[None], name='runs-anyhow', on_upstream_failure='run')" in script
-    assert "Left out: 2 that had been canceled" in script
+    assert "Left out: 3 that had been canceled, on request or because a task before them failed" in script
     ends = {task["name"]: (task["state"], task.get("cause")) for task in record["tasks"]}
     assert ends["fail"] == ("FAILED", "error") and ends["endless"] == ("CANCELED", "canceled")
 
@@ -325,3 +323,32 @@ async def test_a_replaced_task_is_not_repeated_and_the_reply_says_how_to_run(age
     assert [task.get("replaced_by") for task in record["tasks"]] == ["task.000002", None]
     assert f"Run it with: {sys.executable} {tmp_path}" in agent.texts[-1]
     assert "not in it: 1 that others replaced" in agent.texts[-1]
+
+
+async def test_a_replaced_task_is_in_it_where_a_task_that_ran_uses_it(agent: Agent, tmp_path: Path) -> None:
+    source = "def run(number):\n    if number == 2:\n        raise ValueError(number)\n    return number"
+    sweep = {"name": "sweep", "for_each": [1, 2, 3], "source": source, "args": [{"item": True}]}
+    function = "def kept(values):\n    return values"
+    await submit(
+        agent,
+        {"name": "unused", "source": source, "args": [2]},
+        sweep,
+        {"name": "best", "source": function, "args": [{"ref": "sweep"}], "on_upstream_failure": "run"},
+        {"name": "nb", "source": function, "args": [{"ref": "sweep"}]},
+        {"name": "after-nb", "source": function, "args": [{"ref": "nb"}]},
+    )
+    await submit(agent, sweep | {"for_each": [1, 3]}, {"name": "unused", "source": source, "args": [1]})
+    await submit(agent, {"name": "next", "source": function, "args": [{"ref": "sweep"}]})
+    script, record = await export(agent, tmp_path)
+    assert "sweep_1 = ForEach([1, 2, 3]," in script and "sweep = ForEach([1, 3]," in script
+    assert "best = ComputeTask(kept, args=[sweep_1]," in script and "next = ComputeTask(kept, args=[sweep]," in script
+    assert "'task.000002': sweep_1," in script and "'sweep': sweep," in script and "args=[None]" not in script
+    assert "name='nb'" not in script and "after-nb" not in script and record["tasks_left_out"] == 2
+    assert "not in it: 2 that were canceled, 1 that others replaced." in agent.texts[-1]
+
+
+async def test_a_reference_to_one_task_of_a_for_each_is_a_part_of_its_list(agent: Agent, tmp_path: Path) -> None:
+    await submit(agent, {"name": "each", "for_each": [1, 2], "source": DOUBLE, "args": [{"item": True}]})
+    await submit(agent, {"name": "one", "source": DOUBLE, "args": [{"ref": "each[1]"}], "after": ["each[0]"]})
+    script, _ = await export(agent, tmp_path)
+    assert "one = ComputeTask(double, args=[Part(each, '/1')], name='one', after=[each])" in script

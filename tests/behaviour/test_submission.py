@@ -149,7 +149,9 @@ async def test_a_literal_is_passed_as_it_is(agent: Agent) -> None:
             [{"prompt": "a", "backend": "scriptd"}], ["unknown backend 'scriptd' (did you mean"], id="backend"
         ),
         pytest.param(
-            [{"name": "a", "prompt": "x"}, {"name": "a", "prompt": "y"}], ["tasks[1] ('a')", "taken"], id="name"
+            [{"name": "a", "prompt": "x"}, {"name": "a", "prompt": "y"}],
+            ["tasks[1] ('a')", "this is the name of tasks[0]"],
+            id="name",
         ),
         pytest.param(
             [{"prompt": "x", "name": "1 2"}], ["tasks[0] ('1 2').name must be letters, digits"], id="odd name"

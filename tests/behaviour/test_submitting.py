@@ -134,6 +134,40 @@ async def test_a_dry_run_names_texts_that_seem_to_refer_to_a_task(text: str) -> 
         assert "Next: correct what does not fit, or the same call without dry_run." in agent.texts[-1]
 
 
+async def test_a_submission_notes_such_texts_too() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        await agent.call("submit_tasks", session=session, tasks=[HELLO])
+        await agent.call("submit_tasks", session=session, tasks=[{"prompt": "Summarise: {hello}"}])
+        assert "Note: tasks[0]: the text {hello} stays as it is" in agent.texts[-1]
+        reply = await agent.call("submit_tasks", session=session, tasks=[{"prompt": "A {word} in braces."}])
+        assert "Note" not in agent.texts[-1] and "problems" not in reply
+
+
+async def test_a_replacement_names_what_its_failure_had_canceled() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        bad = {"name": "bad", "function": "builtins:abs", "args": ["x"]}
+        needs = {"name": "needs", "function": "builtins:abs", "args": [{"ref": "bad"}]}
+        await agent.call("submit_tasks", session=session, tasks=[bad, needs])
+        await agent.call("wait_tasks", session=session)
+        await agent.call("submit_tasks", session=session, tasks=[bad | {"args": [-3]}])
+        assert "needs had been canceled because of what this replaces" in agent.texts[-1]
+        await agent.call("submit_tasks", session=session, tasks=[needs])
+        assert "canceled because" not in agent.texts[-1]
+        await agent.call("wait_tasks", session=session)
+        assert (await agent.call("get_result", session=session, task="needs"))["result"] == 3
+
+
+async def test_the_next_wait_is_for_the_same_tasks() -> None:
+    async with open_agent() as agent:
+        agent.backend.gate.clear()
+        session = await agent.session()
+        await agent.call("submit_tasks", session=session, tasks=[HELLO])
+        await agent.call("wait_tasks", session=session, tasks=["hello"], state="open", timeout_s=0)
+        assert f'Next: wait_tasks(session="{session}", tasks=["hello"], state="open", cursor=' in agent.texts[-1]
+
+
 async def test_several_wrong_tasks_are_named_in_one_refusal() -> None:
     async with open_agent() as agent:
         session = await agent.session()

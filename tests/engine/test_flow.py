@@ -14,7 +14,7 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.encoding import Module
 from rhapsody_mcp.runtime.session import Session
-from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task
+from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Part, Task
 
 pytestmark = pytest.mark.anyio
 
@@ -106,6 +106,14 @@ async def test_what_is_like_a_list_is_taken_for_one_and_what_is_not_fails_once(s
     assert [task.return_value for task in each[:2]] == [[1, 4, 9], [0, 4, 16]]
     assert (each[2].cause, each[2].children) == (Cause.INVALID, [])
     assert "for_each needs a list: TypeError: the result is of type dict" in str(each[2].exception)
+
+
+async def test_a_path_leads_into_what_is_like_a_list_and_to_keys_that_are_numbers(session: Session) -> None:
+    made, keyed, text = ComputeTask(steps), ComputeTask(dict, args=([(1, {"a"})],)), ComputeTask(str, args=("abc",))
+    used = [ComputeTask(repr, args=(Part(task, path),)) for task, path in ((made, "/2"), (keyed, "/1"), (text, "/0"))]
+    await run(session, made, keyed, text, *used)
+    assert [task.return_value for task in used[:2]] == ["4", "{'a'}"]
+    assert used[2].cause is Cause.INVALID
 
 
 async def test_a_result_can_be_all_arguments_by_name(session: Session) -> None:
