@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib import import_module
@@ -15,7 +16,9 @@ from mcp import Client
 from mcp.types import CallToolResult, TextContent
 
 from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec
+from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Ref, follow
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
@@ -94,6 +97,13 @@ async def open_agent(
         server = build_server(settings or Settings(), sessions, [tasks])
         async with Client(server, mode=cast(Any, era), **options) as client:
             yield Agent(client, scripted, sessions)
+
+
+def outcome_of(**fields: Any) -> ScriptedBackend:
+    """A backend whose every task ends like this."""
+    now = time.time()
+    ended = Outcome(**{"state": TaskState.DONE, "started": now, "ended": now, **fields})
+    return ScriptedBackend(lambda spec, values: ended)
 
 
 def text_of(result: CallToolResult) -> str:

@@ -18,7 +18,7 @@ import cloudpickle
 import msgspec
 
 from rhapsody_mcp.engine.output import write_file
-from rhapsody_mcp.engine.reading import plain_text
+from rhapsody_mcp.engine.reading import plain_text, type_name
 from rhapsody_mcp.engine.wire import Result
 from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.specs import Call
@@ -56,7 +56,7 @@ def _encoded(value: Any, folder: str) -> Result:
         return Result(encode(value, folder))
     except Exception as error:  # a pickler raises whatever a __reduce__ raises
         message = (
-            f"its return value of type {_type(value)} cannot be sent back: {_words(error)}. "
+            f"its return value of type {type_name(value)} cannot be sent back: {_words(error)}. "
             "Return plain data, or write a file and return its path."
         )
         return Result(None, Cause.ERROR, message, "")
@@ -144,11 +144,11 @@ def encode(value: Any, folder: str) -> Value:
     if data is None:
         form, data = "pickle", cloudpickle.dumps(value)
     if form == "json" and len(data) <= INLINE_BYTES:
-        return Value(form, _type(value), len(data), data, length=_length(value))
+        return Value(form, type_name(value), len(data), data, length=_length(value))
     inline = len(data) <= INLINE_BYTES
     return Value(
         form,
-        _type(value),
+        type_name(value),
         len(data),
         data if inline else None,
         None if inline else write_file(data, folder),
@@ -178,11 +178,6 @@ def _is_plain(value: Any) -> bool:
     if kind is dict:
         return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
     return False
-
-
-def _type(value: Any) -> str:
-    kind = type(value)
-    return kind.__name__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__name__}"
 
 
 def _length(value: Any) -> int | None:

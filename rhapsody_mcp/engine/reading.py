@@ -17,7 +17,7 @@ from rhapsody_mcp.engine.splitting import as_list
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.values import Value, keys_text, load, pointer_steps
 
-__all__ = ["View", "plain_text", "view"]
+__all__ = ["View", "plain_text", "type_name", "view"]
 
 _DEPTH, _ITEMS, _ELEMENTS, _CHARS = 8, 100, 1000, 1000
 """How much is shown of what lies inside: levels, items of one container, elements of an array, characters of a text."""
@@ -81,20 +81,20 @@ def _view(value: Any, start: int | None, limit: int | None, max_bytes: int) -> V
     total = _length(parts)
     if total is None:
         if start is not None or limit is not None:
-            raise InvalidRequest(f"this is one value of type {_type(value)}: leave start and limit out.")
-        return View(_type(value), _Plain(max_bytes, shows=max_bytes // 2).of(value))
+            raise InvalidRequest(f"this is one value of type {type_name(value)}: leave start and limit out.")
+        return View(type_name(value), _Plain(max_bytes, shows=max_bytes // 2).of(value))
     first = max(0, (start or 0) + (total if start and start < 0 else 0))
     if first and first >= total:
         raise InvalidRequest(f"start {start} is past the end: there are {total}, counted from 0.")
     last = total if limit is None else min(total, first + limit)
     if isinstance(parts, str):
-        return View(_type(value), _text(parts[first:last], max_bytes // 4), total, first)
+        return View(type_name(value), _text(parts[first:last], max_bytes // 4), total, first)
     plain = _Plain(max_bytes)
     if isinstance(parts, Mapping):
         entries = itertools.islice(parts.items(), first, last)
-        return View(_type(value), {_key(key): part for key, part in plain.fitting(entries)}, total, first)
+        return View(type_name(value), {_key(key): part for key, part in plain.fitting(entries)}, total, first)
     numbered = ((number, parts[number]) for number in range(first, last))
-    return View(_type(value), [part for _, part in plain.fitting(numbered)], total, first)
+    return View(type_name(value), [part for _, part in plain.fitting(numbered)], total, first)
 
 
 def _parts(value: Any) -> Any:
@@ -147,12 +147,12 @@ class _Plain:
         if (shape := _shape(value)) is not None:
             if shape == () or math.prod(shape) <= _ELEMENTS:
                 return self.of(value.tolist(), depth)
-            return self._cut(f"{_type(value)} of shape {shape}, dtype {getattr(value, 'dtype', '?')}")
+            return self._cut(f"{type_name(value)} of shape {shape}, dtype {getattr(value, 'dtype', '?')}")
         parts = _parts(value)
         if not isinstance(parts, _CONTAINERS):
             return self._repr(value)
         if depth >= _DEPTH or self.left < 0:
-            return self._cut(f"{_type(value)} of {len(parts)} items")
+            return self._cut(f"{type_name(value)} of {len(parts)} items")
         if isinstance(parts, Mapping):
             entries = {_key(key): self.of(part, depth + 1) for key, part in self._first(parts.items(), depth)}
             more = len(parts) - len(entries)
@@ -184,7 +184,7 @@ class _Plain:
         try:
             return _text(_REPR.repr(value), _CHARS)
         except Exception:  # a __repr__ may raise anything
-            return _type(value)
+            return type_name(value)
 
     def _cut(self, told: str) -> str:
         self.is_cut = True
@@ -217,6 +217,7 @@ def _text(text: str, max_chars: int) -> str:
     return text[:max_chars].encode("utf-8", "replace").decode()
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """With its module, but for what is built in or the user's own."""
     kind = type(value)
     return kind.__name__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__name__}"

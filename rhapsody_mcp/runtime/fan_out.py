@@ -14,7 +14,7 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, follow, load_json
-from rhapsody_mcp.runtime.tasks import ForEach, Part, Task
+from rhapsody_mcp.runtime.tasks import ForEach, Part, Task, name_of
 
 __all__ = ["join", "outcome_of", "read_items"]
 
@@ -23,11 +23,11 @@ async def read_items(source: Part) -> list[Any]:
     """The items of a list that is JSON. Raises InvalidTask where it is none."""
     value = source.task.outcome.value if source.task.outcome else None
     if value is None:
-        raise InvalidTask(f"for_each needs a list, and {source.task.name or source.task.uid} has no result.")
+        raise InvalidTask(f"for_each needs a list, and {name_of(source.task)} has no result.")
     items = await asyncio.to_thread(_read, value, source.path) if value.file else _read(value, source.path)
     if not isinstance(items, list):
         at = f" at {source.path}" if source.path else ""
-        name, kind = source.task.name or source.task.uid, type(items).__name__
+        name, kind = name_of(source.task), type(items).__name__
         raise InvalidTask(f"for_each needs a list, and the result of {name}{at} is of type {kind}.")
     return items
 

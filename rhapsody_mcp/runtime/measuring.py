@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.specs import Call, Command, TaskSpec
 from rhapsody_mcp.model.statistics import Row, Statistics, summarise
-from rhapsody_mcp.runtime.tasks import Task, leaves
+from rhapsody_mcp.runtime.tasks import Task, leaves, name_of
 
 __all__ = ["measure"]
 
@@ -28,7 +28,7 @@ def _row(task: Task, spec: TaskSpec | None) -> Row:
         kind=_kind(spec),
         state=task.state,
         timing=task.timing,
-        for_each=(task.parent.name or task.parent.uid) if task.parent else None,
+        for_each=name_of(task.parent) if task.parent else None,
         backend=task.backend or "",
         ranks=0 if spec is None or spec.layout.mode == "native" else max(1, spec.layout.ranks),
         usage=task.outcome.usage if task.outcome else None,

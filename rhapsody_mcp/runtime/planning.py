@@ -17,7 +17,7 @@ from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.specs import Layout
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.session import kind_of
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, name_of, tasks_text
 
 __all__ = ["Step", "misfits", "steps_of"]
 
@@ -42,16 +42,15 @@ def steps_of(tasks: Sequence[Task]) -> list[Step]:
 
 
 def _names(task: Task) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(source.name or source.uid for source in task.sources()))
+    return tuple(dict.fromkeys(name_of(source) for source in task.sources()))
 
 
 def _runs_as(task: Task) -> str:
     if isinstance(task, ForEach):
         if task.source is not None:
-            return f"a task for each item of {task.source.task.name or task.source.task.uid}"
-        one = len(task.children) == 1
-        each = f", {'' if one else 'each '}{_runs_as(task.children[0])}" if task.children else ""
-        return f"{len(task.children)} task{'' if one else 's'}{each}"
+            return f"a task for each item of {name_of(task.source.task)}"
+        each = f", {'each ' * (len(task.children) != 1)}{_runs_as(task.children[0])}" if task.children else ""
+        return f"{tasks_text(len(task.children))}{each}"
     if isinstance(task, AITask):
         return f"{len(task.prompt)} prompts" if task.many else "a prompt"
     assert isinstance(task, ComputeTask)

@@ -24,7 +24,7 @@ from rhapsody_mcp.runtime.opening import Plan
 from rhapsody_mcp.runtime.readable import Sources
 from rhapsody_mcp.runtime.session import kind_of
 from rhapsody_mcp.runtime.task_code import TaskCode, whole, work_of
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, leaves
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, leaves, name_of, tasks_text
 
 __all__ = ["Script", "draws_by_chance", "plain_url", "write_script"]
 
@@ -146,7 +146,7 @@ class _Writer:
         variables: dict[str, str] = {}
         earlier: Counter[str] = Counter()
         for task in sorted(self._tasks, key=lambda task: task.replaced_by is not None):
-            name = "".join(letter if letter.isalnum() else "_" for letter in task.name or task.uid)
+            name = "".join(letter if letter.isalnum() else "_" for letter in name_of(task))
             if task.replaced_by is not None:
                 earlier[name] += 1
                 name = f"{name}_{earlier[name]}"
@@ -175,7 +175,9 @@ class _Writer:
     # --- what comes first
 
     def _head(self) -> str:
-        first = f"Repeats session {self._id} of rhapsody-mcp {__version__}, {_count(self._tasks)}; prints JSON."
+        first = (
+            f"Repeats session {self._id} of rhapsody-mcp {__version__}, {tasks_text(len(self._tasks))}; prints JSON."
+        )
         return "\n".join([f'"""{first}', "", *(f"- {sentence}." for sentence in self._limits()), '"""'])
 
     def _limits(self) -> Iterator[str]:
@@ -185,11 +187,11 @@ class _Writer:
         if any(isinstance(work, AITask) for work in self._works.values()):
             yield "A model repeats its answers at temperature 0, with the same weights, versions and kind of device"
         if chance := [work for work in self._works.values() if draws_by_chance(work)]:
-            yield f"{_count(chance)} drew answers by chance and without a seed: those will differ"
+            yield f"{tasks_text(len(chance))} drew answers by chance and without a seed: those will differ"
         if still_open := [task for task in self._tasks if not task.state.final]:
-            yield f"{_count(still_open)} had not ended when this was written"
+            yield f"{tasks_text(len(still_open))} had not ended when this was written"
         if again := [one for one in leaves(self._tasks) if one.cause is Cause.CANCELED]:
-            yield f"{_count(again)} of a for_each had been canceled on request: here they run"
+            yield f"{tasks_text(len(again))} of a for_each had been canceled on request: here they run"
         if self._left_out:
             yield f"Left out: {self._left_out} that had been canceled, on request or because a task before them failed"
         if self._replaced:
@@ -296,8 +298,8 @@ def _unwritable(tasks: Sequence[Task]) -> dict[str, str]:
     code = TaskCode({task.uid: "task" for task in tasks}, defaultdict(lambda: "function"))
     told: dict[str, str] = {}
     for task in _by_need(tasks):
-        name = task.name or task.uid
-        if lacking := [source.name or source.uid for source in map(whole, task.sources()) if source.uid in told]:
+        name = name_of(task)
+        if lacking := [name_of(source) for source in map(whole, task.sources()) if source.uid in told]:
             told[task.uid] = _one_line(f"{name} is left out: it needs {lacking[0]}")
             continue
         try:
@@ -347,7 +349,3 @@ def _by_need(tasks: Sequence[Task]) -> Iterator[Task]:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _count(tasks: Sequence[Task]) -> str:
-    return "1 task" if len(tasks) == 1 else f"{len(tasks)} tasks"

@@ -32,7 +32,7 @@ from rhapsody_mcp.runtime.encoding import Encoder, Module
 from rhapsody_mcp.runtime.fan_out import join, outcome_of, read_items
 from rhapsody_mcp.runtime.graph import leads_to, refuse_cycles
 from rhapsody_mcp.runtime.measuring import measure
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, leaves, rank_of, reference
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, leaves, name_of, rank_of, reference
 
 __all__ = ["Session"]
 
@@ -181,7 +181,7 @@ class Session:
             spec = task.spec(encoder)
             lane.backend.check(spec)
         except InvalidTask as error:
-            raise InvalidTask(f"{task.name or task.uid}: {error}") from error
+            raise InvalidTask(f"{name_of(task)}: {error}") from error
         return task, lane, spec
 
     def _route(self, task: Task) -> _Lane:
@@ -189,14 +189,14 @@ class Session:
         able = [lane for lane in self._lanes.values() if kind in lane.backend.kinds]
         if task.backend is None:
             if not able:
-                raise InvalidTask(f"{task.name or task.uid} is a {kind}, and no backend of this session runs one.")
+                raise InvalidTask(f"{name_of(task)} is a {kind}, and no backend of this session runs one.")
             return able[0]
         lane = self._lanes.get(task.backend)
         if lane is None:
             raise UnknownName("backend", task.backend, self._lanes)
         if lane not in able:
             others = ", ".join(repr(other.backend.name) for other in able) or "none here"
-            named = task.name or task.uid
+            named = name_of(task)
             raise InvalidTask(f"{named} is a {kind}, which backend {task.backend!r} does not run; {others} does.")
         return lane
 
@@ -224,7 +224,7 @@ class Session:
         by_lane: dict[str, list[Order]] = {}
         for task in tasks:
             if failed := self._failed_source(task):
-                self._end(task, _canceled(Cause.UPSTREAM, f"{failed.name or failed.uid} did not end DONE"))
+                self._end(task, _canceled(Cause.UPSTREAM, f"{name_of(failed)} did not end DONE"))
                 continue
             task.state = TaskState.QUEUED
             self._tell(task)
@@ -267,7 +267,7 @@ class Session:
             for source in {source.uid: source for child in parent.children for source in child.sources()}.values():
                 if (source.uid not in self._tasks and not _is_hidden(source)) or leads_to(source, parent):
                     raise InvalidTask(
-                        f"its tasks need {source.name or source.uid}, which is not in this session or waits for it."
+                        f"its tasks need {name_of(source)}, which is not in this session or waits for it."
                     )
             accepted = self._checked_children(parent, Encoder(reference))
         except (RhapsodyError, OSError) as error:
@@ -431,7 +431,7 @@ class Session:
                 missing.discard(task.uid)
                 dependent = self._tasks[uid]
                 if outcome.state is not TaskState.DONE and dependent.on_upstream_failure == "cancel":
-                    message = f"{task.name or task.uid} did not end DONE: {outcome.error}"
+                    message = f"{name_of(task)} did not end DONE: {outcome.error}"
                     ended.append((dependent, _canceled(Cause.UPSTREAM, message)))
                 elif not missing and not dependent.state.final:
                     ready.append(dependent)

@@ -19,7 +19,18 @@ from rhapsody_mcp.model.values import Ref, Value
 from rhapsody_mcp.runtime.encoding import Encoder, Module, Source
 from rhapsody_mcp.runtime.layouts import read_layout, read_timeout
 
-__all__ = ["AITask", "ComputeTask", "ForEach", "OnUpstreamFailure", "Part", "Rank", "Task", "leaves"]
+__all__ = [
+    "AITask",
+    "ComputeTask",
+    "ForEach",
+    "OnUpstreamFailure",
+    "Part",
+    "Rank",
+    "Task",
+    "leaves",
+    "name_of",
+    "tasks_text",
+]
 
 OnUpstreamFailure = Literal["cancel", "run"]
 
@@ -421,7 +432,7 @@ class ForEach(Task):
             child = self.make(item, number)
         except InvalidTask as error:
             raise InvalidTask(f"item {number}: {error}") from error
-        child.uid, child.name = f"{self.uid}[{number}]", f"{self.name or self.uid}[{number}]"
+        child.uid, child.name = f"{self.uid}[{number}]", f"{name_of(self)}[{number}]"
         child.backend = child.backend or self.backend
         child.after, child.on_upstream_failure = self.after, self.on_upstream_failure
         child.retries, child.retry_delay_s = self.retries, self.retry_delay_s
@@ -433,6 +444,16 @@ class ForEach(Task):
 
     def spec(self, encoder: Encoder) -> TaskSpec:
         raise NotImplementedError("its children are what backends get")
+
+
+def name_of(task: Task) -> str:
+    """What a person calls it: its name, or its uid where it has none."""
+    return task.name or task.uid
+
+
+def tasks_text(count: int) -> str:
+    """As in `1 task` and `3 tasks`."""
+    return "1 task" if count == 1 else f"{count} tasks"
 
 
 def leaves(tasks: Iterable[Task]) -> list[Task]:

@@ -12,9 +12,8 @@ from pydantic import BaseModel, Field
 
 from rhapsody_mcp.model.errors import NeedsForce, NotConfirmed
 from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
-from rhapsody_mcp.runtime.tasks import Task
+from rhapsody_mcp.runtime.tasks import Task, name_of
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.replies import name_of
 
 __all__ = ["Answer", "Asking", "Confirm", "Desk", "Force", "Loss", "ask", "ask_about", "named_few", "refuse_unless"]
 

@@ -60,8 +60,10 @@ async def ask_to_exceed(
 ) -> Elicit[Confirm] | Confirm:
     desk = Desk.of(context)
     opened = desk.sessions.get(session)
+    if force or dry_run:
+        return Confirm()
     over = excess(load_of(opened.session.tasks).and_(asked_for(tasks)), desk.settings)
-    if force or dry_run or not over or submitted_before(opened, tuple(tasks), idempotency_key) is not None:
+    if not over or submitted_before(opened, tuple(tasks), idempotency_key) is not None:
         return Confirm()
     make_tasks(tasks, opened)  # what will be refused is not asked about
     return ask(f"This gives {session} {'; '.join(over)}.", context)

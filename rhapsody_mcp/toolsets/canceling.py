@@ -10,9 +10,9 @@ from mcp.types import CallToolResult
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.open_sessions import OpenSession
-from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 from rhapsody_mcp.toolsets.asking import Asking, Confirm, Desk, Loss, ask_about, named_few
-from rhapsody_mcp.toolsets.replies import Reply, name_of, reply
+from rhapsody_mcp.toolsets.replies import Reply, reply
 
 __all__ = ["CancelReport", "ask_to_cancel", "canceled_with", "chosen_tasks", "report_canceled"]
 

@@ -10,8 +10,8 @@ from pydantic import WithJsonSchema
 
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.tasks import ForEach, Task
-from rhapsody_mcp.toolsets.replies import Reply, name_of, one_line, shortened
+from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
+from rhapsody_mcp.toolsets.replies import Reply, one_line, shortened
 
 __all__ = ["FailureGroups", "Failures", "digest_failures", "digest_notes"]
 

@@ -9,7 +9,8 @@ from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.model.critical_path import CriticalPath, Step
 from rhapsody_mcp.model.statistics import Measures, Spread, Statistics, Times, Tokens
-from rhapsody_mcp.toolsets.replies import Reply, counts_text, duration, one_line, tasks_text
+from rhapsody_mcp.runtime.tasks import tasks_text
+from rhapsody_mcp.toolsets.replies import Reply, counts_text, duration, one_line
 from rhapsody_mcp.toolsets.schemas import UNTOLD
 
 __all__ = ["SessionStatistics", "figures_of", "figures_text"]

@@ -15,7 +15,7 @@ from rhapsody_mcp.runtime.functions import Functions
 from rhapsody_mcp.runtime.items import as_text, holds_item, with_item
 from rhapsody_mcp.runtime.open_sessions import OpenSession
 from rhapsody_mcp.runtime.references import resolve
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, name_of
 from rhapsody_mcp.toolsets.requests import EVERYWHERE, FIELDS, TaskRequest
 
 __all__ = ["ItemMaker", "kind_of_request", "label_of", "make_tasks"]
@@ -115,13 +115,13 @@ class _Batch:
         """What the task of this index can refer to."""
         here = [request.name for at, request in enumerate(self.requests) if request.name and at != index]
         lost = (TaskState.FAILED, TaskState.CANCELED)
-        return here + [task.name or task.uid for task in self.session.session.tasks if task.state not in lost]
+        return here + [name_of(task) for task in self.session.session.tasks if task.state not in lost]
 
 
 def _refuse_failed(task: Task) -> None:
     if task.state in (TaskState.FAILED, TaskState.CANCELED):
         raise InvalidTask(
-            f"it needs the result of {task.name or task.uid}, which ended {task.state}; submit that one again first."
+            f"it needs the result of {name_of(task)}, which ended {task.state}; submit that one again first."
         )
 
 

@@ -25,7 +25,6 @@ __all__ = [
     "counts_text",
     "duration",
     "fitted",
-    "name_of",
     "one_line",
     "quoted",
     "reply",
@@ -34,7 +33,6 @@ __all__ = [
     "shortened",
     "size_of",
     "task_row",
-    "tasks_text",
     "untrusted",
 ]
 
@@ -181,18 +179,9 @@ def _escape(character: str) -> str:
     return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character, f"\\u{ord(character):04x}")
 
 
-def tasks_text(count: int) -> str:
-    """As in `1 task` and `3 tasks`."""
-    return "1 task" if count == 1 else f"{count} tasks"
-
-
 def counts_text(counts: Mapping[str, int]) -> str:
     """As in `3 DONE, 1 FAILED`."""
     return ", ".join(f"{count} {state}" for state, count in counts.items()) or "no tasks"
-
-
-def name_of(task: Task) -> str:
-    return task.name or task.uid
 
 
 def untrusted(what: str, text: str, shown: str) -> list[str]:

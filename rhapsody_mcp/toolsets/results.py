@@ -14,7 +14,7 @@ from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Value, pointer_steps
 from rhapsody_mcp.runtime.session import Session
-from rhapsody_mcp.runtime.tasks import ForEach, Task
+from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
 from rhapsody_mcp.toolsets.digests import FailureGroups, digest_failures
 from rhapsody_mcp.toolsets.outputs import Excerpt, How, look, search_in_children
 from rhapsody_mcp.toolsets.pages import Page, cut, first_of, page_of_items, page_of_value
@@ -23,7 +23,6 @@ from rhapsody_mcp.toolsets.replies import (
     Reply,
     Row,
     fitted,
-    name_of,
     one_line,
     quoted,
     reply,

@@ -16,11 +16,11 @@ from rhapsody_mcp.runtime.export import export
 from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.opening import BackendName, Wanted
 from rhapsody_mcp.runtime.script import Script
-from rhapsody_mcp.runtime.tasks import Task, leaves
+from rhapsody_mcp.runtime.tasks import Task, leaves, tasks_text
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.asking import Answer, Asking, Confirm, Desk, Force, Loss, ask_about, named_few, refuse_unless
 from rhapsody_mcp.toolsets.deferring import defer
-from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply, tasks_text
+from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
 from rhapsody_mcp.toolsets.schemas import Name
 
 __all__ = ["SessionId", "Sessions", "session_row"]

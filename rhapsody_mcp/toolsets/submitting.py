@@ -16,9 +16,9 @@ from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.open_sessions import OpenSession, Submission
 from rhapsody_mcp.runtime.planning import Step, misfits, steps_of
 from rhapsody_mcp.runtime.session import kind_of
-from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.making import ItemMaker, kind_of_request, label_of, make_tasks
-from rhapsody_mcp.toolsets.replies import Reply, counts_text, name_of, reply, tasks_text
+from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
 from rhapsody_mcp.toolsets.requests import TaskRequest
 from rhapsody_mcp.toolsets.schemas import UNTOLD
 
@@ -58,8 +58,10 @@ async def submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str 
         raise _by_place(error, requests, made) from error
     suspects = _suspects(requests, opened, made)[:_SUSPECTS_SHOWN]
     data = Submitted(**_told(opened, made), problems=suspects or None)
-    notes = [*(f"Note: {suspect}." for suspect in suspects), _left_canceled(opened, replaced)]
-    return reply("\n".join([_first_line(data, "Submitted"), *filter(None, notes), _next(data)]), data)
+    notes = [f"Note: {suspect}." for suspect in suspects]
+    if replaced and (left := _left_canceled(opened, replaced)):
+        notes.append(left)
+    return reply("\n".join([_first_line(data, "Submitted"), *notes, _next(data)]), data)
 
 
 def submitted_before(opened: OpenSession, asked: tuple[TaskRequest, ...], key: str | None) -> CallToolResult | None:
@@ -113,15 +115,16 @@ def _told(opened: OpenSession, made: Sequence[Task]) -> dict[str, Any]:
 
 def _suspects(requests: Sequence[TaskRequest], opened: OpenSession, made: Sequence[Task]) -> list[str]:
     """Texts that seem to refer to a task, and are passed on as they are."""
-    known = {task.name for task in (*made, *opened.session.tasks) if task.name}
+    named = {task.name for task in made}
     told = []
     for index, request in enumerate(requests):
         texts = " ".join(_texts_in([request.args, request.kwargs, request.arguments, request.prompt]))
-        found = next((match for match in _REFERENCE_IN_TEXT.finditer(texts) if set(match.groups()) & known), None)
+        written = ((match.group(), next(filter(None, match.groups()))) for match in _REFERENCE_IN_TEXT.finditer(texts))
+        found = next(((text, name) for text, name in written if name in named or opened.named(name)), None)
         if found is not None:
-            name = next(name for name in found.groups() if name)
+            text, name = found
             told.append(
-                f"{label_of(index, request)}: the text {found.group()} stays as it is; {name}'s result is the value "
+                f"{label_of(index, request)}: the text {text} stays as it is; {name}'s result is the value "
                 f'{{"ref": "{name}"}}'
             )
     return told

@@ -13,7 +13,7 @@ from pydantic import Field
 from rhapsody_mcp.machine import look
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.asking import Answer, Force, refuse_unless
 from rhapsody_mcp.toolsets.budget import ask_to_exceed
@@ -181,7 +181,7 @@ class Tasks:
 
 def _tasks_of(task: Task) -> Sequence[Task]:
     if not isinstance(task, ForEach):
-        raise InvalidRequest(f"{task.name or task.uid} is no for_each: it has no tasks of its own. Leave for_each out.")
+        raise InvalidRequest(f"{name_of(task)} is no for_each: it has no tasks of its own. Leave for_each out.")
     return task.children
 
 

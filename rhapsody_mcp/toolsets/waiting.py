@@ -18,7 +18,7 @@ from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.open_sessions import OpenSession
-from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 from rhapsody_mcp.toolsets.digests import FailureGroups, digest_failures, digest_notes
 from rhapsody_mcp.toolsets.previews import preview_task, printed_only
 from rhapsody_mcp.toolsets.replies import (
@@ -28,7 +28,6 @@ from rhapsody_mcp.toolsets.replies import (
     counts_text,
     duration,
     fitted,
-    name_of,
     one_line,
     reply,
     row_fields,

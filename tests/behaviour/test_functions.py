@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -16,18 +15,11 @@ from rhapsody_mcp.runtime.encoding import Source
 from rhapsody_mcp.runtime.functions import Functions
 from rhapsody_mcp.runtime.session import Session
 from rhapsody_mcp.testing import ScriptedBackend
-from tests.agents import ERAS, Agent, open_agent, perform
+from tests.agents import Agent, open_agent, perform
 
 pytestmark = pytest.mark.anyio
 
 SCALE = 'def scale(number, by=2):\n    """Multiplies.\n\n    More of it.\n    """\n    return number * by'
-
-
-@pytest.fixture(params=ERAS)
-async def agent(request: pytest.FixtureRequest) -> AsyncIterator[Agent]:
-    async with open_agent(request.param) as opened:
-        await opened.session()
-        yield opened
 
 
 async def register(agent: Agent, source: str, **fields: str) -> dict[str, object]:

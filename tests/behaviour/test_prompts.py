@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,13 @@ from pydantic import ValidationError
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.text import Argument, PromptText, read_prompts
-from tests.agents import ERAS, Agent, open_agent
+from tests.agents import Agent, open_agent
 
 pytestmark = pytest.mark.anyio
 
 SESSION = {"session": "session-1"}
 TASK = ResourceTemplateReference(type="ref/resource", uri="rhapsody://sessions/{session}/tasks/{task}")
 WHY = PromptReference(type="ref/prompt", name="why_tasks_failed")
-
-
-@pytest.fixture(params=ERAS)
-async def agent(request: pytest.FixtureRequest) -> AsyncIterator[Agent]:
-    async with open_agent(request.param) as opened:
-        await opened.session()
-        yield opened
 
 
 async def submit(agent: Agent, *tasks: dict[str, Any]) -> None:

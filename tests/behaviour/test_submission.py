@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from rhapsody_mcp.testing import ScriptedBackend
-from tests.agents import ERAS, Agent, open_agent
+from tests.agents import Agent, open_agent
 
 pytestmark = pytest.mark.anyio
 
 DOUBLE = "def double(number):\n    return 2 * number"
-
-
-@pytest.fixture(params=ERAS)
-async def agent(request: pytest.FixtureRequest) -> AsyncIterator[Agent]:
-    async with open_agent(request.param) as opened:
-        await opened.session()
-        yield opened
 
 
 async def results(agent: Agent) -> dict[str, Any]:

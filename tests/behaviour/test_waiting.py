@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -22,25 +20,11 @@ from rhapsody_mcp.model.values import Reader, Stream, Value
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
 from rhapsody_mcp.toolsets.replies import REPLY_BYTES, size_of
-from tests.agents import ERAS, Agent, open_agent, perform
+from tests.agents import Agent, open_agent, outcome_of, perform
 
 pytestmark = pytest.mark.anyio
 
 SESSION = {"session": "session-1"}
-
-
-@pytest.fixture(params=ERAS)
-async def agent(request: pytest.FixtureRequest) -> AsyncIterator[Agent]:
-    async with open_agent(request.param) as opened:
-        await opened.session()
-        yield opened
-
-
-def outcome_of(**fields: Any) -> ScriptedBackend:
-    """A backend whose every task ends like this."""
-    now = time.time()
-    ended = Outcome(**{"state": TaskState.DONE, "started": now, "ended": now, **fields})
-    return ScriptedBackend(lambda spec, values: ended)
 
 
 class Held(ScriptedBackend):
