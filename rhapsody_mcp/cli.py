@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import anyio
+from typing import TYPE_CHECKING, Any
 
 import rhapsody_mcp
-from rhapsody_mcp.model.errors import RhapsodyError
+from rhapsody_mcp.model.errors import RhapsodyError, root_of
 
 if TYPE_CHECKING:
+    from rhapsody_mcp.serving.joining import Caller
+    from rhapsody_mcp.serving.tokens import TokenFile
     from rhapsody_mcp.settings import Settings
 
 __all__ = ["main"]
@@ -27,13 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    code = 1
     try:
         return int(options.run(options))
-    except RhapsodyError as error:
-        print(f"rhapsody-mcp: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    except* RhapsodyError as group:
+        print(f"rhapsody-mcp: {root_of(group)}", file=sys.stderr)
+    except* KeyboardInterrupt:
+        code = 130
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,10 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     stdio = commands.add_parser("stdio", help="serve one MCP client on stdin and stdout")
-    stdio.add_argument(
-        "--in-process", action="store_true", help="end everything with the client (in this version, always so)"
-    )
     _add_settings(stdio)
+    _add_service(stdio)
     stdio.set_defaults(run=_stdio)
 
     http = commands.add_parser("http", help="serve many MCP clients over HTTP; they share their sessions")
@@ -58,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         dest="http_token_file",
-        help="demand the bearer token in it, made if not there (always demanded where other machines can connect)",
+        help="demand the bearer token of yours in it (without it: one of those that `token create` made)",
     )
     http.add_argument(
         "--allowed-host",
@@ -68,7 +67,25 @@ def _parser() -> argparse.ArgumentParser:
         help="one more name by which clients may call this host; again for each",
     )
     _add_settings(http)
+    _add_service(http)
     http.set_defaults(run=_http)
+
+    service = commands.add_parser("service", help="start, stop or look at what holds your sessions when chats end")
+    orders = service.add_subparsers(required=True, metavar="start|stop|status")
+    start = orders.add_parser("start", help="start it, if it does not run; clients do so by themselves")
+    stop = orders.add_parser("stop", help="end it; sessions and results are kept for its next start")
+    stop.add_argument("--force", action="store_true", help="also while tasks have not ended")
+    status = orders.add_parser("status", help="say whether it runs and what it holds")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    run = orders.add_parser("run")
+    run.add_argument("--detached", action="store_true", help=argparse.SUPPRESS)
+    for order, act in ((start, _service_start), (stop, _service_stop), (status, _service_status), (run, _service_run)):
+        _add_folder(order)
+        if order in (start, run):
+            _add_config(order)
+        order.set_defaults(run=act)
+
+    _add_token(commands)
 
     demo = commands.add_parser("demo", help="a language model writes samples, a classifier is trained on them")
     demo.add_argument("--model", default="shipped", help="a folder or a hub name (default: the shipped model)")
@@ -87,13 +104,48 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_token(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    token = commands.add_parser("token", help="make, list and revoke the bearer tokens of HTTP clients")
+    actions = token.add_subparsers(required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="make a token and print it, once: only its hash is kept")
+    create.add_argument("name", metavar="NAME", help="who or what it is for: the audit log names it")
+    create.add_argument(
+        "--scopes", type=_names, default=("read", "run"), help="read: what changes nothing; run: all (default: both)"
+    )
+    create.add_argument("--days", type=_days, metavar="N", help="how long it is valid (default: until it is revoked)")
+    listed = actions.add_parser("list", help="name each token, what it may do and how long; never the token itself")
+    revoke = actions.add_parser("revoke", help="take it no longer, from the next request on")
+    revoke.add_argument("name", metavar="NAME", help="as list shows it")
+    for action, run in ((create, _token_create), (listed, _token_list), (revoke, _token_revoke)):
+        _add_folder(action)
+        action.set_defaults(run=run)
+
+
 def _add_settings(command: argparse.ArgumentParser) -> None:
     """What is given here goes before what the settings file says."""
-    command.add_argument("--config", type=Path, metavar="FILE", help="settings to read in place of the user's own")
+    _add_config(command)
     command.add_argument("--read-only", action="store_true", default=None, help="offer only tools that change nothing")
     command.add_argument(
         "--toolsets", type=_names, metavar="NAMES", help="offer only these toolsets, as in sessions,tasks"
     )
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", type=Path, metavar="FILE", help="settings to read in place of the user's own")
+
+
+def _add_folder(command: argparse._ActionsContainer) -> None:
+    command.add_argument(
+        "--folder", type=Path, metavar="PATH", help="of a service apart from the user's own, with its socket and state"
+    )
+
+
+def _add_service(command: argparse.ArgumentParser) -> None:
+    whose = command.add_mutually_exclusive_group()
+    whose.add_argument(
+        "--in-process", action="store_true", help="hold the sessions in this process; they end with it"
+    )
+    _add_folder(whose)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -106,6 +158,16 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = 0.0
+    if not 0 < days < 100_000:
+        raise argparse.ArgumentTypeError("a number of days, as in 30 or 0.5")
+    return days
+
+
 def _samples(text: str) -> int:
     if not text.isdecimal() or int(text) < 10:
         raise argparse.ArgumentTypeError("a whole number of at least 10")
@@ -113,6 +175,16 @@ def _samples(text: str) -> int:
 
 
 def _stdio(options: argparse.Namespace) -> int:
+    if options.in_process:
+        return _stdio_alone(options)
+    from rhapsody_mcp.serving.bridge import run_bridge
+
+    return run_bridge(_caller(options, client=0), _given(options, "read_only", "toolsets"))
+
+
+def _stdio_alone(options: argparse.Namespace) -> int:
+    import anyio
+
     from rhapsody_mcp.serving.stdio import serve_stdio
 
     anyio.run(serve_stdio, _settings(options))
@@ -120,13 +192,107 @@ def _stdio(options: argparse.Namespace) -> int:
 
 
 def _http(options: argparse.Namespace) -> int:
+    if options.in_process:
+        return _http_alone(options)
+    from rhapsody_mcp.serving.control import listen
+
+    settings = _given(options, "read_only", "toolsets", "http_token_file", "http_allowed_hosts")
+    if options.http_token_file:
+        settings["http_token_file"] = str(options.http_token_file.expanduser().absolute())
+    socket = str(options.socket.absolute()) if options.socket else None
+    order = {"host": options.host, "port": options.port, "socket": socket, "settings": settings}
+    return listen(_caller(options), order, _say)
+
+
+def _http_alone(options: argparse.Namespace) -> int:
+    import anyio
+
     from rhapsody_mcp.serving.http import serve_http
     from rhapsody_mcp.serving.listening import listen_on_host, listen_on_socket
 
     settings = _settings(options)
     listening = listen_on_socket(options.socket) if options.socket else listen_on_host(options.host, options.port)
     with listening as listener:
-        anyio.run(serve_http, settings, listener, partial(print, flush=True))
+        anyio.run(serve_http, settings, listener, _say)
+    return 0
+
+
+_say = partial(print, flush=True)
+
+
+def _caller(options: argparse.Namespace, client: int | None = None) -> Caller:
+    from rhapsody_mcp.serving.joining import Caller
+    from rhapsody_mcp.serving.places import Places
+
+    return Caller(Places(options.folder and options.folder.absolute()), vars(options).get("config"), client)
+
+
+def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Of these settings, those that the command line names."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
+
+
+def _service_start(options: argparse.Namespace) -> int:
+    from rhapsody_mcp.serving.control import start
+
+    return start(_caller(options), _say)
+
+
+def _service_stop(options: argparse.Namespace) -> int:
+    from rhapsody_mcp.serving.control import stop
+
+    return stop(_caller(options), options.force, _say)
+
+
+def _service_status(options: argparse.Namespace) -> int:
+    from rhapsody_mcp.serving.control import status
+
+    return status(_caller(options), options.json, _say)
+
+
+def _service_run(options: argparse.Namespace) -> int:
+    """In the foreground. The lock comes first, and what takes long to load after it."""
+    from rhapsody_mcp.serving.door import Door, Taken
+    from rhapsody_mcp.serving.starting import Report
+
+    report = Report(options.detached)
+    try:
+        with Door(_caller(options).places) as door:
+            import anyio
+
+            from rhapsody_mcp.serving.service import run_service
+
+            logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+            anyio.run(run_service, _settings(options), door, report.ready)
+    except Taken:
+        report.taken()
+    except Exception as error:
+        report.failed(error)
+        raise
+    return 0
+
+
+def _token_file(options: argparse.Namespace) -> TokenFile:
+    from rhapsody_mcp.serving.places import Places
+    from rhapsody_mcp.serving.tokens import TokenFile
+
+    return TokenFile(Places(options.folder and options.folder.absolute()).tokens)
+
+
+def _token_create(options: argparse.Namespace) -> int:
+    print(_token_file(options).create(options.name, options.scopes, options.days))
+    print("It is shown only now. Clients send it as the header `Authorization: Bearer TOKEN`.", file=sys.stderr)
+    return 0
+
+
+def _token_list(options: argparse.Namespace) -> int:
+    print(_token_file(options).table())
+    return 0
+
+
+def _token_revoke(options: argparse.Namespace) -> int:
+    _token_file(options).revoke(options.name)
+    print(f"Revoked {options.name}.")
     return 0
 
 
@@ -141,6 +307,8 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    import anyio
+
     from rhapsody_mcp.demo import run_demo
 
     return anyio.run(run_demo, options.model, options.samples)

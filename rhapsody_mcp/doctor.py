@@ -14,6 +14,9 @@ from rich.table import Table
 
 from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.machine import Machine, Part, look
+from rhapsody_mcp.runtime.ledger.looking import Look
+from rhapsody_mcp.runtime.ledger.looking import look as look_at_ledger
+from rhapsody_mcp.serving.places import Places
 from rhapsody_mcp.settings import settings_file
 from rhapsody_mcp.shipped_model import MODEL_DIR
 
@@ -60,6 +63,7 @@ def examine(machine: Machine) -> Iterator[Finding]:
     yield _temporary_folder()
     yield _shared_memory()
     yield _settings()
+    yield _ledger(look_at_ledger(Places().state))
 
 
 def _part(part: Part, without: Verdict, meanwhile: str) -> Finding:
@@ -120,3 +124,15 @@ def _settings() -> Finding:
     return Finding(
         "settings", "there" if file.is_file() else "note", str(file) if file.is_file() else f"none at {file}"
     )
+
+
+def _ledger(seen: Look) -> Finding:
+    """Also where another process holds it, which does not notice."""
+    kind = seen.file_system or "unknown"
+    log = "rollback journal: other machines may see it" if seen.network else "write-ahead log"
+    if not seen.bytes:
+        return Finding("ledger", "note", f"none yet at {seen.path} (file system {kind}, {log})")
+    sessions = f"not read: {seen.problem}" if seen.sessions is None else f"open sessions: {seen.sessions}"
+    held = f"held by process {seen.holder.pid}" if seen.holder else "held by no process"
+    told = f"{seen.path}, {seen.bytes / 1e6:.1f} MB (file system {kind}, {log}); {sessions}; {held}"
+    return Finding("ledger", "note" if seen.sessions is None else "there", told)

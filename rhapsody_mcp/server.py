@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from mcp.server.mcpserver import Context, Extension, MCPServer
@@ -12,12 +13,17 @@ from mcp.types import CallToolResult, GetPromptResult, InputRequiredResult
 
 from rhapsody_mcp import __version__
 from rhapsody_mcp.model.errors import UnknownName
+from rhapsody_mcp.protocol.audit import Audit, follow
 from rhapsody_mcp.protocol.completions import Completions
+from rhapsody_mcp.protocol.durable import durable_replies
 from rhapsody_mcp.protocol.notices import Notices
 from rhapsody_mcp.protocol.prompts import make_prompt, refuse_prompt
 from rhapsody_mcp.protocol.resources import Resources, add_resources
 from rhapsody_mcp.protocol.subscriptions import Subscriptions
+from rhapsody_mcp.runtime.ledger.ledger import Ledger
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.opening import open_backends
+from rhapsody_mcp.runtime.restoring import Records
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.text import read_cards, read_prompt, read_prompts
 from rhapsody_mcp.toolsets.asking import Desk
@@ -25,11 +31,12 @@ from rhapsody_mcp.toolsets.card_tool import make_tools
 from rhapsody_mcp.toolsets.functions import Functions
 from rhapsody_mcp.toolsets.insight import Insight
 from rhapsody_mcp.toolsets.offered import choose
+from rhapsody_mcp.toolsets.recipes import read_recipe
 from rhapsody_mcp.toolsets.refusals import refuse_call
 from rhapsody_mcp.toolsets.sessions import Sessions
 from rhapsody_mcp.toolsets.tasks import Tasks
 
-__all__ = ["Server", "build_server"]
+__all__ = ["Server", "build_server", "open_sessions"]
 
 
 class Server(MCPServer):
@@ -41,7 +48,7 @@ class Server(MCPServer):
         names = [tool.name for tool in self._tool_manager.list_tools()]
         if name not in names:
             raise ToolError(refuse_call(UnknownName("tool", name, names), "one of these"))
-        return await super().call_tool(name, arguments, context)
+        return await follow(super().call_tool(name, arguments, context))
 
     async def get_prompt(
         self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
@@ -52,8 +59,16 @@ class Server(MCPServer):
         return await super().get_prompt(name, arguments, context)
 
 
-def build_server(settings: Settings, sessions: OpenSessions, extensions: Sequence[Extension] = ()) -> Server:
-    """A server that speaks of these sessions; whoever made them closes them, and ends the extensions.
+def open_sessions(settings: Settings, ledger: Ledger | None = None) -> OpenSessions:
+    """No sessions yet. With a ledger, `restore` opens those of the earlier life."""
+    records = Records(ledger, ledger.folder, read_recipe) if ledger is not None else None
+    return OpenSessions(partial(open_backends, settings=settings), records, settings.engine_idle_s, settings)
+
+
+def build_server(
+    settings: Settings, sessions: OpenSessions, extensions: Sequence[Extension] = (), audit: Audit | None = None
+) -> Server:
+    """A server that speaks of these sessions; whoever made them closes them, and ends the extensions and the audit.
 
     Raises RhapsodyError where a tool lacks its card or a card its tool, UnknownName where the settings name a
     toolset that there is not.
@@ -75,6 +90,7 @@ def build_server(settings: Settings, sessions: OpenSessions, extensions: Sequenc
         extensions=extensions,
         lifespan=lambda _: nullcontext(desk),
         subscriptions=notices.bus,
+        middleware=[audit or Audit(), durable_replies(sessions)],
         log_level="WARNING",
     )
     prompts = offer.prompts(read_prompts())

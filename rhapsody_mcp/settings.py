@@ -11,7 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rhapsody_mcp.model.errors import InvalidSettings, nearest
 
-__all__ = ["Settings", "read_settings", "settings_file"]
+__all__ = ["SECRETS", "Settings", "read_settings", "settings_file"]
+
+SECRETS = (
+    *("*TOKEN", "*SECRET*", "*PASSWORD*", "*PASSWD", "*PASSPHRASE*", "*_PWD", "*_PAT", "*CREDENTIAL*"),
+    *("*API_KEY*", "*APIKEY*", "*ACCESS_KEY*", "*PRIVATE_KEY*", "SSH_AUTH_SOCK"),
+)
+"""Variables whose names say that what they hold, or lead to, is for their owner alone."""
 
 
 class Settings(BaseModel):
@@ -23,6 +29,11 @@ class Settings(BaseModel):
     """How long wait_tasks waits when it is not told, in seconds."""
     wait_cap_s: Annotated[float, Field(gt=0)] = 55.0
     """The longest that one wait_tasks waits; many clients give up on a call after 60 s."""
+    engine_idle_s: Annotated[float, Field(gt=0)] | None = 900.0
+    """How long a session's engine has no task before it is stopped, in seconds; the next task starts it again. null
+    for never."""
+    stall_s: Annotated[float, Field(ge=1)] = 10.0
+    """A worker or an engine that is stopped (SIGSTOP), or does not answer, for so long counts as dead, in seconds."""
     result_bytes: Annotated[int, Field(ge=256, le=10_000)] = 8192
     """How much of a result one get_result returns, in bytes."""
     notice_interval_s: Annotated[float, Field(ge=0)] = 1.0
@@ -41,15 +52,70 @@ class Settings(BaseModel):
     """How many tasks a session takes before submit_tasks asks the person; null for any number."""
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
     """The same for the sum of max_tokens over its prompts; one that does not say it counts as none."""
+    max_sessions: Annotated[int, Field(ge=1)] | None = 32
+    """How many sessions may be open at once; null for any number, as in all keys that begin with max_."""
+    max_session_tasks: Annotated[int, Field(ge=1)] | None = 100_000
+    """How many tasks one session takes in its life, each one of a for_each too."""
+    max_open_tasks: Annotated[int, Field(ge=1)] | None = 50_000
+    """How many tasks may be waiting, queued or running at once, in all sessions together."""
+    max_session_prompts: Annotated[int, Field(ge=0)] | None = 100_000
+    """How many prompts one session sends to a model, each one of a list too."""
+    max_session_tokens: Annotated[int, Field(ge=0)] | None = None
+    """The most that max_tokens adds up to over a session's prompts; each prompt must say it then."""
+    max_answer_tokens: Annotated[int, Field(ge=1)] | None = 131_072
+    """The largest max_tokens of a prompt."""
+    max_task_s: Annotated[float, Field(gt=0)] | None = 604_800.0
+    """The longest that a task runs, in seconds: a task's timeout_s may not be longer."""
+    default_task_s: Annotated[float, Field(gt=0)] | None = None
+    """How long a task runs that has no timeout_s, in seconds; null for max_task_s."""
+    max_result_bytes: Annotated[int, Field(ge=1024)] | None = 256 * 1024**2
+    """The largest result of a function or a for_each, encoded; a larger one makes its task FAILED."""
+    max_output_bytes: Annotated[int, Field(ge=4096)] | None = 64 * 1024**2
+    """How much of a task's stdout, and of its stderr, is kept: of more, the beginning and the end. The same of each
+    rank."""
+    max_held_bytes: Annotated[int, Field(ge=1024**2)] | None = 2 * 1024**3
+    """How much tasks, with their arguments, prompts and short results, may take in the server's memory, in all open
+    sessions together."""
+    min_free_bytes: Annotated[int, Field(ge=0)] = 1024**3
+    """Nothing is submitted while less than this is free on the disks of results and of running tasks."""
+    allow_source: bool = True
+    """Whether tasks may bring functions as text, and sessions setup lines; where not, functions are imported."""
+    allowed_executables: tuple[str, ...] | None = None
+    """Patterns of the programs that tasks may run, by their full paths with links followed, as in [/usr/bin/*,
+    /opt/sim/*]; null for all. What source and modules do is not held to it: forbid those too."""
+    allowed_modules: tuple[str, ...] | None = None
+    """Patterns of the functions that tasks may import, as in ["numpy.*", "mysim:*"]; null for all."""
+    allowed_folders: tuple[Path, ...] | None = None
+    """The folders that agents may name, with all in them: for cwd, config_file, models and exports; null for all."""
+    withheld_variables: tuple[str, ...] = SECRETS
+    """Patterns of environment variables that tasks do not inherit. A vLLM server keeps HF_TOKEN, to download, unless
+    it is listed by its full name."""
+    keep_sessions_days: Annotated[float, Field(gt=0)] = 30.0
+    """An open session that has nothing to do, and that nobody has used for so long, is closed, and its results are
+    deleted."""
+    service_idle_s: Annotated[float, Field(gt=0)] = 1800.0
+    """The service ends once it has had no client and no open session for so long, in seconds."""
     read_only: bool = False
     """Offer only the tools that change nothing."""
     toolsets: tuple[str, ...] | None = None
     """Offer only the tools of these folders of tools/, as in [sessions, tasks]; null for all."""
     http_token_file: Path | None = None
-    """Holds the bearer token that HTTP clients must send. Without it a token is asked for only where other machines
-    can connect, and it is in a file of the user's state folder."""
+    """A file that holds a bearer token of your own, which HTTP clients may send and must: without it, a token is asked
+    for only where other machines or other users connect. `rhapsody-mcp token create` makes tokens."""
     http_allowed_hosts: tuple[str, ...] = ()
     """More names by which HTTP clients may call this host, such as that of a proxy."""
+    http_requests_per_s: Annotated[float, Field(gt=0)] = 50.0
+    """How many requests a second one HTTP client (who has one token) may send; those of 4 s may come at once."""
+    http_connections: Annotated[int, Field(ge=2)] = 512
+    """How many HTTP connections there may be at once; half of them for the requests of one client."""
+    http_slow_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long an HTTP client may take to send the head of a request, and then its body, in seconds."""
+    request_bytes: Annotated[int, Field(ge=65_536)] = 4 * 1024**2
+    """The longest request, over HTTP, the socket or stdin."""
+    audit_bytes: Annotated[int, Field(ge=65_536)] = 10_000_000
+    """The log of who called what begins a new file at this size."""
+    audit_files: Annotated[int, Field(ge=1)] = 5
+    """How many full files of it are kept."""
 
 
 def settings_file() -> Path:

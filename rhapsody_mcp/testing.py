@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from inspect import isawaitable
 from typing import Any
 
 import msgspec
 
-from rhapsody_mcp.backends.base import Awaitable, Ended, Kind, Report, Running
+from rhapsody_mcp.backends.base import Awaitable, Ended, Event, Kind, Report, Returned, Running
+from rhapsody_mcp.model.errors import BackendUnavailable
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -24,9 +26,10 @@ Script = Callable[[TaskSpec, list[Any]], Any]
 class ScriptedBackend(Awaitable):
     """Answers each task with what `script(spec, values)` returns; what it raises makes the task FAILED.
 
-    A script that returns an Outcome gives the whole of what came of the task. `values` are the results that the
-    task refers to, in the order of their uids. While `gate` is clear, tasks stay RUNNING. `received` holds every
-    order. `start_error` is raised by `start`.
+    A script that returns an Outcome gives the whole of what came of the task; an async one is awaited. `values` are
+    the results that the task refers to, in the order of their uids. While `door` is clear, tasks do not start; while
+    `gate` is clear, they stay RUNNING. `received` holds every order. `start_error` is raised by `start`. `die` ends the
+    engine; `starts` and `rests` count how often it was started, and stopped to rest.
     """
 
     def __init__(
@@ -39,10 +42,15 @@ class ScriptedBackend(Awaitable):
     ) -> None:
         self.name, self.kinds, self.script, self.start_error = name, kinds, script, start_error
         self.received: list[Order] = []
-        self.gate = asyncio.Event()
+        self.gate, self.door = asyncio.Event(), asyncio.Event()
         self.gate.set()
+        self.door.set()
+        self.starts = self.rests = 0
+        self._dead = ""
+        self._last: dict[str, Event] = {}
         self.closed = False
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._began: dict[str, float] = {}
 
     def check(self, spec: TaskSpec) -> None:
         pass
@@ -50,20 +58,49 @@ class ScriptedBackend(Awaitable):
     async def start(self) -> None:
         if self.start_error is not None:
             raise self.start_error
+        self.starts += 1
+        self._dead = ""
+
+    async def rest(self) -> None:
+        self.rests += 1
+
+    def die(self, reason: str) -> None:
+        """Lose what has started, give the rest back, and take nothing until the next start."""
+        self._dead = reason
+        for uid, task in self._running.items():
+            lost = Ended(uid, _ended(TaskState.FAILED, Cause.LOST, reason, self._began.get(uid)))
+            self._last[uid] = lost if uid in self._began else Returned(uid, reason)
+            task.cancel()
 
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+        if self._dead:
+            raise BackendUnavailable(self._dead)
         self.received.extend(orders)
         for order in orders:
             task = self._running[order.spec.uid] = asyncio.create_task(self._run(order, report, read))
-            task.add_done_callback(partial(_report_canceled, order.spec.uid, report))
+            task.add_done_callback(partial(self._over, order.spec.uid, report))
+
+    def _over(self, uid: str, report: Report, task: asyncio.Task[None]) -> None:
+        """Also for a task that was canceled before its first step."""
+        if self._running.get(uid) is task:  # and not the next attempt
+            del self._running[uid]
+            self._began.pop(uid, None)
+        canceled = Ended(uid, _ended(TaskState.CANCELED, Cause.CANCELED, "canceled on request", None))
+        last = self._last.pop(uid, canceled)
+        if task.cancelled():
+            report(last)
 
     async def _run(self, order: Order, report: Report, read: Reader) -> None:
-        uid, started = order.spec.uid, time.time()
+        await self.door.wait()
+        uid = order.spec.uid
+        started = self._began[uid] = time.time()
         report(Running(uid, started))
         try:
             await self.gate.wait()
             values = [read(order.bindings[name]) for name in sorted(order.bindings)]
             answer = self.script(order.spec, values)
+            if isawaitable(answer):
+                answer = await answer
             outcome = answer if isinstance(answer, Outcome) else _done(answer, started)
         except Exception as error:  # whatever the script raises is the task's failure
             outcome = _ended(TaskState.FAILED, Cause.ERROR, f"{type(error).__name__}: {error}", started)
@@ -81,12 +118,6 @@ class ScriptedBackend(Awaitable):
 
     def describe(self) -> dict[str, Any]:
         return {"backend": self.name, "kinds": sorted(self.kinds)}
-
-
-def _report_canceled(uid: str, report: Report, task: asyncio.Task[None]) -> None:
-    """Also for a task that was canceled before its first step."""
-    if task.cancelled():
-        report(Ended(uid, _ended(TaskState.CANCELED, Cause.CANCELED, "canceled on request", None)))
 
 
 def _done(answer: object, started: float) -> Outcome:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import pickle
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -21,10 +23,14 @@ from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Ref, follow
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
+from rhapsody_mcp.runtime.handles import HandlesInLedger
+from rhapsody_mcp.runtime.ledger.ledger import Ledger
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.restoring import Records
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
+from rhapsody_mcp.toolsets.recipes import read_recipe
 
 ERAS = ["legacy", "auto"]
 """The handshake revisions of the protocol, and 2026-07-28."""
@@ -82,21 +88,43 @@ class Agent(Caller):
 
 @asynccontextmanager
 async def open_agent(
-    era: str = "auto", backend: ScriptedBackend | None = None, settings: Settings | None = None, **options: Any
+    era: str = "auto",
+    backend: ScriptedBackend | None = None,
+    settings: Settings | None = None,
+    ledger: Path | None = None,
+    **options: Any,
 ) -> AsyncIterator[Agent]:
     """An agent before a server whose sessions run on `backend`, which does what tasks say unless it is scripted.
 
-    `options` are the client's.
+    `ledger` is the folder of one, which is read first. `options` are the client's.
     """
     scripted = backend or ScriptedBackend(perform)
 
     def open_backends(_: object) -> Sequence[Backend]:
         return [scripted]
 
-    async with OpenSessions(open_backends) as sessions, TasksExtension() as tasks:
+    async with AsyncExitStack() as stack:
+        records, store = None, None
+        if ledger is not None:
+            opened = await stack.enter_async_context(open_ledger(ledger))
+            records, store = Records(opened, ledger, read_recipe), HandlesInLedger(opened)
+            await store.load()
+        sessions = await stack.enter_async_context(OpenSessions(open_backends, records, settings=settings))
+        await sessions.restore()
+        tasks = await stack.enter_async_context(TasksExtension(store))
         server = build_server(settings or Settings(), sessions, [tasks])
-        async with Client(server, mode=cast(Any, era), **options) as client:
-            yield Agent(client, scripted, sessions)
+        client = await stack.enter_async_context(Client(server, mode=cast(Any, era), **options))
+        yield Agent(client, scripted, sessions)
+
+
+@asynccontextmanager
+async def open_ledger(folder: Path) -> AsyncIterator[Ledger]:
+    opened = Ledger(folder)
+    await asyncio.to_thread(opened.open)
+    try:
+        yield opened
+    finally:
+        await opened.close()
 
 
 def outcome_of(**fields: Any) -> ScriptedBackend:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Sequence
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import msgspec
@@ -12,7 +12,18 @@ from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Order, TaskSpec
 from rhapsody_mcp.model.values import Reader
 
-__all__ = ["Awaitable", "Backend", "Ended", "Event", "Kind", "Report", "Running"]
+__all__ = [
+    "Awaitable",
+    "Backend",
+    "BeforeStart",
+    "Ended",
+    "EngineBook",
+    "Event",
+    "Kind",
+    "Report",
+    "Returned",
+    "Running",
+]
 
 Kind = Literal["function", "executable", "prompt"]
 
@@ -31,7 +42,17 @@ class Ended(msgspec.Struct, frozen=True):
     outcome: Outcome
 
 
-Event = Running | Ended
+class Returned(msgspec.Struct, frozen=True):
+    """The backend gives the task back, with no Running of it before and none of it ever to run: its engine has ended.
+
+    `reason` is a sentence. Whoever handed the task over may hand it over again, to the same backend too.
+    """
+
+    uid: str
+    reason: str = ""
+
+
+Event = Running | Ended | Returned
 Report = Callable[[Event], None]
 
 
@@ -61,14 +82,21 @@ class Backend(Protocol):
 
         Raises BackendUnavailable, with nothing taken, where the engine has died; `start` makes a new one.
         For each order `report` is called from the event loop with at most one Running and then exactly one
-        Ended, also when the engine dies (cause lost) or the backend is closed. `read` opens bound values here,
-        outside the processes that run user code: it may refuse one with InvalidTask.
+        Ended, also when the backend is closed. Where the engine dies, what had started, or may have, ends with cause
+        lost; what certainly never did, and never will, may get one Returned instead of all that. `read` opens bound
+        values here, outside the processes that run user code: it may refuse one with InvalidTask.
         """
 
     def cancel(self, uids: Collection[str]) -> None:
         """Ask for these tasks to end CANCELED, with their process trees. Unknown and ended uids are ignored.
 
         A task that ends by itself before the request reaches it keeps its own outcome.
+        """
+
+    async def rest(self) -> None:
+        """End the engine, as nothing needs it now; `start` makes a new one. Called while no task is here.
+
+        Returns when no process of it is left. Nothing happens where none runs.
         """
 
     async def close(self) -> None:
@@ -79,6 +107,28 @@ class Backend(Protocol):
         """What this backend is and has, in plain JSON data; no secrets, no waiting."""
 
 
+class EngineBook(Protocol):
+    """Where a backend writes down the engines that it starts, so that what a crash leaves of them can be ended later.
+
+    A backend with the attribute `book` calls it in the event loop; None is for one that keeps no book.
+    """
+
+    async def opened(self, mark: str, kind: Literal["dragon", "local", "vllm"], folder: str) -> None:
+        """An engine is about to be started: its processes will carry `mark`, its files lie in `folder`. Returns when
+        that is on the disk; where this raises, nothing is started."""
+
+    def placed(self, mark: str, pid: int, started: int) -> None:
+        """Its keeper runs: this process, with the start time that the kernel gives it (0 where that is not known)."""
+
+    def closed(self, mark: str) -> None:
+        """No process and no file of it is left."""
+
+
+BeforeStart = Callable[[Sequence[str]], Coroutine[Any, Any, None]]
+"""A backend with the attribute `before_start` awaits it, where it is not None, with the uids of tasks of which any may
+start afterwards; it never raises. So whoever writes down what has started knows of each that may have."""
+
+
 class Awaitable:
     """Makes `await backend` start a backend and give it back, as in `backend = await Backend()`, and closes it once."""
 
@@ -86,6 +136,9 @@ class Awaitable:
 
     async def start(self) -> None:
         raise NotImplementedError
+
+    async def rest(self) -> None:
+        """A backend without processes of its own has none to stop."""
 
     async def close(self) -> None:
         if self._closing is None:

@@ -118,6 +118,11 @@ class Dispatcher:
                     task.cancel()
         self._pump()
 
+    def gain(self, server: ChatServer) -> None:
+        """One more server, in place of one that was lost where there is one."""
+        self._lanes = [*(lane for lane in self._lanes if lane.lost is None), _Lane(server)]
+        self._pump()
+
     async def close(self) -> None:
         """Give up on everything."""
         for lane in self._lanes:

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from rhapsody_mcp.backends.base import Ended, Report, Running
+from rhapsody_mcp.backends.base import Ended, Report, Returned, Running
 from rhapsody_mcp.backends.batches import Dispatcher, Limits, Prompt
 from rhapsody_mcp.backends.chat import Answer, ChatServer, Conversation, Lost, Refused
 from rhapsody_mcp.engine.call import encode
@@ -57,7 +57,7 @@ class Completions:
         self._servers = list(servers)
         self._defaults = defaults
         self._dispatcher = Dispatcher(self._servers, limits)
-        self._jobs: dict[str, asyncio.Task[Outcome]] = {}
+        self._jobs: dict[str, asyncio.Task[Outcome | Returned]] = {}
 
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
         for order in orders:
@@ -66,9 +66,10 @@ class Completions:
             self._jobs[order.spec.uid] = task
             task.add_done_callback(partial(self._ended, job, report))
 
-    def _ended(self, job: _Job, report: Report, task: asyncio.Task[Outcome]) -> None:
+    def _ended(self, job: _Job, report: Report, task: asyncio.Task[Outcome | Returned]) -> None:
         uid = job.order.spec.uid
         del self._jobs[uid]
+        outcome: Outcome | Returned
         if task.cancelled():
             outcome = job.failed(Cause.CANCELED, "canceled on request")
         elif (error := task.exception()) is not None:
@@ -76,7 +77,7 @@ class Completions:
             outcome = job.failed(Cause.ERROR, f"{type(error).__name__}: {error}")
         else:
             outcome = task.result()
-        report(Ended(uid, outcome))
+        report(outcome if isinstance(outcome, Returned) else Ended(uid, outcome))
 
     def cancel(self, uids: Collection[str]) -> None:
         for uid in uids:
@@ -84,8 +85,12 @@ class Completions:
                 self._jobs[uid].cancel()
 
     def lose(self, server: ChatServer, message: str) -> None:
-        """This server is gone, and so is what it was working on."""
+        """This server is gone, and so is what it was working on. After the last one, what was not sent is returned."""
         self._dispatcher.lose(server, message)
+
+    def gain(self, server: ChatServer) -> None:
+        """Here is one more server."""
+        self._dispatcher.gain(server)
 
     async def close(self) -> None:
         """Cancel every task, and return when no server works on one."""
@@ -113,7 +118,7 @@ class _Job:
         self.started: float | None = None
         self.time_limit = asyncio.timeout(None)
 
-    async def run(self) -> Outcome:
+    async def run(self) -> Outcome | Returned:
         timeout_s = self.order.spec.timeout_s
         try:
             texts, many = _texts(self.order, self.read)
@@ -127,6 +132,8 @@ class _Job:
             server_fault = refusal.status >= 500 or refusal.status in _NOT_THE_TASKS_FAULT
             return self.failed(Cause.ERROR if server_fault else Cause.INVALID, self._explained(refusal))
         except Lost as lost:
+            if self.started is None:
+                return Returned(self.order.spec.uid, str(lost))
             return self.failed(Cause.LOST, str(lost))
 
     def _prompts(self, texts: list[str]) -> list[Prompt]:

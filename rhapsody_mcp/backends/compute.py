@@ -9,17 +9,25 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from rhapsody_mcp.backends.base import Awaitable, Kind, Report, Running
+from rhapsody_mcp.backends.base import Awaitable, BeforeStart, EngineBook, Kind, Report, Returned, Running
 from rhapsody_mcp.backends.base import Ended as EndedEvent
+from rhapsody_mcp.backends.environment import Environment, read_environment
+from rhapsody_mcp.backends.keeping import Keeper
 from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.engine.link import Frames, frame
+from rhapsody_mcp.engine.output import left_out
 from rhapsody_mcp.engine.placers import count_cores
+from rhapsody_mcp.engine.processes import ENGINE, end, marked
+from rhapsody_mcp.engine.stalls import LOOKS, Stalls, is_stopped
+from rhapsody_mcp.engine.starts import starts_in
 from rhapsody_mcp.engine.supervisor import GRACE_S, how_it_ended
 from rhapsody_mcp.engine.wire import (
     Ask,
@@ -31,7 +39,9 @@ from rhapsody_mcp.engine.wire import (
     HostConfig,
     Interrupt,
     Listening,
+    Ping,
     Place,
+    Pong,
     Ready,
     Revoked,
     Run,
@@ -42,7 +52,7 @@ from rhapsody_mcp.engine.wire import (
 )
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Call, Order, TaskSpec
+from rhapsody_mcp.model.specs import Call, Caps, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader
 
@@ -55,13 +65,18 @@ _LOOK_S = 1.0
 _RANKS_A_CORE = 32
 _QUICK_S = 0.005  # a worker whose functions are quicker is sent several at once
 _MOST_SENT = 64
+_MOST_SENT_BYTES = 1024 * 1024  # more waits in the service's memory twice until the worker has read it
+_CLOSING_S = 15.0  # the keeper's own grace, and then some
+_LOST_S = 1.5
+_HEARING_S = 2.0
 
 
 class ComputeBackend(Awaitable):
     """Runs up to `num_workers` native functions at a time, and up to as many tasks in processes of their own.
 
     A job counts for as many as it has ranks; one with more ranks than `num_workers` runs alone. What a worker
-    is given it runs one after the other; when it dies, only the task that was running fails.
+    is given it runs one after the other; when it dies, only the task that was running fails. A worker, or an engine,
+    that has been stopped for `stall_s`, or an engine that has not answered for so long, counts as dead.
     """
 
     placer: Literal["dragon", "local"]
@@ -70,14 +85,26 @@ class ComputeBackend(Awaitable):
     kinds: Collection[Kind] = ("function", "executable")
     start_limits_s: tuple[float, float] = (60.0, 120.0)
     """How long a start may take, and a second one where the first failed: rarely, one of a few seconds hangs."""
+    book: EngineBook | None = None
+    before_start: BeforeStart | None = None
     instead: str = ""
     """What else runs the same tasks."""
 
-    def __init__(self, num_workers: int | None, name: str) -> None:
+    def __init__(
+        self,
+        num_workers: int | None,
+        name: str,
+        stall_s: float,
+        environment: Mapping[str, Any] | Environment | None = None,
+        caps: Caps | None = None,
+    ) -> None:
         most = _RANKS_A_CORE * count_cores()
         if num_workers is not None and (not isinstance(num_workers, int) or not 1 <= num_workers <= most):
             raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number from 1 to {most}.")
-        self.name = name
+        self.name, self.stall_s = name, stall_s
+        self.cwd = ""
+        """Where tasks start; empty for the folder of this process."""
+        self.environment, self.caps = read_environment(environment), caps or Caps()
         self.num_workers = num_workers or count_cores()
         self.progress = "not started"
         self._starting: asyncio.Task[None] | None = None
@@ -99,9 +126,9 @@ class ComputeBackend(Awaitable):
         """The command that runs the host program."""
         return [sys.executable, "-m", "rhapsody_mcp.engine.host", str(config)]
 
-    def _host_environment(self, folder: Path) -> dict[str, str]:
-        """The environment of the host program; `folder` is the engine's own."""
-        return dict(os.environ)
+    def _host_environment(self, folder: Path, environment: dict[str, str]) -> dict[str, str]:
+        """The environment of the host program, made of that of the tasks; `folder` is the engine's own."""
+        return environment
 
     async def start(self) -> None:
         if self._closing is not None:
@@ -120,7 +147,7 @@ class ComputeBackend(Awaitable):
         self._refuse_to_start()
         self.progress = "starting"
         if self._engine is not None:
-            await self._engine.close()
+            await self._engine.ended()
         first_s, second_s = self.start_limits_s
         try:
             try:
@@ -158,6 +185,11 @@ class ComputeBackend(Awaitable):
         if self._engine is not None:
             self._engine.stop_tasks(uids, Cause.CANCELED)
 
+    async def rest(self) -> None:
+        if self._engine is not None and self._engine.lost is None:
+            self.progress = "at rest; the next task starts it"
+            await self._engine.close()
+
     async def _close(self) -> None:
         if self._starting is not None:
             self._starting.cancel()
@@ -179,9 +211,17 @@ class _Live:
         self.order, self.report = order, report
         self.uid = order.spec.uid
         self.worker: _Worker | None = None
+        self.asked = False
+        """Whether the host, or its worker, has been asked to run it."""
         self.started: float | None = None
         self.stop: Cause | None = None
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of what is sent of it."""
+        work = self.order.spec.work
+        return len(work.code) + len(work.arguments) if isinstance(work, Call) else 0
 
     @property
     def native(self) -> bool:
@@ -202,7 +242,7 @@ class _Worker:
         self.sent: dict[str, _Live] = {}
         self.recalled: set[str] = set()
         self.window = window
-        self.exit_code: int | None = None
+        self.gone: Gone | None = None
 
 
 class _Engine:
@@ -213,15 +253,20 @@ class _Engine:
         self._bundles = backend.dispatch == "batch"
         self.lost: str | None = None
         self.ready: Ready | None = None
+        self._mark = secrets.token_hex(8)
         self._folder = Folder()
         self._log = self._folder.path / "engine.log"
-        self._keeper: asyncio.subprocess.Process | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._keeper: Keeper | None = None
+        self._watches: list[asyncio.Task[None]] = []
+        self._ending: asyncio.Task[None] | None = None
+        self._unanswered = 0
         self._server: asyncio.Server | None = None
         self._peers: set[_Peer] = set()
         self._host: _Peer | None = None
         self._host_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._workers_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._all_heard = asyncio.Event()
+        self._all_heard.set()
         self._live: dict[str, _Live] = {}
         self._queue: deque[_Live] = deque()
         self._process_queue: deque[_Live] = deque()
@@ -237,11 +282,12 @@ class _Engine:
         address = str(self._folder.path / "backend")
         self._server = await loop.create_unix_server(lambda: _Peer(self), address)
         self._keeper = await self._start_keeper(address)
-        self._watch = asyncio.create_task(self._watch_keeper(self._keeper))
+        self._watches.append(asyncio.create_task(self._watch_keeper(self._keeper)))
         giving_up = asyncio.create_task(self._watch_log())
         try:
             async with asyncio.timeout(limit_s):
                 await self._host_ready
+                self._watches.append(asyncio.create_task(self._watch_pulse(self._keeper.pid)))
                 if not self._bundles:
                     for _ in range(self.backend.num_workers):
                         self._place_worker()
@@ -258,26 +304,30 @@ class _Engine:
             await asyncio.sleep(_LOOK_S)
         self.lose(f"the engine of backend {self.backend.name!r} gave up its start{self._last_words()}")
 
-    async def _start_keeper(self, address: str) -> asyncio.subprocess.Process:
-        mark = secrets.token_hex(8)
+    async def _start_keeper(self, address: str) -> Keeper:
         config = self._folder.path / "host.json"
         sys_path = [entry or os.getcwd() for entry in sys.path]
         host = HostConfig(
-            self.backend.placer, mark, address, str(self._folder.path), sys_path, os.getcwd(), self._bundles
+            placer=self.backend.placer,
+            mark=self._mark,
+            address=address,
+            folder=str(self._folder.path),
+            sys_path=sys_path,
+            cwd=self.backend.cwd or os.getcwd(),
+            batch=self._bundles,
+            stall_s=self.backend.stall_s,
+            caps=self.backend.caps,
         )
         config.write_bytes(msgspec.json.encode(host))
-        return await asyncio.create_subprocess_exec(
-            *[sys.executable, "-m", "rhapsody_mcp.engine.keeper", "--name", self.backend.name, "--mark", mark],
-            *["--log", str(self._log), "--stop", "close", "--"],
-            *self.backend._host_command(config),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=self.backend._host_environment(self._folder.path),
-            start_new_session=True,
+        keeper = Keeper(self._mark, self.backend.placer, self._folder.path, self.backend.book)
+        await keeper.start(
+            ["--name", self.backend.name, "--log", str(self._log), "--stop", "close"],
+            self.backend._host_command(config),
+            self.backend._host_environment(self._folder.path, await self.backend.environment.build()),
         )
+        return keeper
 
-    async def _watch_keeper(self, keeper: asyncio.subprocess.Process) -> None:
+    async def _watch_keeper(self, keeper: Keeper) -> None:
         code = await keeper.wait()
         self.lose(f"the engine of backend {self.backend.name!r} ended with exit code {code}{self._last_words()}")
 
@@ -291,33 +341,88 @@ class _Engine:
         except OSError:
             return ""
 
-    def lose(self, message: str) -> None:
-        """The engine is gone: what it ran is lost."""
-        self.lost = self.lost or message
+    async def _watch_pulse(self, keeper: int) -> None:
+        """Notice an engine that somebody has stopped, and a host that does not answer.
+
+        Unanswered questions are counted, and not seconds: whoever was asleep with the whole machine has missed none.
+        """
+        stalls, stall_s = Stalls(), self.backend.stall_s
+        while self._host is not None:
+            if self._unanswered >= LOOKS or stalls.look([keeper]):
+                what = "keeper was stopped" if self._unanswered < LOOKS else "host did not answer"
+                self.lose(f"the engine of backend {self.backend.name!r} stood still: its {what} for {stall_s:g} s", 0)
+                return
+            self._unanswered += 1
+            self._host.send(Ping())
+            await asyncio.sleep(stall_s / (LOOKS - 1))
+
+    def lose(self, message: str, patience_s: float = _LOST_S) -> None:
+        """The engine is gone, or has to go: what it ran is lost, and the rest is given back once none of it is left.
+
+        After `patience_s` it is killed.
+        """
+        if self.lost is None:
+            self.backend.progress = "ended; the next task starts it anew"
+            self._stop(message, patience_s)
+
+    def _stop(self, message: str, patience_s: float) -> None:
+        if self.lost is not None:
+            return
+        self.lost = message
         for step in (self._host_ready, self._workers_up):
             if not step.done():
                 step.set_exception(BackendUnavailable(message))
                 step.exception()  # nobody may be waiting any more
-        for live in list(self._live.values()):
-            if live.stop is None:
-                self._finish(live, _failed(Cause.LOST, message, live.started))
-            else:
-                self._finish(live, _stopped(live))
+        self._ending = asyncio.create_task(self._end(patience_s))
 
-    async def close(self) -> None:
-        """End every process, then every task."""
-        self.lost = self.lost or f"backend {self.backend.name!r} was closed"
-        if self._watch is not None and self._keeper is not None:
-            for live in self._live.values():
-                live.stop = live.stop or Cause.CANCELED
-            if self._keeper.stdin is not None:
-                self._keeper.stdin.close()
-            await asyncio.gather(self._watch, return_exceptions=True)
+    async def _end(self, patience_s: float) -> None:
+        if self._keeper is not None:
+            await self._end_keeper(self._keeper, patience_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_HEARING_S):
+                await self._all_heard.wait()
+        starts = await asyncio.to_thread(_starts, {live.order.folder for live in self._live.values()})
+        for live in list(self._live.values()):
+            self._give_up(live, starts)
+        for watch in self._watches:
+            watch.cancel()
         if self._server is not None:
             self._server.close()
         for peer in list(self._peers):
             peer.transport.abort()
         self._folder.remove()
+
+    async def _end_keeper(self, keeper: Keeper, patience_s: float) -> None:
+        """Let the keeper end what it keeps; where that takes too long, end it from here."""
+        keeper.release()
+        if not await _ends(keeper, patience_s):
+            await asyncio.to_thread(end, lambda: marked(ENGINE, self._mark))
+            if is_stopped(keeper.pid) or not await _ends(keeper, _CLOSING_S):
+                keeper.kill()
+        await keeper.wait()
+
+    def _give_up(self, live: _Live, starts: Collection[tuple[str, int]]) -> None:
+        """Nothing of the engine runs any more, and all that it said is heard."""
+        assert self.lost is not None
+        if live.stop is not None:
+            self._finish(live, _stopped(live))
+        elif live.started is not None or (live.uid, live.order.attempt) in starts:
+            self._finish(live, _failed(Cause.LOST, self.lost, live.started))
+        else:
+            del self._live[live.uid]
+            live.report(Returned(live.uid, self.lost))
+
+    async def ended(self) -> None:
+        """Wait until nothing of it is left, where it is lost."""
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
+
+    async def close(self) -> None:
+        """End every process, then every task."""
+        for live in self._live.values():
+            live.stop = live.stop or Cause.CANCELED
+        self._stop(f"backend {self.backend.name!r} was closed", _CLOSING_S)
+        await self.ended()
 
     # --- what the session asks for
 
@@ -341,9 +446,12 @@ class _Engine:
             elif live in self._process_queue:
                 self._process_queue.remove(live)
                 self._finish(live, _stopped(live))
+            elif live.worker is not None and not live.asked:
+                del live.worker.sent[uid]
+                self._finish(live, _stopped(live))
             elif live.worker is not None:
                 self._interrupt(live, live.worker)
-            elif self._host is not None:
+            elif self._host is not None and live.asked:
                 self._host.send(Cancel(uid))
 
     def _interrupt(self, live: _Live, worker: _Worker) -> None:
@@ -360,10 +468,12 @@ class _Engine:
 
     def _pump(self) -> None:
         """Give workers and the host what they have room for."""
-        if self._bundles and self.lost is None:
+        if self.lost is not None:
+            return
+        if self._bundles:
             self._start_bundles()
         for worker in self._workers.values():
-            if self._queue and worker.tasks is not None and worker.exit_code is None:
+            if self._queue and worker.tasks is not None and worker.gone is None:
                 self._feed(worker)
         while self._process_queue and self._host is not None:
             live = self._process_queue[0]
@@ -372,7 +482,29 @@ class _Engine:
                 break
             self._process_queue.popleft()
             self._used_slots += slots
-            self._host.send(Ask(live.order))
+            self._once_known([live], partial(self._ask, live))
+
+    def _once_known(self, lives: Sequence[_Live], ask: Callable[[], None]) -> None:
+        """Have these started once whoever wants to know of it does."""
+        if self.backend.before_start is None:
+            ask()
+        else:
+            known = asyncio.ensure_future(self.backend.before_start([live.uid for live in lives]))
+            known.add_done_callback(lambda _: ask())
+
+    def _ask(self, live: _Live) -> None:
+        if live.uid not in self._live or self._host is None:
+            return
+        if live.stop is not None:
+            self._free_slots(live)
+            self._finish(live, _stopped(live))
+            self._pump()
+            return
+        live.asked = True
+        self._host.send(Ask(live.order))
+
+    def _free_slots(self, live: _Live) -> None:
+        self._used_slots -= min(live.slots, self.backend.num_workers)
 
     def _start_bundles(self) -> None:
         """Have a worker placed for each bundle that waits; it gets its bundle when it is up."""
@@ -382,18 +514,31 @@ class _Engine:
             self._place_worker()
 
     def _feed(self, worker: _Worker) -> None:
-        share = -(-len(self._queue) // max(1, len(self._workers)))
-        room = min(worker.window, max(1, share)) - len(worker.sent)
-        runs: list[object] = []
-        while self._queue and room > 0:
+        fair = -(-len(self._queue) // max(1, len(self._workers)))
+        room = max(0, min(worker.window, max(1, fair)) - len(worker.sent))
+        share: list[_Live] = []
+        size = 0
+        while self._queue and len(share) < room and size < _MOST_SENT_BYTES:
             live = self._queue.popleft()
+            size += live.size
+            share.append(live)
             live.worker = worker
             worker.sent[live.uid] = live
+        if share:
+            self._once_known(share, partial(self._send, worker, share))
+
+    def _send(self, worker: _Worker, share: Iterable[_Live]) -> None:
+        """What is still this worker's."""
+        if worker.tasks is None:
+            return
+        runs: list[object] = []
+        for live in share:
             work = live.order.spec.work
             assert isinstance(work, Call)
-            runs.append(Run(live.uid, work, live.order.bindings, live.order.folder))
-            room -= 1
-        if runs and worker.tasks is not None:
+            if worker.sent.get(live.uid) is live:
+                live.asked = True
+                runs.append(Run(live.uid, work, live.order.bindings, live.order.folder, live.order.attempt))
+        if runs:
             worker.tasks.send(*runs)
 
     def _steal(self) -> None:
@@ -402,7 +547,7 @@ class _Engine:
             return
         for worker in self._workers.values():
             if len(worker.sent) > 1 and worker.control is not None and not worker.recalled:
-                worker.recalled = set(list(worker.sent)[1:])
+                worker.recalled = {live.uid for live in list(worker.sent.values())[1:] if live.asked}
                 worker.control.send(*(Interrupt(uid, running=False) for uid in worker.recalled))
 
     # --- what the engine says
@@ -419,6 +564,7 @@ class _Engine:
                 peer.worker = self._workers.get(message.worker)
                 if peer.worker is not None:
                     peer.worker.tasks = peer
+                    self._all_heard.clear()
                     self._on_up()
             case Listening():
                 if message.worker in self._workers:
@@ -427,10 +573,12 @@ class _Engine:
                 self._on_ended(message)
             case Gone():
                 worker = self._workers[message.worker]
-                worker.exit_code = message.exit_code
+                worker.gone = message
                 self._bury(worker)
             case Failed():
                 self._on_failed(message)
+            case Pong():
+                self._unanswered = 0
             case Ready():
                 self._host, self.ready = peer, message
                 if not self._host_ready.done():
@@ -441,8 +589,11 @@ class _Engine:
         if peer.worker is not None and peer.worker.tasks is peer:
             peer.worker.tasks = None
             self._bury(peer.worker)
-        if peer is self._host and self._keeper is not None and self._keeper.stdin is not None:
-            self._keeper.stdin.close()  # what placed the host may stay without it
+        if not any(other.worker is not None for other in self._peers):
+            self._all_heard.set()
+        if peer is self._host:  # what placed it may stay without it
+            self._host = None
+            self.lose(f"the engine of backend {self.backend.name!r} lost its host{self._last_words()}")
 
     def _on_up(self) -> None:
         if not self._workers_up.done() and all(worker.tasks is not None for worker in self._workers.values()):
@@ -488,7 +639,7 @@ class _Engine:
             return
         live.worker.sent.pop(uid, None)
         live.worker.recalled.discard(uid)
-        live.worker = None
+        live.worker, live.asked = None, False
         if live.stop is not None:
             self._finish(live, _stopped(live))
         else:
@@ -499,7 +650,7 @@ class _Engine:
         live = self._live.get(message.uid)
         if live is None:
             return
-        self._used_slots -= min(live.slots, self.backend.num_workers)
+        self._free_slots(live)
         self._finish(live, message.outcome)
         self._pump()
 
@@ -510,17 +661,18 @@ class _Engine:
 
     def _bury(self, worker: _Worker) -> None:
         """Once a worker is gone and all that it said is heard: fail what it ran, give the rest to others."""
-        if worker.exit_code is None or worker.tasks is not None or worker.name not in self._workers:
+        if worker.gone is None or worker.tasks is not None or worker.name not in self._workers:
             return
         del self._workers[worker.name]
         rest = list(worker.sent.values())
         for live in rest:
-            live.worker = None
+            live.worker, live.asked = None, False
             if live.stop is not None:
                 self._finish(live, _stopped(live))
             elif live.started is not None:
-                message = f"its process {how_it_ended(worker.exit_code)} before the function returned."
-                self._finish(live, _failed(Cause.CRASHED, message, live.started, worker.exit_code))
+                how = worker.gone.why or how_it_ended(worker.gone.exit_code)
+                message = f"its process {how} before the function returned."
+                self._finish(live, _failed(Cause.CRASHED, message, live.started, worker.gone.exit_code))
         self._queue.extendleft(live for live in reversed(rest) if live.uid in self._live)
         if self.lost is None and not self._bundles:
             self._place_worker()
@@ -566,6 +718,18 @@ class _Peer(asyncio.Protocol):
         self.transport.write(frame(list(messages)))
 
 
+async def _ends(keeper: Keeper, within_s: float) -> bool:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            await keeper.wait()
+            return True
+    return False
+
+
+def _starts(folders: Iterable[str]) -> set[tuple[str, int]]:
+    return {start for folder in folders for start in starts_in(folder)}
+
+
 def _outcome(live: _Live, message: Finished) -> Outcome:
     result = message.result
     if message.interrupted and live.stop is not None:
@@ -581,6 +745,7 @@ def _outcome(live: _Live, message: Finished) -> Outcome:
         cause=result.cause,
         error=result.error,
         traceback=result.traceback,
+        notes=tuple(left_out(message)),
     )
 
 
@@ -597,7 +762,8 @@ def _stopped(live: _Live, message: Finished | None = None) -> Outcome:
     )
     if message is None:
         return outcome
-    return msgspec.structs.replace(outcome, stdout=message.stdout, stderr=message.stderr)
+    notes = tuple(left_out(message))
+    return msgspec.structs.replace(outcome, stdout=message.stdout, stderr=message.stderr, notes=notes)
 
 
 def _failed(cause: Cause, message: str, started: float | None, exit_code: int | None = None) -> Outcome:

@@ -7,15 +7,17 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Literal
+from typing import Any, Literal
 
 from rhapsody_mcp.backends.compute import ComputeBackend
 from rhapsody_mcp.engine.placers import TASK_VARIABLES
 from rhapsody_mcp.engine.pmi import lend_pmix
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.specs import Caps
 
 __all__ = ["DragonExecutionBackendV3"]
 
@@ -39,13 +41,16 @@ class DragonExecutionBackendV3(ComputeBackend):
         num_nodes: int = 1,
         dispatch: Literal["workers", "batch"] = "workers",
         name: str = "dragon",
+        stall_s: float = 10.0,
+        environment: Mapping[str, Any] | None = None,
+        caps: Caps | None = None,
     ) -> None:
         """`num_workers` is one a core where it is not given.
 
         `dispatch="batch"` has Dragon's Batch scheduler start native functions, in bundles of up to 64, each in a
         process of its own: with the same guarantees, and much slower where functions are short.
         """
-        super().__init__(num_workers, name)
+        super().__init__(num_workers, name, stall_s, environment, caps)
         if num_nodes != 1:
             raise InvalidSettings(f"num_nodes is {num_nodes!r}; this version runs on one node, num_nodes=1.")
         if dispatch not in ("workers", "batch"):
@@ -71,15 +76,18 @@ class DragonExecutionBackendV3(ComputeBackend):
         # -s: with srun on PATH and no allocation, plain dragon fails
         return [launcher, "-s", sys.executable, "-m", "rhapsody_mcp.engine.host", str(config)]
 
-    def _host_environment(self, folder: Path) -> dict[str, str]:
-        environment = {name: value for name, value in os.environ.items() if "DRAGON" not in name}
-        _write_config_shim(folder / "bin")
-        path = environment.get("PATH", os.defpath)
-        environment["PATH"] = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), path])
+    def _host_environment(self, folder: Path, environment: dict[str, str]) -> dict[str, str]:
+        environment = {name: value for name, value in environment.items() if "DRAGON" not in name}
         # in its own folder Dragon leaves nothing behind that outlives the engine
         own = {"TMPDIR": str(folder), **lend_pmix(folder / "lib", environment)}
         usual = {"TMPDIR": gettempdir(), "LD_LIBRARY_PATH": "", **environment}
-        return {**environment, **own, TASK_VARIABLES: json.dumps({name: usual[name] for name in own})}
+        of_tasks = {name: usual[name] for name in own}
+        path, python = environment.get("PATH", os.defpath), str(Path(sys.executable).parent)
+        if path != os.environ.get("PATH", os.defpath):  # the session's own comes before this Python's
+            of_tasks["PATH"] = os.pathsep.join([path, python])
+        _write_config_shim(folder / "bin")
+        own["PATH"] = os.pathsep.join([str(folder / "bin"), python, path])
+        return {**environment, **own, TASK_VARIABLES: json.dumps(of_tasks)}
 
 
 def _launcher() -> str | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rhapsody_mcp.backends.compute import ComputeBackend
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.specs import TaskSpec
+from rhapsody_mcp.model.specs import Caps, TaskSpec
 
 __all__ = ["LocalExecutionBackend"]
 
@@ -14,9 +17,17 @@ class LocalExecutionBackend(ComputeBackend):
 
     placer = "local"
 
-    def __init__(self, num_workers: int | None = None, *, name: str = "local") -> None:
+    def __init__(
+        self,
+        num_workers: int | None = None,
+        *,
+        name: str = "local",
+        stall_s: float = 10.0,
+        environment: Mapping[str, Any] | None = None,
+        caps: Caps | None = None,
+    ) -> None:
         """`num_workers` is one a core where it is not given."""
-        super().__init__(num_workers, name)
+        super().__init__(num_workers, name, stall_s, environment, caps)
 
     def check(self, spec: TaskSpec) -> None:
         super().check(spec)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import time
-from collections.abc import Collection, Coroutine, Iterable, Sequence
-from functools import partial
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rhapsody_mcp.backends.base import Awaitable, Kind, Report
+from rhapsody_mcp.backends.base import Awaitable, EngineBook, Kind, Report
 from rhapsody_mcp.backends.batches import Limits, read_limits
 from rhapsody_mcp.backends.chat import Lost, Refused
 from rhapsody_mcp.backends.completions import Completions, Defaults, check_prompts
+from rhapsody_mcp.backends.environment import read_environment
 from rhapsody_mcp.backends.vllm_config import Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm_plan import SCHEMA_OPTIONS, Plan, find_model, look_at_hardware, plan_servers
-from rhapsody_mcp.backends.vllm_server import VllmServer
+from rhapsody_mcp.backends.vllm_server import Launch, VllmServer
 from rhapsody_mcp.engine.folders import Folder
-from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask, UnknownName
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask, RhapsodyError, UnknownName
 from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
 from rhapsody_mcp.model.values import Reader
 
@@ -27,6 +28,11 @@ __all__ = ["DragonVllmInferenceBackend"]
 
 _MAX_BATCH_SIZE = 1024
 _MAX_BATCH_WAIT_MS = 500
+_RESTARTS = 5
+_HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""What a server needs to download a model: it keeps them where tasks do not have them."""
+
+_log = logging.getLogger(__name__)
 
 
 class DragonVllmInferenceBackend(Awaitable):
@@ -34,11 +40,12 @@ class DragonVllmInferenceBackend(Awaitable):
 
     Server i listens on `port` + i of 127.0.0.1; `urls` are their OpenAI APIs, for any client that has `api_key`.
     Each is a process of this node that sees its own GPUs and no others (CUDA_VISIBLE_DEVICES); on the CPU, each
-    uses all cores. A server that dies fails the tasks that it was working on; when none is left, the next submission
-    starts them all anew.
+    uses all cores. A server that dies, or that hangs, fails the tasks that it was working on and is started again 1, 2,
+    4, 8 and 16 s later, while others serve; when none is left, `start` starts them all anew.
     """
 
     kinds: tuple[Kind, ...] = ("prompt",)
+    book: EngineBook | None = None
 
     def __init__(
         self,
@@ -53,6 +60,8 @@ class DragonVllmInferenceBackend(Awaitable):
         *,
         model: str | None = None,
         device: Device | None = None,
+        health_s: float = 5.0,
+        environment: Mapping[str, Any] | None = None,
         name: str = "vllm",
     ) -> None:
         """What is given here wins over `config_file`, which is read when the backend starts.
@@ -67,6 +76,8 @@ class DragonVllmInferenceBackend(Awaitable):
         max_batch_wait_ms  the longest that a prompt waits for others while the server could take it
         model              what to load: a folder, a hub name, or "shipped" for the model of this package
         device             "auto", "cpu" or "cuda"
+        environment        of the servers: variables, and setup lines for bash such as module loads
+        health_s           between two looks at whether a server still works; three bad ones in a row end it
         """
         self.name = name
         self.api_key = secrets.token_urlsafe(32)
@@ -78,12 +89,16 @@ class DragonVllmInferenceBackend(Awaitable):
         }
         self._port = port
         self._max_batch_size, self._max_batch_wait_ms = max_batch_size, max_batch_wait_ms
+        self._health_s = health_s
+        self.environment = read_environment(environment)
         self._lock = asyncio.Lock()
         self._starting: asyncio.Task[None] | None = None
         self._began: float | None = None
         self._folder: Folder | None = None
         self._plan: Plan | None = None
         self._servers: list[VllmServer] = []
+        self._watches: list[asyncio.Task[None]] = []
+        self._troubles: dict[str, str] = {}
         self._completions: Completions | None = None
         self._unused: list[str] = []
         self._names: tuple[str, ...] | None = None
@@ -101,7 +116,9 @@ class DragonVllmInferenceBackend(Awaitable):
         if self._closing is not None:
             return "closed"
         if self._completions is not None:
-            return "ended; the next prompt starts it anew" if self._is_dead else "ready"
+            if self._is_dead:
+                return "ended; the next prompt starts it anew"
+            return "; ".join(["ready", *self._troubles.values()])
         if self._began is None:
             return "not started"
         stage = self._servers[0].stage if self._servers else "looking at model and hardware"
@@ -151,7 +168,7 @@ class DragonVllmInferenceBackend(Awaitable):
 
     @property
     def _is_dead(self) -> bool:
-        return all(server.has_ended for server in self._servers)
+        return all(server.is_dead for server in self._servers)
 
     async def start(self) -> None:
         async with self._lock:
@@ -171,12 +188,11 @@ class DragonVllmInferenceBackend(Awaitable):
 
     async def _start(self) -> None:
         self._began, self._names = time.monotonic(), None
-        self._completions = None  # the servers that it had took its tasks with them
-        await _stop(self._servers)
+        await self._end_servers()
         config = read_config(self._file, self._overrides)
         limits = self._limits(config)
         plan = await self._make_plan(config)
-        self._servers = [VllmServer(launch) for launch in plan.launches]
+        self._servers = [self._server(launch) for launch in plan.launches]
         self._plan, self._unused = plan, config.unused
         try:
             await _together(server.start(config.server.start_timeout_s) for server in self._servers)
@@ -189,15 +205,63 @@ class DragonVllmInferenceBackend(Awaitable):
         llm = config.llm
         defaults = Defaults(plan.model.names[0], llm.request_parameters, llm.system_text, SCHEMA_OPTIONS)
         self._completions = Completions(self._servers, defaults, limits)
-        for server in self._servers:
-            server.watch(partial(self._completions.lose, server))
+        self._watches = [
+            asyncio.create_task(self._keep_up(place, self._completions, config.server.start_timeout_s))
+            for place in range(len(self._servers))
+        ]
+
+    def _server(self, launch: Launch) -> VllmServer:
+        return VllmServer(launch, book=self.book, health_s=self._health_s)
+
+    async def _keep_up(self, place: int, completions: Completions, timeout_s: float) -> None:
+        """Start the server at this place again whenever it dies, until no other one serves or that never helps."""
+        failures = 0
+        while True:
+            server = self._servers[place]
+            reason = await server.until_dead()
+            completions.lose(server, reason)
+            _log.warning("backend %r: %s", self.name, reason)
+            await server.stop()
+            failures = 0 if server.has_answered else failures
+            while server is self._servers[place]:
+                which = f"its server on port {server.launch.port}"
+                if self._is_dead or failures == _RESTARTS:
+                    self._troubles[which] = f"{which} is gone after {failures} tries to start it again: {reason}"
+                    return
+                failures += 1
+                self._troubles[which] = f"{which} is started again ({failures} of {_RESTARTS}) after: {reason}"
+                await asyncio.sleep(2.0 ** (failures - 1))
+                reason = await self._replace(place, timeout_s) or reason
+            self._troubles.pop(which, None)
+            completions.gain(self._servers[place])
+
+    async def _replace(self, place: int, timeout_s: float) -> str:
+        """Start another server for one that is dead; why that failed, empty where it serves."""
+        server = self._server(self._servers[place].launch)
+        try:
+            await server.start(timeout_s)
+        except BaseException as error:
+            await _to_its_end(server.stop())
+            if isinstance(error, RhapsodyError | Refused | Lost):
+                return str(error)
+            raise
+        self._servers[place] = server
+        return ""
 
     async def _make_plan(self, config: VllmConfig) -> Plan:
         model = find_model(config, self._folders)
         hardware = await look_at_hardware(config)
         if self._folder is None:
             self._folder = Folder()
-        return plan_servers(config, model, hardware, port=self._port, api_key=self.api_key, folder=self._folder.path)
+        return plan_servers(
+            config,
+            model,
+            hardware,
+            port=self._port,
+            api_key=self.api_key,
+            folder=self._folder.path,
+            environment=await self.environment.build(_HUB_TOKENS),
+        )
 
     def _limits(self, config: VllmConfig) -> Limits:
         """The constructor's bounds where they are not its defaults, else the file's."""
@@ -218,13 +282,26 @@ class DragonVllmInferenceBackend(Awaitable):
         if self._completions is not None:
             self._completions.cancel(uids)
 
+    async def rest(self) -> None:
+        async with self._lock:
+            await self._end_servers()
+
+    async def _end_servers(self) -> None:
+        """End every server, and what they were asked."""
+        for watch in self._watches:
+            watch.cancel()
+        if self._watches:
+            await asyncio.wait(self._watches)
+        if self._completions is not None:
+            await self._completions.close()
+        await _stop(self._servers)
+        self._completions, self._servers, self._watches, self._troubles = None, [], [], {}
+
     async def _close(self) -> None:
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.wait({self._starting})
-        if self._completions is not None:
-            await self._completions.close()
-        await _stop(self._servers)
+        await self._end_servers()
         if self._folder is not None:
             self._folder.remove()
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -66,11 +66,18 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def plan_servers(
-    config: VllmConfig, model: Model, hardware: Hardware, *, port: int | None, api_key: str, folder: Path
+    config: VllmConfig,
+    model: Model,
+    hardware: Hardware,
+    *,
+    port: int | None,
+    api_key: str,
+    folder: Path,
+    environment: Mapping[str, str],
 ) -> Plan:
     """One server for each `tp_size` of the GPUs, on `port` and those after it, with its log in `folder`.
 
-    Raises InvalidSettings, or BackendUnavailable for a port that is taken.
+    What the config file says of variables wins over `environment`. Raises InvalidSettings, or BackendUnavailable for a port that is taken.
     """
     tp_size = config.required.tp_size
     device = _device(config, hardware)
@@ -80,7 +87,7 @@ def plan_servers(
         Launch(
             python=interpreter(config),
             arguments=tuple(_arguments(config, model, device, server_port)),
-            environment=_environment(config, model, device, gpus[index * tp_size : (index + 1) * tp_size]),
+            environment=_environment(config, model, device, environment, gpus[index * tp_size : (index + 1) * tp_size]),
             port=server_port,
             api_key=api_key,
             log=folder / f"vllm-{server_port}.log",
@@ -311,14 +318,16 @@ def _arguments(config: VllmConfig, model: Model, device: str, port: int) -> list
     ]
 
 
-def _environment(config: VllmConfig, model: Model, device: str, gpus: Sequence[str]) -> dict[str, str]:
-    """The server's variables: this process's own over a few defaults, and the config file's over both."""
+def _environment(
+    config: VllmConfig, model: Model, device: str, given: Mapping[str, str], gpus: Sequence[str]
+) -> dict[str, str]:
+    """The server's variables: those given over a few defaults, and the config file's over both."""
     defaults = {"VLLM_NO_USAGE_STATS": "1"}
     if os.path.isabs(model.source):
         defaults["HF_HUB_OFFLINE"] = "1"
     if model.is_shipped and device == "cpu":
         defaults["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    inherited = {name: value for name, value in os.environ.items() if "DRAGON" not in name}
+    inherited = {name: value for name, value in given.items() if "DRAGON" not in name}
     environment = {**defaults, **inherited}
     if device == "cuda":
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

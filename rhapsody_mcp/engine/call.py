@@ -28,9 +28,11 @@ from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Valu
 __all__ = ["encode", "perform"]
 
 
-def perform(call: Call, bindings: Mapping[str, Value], folder: str, runner: asyncio.Runner) -> Result:
+def perform(
+    call: Call, bindings: Mapping[str, Value], folder: str, runner: asyncio.Runner, most: int | None = None
+) -> Result:
     """Run the call to its end; a coroutine function in `runner`. Only BaseExceptions that are no Exception, and
-    no SystemExit, leave it."""
+    no SystemExit, leave it. A result of more than `most` bytes makes it fail."""
     try:
         function = _function(call)
         args, kwargs = _arguments(call, bindings)
@@ -44,16 +46,22 @@ def perform(call: Call, bindings: Mapping[str, Value], folder: str, runner: asyn
             value = runner.run(_awaited(value))
     except (Exception, SystemExit) as error:
         return Result(None, Cause.ERROR, _words(error), _trace(error))
-    return _encoded(value, folder)
+    return _encoded(value, folder, most)
 
 
 async def _awaited(value: Any) -> Any:
     return await value
 
 
-def _encoded(value: Any, folder: str) -> Result:
+def _encoded(value: Any, folder: str, most: int | None) -> Result:
     try:
-        return Result(encode(value, folder))
+        return Result(encode(value, folder, most))
+    except _TooLong:
+        message = (
+            f"its return value of type {type_name(value)} takes more than {most:,} bytes (max_result_bytes in the "
+            "settings of the server). Write it into a file and return the file's path, or return a part of it."
+        )
+        return Result(None, Cause.ERROR, message, "")
     except Exception as error:  # a pickler raises whatever a __reduce__ raises
         message = (
             f"its return value of type {type_name(value)} cannot be sent back: {_words(error)}. "
@@ -134,15 +142,33 @@ class _Unpickler(pickle.Unpickler):
 # --- the result
 
 
-def encode(value: Any, folder: str) -> Value:
+class _TooLong(Exception):
+    """Raised where a value is longer than it may be."""
+
+
+class _Bounded(io.BytesIO):
+    """Takes so many bytes and no more: a long pickle is not made at all."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._left = most
+
+    def write(self, data: Any) -> int:
+        self._left -= memoryview(data).nbytes
+        if self._left < 0:
+            raise _TooLong
+        return super().write(data)
+
+
+def encode(value: Any, folder: str, most: int | None = None) -> Value:
     """The value as JSON if that gives it back exactly, else as a pickle; in a file of `folder` where it is long.
 
     Raises whatever pickling raises.
     """
-    data = _json(value)
+    data = _json(value, most)
     form: Any = "json"
     if data is None:
-        form, data = "pickle", cloudpickle.dumps(value)
+        form, data = "pickle", _pickled(value, most)
     if form == "json" and len(data) <= INLINE_BYTES:
         return Value(form, type_name(value), len(data), data, length=_length(value))
     inline = len(data) <= INLINE_BYTES
@@ -157,14 +183,28 @@ def encode(value: Any, folder: str) -> Value:
     )
 
 
-def _json(value: Any) -> bytes | None:
+def _pickled(value: Any, most: int | None) -> bytes:
+    if most is None:
+        data: bytes = cloudpickle.dumps(value)
+        return data
+    buffer = _Bounded(most)
+    cloudpickle.dump(value, buffer)
+    return buffer.getvalue()
+
+
+def _json(value: Any, most: int | None) -> bytes | None:
     """The value as JSON, or None where JSON would change it."""
     try:
         if not _is_plain(value):
             return None
-        return msgspec.json.encode(value)
+        if most is not None and type(value) is str and len(value) > most:
+            raise _TooLong
+        data = msgspec.json.encode(value)
     except (OverflowError, RecursionError, UnicodeEncodeError, msgspec.MsgspecError):
         return None  # whole numbers of more than 64 bits, half a surrogate pair, circles
+    if most is not None and len(data) > most:
+        raise _TooLong
+    return data
 
 
 def _is_plain(value: Any) -> bool:

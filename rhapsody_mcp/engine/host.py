@@ -34,6 +34,7 @@ from rhapsody_mcp.engine.placers import (
 )
 from rhapsody_mcp.engine.pmi import Prober
 from rhapsody_mcp.engine.processes import PLACE, adopt_orphans, end, marked, open_lifeline
+from rhapsody_mcp.engine.stalls import LOOKS, Stalls
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.wire import (
     Ask,
@@ -42,8 +43,10 @@ from rhapsody_mcp.engine.wire import (
     FromHost,
     Gone,
     HostConfig,
+    Ping,
     Place,
     PlaceConfig,
+    Pong,
     Ready,
     Started,
     Stop,
@@ -60,6 +63,7 @@ def main() -> None:
     placer: Placer = DragonPlacer() if config.placer == "dragon" else LocalPlacer()
     host = Host(config, placer)
     threading.Thread(target=_end_with_owner, args=(host,), daemon=True).start()
+    threading.Thread(target=host.end_stalled, daemon=True).start()
     with suppress(EOFError, ConnectionError):
         host.serve()
     host.end()
@@ -160,7 +164,9 @@ class Host:
     def _obey(self, message: ToHost) -> None:
         if self._ending:
             return
-        if isinstance(message, Place):
+        if isinstance(message, Ping):
+            self.say(Pong())
+        elif isinstance(message, Place):
             self._run(self._run_worker, message.worker)
         elif isinstance(message, Stop):
             if message.worker in self._workers:
@@ -179,6 +185,7 @@ class Host:
             cwd=self.config.cwd,
             worker=worker,
             address=self.config.address,
+            caps=self.config.caps,
         )
         try:
             process = PlacedProcess(self, config, Template())
@@ -191,7 +198,24 @@ class Host:
         if code == OWNER_GONE:
             return
         del self._workers[worker]
-        self.say(Gone(worker, code if code <= 128 else 128 - code))
+        self.say(Gone(worker, code if code <= 128 else 128 - code, process.why))
+
+    def end_stalled(self) -> NoReturn:
+        """End what has been stopped for too long: a worker, a supervisor, or, with what placed this process, all."""
+        stalls, stalled = Stalls(), f"was stopped (as by SIGSTOP) for {self.config.stall_s:g} s"
+        parent = os.getppid()
+        while True:
+            time.sleep(self.config.stall_s / (LOOKS - 1))
+            placed = {pid: process for process in self._placed() for pid in process.pids()}
+            for pid in stalls.look([parent, *placed]):
+                if pid == parent:
+                    sys.stderr.write(f"what started the host {stalled}\n")
+                    self.end()
+                placed[pid].kill(f"{stalled}, and was ended for that")
+
+    def _placed(self) -> list[PlacedProcess]:
+        ranks = (process for task in list(self._tasks.values()) for process in task.processes())
+        return [*list(self._workers.values()), *ranks]
 
     def _run_task(self, task: PlacedTask) -> None:
         outcome = task.run()

@@ -5,7 +5,8 @@
 The owner starts it as the leader of a session and holds the other end of its standard input: the lifeline. When
 that closes, also because the owner was killed, the command is stopped: with TERM, or (close) by closing the FIFO
 that RHAPSODY_LIFELINE names, which the command watches. What is still there after the grace is killed, as is
-everything that carries the command's mark. It ends with the command's exit code.
+everything that carries the command's mark, and what they left in /dev/shm; the folder of the log, too, where its
+owner is gone. It ends with the command's exit code.
 """
 
 from __future__ import annotations
@@ -16,12 +17,22 @@ import secrets
 import signal
 import subprocess
 import sys
-import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rhapsody_mcp.engine.folders import LAUNCHER
-from rhapsody_mcp.engine.processes import ENGINE, LIFELINE, end, group, marked, outlives
+from rhapsody_mcp.engine.folders import sweep
+from rhapsody_mcp.engine.processes import (
+    ENGINE,
+    LIFELINE,
+    adopt_orphans,
+    descendants,
+    end,
+    group,
+    marked,
+    outlives,
+)
+from rhapsody_mcp.engine.reaper import keep_note, noted_segments, write_launcher
 from rhapsody_mcp.engine.shared_memory import dragon_files, segments_of, unlink_unused
 
 
@@ -29,19 +40,20 @@ def main() -> int:
     options = _options()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    mark = options.mark or secrets.token_hex(8)
-    with tempfile.TemporaryDirectory(prefix="rhapsody-keeper-") as folder:
-        lifeline, writer = _lifeline(Path(folder))
-        command = _start(options, mark, lifeline)
-        Path(options.log).with_name(LAUNCHER).write_text(str(command.pid))
+    mark, folder = options.mark or secrets.token_hex(8), Path(options.log).parent
+    adopt_orphans()
+    with keep_note(folder, mark), _lifeline(folder / f"{mark}.lifeline") as writer:
+        command = _start(options, mark)
+        write_launcher(folder, mark, command.pid)
         signal.signal(signal.SIGTERM, lambda *_: os.close(0))
         if not outlives(command.pid, 0):
             _stop(command, options.stop, options.grace, writer)
-        left = segments_of(group(command.pid))
+        left = segments_of({*group(command.pid), *descendants(os.getpid())}) | noted_segments(folder, mark)
         _kill_group(command.pid)
         code = command.wait()
-        end(lambda: {*marked(ENGINE, mark), *group(command.pid)})
+        end(lambda: {*marked(ENGINE, mark), *group(command.pid), *descendants(os.getpid())})
         unlink_unused(left | dragon_files(command.pid))
+    sweep(folder)
     return code if code >= 0 else 128 - code
 
 
@@ -58,16 +70,20 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _lifeline(folder: Path) -> tuple[Path, int]:
-    """The FIFO that LIFELINE names, and its writing end."""
-    path = folder / "lifeline"
+@contextmanager
+def _lifeline(path: Path) -> Iterator[int]:
+    """The writing end of a new FIFO."""
     os.mkfifo(path, 0o600)
-    return path, os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    finally:
+        path.unlink(missing_ok=True)
 
 
-def _start(options: argparse.Namespace, mark: str, lifeline: Path) -> subprocess.Popen[bytes]:
+def _start(options: argparse.Namespace, mark: str) -> subprocess.Popen[bytes]:
     """Start the command in a process group of its own; the session stays the keeper's, because Dragon's local
     services call setpgid, which a session leader may not."""
+    lifeline = Path(options.log).with_name(f"{mark}.lifeline")
     with open(options.log, "ab") as log:
         return subprocess.Popen(
             options.command,

@@ -2,47 +2,179 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Protocol
 
+from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.values import INLINE_BYTES, Stream
 
-__all__ = ["as_stream", "move_stream", "write_file"]
+__all__ = ["collect", "keep_small", "left_out", "move_stream", "open_output", "write_file", "write_pieces"]
 
 _TAIL_BYTES = INLINE_BYTES // 4
+_BLOCK = 4096
+_PIECE_BYTES = 1024 * 1024
+_LOOK_S, _LOOK_AGAIN_S = 0.2, 0.01
+_PUNCH_HOLE = 0x03  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 
 
 def write_file(data: bytes, folder: str) -> str:
     """Write a file that appears whole or not at all, and give its path."""
+    return write_pieces([data], folder)
+
+
+def write_pieces(pieces: Iterable[bytes], folder: str, suffix: str = ".value") -> str:
+    """The same, with no more than a piece at a time in memory."""
     handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
-    with open(handle, "wb") as file:
-        file.write(data)
-    path = temporary.removesuffix(".part") + ".value"
-    os.rename(temporary, path)
+    try:
+        with open(handle, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+        path = temporary.removesuffix(".part") + suffix
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
     return path
 
 
-def as_stream(data: bytes, folder: str) -> Stream:
-    """Output as it travels: whole where it is short, else in a file of `folder`."""
-    if len(data) <= INLINE_BYTES:
-        return Stream(_text(data), None, len(data))
-    return Stream(_text(data[-_TAIL_BYTES:]), write_file(data, folder), len(data))
+# --- while it is printed
 
 
-def move_stream(path: str, folder: str) -> Stream:
-    """The same for output that is in a file already, which is gone afterwards."""
-    size = os.stat(path).st_size
-    with open(path, "rb") as file:
-        file.seek(max(0, size - _TAIL_BYTES) if size > INLINE_BYTES else 0)
-        text = _text(file.read(INLINE_BYTES))
-    if size <= INLINE_BYTES:
-        os.unlink(path)
-        return Stream(text, None, size)
+def open_output(path: str) -> int:
+    """A new file for a process to print into."""
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def keep_small(files: Sequence[int], most: int) -> None:
+    """Free the disk of what is in the middle of these files whenever they are longer than `most`; for ever.
+
+    Whoever writes is not held up. A file may take more for as long as it takes to look.
+    """
+    sizes = dict.fromkeys(files, 0)
+    while True:
+        growing = False
+        for file in files:
+            if os.fstat(file).st_size > max(most, sizes[file]):
+                _trim(file, most)
+                growing = True
+            sizes[file] = os.fstat(file).st_size
+        time.sleep(_LOOK_AGAIN_S if growing else _LOOK_S)
+
+
+def _trim(file: int, most: int) -> None:
+    start, end = _middle(os.fstat(file).st_size, most)
+    first, last = -(-start // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
+    if not _punch(file, first, last - first):
+        os.ftruncate(file, first)
+        os.write(file, b"\n[left out]\n")
+
+
+def _middle(size: int, most: int) -> tuple[int, int]:
+    """What of a long output is left out: half of what is kept is its beginning, half its end."""
+    return most // 2, size - (most - most // 2)
+
+
+def _punch(file: int, start: int, length: int) -> bool:
+    """Make a hole in a file, which takes no disk. False where the system or the file system cannot."""
+    try:
+        punch = ctypes.CDLL(None, use_errno=True).fallocate
+    except AttributeError:
+        return False
+    result: int = punch(file, _PUNCH_HOLE, ctypes.c_longlong(start), ctypes.c_longlong(length)) if length > 0 else 0
+    return result == 0
+
+
+# --- when it has been printed
+
+
+def collect(file: int, folder: str, most: int | None) -> Stream:
+    """What was printed into this file, which is empty afterwards."""
+    size = os.fstat(file).st_size
+    if not size:
+        return _NOTHING
+    stream = _stream(file, size, folder, most)
+    os.ftruncate(file, 0)
+    return stream
+
+
+_NOTHING = Stream()
+
+
+def move_stream(path: str, folder: str, most: int | None) -> Stream:
+    """The same of a file with a name, which is gone afterwards."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(file).st_size
+        if INLINE_BYTES < size and (most is None or size <= most):
+            with suppress(OSError):  # where it may not be moved, it is copied
+                return Stream(_text(_last(file, size)), _move(path, folder), size)
+        stream = _stream(file, size, folder, most)
+    finally:
+        os.close(file)
+    os.unlink(path)
+    return stream
+
+
+def _move(path: str, folder: str) -> str:
     handle, kept = tempfile.mkstemp(dir=folder, suffix=".output")
     os.close(handle)
-    os.rename(path, kept)
-    return Stream(text, kept, size)
+    try:
+        os.rename(path, kept)
+    except OSError:
+        os.unlink(kept)
+        raise
+    return kept
+
+
+def _stream(file: int, size: int, folder: str, most: int | None) -> Stream:
+    """Whole where it is short, else in a file of `folder`; of one that is too long, its beginning and its end."""
+    start, end = _middle(size, most) if most is not None and size > most else (size, size)
+    note = f"\n[... {end - start} bytes left out here ...]\n".encode() if start < end else b""
+    kept = start + len(note) + size - end
+    if kept <= INLINE_BYTES:
+        data = b"".join([*_pieces(file, 0, start), note, *_pieces(file, end, size)])
+        return Stream(_text(data), None, len(data), end - start)
+    pieces = (piece for part in (_pieces(file, 0, start), [note], _pieces(file, end, size)) for piece in part)
+    last = _last(file, size)
+    try:
+        return Stream(_text(last), write_pieces(pieces, folder, ".output"), kept, end - start)
+    except OSError:  # the disk is full: what a task did is not lost for what it printed
+        return Stream(_text(last), None, len(last), size - len(last))
+
+
+def _pieces(file: int, start: int, end: int) -> Iterator[bytes]:
+    while start < end and (piece := os.pread(file, min(_PIECE_BYTES, end - start), start)):
+        yield piece
+        start += len(piece)
+
+
+def _last(file: int, size: int) -> bytes:
+    return os.pread(file, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
 
 
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "replace")
+
+
+class _Printed(Protocol):
+    @property
+    def stdout(self) -> Stream: ...
+    @property
+    def stderr(self) -> Stream: ...
+
+
+def left_out(*ended: _Printed) -> Iterator[str]:
+    """A sentence for each stream that was too long."""
+    for one in ended:
+        for name, stream in (("stdout", one.stdout), ("stderr", one.stderr)):
+            if stream.left_out:
+                of = f" of rank {one.rank}" if isinstance(one, RankOutcome) and len(ended) > 1 else ""
+                yield (
+                    f"{name}{of} was too long: {stream.left_out} bytes before its end are left out (max_output_bytes "
+                    "in the settings of the server); write such output into a file"
+                )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from rhapsody_mcp.engine.output import left_out
 from rhapsody_mcp.engine.placers import Placed, Placer, Program, Together, terminate_marked, this_host
 from rhapsody_mcp.engine.pmi import PmiName, rank_environment
 from rhapsody_mcp.engine.processes import PLACE, end, marked
@@ -45,6 +47,9 @@ class PlacedProcess:
         command = [sys.executable, "-m", "rhapsody_mcp.engine.supervisor", self.path]
         self.program = Program(command, {**host.task_env, PLACE: self._place}, template)
         self.placed: Placed
+        self.why = ""
+        """Why `kill` ended it."""
+        self._pids: list[int] = []
         self._left: RankEnd | None = None
 
     def place(self, placer: Placer) -> None:
@@ -56,7 +61,21 @@ class PlacedProcess:
         code = self.placed.join()
         end(lambda: marked(PLACE, self._place))
         self._gone.set()
-        return code
+        Path(f"{self.path}.pids").unlink(missing_ok=True)
+        return -signal.SIGKILL if self.why else code
+
+    def pids(self) -> list[int]:
+        """The processes that must not stand still, once they run: the supervisor and, if that is a worker, its child.
+        A program of the user's may."""
+        if not self._pids:
+            with suppress(OSError):
+                self._pids = [int(pid) for pid in Path(f"{self.path}.pids").read_text().split()]
+        return self._pids
+
+    def kill(self, why: str) -> None:
+        """Kill it with its tree, from another thread than the one that joins it."""
+        self.why = why
+        end(lambda: marked(PLACE, self._place))
 
     def stop(self) -> None:
         """End it with its tree; returns when that is asked for, and done where it did not help to ask."""
@@ -96,6 +115,11 @@ class PlacedTask:
                 self._stop = cause
                 self._stopped.set_result(None)
                 _stop_all(self._processes)
+
+    def processes(self) -> list[PlacedProcess]:
+        """One a rank that was started."""
+        with self._lock:
+            return list(self._processes)
 
     def run(self) -> Outcome | None:
         """Run it to its end; None where the keeper's end ended it, which the backend notices by itself."""
@@ -206,6 +230,7 @@ class PlacedTask:
             rank=rank,
             sets_affinity=host.placer.sets_affinity,
             started=host.events_path,
+            caps=host.config.caps,
         )
         return PlacedProcess(host, config, self.order.spec.layout.templates[rank])
 
@@ -231,7 +256,7 @@ class PlacedTask:
     def _rank_end(self, rank: int, code: int) -> RankEnd:
         found = self._processes[rank].rank_end()
         if found is None:
-            error = f"its process {how_it_ended(code)}."
+            error = f"its process {self._processes[rank].why or how_it_ended(code)}."
             found = RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
         if rank not in self._dragged or found.outcome.cause is None:
             return found
@@ -270,7 +295,7 @@ class PlacedTask:
         )
 
     def _notes(self, ends: list[RankEnd]) -> tuple[str, ...]:
-        ranks, notes = len(ends), []
+        ranks, notes = len(ends), [*left_out(*(found.outcome for found in ends))]
         left = sum(found.left_running for rank, found in enumerate(ends) if rank not in self._dragged)
         if left and self._stop is None:
             notes.append(

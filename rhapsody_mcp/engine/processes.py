@@ -20,10 +20,15 @@ __all__ = [
     "descendants",
     "end",
     "group",
+    "groups_of",
     "marked",
     "open_lifeline",
     "outlives",
     "reap",
+    "relatives",
+    "started_at",
+    "with_arguments",
+    "writing_into",
 ]
 
 ENGINE = "RHAPSODY_ENGINE"
@@ -69,9 +74,68 @@ def marked(name: str, value: str) -> list[int]:
     return found
 
 
+def writing_into(folder: str | os.PathLike[str]) -> list[int]:
+    """The processes whose standard output or error is a file in this folder, also a deleted one. It finds some that
+    cleared their environment."""
+    inside = os.path.join(os.fspath(folder), "")
+    return [pid for pid in _pids() if any(target.startswith(inside) for target in _outputs(pid))]
+
+
+def _outputs(pid: int) -> Iterable[str]:
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            yield os.readlink(f"/proc/{pid}/fd/{descriptor}")
+
+
+def relatives(pids: Iterable[int], sessions: set[int]) -> set[int]:
+    """The living among these processes, with all that descend from them or are in a session with one of them. The
+    sessions that they are in are added to `sessions`, whose processes are relatives as well."""
+    parents = {pid: parent for pid, parent, _ in _living()}
+    found = set(pids) & parents.keys()
+    while True:
+        sessions |= {_session(pid) for pid in found} - {0}
+        more = {pid for pid, parent in parents.items() if parent in found or _session(pid) in sessions} - found
+        if not more:
+            return found
+        found |= more
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return 0
+
+
+def with_arguments(*wanted: str) -> list[int]:
+    """The processes whose command line holds these arguments."""
+    found = []
+    for pid in _pids():
+        with suppress(OSError):
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if all(argument.encode() in arguments for argument in wanted):
+                found.append(pid)
+    return found
+
+
+def started_at(pid: int) -> int:
+    """When a process was started, in the kernel's own units since its start; 0 where there is no such process, or
+    where the system does not tell. Together with its number it names a process for good."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except OSError:
+        return 0
+
+
 def group(leader: int) -> list[int]:
     """The living processes of this process group."""
     return [pid for pid, _, number in _living() if number == leader]
+
+
+def groups_of(pids: Iterable[int]) -> set[int]:
+    """The process groups that these processes are in."""
+    wanted = set(pids)
+    return {number for pid, _, number in _living() if pid in wanted}
 
 
 def end(find: Callable[[], Iterable[int]], grace_s: float = 0.0, within_s: float = 5.0) -> None:
@@ -95,8 +159,11 @@ def end(find: Callable[[], Iterable[int]], grace_s: float = 0.0, within_s: float
 def outlives(pid: int, lifeline: int) -> bool:
     """Wait for this process's child to end, or for end-of-file on the lifeline; True where the child ends first.
 
-    The child is not collected.
+    The child is not collected; other children that end meanwhile, such as adopted ones, are. Call it from the main
+    thread.
     """
+    signal.signal(signal.SIGCHLD, lambda *_: _collect_others(pid))
+    _collect_others(pid)
     child = os.pidfd_open(pid) if sys.platform == "linux" else -1
     watched = [lifeline, child] if child >= 0 else [lifeline]
     try:
@@ -107,9 +174,17 @@ def outlives(pid: int, lifeline: int) -> bool:
     except OSError:  # the lifeline was closed
         return False
     finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if child >= 0:
             os.close(child)
     return True
+
+
+def _collect_others(pid: int) -> None:
+    """Collect the children that have ended, but this one."""
+    with suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != pid:
+            os.waitpid(ended.si_pid, 0)
 
 
 _POLL_S = 0.2  # where the system has no descriptor for a process

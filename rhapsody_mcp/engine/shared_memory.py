@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["dragon_files", "segments_of", "unlink_unused"]
+__all__ = ["dragon_files", "segments_of", "still_there", "unlink_unused"]
 
 _SEGMENTS = ("psm_*", "sem.mp-*", "nccl-*")
 
@@ -22,7 +22,12 @@ def dragon_files(launcher: int) -> set[str]:
 def segments_of(pids: Iterable[int]) -> set[str]:
     """The segments and semaphores of Python's multiprocessing, and of NCCL, that these processes use now."""
     named = {path for pattern in _SEGMENTS for path in glob.glob(f"/dev/shm/{pattern}")}
-    return named & _used(named, (Path(f"/proc/{pid}/maps") for pid in pids))
+    return named & _used(named, (Path(f"/proc/{pid}/maps") for pid in pids)) if named else named
+
+
+def still_there(inodes: dict[str, int]) -> set[str]:
+    """Those of these files that are still the ones with these inodes, and not others of the same names."""
+    return {path for path, inode in inodes.items() if _inode(path) == str(inode)}
 
 
 def unlink_unused(paths: set[str]) -> None:

@@ -14,8 +14,9 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -23,8 +24,9 @@ from typing import Literal, NoReturn
 
 import msgspec
 
-from rhapsody_mcp.engine.output import move_stream, write_file
+from rhapsody_mcp.engine.output import keep_small, move_stream, open_output, write_file
 from rhapsody_mcp.engine.processes import adopt_orphans, descendants, end, open_lifeline, outlives, reap
+from rhapsody_mcp.engine.starts import NOT_NOTED, note_start
 from rhapsody_mcp.engine.wire import PlaceConfig, Result
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import RankOutcome
@@ -34,6 +36,7 @@ from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Ref,
 
 __all__ = ["GRACE_S", "OWNER_GONE", "RankEnd", "how_it_ended"]
 
+_STREAMS = ("out", "err")
 GRACE_S = 2
 """From TERM to KILL."""
 _ABOUT_TO_END_S = 0.1
@@ -61,18 +64,43 @@ def main() -> None:
     os.chdir(config.cwd if os.path.isdir(config.cwd) else "/")
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
     if config.worker:
-        os._exit(_exit_status(_supervise(lambda: _worker(config))[0]))
+        os._exit(_exit_status(_work(config, path)))
     rank_end = _Rank(config, str(path)).run()
     (temporary := path.with_suffix(".tmp")).write_bytes(msgspec.msgpack.encode(rank_end))
     temporary.rename(f"{path}.outcome")
     os._exit(0)
 
 
-def _worker(config: PlaceConfig) -> NoReturn:
+def _write_pids(path: Path, *children: int) -> None:
+    """Tell the host which processes to look after."""
+    with suppress(OSError):
+        (temporary := path.with_suffix(".tmp")).write_text(" ".join(map(str, (os.getpid(), *children))))
+        temporary.rename(f"{path}.pids")
+
+
+def _work(config: PlaceConfig, path: Path) -> int:
+    """Its exit code."""
+    files = [open_output(f"{path}.{suffix}") for suffix in _STREAMS]
+    for suffix in _STREAMS:
+        os.unlink(f"{path}.{suffix}")
+
+    def started(pid: int) -> None:
+        _write_pids(path, pid)
+        _keep_small(files, config)
+
+    return _supervise(lambda: _worker(config, files), started)[0]
+
+
+def _worker(config: PlaceConfig, files: Sequence[int]) -> NoReturn:
     from rhapsody_mcp.engine.worker import run_worker
 
-    run_worker(config)
+    run_worker(config, files)
     os._exit(0)
+
+
+def _keep_small(files: Sequence[int], config: PlaceConfig) -> None:
+    if (most := config.caps.output_bytes) is not None:
+        threading.Thread(target=keep_small, args=(files, most), daemon=True).start()
 
 
 def _exit_status(code: int) -> int:
@@ -151,13 +179,18 @@ class _Rank:
         self.template: Template = self.spec.layout.templates[config.rank]
         self.started: float | None = None
         self.pid = 0
+        self.files: list[int] = []
 
     def run(self) -> RankEnd:
         try:
             child = self._prepare()
         except (InvalidTask, OSError) as error:
             return self._end(None, Result(None, Cause.INVALID, str(error)))
-        code, left_running = _supervise(child, self._say_started)
+        try:
+            note_start(self.order.folder, self.spec.uid, self.order.attempt)
+        except OSError as error:
+            return self._end(None, Result(None, Cause.LOST, NOT_NOTED.format(error)))
+        code, left_running = _supervise(child, self._started)
         return msgspec.structs.replace(self._end(code, self._result(code)), left_running=left_running)
 
     def _prepare(self) -> Callable[[], NoReturn]:
@@ -167,6 +200,7 @@ class _Rank:
             raise InvalidTask(f"cwd {cwd!r} is not a folder on {socket.gethostname()}.")
         if self.config.sets_affinity and self.template.cpu_affinity:
             os.sched_setaffinity(0, self.template.cpu_affinity)
+        self.files = [open_output(f"{self.path}.{suffix}") for suffix in _STREAMS]
         work = self.spec.work
         if isinstance(work, Command):
             program = _find_program(work.executable, env, cwd)
@@ -195,8 +229,7 @@ class _Rank:
         return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
     def _redirect(self, cwd: str) -> None:
-        for descriptor, suffix in ((1, "out"), (2, "err")):
-            file = os.open(f"{self.path}.{suffix}", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+        for descriptor, file in zip((1, 2), self.files, strict=True):
             os.dup2(file, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(cwd)
@@ -218,7 +251,7 @@ class _Rank:
         os.environ.clear()
         os.environ.update(env)
         sys.path.insert(0, cwd)
-        result = perform(call, self.order.bindings, self.order.folder, asyncio.Runner())
+        result = perform(call, self.order.bindings, self.order.folder, asyncio.Runner(), self.config.caps.result_bytes)
         sys.stdout.flush()
         sys.stderr.flush()
         self._leave(result)
@@ -228,7 +261,9 @@ class _Rank:
         Path(f"{self.path}.part").write_bytes(msgspec.msgpack.encode(result))
         os.rename(f"{self.path}.part", f"{self.path}.result")
 
-    def _say_started(self, pid: int) -> None:
+    def _started(self, pid: int) -> None:
+        _write_pids(Path(self.path))
+        _keep_small(self.files, self.config)
         self.pid, self.started = pid, time.time()
         if self.config.started:
             with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as events:
@@ -250,17 +285,17 @@ class _Rank:
 
     def _last_words(self) -> str:
         """The last line of stderr, which often says why."""
-        with suppress(OSError):
-            lines = Path(f"{self.path}.err").read_bytes()[-2000:].decode("utf-8", "replace").split("\n")
-            words = next((line.strip() for line in reversed(lines) if line.strip()), "")
-            return f": {words[:500]}" if words else "; it wrote nothing to stderr"
-        return ""
+        file = self.files[1]
+        end = os.pread(file, 2000, max(0, os.fstat(file).st_size - 2000))
+        lines = end.decode("utf-8", "replace").split("\n")
+        words = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f": {words[:500]}" if words else "; it wrote nothing to stderr"
 
     def _end(self, code: int | None, result: Result) -> RankEnd:
+        stdout, stderr = self._stream("out"), self._stream("err")
         value = result.value
         if result.cause is None and value is None:
-            value = self._printed()
-        stdout, stderr = self._stream("out"), self._stream("err")
+            value = self._printed(stdout)
         outcome = RankOutcome(
             rank=self.config.rank,
             host=socket.gethostname(),
@@ -277,11 +312,17 @@ class _Rank:
 
     def _stream(self, suffix: str) -> Stream:
         path = f"{self.path}.{suffix}"
-        return move_stream(path, self.order.folder) if os.path.exists(path) else Stream()
+        if not os.path.exists(path):
+            return Stream()
+        return move_stream(path, self.order.folder, self.config.caps.output_bytes)
 
-    def _printed(self) -> Value:
-        """A program's value: its standard output without outer white space, as bytes where it is not UTF-8."""
-        data = Path(f"{self.path}.out").read_bytes()
+    def _printed(self, stdout: Stream) -> Value:
+        """A program's value: its standard output without outer white space, as bytes where it is not UTF-8; of one that
+        was too long, what is left of it."""
+        if stdout.file is not None:
+            data = Path(stdout.file).read_bytes()
+        else:
+            data = stdout.text.encode() if stdout.left_out else os.pread(self.files[0], INLINE_BYTES, 0)
         try:
             text = data.decode().strip()
         except UnicodeDecodeError:

@@ -7,7 +7,10 @@ that clients must have is in VLLM_API_KEY: other users of the machine can read a
 import importlib
 import os
 import runpy
+import signal
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 _SITE = str(Path(__file__).with_name("vllm_site"))
@@ -15,11 +18,21 @@ _MEDIA = ("torchvision", "torchaudio", "torchcodec")
 
 
 def main() -> None:
+    if "RHAPSODY_LIFELINE" in os.environ:
+        threading.Thread(target=_end_with_keeper, daemon=True).start()
     os.environ["VLLM_PLUGINS"] = "none"  # plugins of other packages in this environment change the engine
     _hide([name for name in _MEDIA if not _loads(name)])
     sys.path.append(_SITE)
     sys.argv += ["--middleware", "rhapsody_key.KeyForEveryPost"]
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+
+
+def _end_with_keeper() -> None:
+    """When the keeper is gone without having stopped this server, kill the server with all its processes: it started
+    them in a process group of their own."""
+    with suppress(FileNotFoundError), open(os.environ["RHAPSODY_LIFELINE"], "rb", buffering=0) as lifeline:
+        lifeline.read(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _loads(name: str) -> bool:

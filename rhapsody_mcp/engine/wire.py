@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Call, Order
+from rhapsody_mcp.model.specs import Call, Caps, Order
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Stream, Value
 
@@ -23,8 +23,10 @@ __all__ = [
     "HostConfig",
     "Interrupt",
     "Listening",
+    "Ping",
     "Place",
     "PlaceConfig",
+    "Pong",
     "Ready",
     "Result",
     "Revoked",
@@ -48,6 +50,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     call: Call
     bindings: dict[str, Value]
     folder: str
+    attempt: int
 
 
 class Interrupt(msgspec.Struct, frozen=True, tag="interrupt"):
@@ -137,7 +140,11 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     uid: str
 
 
-ToHost = Place | Stop | Ask | Cancel
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Say Pong."""
+
+
+ToHost = Place | Stop | Ask | Cancel | Ping
 
 
 # --- host → backend
@@ -153,10 +160,11 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class Gone(msgspec.Struct, frozen=True, tag="gone"):
-    """A worker has ended with this exit code, and nothing under it is left."""
+    """A worker has ended with this exit code, and nothing under it is left; `why` where the host has ended it."""
 
     worker: str
     exit_code: int
+    why: str = ""
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
@@ -171,7 +179,11 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     error: str
 
 
-FromHost = Ready | Gone | Started | Ended | Failed
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The host still answers."""
+
+
+FromHost = Ready | Gone | Started | Ended | Failed | Pong
 ToBackend = FromWorker | FromHost
 
 
@@ -181,7 +193,7 @@ ToBackend = FromWorker | FromHost
 class HostConfig(msgspec.Struct, frozen=True):
     """`address` is the backend's socket, in a folder that only this user can enter; `mark` marks processes.
 
-    `batch` sends workers through Dragon's Batch.
+    `batch` sends workers through Dragon's Batch. A worker that has been stopped for `stall_s` is ended.
     """
 
     placer: Literal["dragon", "local"]
@@ -191,6 +203,8 @@ class HostConfig(msgspec.Struct, frozen=True):
     sys_path: list[str]
     cwd: str
     batch: bool = False
+    stall_s: float = 10.0
+    caps: Caps = Caps()
 
 
 class PlaceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -210,3 +224,4 @@ class PlaceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
     rank: int = 0
     sets_affinity: bool = False
     started: str = ""
+    caps: Caps = Caps()

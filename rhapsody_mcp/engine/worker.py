@@ -9,18 +9,18 @@ import asyncio
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from types import FrameType
 
 from rhapsody_mcp.engine.call import perform
 from rhapsody_mcp.engine.link import Link
-from rhapsody_mcp.engine.output import as_stream
+from rhapsody_mcp.engine.output import collect
 from rhapsody_mcp.engine.processes import descendants, end
+from rhapsody_mcp.engine.starts import NOT_NOTED, note_start
 from rhapsody_mcp.engine.wire import (
     Finished,
     FromWorker,
@@ -33,6 +33,7 @@ from rhapsody_mcp.engine.wire import (
     Started,
     Up,
 )
+from rhapsody_mcp.model.specs import Caps
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Stream
 
@@ -88,20 +89,22 @@ class _Turn:
             return True
 
 
-def run_worker(config: PlaceConfig) -> None:
-    """Serve the backend at `config.address` until the process is ended from outside."""
+def run_worker(config: PlaceConfig, files: Sequence[int]) -> None:
+    """Serve the backend at `config.address` until the process is ended from outside. What functions write to stdout and
+    stderr goes through these files."""
     turn = _Turn()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    out, err = _capture(1, config.folder), _capture(2, config.folder)
+    for descriptor, file in zip((1, 2), files, strict=True):
+        os.dup2(file, descriptor)
     signal.signal(_INTERRUPT, lambda number, frame: _raise(turn, number, frame))
     threading.Thread(target=_listen, args=(config, turn, threading.get_ident()), daemon=True).start()
     backend: Link[Run] = Link(config.address, Run)
     backend.send(Up(config.worker))
     with suppress(EOFError, ConnectionError):
-        _serve(backend, turn, out, err)
+        _serve(backend, turn, config.caps, files)
 
 
-def _serve(backend: Link[Run], turn: _Turn, out: int, err: int) -> None:
+def _serve(backend: Link[Run], turn: _Turn, caps: Caps, files: Sequence[int]) -> None:
     runner = asyncio.Runner()
     waiting: deque[Run] = deque()
     unsent: list[FromWorker] = []
@@ -116,25 +119,29 @@ def _serve(backend: Link[Run], turn: _Turn, out: int, err: int) -> None:
         started = time.time()
         unsent.append(Started(run.uid, started))
         _send(backend, unsent)
-        finished, runner = _run(run, runner, turn, started, out, err)
+        finished, runner = _run(run, runner, turn, started, caps, files)
         unsent.append(finished)
 
 
 def _run(
-    run: Run, runner: asyncio.Runner, turn: _Turn, started: float, out: int, err: int
+    run: Run, runner: asyncio.Runner, turn: _Turn, started: float, caps: Caps, files: Sequence[int]
 ) -> tuple[Finished, asyncio.Runner]:
     interrupted = False
     try:
         try:
-            result = perform(run.call, run.bindings, run.folder, runner)
+            note_start(run.folder, run.uid, run.attempt)
+            result = perform(run.call, run.bindings, run.folder, runner, caps.result_bytes)
         finally:
             interrupted = turn.over()
+    except OSError as error:  # the note's: no other of its kind leaves a function
+        result = Result(None, Cause.LOST, NOT_NOTED.format(error))
     except BaseException as error:  # Interrupted, KeyboardInterrupt, GeneratorExit: the worker goes on
         interrupted = turn.over() or interrupted or isinstance(error, Interrupted)
         result = Result(None, Cause.ERROR, type(error).__name__)
         runner = asyncio.Runner()
     _end_children()
-    stdout, stderr = _captured(out, sys.stdout, run.folder), _captured(err, sys.stderr, run.folder)
+    streams = zip(files, (sys.stdout, sys.stderr), strict=True)
+    stdout, stderr = (_captured(file, stream, run.folder, caps.output_bytes) for file, stream in streams)
     return Finished(run.uid, started, time.time(), result, stdout, stderr, interrupted), runner
 
 
@@ -163,29 +170,11 @@ def _send(backend: Link[Run], messages: list[FromWorker]) -> None:
 # --- what a function leaves: output and processes
 
 
-def _capture(descriptor: int, folder: str) -> int:
-    """Send what is written to this descriptor into a file without a name, and give the file's descriptor."""
-    handle, path = tempfile.mkstemp(dir=folder)
-    os.close(handle)
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-    os.unlink(path)
-    os.dup2(file, descriptor)
-    return file
-
-
-def _captured(file: int, stream: object, folder: str) -> Stream:
+def _captured(file: int, stream: object, folder: str, most: int | None) -> Stream:
     """What was written since the last call."""
     with suppress(Exception):  # the function may have closed or replaced it
         stream.flush()  # type: ignore[attr-defined]
-    size = os.fstat(file).st_size
-    if not size:
-        return _NOTHING
-    data = os.pread(file, size, 0)
-    os.ftruncate(file, 0)
-    return as_stream(data, folder)
-
-
-_NOTHING = Stream()
+    return collect(file, folder, most)
 
 
 def _end_children() -> None:

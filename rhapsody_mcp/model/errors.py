@@ -7,6 +7,12 @@ RhapsodyError
 │   └── UnknownName         no backend, session, task, tool argument or model has that name
 ├── BackendError            a backend could not do its part now; another time it may
 │   └── BackendUnavailable  a backend's program is not installed, did not start, or is gone
+├── LedgerError             what must not be forgotten cannot be read or written
+│   ├── LedgerInUse         another process holds the ledger
+│   ├── LedgerTooNew        a later version of this program wrote it
+│   ├── LedgerDamaged       its file is not what was written
+│   └── LedgerUnavailable   it cannot be written now: the disk is full, read-only, ...; another time it can
+├── LimitExceeded           a limit of the server's settings would be exceeded; nothing was taken
 ├── SessionClosed           the session takes no more tasks
 ├── NotConfirmed            what would be lost or exceeded was not agreed to; nothing was changed
 │   └── NeedsForce          nobody could be asked whether they agree
@@ -17,6 +23,7 @@ RhapsodyError
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -29,6 +36,12 @@ __all__ = [
     "InvalidRequest",
     "InvalidSettings",
     "InvalidTask",
+    "LedgerDamaged",
+    "LedgerError",
+    "LedgerInUse",
+    "LedgerTooNew",
+    "LedgerUnavailable",
+    "LimitExceeded",
     "NeedsForce",
     "NotConfirmed",
     "RhapsodyError",
@@ -38,6 +51,7 @@ __all__ = [
     "UnknownName",
     "nearest",
     "refuse_unknown",
+    "root_of",
 ]
 
 
@@ -79,6 +93,49 @@ class BackendUnavailable(BackendError):
     """A backend's program is not installed, did not start, or is gone."""
 
 
+class LedgerError(RhapsodyError):
+    """The ledger, which holds what must not be forgotten, cannot be read or written."""
+
+
+class LedgerInUse(LedgerError):
+    """Another process holds the ledger: `pid` on `host`, since `since` (seconds since the epoch; 0 where unknown)."""
+
+    def __init__(self, path: str, host: str, pid: int, since: float) -> None:
+        self.path, self.host, self.pid, self.since = path, host, pid, since
+        holder = f"process {pid} on {host}" if pid else "another process"
+        at = f" since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}" if since else ""
+        super().__init__(
+            f"the ledger {path} is held by {holder}{at}. Use that one (`rhapsody-mcp service status`), end it "
+            "(`rhapsody-mcp service stop`), or take another folder with --folder."
+        )
+
+    def __reduce__(self) -> tuple[type[LedgerInUse], tuple[str, str, int, float]]:
+        return type(self), (self.path, self.host, self.pid, self.since)
+
+
+class LedgerTooNew(LedgerError):
+    """A later version of this program wrote the ledger; nothing was changed."""
+
+
+class LedgerDamaged(LedgerError):
+    """The ledger's file is not what was written, or no ledger; nothing was changed."""
+
+
+class LedgerUnavailable(LedgerError):
+    """The ledger could not be written now, and what was to be written is withdrawn; another time it may work."""
+
+
+class LimitExceeded(RhapsodyError):
+    """It would exceed what the server's settings allow: `limit` is the key of the setting. Nothing was taken."""
+
+    def __init__(self, message: str, limit: str = "") -> None:
+        super().__init__(message)
+        self.limit = limit
+
+    def __reduce__(self) -> tuple[type[LimitExceeded], tuple[str, str]]:
+        return type(self), (str(self), self.limit)
+
+
 class SessionClosed(RhapsodyError):
     """The session is closed and takes no more tasks; open another one."""
 
@@ -104,6 +161,13 @@ class TaskFailed(RhapsodyError):
 
 class TaskCanceled(TaskFailed):
     """A task was canceled: by a person, because its session closed, or because a task that it needs failed."""
+
+
+def root_of(error: BaseException) -> BaseException:
+    """The first error of a group, or of the groups in it; any other error itself."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

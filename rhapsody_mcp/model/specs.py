@@ -8,7 +8,7 @@ import msgspec
 
 from rhapsody_mcp.model.values import Ref, Value
 
-__all__ = ["Call", "Command", "Completion", "Layout", "Mode", "Order", "RankGroup", "TaskSpec", "Template"]
+__all__ = ["Call", "Caps", "Command", "Completion", "Layout", "Mode", "Order", "RankGroup", "TaskSpec", "Template"]
 
 Mode = Literal["native", "process", "job"]
 
@@ -104,9 +104,20 @@ class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     timeout_s: float | None = None
 
 
+class Caps(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How many bytes a result may have, encoded, and how many of a stdout or stderr are kept; None for any number."""
+
+    result_bytes: int | None = None
+    output_bytes: int | None = None
+
+
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """A task that can start: the values that its Refs stand for, by uid, and the folder for what is large."""
+    """A task that can start: the values that its Refs stand for, by uid, and the folder for what is large.
+
+    `attempt` is 1 for its first start.
+    """
 
     spec: TaskSpec
     bindings: dict[str, Value]
     folder: str
+    attempt: int = 1

@@ -54,11 +54,15 @@ NOTHING = Value("json", "nothing", 4, b"null")
 
 
 class Stream(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a program printed: `text`, or the whole in `file` where it is long (`text` is then its end)."""
+    """What a program printed: `text`, or the whole in `file` where it is long (`text` is then its end).
+
+    `left_out` counts the bytes that were printed in its middle and are not there, because it was too long.
+    """
 
     text: str = ""
     file: str | None = None
     size: int = 0
+    left_out: int = 0
 
     def read(self) -> str:
         if self.file is None:

@@ -103,7 +103,7 @@ def _functions_in(text: str) -> Mapping[str, ast.FunctionDef | ast.AsyncFunction
 
 
 class Encoder:
-    """Encodes the calls of one submission; a function that many of its tasks share is pickled once.
+    """Encodes the calls of one submission; a function that many of its tasks share is encoded once.
 
     `reference` gives the Ref that an object among the arguments stands for, or None.
     """
@@ -111,11 +111,13 @@ class Encoder:
     def __init__(self, reference: Callable[[object], Ref | None]) -> None:
         self._reference = reference
         self._pickled: dict[int, tuple[Callable[..., Any], bytes]] = {}
+        self._texts: dict[str, bytes] = {}
 
     def call(self, function: Callable[..., Any] | Source | Module, args: Sequence[Any], kwargs: object) -> Call:
         arguments = self._pickle((tuple(args), kwargs), "the arguments") if args or kwargs else b""
         if isinstance(function, Source):
-            return Call("source", function.text.encode(), function.function_name, arguments)
+            text = self._texts.setdefault(function.text, function.text.encode())
+            return Call("source", text, function.function_name, arguments)
         if isinstance(function, Module):
             return Call("module", function.path.encode(), "", arguments)
         return Call("pickle", self._function(function), getattr(function, "__name__", ""), arguments)

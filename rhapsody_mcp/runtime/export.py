@@ -15,6 +15,7 @@ import platformdirs
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.runtime.open_sessions import OpenSession
 from rhapsody_mcp.runtime.opening import plan_backends
+from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.runtime.provenance import add_digests, describe_origin
 from rhapsody_mcp.runtime.script import Script, write_script
 from rhapsody_mcp.settings import Settings
@@ -36,6 +37,8 @@ async def export(opened: OpenSession, settings: Settings, folder: str | None = N
     Without a folder they go to `exports` in the user's state folder. Raises InvalidRequest where it cannot be written.
     """
     chosen = _folder(folder)
+    if folder is not None:
+        Policy.of(settings).check_folder("folder", chosen)
     session = opened.session
     plans = plan_backends(opened.wanted, settings)
     record = describe_origin(opened.id, session.tasks, session.backends)

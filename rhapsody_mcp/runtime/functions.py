@@ -24,6 +24,7 @@ _CHECK = Module("rhapsody_mcp.engine.checking:check")
 class Registered(msgspec.Struct, frozen=True):
     """A function under a name that tasks use in place of its source."""
 
+    number: int
     name: str
     source: Source
     signature: str
@@ -36,10 +37,26 @@ class Functions:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._by_name: dict[str, Registered] = {}
+        self._by_number: dict[int, Registered] = {}
+        self._last = 0
 
     @property
     def names(self) -> list[str]:
         return list(self._by_name)
+
+    def keep(self, function: Registered) -> None:
+        """From now on its name is its own; tasks find an earlier one of this name by its number."""
+        self._by_name.pop(function.name, None)
+        self._by_name[function.name] = self._by_number[function.number] = function
+        self._last = max(self._last, function.number)
+
+    def source(self, name: str) -> Source:
+        """Raises what `get` raises."""
+        return self.get(name).source
+
+    def numbered(self, number: int) -> Registered:
+        """The one that was the so manieth to be registered, from 1 on."""
+        return self._by_number[number]
 
     def get(self, name: str) -> Registered:
         """Raises InvalidTask, which names what there is."""
@@ -51,12 +68,12 @@ class Functions:
             )
         return found
 
-    async def register(self, source: Source, name: str | None, timeout_s: float) -> Registered:
-        """Keep the function once a worker has executed its source and found every module that it imports.
+    async def check(self, source: Source, name: str | None, timeout_s: float) -> Registered:
+        """What `keep` takes, once a worker has executed the source and found every module that it imports.
 
         Raises InvalidTask where it cannot run there, BackendError where no worker could look in time.
         """
-        function = Registered(name or source.function_name, source, source.signature, source.docstring)
+        function = Registered(0, name or source.function_name, source, source.signature, source.docstring)
         if not _NAME.fullmatch(function.name):
             raise InvalidTask(
                 f"name is {function.name[:80]!r}; valid are letters, digits, '_', '.' and '-', at most 64."
@@ -67,9 +84,8 @@ class Functions:
                 f"{source.function_name} cannot run on the workers: {'; '.join(problems)}. Valid is what runs in the "
                 f"Python environment of this server ({sys.prefix}): install what is missing there, or do without it."
             )
-        self._by_name.pop(function.name, None)
-        self._by_name[function.name] = function
-        return function
+        self._last += 1
+        return msgspec.structs.replace(function, number=self._last)
 
     async def _problems(self, source: Source, timeout_s: float) -> list[str]:
         task = ComputeTask(_CHECK, args=[source.text, source.function_name], name=source.function_name)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
-__all__ = ["Handle", "HandleStore", "HandlesInMemory", "Status"]
+from rhapsody_mcp.runtime.ledger.changes import DropHandles, HandleRow, PutHandle
+from rhapsody_mcp.runtime.ledger.ledger import Ledger
+
+__all__ = ["Handle", "HandleStore", "HandlesInLedger", "HandlesInMemory", "Status"]
 
 Status = Literal["working", "input_required", "completed", "failed", "cancelled"]
 
@@ -73,3 +76,38 @@ class HandlesInMemory:
 
     def drop_expired(self, now: datetime) -> None:
         self._handles = {id: handle for id, handle in self._handles.items() if handle.expires_at > now}
+
+
+class HandlesInLedger(HandlesInMemory):
+    """A HandleStore that the next life of the service reads again with `load`."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    async def load(self) -> None:
+        """Have the handles of the earlier life. A call that was working then has failed."""
+        now = datetime.now(UTC)
+        for row in await self._ledger.handles():
+            handle = Handle.model_validate_json(row.data)
+            if handle.status in ("working", "input_required"):
+                fields = {"status": "failed", "status_message": _ENDED, "error": {"code": _INTERNAL, "message": _ENDED}}
+                self.put(handle.model_copy(update={**fields, "input_requests": None, "last_updated_at": now}))
+            else:
+                super().put(handle)
+        self.drop_expired(now)
+
+    def put(self, handle: Handle) -> None:
+        super().put(handle)
+        data = handle.model_dump_json().encode()
+        self._ledger.write(PutHandle(HandleRow(handle.task_id, data, handle.expires_at.timestamp())))
+
+    def drop_expired(self, now: datetime) -> None:
+        before = len(self._handles)
+        super().drop_expired(now)
+        if len(self._handles) < before:
+            self._ledger.write(DropHandles(now.timestamp()))
+
+
+_INTERNAL = -32603  # JSON-RPC's internal error
+_ENDED = "The service ended while this call was working, and has started again since. Call the tool again."

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from rhapsody_mcp import backends
 from rhapsody_mcp.backends.base import Backend
-from rhapsody_mcp.backends.vllm_config import Device, read_config
-from rhapsody_mcp.backends.vllm_plan import find_model
+from rhapsody_mcp.backends.compute import ComputeBackend
+from rhapsody_mcp.backends.environment import Environment
+from rhapsody_mcp.backends.vllm_config import SHIPPED, Device, VllmConfig, read_config
+from rhapsody_mcp.backends.vllm_plan import find_model, interpreter
 from rhapsody_mcp.machine import Machine, Part, look
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest
+from rhapsody_mcp.model.specs import Caps
+from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.settings import Settings
 
 __all__ = ["BackendName", "OpenBackends", "Plan", "Wanted", "open_backends", "plan_backends"]
@@ -32,25 +37,34 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     config_file: str | None = None
     endpoint_url: str | None = None
     endpoint_model: str | None = None
+    environment: Environment | None = None
+    folder: str = ""
+    """Where its tasks start; empty for the folder of this process."""
 
 
 OpenBackends = Callable[[Wanted], Sequence[Backend]]
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """A backend before it is made: its name, and the arguments of its class."""
+    """A backend before it is made: its name, and the arguments of its class. Those in `of_server` are as the server's
+    settings say; who makes it again elsewhere leaves them out."""
 
     name: BackendName
     arguments: dict[str, Any]
+    of_server: dict[str, Any] = {}
 
     def open(self) -> Backend:
-        made: Backend = getattr(backends, backends.BACKENDS[self.name])(**self.arguments)
+        made: Backend = getattr(backends, backends.BACKENDS[self.name])(**{**self.arguments, **self.of_server})
         return made
 
 
 def open_backends(wanted: Wanted, settings: Settings) -> list[Backend]:
     """The backends of a session on this machine; raises what `plan_backends` raises."""
-    return [plan.open() for plan in plan_backends(wanted, settings)]
+    opened = [plan.open() for plan in plan_backends(wanted, settings)]
+    for backend in opened:
+        if isinstance(backend, ComputeBackend):
+            backend.stall_s, backend.cwd = settings.stall_s, wanted.folder
+    return opened
 
 
 def plan_backends(wanted: Wanted, settings: Settings) -> list[Plan]:
@@ -63,7 +77,35 @@ def plan_backends(wanted: Wanted, settings: Settings) -> list[Plan]:
     if len(set(names)) < len(names):
         raise InvalidRequest(f"backends is {list(names)}; name each backend once.")
     _refuse_idle_wishes(wanted, names)
-    return [Plan(name, _arguments(name, wanted, settings, machine)) for name in names]
+    _check_policy(wanted, Policy.of(settings))
+    arguments = {name: _arguments(name, wanted, settings, machine) for name in names}
+    return [Plan(name, arguments[name], _of_server(name, wanted, settings)) for name in names]
+
+
+def _check_policy(wanted: Wanted, policy: Policy) -> None:
+    if wanted.environment is not None and wanted.environment.setup:
+        policy.check_setup()
+    if wanted.config_file is not None:
+        policy.check_folder("config_file", os.path.expanduser(wanted.config_file))
+    if policy.executables is None and policy.folders is None:
+        return
+    if wanted.config_file is None and wanted.model is None:
+        return
+    config, folders = _vllm_config(wanted.config_file, wanted.model)
+    if config.server.python is not None:
+        policy.check_executable("python in the section server of config_file", interpreter(config))
+    named = config.server.model or config.required.model_name
+    if named is not None and named != SHIPPED and os.path.isabs(source := find_model(config, folders).source):
+        policy.check_folder("model", source)
+
+
+def _of_server(name: BackendName, wanted: Wanted, settings: Settings) -> dict[str, Any]:
+    if name == "endpoint":
+        return {}
+    environment = replace(wanted.environment or Environment(), withheld=settings.withheld_variables)
+    if name == "vllm":
+        return {"environment": environment}
+    return {"environment": environment, "caps": Caps(settings.max_result_bytes, settings.max_output_bytes)}
 
 
 def _defaults(wanted: Wanted, machine: Machine) -> tuple[BackendName, ...]:
@@ -84,6 +126,7 @@ def _refuse_idle_wishes(wanted: Wanted, names: Sequence[BackendName]) -> None:
         "config_file": (wanted.config_file, ("vllm",)),
         "endpoint_url": (wanted.endpoint_url, ("endpoint",)),
         "endpoint_model": (wanted.endpoint_model, ("endpoint",)),
+        "environment": (wanted.environment, ("dragon", "local", "vllm")),
     }
     for wish, (value, hearers) in wishes.items():
         if value is not None and not set(hearers) & set(names):
@@ -95,26 +138,33 @@ def _refuse_idle_wishes(wanted: Wanted, names: Sequence[BackendName]) -> None:
 
 def _arguments(name: BackendName, wanted: Wanted, settings: Settings, machine: Machine) -> dict[str, Any]:
     num_workers = wanted.num_workers or settings.default_num_workers
+    environment = None if wanted.environment is None else msgspec.json.decode(msgspec.json.encode(wanted.environment))
     match name:
         case "dragon":
             _need(machine.dragon, "the local backend runs the same tasks with processes of this machine")
-            return {"num_workers": num_workers}
+            return {"num_workers": num_workers, "environment": environment}
         case "local":
-            return {"num_workers": num_workers}
+            return {"num_workers": num_workers, "environment": environment}
         case "vllm":
             _need(machine.vllm, "the endpoint backend speaks to a server that runs elsewhere")
             model = wanted.model or (None if wanted.config_file else settings.default_model)
             _refuse_model(wanted.config_file, model)
-            return {"config_file": wanted.config_file, "model": model, "device": wanted.device}
+            given = {"config_file": wanted.config_file, "model": model, "device": wanted.device}
+            return {**given, "environment": environment}
         case "endpoint":
             return _endpoint_arguments(wanted, settings)
 
 
 def _refuse_model(config_file: str | None, model: str | None) -> None:
     """Raise InvalidSettings where the settings of the vllm backend, or the model that they name, cannot work here."""
+    find_model(*_vllm_config(config_file, model))
+
+
+def _vllm_config(config_file: str | None, model: str | None) -> tuple[VllmConfig, list[Path]]:
+    """With the folders in which a relative path to a model may begin."""
     file = Path(os.path.expanduser(config_file)).absolute() if config_file else None
     config = read_config(file, {"server": {"model": model}})
-    find_model(config, [Path.cwd(), *([file.parent] if file else [])])
+    return config, [Path.cwd(), *([file.parent] if file else [])]
 
 
 def _endpoint_arguments(wanted: Wanted, settings: Settings) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import follow, load_json, pointer_steps
 from rhapsody_mcp.runtime.tasks import Part, Task
 
-__all__ = ["names_in", "resolve"]
+__all__ = ["names_in", "renamed", "resolve"]
 
 _SHAPES = (frozenset({"ref"}), frozenset({"ref", "path"}))
 
@@ -28,6 +28,15 @@ def names_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from names_in(item)
+
+
+def renamed(value: Any, uid_of: Callable[[str], str]) -> Any:
+    """The same JSON value with `uid_of` each name in the place of that name."""
+    if _is_reference(value):
+        return {**value, "ref": uid_of(value["ref"])}
+    if isinstance(value, dict):
+        return value if value.keys() == {"literal"} else {key: renamed(item, uid_of) for key, item in value.items()}
+    return [renamed(item, uid_of) for item in value] if isinstance(value, list | tuple) else value
 
 
 def resolve(value: Any, task_named: Callable[[str], Task]) -> Any:

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from textwrap import wrap
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -23,7 +24,7 @@ from rhapsody_mcp.runtime.encoding import Source
 from rhapsody_mcp.runtime.opening import Plan
 from rhapsody_mcp.runtime.readable import Sources
 from rhapsody_mcp.runtime.session import kind_of
-from rhapsody_mcp.runtime.task_code import TaskCode, whole, work_of
+from rhapsody_mcp.runtime.task_code import TaskCode, looks_secret, whole, work_of
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, leaves, name_of, tasks_text
 
 __all__ = ["Script", "draws_by_chance", "plain_url", "write_script"]
@@ -261,7 +262,15 @@ class _Writer:
             given["url"] = plain_url(given["url"])
         for name in {"config_file", "model"} & given.keys() if plan.name == "vllm" else ():
             given[name] = _wherever_it_runs(given[name])
+        if "environment" in given:
+            given["environment"] = self._environment(given["environment"])
         return write_call(BACKENDS[plan.name], [f"{name}={write_value(value)}" for name, value in given.items()], 1)
+
+
+    def _environment(self, given: dict[str, Any]) -> dict[str, Any]:
+        variables = given.get("variables", {})
+        secret = {name: self._code.look_up(name) for name in variables if looks_secret(name)}
+        return {**given, **({"variables": {**variables, **secret}} if variables else {})}
 
 
 def _wherever_it_runs(file: str) -> str:

@@ -6,21 +6,21 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from msgspec.structs import replace
 
-from rhapsody_mcp.backends.base import Backend, Ended, Event, Kind, Running
+from rhapsody_mcp.backends.base import Backend, Ended, Kind, Running
 from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.model.errors import (
-    BackendError,
-    BackendUnavailable,
     InvalidRequest,
     InvalidTask,
+    LimitExceeded,
     RhapsodyError,
     SessionClosed,
+    TaskFailed,
     UnknownName,
 )
 from rhapsody_mcp.model.outcome import Outcome
@@ -31,13 +31,27 @@ from rhapsody_mcp.model.values import NOTHING, Reader, Value, load, load_json
 from rhapsody_mcp.runtime.encoding import Encoder, Module
 from rhapsody_mcp.runtime.fan_out import join, outcome_of, read_items
 from rhapsody_mcp.runtime.graph import leads_to, refuse_cycles
+from rhapsody_mcp.runtime.lanes import Lane, Notice
 from rhapsody_mcp.runtime.measuring import measure
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, leaves, name_of, rank_of, reference
+from rhapsody_mcp.runtime.rules import Rules, Taken
+from rhapsody_mcp.runtime.tasks import (
+    AITask,
+    ComputeTask,
+    ForEach,
+    Part,
+    Task,
+    leaves,
+    name_of,
+    rank_of,
+    reference,
+    with_children,
+)
 
-__all__ = ["Session"]
+__all__ = ["Accepted", "Session"]
 
 _log = logging.getLogger(__name__)
 _LONGEST_DELAY_S = 60.0
+_MOST_NOTICES = 100
 
 
 class Session:
@@ -46,13 +60,26 @@ class Session:
     Leaving `async with session`, or `close()`, cancels what has not ended and stops the backends.
     """
 
-    def __init__(self, backends: Sequence[Backend] = (), *, opens_results: bool = True) -> None:
-        """`opens_results=False` is for a process in which no user code may run: results stay encoded."""
+    def __init__(
+        self,
+        backends: Sequence[Backend] = (),
+        *,
+        opens_results: bool = True,
+        engine_idle_s: float | None = None,
+        folder: Path | None = None,
+        rules: Rules | None = None,
+    ) -> None:
+        """`opens_results=False` is for a process in which no user code may run: results stay encoded.
+
+        `folder` is where long results lie, in place of a temporary one; it outlives the session.
+        With `engine_idle_s` a backend that has had no task for so long, and for which none waits, stops its engine
+        until the next one. `rules` hold the tasks to the settings of a server.
+        """
         names = [backend.name for backend in backends]
         if twice := {name for name in names if names.count(name) > 1}:
             raise InvalidRequest(f"two backends are named {twice.pop()!r}; give one another name (name=...).")
-        self._lanes = {backend.name: _Lane(backend) for backend in backends}
         self._read: Reader = load if opens_results else load_json
+        self._lanes = {backend.name: self._lane(backend, engine_idle_s) for backend in backends}
         self._opens_results = opens_results
         self._submitted: list[Task] = []
         self._tasks: dict[str, Task] = {}
@@ -62,13 +89,31 @@ class Session:
         self._unfinished: dict[str, int] = {}
         self._retrying: dict[str, asyncio.TimerHandle] = {}
         self._hidden = 0
-        self._folder: Folder | None = None
+        self._rules, self.taken = rules, Taken()
+        self._folder = folder
+        if folder is not None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._temporary: Folder | None = None
         self._closing: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
         self.ended: list[Task] = []
         """Every task that has ended, first ended first; a ForEach after its children."""
         self.on_change: Callable[[Task], None] | None = None
         """Called after each change of a task's state."""
+        self.notices: deque[Notice] = deque(maxlen=_MOST_NOTICES)
+        """The last of what became of the engines: that one ended, was started again, was stopped to rest."""
+
+    def _lane(self, backend: Backend, idle_s: float | None) -> Lane:
+        return Lane(
+            backend,
+            self._report,
+            self._read,
+            tell=lambda notice: self.notices.append(notice),
+            is_needed=lambda: any(
+                task.backend == backend.name and not task.state.final for task in list(self._tasks.values())
+            ),
+            idle_s=idle_s,
+        )
 
     # --- what there is
 
@@ -82,6 +127,11 @@ class Session:
         return [lane.backend for lane in self._lanes.values()]
 
     @property
+    def engines(self) -> dict[str, str]:
+        """What the engine of each backend does now, in words, for those that say."""
+        return {name: lane.progress for name, lane in self._lanes.items() if lane.progress}
+
+    @property
     def closed(self) -> bool:
         return self._closing is not None
 
@@ -93,6 +143,9 @@ class Session:
     @property
     def _current(self) -> list[Task]:
         return [task for task in self._submitted if task.replaced_by is None]
+
+    def attempts_of(self, uid: str) -> int:
+        return self._tasks[uid].attempts
 
     def get_statistics(self, group: str | None = None) -> Statistics:
         """Counts, times, rates and the critical path of this session's tasks, or of one group of them, now.
@@ -111,18 +164,64 @@ class Session:
         Raises InvalidTask, UnknownName or SessionClosed with nothing taken. Backends that have not been started
         start now; tasks are QUEUED meanwhile.
         """
-        if self.closed:
-            raise SessionClosed("this session is closed; open another one with Session(backends=[...]).")
         batch = list(tasks)
-        self._take(self._accept(batch))
-        self._submitted += batch
+        self.take(batch, self.accept(batch))
         return [task.future for task in batch]
 
-    def check(self, tasks: Iterable[Task]) -> None:
-        """Raise what `submit_tasks` would raise for these tasks; nothing is taken."""
-        self._accept(list(tasks))
+    def accept(self, tasks: Sequence[Task]) -> list[Accepted]:
+        """Raise what `submit_tasks` would raise for these tasks, or give what `take` needs; nothing is taken."""
+        self._refuse_closed()
+        accepted = self._accept(tasks)
+        if self._rules is not None:
+            self._rules.refuse_tasks(self.taken, [spec for _, _, spec in accepted if spec is not None])
+        return accepted
 
-    def _take(self, accepted: list[_Accepted]) -> None:
+    def take(self, tasks: Sequence[Task], accepted: list[Accepted]) -> None:
+        """Take what was accepted. In between, nothing else may be taken; raises SessionClosed."""
+        self._refuse_closed()
+        self._take(accepted)
+        self._submitted += tasks
+
+    def _refuse_closed(self) -> None:
+        if self.closed:
+            raise SessionClosed("this session is closed; open another one with Session(backends=[...]).")
+
+    def restore(self, tasks: Sequence[Task], ended: Sequence[Task], unreadable: Mapping[str, str]) -> None:
+        """Take the tasks of an earlier life of this session, which has none yet.
+
+        Each has the state that it had: those that ended are `ended`, in the order of their ends, and stay as they
+        are; the others are NEW and run. Those that cannot any more, some for the reasons in `unreadable` by their uids,
+        end FAILED with cause invalid.
+        """
+        self._submitted += tasks
+        self.ended += ended
+        encoder, refused = Encoder(reference), dict(unreadable)
+        for task in with_children(tasks):
+            accepted: Accepted = task, None, None
+            try:
+                accepted = self._checked(task, encoder)
+            except RhapsodyError as error:
+                refused.setdefault(task.uid, str(error))
+            (self._keep if task.state.final else self._register)(*accepted)
+        going = [task for task in with_children(tasks) if not task.state.final]
+        for task in going:
+            if task.uid in refused:
+                why = refused[task.uid]
+                self._end(task, Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=why))
+        self._queue([task for task in going if self._is_ready(task)])
+
+    def _keep(self, task: Task, lane: Lane | None, spec: TaskSpec | None) -> None:
+        """Have a task that ended in an earlier life."""
+        if lane is not None and spec is not None:
+            task.backend, self._specs[task.uid] = lane.backend.name, spec
+            self.taken.add(spec)
+            self.taken.end(task.outcome or _canceled(Cause.LOST, ""))
+        task._future = asyncio.get_running_loop().create_future()
+        task._future.add_done_callback(_retrieve)
+        self._tasks[task.uid], self._missing[task.uid] = task, set()
+        _settle(task)
+
+    def _take(self, accepted: list[Accepted]) -> None:
         for task, lane, spec in accepted:
             self._register(task, lane, spec)
         self._queue([task for task, _, _ in accepted if self._is_ready(task)])
@@ -135,8 +234,7 @@ class Session:
 
         Raises what `submit_tasks` raises.
         """
-        if self.closed:
-            raise SessionClosed("this session is closed.")
+        self._refuse_closed()
         self._hidden += 1
         task.uid = f"~{self._hidden}"
         self._take(self._accept([task]))
@@ -147,7 +245,7 @@ class Session:
             raise
         return task
 
-    def _accept(self, batch: list[Task]) -> list[_Accepted]:
+    def _accept(self, batch: Sequence[Task]) -> list[Accepted]:
         uids = {}
         for task in batch:
             if not isinstance(task, Task):
@@ -164,27 +262,29 @@ class Session:
                     )
         refuse_cycles(uids)
         encoder = Encoder(reference)
-        accepted: list[_Accepted] = []
+        accepted: list[Accepted] = []
         for task in batch:
             accepted += self._checked_children(task, encoder) if isinstance(task, ForEach) else ()
             accepted.append(self._checked(task, encoder))
         return accepted
 
-    def _checked_children(self, parent: ForEach, encoder: Encoder) -> list[_Accepted]:
+    def _checked_children(self, parent: ForEach, encoder: Encoder) -> list[Accepted]:
         return [self._checked(child, encoder) for child in parent.children]
 
-    def _checked(self, task: Task, encoder: Encoder) -> _Accepted:
+    def _checked(self, task: Task, encoder: Encoder) -> Accepted:
         if isinstance(task, ForEach):
             return task, None, None
         lane = self._route(task)
         try:
             spec = task.spec(encoder)
+            if self._rules is not None and not _is_hidden(task):
+                spec = self._rules.admit(spec)
             lane.backend.check(spec)
         except InvalidTask as error:
             raise InvalidTask(f"{name_of(task)}: {error}") from error
         return task, lane, spec
 
-    def _route(self, task: Task) -> _Lane:
+    def _route(self, task: Task) -> Lane:
         kind = kind_of(task)
         able = [lane for lane in self._lanes.values() if kind in lane.backend.kinds]
         if task.backend is None:
@@ -200,20 +300,23 @@ class Session:
             raise InvalidTask(f"{named} is a {kind}, which backend {task.backend!r} does not run; {others} does.")
         return lane
 
-    def _register(self, task: Task, lane: _Lane | None, spec: TaskSpec | None) -> None:
+    def _register(self, task: Task, lane: Lane | None, spec: TaskSpec | None) -> None:
         if lane is not None and spec is not None:
             task.backend, self._specs[task.uid] = lane.backend.name, spec
-        task.submitted = time.time()
+            if not _is_hidden(task):
+                self.taken.add(spec)
+        task.submitted = task.submitted or time.time()
         task.state = TaskState.WAITING
         task._future = asyncio.get_running_loop().create_future()
         task._future.add_done_callback(_retrieve)
         self._tasks[task.uid] = task
-        sources = () if isinstance(task, ForEach) and task.source is None else task.sources()
+        has_all = isinstance(task, ForEach) and (task.source is None or bool(task.children))
+        sources = () if has_all else task.sources()
         unfinished = {source.uid for source in sources if not source.state.final}
         self._missing[task.uid] = unfinished
         for uid in unfinished:
             self._dependents.setdefault(uid, []).append(task.uid)
-        if isinstance(task, ForEach) and task.source is None:
+        if isinstance(task, ForEach) and has_all:
             self._watch_children(task)
         self._tell(task)
 
@@ -234,7 +337,7 @@ class Session:
             task.attempts += 1
             by_lane.setdefault(task.backend or "", []).append(self._order(task))
         for name, orders in by_lane.items():
-            self._hand_over(self._lanes[name], orders)
+            self._lanes[name].take(orders)
 
     def _failed_source(self, task: Task) -> Task | None:
         if task.on_upstream_failure == "run":
@@ -243,14 +346,17 @@ class Session:
 
     def _order(self, task: Task) -> Order:
         bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
-        return Order(spec=self._specs[task.uid], bindings=bindings, folder=str(self.folder))
+        return Order(
+            spec=self._specs[task.uid], bindings=bindings, folder=str(self.folder), attempt=max(1, task.attempts)
+        )
 
     @property
     def folder(self) -> Path:
-        """Where results that are too long for a message lie until the session is closed."""
+        """Where results that are too long for a message lie."""
         if self._folder is None:
-            self._folder = Folder()
-        return self._folder.path
+            self._temporary = Folder()
+            self._folder = self._temporary.path
+        return self._folder
 
     # --- one task for each item
 
@@ -263,13 +369,18 @@ class Session:
 
     async def _fan_out(self, parent: ForEach) -> None:
         try:
-            parent.make_children(await self._items_of(parent))
+            items = await self._items_of(parent)
+            if self._rules is not None:
+                self._rules.refuse_count(self.taken, len(items))
+            parent.make_children(items)
             for source in {source.uid: source for child in parent.children for source in child.sources()}.values():
                 if (source.uid not in self._tasks and not _is_hidden(source)) or leads_to(source, parent):
                     raise InvalidTask(
                         f"its tasks need {name_of(source)}, which is not in this session or waits for it."
                     )
             accepted = self._checked_children(parent, Encoder(reference))
+            if self._rules is not None:
+                self._rules.refuse_tasks(self.taken, [spec for _, _, spec in accepted if spec is not None])
         except (RhapsodyError, OSError) as error:
             parent.children = []
             self._end(parent, Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=str(error)))
@@ -309,7 +420,8 @@ class Session:
         value: Value | None
         try:
             if all(value is None or value.format == "json" for value in values):
-                value = await join(values, self.folder)
+                most = self._rules.settings.max_result_bytes if self._rules else None
+                value = await join(values, self.folder, most)
             else:
                 children = [child if child.state is TaskState.DONE else None for child in parent.children]
                 gathered = await self.run_hidden(ComputeTask(Module("builtins:list"), args=(children,)))
@@ -318,47 +430,14 @@ class Session:
             outcome = outcome_of(parent, value)
         except (RhapsodyError, OSError) as error:
             message = f"its results cannot be put together: {error}"
-            outcome = Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.LOST, error=message)
+            cause = Cause.ERROR if isinstance(error, LimitExceeded | TaskFailed) else Cause.LOST
+            outcome = Outcome(state=TaskState.FAILED, ended=time.time(), cause=cause, error=message)
         parent.return_value = [child.return_value for child in parent.children]
         self._end(parent, outcome)
 
-    # --- to backends
-
-    def _hand_over(self, lane: _Lane, orders: list[Order]) -> None:
-        if lane.ready:
-            try:
-                lane.backend.submit(orders, self._report, self._read)
-                return
-            except BackendUnavailable:  # its engine has died since; it gets a new one
-                lane.ready = False
-        lane.pending.extend(orders)
-        if lane.opening is None:
-            lane.opening = asyncio.create_task(self._open(lane))
-
-    async def _open(self, lane: _Lane) -> None:
-        try:
-            await lane.backend.start()
-            orders, lane.pending = lane.pending, []
-            lane.backend.submit(orders, self._report, self._read)
-            lane.ready = True
-        except RhapsodyError as error:
-            cause = Cause.LOST if isinstance(error, BackendError) else Cause.INVALID
-            self._refuse(lane, cause, f"backend {lane.backend.name!r} did not start: {error}")
-        except Exception as error:  # a fault of the backend must not leave its tasks waiting for ever
-            _log.exception("backend %r did not start", lane.backend.name)
-            self._refuse(lane, Cause.LOST, f"backend {lane.backend.name!r} failed to start: {error!r}")
-        finally:
-            lane.opening = None
-
-    def _refuse(self, lane: _Lane, cause: Cause, message: str) -> None:
-        orders, lane.pending = lane.pending, []
-        for order in orders:
-            outcome = Outcome(state=TaskState.FAILED, ended=time.time(), cause=cause, error=message)
-            self._end(self._tasks[order.spec.uid], outcome)
-
     # --- what backends report
 
-    def _report(self, event: Event) -> None:
+    def _report(self, event: Running | Ended) -> None:
         task = self._tasks[event.uid]
         if task.state.final:
             return
@@ -444,6 +523,8 @@ class Session:
                 kept.pop(task.uid, None)
         else:
             self.ended.append(task)
+            if task.uid in self._specs and task.outcome is not None:
+                self.taken.end(task.outcome)
 
     def _tell(self, task: Task) -> None:
         if self.on_change is not None and not _is_hidden(task):
@@ -484,14 +565,11 @@ class Session:
             else:
                 by_lane.setdefault(task.backend or "", set()).add(task.uid)
         for name, uids in by_lane.items():
-            lane = self._lanes[name]
-            held = {order.spec.uid for order in lane.pending}
-            lane.pending = [order for order in lane.pending if order.spec.uid not in uids]
+            held = self._lanes[name].withdraw(uids)
             for uid in uids:
                 if uid in held or self._tasks[uid].state is TaskState.WAITING:
                     self._end(self._tasks[uid], _canceled(Cause.CANCELED, message))
-            if lane.ready:
-                lane.backend.cancel({uid for uid in uids if not self._tasks[uid].state.final})
+            self._lanes[name].cancel(uids)
 
     def _cancel_for_each(self, parent: ForEach, message: str) -> None:
         """One that has children ends when they have."""
@@ -511,16 +589,12 @@ class Session:
     async def _close(self) -> None:
         message = "its session was closed"
         self._cancel([task for task in list(self._tasks.values()) if not task.state.final], message)
-        openings = [lane.opening for lane in self._lanes.values() if lane.opening]
-        for opening in openings:
-            opening.cancel()
-        await asyncio.gather(*openings, return_exceptions=True)
-        failures = await asyncio.gather(*(backend.close() for backend in self.backends), return_exceptions=True)
+        failures = await asyncio.gather(*(lane.close() for lane in self._lanes.values()), return_exceptions=True)
         await asyncio.gather(*self._background, return_exceptions=True)
         for task in list(self._tasks.values()):
             self._end(task, _canceled(Cause.CANCELED, message))
-        if self._folder is not None:
-            self._folder.remove()
+        if self._temporary is not None:
+            self._temporary.remove()
         for failure in failures:
             if isinstance(failure, BaseException):
                 raise failure
@@ -537,17 +611,7 @@ class Session:
         task.add_done_callback(self._background.discard)
 
 
-class _Lane:
-    """A backend with the orders that wait for it to start."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.ready = False
-        self.opening: asyncio.Task[None] | None = None
-        self.pending: list[Order] = []
-
-
-_Accepted = tuple[Task, _Lane | None, TaskSpec | None]
+Accepted = tuple[Task, Lane | None, TaskSpec | None]
 """With the lane and the spec of what a backend runs; a ForEach has none."""
 
 

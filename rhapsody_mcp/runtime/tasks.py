@@ -30,6 +30,7 @@ __all__ = [
     "leaves",
     "name_of",
     "tasks_text",
+    "with_children",
 ]
 
 OnUpstreamFailure = Literal["cancel", "run"]
@@ -462,6 +463,14 @@ def leaves(tasks: Iterable[Task]) -> list[Task]:
     for task in tasks:
         found += task.children if isinstance(task, ForEach) and task.children else [task]
     return found
+
+
+def with_children(tasks: Iterable[Task]) -> Iterator[Task]:
+    """Each task, a ForEach after its children."""
+    for task in tasks:
+        if isinstance(task, ForEach):
+            yield from task.children
+        yield task
 
 
 def _tasks_to_follow(after: Sequence[Task]) -> tuple[Task, ...]:

@@ -2,52 +2,96 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import anyio
 import anyio.abc
 import uvicorn
-from mcp.server.auth.middleware.auth_context import AuthContextMiddleware
-from mcp.server.auth.middleware.bearer_auth import BearerAuthBackend, RequireAuthMiddleware
 from mcp.server.transport_security import TransportSecuritySettings
-from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp
 
 from rhapsody_mcp.model.errors import InvalidSettings
+from rhapsody_mcp.protocol.audit import Audit, open_audit
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.runtime.opening import open_backends
-from rhapsody_mcp.server import Server, build_server
+from rhapsody_mcp.server import Server, build_server, open_sessions
+from rhapsody_mcp.serving.admission import guard
+from rhapsody_mcp.serving.http_connections import connections
 from rhapsody_mcp.serving.listening import Listener
-from rhapsody_mcp.serving.tokens import OneToken, read_or_make_token, token_file
+from rhapsody_mcp.serving.places import Places
+from rhapsody_mcp.serving.tokens import TokenFile, Tokens, plain_token
 from rhapsody_mcp.settings import Settings
 
-__all__ = ["checks", "run_web_server", "serve_http"]
+__all__ = ["checks", "run_web_server", "serve_http", "serve_listener", "stop_on_signal"]
 
+_SESSIONS = 1000
+"""Clients of the revisions before 2026-07-28 that may be connected; each takes memory until it was idle for 30 min."""
 _GRACE_S = 1
 """How long a stream that a client holds open may last once everything else has ended."""
 
 
 async def serve_http(settings: Settings, listener: Listener, say: Callable[[str], None]) -> None:
-    """Returns after SIGTERM or SIGINT, when nothing is left running; after SIGKILL the keepers of the engines see to
-    that. `say` is told the address and the token's file, never the token.
+    """Serve sessions of this process alone. Returns after SIGTERM or SIGINT, when nothing is left running; after
+    SIGKILL the keepers of the engines see to that. Raises as `serve_listener`."""
+    stop = anyio.Event()
+    async with open_sessions(settings) as sessions, TasksExtension() as tasks, anyio.create_task_group() as group:
+        await group.start(stop_on_signal, sessions, stop)
+        with open_audit(Places().audit, settings) as audit:
+            await serve_listener(settings, listener, sessions, tasks, say, stop, Places(), audit)
+        group.cancel_scope.cancel()
 
-    Raises InvalidSettings where a token or a name for the host is needed and is not there.
+
+async def serve_listener(
+    settings: Settings,
+    listener: Listener,
+    sessions: OpenSessions,
+    tasks: TasksExtension,
+    say: Callable[[str], None],
+    stop: anyio.Event,
+    places: Places,
+    audit: Audit,
+) -> None:
+    """Serve these sessions at this listener until `stop`; the sessions go on. `say` is told the address, and of a
+    first token that is made for it: nowhere else is that token to be read.
+
+    Raises InvalidSettings where a token file cannot be used, or a name for the host is needed and is not there.
     """
     security = checks(listener, settings.http_allowed_hosts)
-    file = settings.http_token_file or (None if listener.private else token_file())
-    token = read_or_make_token(file.expanduser()) if file else None
-    tasks = TasksExtension()
-    async with OpenSessions(partial(open_backends, settings=settings)) as sessions:
-        server = build_server(settings, sessions, [tasks])
-        app: ASGIApp = server.streamable_http_app(transport_security=security)
-        told = f"Listening on {listener.address}" + (f"\nBearer token: in {file}" if file else "")
-        async with tasks:
-            await run_web_server(server, _guarded(app, token) if token else app, listener, sessions, lambda: say(told))
+    file = TokenFile(places.tokens)
+    plain = plain_token(settings.http_token_file) if settings.http_token_file else None
+    first = None if listener.private or plain else file.create_first()
+    server = build_server(settings, sessions, [tasks], audit)
+    reading = build_server(settings.model_copy(update={"read_only": True}), sessions, [tasks], audit)
+    whole, part = (_app(one, security, settings) for one in (server, reading))
+    writing = await _names(server) - await _names(reading)
+    demanded = not listener.private or plain is not None
+    app = guard(whole, part, writing, Tokens(file, plain), settings, audit, demanded=demanded)
+    kind = connections(settings.http_slow_s, settings.http_connections)
+    told = f"Listening on {listener.address}" + (f"\n{_about_token(first, settings)}" if demanded else "")
+    async with reading.session_manager.run():
+        await run_web_server(server, app, listener, stop, lambda: say(told), kind)
+
+
+def _about_token(first: str | None, settings: Settings) -> str:
+    if settings.http_token_file is not None:
+        return f"Bearer token: in {settings.http_token_file}, or one of `rhapsody-mcp token list`"
+    if first is not None:
+        return f"Bearer token, shown only now: {first}"
+    return "Bearer token: one of `rhapsody-mcp token list`, or a new one of `rhapsody-mcp token create NAME`"
+
+
+async def _names(server: Server) -> set[str]:
+    return {tool.name for tool in await server.list_tools()}
+
+
+def _app(server: Server, security: TransportSecuritySettings, settings: Settings) -> ASGIApp:
+    return server.streamable_http_app(
+        transport_security=security, max_request_body_size=settings.request_bytes, max_sessions=_SESSIONS
+    )
 
 
 def checks(listener: Listener, allowed_hosts: Sequence[str]) -> TransportSecuritySettings:
@@ -70,20 +114,19 @@ def checks(listener: Listener, allowed_hosts: Sequence[str]) -> TransportSecurit
     return TransportSecuritySettings(allowed_hosts=hosts, allowed_origins=origins)
 
 
-def _guarded(app: ASGIApp, token: str) -> ASGIApp:
-    """The SDK's own checks of a bearer token, without the issuer that its settings ask for."""
-    inner = AuthContextMiddleware(RequireAuthMiddleware(app, required_scopes=[]))
-    return AuthenticationMiddleware(inner, backend=BearerAuthBackend(OneToken(token)))
-
-
 async def run_web_server(
-    server: Server, app: ASGIApp, listener: Listener, sessions: OpenSessions, ready: Callable[[], None]
+    server: Server,
+    app: ASGIApp,
+    listener: Listener,
+    stop: anyio.Event,
+    ready: Callable[[], None],
+    kind: type[asyncio.Protocol] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then close the sessions, so that waiting calls are answered, and stop."""
+    """Serve until `stop` is set, and those who are being served a moment longer."""
     web = _WebServer(
         uvicorn.Config(
             app,
-            http="h11",  # httptools leaves the blanks at the end of a header's value in it
+            http=kind or connections(),  # of h11: httptools leaves the blanks at the end of a header's value in it
             lifespan="off",  # entered here, where it surrounds the stop
             ws="none",
             log_config=None,
@@ -95,21 +138,27 @@ async def run_web_server(
         )
     )
     async with server.session_manager.run(), anyio.create_task_group() as group:
-        await group.start(_stop_on_signal, web, sessions)
+        group.start_soon(_end, web, stop)
         ready()
         await web.serve([listener.socket])
         group.cancel_scope.cancel()
 
 
-async def _stop_on_signal(
-    web: _WebServer, sessions: OpenSessions, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+async def _end(web: _WebServer, stop: anyio.Event) -> None:
+    await stop.wait()
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a traceback for each stream that ends now
+    web.should_exit = True
+
+
+async def stop_on_signal(
+    sessions: OpenSessions, stop: anyio.Event, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
+    """The sessions are closed first, so that waiting calls are answered."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for _ in signals:
             await sessions.close_all()
-            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a traceback for each stream that ends now
-            web.should_exit = True
+            stop.set()
 
 
 class _WebServer(uvicorn.Server):

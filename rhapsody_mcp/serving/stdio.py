@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from functools import partial
 
 import anyio
-from anyio.abc import TaskGroup
-from mcp.server.stdio import stdio_server
-from mcp.shared.message import SessionMessage
+import anyio.abc
 
+from rhapsody_mcp.protocol.audit import open_audit
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.runtime.opening import open_backends
-from rhapsody_mcp.server import Server, build_server
-from rhapsody_mcp.serving.unreadable import answer_unreadable
+from rhapsody_mcp.server import build_server, open_sessions
+from rhapsody_mcp.serving.places import Places
+from rhapsody_mcp.serving.stdin import Stdin
+from rhapsody_mcp.serving.wire import Wire, serve_client
 from rhapsody_mcp.settings import Settings
 
 __all__ = ["serve_stdio"]
@@ -25,22 +24,14 @@ __all__ = ["serve_stdio"]
 async def serve_stdio(settings: Settings) -> None:
     """Returns at the end of stdin, when nothing is left running. SIGTERM and SIGINT end the process in that state;
     after SIGKILL the keepers of the engines do the same."""
-    tasks = TasksExtension()
-    async with OpenSessions(partial(open_backends, settings=settings)) as sessions:
-        server = build_server(settings, sessions, [tasks])
-        async with tasks, anyio.create_task_group() as group:
-            await group.start(_stop_on_signal, sessions)
-            await _serve(server, group)
-            await sessions.close_all()
-            group.cancel_scope.cancel()
-
-
-async def _serve(server: Server, group: TaskGroup) -> None:
-    lowlevel = server._lowlevel_server  # the SDK's own run_stdio_async leaves no place between it and the streams
-    heard, readable = anyio.create_memory_object_stream[SessionMessage](0)
-    async with stdio_server() as (read, write):
-        group.start_soon(answer_unreadable, read, heard, write)
-        await lowlevel.run(readable, write, lowlevel.create_initialization_options())
+    async with open_sessions(settings) as sessions, TasksExtension() as tasks, anyio.create_task_group() as group:
+        await group.start(_stop_on_signal, sessions)
+        with open_audit(Places().audit, settings) as audit:
+            async with Stdin() as stdin:
+                wire = Wire(stdin, settings.request_bytes)
+                await serve_client(build_server(settings, sessions, [tasks], audit), wire, None)
+        await sessions.close_all()
+        group.cancel_scope.cancel()
 
 
 async def _stop_on_signal(

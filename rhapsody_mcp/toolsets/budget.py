@@ -63,7 +63,7 @@ async def ask_to_exceed(
     if force or dry_run:
         return Confirm()
     over = excess(load_of(opened.session.tasks).and_(asked_for(tasks)), desk.settings)
-    if not over or submitted_before(opened, tuple(tasks), idempotency_key) is not None:
+    if not over or submitted_before(opened, tasks, idempotency_key) is not None:
         return Confirm()
     make_tasks(tasks, opened)  # what will be refused is not asked about
     return ask(f"This gives {session} {'; '.join(over)}.", context)

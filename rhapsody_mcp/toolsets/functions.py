@@ -37,9 +37,11 @@ class Functions:
         name: Annotated[str | None, Field(description="Default: the function's.")] = None,
         entry: Annotated[str | None, Field(description="Which function of source; default: the last.")] = None,
     ) -> Annotated[CallToolResult, Kept]:
-        functions = self._sessions.get(session).functions
+        self._sessions.rules.policy.check_source("register_function")
+        opened = self._sessions.get(session)
+        functions = opened.functions
         before, began = functions.names, monotonic()
-        function = await functions.register(Source(source, entry or ""), name, _CHECK_S)
+        function = await opened.register(Source(source, entry or ""), name, _CHECK_S)
         shown = {name: functions.get(name).signature for name in functions.names[-_NAMES_SHOWN:]}
         text = _kept_text(function, list(shown), function.name in before, monotonic() - began)
         return reply(text, Kept(function=function.name, registered=shown))

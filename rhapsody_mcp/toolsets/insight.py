@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from mcp.types import CallToolResult
 from pydantic import Field
 
+from rhapsody_mcp.backends.environment import Environment
 from rhapsody_mcp.machine import Machine, Part, look
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.tasks import leaves
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.figures import SessionStatistics, figures_of, figures_text
@@ -18,7 +21,9 @@ from rhapsody_mcp.toolsets.sessions import SessionId
 
 __all__ = ["Insight"]
 
-_TOLD_SETTINGS = {"default_model", "wait_cap_s", "budget_tasks", "budget_tokens"}
+_LIMITS = [key for key in Settings.model_fields if key.startswith("max_")]
+_POLICY = ["allow_source", "allowed_executables", "allowed_modules", "allowed_folders"]
+_TOLD_SETTINGS = {"default_model", "wait_cap_s", "budget_tasks", "budget_tokens", "min_free_bytes", *_LIMITS, *_POLICY}
 """What an agent must know of what the person decided."""
 
 
@@ -41,7 +46,8 @@ class System(Reply):
     gpus: Annotated[list[str], UNTOLD]
     backends: Annotated[list[BackendHere], UNTOLD]
     mpi: Annotated[str, UNTOLD]
-    settings: Annotated[dict[str, str | float], UNTOLD]
+    settings: Annotated[dict[str, Any], UNTOLD]
+    environment: Annotated[dict[str, Any], UNTOLD]
 
 
 class Insight:
@@ -60,11 +66,11 @@ class Insight:
         return reply(figures_text(*told), figures_of(*told))
 
     async def describe_system(self) -> Annotated[CallToolResult, System]:
-        data = _system(look(), self._settings)
+        data = _system(look(), self._settings, self._sessions.all())
         return reply(_system_text(data, self._settings), data)
 
 
-def _system(machine: Machine, settings: Settings) -> System:
+def _system(machine: Machine, settings: Settings, sessions: Sequence[OpenSession]) -> System:
     return System(
         host=machine.host,
         system=machine.system,
@@ -74,8 +80,19 @@ def _system(machine: Machine, settings: Settings) -> System:
         gpus=list(machine.gpus),
         backends=_backends(machine),
         mpi=_mpi(machine),
-        settings=settings.model_dump(include=_TOLD_SETTINGS, exclude_none=True),
+        settings=settings.model_dump(mode="json", include=_TOLD_SETTINGS, exclude_none=True),
+        environment=_environment(settings, sessions),
     )
+
+
+def _environment(settings: Settings, sessions: Sequence[OpenSession]) -> dict[str, Any]:
+    """What engines find: which variables of the server's own they lack, and what sessions gave them besides."""
+    withheld = Environment(withheld=settings.withheld_variables)
+    given = {opened.id: opened.wanted.environment for opened in sessions if opened.wanted.environment is not None}
+    return {
+        "withheld": sorted(name for name in os.environ if withheld.withholds(name)),
+        "sessions": {id: {"variables": sorted(one.variables), "setup": list(one.setup)} for id, one in given.items()},
+    }
 
 
 def _backends(machine: Machine) -> list[BackendHere]:
@@ -108,7 +125,8 @@ def _system_text(data: System, settings: Settings) -> str:
     lines = [f"{data.host}: {data.system}, Python {data.python}, {data.cores} cores{memory}, {gpus}."]
     lines += [f"- {_headline(backend)}: {backend.missing or backend.runs}" for backend in data.backends]
     lines.append(f"- {data.mpi}.")
-    lines.append(f"Default model: {settings.default_model}. {_limits_text(settings)}")
+    lines.append(f"Default model: {settings.default_model}. {_asks_text(settings)}")
+    lines += [_limits_text(settings), *_policy_text(settings), *_environment_text(data.environment)]
     return "\n".join(lines)
 
 
@@ -119,6 +137,46 @@ def _headline(backend: BackendHere) -> str:
 
 
 def _limits_text(settings: Settings) -> str:
+    """As in `Limits (settings): max_sessions 32, ...`."""
+    limits = ((key, getattr(settings, key)) for key in (*_LIMITS, "min_free_bytes"))
+    told = (f"{key} {_amount(key, value)}" for key, value in limits if value is not None)
+    return f"Limits, by the keys of the server's settings: {', '.join(told)}."
+
+
+def _amount(key: str, value: float) -> str:
+    """As in `256 MiB` for bytes."""
+    if not key.endswith("_bytes"):
+        return f"{value:,.16g}"
+    unit, size = next(((unit, size) for unit, size in _UNITS if value >= size), ("bytes", 1))
+    return f"{value / size:.4g} {unit}"
+
+
+_UNITS = (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024))
+
+
+def _policy_text(settings: Settings) -> list[str]:
+    told = [] if settings.allow_source else ["no functions as source text (allow_source)"]
+    for key in _POLICY[1:]:
+        if (allowed := getattr(settings, key)) is not None:
+            told.append(f"{key}: {', '.join(map(str, allowed)) or 'none'}")
+    return [f"Allowed here: {'; '.join(told)}."] if told else []
+
+
+def _environment_text(environment: dict[str, Any]) -> list[str]:
+    lines = []
+    if names := environment["withheld"]:
+        shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+        lines.append(f"Variables of the server that tasks do not inherit (withheld_variables): {shown}.")
+    for id, given in environment["sessions"].items():
+        parts = {"variables": ", ".join(given["variables"]), "setup": "; ".join(given["setup"])}
+        lines.append(f"Engines of {id} start with {', '.join(f'{key} {part}' for key, part in parts.items() if part)}.")
+    return lines
+
+
+_NAMES_SHOWN = 20
+
+
+def _asks_text(settings: Settings) -> str:
     asks = {"tasks": settings.budget_tasks, "tokens of max_tokens": settings.budget_tokens}
     told = [f"{most} {what}" for what, most in asks.items() if most is not None]
     budget = f" Above {' or '.join(told)} in a session, submit_tasks asks the person." if told else ""

@@ -11,18 +11,18 @@ from rhapsody_mcp.backends.base import Kind
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName, nearest
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.encoding import Module, Source
-from rhapsody_mcp.runtime.functions import Functions
 from rhapsody_mcp.runtime.items import as_text, holds_item, with_item
 from rhapsody_mcp.runtime.open_sessions import OpenSession
 from rhapsody_mcp.runtime.references import resolve
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, name_of
 from rhapsody_mcp.toolsets.requests import EVERYWHERE, FIELDS, TaskRequest
 
-__all__ = ["ItemMaker", "kind_of_request", "label_of", "make_tasks"]
+__all__ = ["ItemMaker", "kind_of_request", "label_of", "make_task", "make_tasks"]
 
 _NAMES_SHOWN = 20
 _REFUSALS_SHOWN = 3
 TaskNamed = Callable[[str], Task]
+FunctionNamed = Callable[[str], Source]
 
 
 def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Task]:
@@ -39,7 +39,7 @@ def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Ta
             continue
         try:
             with _named(index, requests[index]):
-                made.tasks[index] = _make_task(requests[index], uids[index], made.task, session.functions)
+                made.tasks[index] = make_task(requests[index], uids[index], made.task, session.functions.source)
                 _refuse_without_backend(requests[index], session)
         except InvalidTask as error:
             wrong[index] = str(error)
@@ -142,7 +142,8 @@ def _refuse_without_backend(task: TaskRequest, session: OpenSession) -> None:
     raise InvalidTask(wrong if able else f"{wrong} For a {kind}: create_session with {hint} in backends.")
 
 
-def _make_task(request: TaskRequest, uid: str, task_named: TaskNamed, functions: Functions) -> Task:
+def make_task(request: TaskRequest, uid: str, task_named: TaskNamed, function_named: FunctionNamed) -> Task:
+    """Raises InvalidTask."""
     flow: dict[str, Any] = {
         "uid": uid,
         "name": request.name,
@@ -158,9 +159,9 @@ def _make_task(request: TaskRequest, uid: str, task_named: TaskNamed, functions:
                 '{item} and {"item": true} stand for an item of for_each, which is not given; what is data goes in as '
                 '{"literal": ...}.'
             )
-        return _make_work(request, task_named, _function(request, functions), flow)
+        return _make_work(request, task_named, _function(request, function_named), flow)
     uses = [task_named(name) for name in request.model_copy(update={"for_each": None}).references()]
-    maker = ItemMaker(request, task_named, _function(request, functions))
+    maker = ItemMaker(request, task_named, _function(request, function_named))
     return ForEach(_items(request, task_named), maker, uses=uses, **flow)
 
 
@@ -228,12 +229,12 @@ def _make_work(
     return ComputeTask(function, args=args, kwargs=kwargs, **flow, task_backend_specific_kwargs=layout)
 
 
-def _function(request: TaskRequest, functions: Functions) -> Source | Module | None:
+def _function(request: TaskRequest, function_named: FunctionNamed) -> Source | Module | None:
     if request.source is not None:
         return Source(request.source, request.entry or "")
     if request.function is None:
         return None
-    return Module(request.function) if ":" in request.function else functions.get(request.function).source
+    return Module(request.function) if ":" in request.function else function_named(request.function)
 
 
 _KINDS: dict[str, Kind] = {

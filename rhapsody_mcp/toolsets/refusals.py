@@ -14,6 +14,7 @@ from rhapsody_mcp.model.errors import (
     InvalidRequest,
     InvalidSettings,
     InvalidTask,
+    LimitExceeded,
     NeedsForce,
     NotConfirmed,
     RhapsodyError,
@@ -42,6 +43,7 @@ _DEEPEST = 100
 _DECODER = json.JSONDecoder(strict=False)
 _CODES: dict[type[RhapsodyError], str] = {
     SessionClosed: "session_closed",
+    LimitExceeded: "limit_exceeded",
     NeedsForce: "needs_force",
     NotConfirmed: "not_confirmed",
     InvalidSettings: "invalid_settings",
@@ -53,6 +55,7 @@ _NEXT = {
     "unknown_session": "Call list_sessions to see what is open, or create_session for a new one.",
     "unknown_task": "Call list_tasks to see the tasks of this session.",
     "unknown_backend": "Call list_sessions to see the backends of this session.",
+    "limit_exceeded": "describe_system shows this server's limits.",
     "session_closed": "Call create_session for a new one.",
     "needs_force": "If that is what the person wants, call again with force=true.",
     "not_confirmed": "Ask the person how to go on.",

@@ -42,7 +42,12 @@ REPLY_BYTES = 24_000
 _ERROR_CHARS = 300
 _SAME = "the same as above"
 _SMALLEST_SHARE = 1 / 256
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_CONTROLS = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\U000e0000-\U000e007f]"
+)
+"""What ends a line, moves a cursor, turns the direction of a text or cannot be seen by a person who reads along. The
+joiners of emoji and of some scripts stay."""
 
 
 class Reply(BaseModel):
@@ -176,7 +181,10 @@ def quoted(text: str) -> str:
 
 
 def _escape(character: str) -> str:
-    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(character, f"\\u{ord(character):04x}")
+    """As JSON does."""
+    known = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    units = character.encode("utf-16-be")
+    return known.get(character) or "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
 
 
 def counts_text(counts: Mapping[str, int]) -> str:

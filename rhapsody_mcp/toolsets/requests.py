@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from rhapsody_mcp.runtime.references import names_in
 from rhapsody_mcp.toolsets.schemas import Name
 
-__all__ = ["EVERYWHERE", "FIELDS", "RankGroup", "TaskRequest"]
+__all__ = ["EVERYWHERE", "FIELDS", "Env", "RankGroup", "TaskRequest"]
 
 
 class _Closed(BaseModel):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from typing import Annotated
 
 from mcp.server.mcpserver import Elicit, Resolve
 from mcp.types import CallToolResult
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.backends.vllm_config import Device
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
+from rhapsody_mcp.runtime.caller import current_folder
 from rhapsody_mcp.runtime.export import export
 from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.opening import BackendName, Wanted
@@ -21,12 +25,31 @@ from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.asking import Answer, Asking, Confirm, Desk, Force, Loss, ask_about, named_few, refuse_unless
 from rhapsody_mcp.toolsets.deferring import defer
 from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
+from rhapsody_mcp.toolsets.requests import Env
 from rhapsody_mcp.toolsets.schemas import Name
 
 __all__ = ["SessionId", "Sessions", "session_row"]
 
 _HEAD_BYTES = 2048
 SessionId = Annotated[str, Field(description='Its id, e.g. "session-1".')]
+
+
+class SessionEnvironment(BaseModel):
+    """`setup` are lines for a login shell of bash, which runs before an engine starts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variables: Env = {}
+    setup: tuple[str, ...] = ()
+
+    def read(self) -> Environment:
+        try:
+            return read_environment(self.model_dump())
+        except InvalidSettings as error:
+            raise InvalidRequest(str(error)) from error
+
+
+Setup = Annotated[SessionEnvironment, WithJsonSchema({"type": "object"})]
 
 
 class BackendRow(Reply):
@@ -103,17 +126,23 @@ class Sessions:
             Field(description='OpenAI-compatible, e.g. "http://127.0.0.1:8000/v1".'),
         ] = None,
         endpoint_model: Annotated[str | None, Field(description="A model that it serves.")] = None,
+        environment: Annotated[
+            Setup | None,
+            Field(description='Of engines, e.g. {"variables": {"A": "1"}, "setup": ["module load gcc"]} (in bash -l).'),
+        ] = None,
     ) -> Annotated[CallToolResult, Created]:
         wanted = Wanted(
             backends=tuple(backends or ()),
             num_workers=num_workers,
-            model=model,
+            model=_found(model),
             device=device,
-            config_file=config_file,
+            config_file=_found(config_file),
             endpoint_url=endpoint_url,
             endpoint_model=endpoint_model,
+            environment=None if environment is None else environment.read(),
+            folder=current_folder.get(),
         )
-        opened = self._sessions.open(wanted, name)
+        opened = await self._sessions.open(wanted, name)
         rows = [_backend_row(backend) for backend in opened.session.backends]
         return reply(_created_text(opened.id, rows), Created(session=opened.id, backends=rows))
 
@@ -179,3 +208,10 @@ def _created_text(id: str, rows: list[BackendRow]) -> str:
     if not any("prompt" in row.runs for row in rows):
         lines.append("- prompts are refused: no backend of this session answers them (see describe_system)")
     return "\n".join([*lines, f'Next: submit_tasks(session="{id}", tasks=[...]).'])
+
+
+def _found(path: str | None) -> str | None:
+    """A path that is relative to the caller's folder, in full where there is such a thing; else what it was, which
+    may be a name."""
+    there = os.path.join(current_folder.get(), os.path.expanduser(path or ""))
+    return there if path and current_folder.get() and os.path.exists(there) else path

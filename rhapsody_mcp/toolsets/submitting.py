@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,6 +20,7 @@ from rhapsody_mcp.runtime.planning import Step, misfits, steps_of
 from rhapsody_mcp.runtime.session import kind_of
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.making import ItemMaker, kind_of_request, label_of, make_tasks
+from rhapsody_mcp.toolsets.recipes import write_recipes
 from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
 from rhapsody_mcp.toolsets.requests import TaskRequest
 from rhapsody_mcp.toolsets.schemas import UNTOLD
@@ -46,16 +49,25 @@ class Submitted(Reply):
 
 
 async def submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str | None) -> CallToolResult:
-    """Submit them whole, or refuse them whole; with a key that an earlier call had, say again what that one did."""
-    asked = tuple(requests)
-    if (before := submitted_before(opened, asked, key)) is not None:
-        return before
-    made = make_tasks(requests, opened)
-    replaced = [earlier for request in requests if request.name and (earlier := opened.named(request.name))]
-    try:
-        await opened.submit(made, None if key is None else Submission(key, asked, tuple(made)))
-    except InvalidTask as error:
-        raise _by_place(error, requests, made) from error
+    """Submit them whole, or refuse them whole; with a key that an earlier call had, say again what that one did.
+
+    Whoever cancels this cancels nothing of it: what was begun is done, and a repeated call with the key finds it.
+    """
+    return await asyncio.shield(asyncio.ensure_future(_submit(opened, requests, key)))
+
+
+async def _submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str | None) -> CallToolResult:
+    async with opened.submitting:
+        if (before := submitted_before(opened, requests, key)) is not None:
+            return before
+        made = make_tasks(requests, opened)
+        replaced = [earlier for request in requests if request.name and (earlier := opened.named(request.name))]
+        submission = None if key is None else Submission(key, _digest(requests), tuple(made))
+        try:
+            recipes = write_recipes(requests, made, opened) if opened.recorder else ()
+            await opened.submit(made, recipes, submission)
+        except InvalidTask as error:
+            raise _by_place(error, requests, made) from error
     suspects = _suspects(requests, opened, made)[:_SUSPECTS_SHOWN]
     data = Submitted(**_told(opened, made), problems=suspects or None)
     notes = [f"Note: {suspect}." for suspect in suspects]
@@ -64,14 +76,22 @@ async def submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str 
     return reply("\n".join([_first_line(data, "Submitted"), *notes, _next(data)]), data)
 
 
-def submitted_before(opened: OpenSession, asked: tuple[TaskRequest, ...], key: str | None) -> CallToolResult | None:
+def _digest(requests: Sequence[TaskRequest]) -> bytes:
+    """Alike for requests that say the same."""
+    told = hashlib.sha256()
+    for request in requests:
+        told.update(request.model_dump_json().encode() + b"\n")
+    return told.digest()
+
+
+def submitted_before(opened: OpenSession, asked: Sequence[TaskRequest], key: str | None) -> CallToolResult | None:
     """The reply to a call that was made before; None where this is a new one.
 
     Raises InvalidRequest where the earlier call with this key asked for something else.
     """
     if key is None or (earlier := opened.submissions.get(key)) is None:
         return None
-    if earlier.asked != asked:
+    if earlier.asked != _digest(asked):
         raise InvalidRequest(
             f"idempotency_key {key!r} belongs to a call with other tasks ({_span(earlier.tasks)}); "
             "repeat that call as it was, or take a new key."
@@ -85,7 +105,7 @@ def plan(opened: OpenSession, requests: Sequence[TaskRequest], machine: Machine)
     """What would run where, and what does not fit; every refusal of a real submission comes here too."""
     made = make_tasks(requests, opened)
     try:
-        opened.session.check(made)
+        opened.session.accept(made)
     except InvalidTask as error:
         raise _by_place(error, requests, made) from error
     steps = steps_of(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -14,7 +15,6 @@ from mcp.types import CallToolResult
 from pydantic import Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
-from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.open_sessions import OpenSession
@@ -42,6 +42,7 @@ _TICK_S = 1.0
 _READY = "ready"
 _ROWS, _RESULTS_CHARS, _RESULT_CHARS, _PASSED_ON_CHARS = 20, 3000, 1200, 400
 _GROUPS, _NAMES, _NOTES = 5, 5, 5
+_NOTICES, _LATELY_S = 2, 600.0
 _TOLD_IN_FULL = (Cause.ERROR, Cause.EXIT_CODE, Cause.CRASHED, Cause.TIMEOUT)
 
 
@@ -234,16 +235,10 @@ class Waited(Reply):
     engines: SkipJsonSchema[dict[str, str] | None] = None
 
 
-def engine_states(backends: Sequence[Backend]) -> dict[str, str]:
-    """What each backend says of its engine, where it says something."""
-    told = {backend.name: str(getattr(backend, "progress", "")) for backend in backends}
-    return {name: progress for name, progress in told.items() if progress}
-
-
 def progress_text(chosen: Chosen) -> str:
     """As in `3 of 5 ended; vllm: loading the model`."""
     tasks = leaves(chosen.awaited)
-    states = [f"{name}: {state}" for name, state in engine_states(chosen.opened.session.backends).items()]
+    states = [f"{name}: {state}" for name, state in chosen.opened.session.engines.items()]
     return "; ".join([f"{sum(task.state.final for task in tasks)} of {len(tasks)} ended", *states])
 
 
@@ -258,6 +253,7 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
     passed_on = {source.uid for task in chosen.opened.session.tasks for source in task.needs()}
     tasks = {task.uid: task for task in leaves(chosen.awaited)}.values()
     is_over = all(task.state.final for task in chosen.until)
+    notes = [*digest_notes((task for _, task in news), _NOTES), *_of_the_service(chosen.opened)]
 
     def build(share: float) -> CallToolResult:
         room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
@@ -271,8 +267,8 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
             failures=failures[:_GROUPS],
             failures_not_shown=sum(group.count for group in failures[_GROUPS:]) or None,
             open=None if is_over else _open(chosen),
-            notes=digest_notes((task for _, task in news), _NOTES) or None,
-            engines=engine_states(chosen.opened.session.backends) or None,
+            notes=notes or None,
+            engines=chosen.opened.session.engines or None,
             cursor=chosen.cursor(position),
             asked_timeout_s=asked,
             applied_timeout_s=applied,
@@ -281,6 +277,12 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
         return reply(_text(data, [row.line(text) for row, text in rows], chosen), data)
 
     return fitted(build)
+
+
+def _of_the_service(opened: OpenSession) -> list[str]:
+    """What became of engines lately, and what keeps the service from writing."""
+    lately = [notice.text for notice in opened.session.notices if notice.at > time.time() - _LATELY_S]
+    return [*lately[-_NOTICES:], *([opened.trouble] if opened.trouble else [])]
 
 
 def _page(chosen: Chosen, news: Sequence[tuple[int, Task]]) -> tuple[list[Task], int, int]:
@@ -315,7 +317,7 @@ def _open(chosen: Chosen) -> list[str]:
     """The first that are, each with why, as in `train WAITING for samples`."""
     pending = list({row.uid: row for task in chosen.until if not (row := chosen.row_of(task)).state.final}.values())
     running = Counter(task.backend for task in leaves(chosen.opened.session.tasks) if task.state is TaskState.RUNNING)
-    engines = engine_states(chosen.opened.session.backends)
+    engines = chosen.opened.session.engines
     told = [f"{name_of(task)} {task.state}{_why(task, running, engines)}" for task in pending[:_NAMES]]
     return told + ([f"and {len(pending) - _NAMES} more"] if len(pending) > _NAMES else [])
 

@@ -11,7 +11,7 @@ import anyio
 import pytest
 
 from rhapsody_mcp.api import AITask, ComputeTask, Session
-from rhapsody_mcp.backends.base import Ended, Event, Running
+from rhapsody_mcp.backends.base import Ended, Event, Returned, Running
 from rhapsody_mcp.backends.batches import Limits
 from rhapsody_mcp.backends.chat import ChatServer
 from rhapsody_mcp.backends.completions import Completions, Defaults
@@ -469,12 +469,28 @@ async def test_what_a_lost_server_worked_on_is_lost_and_what_waits_goes_to_the_o
     await completions.close()
 
 
-async def test_without_any_server_left_every_task_is_lost_in_words(chat_servers: list[ChatServer]) -> None:
+async def test_without_any_server_left_every_prompt_that_was_not_sent_is_returned_in_words(
+    chat_servers: list[ChatServer],
+) -> None:
     completions = Completions(chat_servers, Defaults("tiny"), Limits())
     for chat_server in chat_servers:
         completions.lose(chat_server, "the server died")
+    events: asyncio.Queue[Event] = asyncio.Queue()
+    completions.submit([order("a"), order("b")], events.put_nowait, read_nothing)
+    assert [await events.get(), await events.get()] == [
+        Returned("a", "the server died"),
+        Returned("b", "the server died"),
+    ]
+    await completions.close()
+
+
+async def test_a_server_in_place_of_one_that_was_lost_gets_prompts(chat_servers: list[ChatServer]) -> None:
+    completions = Completions(chat_servers[:1], Defaults("tiny"), Limits())
+    completions.lose(chat_servers[0], "the server died")
+    completions.gain(chat_servers[1])
     outcomes = await answered(completions, "a", "b")
-    assert {(outcome.cause, outcome.error) for outcome in outcomes.values()} == {(Cause.LOST, "the server died")}
+    assert {outcome.state for outcome in outcomes.values()} == {TaskState.DONE}
+    await completions.close()
 
 
 # --- the endpoint backend

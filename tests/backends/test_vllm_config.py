@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -37,7 +38,8 @@ def refusal(text: str, tmp_path: Path) -> str:
 
 def plan(settings: VllmConfig, hardware: Hardware = CPU, port: int | None = None) -> Plan:
     model = find_model(settings, [])
-    return plan_servers(settings, model, hardware, port=port, api_key="secret", folder=Path("/logs"))
+    folder = Path("/logs")
+    return plan_servers(settings, model, hardware, port=port, api_key="secret", folder=folder, environment=os.environ)
 
 
 def value_after(arguments: tuple[str, ...], flag: str) -> str:
@@ -219,11 +221,11 @@ def test_a_prompt_for_a_model_that_the_settings_do_not_name_is_refused_before_an
     for extra_args, served in (("[]", False), ("[--lora-modules, gpt-4=/adapter]", True)):
         file.write_text(f"server: {{model: shipped, served_model_name: mine, extra_args: {extra_args}}}")
         session = Session([DragonVllmInferenceBackend(file, "pretty")])
-        session.check([AITask("x"), AITask("x", model="mine"), AITask("x", model="pretty")])
+        session.accept([AITask("x"), AITask("x", model="mine"), AITask("x", model="pretty")])
         with (
             nullcontext() if served else pytest.raises(InvalidTask, match=r"model 'gpt-4'. Valid: mine, pretty, rhaps")
         ):
-            session.check([AITask("x", model="gpt-4")])
+            session.accept([AITask("x", model="gpt-4")])
 
 
 def test_without_any_model_the_three_ways_to_name_one_are_told() -> None:

@@ -165,7 +165,7 @@ async def test_a_check_that_gets_no_worker_in_time_may_be_tried_again_later() ->
     async with Session([Starting(perform)]) as session:
         functions = Functions(session)
         with pytest.raises(BackendError, match=r"no worker of backend 'scripted' was free .* within 0.01 s"):
-            await functions.register(Source(SCALE), None, 0.01)
+            await functions.check(Source(SCALE), None, 0.01)
         assert functions.names == []
 
 
@@ -174,7 +174,7 @@ async def test_a_check_that_takes_too_long_says_where_long_work_belongs() -> Non
     backend.gate.clear()
     async with Session([backend]) as session:
         with pytest.raises(InvalidTask, match=r"did not end within 0.01 s.* do long work inside the function"):
-            await Functions(session).register(Source(SCALE), None, 0.01)
+            await Functions(session).check(Source(SCALE), None, 0.01)
 
 
 async def test_an_engine_that_does_not_start_is_told_as_that() -> None:

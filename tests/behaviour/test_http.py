@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import signal
 import socket
 import stat
 import subprocess
-import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -28,20 +28,31 @@ from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.text import read_cards
 from tests.agents import ERAS, open_agent
 from tests.processes import FAMILY, family, wait_until
+from tests.services import PROGRAM, OwnService, own_service
 
 SLEEPER: list[dict[str, Any]] = [{"name": "long", "executable": "/bin/sleep", "arguments": ["600"]}]
 
 
+@pytest.fixture(scope="module")
+def service() -> Iterator[OwnService]:
+    with own_service() as service:
+        yield service
+
+
 @contextmanager
-def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The server as a process, and what it says first; it is asked to end if it has not ended."""
-    command = [sys.executable, "-m", "rhapsody_mcp", "http", *arguments]
+def serving(*arguments: str, service: OwnService | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command as a process, and what it says first; it is asked to end if it has not ended. Without a service it
+    holds the sessions itself."""
+    command = service.command("http", *arguments) if service else [*PROGRAM, "http", "--in-process", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
-        yield server, server.stdout.readline().strip().removeprefix("Listening on ")
-        if server.poll() is None:
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(30) == 0
+        try:
+            yield server, server.stdout.readline().strip().removeprefix("Listening on ")
+            if server.poll() is None:
+                server.send_signal(signal.SIGTERM)
+                assert server.wait(30) == 0
+        finally:
+            server.kill()
 
 
 @asynccontextmanager
@@ -87,34 +98,40 @@ def post(address: str, **headers: str) -> httpx2.Response:
 @pytest.mark.anyio
 @pytest.mark.parametrize("era", ERAS)
 @pytest.mark.parametrize("where", ["port", "socket"])
-async def test_a_client_runs_a_task_and_hears_of_its_progress(where: str, era: str, tmp_path: Path) -> None:
+async def test_a_client_runs_a_task_and_hears_of_its_progress(
+    where: str, era: str, tmp_path: Path, service: OwnService
+) -> None:
+    session = f"{where}-{era}"
     path = tmp_path / "server.sock" if where == "socket" else None
     heard: list[float] = []
 
     async def hear(progress: float, total: float | None, message: str | None) -> None:
         heard.append(progress)
 
-    with anyio.fail_after(60), serving(*(["--socket", str(path)] if path else ["--port", "0"])) as (_, told):
+    place = ["--socket", str(path)] if path else ["--port", "0"]
+    with anyio.fail_after(60), serving(*place, service=service) as (_, told):
         address = "http://localhost/mcp" if path else told
         async with connected(address, era, path) as client:
-            await call(client, "create_session", backends=["local"])
+            await call(client, "create_session", name=session, backends=["local"])
             task = {"name": "echo", "executable": "/bin/sh", "arguments": ["-c", "sleep 1; echo hello"]}
-            await call(client, "submit_tasks", session="session-1", tasks=[task])
-            waited = await client.call_tool("wait_tasks", {"session": "session-1"}, progress_callback=hear)
+            await call(client, "submit_tasks", session=session, tasks=[task])
+            waited = await client.call_tool("wait_tasks", {"session": session}, progress_callback=hear)
+            await call(client, "close_session", session=session)
             assert waited.structured_content and waited.structured_content["counts"] == {"DONE": 1}
     assert heard
     assert path is None or not path.exists()
 
 
 @pytest.mark.anyio
-async def test_clients_of_both_eras_share_sessions_which_outlive_them() -> None:
-    with anyio.fail_after(60), serving("--port", "0") as (_, address):
+async def test_clients_of_both_eras_share_sessions_which_outlive_them(service: OwnService) -> None:
+    with anyio.fail_after(60), serving("--port", "0", service=service) as (_, address):
         async with connected(address, "auto") as later:
             async with connected(address, "legacy") as first:
                 await call(first, "create_session", name="shared", backends=["local"])
                 await call(later, "submit_tasks", session="shared", tasks=SLEEPER)
                 assert (await call(first, "list_tasks", session="shared"))["total"] == 1
             assert [row["session"] for row in (await call(later, "list_sessions"))["sessions"]] == ["shared"]
+            await call(later, "close_session", session="shared", force=True)
 
 
 @pytest.mark.anyio
@@ -143,8 +160,11 @@ async def test_a_signal_answers_those_who_wait_and_leaves_nothing(
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """The address of a server that demands a token although it is local, and the token."""
     file = tmp_path_factory.mktemp("http") / "token"
+    token = secrets.token_urlsafe(32)
+    file.touch(0o600)
+    file.write_text(f"{token}\n")
     with serving("--port", "0", "--token-file", str(file)) as (_, address):
-        yield address, file.read_text().strip()
+        yield address, token
 
 
 def test_who_has_the_token_is_served(guarded: tuple[str, str]) -> None:
@@ -177,28 +197,31 @@ def test_a_page_from_elsewhere_is_refused(headers: dict[str, str], status: int, 
     assert post(address, Authorization=f"Bearer {token}", **headers).status_code == status
 
 
-def test_where_other_machines_connect_a_token_is_made_that_its_owner_alone_can_read(
+def test_where_other_machines_connect_a_first_token_is_made_and_shown_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     with serving("--host", "0.0.0.0", "--allowed-host", "node1", "--port", "0") as (server, address):
         assert server.stdout
-        file = Path(server.stdout.readline().strip().removeprefix("Bearer token: in "))
-        token = file.read_text().strip()
+        token = server.stdout.readline().strip().removeprefix("Bearer token, shown only now: ")
         here = address.replace("0.0.0.0", "127.0.0.1")
+        (file,) = tmp_path.glob("rhapsody-mcp/*/tokens.json")
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert token not in file.read_text()
         assert post(here, Host="node1").status_code == 401
         assert post(here, Host="node1", Authorization=f"Bearer {token}").status_code == 200
         assert post(here, Authorization=f"Bearer {token}").status_code == 421
         server.send_signal(signal.SIGTERM)
         assert token not in server.stdout.read()
-    with serving("--host", "0.0.0.0", "--allowed-host", "node1", "--port", "0"):
-        assert file.read_text().strip() == token
+    with serving("--host", "0.0.0.0", "--allowed-host", "node1", "--port", "0") as (server, address):
+        assert server.stdout and "rhapsody-mcp token create NAME" in server.stdout.readline()
+        here = address.replace("0.0.0.0", "127.0.0.1")
+        assert post(here, Host="node1", Authorization=f"Bearer {token}").status_code == 200
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What is said of a server that did not start."""
-    assert main(["http", "--port", "0", *arguments]) == 1
+    assert main(["http", "--in-process", "--port", "0", *arguments]) == 1
     said = capsys.readouterr()
     assert not said.out
     return said.err
@@ -215,7 +238,7 @@ def test_a_host_of_another_machine_is_refused(capsys: pytest.CaptureFixture[str]
 
 def test_a_port_that_is_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with listen_on_host("127.0.0.1", 0) as other:
-        assert main(["http", "--port", str(other.socket.getsockname()[1])]) == 1
+        assert main(["http", "--in-process", "--port", str(other.socket.getsockname()[1])]) == 1
     assert "Another program listens there: choose another --port" in capsys.readouterr().err
 
 
@@ -237,9 +260,9 @@ def test_a_token_file_that_protects_nothing_is_refused(
     assert reason in said and text not in said
 
 
-def test_a_token_file_that_cannot_be_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("")
-    assert "cannot be read or made" in refused(capsys, "--token-file", str(tmp_path / "file" / "token"))
+def test_a_token_file_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "--token-file", str(tmp_path / "token"))
+    assert "cannot be read" in said and "`rhapsody-mcp token create NAME`" in said
 
 
 def test_a_socket_is_for_its_owner_and_replaces_one_that_a_killed_server_left(tmp_path: Path) -> None:
@@ -300,7 +323,7 @@ async def test_the_instructions_name_what_is_not_offered(read_only: bool) -> Non
 
 def test_an_unknown_toolset_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown toolset 'task' (did you mean 'tasks'?)" in refused(capsys, "--toolsets", "sessions,task")
-    assert main(["stdio", "--toolsets", "task"]) == 1
+    assert main(["stdio", "--in-process", "--toolsets", "task"]) == 1
 
 
 def test_what_is_offered_can_be_settled_in_the_settings(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from rhapsody_mcp.text import read_cards
 from rhapsody_mcp.toolsets.replies import one_line
 from rhapsody_mcp.toolsets.requests import FIELDS
 from tests.agents import Agent, text_of
-from tests.bare_client import COMMAND
+from tests.services import own_service
 
 CALLS = {"submit_tasks": 800}
 """How many calls each tool gets; the others get OTHER_CALLS."""
@@ -479,8 +479,9 @@ UNREADABLE = ("half an object", "half a character", "a value too deep", "a numbe
 
 @pytest.mark.anyio
 async def test_the_server_answers_every_malformed_message_and_goes_on() -> None:
-    with anyio.fail_after(120):
-        async with await anyio.open_process(COMMAND, stderr=None) as server:
+    with anyio.fail_after(120), own_service() as service:
+        command = service.command("stdio")
+        async with await anyio.open_process(command, stderr=None) as server:
             assert server.stdin and server.stdout
             replies = BufferedByteReceiveStream(server.stdout)
             for what, message in MESSAGES.items():

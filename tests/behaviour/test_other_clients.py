@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bare_client import COMMAND
 from tests.behaviour.test_http import serving
+from tests.services import OwnService, own_service
 
 AGENTS_PYTHON = os.environ.get("RHAPSODY_AGENTS_PYTHON")
 
@@ -21,13 +21,19 @@ needs_agents_python = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def service() -> Iterator[OwnService]:
+    with own_service() as service:
+        yield service
+
+
 @pytest.fixture(params=["stdio", "http"])
-def server(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+def server(request: pytest.FixtureRequest, service: OwnService) -> Iterator[list[str]]:
     """What a client is told: a command to start, or the address of a server that runs."""
     if request.param == "stdio":
-        yield COMMAND
+        yield service.command("stdio")
         return
-    with serving("--port", "0") as (_, address):
+    with serving("--port", "0", service=service) as (_, address):
         yield [address]
 
 
@@ -51,6 +57,6 @@ def test_the_client_of_fastmcp_3_arrives(server: list[str]) -> None:
 
 
 @needs_agents_python
-def test_an_agent_of_dragon_arrives_with_five_seconds_a_call() -> None:
-    with serving("--port", "0") as (_, address):
+def test_an_agent_of_dragon_arrives_with_five_seconds_a_call(service: OwnService) -> None:
+    with serving("--port", "0", service=service) as (_, address):
         assert AGENTS_PYTHON and arrive(AGENTS_PYTHON, "dragon_agent_journey", address) == "Dragon's agent arrived"

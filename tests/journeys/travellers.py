@@ -18,8 +18,8 @@ from mcp.shared.message import SessionMessage
 from mcp.types import ElicitRequestParams, ElicitResult, JSONRPCResponse
 
 from tests.agents import Caller, text_of
-from tests.bare_client import COMMAND
 from tests.contract.count_tokens import tokens_of
+from tests.services import own_service
 
 __all__ = ["IN_ONE_ERA", "Line", "Person", "Traveller", "connected", "rows_by_name"]
 
@@ -106,12 +106,14 @@ class Traveller(Caller):
 
 @asynccontextmanager
 async def connected(era: str, *arguments: str) -> AsyncIterator[Traveller]:
-    """A traveller before a server of its own, started as every MCP client starts it."""
-    server = StdioServerParameters(command=COMMAND[0], args=[*COMMAND[1:], *arguments], env=dict(os.environ))
-    person, line = Person(), Line()
-    wire = line.between(stdio_client(server))
-    async with Client(wire, mode=cast(Any, era), elicitation_callback=person) as client:
-        yield Traveller(client, person, line)
+    """A traveller before a service of its own, started as every MCP client starts it."""
+    with own_service() as service:
+        command = service.command("stdio", *arguments)
+        server = StdioServerParameters(command=command[0], args=command[1:], env=dict(os.environ))
+        person, line = Person(), Line()
+        wire = line.between(stdio_client(server))
+        async with Client(wire, mode=cast(Any, era), elicitation_callback=person) as client:
+            yield Traveller(client, person, line)
 
 
 def rows_by_name(waited: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -48,7 +48,7 @@ def test_a_wrong_settings_file_is_told_before_anything_is_served(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "settings.yaml").write_text("wait_cap: 5")
-    assert main(["stdio", "--config", str(tmp_path / "settings.yaml")]) == 1
+    assert main(["stdio", "--in-process", "--config", str(tmp_path / "settings.yaml")]) == 1
     said = capsys.readouterr()
     assert "did you mean 'wait_cap_s'?" in said.err and not said.out
 

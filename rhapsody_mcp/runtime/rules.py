@@ -1,0 +1,186 @@
+"""Holds the sessions of a server to its settings: how much they may take, and what they may run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import platformdirs
+from msgspec.structs import replace
+
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, LimitExceeded
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec
+from rhapsody_mcp.runtime.policy import Policy
+from rhapsody_mcp.settings import Settings
+
+__all__ = ["Rules", "Taken"]
+
+_FEW_BYTES = 2048
+"""What a task takes in memory besides what it says."""
+
+
+class Taken:
+    """What the tasks of a session come to, each one of a for_each being one; `held_bytes` is about what they take in
+    this process."""
+
+    def __init__(self) -> None:
+        self.tasks = self.open = self.prompts = self.tokens = self.held_bytes = 0
+        self._code = b""
+
+    def add(self, spec: TaskSpec) -> None:
+        self.tasks += 1
+        self.open += 1
+        self.prompts += _prompts(spec)
+        self.tokens += _tokens(spec)
+        self.held_bytes += _spec_bytes(spec)
+        if isinstance(spec.work, Call) and spec.work.code is not self._code:  # tasks of one for_each share theirs
+            self._code = spec.work.code
+            self.held_bytes += len(self._code)
+
+    def end(self, outcome: Outcome) -> None:
+        self.open -= 1
+        self.held_bytes += _outcome_bytes(outcome)
+
+
+class Rules:
+    """Of all sessions of a server together; `sessions` gives those that are open, and `folder` is where results lie."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        sessions: Callable[[], Sequence[Taken]] = lambda: (),
+        folder: Path | None = None,
+    ) -> None:
+        self.settings, self.policy = settings, Policy.of(settings)
+        self._sessions = sessions
+        self._folders = [folder or platformdirs.user_state_path("rhapsody-mcp"), Path(tempfile.gettempdir())]
+
+    def admit(self, spec: TaskSpec) -> TaskSpec:
+        """The task as it may run. Raises InvalidTask for one that may not."""
+        try:
+            spec = self.policy.check(spec)
+        except InvalidRequest as error:
+            raise InvalidTask(str(error)) from error
+        if isinstance(spec.work, Completion):
+            self._check_answer(spec.work)
+        return replace(spec, timeout_s=self._timeout(spec.timeout_s))
+
+    def _check_answer(self, work: Completion) -> None:
+        most = self.settings.max_answer_tokens
+        if most is not None and (work.max_tokens or 0) > most:
+            raise InvalidTask(
+                f"max_tokens is {work.max_tokens}; the most here is {most} ({_setting('max_answer_tokens')})."
+            )
+        if work.max_tokens is None and self.settings.max_session_tokens is not None:
+            raise InvalidTask(
+                "max_tokens must be given here, because the tokens of a session are limited "
+                f"({_setting('max_session_tokens')})."
+            )
+
+    def _timeout(self, asked_s: float | None) -> float | None:
+        most = self.settings.max_task_s
+        if asked_s is not None and most is not None and asked_s > most:
+            raise InvalidTask(f"timeout_s is {asked_s:g}; the most here is {most:g} ({_setting('max_task_s')}).")
+        usual = self.settings.default_task_s or most
+        return asked_s or (usual if most is None or usual is None else min(usual, most))
+
+    # --- how much
+
+    def refuse_session(self) -> None:
+        """Raise LimitExceeded where no more session may be opened."""
+        there, most = len(self._sessions()), self.settings.max_sessions
+        if most is not None and there >= most:
+            raise LimitExceeded(
+                f"as many sessions are open as may be, {there} of {most} ({_setting('max_sessions')}): use one of "
+                "them, or close one that is no longer needed (list_sessions, close_session).",
+                "max_sessions",
+            )
+
+    def refuse_tasks(self, taken: Taken, specs: Sequence[TaskSpec]) -> None:
+        """Raise LimitExceeded where these tasks are more than a session may take now, which has taken so much."""
+        self._refuse_full_disk()
+        self.refuse_count(taken, len(specs))
+        prompts, tokens = sum(map(_prompts, specs)), sum(map(_tokens, specs))
+        self._refuse("max_session_prompts", _SESSION, taken.prompts, prompts, "prompts")
+        self._refuse("max_session_tokens", _SESSION, taken.tokens, tokens, "tokens of answers")
+        held = sum(one.held_bytes for one in self._sessions())
+        codes = {id(spec.work.code): len(spec.work.code) for spec in specs if isinstance(spec.work, Call)}
+        more = sum(codes.values()) + sum(map(_spec_bytes, specs))
+        self._refuse("max_held_bytes", _ALL, held, more, "bytes in memory")
+
+    def refuse_count(self, taken: Taken, count: int) -> None:
+        """The same of so many tasks, of which nothing else is known yet."""
+        self._refuse("max_session_tasks", _SESSION, taken.tasks, count, "tasks")
+        self._refuse(
+            "max_open_tasks", _ALL, sum(one.open for one in self._sessions()), count, "tasks that have not ended"
+        )
+
+    def _refuse(self, key: _Count, whose: str, there: int, more: int, what: str) -> None:
+        most = getattr(self.settings, key)
+        if most is not None and more and there + more > most:
+            raise LimitExceeded(
+                f"{whose} would have {there + more:,} {what}, of which there are {there:,}; the most is {most:,} "
+                f"({_setting(key)}). {_INSTEAD[key]}.",
+                key,
+            )
+
+    def _refuse_full_disk(self) -> None:
+        for folder in self._folders:
+            there = next(place for place in (folder, *folder.parents) if place.exists())
+            disk = os.statvfs(there)
+            free = disk.f_bavail * disk.f_frsize
+            if free < self.settings.min_free_bytes:
+                raise LimitExceeded(
+                    f"{free:,} bytes are free on the disk of {folder}, and less than {self.settings.min_free_bytes:,} "
+                    f"({_setting('min_free_bytes')}): nothing is submitted before there is more. Close sessions that "
+                    "are no longer needed (their results are deleted), or have the person make room.",
+                    "min_free_bytes",
+                )
+
+
+_Count = Literal["max_session_tasks", "max_session_prompts", "max_session_tokens", "max_open_tasks", "max_held_bytes"]
+_SESSION, _ALL = "this session", "all sessions together"
+_ANOTHER = "Open another session for more (create_session)"
+_INSTEAD: dict[_Count, str] = {
+    "max_session_tasks": _ANOTHER,
+    "max_session_prompts": _ANOTHER,
+    "max_session_tokens": f"Lower max_tokens, or ask the person. {_ANOTHER}",
+    "max_open_tasks": "Wait until some have ended (wait_tasks), or submit fewer at once",
+    "max_held_bytes": "Pass large data as paths of files, or close a session that is no longer needed (close_session)",
+}
+
+
+def _setting(key: str) -> str:
+    return f"{key} in the settings of this server"
+
+
+# --- what tasks take in memory
+
+
+def _prompts(spec: TaskSpec) -> int:
+    return len(spec.work.prompts) if isinstance(spec.work, Completion) else 0
+
+
+def _tokens(spec: TaskSpec) -> int:
+    return _prompts(spec) * (spec.work.max_tokens or 0) if isinstance(spec.work, Completion) else 0
+
+
+def _spec_bytes(spec: TaskSpec) -> int:
+    """Without its code."""
+    work = spec.work
+    if isinstance(work, Call):
+        return _FEW_BYTES + 2 * len(work.arguments)  # as objects, and as they are sent
+    texts = work.arguments if isinstance(work, Command) else work.prompts
+    return _FEW_BYTES + 2 * sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _outcome_bytes(outcome: Outcome) -> int:
+    ended: list[Outcome | RankOutcome] = [outcome, *outcome.ranks]
+    values = [one.value for one in ended if one.value is not None]
+    streams = [stream for one in ended for stream in (one.stdout, one.stderr)]
+    held = sum(len(value.data or b"") + len(value.preview) for value in values)
+    return held + sum(len(stream.text) for stream in streams)

@@ -1,0 +1,128 @@
+"""The commands that speak to the service: start, stop and status, and HTTP for as long as a command lives."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rhapsody_mcp.model.errors import NotConfirmed, RhapsodyError
+from rhapsody_mcp.serving.joining import Caller
+from rhapsody_mcp.serving.line import Line, ServiceUnavailable
+
+__all__ = ["listen", "start", "status", "stop"]
+
+_ENDS_WITHIN_S = 120.0
+_CLOSES_WITHIN_S = 10.0
+_NONE = "No service runs here"
+
+
+def start(caller: Caller, say: Callable[[str], None]) -> int:
+    line, answer = caller.join(**{"as": "control"})
+    for note in answer["notes"]:
+        say(note)
+    say(_headline(_told(line.ask({"do": "status"}))))
+    return 0
+
+
+def stop(caller: Caller, force: bool, say: Callable[[str], None]) -> int:
+    """Returns when it has ended. Raises NotConfirmed where tasks have not ended and it is not forced."""
+    if (line := caller.order()) is None:
+        say(f"{_NONE}.")
+        return 0
+    answer = line.ask({"do": "stop", "force": force})
+    if answer is not None and "refused" in answer:
+        raise NotConfirmed(
+            f"{answer['refused']} Wait for them, or stop it now with --force: those that run are lost then, and "
+            "those that wait go on when it starts again."
+        )
+    if not line.wait_for_end(_ENDS_WITHIN_S):
+        raise ServiceUnavailable(f"it has not ended after {_ENDS_WITHIN_S:.0f} s; it goes on with that.")
+    say("The service has ended; its sessions are kept.")
+    return 0
+
+
+def status(caller: Caller, as_json: bool, say: Callable[[str], None]) -> int:
+    """0 where a service runs, else 1."""
+    line = caller.order()
+    told = line and line.ask({"do": "status"})
+    if as_json:
+        say(json.dumps({"running": bool(told), **(told or {})}))
+    elif told:
+        say("\n".join([_headline(told), *_details(told)]))
+    else:
+        say(f"{_NONE}: nothing answers on {caller.places.socket}. The first client starts one.")
+    return 0 if told else 1
+
+
+def _told(answer: dict[str, Any] | None) -> dict[str, Any]:
+    if answer is None:
+        raise ServiceUnavailable("the service went away.")
+    if "error" in answer:
+        raise RhapsodyError(answer["error"])
+    return answer
+
+
+def _headline(told: Mapping[str, Any]) -> str:
+    return f"The service runs: version {told['version']}, process {told['pid']}, for {_span(told['uptime_s'])}."
+
+
+def _details(told: Mapping[str, Any]) -> Iterator[str]:
+    yield f"Socket: {told['socket']}"
+    yield f"State:  {told['state']}"
+    yield f"Ledger: {told['ledger_problem'] or 'written'}"
+    yield f"Clients: {told['connections']}" + "".join(f", and {address}" for address in told["listeners"])
+    yield f"Sessions: {len(told['sessions'])}"
+    for row in told["sessions"]:
+        yield f"  {row['session']}: {row['running']} tasks running, {row['waiting']} waiting"
+
+
+def _span(seconds: float) -> str:
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if hours < 1 else f"{hours} h {minutes % 60} min"
+
+
+def listen(caller: Caller, order: Mapping[str, Any], say: Callable[[str], None]) -> int:
+    """Have the service listen on HTTP until SIGINT or SIGTERM, or the end of this process. Returns when its listener
+    is closed. Raises RhapsodyError in the service's words."""
+    line, answer = caller.join(**{"as": "control"})
+    for note in answer["notes"]:
+        sys.stderr.write(f"rhapsody-mcp: {note}\n")
+    with _signals():
+        try:
+            say(_told(line.ask({"do": "listen", **order}))["said"])
+            line.wait_for_end(math.inf)
+        except _Asked:
+            return _leave(line)
+    raise ServiceUnavailable(f"the service went away. Its log is {caller.places.log}.")
+
+
+class _Asked(BaseException):
+    """To end, by a signal."""
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    def ask(*_: object) -> None:
+        raise _Asked
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave(line: Line) -> int:
+    with suppress(OSError):
+        line.socket.shutdown(socket.SHUT_WR)
+    line.wait_for_end(_CLOSES_WITHIN_S)
+    return 0

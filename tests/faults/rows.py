@@ -1,0 +1,167 @@
+"""The table: what is broken, on what ground, and what may be lost by it. Whatever a row does not name must be DONE."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.faults import faults
+from tests.faults.faults import Fault, jump, kill, kill_all, kill_runner
+from tests.faults.grounds import (
+    a_clock,
+    a_disk_that_fails,
+    a_limit_of_processes,
+    a_small_disk,
+    nothing_special,
+)
+from tests.faults.pipeline import RUNNING
+from tests.faults.world import Ground, World
+
+__all__ = ["ROWS", "Row"]
+
+_KILL, _TERM = signal.SIGKILL, signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Row:
+    """`fails` are the tasks that may not be DONE, with their cause; `beyond` is what is checked of this row alone.
+
+    `in_ci` rows take ten minutes together.
+    """
+
+    name: str
+    fault: Fault
+    fails: Mapping[str, str]
+    backends: tuple[str, ...] = ("local",)
+    beyond: str = ""
+    on: Callable[[World], Ground] = nothing_special
+    settings: dict[str, Any] = field(default_factory=dict)
+    limit_s: float = 180
+    in_ci: bool = True
+
+
+_DRAGON = ("dragon",)
+_VLLM = ("local", "vllm")
+_NOTHING: dict[str, str] = {}
+_SMALL = {"min_free_bytes": 0}  # else nothing is submitted before the disk is full
+
+
+def _killed(
+    part: str, fault: Callable[[str, signal.Signals], Fault], of: str, fails: Mapping[str, str], **more: Any
+) -> list[Row]:
+    return [Row(f"{by.name} of the {part}", fault(of, by), fails, **more) for by in (_KILL, _TERM)]
+
+
+_ASKED = {"asked": "lost", "sum-asked": "upstream"}
+_ON_VLLM: dict[str, Any] = {"backends": _VLLM, "limit_s": 400, "in_ci": False}
+_STREAM = ("service", "keeper", "host")
+_CRASHED = {"held-1": "crashed", "sum-1": "upstream"}
+
+ROWS = [
+    *_killed("service", kill, "service", RUNNING),
+    *_killed("bridge", kill, "bridge", _NOTHING),
+    *_killed("keeper", kill, "keeper", RUNNING, backends=_DRAGON),
+    *_killed("launcher", kill, "launcher", RUNNING, backends=_DRAGON),
+    *_killed("host, on one node its agent", kill, "host", RUNNING, backends=_DRAGON),
+    *_killed("keeper without Dragon", kill, "keeper", RUNNING),
+    *_killed("host without Dragon", kill, "host", RUNNING),
+    *_killed("worker", kill_runner, "held-1", _CRASHED),
+    *_killed("worker in Dragon", kill_runner, "held-1", _CRASHED, backends=_DRAGON),
+    *_killed("rank", kill_runner, "ranks.0", {"ranks": "crashed"}),
+    *_killed("rank in Dragon", kill_runner, "ranks.0", {"ranks": "crashed"}, backends=_DRAGON),
+    *_killed("program", kill_runner, "program", {"program": "crashed"}),
+    Row("SIGKILL of service and keeper", kill_all("service", "keeper"), RUNNING, backends=_DRAGON),
+    Row("SIGKILL of keeper and service", kill_all("keeper", "service"), RUNNING, backends=_DRAGON),
+    Row("SIGKILL of service, keeper, launcher", kill_all("service", "keeper", "launcher"), RUNNING, backends=_DRAGON),
+    Row("SIGKILL of keeper, host, service", kill_all("keeper", "host", "service"), RUNNING, backends=_DRAGON),
+    Row("SIGKILL of service and host", kill_all("service", "host"), RUNNING, backends=_DRAGON),
+    *[
+        Row(f"SIGKILL of the {part} in a stream of short tasks", faults.kill_in_stream(part), _NOTHING)
+        for part in _STREAM
+    ],
+    *_killed("vLLM server", kill, "vLLM server", _ASKED, **_ON_VLLM),
+    *_killed("vLLM engine core", kill, "vLLM engine core", _ASKED, **_ON_VLLM),
+    Row("SIGSTOP of the vLLM server", faults.stop_until_ended("vLLM server"), _ASKED, **_ON_VLLM),
+    Row("SIGSTOP of the vLLM engine core", faults.stop_until_ended("vLLM engine core"), _ASKED, **_ON_VLLM),
+    Row("SIGSTOP of a worker", faults.stop_worker, _CRASHED, settings={"stall_s": 3}),
+    Row(
+        "Disk full",
+        faults.fill_disk,
+        {"later-2": "error", "sum-2": "upstream", "sum-all": "upstream"},  # its result is longer than fits
+        on=a_small_disk,
+        settings=_SMALL,
+        beyond="a submission is refused in words meanwhile",
+    ),
+    Row(
+        "Disk full, then SIGKILL of the service",
+        faults.fill_disk_and_kill_service,
+        RUNNING,
+        on=a_small_disk,
+        settings=_SMALL,
+        beyond="a submission is refused in words meanwhile",
+    ),
+    Row(
+        "Read-only state folder at the start",
+        faults.read_only_at_start,
+        RUNNING,
+        on=a_small_disk,
+        settings=_SMALL,
+        beyond="the start is refused in words",
+    ),
+    Row(
+        "State folder turns read-only",
+        faults.read_only_below_service,
+        RUNNING,
+        on=a_disk_that_fails,
+        settings=_SMALL,
+        beyond="a submission is refused in words meanwhile",
+    ),
+    Row(
+        "Corrupt pages of the ledger",
+        faults.damage_page,
+        RUNNING,
+        beyond="refused in words, not changed; all is there once a copy is put back",
+    ),
+    Row(
+        "Ledger from the future",
+        faults.ledger_from_the_future,
+        RUNNING,
+        beyond="refused in words, not changed",
+    ),
+    Row("Clock a day ahead", jump(1), _NOTHING, on=a_clock),
+    Row("Clock a day back", jump(-1), _NOTHING, on=a_clock),
+    Row("Socket file removed", faults.remove_socket, _NOTHING, beyond="a new client reaches the same service"),
+    Row("Port taken", faults.take_port, _NOTHING, beyond="`http` refuses, naming the port"),
+    Row("Two services racing", faults.race, RUNNING, beyond="eight clients at once reach one service"),
+    Row("Reply lost, call repeated", faults.lose_reply, _NOTHING),
+    Row("Reply lost with the service, call repeated", faults.lose_reply_with_service, RUNNING),
+    Row(
+        "Result of 1 GB",
+        faults.return_a_gigabyte,
+        {"huge": "error", "weighed": "upstream"},
+        beyond="refused by its limit; the service's memory stays",
+    ),
+    Row(
+        "Result of 1 GB, allowed",
+        faults.return_a_gigabyte,
+        _NOTHING,
+        settings={"max_result_bytes": None},
+        beyond="another task hashes it; the service's memory stays",
+    ),
+    Row("1 GB on stdout, 1 GB on stderr", faults.print_a_gigabyte, _NOTHING, beyond="the service's memory stays"),
+    Row(
+        "300 forks under a pids limit",
+        faults.fork_300,
+        _NOTHING,
+        on=a_limit_of_processes,
+        beyond="the limit was reached; that session's tasks fail alone",
+    ),
+    Row(
+        "Unpicklable and huge values",
+        faults.return_what_cannot_be_pickled,
+        {"lock": "error", "trapped": "invalid"},
+        beyond="an argument of 16 MB arrives whole",
+    ),
+]

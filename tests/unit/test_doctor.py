@@ -1,0 +1,45 @@
+"""What the doctor says of the ledger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rhapsody_mcp.doctor import Finding, examine
+from rhapsody_mcp.machine import look
+from rhapsody_mcp.runtime.ledger.changes import PutSession
+from rhapsody_mcp.runtime.ledger.ledger import Ledger
+from rhapsody_mcp.runtime.ledger.store import LEDGER
+from rhapsody_mcp.serving.places import Places
+from tests.ledgers import session
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    return Places().state
+
+
+def told() -> Finding:
+    return next(finding for finding in examine(look()) if finding.what == "ledger")
+
+
+async def test_the_doctor_says_where_the_ledger_is_what_is_in_it_and_who_holds_it(state: Path) -> None:
+    assert told().verdict == "note" and f"none yet at {state / LEDGER}" in told().told
+    ledger = Ledger(state)
+    ledger.open()
+    await ledger.commit(PutSession(session("a")), PutSession(session("b")))
+    there = told()
+    await ledger.commit(PutSession(session("c")))
+    await ledger.close()
+    assert there.verdict == "there" and "write-ahead log); open sessions: 2; held by process" in there.told
+    assert "open sessions: 3; held by no process" in told().told
+
+
+def test_the_doctor_says_what_is_wrong_with_a_damaged_ledger(state: Path) -> None:
+    state.mkdir(parents=True)
+    (state / LEDGER).write_bytes(b"something else" * 100)
+    assert told().verdict == "note" and "not read: file is not a database" in told().told

@@ -1,0 +1,84 @@
+"""What is kept of long output."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rhapsody_mcp.engine import output
+from rhapsody_mcp.engine.output import collect, left_out, move_stream, open_output
+from rhapsody_mcp.model.outcome import RankOutcome
+from rhapsody_mcp.model.values import Stream
+
+MOST = 1024 * 1024
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    opened = open_output(str(tmp_path / "out"))
+    yield opened
+    os.close(opened)
+
+
+def write(file: int, megabytes: int) -> None:
+    for number in range(megabytes):
+        os.write(file, bytes([65 + number]) * 1024 * 1024)
+
+
+def test_the_middle_of_a_long_file_is_freed_while_it_is_written(file: int, tmp_path: Path) -> None:
+    for megabytes in (5, 3):
+        write(file, megabytes)
+        output._trim(file, MOST)
+        assert os.fstat(file).st_blocks * 512 <= MOST + 3 * 4096
+    stream = collect(file, str(tmp_path), MOST)
+    assert stream.left_out == 8 * MOST - MOST
+    half = MOST // 2
+    assert stream.read() == "A" * half + f"\n[... {7 * MOST} bytes left out here ...]\n" + "C" * half
+    assert stream.size == len(stream.read()) and stream.text == stream.read()[-len(stream.text) :]
+    assert os.fstat(file).st_size == 0
+
+
+def test_what_is_short_stays_as_it_is(file: int, tmp_path: Path) -> None:
+    os.write(file, b"short")
+    assert collect(file, str(tmp_path), MOST) == Stream("short", None, 5)
+    assert collect(file, str(tmp_path), MOST) == Stream()
+
+
+def test_a_limit_that_is_smaller_than_a_message_holds_too(file: int, tmp_path: Path) -> None:
+    os.write(file, b"a" * 5000 + b"b" * 5000)
+    stream = collect(file, str(tmp_path), 4096)
+    assert stream.file is None and stream.left_out == 10_000 - 4096
+    assert stream.text == "a" * 2048 + "\n[... 5904 bytes left out here ...]\n" + "b" * 2048
+
+
+def test_where_no_hole_can_be_made_the_file_is_cut(file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "_punch", lambda *_: False)  # as on a file system that cannot
+    write(file, 3)
+    output._trim(file, MOST)
+    os.write(file, b"end")
+    text = collect(file, str(tmp_path), MOST).read()
+    assert text == "A" * (MOST // 2) + "\n[left out]\nend"
+
+
+def test_a_file_with_a_name_is_gone_afterwards(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for size, most in ((10, None), (200_000, None), (200_000, MOST), (3 * MOST, MOST)):
+        path = tmp_path / "printed"
+        path.write_bytes(b"x" * size)
+        stream = move_stream(str(path), str(folder), most)
+        assert not path.exists() and stream.read().count("x") == min(size, most or size)
+
+
+def test_output_for_which_the_disk_has_no_room_is_cut_and_nothing_fails(file: int) -> None:
+    write(file, 1)
+    stream = collect(file, "/proc/no/such/folder", MOST)
+    assert stream.file is None and stream.left_out == MOST - len(stream.text)
+
+
+def test_a_sentence_tells_what_was_left_out() -> None:
+    ranks = [RankOutcome(0), RankOutcome(1, stderr=Stream("end", "/file", 10, 90))]
+    assert [note.partition(":")[0] for note in left_out(*ranks)] == ["stderr of rank 1 was too long"]
