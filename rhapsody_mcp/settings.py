@@ -34,6 +34,8 @@ class Settings(BaseModel):
     for never."""
     stall_s: Annotated[float, Field(ge=1)] = 10.0
     """A worker or an engine that is stopped (SIGSTOP), or does not answer, for so long counts as dead, in seconds."""
+    vllm_health_s: Annotated[float, Field(gt=0)] = 5.0
+    """How often a vLLM server is asked whether it works, in seconds; after three bad answers it counts as dead."""
     result_bytes: Annotated[int, Field(ge=256, le=10_000)] = 8192
     """How much of a result one get_result returns, in bytes."""
     notice_interval_s: Annotated[float, Field(ge=0)] = 1.0

@@ -21,6 +21,7 @@ __all__ = [
     "end",
     "group",
     "groups_of",
+    "living",
     "marked",
     "open_lifeline",
     "outlives",
@@ -130,6 +131,11 @@ def started_at(pid: int) -> int:
 def group(leader: int) -> list[int]:
     """The living processes of this process group."""
     return [pid for pid, _, number in _living() if number == leader]
+
+
+def living(pids: Iterable[int]) -> set[int]:
+    """Those of these processes that have not ended."""
+    return set(pids) & {pid for pid, _, _ in _living()}
 
 
 def groups_of(pids: Iterable[int]) -> set[int]:

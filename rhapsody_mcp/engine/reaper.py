@@ -71,11 +71,14 @@ def end_remains(folder: Path | None, marks: Iterable[str] = ()) -> list[int]:
     A process is an engine's where the mark is in its environment, where its output goes into the folder, or where it
     descends from such a process or is in one session with it. Not found is one that none of this holds for.
     """
-    notes = {note.stem: note for note in _notes(folder) if not _is_locked(note)} if folder else {}
-    every, sessions = {*notes, *marks}, set[int]()
+    given, sessions = set(marks), set[int]()
+    notes = {note.stem: note for note in _notes(folder)} if folder is not None else {}
+    others = {mark for mark, note in notes.items() if mark not in given and _is_locked(note)}
+    notes = {mark: note for mark, note in notes.items() if mark not in others}
+    every = {*notes, *given}
     if not every:
         return []
-    lone = folder if folder is not None and not is_kept(folder) else None
+    lone = None if others else folder
 
     def left() -> set[int]:
         own = {pid for mark in every for name in (ENGINE, PLACE) for pid in marked(name, mark)}

@@ -63,7 +63,7 @@ def open_backends(wanted: Wanted, settings: Settings) -> list[Backend]:
     opened = [plan.open() for plan in plan_backends(wanted, settings)]
     for backend in opened:
         if isinstance(backend, ComputeBackend):
-            backend.stall_s, backend.cwd = settings.stall_s, wanted.folder
+            backend.cwd = wanted.folder
     return opened
 
 
@@ -104,8 +104,9 @@ def _of_server(name: BackendName, wanted: Wanted, settings: Settings) -> dict[st
         return {}
     environment = replace(wanted.environment or Environment(), withheld=settings.withheld_variables)
     if name == "vllm":
-        return {"environment": environment}
-    return {"environment": environment, "caps": Caps(settings.max_result_bytes, settings.max_output_bytes)}
+        return {"environment": environment, "health_s": settings.vllm_health_s}
+    caps = Caps(settings.max_result_bytes, settings.max_output_bytes)
+    return {"environment": environment, "caps": caps, "stall_s": settings.stall_s}
 
 
 def _defaults(wanted: Wanted, machine: Machine) -> tuple[BackendName, ...]:

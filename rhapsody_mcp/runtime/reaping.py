@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from contextlib import suppress
 from pathlib import Path
 
 from rhapsody_mcp.engine.folders import is_folder, remove, taken_over
-from rhapsody_mcp.engine.processes import started_at, with_arguments
+from rhapsody_mcp.engine.processes import end, living, started_at, with_arguments
 from rhapsody_mcp.engine.reaper import end_remains
 from rhapsody_mcp.engine.stalls import Stalls
 from rhapsody_mcp.runtime.ledger.changes import DropEngine, EngineRow
@@ -68,9 +65,7 @@ async def _end_keeper(row: EngineRow) -> set[int]:
         if stalls.look(keepers) or not (looks := looks - 1):
             break
         await asyncio.sleep(_LOOK_S)
-    for pid in keepers:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    await asyncio.to_thread(end, lambda: living(keepers))
     return keepers
 
 

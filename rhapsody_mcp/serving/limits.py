@@ -29,8 +29,8 @@ _INVALID_REQUEST = -32600
 
 
 async def refuse(send: Send, status: int, message: str, id: Any = None, **headers: str) -> None:
-    """Answer with a JSON-RPC error, which clients show. The connection is not closed: who still sends would not read the
-    answer. It is cut where that takes long."""
+    """Answer with a JSON-RPC error, which clients show. The connection is not closed: who still sends would not read
+    the answer. It is cut where that takes long."""
     error = {"jsonrpc": "2.0", "id": id, "error": {"code": _INVALID_REQUEST, "message": message}}
     body = json.dumps(error).encode()
     told = {"content-type": "application/json", "content-length": str(len(body)), **headers}

@@ -137,11 +137,11 @@ async def stop_worker(pipeline: Pipeline) -> None:
 
 
 async def fill_disk(pipeline: Pipeline) -> None:
-    """What cannot be accepted is refused in words; then there is room again."""
+    """What cannot be accepted is refused in words, and what runs comes to its end; then there is room again."""
     pipeline.world.disk.fill()
     pipeline.world.open_gate()
     await _refused(pipeline, "full")
-    await pipeline.record.wait()
+    await pipeline.record.ended("held-1", "held-2", "held-3", "program", "ranks")
     await pipeline.record.look()
     pipeline.world.disk.free()
 
@@ -360,7 +360,7 @@ async def fork_300(pipeline: Pipeline) -> None:
     (world.group / "pids.max").write_text("max")
     if (world.group / "pids.events").read_text().split() == ["max", "0"]:
         raise CannotMake("300 forks did not reach the limit")
-    assert not await neighbor.check({"forks": "error", "forks-program": "exit_code"})
+    assert not await neighbor.check({"forks": "error", "forks-program": "exit_code"}, {})
 
 
 async def return_what_cannot_be_pickled(pipeline: Pipeline) -> None:

@@ -63,11 +63,11 @@ class Pipeline:
         await wait_until(lambda: all(mark.exists() for mark in marks), within_s=_MARKED_S)
         await self.record.look()
 
-    async def finish(self, fails: Mapping[str, str]) -> list[str]:
+    async def finish(self, fails: Mapping[str, str], may_fail: Mapping[str, str]) -> list[str]:
         """Let everything go on to its end; gives what does not hold of it, and of the session's further use."""
         await self.record.look()
         self.world.open_gate()
         await self.record.wait()
         await self.record.submit(self.steps.native("after"), self.steps.program("after-program"))
         await self.record.wait()
-        return await self.record.check(fails)
+        return await self.record.check(fails, may_fail)

@@ -36,9 +36,9 @@ def part(name: str) -> list[int]:
 
 
 def _module(pid: int) -> tuple[str, ...]:
-    """What Python was told to run there, from -m on."""
+    """What Python was told to run there, from -m on; of Dragon's launcher, which is told it for another, nothing."""
     command = command_of(pid)
-    return tuple(command[command.index("-m") :]) if "-m" in command else ()
+    return tuple(command[command.index("-m") :]) if "-m" in command[:3] else ()
 
 
 def everyone() -> set[int]:

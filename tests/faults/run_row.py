@@ -27,7 +27,7 @@ async def run_row(row: Row) -> float:
         await row.fault(pipeline)
         await pipeline.record.ended(*_victims(row))
         noticed_s = time.monotonic() - broken
-        problems = await pipeline.finish(row.fails)
+        problems = await pipeline.finish(row.fails, row.may_fail)
         await world.stop()
         problems += [f"after the stop there is left: {left}" for left in await world.left()]
     assert not problems, "\n".join(problems)

@@ -25,7 +25,7 @@ from tests.agents import Refused
 from tests.faults.grounds import nothing_special
 from tests.faults.processes import memory_of, part
 from tests.faults.record import Record
-from tests.faults.steps import LARGE, Step, Steps
+from tests.faults.steps import LARGE, Step, Steps, value_of
 from tests.faults.world import Client, World
 
 _KILLS = {"worker": 8, "bridge": 4, "host": 3, "keeper": 2, "launcher": 1, "service": 2}
@@ -78,7 +78,7 @@ class Soak:
             await client.call("wait_tasks", session=name, timeout_s=self._chance.uniform(0, 3), count=3)
             await record.look()
         await record.wait()
-        self.problems += [f"{name}: {problem}" for problem in await record.check({})]
+        self.problems += [f"{name}: {problem}" for problem in await record.check({}, {})]
         self.states += Counter(record.ends[uid]["state"] for uid in record.accepted if uid in record.ends)
         with suppress(Refused):
             await client.call("close_session", session=name)
@@ -168,7 +168,7 @@ class _Maker:
         return self._steps.program(name)
 
     def _items(self, name: str) -> Step:
-        lists = [step for step in self._made[-20:] if isinstance(step.value, list) and len(step.value) < 10]
+        lists = [step for step in self._made[-20:] if step.value == value_of(step.name, 3)]
         return self._steps.items(name, self._chance.choice(lists)) if lists else self._native(name)
 
     def _digest(self, name: str) -> Step:

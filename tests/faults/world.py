@@ -221,7 +221,7 @@ class Client:
     async def drop(self) -> None:
         """Without a word."""
         if self.line is not None:
-            with suppress(ProcessLookupError):
-                self.line.bridge.kill()
+            if self.line.bridge.returncode is None:
+                os.kill(self.line.bridge.pid, signal.SIGKILL)  # its own kill() could collect it before asyncio does
             await self.line.bridge.communicate()
         self.line = None

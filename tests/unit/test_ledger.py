@@ -107,6 +107,7 @@ async def test_an_outcome_comes_back_whole(tmp_path: Path) -> None:
     )
     async with opened(tmp_path) as ledger:
         ledger.write(PutTasks((task(),)), TaskEnded("s", "task.000000", 4, outcome))
+        assert await ledger.settled(60)
         (row,) = await ledger.tasks("s")
     assert (row.outcome, row.state, row.position) == (outcome, TaskState.FAILED, 4)
 
