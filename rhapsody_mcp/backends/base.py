@@ -124,9 +124,10 @@ class EngineBook(Protocol):
         """No process and no file of it is left."""
 
 
-BeforeStart = Callable[[Sequence[str]], Coroutine[Any, Any, None]]
+BeforeStart = Callable[[Sequence[str]], Coroutine[Any, Any, bool]]
 """A backend with the attribute `before_start` awaits it, where it is not None, with the uids of tasks of which any may
-start afterwards; it never raises. So whoever writes down what has started knows of each that may have."""
+start afterwards if it gives True; it never raises. So whoever writes down what has started knows of each that may have.
+After False the backend is about to be closed."""
 
 
 class Awaitable:

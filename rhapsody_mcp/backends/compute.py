@@ -490,7 +490,7 @@ class _Engine:
             ask()
         else:
             known = asyncio.ensure_future(self.backend.before_start([live.uid for live in lives]))
-            known.add_done_callback(lambda _: ask())
+            known.add_done_callback(lambda known: ask() if known.result() else None)
 
     def _ask(self, live: _Live) -> None:
         if live.uid not in self._live or self._host is None:

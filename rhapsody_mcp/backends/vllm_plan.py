@@ -77,7 +77,8 @@ def plan_servers(
 ) -> Plan:
     """One server for each `tp_size` of the GPUs, on `port` and those after it, with its log in `folder`.
 
-    What the config file says of variables wins over `environment`. Raises InvalidSettings, or BackendUnavailable for a port that is taken.
+    What the config file says of variables wins over `environment`. Raises InvalidSettings, or BackendUnavailable for a
+    port that is taken.
     """
     tp_size = config.required.tp_size
     device = _device(config, hardware)

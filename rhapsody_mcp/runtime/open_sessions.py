@@ -323,7 +323,7 @@ class OpenSessions:
         leaving = list(self._sessions.values())
         self._sessions.clear()
         for opened in leaving:
-            opened.session.on_change = None  # what ends now has not ended in the ledger
+            opened.session.on_change = opened.recorder.suspended if opened.recorder is not None else None
         await _all([*(opened.session.close() for opened in leaving), *(self._close(one) for one in self._closing)])
 
     async def __aenter__(self) -> Self:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from msgspec.structs import replace
 
 from rhapsody_mcp.model.errors import LedgerError, LedgerUnavailable
-from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.caller import current_caller
 from rhapsody_mcp.runtime.functions import Registered
 from rhapsody_mcp.runtime.ledger.changes import (
@@ -82,19 +82,21 @@ class Recorder:
         )
         await self._ledger.commit(PutFunction(row))
 
-    async def starting(self, uids: Sequence[str]) -> None:
-        """Returns when it is durable that these may start. While nothing can be written nothing starts; with a damaged
-        ledger, which no next life will read, everything does."""
+    async def starting(self, uids: Sequence[str]) -> bool:
+        """True when it is durable that these may start; False where the session was closed first. While nothing can be
+        written nothing starts; with a damaged ledger, which no next life will read, everything does."""
         shown = [uid for uid in uids if not uid.startswith("~")]
         self._starting.update(shown)
         changes = [TaskStarted(self.key, uid, 0.0, self._session.attempts_of(uid)) for uid in shown]
-        while changes and not self._session.closed:
+        while not self._session.closed:
             try:
-                return await self._ledger.commit(*changes)
+                await self._ledger.commit(*changes)
+                return not self._session.closed
             except LedgerUnavailable:
                 await asyncio.sleep(_AGAIN_S)
             except LedgerError:
-                return
+                return True
+        return False
 
     def changed(self, task: Task) -> None:
         """After each change of a task's state."""
@@ -110,6 +112,12 @@ class Recorder:
             case state if state.final and task.outcome is not None:
                 self._starting.discard(task.uid)
                 self.write(TaskEnded(self.key, task.uid, len(self._session.ended) - 1 + self.skipped, task.outcome))
+
+    def suspended(self, task: Task) -> None:
+        """In the place of `changed` while everything is ended for a next life, which tasks that have not come to an end
+        of their own begin anew, or find lost."""
+        if task.state in (TaskState.DONE, TaskState.FAILED) and task.cause is not Cause.LOST:
+            self.changed(task)
 
     def write(self, change: Change) -> None:
         """Soon."""

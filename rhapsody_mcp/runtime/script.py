@@ -266,7 +266,6 @@ class _Writer:
             given["environment"] = self._environment(given["environment"])
         return write_call(BACKENDS[plan.name], [f"{name}={write_value(value)}" for name, value in given.items()], 1)
 
-
     def _environment(self, given: dict[str, Any]) -> dict[str, Any]:
         variables = given.get("variables", {})
         secret = {name: self._code.look_up(name) for name in variables if looks_secret(name)}

@@ -291,12 +291,13 @@ async def test_a_task_that_was_about_to_start_is_queued_again_and_one_that_start
     folder.mkdir()
     row = SessionRow("s", 1.0, 1.0, b"{}", "", str(folder), False)
     uids = ("about-to", "started", "started-before", "again")
+    unsent = ("untold", "untouched")
     async with open_ledger(tmp_path) as ledger:
         tasks = tuple(TaskRow("s", uid, n, None, b"", TaskState.WAITING, 1.0, None, 0, 0, "", None, None, "")
-                      for n, uid in enumerate(uids))  # fmt: skip
+                      for n, uid in enumerate((*uids, *unsent)))  # fmt: skip
         attempts = dict(zip(uids, (1, 1, 2, 2), strict=True))
         ledger.write(PutSession(row), PutTasks(tasks), *(TaskStarted("s", uid, 0.0, attempts[uid]) for uid in uids))
-        for uid, attempt in (("started", 1), ("started-before", 1), ("again", 1), ("again", 2)):
+        for uid, attempt in (("started", 1), ("started-before", 1), ("again", 1), ("again", 2), ("untold", 1)):
             note_start(str(folder), uid, attempt)
         await ledger.reconcile(2.0)
         found = {task.uid: (task.state.value, task.attempts) for task in await ledger.tasks("s")}
@@ -305,4 +306,6 @@ async def test_a_task_that_was_about_to_start_is_queued_again_and_one_that_start
         "started": ("FAILED", 1),
         "started-before": ("QUEUED", 1),
         "again": ("FAILED", 2),
+        "untold": ("FAILED", 0),
+        "untouched": ("WAITING", 0),
     }

@@ -25,10 +25,11 @@ class Clerk:
         self.asked = asyncio.Event()
         self.known: list[str] = []
 
-    async def __call__(self, uids: Sequence[str]) -> None:
+    async def __call__(self, uids: Sequence[str]) -> bool:
         self.asked.set()
         await self.desk.wait()
         self.known += uids
+        return True
 
 
 def notes(folder: Path) -> dict[str, str]:

@@ -113,18 +113,6 @@ def kill_in_stream(name: str) -> Fault:
     return fault
 
 
-def stop_until_ended(name: str) -> Fault:
-    """For good: nobody but the service ends it."""
-
-    async def fault(pipeline: Pipeline) -> None:
-        stopped = pipeline.world.one(name)
-        os.kill(stopped, signal.SIGSTOP)
-        async with asyncio.timeout(60):
-            await ended(stopped)
-
-    return fault
-
-
 async def stop_worker(pipeline: Pipeline) -> None:
     """For good: nobody but the engine ends it."""
     worker = pipeline.world.pid_in("held-1")
@@ -293,15 +281,15 @@ async def _lose_reply(pipeline: Pipeline, lose: Callable[[], Awaitable[None]]) -
     await pipeline.record.submit(*sent, key="sent")
 
 
-async def _refused(pipeline: Pipeline, word: str) -> None:
+async def _refused(pipeline: Pipeline, word: str, step: Step | None = None) -> None:
     """A submission is refused in words that have this one in them."""
-    step = pipeline.steps.native("refused")
+    step = step or pipeline.steps.native("refused")
     try:
         await pipeline.record.client.call("submit_tasks", session=pipeline.record.session, tasks=[step.request])
     except Refused as refused:
         assert word in str(refused).lower(), refused
     else:
-        raise CannotMake("a submission was accepted that could not be written down")
+        raise CannotMake("a submission was accepted that could not be")
 
 
 async def _kill_service(pipeline: Pipeline) -> None:
@@ -364,7 +352,7 @@ async def fork_300(pipeline: Pipeline) -> None:
 
 
 async def return_what_cannot_be_pickled(pipeline: Pipeline) -> None:
-    """Also what can be written and not read again, and an argument of many megabytes."""
+    """Also what can be written and not read again, an argument of megabytes, and one that is longer than a request."""
     steps, text = pipeline.steps, "x" * _HUGE_ARGUMENT
     await pipeline.record.submit(
         steps.source("lock", "def lock(runs, name):\n    import threading\n    return threading.Lock()", value=""),
@@ -372,3 +360,4 @@ async def return_what_cannot_be_pickled(pipeline: Pipeline) -> None:
         steps.source("trapped", "def trapped(runs, name, trap):\n    return 1", {"ref": "trap"}, value=""),
         steps.source("long", _WEIGH, text, value=_weight(b"x", _HUGE_ARGUMENT)),
     )
+    await _refused(pipeline, "request_bytes", steps.source("longer", _WEIGH, text + text, value=None))

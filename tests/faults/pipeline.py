@@ -23,6 +23,7 @@ class Pipeline:
         self.steps = Steps(world.runs, world.gate)
         self.record: Record
         self.answers: list[str] = []
+        self.noticed_s: list[float] = []
 
     async def begin(self, *backends: str) -> None:
         """Open a session, and have the first part done and read."""

@@ -20,7 +20,6 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "keeper": ("-m", "rhapsody_mcp.engine.keeper"),
     "host": ("-m", "rhapsody_mcp.engine.host"),
     "worker": ("-m", "rhapsody_mcp.engine.supervisor"),
-    "vLLM server": ("-m", "rhapsody_mcp.engine.vllm_launcher"),
 }
 """What the command line of each part has after the interpreter's name."""
 
@@ -29,6 +28,8 @@ def part(name: str) -> list[int]:
     """The living processes of the service under test that play this part."""
     if name == "launcher":
         return [pid for pid in family("dragon") if any(word.endswith("/dragon") for word in command_of(pid)[1:2])]
+    if name == "vLLM server":
+        return [pid for pid in everyone() if any(word.endswith("/vllm_launcher.py") for word in command_of(pid)[1:3])]
     if name == "vLLM engine core":
         return [pid for pid in everyone() if "EngineCore" in " ".join(command_of(pid)[:1])]
     words = _PARTS[name]

@@ -25,6 +25,7 @@ class Record:
         self.ends: dict[str, dict[str, Any]] = {}
         self.problems: list[str] = []
         self._digests: dict[str, str] = {}
+        self._shown: set[str] = set()
 
     # --- what is done with a session
 
@@ -60,6 +61,7 @@ class Record:
         """Read the state of every task, and keep each end that is told. Gives how many are in which state."""
         self.world.meet()
         rows = await self._rows()
+        self._shown |= {row["task"] for row in rows}
         parents = [row["name"] for row in rows if row["kind"] == "for_each" and "counts" in row]
         rows += [row for parent in parents for row in await self._rows(for_each=parent)]
         for row in rows:
@@ -124,6 +126,7 @@ class Record:
             allowed = [fails.get(step.name), *([may_fail[step.name]] if step.name in may_fail else [])]
             self._check_end(step, end, allowed)
             self._check_runs(step, end)
+        self.problems += [f"{uid} is there and was never accepted" for uid in self._shown - {*self.accepted}]
         return list(dict.fromkeys(self.problems))
 
     def _check_end(self, step: Step, end: Mapping[str, Any], allowed: Sequence[str | None]) -> None:

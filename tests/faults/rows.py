@@ -17,6 +17,7 @@ from tests.faults.grounds import (
     nothing_special,
 )
 from tests.faults.pipeline import RUNNING
+from tests.faults.prompts import SIGNALS, asked_in, break_in_turn
 from tests.faults.world import Ground, World
 
 __all__ = ["ROWS", "Row"]
@@ -29,7 +30,7 @@ class Row:
     """`fails` are the tasks that must not be DONE, with their cause, and `may_fail` those that need not be; `beyond` is
     what is checked of this row alone.
 
-    `in_ci` rows take ten minutes together.
+    Rows with the same `line` share one in the table. `in_ci` rows take nine minutes together.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     backends: tuple[str, ...] = ("local",)
     may_fail: Mapping[str, str] = field(default_factory=dict)
     beyond: str = ""
+    line: str = ""
     on: Callable[[World], Ground] = nothing_special
     settings: dict[str, Any] = field(default_factory=dict)
     limit_s: float = 180
@@ -53,12 +55,53 @@ _SMALL = {"min_free_bytes": 0}  # else nothing is submitted before the disk is f
 def _killed(
     part: str, fault: Callable[[str, signal.Signals], Fault], of: str, fails: Mapping[str, str], **more: Any
 ) -> list[Row]:
-    return [Row(f"{by.name} of the {part}", fault(of, by), fails, **more) for by in (_KILL, _TERM)]
+    line = f"SIGKILL, SIGTERM of the {part}"
+    return [Row(f"{by.name} of the {part}", fault(of, by), fails, line=line, **more) for by in (_KILL, _TERM)]
 
 
-_ASKED = {"asked": "lost", "sum-asked": "upstream"}
-_ON_VLLM: dict[str, Any] = {"backends": _VLLM, "limit_s": 400, "in_ci": False}
-_STREAM = ("service", "keeper", "host")
+def _broken_in_turn(name: str) -> Row:
+    """One service for all signals: each needs the server that was started after the one before."""
+    signals = ", ".join(by.name for by in SIGNALS)
+    return Row(
+        f"{signals} of the {name}, in turn",
+        break_in_turn(name),
+        asked_in(len(SIGNALS)),
+        backends=_VLLM,
+        settings={"vllm_health_s": 1},
+        limit_s=400,
+    )
+
+
+def _killed_in_stream(part: str) -> Row:
+    return Row(
+        f"SIGKILL of the {part} in a stream of short tasks",
+        faults.kill_in_stream(part),
+        _NOTHING,
+        beyond="of the stream, what did not run to its end says so",
+        line="SIGKILL of the service, keeper, host in a stream of short tasks",
+    )
+
+
+_TOGETHER = [
+    ("service", "keeper"),
+    ("keeper", "service"),
+    ("service", "keeper", "launcher"),
+    ("keeper", "host", "service"),
+    ("service", "host"),
+]
+
+
+def _killed_together(*parts: str) -> Row:
+    """All that can end Dragon's processes is gone, in this order."""
+    return Row(
+        f"SIGKILL of {', '.join(parts)}",
+        kill_all(*parts),
+        RUNNING,
+        backends=_DRAGON,
+        line=f"SIGKILL of Dragon's {', '.join(parts)} at once",
+    )
+
+
 _CRASHED = {"held-1": "crashed", "sum-1": "upstream"}
 
 ROWS = [
@@ -74,19 +117,10 @@ ROWS = [
     *_killed("rank", kill_runner, "ranks.0", {"ranks": "crashed"}),
     *_killed("rank in Dragon", kill_runner, "ranks.0", {"ranks": "crashed"}, backends=_DRAGON),
     *_killed("program", kill_runner, "program", {"program": "crashed"}),
-    Row("SIGKILL of service and keeper", kill_all("service", "keeper"), RUNNING, backends=_DRAGON),
-    Row("SIGKILL of keeper and service", kill_all("keeper", "service"), RUNNING, backends=_DRAGON),
-    Row("SIGKILL of service, keeper, launcher", kill_all("service", "keeper", "launcher"), RUNNING, backends=_DRAGON),
-    Row("SIGKILL of keeper, host, service", kill_all("keeper", "host", "service"), RUNNING, backends=_DRAGON),
-    Row("SIGKILL of service and host", kill_all("service", "host"), RUNNING, backends=_DRAGON),
-    *[
-        Row(f"SIGKILL of the {part} in a stream of short tasks", faults.kill_in_stream(part), _NOTHING)
-        for part in _STREAM
-    ],
-    *_killed("vLLM server", kill, "vLLM server", _ASKED, **_ON_VLLM),
-    *_killed("vLLM engine core", kill, "vLLM engine core", _ASKED, **_ON_VLLM),
-    Row("SIGSTOP of the vLLM server", faults.stop_until_ended("vLLM server"), _ASKED, **_ON_VLLM),
-    Row("SIGSTOP of the vLLM engine core", faults.stop_until_ended("vLLM engine core"), _ASKED, **_ON_VLLM),
+    *(_killed_together(*parts) for parts in _TOGETHER),
+    *(_killed_in_stream(part) for part in ("service", "keeper", "host")),
+    _broken_in_turn("vLLM server"),
+    _broken_in_turn("vLLM engine core"),
     Row("SIGSTOP of a worker", faults.stop_worker, _CRASHED, settings={"stall_s": 3}),
     Row(
         "Disk full",
@@ -165,6 +199,6 @@ ROWS = [
         "Unpicklable and huge values",
         faults.return_what_cannot_be_pickled,
         {"lock": "error", "trapped": "invalid"},
-        beyond="an argument of 16 MB arrives whole",
+        beyond="an argument of 3 MB arrives whole, one longer than request_bytes is refused in words",
     ),
 ]

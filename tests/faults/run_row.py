@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from tests.faults.pipeline import Pipeline
-from tests.faults.prompts import ask, ask_for_more
+from tests.faults.prompts import ask
 from tests.faults.rows import Row
 from tests.faults.world import World
 
@@ -21,12 +21,10 @@ async def run_row(row: Row) -> float:
         if "vllm" in row.backends:
             await ask(pipeline)
         await pipeline.reach_the_middle()
-        if "vllm" in row.backends:
-            await ask_for_more(pipeline)
         broken = time.monotonic()
         await row.fault(pipeline)
         await pipeline.record.ended(*_victims(row))
-        noticed_s = time.monotonic() - broken
+        noticed_s = max(pipeline.noticed_s, default=time.monotonic() - broken)
         problems = await pipeline.finish(row.fails, row.may_fail)
         await world.stop()
         problems += [f"after the stop there is left: {left}" for left in await world.left()]

@@ -176,10 +176,10 @@ class World:
         code, stdout, stderr = await self.run("service", "stop", "--force")
         assert code == 0, f"service stop ended with {code}: {stdout} {stderr}"
 
-    async def left(self) -> list[str]:
+    async def left(self, within_s: float = _LEFT_S) -> list[str]:
         """Processes and shared memory that are still there, some time after the stop."""
         with suppress(TimeoutError):
-            await wait_until(lambda: not self._alive() and not self._files(), within_s=_LEFT_S)
+            await wait_until(lambda: not self._alive() and not self._files(), within_s=within_s)
         return [*told(self._alive()), *sorted(self._files())]
 
     def meet(self) -> None:
@@ -222,6 +222,7 @@ class Client:
         """Without a word."""
         if self.line is not None:
             if self.line.bridge.returncode is None:
-                os.kill(self.line.bridge.pid, signal.SIGKILL)  # its own kill() could collect it before asyncio does
+                with suppress(ProcessLookupError):
+                    os.kill(self.line.bridge.pid, signal.SIGKILL)  # its own kill() could collect it before asyncio does
             await self.line.bridge.communicate()
         self.line = None

@@ -36,7 +36,8 @@ class Ledger:
     """One a folder, held by one process at a time.
 
     Changes are written by a thread of its own, in the order in which they were given, and the reading methods see
-    all that were given before, but for those that wait for result files to be on disk (`settled`). What is durable survives the end of this process, however it ends, and a power cut.
+    all that were given before, but for those that wait for result files to be on disk (`settled`). What is durable
+    survives the end of this process, however it ends, and a power cut.
     Where the file cannot be written (`problem` says why), changes are kept and tried again twice a second; meanwhile
     the reading methods see what is in the file. Once a part of it turns out damaged, nothing is written any more.
     """

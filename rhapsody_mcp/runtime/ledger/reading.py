@@ -136,37 +136,40 @@ def left_running(now: float) -> Callable[[Store], list[Change]]:
     def read(store: Store) -> list[Change]:
         ends: dict[str, int] = {}
         starts = {folder: starts_in(folder) for (folder,) in store.read("SELECT folder FROM sessions")}
-        return [_left(ends, now, starts.get(folder, ()), *fields) for folder, *fields in store.read(_RUNNING)]
+        left = (_left(ends, now, starts.get(folder, ()), *fields) for folder, *fields in store.read(_OPEN))
+        return [change for change in left if change is not None]
 
     return read
 
 
-_RUNNING = """
+_OPEN = """
     WITH parents AS (SELECT DISTINCT session, parent FROM tasks WHERE parent IS NOT NULL),
         last AS (SELECT session, max(position) AS position FROM ends GROUP BY session)
-    SELECT sessions.folder, s.session, s.uid, s.started, s.attempts, s.last_failure, t.retries,
-        coalesce(last.position + 1, 0)
-    FROM starts s JOIN tasks t USING (session, uid) LEFT JOIN sessions ON sessions.id = s.session
+    SELECT sessions.folder, t.session, t.uid, s.started, coalesce(s.attempts, 0), coalesce(s.last_failure, ''),
+        t.retries, coalesce(last.position + 1, 0)
+    FROM tasks t LEFT JOIN starts s USING (session, uid) LEFT JOIN sessions ON sessions.id = t.session
         LEFT JOIN last USING (session)
-    WHERE s.started IS NOT NULL AND (s.session, s.uid) NOT IN parents
-        AND NOT EXISTS (SELECT 1 FROM ends e WHERE e.session = s.session AND e.uid = s.uid)
+    WHERE (t.session, t.uid) NOT IN parents
+        AND NOT EXISTS (SELECT 1 FROM ends e WHERE e.session = t.session AND e.uid = t.uid)
     ORDER BY t.session, t.number, t.rowid
 """
 _LOST = "the service ended while this task was running, and what it did until then is not known"
 
 
 def _left(
-    ends: dict[str, int], now: float, starts: Collection[tuple[str, int]], session: str, uid: str, started: float,
-    attempts: int, last_failure: str | None, retries: int, first: int,
-) -> Change:  # fmt: skip
-    if not started and (uid, attempts) not in starts:
-        return TaskRequeued(session, uid, attempts - 1, last_failure or "")
-    if attempts <= retries:
-        return TaskRequeued(session, uid, attempts, f"{_LOST}.")
+    ends: dict[str, int], now: float, starts: Collection[tuple[str, int]], session: str, uid: str,
+    started: float | None, attempts: int, last_failure: str, retries: int, first: int,
+) -> Change | None:  # fmt: skip
+    """None for one that had not been sent anywhere."""
+    attempt = attempts + 1 if started is None else attempts
+    if not started and (uid, attempt) not in starts:
+        return None if started is None else TaskRequeued(session, uid, attempts - 1, last_failure)
+    if attempt <= retries:
+        return TaskRequeued(session, uid, attempt, f"{_LOST}.")
     position = ends.setdefault(session, first)
     ends[session] += 1
     told = f"{_LOST}. Submit it again, with retries if it may be run twice."
-    ended = max(now, started)
+    ended = max(now, started or now)
     outcome = Outcome(state=TaskState.FAILED, ended=ended, started=started or None, cause=Cause.LOST, error=told)
     return TaskEnded(session, uid, position, outcome)
 
