@@ -65,6 +65,7 @@ _LOOK_S = 1.0
 _RANKS_A_CORE = 32
 _QUICK_S = 0.005  # a worker whose functions are quicker is sent several at once
 _MOST_SENT = 64
+_CHUNK = 1 << 18
 _MOST_SENT_BYTES = 1024 * 1024  # more waits in the service's memory twice until the worker has read it
 _CLOSING_S = 15.0  # the keeper's own grace, and then some
 _LOST_S = 1.5
@@ -222,6 +223,10 @@ class _Live:
         """Bytes of what is sent of it."""
         work = self.order.spec.work
         return len(work.code) + len(work.arguments) if isinstance(work, Call) else 0
+
+    def has_started(self, starts: Collection[tuple[str, int]]) -> bool:
+        """By what was heard of it, or by the notes."""
+        return self.started is not None or (self.uid, self.order.attempt) in starts
 
     @property
     def native(self) -> bool:
@@ -406,7 +411,7 @@ class _Engine:
         assert self.lost is not None
         if live.stop is not None:
             self._finish(live, _stopped(live))
-        elif live.started is not None or (live.uid, live.order.attempt) in starts:
+        elif live.has_started(starts):
             self._finish(live, _failed(Cause.LOST, self.lost, live.started))
         else:
             del self._live[live.uid]
@@ -665,11 +670,12 @@ class _Engine:
             return
         del self._workers[worker.name]
         rest = list(worker.sent.values())
+        starts = _starts({live.order.folder for live in rest if live.asked})
         for live in rest:
             live.worker, live.asked = None, False
             if live.stop is not None:
                 self._finish(live, _stopped(live))
-            elif live.started is not None:
+            elif live.has_started(starts):
                 how = worker.gone.why or how_it_ended(worker.gone.exit_code)
                 message = f"its process {how} before the function returned."
                 self._finish(live, _failed(Cause.CRASHED, message, live.started, worker.gone.exit_code))
@@ -712,7 +718,16 @@ class _Peer(asyncio.Protocol):
             self._engine.hear(self, message)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self._hear_rest()
         self._engine.disconnected(self)
+
+    def _hear_rest(self) -> None:
+        """A write to a process that has died ends the connection; what it had said before is still there."""
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        with suppress(OSError):  # there is no more
+            while data := os.read(descriptor, _CHUNK):
+                self.data_received(data)
 
     def send(self, *messages: object) -> None:
         self.transport.write(frame(list(messages)))

@@ -14,5 +14,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "ci: rows that take ten minutes together")
+    config.addinivalue_line("markers", "ci: what takes nine minutes together")
     config.pluginmanager.register(Matrix(config.getoption("markdown")))
