@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from types import FrameType
@@ -22,6 +22,7 @@ from rhapsody_mcp.engine.output import collect
 from rhapsody_mcp.engine.processes import descendants, end
 from rhapsody_mcp.engine.starts import NOT_NOTED, note_start
 from rhapsody_mcp.engine.wire import (
+    FOLDER_GONE,
     Finished,
     FromWorker,
     Interrupt,
@@ -33,7 +34,6 @@ from rhapsody_mcp.engine.wire import (
     Started,
     Up,
 )
-from rhapsody_mcp.model.specs import Caps
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Stream
 
@@ -54,16 +54,18 @@ class _Turn:
         self.lock = threading.Lock()
         self.current = ""
         self.interrupted = ""
-        self.revoked: set[str] = set()
+        self.revoked: Counter[str] = Counter()
+        """How often: a task that was taken back may have been sent here again, and taken back again."""
         self._started: set[str] = set()
         self._order: deque[str] = deque()
 
     def begin(self, uid: str) -> bool:
         """False where the task was revoked before it could start."""
         with self.lock:
-            if uid in self.revoked:
-                self.revoked.discard(uid)
+            if self.revoked[uid]:
+                self.revoked[uid] -= 1
                 return False
+            del self.revoked[uid]
             self.current = uid
             self._started.add(uid)
             self._order.append(uid)
@@ -85,7 +87,7 @@ class _Turn:
                 signal.pthread_kill(main, _INTERRUPT)
             if message.uid in self._started:
                 return False
-            self.revoked.add(message.uid)
+            self.revoked[message.uid] += 1
             return True
 
 
@@ -101,10 +103,10 @@ def run_worker(config: PlaceConfig, files: Sequence[int]) -> None:
     backend: Link[Run] = Link(config.address, Run)
     backend.send(Up(config.worker))
     with suppress(EOFError, ConnectionError):
-        _serve(backend, turn, config.caps, files)
+        _serve(backend, turn, config, files)
 
 
-def _serve(backend: Link[Run], turn: _Turn, caps: Caps, files: Sequence[int]) -> None:
+def _serve(backend: Link[Run], turn: _Turn, config: PlaceConfig, files: Sequence[int]) -> None:
     runner = asyncio.Runner()
     waiting: deque[Run] = deque()
     unsent: list[FromWorker] = []
@@ -119,18 +121,21 @@ def _serve(backend: Link[Run], turn: _Turn, caps: Caps, files: Sequence[int]) ->
         started = time.time()
         unsent.append(Started(run.uid, started))
         _send(backend, unsent)
-        finished, runner = _run(run, runner, turn, started, caps, files)
+        finished, runner = _run(run, runner, turn, started, config, files)
         unsent.append(finished)
 
 
 def _run(
-    run: Run, runner: asyncio.Runner, turn: _Turn, started: float, caps: Caps, files: Sequence[int]
+    run: Run, runner: asyncio.Runner, turn: _Turn, started: float, config: PlaceConfig, files: Sequence[int]
 ) -> tuple[Finished, asyncio.Runner]:
-    interrupted = False
+    interrupted, caps = False, config.caps
     try:
         try:
-            note_start(run.folder, run.uid, run.attempt)
-            result = perform(run.call, run.bindings, run.folder, runner, caps.result_bytes)
+            if _is_in(config.cwd):
+                note_start(run.folder, run.uid, run.attempt)
+                result = perform(run.call, run.bindings, run.folder, runner, caps.result_bytes)
+            else:
+                result = Result(None, Cause.INVALID, FOLDER_GONE.format(config.cwd))
         finally:
             interrupted = turn.over()
     except OSError as error:  # the note's: no other of its kind leaves a function
@@ -143,6 +148,14 @@ def _run(
     streams = zip(files, (sys.stdout, sys.stderr), strict=True)
     stdout, stderr = (_captured(file, stream, run.folder, caps.output_bytes) for file, stream in streams)
     return Finished(run.uid, started, time.time(), result, stdout, stderr, interrupted), runner
+
+
+def _is_in(folder: str) -> bool:
+    """Whether this process could go there: an earlier task may have left it, and the folder may be gone."""
+    with suppress(OSError):
+        os.chdir(folder)
+        return True
+    return False
 
 
 def _raise(turn: _Turn, _number: int, _frame: FrameType | None) -> None:
