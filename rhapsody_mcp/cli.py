@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +18,7 @@ from rhapsody_mcp.model.errors import RhapsodyError, root_of
 
 if TYPE_CHECKING:
     from rhapsody_mcp.serving.joining import Caller
+    from rhapsody_mcp.serving.places import Places
     from rhapsody_mcp.serving.tokens import TokenFile
     from rhapsody_mcp.settings import Settings
 
@@ -25,6 +29,25 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and give its exit code."""
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except* BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # there goes what is still to be flushed
+        code = 128 + signal.SIGPIPE
+    return code
+
+
+def _reader_has_left() -> bool:
+    """Whether it is stdout that nobody reads any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(0))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     code = 1
@@ -93,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     doctor = commands.add_parser("doctor", help="say what is there, what is missing, and how to get it")
+    _add_folder(doctor)
     doctor.set_defaults(run=_doctor)
 
     init = commands.add_parser("init", help="write a commented config.yaml for the vllm backend")
@@ -142,9 +166,7 @@ def _add_folder(command: argparse._ActionsContainer) -> None:
 
 def _add_service(command: argparse.ArgumentParser) -> None:
     whose = command.add_mutually_exclusive_group()
-    whose.add_argument(
-        "--in-process", action="store_true", help="hold the sessions in this process; they end with it"
-    )
+    whose.add_argument("--in-process", action="store_true", help="hold the sessions in this process; they end with it")
     _add_folder(whose)
 
 
@@ -222,9 +244,14 @@ _say = partial(print, flush=True)
 
 def _caller(options: argparse.Namespace, client: int | None = None) -> Caller:
     from rhapsody_mcp.serving.joining import Caller
+
+    return Caller(_places(options), vars(options).get("config"), client)
+
+
+def _places(options: argparse.Namespace) -> Places:
     from rhapsody_mcp.serving.places import Places
 
-    return Caller(Places(options.folder and options.folder.absolute()), vars(options).get("config"), client)
+    return Places(options.folder and options.folder.absolute())
 
 
 def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -263,7 +290,8 @@ def _service_run(options: argparse.Namespace) -> int:
             from rhapsody_mcp.serving.service import run_service
 
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-            anyio.run(run_service, _settings(options), door, report.ready)
+            logging.getLogger("rhapsody_mcp").setLevel(logging.INFO)
+            anyio.run(run_service, _settings(options), door, report.ready, options.config)
     except Taken:
         report.taken()
     except Exception as error:
@@ -273,14 +301,24 @@ def _service_run(options: argparse.Namespace) -> int:
 
 
 def _token_file(options: argparse.Namespace) -> TokenFile:
-    from rhapsody_mcp.serving.places import Places
     from rhapsody_mcp.serving.tokens import TokenFile
 
-    return TokenFile(Places(options.folder and options.folder.absolute()).tokens)
+    return TokenFile(_places(options).tokens)
+
+
+def _record_token(options: argparse.Namespace, done: str) -> None:
+    from rhapsody_mcp.protocol.audit import open_audit
+    from rhapsody_mcp.settings import Settings
+
+    never = Settings.model_construct(audit_bytes=0)  # it is the service that begins new files
+    with open_audit(_places(options).audit, never) as audit:
+        audit.token(done, options.name)
 
 
 def _token_create(options: argparse.Namespace) -> int:
-    print(_token_file(options).create(options.name, options.scopes, options.days))
+    token = _token_file(options).create(options.name, options.scopes, options.days)
+    _record_token(options, "create")
+    print(token)
     print("It is shown only now. Clients send it as the header `Authorization: Bearer TOKEN`.", file=sys.stderr)
     return 0
 
@@ -292,6 +330,7 @@ def _token_list(options: argparse.Namespace) -> int:
 
 def _token_revoke(options: argparse.Namespace) -> int:
     _token_file(options).revoke(options.name)
+    _record_token(options, "revoke")
     print(f"Revoked {options.name}.")
     return 0
 
@@ -317,7 +356,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from rhapsody_mcp.doctor import run_doctor
 
-    return run_doctor()
+    return run_doctor(_places(options))
 
 
 def _init(options: argparse.Namespace) -> int:

@@ -37,9 +37,9 @@ class Finding(msgspec.Struct, frozen=True):
     needed: bool = False
 
 
-def run_doctor() -> int:
-    """Print the findings; 0 where the demo can run."""
-    findings = list(examine(look()))
+def run_doctor(places: Places) -> int:
+    """Print the findings, of the ledger at these places too; 0 where the demo can run."""
+    findings = list(examine(look(), places))
     table = Table("", "what", "found", show_lines=False)
     for finding in findings:
         table.add_row(_MARKS[finding.verdict], finding.what, finding.told)
@@ -50,7 +50,7 @@ def run_doctor() -> int:
     return 1 if lacking else 0
 
 
-def examine(machine: Machine) -> Iterator[Finding]:
+def examine(machine: Machine, places: Places | None = None) -> Iterator[Finding]:
     """Look at everything that this package uses; starts nothing."""
     memory = f", {machine.memory_gib:g} GiB memory" if machine.memory_gib else ""
     yield Finding("machine", "there", f"{machine.host}, {machine.system}, {machine.cores} cores{memory}")
@@ -63,7 +63,7 @@ def examine(machine: Machine) -> Iterator[Finding]:
     yield _temporary_folder()
     yield _shared_memory()
     yield _settings()
-    yield _ledger(look_at_ledger(Places().state))
+    yield _ledger(look_at_ledger((places or Places()).state))
 
 
 def _part(part: Part, without: Verdict, meanwhile: str) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -41,6 +41,13 @@ __all__ = ["Server", "build_server", "open_sessions"]
 
 class Server(MCPServer):
     """An MCP server that helps where the name of a tool or a prompt is wrong, too."""
+
+    watches: Sequence[Callable[[], None]] = ()
+
+    def leave(self) -> None:
+        """Hear no more of the sessions: whoever serves them longer than this server calls it."""
+        for stop in self.watches:
+            stop()
 
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
@@ -100,5 +107,5 @@ def build_server(
     add_resources(server, resources)
     Completions(sessions, prompts).serve(server)
     Subscriptions(server, notices, resources.check).serve()
-    sessions.watch(notices.changed)
+    server.watches = (sessions.watch(notices.changed), task_tools.leave)
     return server

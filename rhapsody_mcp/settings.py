@@ -9,7 +9,8 @@ import platformdirs
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rhapsody_mcp.model.errors import InvalidSettings, nearest
+from rhapsody_mcp.model.errors import InvalidSettings, UnknownName, nearest
+from rhapsody_mcp.text import toolsets
 
 __all__ = ["SECRETS", "Settings", "read_settings", "settings_file"]
 
@@ -134,9 +135,13 @@ def read_settings(file: Path | None = None) -> Settings:
         return Settings()
     path = file or settings_file()
     try:
-        return Settings(**_mapping(path))
+        read = Settings(**_mapping(path))
     except ValidationError as error:
         raise InvalidSettings(f"{path}: {'; '.join(_explained(error))}.") from error
+    for toolset in read.toolsets or ():
+        if toolset not in (known := toolsets()):
+            raise InvalidSettings(f"{path}: {UnknownName('toolset', toolset, known)}")
+    return read
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -145,10 +150,36 @@ def _mapping(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidSettings(f"the settings file {path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
-        raise InvalidSettings(f"{path} is no valid YAML: {error}") from error
+        raise InvalidSettings(f"{path} is no valid YAML: {_yaml_problem(error)}.") from error
+    except UnicodeDecodeError as error:
+        raise InvalidSettings(f"{path} is no valid YAML: byte {error.start + 1} of it is no UTF-8.") from error
     if not isinstance(read, dict | None) or not all(isinstance(key, str) for key in read or ()):
         raise InvalidSettings(f"{path} holds no keys with values, as in 'wait_cap_s: 55'.")
     return read or {}
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """In one line, with its line in the file."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    told = [getattr(error, "context", None), getattr(error, "problem", None)]
+    return f"line {mark.line + 1}: {', '.join(filter(None, told))}"
+
+
+_PLAIN = {
+    "tuple_type": "a list is needed, as in [/usr/bin/*]",
+    "bool_type": "true or false is needed",
+    "bool_parsing": "true or false is needed",
+    "int_type": "a whole number is needed",
+    "int_parsing": "a whole number is needed",
+    "int_from_float": "a whole number is needed",
+    "float_type": "a number is needed",
+    "float_parsing": "a number is needed",
+    "string_type": "a text is needed",
+    "path_type": "a path is needed",
+}
+"""What is wrong with a value, by pydantic's name for it; what is not here pydantic says plainly enough."""
 
 
 def _explained(error: ValidationError) -> list[str]:
@@ -156,7 +187,7 @@ def _explained(error: ValidationError) -> list[str]:
     return [
         f"unknown key {key!r}{nearest(key, known)}. Valid: {', '.join(known)}"
         if problem["type"] == "extra_forbidden"
-        else f"{key}: {problem['msg']}, not {problem['input']!r}"
+        else f"{key}: {_PLAIN.get(problem['type'], problem['msg'])}, not {problem['input']!r}"
         for problem in error.errors()
         if (key := str(problem["loc"][0]))
     ]

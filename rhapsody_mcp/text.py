@@ -15,7 +15,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rhapsody_mcp.model.errors import RhapsodyError
 
-__all__ = ["Annotations", "Argument", "Card", "Example", "PromptText", "read_cards", "read_prompt", "read_prompts"]
+__all__ = [
+    "Annotations",
+    "Argument",
+    "Card",
+    "Example",
+    "PromptText",
+    "read_cards",
+    "read_prompt",
+    "read_prompts",
+    "toolsets",
+]
 
 _FENCE = "---\n"
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
@@ -91,6 +101,11 @@ class PromptText(_Frozen):
         """The text with what was given, or else the default, in its places."""
         values = {argument.name: given.get(argument.name) or argument.default or "" for argument in self.arguments}
         return _PLACEHOLDER.sub(lambda place: values.get(place.group(1), place.group()), self.text)
+
+
+def toolsets() -> list[str]:
+    """The names of the folders of cards."""
+    return [entry.name for entry in _entries(_shipped("tools"))]
 
 
 def read_cards() -> list[Card]:

@@ -171,7 +171,7 @@ class ComputeBackend(Awaitable):
         except BackendUnavailable as error:
             await engine.close()
             again = "Try again: tasks that are submitted again, under the same names, start the engine anew"
-            raise BackendUnavailable(f"{error}. {again}{self.instead}.") from error.__cause__
+            raise BackendUnavailable(f"{str(error).rstrip('.')}. {again}{self.instead}.") from error.__cause__
         except BaseException:
             await engine.close()
             raise

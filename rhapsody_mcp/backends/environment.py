@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import msgspec
 
-from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.errors import InvalidSettings
 
 __all__ = ["Environment", "read_environment"]
 
@@ -45,8 +45,8 @@ class Environment(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknow
     async def build(self, keeps: Collection[str] = (), within_s: float = _SETUP_S) -> dict[str, str]:
         """The whole environment of an engine; `keeps` are not withheld unless a pattern is their very name.
 
-        Raises InvalidSettings where a line of `setup` fails, with what it wrote to stderr, and BackendUnavailable where
-        they take longer than `within_s`.
+        Raises InvalidSettings where a line of `setup` fails, or they take longer than `within_s`, with what it wrote to
+        stderr.
         """
         own = {**self._without_secrets(os.environ, keeps), **self.variables}
         if not self.setup:
@@ -93,8 +93,7 @@ async def _after(lines: Collection[str], variables: Mapping[str, str], within_s:
     line = list(lines)[int(number) - 1] if number.isdecimal() else "what the login shell does by itself"
     how = {None: f"did not end within {within_s:g} s", 0: "ended the shell"}.get(code, f"ended with exit code {code}")
     said = f": {' | '.join(told.strip().splitlines()[-5:])[-500:]}" if told.strip() else ""
-    error = BackendUnavailable if code is None else InvalidSettings
-    raise error(
+    raise InvalidSettings(
         f"setup in the session's environment: {line!r} {how}{said}. Try it in `bash -l`; then create a session with "
         "lines that work."
     )

@@ -37,7 +37,8 @@ def perform(
         function = _function(call)
         args, kwargs = _arguments(call, bindings)
     except Exception as error:  # unpickling and importing run the user's own code
-        return Result(None, Cause.INVALID, f"it cannot start: {_words(error)}", _trace(error))
+        told = str(error) if isinstance(error, InvalidTask) else _words(error)
+        return Result(None, Cause.INVALID, f"it cannot start: {told}", _trace(error))
     try:
         value = function(*args, **kwargs)
         if inspect.iscoroutine(value):

@@ -27,7 +27,7 @@ import msgspec
 from rhapsody_mcp.engine.output import keep_small, move_stream, open_output, write_file
 from rhapsody_mcp.engine.processes import adopt_orphans, descendants, end, open_lifeline, outlives, reap
 from rhapsody_mcp.engine.starts import NOT_NOTED, note_start
-from rhapsody_mcp.engine.wire import PlaceConfig, Result
+from rhapsody_mcp.engine.wire import FOLDER_GONE, PlaceConfig, Result
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.specs import Call, Command, Template
@@ -195,9 +195,7 @@ class _Rank:
 
     def _prepare(self) -> Callable[[], NoReturn]:
         env = self._environment()
-        cwd = self.template.cwd or os.getcwd()
-        if not os.path.isdir(cwd):
-            raise InvalidTask(f"cwd {cwd!r} is not a folder on {socket.gethostname()}.")
+        cwd = self._folder()
         if self.config.sets_affinity and self.template.cpu_affinity:
             os.sched_setaffinity(0, self.template.cpu_affinity)
         self.files = [open_output(f"{self.path}.{suffix}") for suffix in _STREAMS]
@@ -208,6 +206,17 @@ class _Rank:
             return lambda: self._exec(program, [work.executable, *arguments], env, cwd)
         assert isinstance(work, Call)
         return lambda: self._call(work, env, cwd)
+
+    def _folder(self) -> str:
+        """Where it runs; a relative cwd begins in the folder of its session."""
+        given, session = self.template.cwd, self.config.cwd
+        if not os.path.isdir(session) and not os.path.isabs(given or ""):
+            raise InvalidTask(FOLDER_GONE.format(session))
+        cwd = os.path.join(session, given or "")
+        if not os.path.isdir(cwd):
+            there = f", which is {cwd} here," if cwd != given else ""
+            raise InvalidTask(f"cwd {given!r}{there} is not a folder on {socket.gethostname()}.")
+        return cwd
 
     def _environment(self) -> dict[str, str]:
         layout = self.spec.layout

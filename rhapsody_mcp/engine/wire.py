@@ -12,6 +12,7 @@ from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Stream, Value
 
 __all__ = [
+    "FOLDER_GONE",
     "Ask",
     "Cancel",
     "Ended",
@@ -38,6 +39,11 @@ __all__ = [
     "ToWorker",
     "Up",
 ]
+
+FOLDER_GONE = (
+    "the folder {} of this session is gone. Make it again, or give the task a cwd, or open a session in a chat that "
+    "runs in another folder (create_session)."
+)
 
 
 # --- backend → worker

@@ -3,6 +3,7 @@
 RhapsodyError
 ├── InvalidRequest          what was asked for cannot be done; asking again changes nothing
 │   ├── InvalidTask         a task's fields contradict each other or are out of range
+│   │   └── ResultGone      the file of a result that it needs is not there any more
 │   ├── InvalidSettings     a settings file or a backend's parameter is wrong
 │   └── UnknownName         no backend, session, task, tool argument or model has that name
 ├── BackendError            a backend could not do its part now; another time it may
@@ -44,6 +45,7 @@ __all__ = [
     "LimitExceeded",
     "NeedsForce",
     "NotConfirmed",
+    "ResultGone",
     "RhapsodyError",
     "SessionClosed",
     "TaskCanceled",
@@ -65,6 +67,10 @@ class InvalidRequest(RhapsodyError, ValueError):
 
 class InvalidTask(InvalidRequest):
     """A task's fields contradict each other or are out of range; nothing of the submission was taken."""
+
+
+class ResultGone(InvalidTask):
+    """The file of a result is not there any more, as where somebody cleaned up; only its task can make it again."""
 
 
 class InvalidSettings(InvalidRequest):

@@ -6,11 +6,11 @@ import itertools
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
-from rhapsody_mcp.model.errors import InvalidTask, nearest
+from rhapsody_mcp.model.errors import InvalidTask, ResultGone, nearest
 
 __all__ = [
     *("INLINE_BYTES", "NOTHING", "PREVIEW_CHARS", "Ref", "Stream", "Value"),
@@ -45,8 +45,18 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True):
     preview: str = ""
 
     def read(self) -> bytes:
-        """The encoded bytes. Raises OSError when the file is gone."""
-        return self.data if self.data is not None else Path(self.file or "").read_bytes()
+        """The encoded bytes. Raises ResultGone where the file is not there any more."""
+        if self.data is not None:
+            return self.data
+        with self.open() as file:
+            return file.read()
+
+    def open(self) -> BinaryIO:
+        """Its file. Raises ResultGone where that is not there any more."""
+        try:
+            return Path(self.file or "").open("rb")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ResultGone(f"the file of this result, {self.file}, is gone; submit its task again.") from error
 
 
 NOTHING = Value("json", "nothing", 4, b"null")

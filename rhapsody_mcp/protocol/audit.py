@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +60,11 @@ class Audit:
         """A request over HTTP that never was a call."""
         who = {"caller": caller, "peer": peer, "transport": "http"}
         self._append({**who, "method": asked, "result": "refused", "why": f"HTTP status {status}", **more})
+
+    def token(self, done: str, name: str) -> None:
+        """A token was made or revoked by this process's user."""
+        who = {"peer": f"uid {os.geteuid()}, pid {os.getpid()}", "transport": "command"}
+        self._append({**who, "method": f"token {done}", "token": name, "result": "ok"})
 
     @contextmanager
     def _recorded(self, call: _Call) -> Iterator[None]:

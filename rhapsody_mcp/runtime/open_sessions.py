@@ -167,9 +167,11 @@ class OpenSessions:
     def ledger(self) -> Ledger | None:
         return self._records and self._records.ledger
 
-    def watch(self, watcher: Watcher) -> None:
-        """Call it after each change of a task of any session, and with no task when a session was opened or closed."""
+    def watch(self, watcher: Watcher) -> Callable[[], None]:
+        """Call it after each change of a task of any session, and with no task when a session was opened or closed,
+        until what this gives back is called."""
         self._watchers.append(watcher)
+        return partial(self._watchers.remove, watcher)
 
     def _tell(self, opened: OpenSession, task: Task | None = None) -> None:
         if task is not None and opened.recorder is not None:
@@ -263,8 +265,14 @@ class OpenSessions:
             self._opened = await self._records.ledger.number(_OPENED)
             for row in await self._records.ledger.sessions():
                 await self._restore(row, self._records)
+            self._say_what_goes_on()
         finally:
             self.restored.set()
+
+    def _say_what_goes_on(self) -> None:
+        if self._sessions:
+            left = sum(not task.state.final for one in self.all() for task in leaves(one.session.tasks))
+            _log.info("opened again: %d sessions with %d tasks that have not ended", len(self._sessions), left)
 
     async def _restore(self, row: SessionRow, records: Records) -> None:
         if row.closing:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec.structs import replace
@@ -171,9 +172,21 @@ def _vllm_config(config_file: str | None, model: str | None) -> tuple[VllmConfig
 def _endpoint_arguments(wanted: Wanted, settings: Settings) -> dict[str, Any]:
     if (url := wanted.endpoint_url or settings.endpoint_url) is None:
         raise InvalidRequest('the endpoint backend needs endpoint_url, as in "http://127.0.0.1:8000/v1".')
+    if not _is_address(url):
+        raise InvalidRequest(
+            f'endpoint_url is {url!r}; valid is the address of an HTTP server, as in "http://127.0.0.1:8000/v1".'
+        )
     own = url == settings.endpoint_url  # the key goes to its own address and to no other
     model = wanted.endpoint_model or (settings.endpoint_model if own else None)
     return {"url": url, "model": model, "api_key": settings.endpoint_api_key if own else None}
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no port, or a bracket that is not closed
+        return False
 
 
 def _need(part: Part, instead: str) -> None:

@@ -67,33 +67,35 @@ _LAYOUTS = {
 }
 
 
-def misfits(task: Task, machine: Machine) -> Iterator[str]:
-    """What of a task this machine has not, in words. Nothing of the user's runs and nothing is imported."""
+def misfits(task: Task, machine: Machine, folder: str = "") -> Iterator[str]:
+    """What of a task of a session in `folder` this machine has not, in words. Nothing of the user's runs and nothing is
+    imported."""
     if isinstance(task, ForEach):
-        yield from misfits(task.children[0], machine) if task.children else ()
+        yield from misfits(task.children[0], machine, folder) if task.children else ()
     elif isinstance(task, ComputeTask):
-        yield from _misfits_of_processes(task.layout, machine)
+        yield from _misfits_of_processes(task.layout, machine, folder)
         if task.executable is not None:
-            yield from _misfits_of_program(task.executable, task.layout)
+            yield from _misfits_of_program(task.executable, task.layout, folder)
         yield from (f"no module {name!r} is installed here" for name in _modules(task) if not _is_there(name))
 
 
-def _misfits_of_processes(layout: Layout, machine: Machine) -> Iterator[str]:
+def _misfits_of_processes(layout: Layout, machine: Machine, folder: str) -> Iterator[str]:
     if layout.ranks > machine.cores:
         yield f"{layout.ranks} processes share {machine.cores} cores"
     if layout.pmi not in (None, "none") and not machine.pmi:
         yield "no PMIx or Cray PMI library was found here, through which MPI ranks find each other"
     for template in (group.template for group in layout.groups):
-        if template.cwd is not None and not os.path.isdir(template.cwd):
-            yield f"cwd {template.cwd} is no folder here"
+        if template.cwd is not None and not os.path.isdir(cwd := os.path.join(folder, template.cwd)):
+            yield f"cwd {cwd} is no folder here"
         if any(number >= len(machine.gpus) for number in template.gpu_affinity):
             yield f"GPU {max(template.gpu_affinity)} was asked for, and this machine has {len(machine.gpus) or 'none'}"
 
 
-def _misfits_of_program(executable: str, layout: Layout) -> Iterator[str]:
+def _misfits_of_program(executable: str, layout: Layout, folder: str) -> Iterator[str]:
     template = layout.groups[0].template
     path = template.env.get("PATH")
-    if shutil.which(str(Path(template.cwd or "", executable)) if "/" in executable else executable, path=path) is None:
+    file = str(Path(folder, template.cwd or "", executable)) if "/" in executable else executable
+    if shutil.which(file, path=path) is None:
         hint = "; executable is the program alone, what follows it goes into arguments" if " " in executable else ""
         yield f"{executable} is no program here{hint}"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from rhapsody_mcp.runtime.task_code import looks_secret
 
-__all__ = ["redacted", "summary"]
+__all__ = ["HIDDEN", "redacted", "summary"]
 
-_HIDDEN = "(secret)"
+HIDDEN = "(secret)"
 _TEXT_CHARS, _SHORT_CHARS, _LOOKED_AT = 200, 80, 600
 _KEYS, _DEPTH = 12, 8
 _PUBLIC = {"idempotency_key"}
@@ -20,15 +20,15 @@ _SOURCES = {"source", "prompt", "system_prompt"}
 """Arguments that are told by length and hash alone: what two calls have in common shows, and no more."""
 _NAMES = r"[\w-]{0,40}(?:api[-_]?key|token|secret|password|passwd|passphrase|credentials?)"
 _PATTERNS = [
-    (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/-]{8,}=*"), rf"\1 {_HIDDEN}"),
-    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]{0,20}://)[^\s/@'\"]{0,500}@"), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/-]{8,}=*"), rf"\1 {HIDDEN}"),
+    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]{0,20}://)[^\s/@'\"]{0,500}@"), rf"\1{HIDDEN}@"),
     (
-        re.compile(rf"(?i)({_NAMES}[\"']?\s*[=:]\s*)(?!{re.escape(_HIDDEN)})(\"[^\"]*\"|'[^']*'|[^\s,;&]+)"),
-        rf"\1{_HIDDEN}",
+        re.compile(rf"(?i)({_NAMES}[\"']?\s*[=:]\s*)(?!{re.escape(HIDDEN)})(\"[^\"]*\"|'[^']*'|[^\s,;&]+)"),
+        rf"\1{HIDDEN}",
     ),
-    (re.compile(rf"(?i)(--?{_NAMES}\s+)[^\s-]\S*"), rf"\1{_HIDDEN}"),
-    (re.compile(r"\b(?:rh_|sk-|hf_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{12,}"), _HIDDEN),
-    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S), _HIDDEN),
+    (re.compile(rf"(?i)(--?{_NAMES}\s+)[^\s-]\S*"), rf"\1{HIDDEN}"),
+    (re.compile(r"\b(?:rh_|sk-|hf_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{12,}"), HIDDEN),
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S), HIDDEN),
 ]
 
 
@@ -56,7 +56,7 @@ def _short(told: Any, value: Any) -> Any:
 
 def _plain(value: Any, most: int, depth: int = 0, key: str = "") -> Any:
     if key not in _PUBLIC and looks_secret(key.replace("-", "_")):
-        return _HIDDEN if value is not None else None
+        return HIDDEN if value is not None else None
     if isinstance(value, str):
         return _identity(value) if key in _SOURCES else _cut(value)
     if depth == _DEPTH and isinstance(value, Mapping | Sequence):
@@ -73,7 +73,7 @@ def _plain(value: Any, most: int, depth: int = 0, key: str = "") -> Any:
 def _listed(items: Sequence[Any], most: int, depth: int) -> list[Any]:
     """What follows an option such as `--api-key` is as secret as what it is the name of."""
     shown = [
-        _HIDDEN if isinstance(item, str) and _is_secret_option(before) else _plain(item, most, depth + 1)
+        HIDDEN if isinstance(item, str) and _is_secret_option(before) else _plain(item, most, depth + 1)
         for before, item in zip(["", *items[:most]], items[:most], strict=False)
     ]
     return shown + ([f"... {len(items) - most} more"] if len(items) > most else [])

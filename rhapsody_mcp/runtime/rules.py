@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, LimitExceeded
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec
+from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.settings import Settings
 
@@ -85,8 +86,20 @@ class Rules:
         most = self.settings.max_task_s
         if asked_s is not None and most is not None and asked_s > most:
             raise InvalidTask(f"timeout_s is {asked_s:g}; the most here is {most:g} ({_setting('max_task_s')}).")
-        usual = self.settings.default_task_s or most
-        return asked_s or (usual if most is None or usual is None else min(usual, most))
+        return asked_s or self._usual()[0]
+
+    def _usual(self) -> tuple[float | None, _Time]:
+        """How long a task runs that does not say it, and the setting that says so."""
+        usual, most = self.settings.default_task_s, self.settings.max_task_s
+        if usual is None or (most is not None and most < usual):
+            return most, "max_task_s"
+        return usual, "default_task_s"
+
+    def in_words(self, outcome: Outcome, asked_s: float | None) -> Outcome:
+        """The outcome of a task; where its time was up that it had not asked for, with what had set that."""
+        if outcome.cause is not Cause.TIMEOUT or asked_s is not None:
+            return outcome
+        return replace(outcome, error=f"{outcome.error} ({_setting(self._usual()[1])}; it had no timeout_s)")
 
     # --- how much
 
@@ -142,6 +155,7 @@ class Rules:
                 )
 
 
+_Time = Literal["default_task_s", "max_task_s"]
 _Count = Literal["max_session_tasks", "max_session_prompts", "max_session_tokens", "max_open_tasks", "max_held_bytes"]
 _SESSION, _ALL = "this session", "all sessions together"
 _ANOTHER = "Open another session for more (create_session)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import keyword
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from rhapsody_mcp.runtime.code import write_call, write_value
 from rhapsody_mcp.runtime.encoding import Source
 from rhapsody_mcp.runtime.opening import Plan
 from rhapsody_mcp.runtime.readable import Sources
+from rhapsody_mcp.runtime.redaction import HIDDEN, redacted
 from rhapsody_mcp.runtime.session import kind_of
 from rhapsody_mcp.runtime.task_code import TaskCode, looks_secret, whole, work_of
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, leaves, name_of, tasks_text
@@ -75,7 +77,8 @@ _END = """\
 if __name__ == "__main__":
     print(json.dumps(asyncio.run(repeat()), indent=1))
 """
-_WIDTH = 80
+_WIDTH, _SUSPECTS = 80, 10
+_BETWEEN = re.compile(r"[\"'],\s*[\"']")
 _OWN_NAMES = "repeat = session = results = item = task = label = _ = None"
 
 
@@ -130,6 +133,7 @@ class _Writer:
         functions = {source: self._sources.write(source, tried=tried) for source, tried in self._every_source().items()}
         self._variables = self._name_tasks()
         self._code = TaskCode(self._variables, functions)
+        self._suspects: list[str] = []
 
     def _every_source(self) -> dict[Source, bool]:
         """Each source, with whether a task has run it to its end."""
@@ -165,6 +169,8 @@ class _Writer:
             "math",
             "as_json",
         }
+        if any(map(self._looks_secret, self._sources.definitions)):
+            self._suspects.append("the functions")
         parts = [self._beginning(used), *self._sources.definitions, body, _END]
         text = f"{self._head()}\n\n" + "\n\n\n".join(parts)
         return Script(text, len(self._tasks), self._left_out, self._replaced, len(self._unwritable), self._secrets)
@@ -200,7 +206,11 @@ class _Writer:
         if self._unwritable:
             yield f"Left out: {len(self._unwritable)} that cannot be written as code; a comment says why"
         if self._secrets:
-            yield f"Secrets are not in here; set in the environment: {', '.join(self._secrets)}"
+            yield f"Left out, by their names: secrets; set in the environment: {', '.join(self._secrets)}"
+        yield "Sources, arguments, prompts and other values stand as they were given, and may hold secrets"
+        if self._suspects:
+            shown = ", ".join(self._suspects[:_SUSPECTS]) + (", ..." if len(self._suspects) > _SUSPECTS else "")
+            yield f"Look before you pass it on, some look like secrets: {shown}"
 
     def _beginning(self, used: set[str]) -> str:
         """Imports, and the functions of the script's own, as far as they are used."""
@@ -226,7 +236,7 @@ class _Writer:
                 waited = "session.tasks" if len(before) == not_awaited else self._listed(before)
                 yield f"        await session.wait_tasks({waited})"
             for task in _by_need(tasks):
-                yield f"        {self._variables[task.uid]} = {self._code.write(task, self._default_backend(task))}"
+                yield f"        {self._variables[task.uid]} = {self._looked_at(task)}"
             yield f"        await session.submit_tasks({self._listed(tasks)})"
             not_awaited += len(tasks) - len(before)
         yield "        results = {"
@@ -234,6 +244,19 @@ class _Writer:
         yield "        }"
         yield "        await session.wait_tasks(results.values())"
         yield "        return {label: report(task) for label, task in results.items()}"
+
+    def _looked_at(self, task: Task) -> str:
+        """Its code; a task with what looks like a secret is noted."""
+        code = self._code.write(task, self._default_backend(task))
+        if self._looks_secret(code):
+            self._suspects.append(self._variables[task.uid])
+        return code
+
+    def _looks_secret(self, code: str) -> bool:
+        for variable in self._secrets:
+            code = code.replace(f'os.environ["{variable}"]', HIDDEN)
+        in_a_row = _BETWEEN.sub(" ", code)  # an option, and what follows it
+        return redacted(in_a_row) != in_a_row
 
     def _listed(self, tasks: Sequence[Task]) -> str:
         """On one line where they are few."""

@@ -441,6 +441,9 @@ class Session:
         task = self._tasks[event.uid]
         if task.state.final:
             return
+        if isinstance(event, Ended) and self._rules is not None:
+            asked_s = getattr(task, "task_backend_specific_kwargs", {}).get("timeout")
+            event = Ended(event.uid, self._rules.in_words(event.outcome, asked_s))
         if isinstance(event, Running):
             self._run(task, event.at)
             if task.parent is not None and task.parent.state is not TaskState.RUNNING:

@@ -226,6 +226,10 @@ class ComputeTask(Task):
     def _check(self) -> None:
         if (self.function is None) == (self.executable is None):
             raise InvalidTask("a ComputeTask has either function= or executable=, one of the two.")
+        if self.executable is not None and (not self.executable.strip() or "\0" in self.executable):
+            raise InvalidTask(f"executable is {self.executable!r}; valid is a path, or a name on PATH.")
+        if with_nul := [text for text in self.arguments if isinstance(text, str) and "\0" in text]:
+            raise InvalidTask(f"{with_nul[0][:80]!r} among arguments holds a NUL character, which no program can get.")
         if self.function is not None and self.arguments:
             raise InvalidTask("arguments= belongs to an executable; a function takes args= and kwargs=.")
         if self.executable is not None and (self.args or self.kwargs):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from mcp.server.auth.middleware.auth_context import AuthContextMiddleware
-from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, BearerAuthBackend, RequireAuthMiddleware
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, BearerAuthBackend
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +21,7 @@ __all__ = ["guard"]
 
 _RECORDED = {401, 403, 408, 413, 421, 429, 503}
 """What is refused before it is a call: those are recorded where they are made."""
+_MAKE_ONE = "make one with: rhapsody-mcp token create NAME"
 
 
 def guard(
@@ -56,7 +57,6 @@ def guard(
 class _Admission:
     def __init__(self, everything: ASGIApp, reading: ASGIApp, demanded: bool) -> None:
         self._everything, self._reading, self._demanded = everything, reading, demanded
-        self._refusing = RequireAuthMiddleware(everything, required_scopes=[])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         user, peer = scope.get("user"), scope["state"]["peer"]
@@ -64,10 +64,20 @@ class _Admission:
         if isinstance(user, AuthenticatedUser):
             chosen = self._everything if "run" in user.scopes else self._reading
         elif self._demanded or header(scope, b"authorization") is not None or not peer.is_us:
-            chosen = self._refusing
+            chosen = _refuse_caller
         else:
             chosen = self._everything
         await chosen(scope, receive, send)
+
+
+async def _refuse_caller(scope: Scope, receive: Receive, send: Send) -> None:
+    """One text for every token that is not taken: whoever guesses learns nothing of those that there are."""
+    if header(scope, b"authorization") is None:
+        words, told = f"a bearer token is needed; {_MAKE_ONE}", 'Bearer realm="rhapsody-mcp"'
+    else:
+        words = f"the token is not known here, was revoked or has expired; {_MAKE_ONE}"
+        told = f'Bearer realm="rhapsody-mcp", error="invalid_token", error_description="{words}"'
+    await refuse(send, 401, words, www_authenticate=told)
 
 
 class _Reading:

@@ -4,35 +4,51 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from rhapsody_mcp.model.errors import NotConfirmed, RhapsodyError
 from rhapsody_mcp.serving.joining import Caller
-from rhapsody_mcp.serving.line import Line, ServiceUnavailable
+from rhapsody_mcp.serving.line import Line, ServiceHangs, ServiceUnavailable
 
 __all__ = ["listen", "start", "status", "stop"]
 
 _ENDS_WITHIN_S = 120.0
 _CLOSES_WITHIN_S = 10.0
 _NONE = "No service runs here"
+_ENDED = "The service has ended; its sessions are kept."
 
 
 def start(caller: Caller, say: Callable[[str], None]) -> int:
+    """Raises RhapsodyError where it runs already with other settings than those that were named."""
     line, answer = caller.join(**{"as": "control"})
-    for note in answer["notes"]:
-        say(note)
+    if caller.config and answer["notes"]:
+        raise RhapsodyError(" ".join(answer["notes"]))
+    _warn(answer["notes"])
     say(_headline(_told(line.ask({"do": "status"}))))
     return 0
 
 
+def _warn(notes: Iterable[str]) -> None:
+    for note in notes:
+        sys.stderr.write(f"rhapsody-mcp: {note}\n")
+
+
 def stop(caller: Caller, force: bool, say: Callable[[str], None]) -> int:
-    """Returns when it has ended. Raises NotConfirmed where tasks have not ended and it is not forced."""
-    if (line := caller.order()) is None:
+    """Returns when it has ended. Raises NotConfirmed where tasks have not ended and it is not forced, and ServiceHangs
+    where it does not answer and is not forced."""
+    try:
+        line = caller.order()
+    except ServiceHangs as hanging:
+        if not force or hanging.pid is None:
+            raise
+        return _kill(hanging.line, hanging.pid, say)
+    if line is None:
         say(f"{_NONE}.")
         return 0
     answer = line.ask({"do": "stop", "force": force})
@@ -43,13 +59,29 @@ def stop(caller: Caller, force: bool, say: Callable[[str], None]) -> int:
         )
     if not line.wait_for_end(_ENDS_WITHIN_S):
         raise ServiceUnavailable(f"it has not ended after {_ENDS_WITHIN_S:.0f} s; it goes on with that.")
-    say("The service has ended; its sessions are kept.")
+    say(_ENDED)
+    return 0
+
+
+def _kill(line: Line, pid: int, say: Callable[[str], None]) -> int:
+    say(f"The service (process {pid}) does not answer. It is ended with SIGKILL; the keepers end its engines.")
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    if not line.wait_for_end(_CLOSES_WITHIN_S):
+        raise ServiceUnavailable(f"process {pid} has not ended {_CLOSES_WITHIN_S:.0f} s after SIGKILL.")
+    say(_ENDED)
     return 0
 
 
 def status(caller: Caller, as_json: bool, say: Callable[[str], None]) -> int:
-    """0 where a service runs, else 1."""
-    line = caller.order()
+    """0 where a service runs, else 1. Raises ServiceHangs where it does not answer, but for JSON, which says so."""
+    try:
+        line = caller.order()
+    except ServiceHangs as hanging:
+        if not as_json:
+            raise
+        say(json.dumps({"running": True, "answers": False, "pid": hanging.pid, "log": str(caller.places.log)}))
+        return 1
     told = line and line.ask({"do": "status"})
     if as_json:
         say(json.dumps({"running": bool(told), **(told or {})}))
@@ -77,9 +109,17 @@ def _details(told: Mapping[str, Any]) -> Iterator[str]:
     yield f"State:  {told['state']}"
     yield f"Ledger: {told['ledger_problem'] or 'written'}"
     yield f"Clients: {told['connections']}" + "".join(f", and {address}" for address in told["listeners"])
+    yield f"Settings: {_settings(told)}"
     yield f"Sessions: {len(told['sessions'])}"
     for row in told["sessions"]:
-        yield f"  {row['session']}: {row['running']} tasks running, {row['waiting']} waiting"
+        yield f"  {row['session']}: {row['running']} running, {row['queued']} queued, {row['waiting']} waiting"
+
+
+def _settings(told: Mapping[str, Any]) -> str:
+    file = told["settings_file"]
+    if changed := told["settings_changed"]:
+        return f"{file}, which has changed since it started: {changed}"
+    return file if os.path.exists(file) else f"there is no {file}; every default holds"
 
 
 def _span(seconds: float) -> str:
@@ -93,8 +133,7 @@ def listen(caller: Caller, order: Mapping[str, Any], say: Callable[[str], None])
     """Have the service listen on HTTP until SIGINT or SIGTERM, or the end of this process. Returns when its listener
     is closed. Raises RhapsodyError in the service's words."""
     line, answer = caller.join(**{"as": "control"})
-    for note in answer["notes"]:
-        sys.stderr.write(f"rhapsody-mcp: {note}\n")
+    _warn(answer["notes"])
     with _signals():
         try:
             say(_told(line.ask({"do": "listen", **order}))["said"])

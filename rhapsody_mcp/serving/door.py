@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from rhapsody_mcp.model.errors import InvalidSettings, RhapsodyError
 from rhapsody_mcp.serving.places import Places
@@ -15,6 +17,7 @@ from rhapsody_mcp.serving.places import Places
 __all__ = ["Door", "Taken"]
 
 _BACKLOG = 1024
+State = Literal["starts", "serves", "ends"]
 
 
 class Taken(RhapsodyError):
@@ -33,6 +36,7 @@ class Door:
         self.places.make()
         try:
             self._lock = _locked(self.places.lock)
+            self.say("starts")
             self.listener, self._made = _listening(self.places.socket)
         except OSError as error:
             raise InvalidSettings(
@@ -49,6 +53,14 @@ class Door:
         self.listener.close()
         os.close(self._lock)
 
+    def say(self, state: State) -> None:
+        """Let those know who wait for an answer: one that starts or ends takes its time, one that serves does not."""
+        self._state: State = state
+        told = json.dumps({"pid": os.getpid(), "state": state}).encode()
+        with suppress(OSError):  # a full disk; then it counts as one that serves
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, told, 0)
+
     def repair(self) -> socket.socket | None:
         """Where the socket or the lock is gone or has been replaced, make it again, and give the listener that nobody
         finds any more. Raises OSError and RhapsodyError, with nothing changed, where that cannot be done now."""
@@ -59,6 +71,7 @@ class Door:
         if not locked:
             old, self._lock = self._lock, _locked(self.places.lock)
             os.close(old)
+            self.say(self._state)
         gone = self.listener
         self.listener, self._made = _listening(self.places.socket)
         return gone

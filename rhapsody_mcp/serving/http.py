@@ -28,6 +28,7 @@ from rhapsody_mcp.settings import Settings
 
 __all__ = ["checks", "run_web_server", "serve_http", "serve_listener", "stop_on_signal"]
 
+_errors = logging.getLogger("uvicorn.error")
 _SESSIONS = 1000
 """Clients of the revisions before 2026-07-28 that may be connected; each takes memory until it was idle for 30 min."""
 _GRACE_S = 1
@@ -64,6 +65,8 @@ async def serve_listener(
     file = TokenFile(places.tokens)
     plain = plain_token(settings.http_token_file) if settings.http_token_file else None
     first = None if listener.private or plain else file.create_first()
+    if first is not None:
+        audit.token("create", file.read()[-1].name)
     server = build_server(settings, sessions, [tasks], audit)
     reading = build_server(settings.model_copy(update={"read_only": True}), sessions, [tasks], audit)
     whole, part = (_app(one, security, settings) for one in (server, reading))
@@ -72,8 +75,12 @@ async def serve_listener(
     app = guard(whole, part, writing, Tokens(file, plain), settings, audit, demanded=demanded)
     kind = connections(settings.http_slow_s, settings.http_connections)
     told = f"Listening on {listener.address}" + (f"\n{_about_token(first, settings)}" if demanded else "")
-    async with reading.session_manager.run():
-        await run_web_server(server, app, listener, stop, lambda: say(told), kind)
+    try:
+        async with reading.session_manager.run():
+            await run_web_server(server, app, listener, stop, lambda: say(told), kind)
+    finally:
+        for one in (server, reading):
+            one.leave()
 
 
 def _about_token(first: str | None, settings: Settings) -> str:
@@ -140,13 +147,16 @@ async def run_web_server(
     async with server.session_manager.run(), anyio.create_task_group() as group:
         group.start_soon(_end, web, stop)
         ready()
-        await web.serve([listener.socket])
+        try:
+            await web.serve([listener.socket])
+        finally:
+            _errors.setLevel(logging.WARNING)
         group.cancel_scope.cancel()
 
 
 async def _end(web: _WebServer, stop: anyio.Event) -> None:
     await stop.wait()
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a traceback for each stream that ends now
+    _errors.setLevel(logging.CRITICAL)  # a traceback for each stream that ends now
     web.should_exit = True
 
 

@@ -12,13 +12,16 @@ from typing import Any
 
 import rhapsody_mcp
 from rhapsody_mcp.model.errors import RhapsodyError
-from rhapsody_mcp.serving.line import PATIENCE_S, Line, ServiceUnavailable
+from rhapsody_mcp.serving.line import PATIENCE_S, Line, ServiceHangs, ServiceUnavailable
+from rhapsody_mcp.serving.peers import credentials
 from rhapsody_mcp.serving.places import Places
 from rhapsody_mcp.serving.starting import start_service
 
 __all__ = ["Caller"]
 
 _AGAIN_S = 0.05
+_ORDERED_S, _CLIENT_S = 5.0, 10.0
+"""How long a service that works may take for its first answer, to a person's order and to a client."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Caller:
     def join(self, **wanted: Any) -> tuple[Line, dict[str, Any]]:
         """A line to a service of this version, started where none runs, and its answer to `wanted`.
 
-        Raises ServiceUnavailable, and RhapsodyError in the words of a service that refuses.
+        Raises ServiceHangs, ServiceUnavailable, and RhapsodyError in the words of a service that refuses.
         """
         until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
@@ -41,7 +44,7 @@ class Caller:
                 if not start_service(self.places, self.config, self.client):
                     time.sleep(_AGAIN_S)  # the other has not opened its socket yet, or has closed it already
                 continue
-            answer = line.ask(self._hello(wanted))
+            answer = self._greet(line, wanted)
             if answer is None or "ending" in answer:
                 line.wait_for_end(until - time.monotonic())
             elif answer["rhapsody"] != rhapsody_mcp.__version__:
@@ -53,9 +56,10 @@ class Caller:
         raise ServiceUnavailable(f"the service is not there after {PATIENCE_S:.0f} s. Its log is {self.places.log}.")
 
     def order(self) -> Line | None:
-        """A line for orders to the service that runs, of whatever version; None where none does."""
+        """A line for orders to the service that runs, of whatever version; None where none does. Raises ServiceHangs,
+        and as `join`."""
         line = self._reach()
-        if line is None or (answer := line.ask(self._hello({"as": "control"}))) is None:
+        if line is None or (answer := self._greet(line, {"as": "control"})) is None:
             return None
         _check(answer)
         if "ending" in answer:
@@ -75,6 +79,32 @@ class Caller:
                 return None
             raise ServiceUnavailable(f"{self.places.socket} cannot be reached: {error.strerror}.") from error
         return Line(opened, self.client)
+
+    def _greet(self, line: Line, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The answer to a hello, which a service that works gives at once; one that starts or ends is waited for."""
+        patience_s = _ORDERED_S if self.client is None else _CLIENT_S
+        until = time.monotonic() + PATIENCE_S
+        line.tell(self._hello(wanted))
+        while True:
+            served = self.places.serves
+            try:
+                return line.hear(patience_s)
+            except ServiceUnavailable as error:
+                if served and self.places.serves:
+                    raise self._hanging(line, patience_s) from error
+                if time.monotonic() > until:
+                    raise
+
+    def _hanging(self, line: Line, patience_s: float) -> ServiceHangs:
+        pid = credentials(line.socket)[0] or None
+        process = f" (process {pid})" if pid else ""
+        return ServiceHangs(
+            line,
+            pid,
+            f"a service runs{process}, but it has not answered within {patience_s:.0f} s: it hangs, or somebody has "
+            f"stopped it (kill -STOP). Its log is {self.places.log}. Try again later. If it stays so, end it: "
+            f"rhapsody-mcp service stop --force{self.places.option}; what runs is lost then, and all else is kept.",
+        )
 
     def _hello(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         config = str(self.config.absolute()) if self.config else None

@@ -16,7 +16,7 @@ from typing import Any
 
 from rhapsody_mcp.model.errors import BackendUnavailable
 
-__all__ = ["PATIENCE_S", "ClientLeft", "Line", "ServiceUnavailable", "has_left", "is_readable"]
+__all__ = ["PATIENCE_S", "ClientLeft", "Line", "ServiceHangs", "ServiceUnavailable", "has_left", "is_readable"]
 
 # Neither mcp, pydantic nor asyncio is imported here: whoever starts a client waits for it.
 
@@ -28,6 +28,15 @@ _LONGEST_LINE = 1 << 20
 
 class ServiceUnavailable(BackendUnavailable):
     """The service cannot be started or reached, or is of another version."""
+
+
+class ServiceHangs(ServiceUnavailable):
+    """The service does not answer, though it neither starts nor ends. `line` leads to it; `pid` is None where the
+    system does not tell it."""
+
+    def __init__(self, line: Line, pid: int | None, words: str) -> None:
+        super().__init__(words)
+        self.line, self.pid = line, pid
 
 
 class ClientLeft(Exception):
@@ -44,9 +53,12 @@ class Line:
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
         """The answer; None where the service ended instead. Raises ServiceUnavailable where none comes."""
+        self.tell(message)
+        return self.hear()
+
+    def tell(self, message: Mapping[str, Any]) -> None:
         with suppress(ConnectionError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
-        return self.hear()
 
     def hear(self, within_s: float = PATIENCE_S) -> dict[str, Any] | None:
         """As `ask`."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import anyio
 from rhapsody_mcp import __version__
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.runtime.tasks import tasks_text
 from rhapsody_mcp.serving.http import serve_listener
 from rhapsody_mcp.serving.listening import Listener, listen_on_host, listen_on_socket
 from rhapsody_mcp.serving.wire import Wire
@@ -25,13 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = ["obey"]
 
+_log = logging.getLogger(__name__)
+_OPEN = (TaskState.RUNNING, TaskState.QUEUED, TaskState.WAITING)
+
 
 async def obey(service: Service, wire: Wire) -> None:
     """Follow the orders of one connection until it is closed, each a line, each answered by one."""
     while order := await wire.hear():
         match order.get("do"):
             case "status":
-                await wire.tell(**_status(service))
+                changed = await anyio.to_thread.run_sync(service.settings_changed)
+                await wire.tell(**_status(service), settings_changed=changed)
             case "stop":
                 await _stop(service, wire, order)
             case "listen":
@@ -51,20 +56,18 @@ def _status(service: Service) -> dict[str, Any]:
         "state": str(service.places.state),
         "connections": service.connections,
         "listeners": service.listeners,
+        "settings_file": str(service.settings_file),
         "sessions": _sessions(service),
         "ledger_problem": ledger.problem if ledger else "there is none",
     }
 
 
 def _sessions(service: Service) -> list[dict[str, Any]]:
-    """Each session with how many of its tasks run and how many wait."""
-    rows = []
-    for opened in service.sessions.all():
-        counts = Counter(task.state for task in opened.session.tasks)
-        open_tasks = sum(count for state, count in counts.items() if not state.final)
-        running = counts[TaskState.RUNNING]
-        rows.append({"session": opened.id, "running": running, "waiting": open_tasks - running})
-    return rows
+    """Each session with how many of its tasks run, are queued and wait, as list_sessions counts them."""
+    return [
+        {"session": opened.id, **{state.lower(): opened.session.counts.get(state, 0) for state in _OPEN}}
+        for opened in service.sessions.all()
+    ]
 
 
 async def _stop(service: Service, wire: Wire, order: dict[str, Any]) -> None:
@@ -73,6 +76,8 @@ async def _stop(service: Service, wire: Wire, order: dict[str, Any]) -> None:
     if refusal:
         await wire.tell(refused=refusal)
         return
+    lost = sum(row["running"] for row in _sessions(service))
+    _log.info("it was told to stop%s", f" with --force, which loses {tasks_text(lost)}" if lost else "")
     service.held.append(wire.held())
     await wire.tell(stopping=True)
     service.ending.set()
@@ -80,9 +85,9 @@ async def _stop(service: Service, wire: Wire, order: dict[str, Any]) -> None:
 
 def _reason_to_stay(service: Service, unused: bool) -> str:
     busy = [
-        f"{row['session']} ({row['running']} running, {row['waiting']} waiting)"
+        f"{row['session']} ({row['running']} running, {row['queued']} queued, {row['waiting']} waiting)"
         for row in _sessions(service)
-        if row["running"] or row["waiting"]
+        if row["running"] or row["queued"] or row["waiting"]
     ]
     if busy:
         return f"Tasks have not ended in {', '.join(busy[:10])}{', ...' if len(busy) > 10 else ''}."
@@ -109,6 +114,7 @@ async def _serve(service: Service, wire: Wire, listener: Listener, settings: Set
 
     def say(words: str) -> None:
         service.listeners.append(listener.address)
+        _log.info("it listens on %s", listener.address)
         group.start_soon(partial(wire.tell, said=words))
 
     stop, closed = anyio.Event(), anyio.Event()
@@ -124,6 +130,8 @@ async def _serve(service: Service, wire: Wire, listener: Listener, settings: Set
                 await wire.tell(error=str(error))
             group.cancel_scope.cancel()
     finally:
+        if listener.address in service.listeners:
+            _log.info("it listens no more on %s", listener.address)
         service.listeners = [address for address in service.listeners if address != listener.address]
         service.fronts.discard(closed)
         closed.set()

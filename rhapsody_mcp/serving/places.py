@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -42,6 +43,14 @@ class Places:
     def lock(self) -> Path:
         """Held by the service for as long as it lives."""
         return self.meeting / f"{self.host}.lock"
+
+    @property
+    def serves(self) -> bool:
+        """Whether the service, if one runs, answers at once: it neither starts nor ends, as far as it has said."""
+        try:
+            return bool(json.loads(self.lock.read_bytes())["state"] == "serves")
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
 
     @property
     def state(self) -> Path:

@@ -32,7 +32,7 @@ from rhapsody_mcp.serving.line import ServiceUnavailable
 from rhapsody_mcp.serving.orders import obey
 from rhapsody_mcp.serving.peers import Peer
 from rhapsody_mcp.serving.wire import Wire, serve_client
-from rhapsody_mcp.settings import Settings, read_settings
+from rhapsody_mcp.settings import Settings, read_settings, settings_file
 
 __all__ = ["Service", "run_service"]
 
@@ -48,23 +48,27 @@ _FILES = 8192
 """Descriptors; a connection takes one, and what a session starts takes some. Its tasks inherit the limit."""
 
 
-async def run_service(settings: Settings, door: Door, ready: Callable[[], None]) -> None:
+async def run_service(settings: Settings, door: Door, ready: Callable[[], None], file: Path | None = None) -> None:
     """Returns once it was told to end, by SIGTERM, SIGINT or an order, or has long been idle, and nothing that it
-    started is left; its sessions are in the ledger. After SIGKILL the keepers of the engines see to that.
+    started is left; its sessions are in the ledger. After SIGKILL the keepers of the engines see to that. `file` is
+    where the settings were read, None for the user's own.
 
     Raises LedgerError where the ledger cannot be opened, before `ready` is called.
     """
     _raise_limit()
     ledger = Ledger(door.places.state)
     await anyio.to_thread.run_sync(ledger.open)
+    _log.info("version %s starts, process %d, settings of %s", __version__, os.getpid(), file or settings_file())
     try:
         handles = HandlesInLedger(ledger)
         await handles.load()
         with open_audit(door.places.audit, settings) as audit:
             async with open_sessions(settings, ledger) as sessions, TasksExtension(handles) as tasks:
-                await Service(settings, door, sessions, tasks, audit).run(ready)
+                await Service(settings, door, sessions, tasks, audit, file).run(ready)
     finally:
+        door.say("ends")
         await ledger.close()
+        _log.info("process %d ends", os.getpid())
 
 
 def _raise_limit() -> None:
@@ -78,10 +82,18 @@ class Service:
     """Serves sessions that outlive every connection to it."""
 
     def __init__(
-        self, settings: Settings, door: Door, sessions: OpenSessions, tasks: TasksExtension, audit: Audit
+        self,
+        settings: Settings,
+        door: Door,
+        sessions: OpenSessions,
+        tasks: TasksExtension,
+        audit: Audit,
+        file: Path | None = None,
     ) -> None:
         self.settings, self.sessions, self.tasks, self.audit = settings, sessions, tasks, audit
         self.places = door.places
+        self.settings_file = file or settings_file()
+        self._file = file
         self.started = time.time()
         self.ending = anyio.Event()
         """Set where it shall end."""
@@ -121,8 +133,10 @@ class Service:
             self._group.start_soon(self._keep_socket)
             self._group.start_soon(self._end_when_idle)
             self._group.start_soon(self._forget)
+            self._door.say("serves")
             ready()
             await self.ending.wait()
+            self._door.say("ends")
             self._cut_off()
             await self.sessions.suspend()
             with anyio.move_on_after(_GRACE_S):
@@ -156,7 +170,8 @@ class Service:
     async def _end_on_signal(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
             task_status.started()
-            async for _ in signals:
+            async for number in signals:
+                _log.info("it was sent %s", signal.Signals(number).name)
                 self.ending.set()
 
     async def _end_when_idle(self) -> None:
@@ -165,6 +180,7 @@ class Service:
                 self._use()
             left = self._used + self.settings.service_idle_s - time.monotonic()
             if left <= 0:
+                _log.info("nobody has used it for %g s", self.settings.service_idle_s)
                 self.ending.set()
                 return
             await anyio.sleep(left)
@@ -282,13 +298,23 @@ class Service:
             if config:
                 raise
             return [str(error)]
-        own, other = dict(self.settings), dict(wanted)
-        if not (differing := [key for key in own if own[key] != other[key]]):
+        if not (differing := self._differing(wanted)):
             return []
         return [
-            f"the service runs with other settings since it was started: {', '.join(differing)}. It takes those of "
-            f"today when it starts again: rhapsody-mcp service stop{self.places.option}."
+            f"the running service took its settings when it started; these differ: {differing}. It takes others when "
+            f"it starts again: first rhapsody-mcp service stop{self.places.option}."
         ]
+
+    def _differing(self, wanted: Settings) -> str:
+        own, other = dict(self.settings), dict(wanted)
+        return ", ".join(key for key in own if own[key] != other[key])
+
+    def settings_changed(self) -> str:
+        """Which settings its file now gives another value, or why it cannot be read; empty where it is as it was."""
+        try:
+            return self._differing(read_settings(self._file))
+        except InvalidSettings as error:
+            return str(error)
 
 
 def _folder(hello: dict[str, Any]) -> str:

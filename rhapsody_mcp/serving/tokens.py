@@ -113,8 +113,8 @@ class TokenFile:
     def _changed(self) -> Iterator[list[Token]]:
         """The tokens, to be changed in place; written at the end of the block, and not where it raises."""
         try:
-            self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self.file.with_suffix(".lock").open("a") as lock:
+            _make(self.file.parent)
+            with open(self.file.with_suffix(".lock"), "a", opener=_for_us_alone) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 tokens = self.read()
                 yield tokens
@@ -174,13 +174,23 @@ class Tokens:
         return self._read
 
 
+def _make(folder: Path) -> None:
+    """With the folders above it that are not there; each is ours alone."""
+    for missing in reversed([one for one in (folder, *folder.parents) if not one.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+
+
+def _for_us_alone(file: str, flags: int) -> int:
+    return os.open(file, flags, 0o600)
+
+
 def _day(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def _until(token: Token, now: float) -> str:
     if token.expires is None:
-        return "revoked"
+        return "no end"
     return _day(token.expires) + (" (expired)" if token.is_over(now) else "")
 
 

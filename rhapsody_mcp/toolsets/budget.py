@@ -10,9 +10,8 @@ from mcp.server.mcpserver import Elicit
 from rhapsody_mcp.runtime.tasks import AITask, Task, leaves
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.asking import Asking, Confirm, Desk, ask
-from rhapsody_mcp.toolsets.making import make_tasks
 from rhapsody_mcp.toolsets.requests import TaskRequest
-from rhapsody_mcp.toolsets.submitting import submitted_before
+from rhapsody_mcp.toolsets.submitting import check, submitted_before
 
 __all__ = ["Load", "ask_to_exceed", "asked_for", "excess", "load_of"]
 
@@ -47,10 +46,13 @@ def asked_for(requests: Iterable[TaskRequest]) -> Load:
 
 def excess(load: Load, settings: Settings) -> list[str]:
     """What of the load is over budget, in words."""
-    limits = [("tasks", load.tasks, settings.budget_tasks), ("tokens of answers", load.tokens, settings.budget_tokens)]
+    limits = [
+        ("tasks", load.tasks, "budget_tasks", settings.budget_tasks),
+        ("tokens of answers", load.tokens, "budget_tokens", settings.budget_tokens),
+    ]
     return [
-        f"{count:,} {what}, and its budget is {most:,}"
-        for what, count, most in limits
+        f"{count:,} {what}, and its budget is {most:,} ({key} in the server's settings)"
+        for what, count, key, most in limits
         if most is not None and count > most
     ]
 
@@ -65,5 +67,5 @@ async def ask_to_exceed(
     over = excess(load_of(opened.session.tasks).and_(asked_for(tasks)), desk.settings)
     if not over or submitted_before(opened, tasks, idempotency_key) is not None:
         return Confirm()
-    make_tasks(tasks, opened)  # what will be refused is not asked about
+    check(opened, tasks)  # what will be refused is not asked about
     return ask(f"This gives {session} {'; '.join(over)}.", context)

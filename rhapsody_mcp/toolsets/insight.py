@@ -23,7 +23,8 @@ __all__ = ["Insight"]
 
 _LIMITS = [key for key in Settings.model_fields if key.startswith("max_")]
 _POLICY = ["allow_source", "allowed_executables", "allowed_modules", "allowed_folders"]
-_TOLD_SETTINGS = {"default_model", "wait_cap_s", "budget_tasks", "budget_tokens", "min_free_bytes", *_LIMITS, *_POLICY}
+_BUDGETS = ["budget_tasks", "budget_tokens"]
+_TOLD_SETTINGS = {"default_model", "default_task_s", "wait_cap_s", "min_free_bytes", *_BUDGETS, *_LIMITS, *_POLICY}
 """What an agent must know of what the person decided."""
 
 
@@ -138,7 +139,7 @@ def _headline(backend: BackendHere) -> str:
 
 def _limits_text(settings: Settings) -> str:
     """As in `Limits (settings): max_sessions 32, ...`."""
-    limits = ((key, getattr(settings, key)) for key in (*_LIMITS, "min_free_bytes"))
+    limits = ((key, getattr(settings, key)) for key in (*_LIMITS, "default_task_s", "min_free_bytes"))
     told = (f"{key} {_amount(key, value)}" for key, value in limits if value is not None)
     return f"Limits, by the keys of the server's settings: {', '.join(told)}."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from graphlib import CycleError, TopologicalSorter
@@ -21,6 +22,7 @@ __all__ = ["ItemMaker", "kind_of_request", "label_of", "make_task", "make_tasks"
 
 _NAMES_SHOWN = 20
 _REFUSALS_SHOWN = 3
+_ID = re.compile(r"task\.\d+(\[|$)")
 TaskNamed = Callable[[str], Task]
 FunctionNamed = Callable[[str], Source]
 
@@ -68,6 +70,8 @@ class _Batch:
     def _take_name(self, name: str | None, index: int) -> None:
         if name is None:
             return
+        if _ID.match(name):
+            raise InvalidTask("names of this form are the ids that the server gives; give the task another name.")
         if (other := self._index.get(name)) is not None:
             raise InvalidTask(f"this is the name of tasks[{other}] of this call; give each its own.")
         if self.session.has_name(name):
@@ -268,6 +272,8 @@ def _layout(request: TaskRequest) -> dict[str, Any]:
     if request.process_templates is not None:
         if clash := sorted({"ranks", "mpi", "process", "env", "cwd"} & request.given()):
             raise InvalidTask(f"process_templates and {clash[0]} contradict each other; give one of them.")
+        if not request.process_templates:
+            raise InvalidTask('process_templates is empty; give at least one group, as in [{"ranks": 2}].')
         return {"process_templates": [(group.ranks, group.template) for group in request.process_templates]}
     if request.mpi:
         if request.ranks is None:

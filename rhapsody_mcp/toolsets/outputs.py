@@ -76,7 +76,12 @@ async def tail(stream: Stream, max_bytes: int) -> str:
 
 
 def _look(stream: Stream, how: How, search: str | None, max_bytes: int) -> Excerpt:
-    with _opened(stream) as file:
+    try:
+        opened = _opened(stream)
+    except (FileNotFoundError, NotADirectoryError):
+        told = f"(its file, {stream.file}, is gone; this was its end)\n"
+        return Excerpt("head", told + stream.text[-max(0, max_bytes - len(told)) :], stream.size)
+    with opened as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - max_bytes) if how == "tail" and search is None else 0)
         if search is not None:

@@ -6,7 +6,6 @@ import mmap
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -83,9 +82,9 @@ def page_of_value(value: Value, path: str, start: int | None, limit: int | None,
     """Of the part that a JSON Pointer names, of a value that is JSON: at most `limit` items or characters, and what
     fits. A negative `start` counts from the end.
 
-    Raises InvalidTask for a path and InvalidRequest for a start that leads nowhere; OSError where the file is gone.
+    Raises InvalidTask for a path and InvalidRequest for a start that leads nowhere; ResultGone where the file is gone.
     """
-    data = value.data if value.data is not None else _mapped(Path(value.file or ""))
+    data = value.data if value.data is not None else _mapped(value)
     at = _find(data, path)
     size = _end(data, at) - at if path else value.size
     total = None if path else value.length
@@ -138,9 +137,9 @@ def first_of(start: int | None, total: int, unit: str) -> int:
 # --- inside a JSON text
 
 
-def _mapped(file: Path) -> mmap.mmap:
+def _mapped(value: Value) -> mmap.mmap:
     """Its pages are read as they are looked at. It is closed by the garbage collector: matches hold on to it."""
-    with file.open("rb") as opened:
+    with value.open() as opened:
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
 

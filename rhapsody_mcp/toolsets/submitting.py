@@ -25,7 +25,7 @@ from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
 from rhapsody_mcp.toolsets.requests import TaskRequest
 from rhapsody_mcp.toolsets.schemas import UNTOLD
 
-__all__ = ["Submitted", "plan", "submit", "submitted_before"]
+__all__ = ["Submitted", "check", "plan", "submit", "submitted_before"]
 
 _NAMES_SHOWN = 20
 _STEPS_SHOWN = 30
@@ -101,15 +101,22 @@ def submitted_before(opened: OpenSession, asked: Sequence[TaskRequest], key: str
     return reply(f"{_first_line(data, 'Submitted')}\n{again}\n{_next(data)}", data)
 
 
-def plan(opened: OpenSession, requests: Sequence[TaskRequest], machine: Machine) -> CallToolResult:
-    """What would run where, and what does not fit; every refusal of a real submission comes here too."""
+def check(opened: OpenSession, requests: Sequence[TaskRequest]) -> list[Task]:
+    """The tasks that they would be, of which nothing is taken. Raises what their submission would raise."""
     made = make_tasks(requests, opened)
     try:
         opened.session.accept(made)
     except InvalidTask as error:
         raise _by_place(error, requests, made) from error
+    return made
+
+
+def plan(opened: OpenSession, requests: Sequence[TaskRequest], machine: Machine) -> CallToolResult:
+    """What would run where, and what does not fit; every refusal of a real submission comes here too."""
+    made = check(opened, requests)
     steps = steps_of(made)
-    problems = [f"{name_of(task)}: {wrong}" for task in made for wrong in misfits(task, machine)]
+    folder = opened.wanted.folder
+    problems = [f"{name_of(task)}: {wrong}" for task in made for wrong in misfits(task, machine, folder)]
     problems += _suspects(requests, opened, made)
     data = Submitted(
         **_told(opened, made) | {"submitted": 0, "counts": {}},

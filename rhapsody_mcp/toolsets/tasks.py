@@ -45,7 +45,7 @@ class Tasks:
     def __init__(self, sessions: OpenSessions, settings: Settings) -> None:
         self._sessions, self._settings = sessions, settings
         self._bell = Bell()
-        sessions.watch(self._bell.ring)
+        self.leave = sessions.watch(self._bell.ring)
 
     async def submit_tasks(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, RhapsodyError
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, ResultGone, RhapsodyError
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Value, load_json
 from rhapsody_mcp.runtime.encoding import Module
@@ -72,6 +72,8 @@ def _why_not(task: ComputeTask) -> str:
     kind, _, message = error.partition(": ")
     if kind == "InvalidTask":
         raise InvalidTask(message)
+    if kind == "ResultGone":
+        raise ResultGone(message)
     if kind == "InvalidRequest":
         raise InvalidRequest(message)
     return shortened(error.rstrip("."), _WHY_CHARS)

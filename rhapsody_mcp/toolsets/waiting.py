@@ -7,7 +7,7 @@ import re
 import time
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -253,7 +253,8 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
     passed_on = {source.uid for task in chosen.opened.session.tasks for source in task.needs()}
     tasks = {task.uid: task for task in leaves(chosen.awaited)}.values()
     is_over = all(task.state.final for task in chosen.until)
-    notes = [*digest_notes((task for _, task in news), _NOTES), *_of_the_service(chosen.opened)]
+    errors = {task.outcome.error for _, task in news if task.outcome}
+    notes = [*digest_notes((task for _, task in news), _NOTES), *_of_the_service(chosen.opened, errors)]
 
     def build(share: float) -> CallToolResult:
         room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
@@ -279,9 +280,12 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
     return fitted(build)
 
 
-def _of_the_service(opened: OpenSession) -> list[str]:
-    """What became of engines lately, and what keeps the service from writing."""
-    lately = [notice.text for notice in opened.session.notices if notice.at > time.time() - _LATELY_S]
+def _of_the_service(opened: OpenSession, errors: Collection[str]) -> list[str]:
+    """What became of engines lately, each thing once and not what `errors` tell; and what keeps the service from
+    writing."""
+    after = time.time() - _LATELY_S
+    texts = (notice.text for notice in reversed(opened.session.notices) if notice.at > after)
+    lately = [text for text in dict.fromkeys(texts) if not any(text in error for error in errors)][::-1]
     return [*lately[-_NOTICES:], *([opened.trouble] if opened.trouble else [])]
 
 

@@ -162,19 +162,20 @@ OVER = [
     pytest.param(
         Settings(budget_tasks=2),
         [{"prompt": "x"}, {"prompt": "y"}],
-        "gives session-1 3 tasks, and its budget is 2.",
+        "gives session-1 3 tasks, and its budget is 2 (budget_tasks in the server's settings).",
         id="tasks",
     ),
     pytest.param(
         Settings(budget_tokens=1000),
         [{"prompt": ["x", "y"], "max_tokens": 600}],
-        "gives session-1 1,200 tokens of answers, and its budget is 1,000.",
+        "gives session-1 1,200 tokens of answers, and its budget is 1,000 (budget_tokens in the server's settings).",
         id="tokens",
     ),
     pytest.param(
         Settings(budget_tasks=3, budget_tokens=200),
         [{"prompt": "{item}", "max_tokens": 100, "for_each": ["a", "b", "c"]}],
-        "gives session-1 4 tasks, and its budget is 3; 300 tokens of answers, and its budget is 200.",
+        "gives session-1 4 tasks, and its budget is 3 (budget_tasks in the server's settings); 300 tokens of answers, "
+        "and its budget is 200 (budget_tokens in the server's settings).",
         id="for each",
     ),
 ]

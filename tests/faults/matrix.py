@@ -64,7 +64,8 @@ def _demand(row: Row) -> str:
     elif not causes:
         loss = "all end as if nothing had happened" if not row.may_fail else "all end"
     else:
-        loss = f"only {len(causes)} fail{'s' * (len(causes) == 1)}: {', '.join(dict.fromkeys(causes))}"
+        failed = "its task fails" if len(causes) == 1 else f"{len(causes)} tasks fail"
+        loss = f"only {failed}: {', '.join(dict.fromkeys(causes))}"
     return "; ".join(filter(None, (loss, row.beyond)))
 
 

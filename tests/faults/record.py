@@ -140,7 +140,8 @@ class Record:
         for file in step.files:
             ran = self.world.runs_of(file)
             if ran > 1 + step.retries:
-                self.problems.append(f"{file} ran {ran} times, with {step.retries} retries")
+                told = f"{self.world.told_by(file)}, and is {_told(end)}"
+                self.problems.append(f"{file} ran {ran} times, with {step.retries} retries: {told}")
             if end["state"] == "DONE" and not ran:
                 self.problems.append(f"{file} is DONE and never ran")
 

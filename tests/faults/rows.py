@@ -53,10 +53,18 @@ _SMALL = {"min_free_bytes": 0}  # else nothing is submitted before the disk is f
 
 
 def _killed(
-    part: str, fault: Callable[[str, signal.Signals], Fault], of: str, fails: Mapping[str, str], **more: Any
+    part: str,
+    fault: Callable[[str, signal.Signals], Fault],
+    of: str,
+    fails: Mapping[str, str],
+    term_in_ci: bool = True,
+    **more: Any,
 ) -> list[Row]:
     line = f"SIGKILL, SIGTERM of the {part}"
-    return [Row(f"{by.name} of the {part}", fault(of, by), fails, line=line, **more) for by in (_KILL, _TERM)]
+    return [
+        Row(f"{by.name} of the {part}", fault(of, by), fails, line=line, in_ci=by is _KILL or term_in_ci, **more)
+        for by in (_KILL, _TERM)
+    ]
 
 
 def _broken_in_turn(name: str) -> Row:
@@ -98,7 +106,7 @@ def _killed_together(*parts: str) -> Row:
         kill_all(*parts),
         RUNNING,
         backends=_DRAGON,
-        line=f"SIGKILL of Dragon's {', '.join(parts)} at once",
+        line=f"SIGKILL of {', '.join(parts)}, in this order, with Dragon",
     )
 
 
@@ -107,15 +115,15 @@ _CRASHED = {"held-1": "crashed", "sum-1": "upstream"}
 ROWS = [
     *_killed("service", kill, "service", RUNNING),
     *_killed("bridge", kill, "bridge", _NOTHING),
-    *_killed("keeper", kill, "keeper", RUNNING, backends=_DRAGON),
-    *_killed("launcher", kill, "launcher", RUNNING, backends=_DRAGON),
-    *_killed("host, on one node its agent", kill, "host", RUNNING, backends=_DRAGON),
+    *_killed("keeper of Dragon", kill, "keeper", RUNNING, backends=_DRAGON),
+    *_killed("launcher of Dragon", kill, "launcher", RUNNING, backends=_DRAGON, term_in_ci=False),
+    *_killed("host in Dragon, its node's agent", kill, "host", RUNNING, backends=_DRAGON, term_in_ci=False),
     *_killed("keeper without Dragon", kill, "keeper", RUNNING),
     *_killed("host without Dragon", kill, "host", RUNNING),
     *_killed("worker", kill_runner, "held-1", _CRASHED),
-    *_killed("worker in Dragon", kill_runner, "held-1", _CRASHED, backends=_DRAGON),
+    *_killed("worker in Dragon", kill_runner, "held-1", _CRASHED, backends=_DRAGON, term_in_ci=False),
     *_killed("rank", kill_runner, "ranks.0", {"ranks": "crashed"}),
-    *_killed("rank in Dragon", kill_runner, "ranks.0", {"ranks": "crashed"}, backends=_DRAGON),
+    *_killed("rank in Dragon", kill_runner, "ranks.0", {"ranks": "crashed"}, backends=_DRAGON, term_in_ci=False),
     *_killed("program", kill_runner, "program", {"program": "crashed"}),
     *(_killed_together(*parts) for parts in _TOGETHER),
     *(_killed_in_stream(part) for part in ("service", "keeper", "host")),

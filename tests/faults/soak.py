@@ -74,7 +74,8 @@ class Soak:
         record = Record(self.world, name, client)
         made = _Maker(Steps(self.world.runs, self.world.gate), self._chance, name)
         while self.goes_on and len(record.accepted) < _TASKS:
-            await record.submit(*made.batch(), key=f"{name}-{len(record.accepted)}")
+            with suppress(Refused):  # what a task of it needs has been lost meanwhile
+                await record.submit(*made.batch(), key=f"{name}-{len(record.accepted)}")
             await client.call("wait_tasks", session=name, timeout_s=self._chance.uniform(0, 3), count=3)
             await record.look()
         await record.wait()
@@ -93,8 +94,10 @@ class Soak:
             by = self._chance.choice((signal.SIGKILL, signal.SIGTERM))
             if found := part(name):
                 self.kills[name] += 1
+                victim = self._chance.choice(sorted(found))
+                _say(f"{time.time():.2f}: {by.name} to {name}, process {victim}")
                 with suppress(ProcessLookupError):
-                    os.kill(self._chance.choice(sorted(found)), by)
+                    os.kill(victim, by)
 
     async def _measure(self) -> None:
         """What the service needs, every few seconds; a young one needs less."""

@@ -20,7 +20,7 @@ def step(runs, name, size, gate=None, seconds=0):
     import os, time, zlib
     rank = os.environ.get("RHAPSODY_RANK")
     with open(os.path.join(runs, name if rank is None else f"{name}.{rank}"), "a") as file:
-        file.write(f"{os.getpid()}\\n")
+        file.write(f"{os.getpid()} {time.time()}\\n")
     if gate:
         open(gate).close()
     time.sleep(seconds)
@@ -28,19 +28,19 @@ def step(runs, name, size, gate=None, seconds=0):
 """
 _ITEM = """
 def item(runs, name, number):
-    import os
+    import os, time
     with open(os.path.join(runs, f"{name}.{number}"), "a") as file:
-        file.write(f"{os.getpid()}\\n")
+        file.write(f"{os.getpid()} {time.time()}\\n")
     return [number, number * number]
 """
 _DIGEST = """
 def digest(runs, name, *values):
-    import hashlib, json, os
+    import hashlib, json, os, time
     with open(os.path.join(runs, name), "a") as file:
-        file.write(f"{os.getpid()}\\n")
+        file.write(f"{os.getpid()} {time.time()}\\n")
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 """
-_SHELL = 'echo $$ >> "$1/$2"; if [ -n "$4" ]; then : < "$4"; fi; echo "$3"'
+_SHELL = 'echo "$$ $(date +%s.%N)" >> "$1/$2"; if [ -n "$4" ]; then : < "$4"; fi; echo "$3"'
 
 
 def value_of(name: str, size: int) -> list[int]:

@@ -86,12 +86,14 @@ class World:
         if self._opened >= 0:
             os.close(self._opened)
         self.meet()
-        await self.kill(*self._alive())
-        await self.client.drop()
-        for file in self._files():
-            os.unlink(file)
-        self._ground.__exit__(None, None, None)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            await self.kill(*self._alive())
+            await self.client.drop()
+            for file in self._files():
+                os.unlink(file)
+        finally:
+            self._ground.__exit__(None, None, None)
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- its parts
 
@@ -113,12 +115,16 @@ class World:
 
     def pid_in(self, run: str) -> int:
         """Of the process that wrote last into this file of `runs`."""
-        return int((self.runs / run).read_text().split()[-1])
+        return int((self.runs / run).read_text().splitlines()[-1].split()[0])
 
     def runs_of(self, run: str) -> int:
         """How often it ran."""
         file = self.runs / run
         return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def told_by(self, run: str) -> str:
+        """By which process each time, and when."""
+        return ", ".join((self.runs / run).read_text().splitlines())
 
     def open_gate(self) -> None:
         """Let those that wait at it go on, and those that come later too."""

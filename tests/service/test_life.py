@@ -66,7 +66,7 @@ def test_settings_that_differ_from_those_of_the_service_are_told_and_harm_nothin
     assert shared.run("service", "start").returncode == 0
     ran = shared.run("stdio", "--config", tmp_path / "other.yaml")
     assert ran.returncode == 0
-    assert "runs with other settings since it was started: wait_cap_s" in ran.stderr
+    assert "took its settings when it started; these differ: wait_cap_s." in ran.stderr
 
 
 def test_a_second_start_finds_the_first(shared: OwnService) -> None:
@@ -188,9 +188,9 @@ async def test_stop_refuses_while_tasks_have_not_ended_unless_it_is_forced(own: 
         await start_tasks(own)
         refused = await anyio.to_thread.run_sync(own.run, "service", "stop")
         assert refused.returncode == 1
-        assert "Tasks have not ended in work (1 running, 1 waiting)" in refused.stderr
+        assert "Tasks have not ended in work (1 running, 0 queued, 1 waiting)" in refused.stderr
         shown = own.run("service", "status").stdout
-        assert "work: 1 tasks running, 1 waiting" in shown
+        assert "work: 1 running, 0 queued, 1 waiting" in shown
         pid = own.pid
         assert own.run("service", "stop", "--force").returncode == 0
         await wait_until(lambda: not Path(f"/proc/{pid}").exists() and not family("sleep 612"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rhapsody_mcp.cli import main
 from rhapsody_mcp.doctor import Finding, examine
 from rhapsody_mcp.machine import look
 from rhapsody_mcp.runtime.ledger.changes import PutSession
@@ -37,6 +38,16 @@ async def test_the_doctor_says_where_the_ledger_is_what_is_in_it_and_who_holds_i
     await ledger.close()
     assert there.verdict == "there" and "write-ahead log); open sessions: 2; held by process" in there.told
     assert "open sessions: 3; held by no process" in told().told
+
+
+def test_the_doctor_looks_at_the_ledger_of_the_service_that_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    main(["doctor", "--folder", str(tmp_path / "x")])
+    assert str(Places(tmp_path / "x").state / LEDGER) in capsys.readouterr().out
+    there = next(one for one in examine(look(), Places(tmp_path / "x")) if one.what == "ledger")
+    assert str(Places(tmp_path / "x").state / LEDGER) in there.told
 
 
 def test_the_doctor_says_what_is_wrong_with_a_damaged_ledger(state: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rhapsody_mcp.backends.environment import Environment, read_environment
-from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Call, Command, Layout, RankGroup, TaskSpec, Template
 from rhapsody_mcp.runtime.opening import Wanted, plan_backends
 from rhapsody_mcp.runtime.policy import Policy
@@ -212,7 +212,7 @@ async def test_a_setup_line_that_fails_is_named_with_what_it_said(line: str, tol
 
 @pytest.mark.anyio
 async def test_setup_lines_that_do_not_end_are_ended() -> None:
-    with pytest.raises(BackendUnavailable, match=r"'sleep 300' did not end within 6 s"):
+    with pytest.raises(InvalidSettings, match=r"'sleep 300' did not end within 6 s"):
         await Environment(setup=("sleep 300",)).build(within_s=6)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -17,6 +18,7 @@ from rhapsody_mcp.runtime.ledger.changes import (
     HandleRow,
     SessionRow,
     SubmissionRow,
+    TaskEnded,
     TaskRow,
 )
 from rhapsody_mcp.runtime.ledger.lock import Lock
@@ -27,6 +29,7 @@ from rhapsody_mcp.runtime.ledger.writer import Writer
 
 __all__ = ["LOCK", "Ledger"]
 
+_log = logging.getLogger(__name__)
 LOCK = "lock"
 _CLOSING_S = 30.0
 _PRUNING_S = 10.0
@@ -144,6 +147,9 @@ class Ledger:
         Raises what `commit` raises."""
         changes = await self._writer.do(reading.left_running(now))
         await self.commit(*changes)
+        if changes:
+            lost = sum(isinstance(change, TaskEnded) for change in changes)
+            _log.info("tasks that ran as it ended: %d lost, %d queued again", lost, len(changes) - lost)
         return len(changes)
 
     async def prune(self, before: float) -> list[SessionRow]:

@@ -136,7 +136,11 @@ def left_running(now: float) -> Callable[[Store], list[Change]]:
     def read(store: Store) -> list[Change]:
         ends: dict[str, int] = {}
         starts = {folder: starts_in(folder) for (folder,) in store.read("SELECT folder FROM sessions")}
-        left = (_left(ends, now, starts.get(folder, ()), *fields) for folder, *fields in store.read(_OPEN))
+        signs = _signs_of_life(store, now)
+        left = (
+            _left(ends, signs[session], starts.get(folder, ()), session, *fields)
+            for folder, session, *fields in store.read(_OPEN)
+        )
         return [change for change in left if change is not None]
 
     return read
@@ -153,11 +157,30 @@ _OPEN = """
         AND NOT EXISTS (SELECT 1 FROM ends e WHERE e.session = t.session AND e.uid = t.uid)
     ORDER BY t.session, t.number, t.rowid
 """
+
+
+def _signs_of_life(store: Store, now: float) -> dict[str, float]:
+    """When each session was last known to live: something of it was submitted, started, ended or asked for."""
+    return {
+        session: min(now, max(used, _outcome(outcome, state, 0.0).ended if outcome else 0.0))
+        for session, used, state, outcome in store.read(_SIGNS)
+    }
+
+
+_SIGNS = """
+    WITH lives AS (SELECT session, max(submitted) AS submitted FROM tasks GROUP BY session),
+        begun AS (SELECT session, max(started) AS started FROM starts GROUP BY session),
+        last AS (SELECT session, max(position), state, outcome FROM ends GROUP BY session)
+    SELECT lives.session, max(coalesce(sessions.used, 0), lives.submitted, coalesce(begun.started, 0)),
+        last.state, last.outcome
+    FROM lives LEFT JOIN sessions ON sessions.id = lives.session LEFT JOIN begun USING (session)
+        LEFT JOIN last USING (session)
+"""
 _LOST = "the service ended while this task was running, and what it did until then is not known"
 
 
 def _left(
-    ends: dict[str, int], now: float, starts: Collection[tuple[str, int]], session: str, uid: str,
+    ends: dict[str, int], alive: float, starts: Collection[tuple[str, int]], session: str, uid: str,
     started: float | None, attempts: int, last_failure: str, retries: int, first: int,
 ) -> Change | None:  # fmt: skip
     """None for one that had not been sent anywhere."""
@@ -169,7 +192,7 @@ def _left(
     position = ends.setdefault(session, first)
     ends[session] += 1
     told = f"{_LOST}. Submit it again, with retries if it may be run twice."
-    ended = max(now, started or now)
+    ended = max(alive, started or alive)
     outcome = Outcome(state=TaskState.FAILED, ended=ended, started=started or None, cause=Cause.LOST, error=told)
     return TaskEnded(session, uid, position, outcome)
 
