@@ -191,14 +191,24 @@ class OpenSessions:
         backends = self._open_backends(wanted)
         id = id or self._next_id()
         opened = self._make(f"{id}.{time.time_ns():x}", wanted, backends)
-        if self._records is not None:
-            try:
-                await self._records.ledger.commit(PutSession(self._row(opened)), PutNumber(_OPENED, self._opened))
-            except BaseException:
-                del self._sessions[id]
-                raise
+        try:
+            await self._write_down(opened)
+        except BaseException:
+            del self._sessions[id]
+            raise
         self._tell(opened)
         return opened
+
+    async def _write_down(self, opened: OpenSession) -> None:
+        """Nothing of it is left where this raises, as it does when whoever asked for the session has gone."""
+        if opened.recorder is None or self._records is None:
+            return
+        try:
+            await self._records.ledger.commit(PutSession(self._row(opened)), PutNumber(_OPENED, self._opened))
+        except BaseException:
+            opened.recorder.write(DropSession(opened.recorder.key))
+            shutil.rmtree(opened.session.folder, ignore_errors=True)
+            raise
 
     def _next_id(self) -> str:
         while True:

@@ -309,3 +309,12 @@ async def test_a_task_that_was_about_to_start_is_queued_again_and_one_that_start
         "untold": ("FAILED", 0),
         "untouched": ("WAITING", 0),
     }
+
+
+async def test_a_session_whose_client_left_while_it_was_opened_is_there_whole_or_not_at_all(life: Life) -> None:
+    async with life() as agent:
+        with anyio.move_on_after(0):
+            await agent.call("create_session", name="mine")
+        there = [row["session"] for row in (await agent.call("list_sessions"))["sessions"]]
+    async with life() as agent:
+        assert [row["session"] for row in (await agent.call("list_sessions"))["sessions"]] == there
