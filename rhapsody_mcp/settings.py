@@ -87,7 +87,7 @@ class Settings(BaseModel):
     """Patterns of the programs that tasks may run, by their full paths with links followed, as in [/usr/bin/*,
     /opt/sim/*]; null for all. What source and modules do is not held to it: forbid those too."""
     allowed_modules: tuple[str, ...] | None = None
-    """Patterns of the functions that tasks may import, as in ["numpy.*", "mysim:*"]; null for all."""
+    """Patterns of the functions that tasks may import, as in ["numpy.*", "mysim:run"]; null for all."""
     allowed_folders: tuple[Path, ...] | None = None
     """The folders that agents may name, with all in them: for cwd, config_file, models and exports; null for all."""
     withheld_variables: tuple[str, ...] = SECRETS

@@ -71,7 +71,9 @@ class Policy(msgspec.Struct, frozen=True):
             )
 
     def check_module(self, path: str) -> None:
-        if self.modules is None or path.startswith(_OWN) or _matches(path, self.modules):
+        if self.modules is None or path.startswith(_OWN):
+            return
+        if _matches(path, self.modules) or _matches(path.replace(":", "."), self.modules):
             return
         raise InvalidRequest(
             f"function {path!r} is not allowed here: allowed_modules in the settings of this server is "

@@ -15,11 +15,12 @@ from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.serving.line import PATIENCE_S, Line, ServiceHangs, ServiceUnavailable
 from rhapsody_mcp.serving.peers import credentials
 from rhapsody_mcp.serving.places import Places
-from rhapsody_mcp.serving.starting import start_service
+from rhapsody_mcp.serving.starting import StartCutOff, start_service
 
 __all__ = ["Caller"]
 
 _AGAIN_S = 0.05
+_STARTS = 3
 _ORDERED_S, _CLIENT_S = 5.0, 10.0
 """How long a service that works may take for its first answer, to a person's order and to a client."""
 
@@ -37,12 +38,16 @@ class Caller:
 
         Raises ServiceHangs, ServiceUnavailable, and RhapsodyError in the words of a service that refuses.
         """
-        until = time.monotonic() + PATIENCE_S
+        until, starts = time.monotonic() + PATIENCE_S, _STARTS
         while time.monotonic() < until:
             line = self._reach()
             if line is None:
-                if not start_service(self.places, self.config, self.client):
-                    time.sleep(_AGAIN_S)  # the other has not opened its socket yet, or has closed it already
+                try:
+                    if not start_service(self.places, self.config, self.client):
+                        time.sleep(_AGAIN_S)  # the other has not opened its socket yet, or has closed it already
+                except StartCutOff:
+                    if not (starts := starts - 1):
+                        raise
                 continue
             answer = self._greet(line, wanted)
             if answer is None or "ending" in answer:

@@ -16,7 +16,7 @@ from rhapsody_mcp.model.errors import InvalidSettings, RhapsodyError, root_of
 from rhapsody_mcp.serving.line import PATIENCE_S, ServiceUnavailable, is_readable
 from rhapsody_mcp.serving.places import Places
 
-__all__ = ["Report", "start_service"]
+__all__ = ["Report", "StartCutOff", "start_service"]
 
 _LOG_BYTES = 5_000_000
 _LAST_WORDS = 2000
@@ -53,10 +53,14 @@ class Report:
                 os.write(2, f"{words}\n".encode())
 
 
+class StartCutOff(ServiceUnavailable):
+    """The service ended without a word to whoever started it, as when somebody killed it; another start may help."""
+
+
 def start_service(places: Places, config: Path | None, client: int | None = None) -> bool:
     """Returns once a service is ready: whether it is this one, or another was there first.
 
-    Raises RhapsodyError in the words of the service where it cannot start, ClientLeft.
+    Raises RhapsodyError in the words of the service where it cannot start, StartCutOff, ClientLeft.
     """
     places.make()
     options = ["--config", str(config.absolute())] if config else []
@@ -75,7 +79,7 @@ def start_service(places: Places, config: Path | None, client: int | None = None
             assert started.stdout
             told = _told(started.stdout.fileno(), client)
     if not told:
-        raise ServiceUnavailable(f"the service ended as it started. {_last_words(places.log, began)}")
+        raise StartCutOff(f"the service ended as it started. {_last_words(places.log, began)}")
     if "error" in told:
         raise RhapsodyError(told["error"])
     return not told.get("taken")
