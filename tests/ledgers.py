@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,10 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Value
 from rhapsody_mcp.runtime.ledger.changes import PutTasks, SessionRow, TaskEnded, TaskRow
 
-__all__ = ["done", "ended", "file_system", "session", "task", "tasks"]
+__all__ = ["MKFS", "done", "ended", "file_system", "session", "task", "tasks"]
+
+MKFS = shutil.which("mkfs.ext4", path=os.pathsep.join([*os.get_exec_path(), "/usr/sbin", "/sbin"])) or "mkfs.ext4"
+"""PATH may name no folder of programs for administrators."""
 
 
 def session(id: str = "s", used: float = 1.0, folder: str = "/nowhere") -> SessionRow:

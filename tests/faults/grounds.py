@@ -11,6 +11,7 @@ from pathlib import Path
 from tests.faults.clock import Clock
 from tests.faults.disks import CannotMake, Disk
 from tests.faults.world import World
+from tests.ledgers import MKFS
 
 __all__ = ["a_clock", "a_disk_that_fails", "a_limit_of_processes", "a_small_disk", "nothing_special"]
 
@@ -44,7 +45,7 @@ def a_disk_that_fails(world: World) -> Iterator[None]:
     image = world.folder / "disk"
     with image.open("wb") as file:
         file.truncate(256 << 20)
-    made = subprocess.run(["mkfs.ext4", "-q", str(image)], capture_output=True, text=True, check=False)
+    made = subprocess.run([MKFS, "-q", str(image)], capture_output=True, text=True, check=False)
     if made.returncode:
         raise CannotMake(f"mkfs.ext4: {made.stderr.strip()}")
     world.disk.mount("-o", "loop", str(image))

@@ -25,7 +25,7 @@ from rhapsody_mcp.runtime.ledger.changes import PutNumber, PutSession, PutTasks,
 from rhapsody_mcp.runtime.ledger.ledger import Ledger
 from rhapsody_mcp.runtime.ledger.store import LEDGER, Journal
 from rhapsody_mcp.runtime.ledger.writer import MOST_WAITING
-from tests.ledgers import done, ended, file_system, session, task, tasks
+from tests.ledgers import MKFS, done, ended, file_system, session, task, tasks
 from tests.processes import wait_until
 
 pytestmark = pytest.mark.anyio
@@ -187,7 +187,7 @@ async def test_a_result_whose_file_cannot_be_seen_to_the_disk_is_not_recorded_un
     image = roomy / "image"
     image.touch()
     os.truncate(image, 64 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", image], check=True)  # noqa: ASYNC221
+    subprocess.run([MKFS, "-q", "-O", "^has_journal", image], check=True)  # noqa: ASYNC221
     thin, result = tmp_path / "thin", os.urandom(1 << 20)
     async with opened(tmp_path / "state") as ledger:
         await ledger.commit(tasks(1))
