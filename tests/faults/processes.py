@@ -27,13 +27,13 @@ _PARTS: dict[str, tuple[str, ...]] = {
 def part(name: str) -> list[int]:
     """The living processes of the service under test that play this part."""
     if name == "launcher":
-        return [pid for pid in family("dragon") if any(word.endswith("/dragon") for word in command_of(pid)[1:2])]
+        return [pid for pid in everyone() if any(word.endswith("/dragon") for word in command_of(pid)[1:2])]
     if name == "vLLM server":
         return [pid for pid in everyone() if any(word.endswith("/vllm_launcher.py") for word in command_of(pid)[1:3])]
     if name == "vLLM engine core":
         return [pid for pid in everyone() if "EngineCore" in " ".join(command_of(pid)[:1])]
     words = _PARTS[name]
-    return [pid for pid in family(words[-1]) if _module(pid)[: len(words)] == words]
+    return [pid for pid in everyone() if _module(pid)[: len(words)] == words]
 
 
 def _module(pid: int) -> tuple[str, ...]:
@@ -43,8 +43,8 @@ def _module(pid: int) -> tuple[str, ...]:
 
 
 def everyone() -> set[int]:
-    """The living processes of the service under test, and what descends from them; vLLM's write over the environment
-    that the others are known by."""
+    """The living processes of the service under test, and what descends from them; Dragon's and vLLM's write over the
+    environment that the others are known by."""
     children: dict[int, list[int]] = {}
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         children.setdefault(_stat(pid, _PARENT), []).append(pid)
