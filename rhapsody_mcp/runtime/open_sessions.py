@@ -27,7 +27,7 @@ from rhapsody_mcp.runtime.recording import Recorder, Submission
 from rhapsody_mcp.runtime.restoring import Records, restore
 from rhapsody_mcp.runtime.rules import Rules, Taken
 from rhapsody_mcp.runtime.session import Session
-from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, with_children
 from rhapsody_mcp.settings import Settings
 
 __all__ = ["OpenSession", "OpenSessions", "Records", "Submission", "Watcher"]
@@ -107,9 +107,7 @@ class OpenSession:
         raises: what `Session.submit_tasks` does, or LedgerUnavailable."""
         accepted = self.session.accept(tasks)
         now = time.time()
-        for task in leaves(tasks):
-            task.submitted = now
-        for task in tasks:
+        for task in with_children(tasks):
             task.submitted = now
         if self.recorder is not None:
             await self.recorder.submit(tasks, recipes, submission)

@@ -63,7 +63,7 @@ class Recorder:
 
     async def submit(self, tasks: Sequence[Task], recipes: Sequence[bytes], submission: Submission | None) -> None:
         """Raises LedgerUnavailable, with nothing written."""
-        taken = len(self._session.tasks)
+        taken = self._session.size
         numbered = zip(tasks, recipes, strict=True)
         rows = tuple(self._row(task, number, recipe) for number, (task, recipe) in enumerate(numbered, taken))
         await self._ledger.commit(PutTasks(rows), *([self._submission(submission)] if submission else ()))
@@ -102,8 +102,7 @@ class Recorder:
         """After each change of a task's state."""
         match task.state:
             case TaskState.WAITING if task.parent is not None:
-                number = len(self._session.tasks)
-                self.write(PutTasks((self._row(task, number, b""),)))
+                self.write(PutTasks((self._row(task, self._session.size, b""),)))
             case TaskState.QUEUED if task.attempts or task.uid in self._starting:
                 self._starting.discard(task.uid)
                 self.write(TaskRequeued(self.key, task.uid, task.attempts, task.last_failure))

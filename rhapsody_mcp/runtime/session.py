@@ -123,6 +123,11 @@ class Session:
         return list(self._submitted)
 
     @property
+    def size(self) -> int:
+        """How many these are."""
+        return len(self._submitted)
+
+    @property
     def backends(self) -> list[Backend]:
         return [lane.backend for lane in self._lanes.values()]
 
@@ -212,14 +217,20 @@ class Session:
 
     def _keep(self, task: Task, lane: Lane | None, spec: TaskSpec | None) -> None:
         """Have a task that ended in an earlier life."""
+        self._have(task, lane, spec)
+        if spec is not None:
+            self.taken.end(task.outcome or _canceled(Cause.LOST, ""))
+        self._missing[task.uid] = set()
+        _settle(task)
+
+    def _have(self, task: Task, lane: Lane | None, spec: TaskSpec | None) -> None:
         if lane is not None and spec is not None:
             task.backend, self._specs[task.uid] = lane.backend.name, spec
-            self.taken.add(spec)
-            self.taken.end(task.outcome or _canceled(Cause.LOST, ""))
+            if not _is_hidden(task):
+                self.taken.add(spec)
         task._future = asyncio.get_running_loop().create_future()
         task._future.add_done_callback(_retrieve)
-        self._tasks[task.uid], self._missing[task.uid] = task, set()
-        _settle(task)
+        self._tasks[task.uid] = task
 
     def _take(self, accepted: list[Accepted]) -> None:
         for task, lane, spec in accepted:
@@ -301,15 +312,9 @@ class Session:
         return lane
 
     def _register(self, task: Task, lane: Lane | None, spec: TaskSpec | None) -> None:
-        if lane is not None and spec is not None:
-            task.backend, self._specs[task.uid] = lane.backend.name, spec
-            if not _is_hidden(task):
-                self.taken.add(spec)
+        self._have(task, lane, spec)
         task.submitted = task.submitted or time.time()
         task.state = TaskState.WAITING
-        task._future = asyncio.get_running_loop().create_future()
-        task._future.add_done_callback(_retrieve)
-        self._tasks[task.uid] = task
         has_all = isinstance(task, ForEach) and (task.source is None or bool(task.children))
         sources = () if has_all else task.sources()
         unfinished = {source.uid for source in sources if not source.state.final}
