@@ -7,9 +7,10 @@ import os
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from glob import glob
 from pathlib import Path
 
-__all__ = ["FAMILY", "family", "wait_until"]
+__all__ = ["FAMILY", "dragon_files", "family", "wait_until"]
 
 
 FAMILY = "RHAPSODY_TEST_FAMILY"
@@ -28,6 +29,11 @@ def family(*words: str) -> list[int]:
             if all(word in command for word in words) and mark in environment and int(folder.name) != os.getpid():
                 found.append(int(folder.name))
     return found
+
+
+def dragon_files(launcher: int) -> set[str]:
+    """The files in /dev/shm that may be of a Dragon runtime with this launcher, whatever user Dragon takes it for."""
+    return {*glob(f"/dev/shm/DD*{str(launcher)[-3:]}*"), *glob(f"/dev/shm/*{launcher}[DM]")}
 
 
 async def wait_until(holds: Callable[[], bool], within_s: float = 30.0) -> None:

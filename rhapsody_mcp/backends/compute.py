@@ -610,6 +610,8 @@ class _Engine:
         if live is None:
             return
         live.started = at
+        if live.worker is not None:
+            live.worker.recalled.discard(uid)  # too late to take it back
         if live.native and live.order.spec.timeout_s is not None:
             loop = asyncio.get_running_loop()
             live.timer = loop.call_later(live.order.spec.timeout_s, self.stop_tasks, [uid], Cause.TIMEOUT)

@@ -80,6 +80,8 @@ class DragonExecutionBackendV3(ComputeBackend):
         environment = {name: value for name, value in environment.items() if "DRAGON" not in name}
         # in its own folder Dragon leaves nothing behind that outlives the engine
         own = {"TMPDIR": str(folder), **lend_pmix(folder / "lib", environment)}
+        if "USER" in environment:  # after it Dragon names files in /dev/shm, or after the user's id
+            own["USER"] = str(os.getuid())
         usual = {"TMPDIR": gettempdir(), "LD_LIBRARY_PATH": "", **environment}
         of_tasks = {name: usual[name] for name in own}
         path, python = environment.get("PATH", os.defpath), str(Path(sys.executable).parent)

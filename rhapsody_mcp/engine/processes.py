@@ -8,7 +8,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +25,7 @@ __all__ = [
     "marked",
     "open_lifeline",
     "outlives",
+    "programs_with",
     "reap",
     "relatives",
     "started_at",
@@ -88,6 +89,19 @@ def _outputs(pid: int) -> Iterable[str]:
             yield os.readlink(f"/proc/{pid}/fd/{descriptor}")
 
 
+def programs_with(folder: str | os.PathLike[str]) -> list[int]:
+    """The processes of our own programs that were started with a file in this folder. It finds some whose environment
+    cannot be read: Dragon writes a title over that of its launcher, and of its host where there are few variables."""
+    inside = os.path.join(os.fspath(folder), "").encode()
+    return [pid for pid in _pids() if _are_in(_arguments(pid), b"rhapsody_mcp.engine.", inside)]
+
+
+def _are_in(arguments: Sequence[bytes], *beginnings: bytes) -> bool:
+    """Whether there is one with each of these beginnings; what was written anew has blanks between them."""
+    words = [word for argument in arguments for word in argument.split(b" ")]
+    return all(any(word.startswith(beginning) for word in words) for beginning in beginnings)
+
+
 def relatives(pids: Iterable[int], sessions: set[int]) -> set[int]:
     """The living among these processes, with all that descend from them or are in a session with one of them. The
     sessions that they are in are added to `sessions`, whose processes are relatives as well."""
@@ -110,13 +124,15 @@ def _session(pid: int) -> int:
 
 def with_arguments(*wanted: str) -> list[int]:
     """The processes whose command line holds these arguments."""
-    found = []
-    for pid in _pids():
-        with suppress(OSError):
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if all(argument.encode() in arguments for argument in wanted):
-                found.append(pid)
-    return found
+    words = {argument.encode() for argument in wanted}
+    return [pid for pid in _pids() if words <= {*_arguments(pid)}]
+
+
+def _arguments(pid: int) -> list[bytes]:
+    """Empty where there is no such process."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return []
 
 
 def started_at(pid: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rhapsody_mcp.engine.processes import ENGINE, PLACE, end, groups_of, marked, relatives, writing_into
+from rhapsody_mcp.engine.processes import ENGINE, PLACE, end, groups_of, marked, programs_with, relatives, writing_into
 from rhapsody_mcp.engine.shared_memory import dragon_files, segments_of, still_there, unlink_unused
 
 __all__ = ["end_remains", "is_kept", "keep_note", "noted_segments", "was_killed", "write_launcher", "write_segments"]
@@ -68,8 +68,9 @@ def end_remains(folder: Path | None, marks: Iterable[str] = ()) -> list[int]:
     """End every process of the engines with these marks, and of those that have a note in this folder where there is
     one, whose keepers are gone; then remove their files in /dev/shm. The processes that were ended.
 
-    A process is an engine's where the mark is in its environment, where its output goes into the folder, or where it
-    descends from such a process or is in one session with it. Not found is one that none of this holds for.
+    A process is an engine's where the mark is in its environment, where its output goes into the folder, where it is a
+    program of ours that was started with a file in the folder, or where it descends from such a process or is in one
+    session with it. Not found is one that none of this holds for.
     """
     given, sessions = set(marks), set[int]()
     notes = {note.stem: note for note in _notes(folder)} if folder is not None else {}
@@ -82,7 +83,8 @@ def end_remains(folder: Path | None, marks: Iterable[str] = ()) -> list[int]:
 
     def left() -> set[int]:
         own = {pid for mark in every for name in (ENGINE, PLACE) for pid in marked(name, mark)}
-        return relatives(own.union(writing_into(lone) if lone else ()), sessions) - {os.getpid()}
+        there = {*writing_into(lone), *programs_with(lone)} if lone else set[int]()
+        return relatives(own | there, sessions) - {os.getpid()}
 
     found = left()
     launchers = groups_of(found) | {_number(note) for note in notes.values()} - {0}

@@ -54,6 +54,8 @@ class _Turn:
         self.lock = threading.Lock()
         self.current = ""
         self.interrupted = ""
+        self.cut_import = False
+        """Whether an interrupt fell into an import: Python does not make such a module whole again."""
         self.revoked: Counter[str] = Counter()
         """How often: a task that was taken back may have been sent here again, and taken back again."""
         self._started: set[str] = set()
@@ -92,8 +94,8 @@ class _Turn:
 
 
 def run_worker(config: PlaceConfig, files: Sequence[int]) -> None:
-    """Serve the backend at `config.address` until the process is ended from outside. What functions write to stdout and
-    stderr goes through these files."""
+    """Serve the backend at `config.address` until the process is ended from outside, or an interrupt has cut an import
+    off. What functions write to stdout and stderr goes through these files."""
     turn = _Turn()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, file in zip((1, 2), files, strict=True):
@@ -123,6 +125,9 @@ def _serve(backend: Link[Run], turn: _Turn, config: PlaceConfig, files: Sequence
         _send(backend, unsent)
         finished, runner = _run(run, runner, turn, started, config, files)
         unsent.append(finished)
+        if turn.cut_import:
+            _send(backend, unsent)
+            return
 
 
 def _run(
@@ -158,9 +163,20 @@ def _is_in(folder: str) -> bool:
     return False
 
 
-def _raise(turn: _Turn, _number: int, _frame: FrameType | None) -> None:
+def _raise(turn: _Turn, _number: int, frame: FrameType | None) -> None:
     if turn.current and turn.current == turn.interrupted:
+        turn.cut_import = turn.cut_import or _imports(frame)
         raise Interrupted
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether an import is under way."""
+    while frame is not None and frame.f_code.co_filename != _IMPORTING:
+        frame = frame.f_back
+    return frame is not None
+
+
+_IMPORTING = "<frozen importlib._bootstrap>"
 
 
 def _listen(config: PlaceConfig, turn: _Turn, main: int) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rhapsody_mcp.api import ComputeTask, Session, TaskState
-from rhapsody_mcp.engine.shared_memory import dragon_files
-from tests.processes import family, wait_until
+from tests.processes import dragon_files, family, wait_until
 
 __all__ = ["PROCESS", "Scene", "kill", "sleep_with_a_child", "write_line"]
 

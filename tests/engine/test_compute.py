@@ -14,10 +14,9 @@ import pytest
 
 from rhapsody_mcp.api import AITask, ComputeTask, Module, Part, Session, Source, TaskCanceled, TaskFailed, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
-from rhapsody_mcp.engine.shared_memory import dragon_files
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName
 from rhapsody_mcp.model.states import Cause
-from tests.processes import FAMILY, family, wait_until
+from tests.processes import FAMILY, dragon_files, family, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -411,7 +410,7 @@ async def test_short_tasks_do_not_wait_behind_a_long_one_while_a_worker_is_free(
     more = [ComputeTask(identity, args=(n,)) for n in range(100)]
     await session.submit_tasks([long, *more])
     await session.wait_tasks(more, timeout=30)
-    assert long.state is TaskState.RUNNING
+    assert long.state is TaskState.RUNNING, long.exception
     await session.cancel(long)
 
 
@@ -466,6 +465,36 @@ async def test_native_functions_go_through_batch_with_the_same_guarantees(tmp_pa
     assert [task.cause for task in bad] == [Cause.CRASHED, Cause.ERROR, Cause.ERROR]
     assert (slow.cause, process.return_value) == (Cause.TIMEOUT, 1)
     assert not family("sleep", "300")
+
+
+SLOW_PACKAGE = """
+import pathlib, time
+from .part import give
+up = pathlib.Path(__file__).with_name("up")
+if not up.exists():
+    up.touch()
+    time.sleep(300)
+give = part.give
+"""
+
+
+async def test_a_cancel_that_cuts_an_import_off_does_not_spoil_it_for_the_next_task(
+    backend_type: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package whose import was cut off after its parts were imported cannot be imported again in that process."""
+    package = tmp_path / "slow_package"
+    package.mkdir()
+    (package / "__init__.py").write_text(SLOW_PACKAGE)
+    (package / "part.py").write_text("def give(): return 5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    async with Session([backend_type(num_workers=1)]) as session:
+        task, after = (ComputeTask(Module("slow_package:give")) for _ in range(2))
+        await session.submit_tasks([task])
+        await wait_until((package / "up").exists)
+        await session.submit_tasks([after])
+        await session.cancel(task)
+        await session.wait_tasks([after], timeout=30)
+        assert (task.state, after.state, after.return_value) == (TaskState.CANCELED, TaskState.DONE, 5), after.exception
 
 
 async def test_closing_cancels_what_runs_and_leaves_nothing(backend_type: type[Any], tmp_path: Path) -> None:

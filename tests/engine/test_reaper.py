@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from glob import glob
 from importlib.util import find_spec
@@ -21,12 +21,12 @@ import pytest
 from rhapsody_mcp.api import ComputeTask, Session
 from rhapsody_mcp.backends import LocalExecutionBackend
 from rhapsody_mcp.engine.processes import descendants, relatives, started_at
-from rhapsody_mcp.engine.shared_memory import dragon_files, segments_of
+from rhapsody_mcp.engine.shared_memory import segments_of
 from rhapsody_mcp.runtime.ledger.changes import EngineRow, PutEngine
 from rhapsody_mcp.runtime.ledger.ledger import Ledger
 from rhapsody_mcp.runtime.reaping import reap
 from tests.engine import vllm_stand_in
-from tests.processes import FAMILY, wait_until
+from tests.processes import FAMILY, dragon_files, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -137,7 +137,7 @@ def carrying(mark: bytes) -> Iterator[int]:
 
 
 @asynccontextmanager
-async def engine(kind: str, stray: str = "") -> AsyncIterator[Engine]:
+async def engine(kind: str, stray: str = "", variables: Mapping[str, str] = os.environ) -> AsyncIterator[Engine]:
     """An engine that runs a function and a program; whatever is left of it at the end is killed."""
     family, temporary = uuid.uuid4().hex, Path(tempfile.mkdtemp(prefix="reap-", dir="/tmp"))
     (temporary / "ledger").mkdir()
@@ -155,7 +155,7 @@ async def engine(kind: str, stray: str = "") -> AsyncIterator[Engine]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).parents[2],
-        env={**os.environ, FAMILY: family, "TMPDIR": str(temporary), **stand_in},
+        env={**variables, FAMILY: family, "TMPDIR": str(temporary), **stand_in},
     )
     found = Engine(owner, family, temporary, temporary / "ledger")
     try:
@@ -211,6 +211,18 @@ async def test_whatever_dies_in_whatever_order_nothing_of_the_engine_is_left(kin
             await reaped(found)
         await gone(found)
         assert await reaped(found) == []
+
+
+@pytest.mark.parametrize("died", [("owner", "keeper", "launcher"), ("owner", "keeper"), ("owner", "keeper", "host")])
+async def test_the_same_where_dragon_has_few_variables_over_which_to_write_its_title(died: tuple[str, ...]) -> None:
+    """What is marked by a variable of its environment is found by something else then."""
+    few = {"HOME": os.environ["HOME"], "PATH": os.environ["PATH"], "USER": "somebody"}
+    async with engine("dragon", variables=few) as found:
+        for role in died:
+            os.kill(found.living(role)[0], KILL)
+        await found.owner.wait()
+        await reaped(found)
+        await gone(found)
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")

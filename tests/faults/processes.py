@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from tests.processes import family
+from tests.processes import dragon_files, family
 
 __all__ = ["command_of", "ended", "everyone", "may_be_of", "memory_of", "part", "shared_memory", "started", "told"]
 
@@ -110,11 +110,9 @@ def shared_memory() -> set[str]:
 def may_be_of(file: str, pids: Iterable[int]) -> bool:
     """Dragon's files are named after its launcher, and may be another test's; others are named after nobody."""
     name = Path(file).name
-    if not re.match(r"DD\d|.*\d[DM]$", name):
+    if not re.match(r"DD|.*\d[DM]$", name):
         return True
-    return any(
-        name.startswith(f"DD{str(os.getuid())[-3:]}{str(pid)[-3:]}") or name[:-1].endswith(f"{pid}") for pid in pids
-    )
+    return any(file in dragon_files(pid) for pid in pids)
 
 
 def _used_by_strangers(files: set[str]) -> set[str]:
