@@ -230,12 +230,13 @@ class Service:
                 _log.exception("a connection of %s failed", peer)
 
     async def _serve(self, wire: Wire, peer: Peer) -> None:
+        if not peer.is_us:  # nothing of it is read
+            await wire.tell(rhapsody=__version__, error=f"this service is that of uid {os.geteuid()} alone.")
+            return
         hello: dict[str, Any] = {}
         with anyio.move_on_after(_HELLO_S):
             hello = await wire.hear()
-        if not peer.is_us:
-            await wire.tell(rhapsody=__version__, error=f"this service is that of uid {os.geteuid()} alone.")
-        elif self.ending.is_set():
+        if self.ending.is_set():
             self.held.append(wire.held())
             await wire.tell(rhapsody=__version__, ending=True)
         elif hello.get("as") not in ("mcp", "control"):

@@ -76,7 +76,7 @@ async def test_a_wait_for_some_of_a_sweep_shows_those_that_ended() -> None:
     async with open_agent(backend=(backend := Held("slow"))) as agent:
         await agent.session()
         await submit(agent, {"name": "sweep", "prompt": {"item": True}, "for_each": ["a", "slow", "b", "slow", "c"]})
-        reply = await agent.call("wait_tasks", **SESSION, tasks=["sweep"], count=3)
+        reply = await agent.call("wait_tasks", **SESSION, tasks=["sweep"], count=3, timeout_s=1)
         assert reply["counts"] == {"DONE": 3, "QUEUED": 2}
         assert reply["done"] == [
             {

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,12 @@ def stopped(own: OwnService) -> Iterator[int]:
 
 def test_orders_to_a_service_that_does_not_answer_say_so_and_only_force_ends_it(own: OwnService) -> None:
     with stopped(own) as pid:
-        for order in ("status", "start", "stop"):
-            ran = own.run("service", order)
+        with ThreadPoolExecutor() as together:  # each waits for 5 s
+            orders = [("status",), ("start",), ("stop",), ("status", "--json")]
+            *runs, told = together.map(lambda order: own.run("service", *order), orders)
+        for ran in runs:
             assert ran.returncode == 1 and re.match(NOT_ANSWERED.format(pid=pid, within=5), ran.stderr)
             assert str(own.places.log) in ran.stderr and f"service stop --force --folder {own.folder}" in ran.stderr
-        told = own.run("service", "status", "--json")
         assert told.returncode == 1 and json.loads(told.stdout)["answers"] is False
         ended = own.run("service", "stop", "--force")
         assert ended.returncode == 0 and "It is ended with SIGKILL" in ended.stdout
