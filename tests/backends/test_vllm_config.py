@@ -313,6 +313,14 @@ server: {environment: {A: b}, extra_args: [--max-num-seqs, 8], served_model_name
     assert variables == {"HF_TOKEN": "hf_x", "VLLM_LOGGING_LEVEL": "ERROR", "A": "b"}
 
 
+def test_prompts_are_not_cut_in_parts_on_the_cpu_unless_the_config_file_says_so() -> None:
+    flag = "--no-enable-chunked-prefill"
+    on_gpu, on_cpu = (plan(settings(), hardware).launches[0].arguments for hardware in (FOUR_GPUS, CPU))
+    assert (flag in on_gpu, flag in on_cpu) == (False, True)
+    asked = plan(settings(server={"extra_args": ["--enable-chunked-prefill"]})).launches[0].arguments
+    assert asked.index("--enable-chunked-prefill") > asked.index(flag)
+
+
 def test_a_server_inherits_no_variable_of_a_dragon_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRAGON_INF_PD", "x")
     monkeypatch.setenv("SOME_DRAGON", "x")
