@@ -119,6 +119,8 @@ _LOADERS = {"pickle": _unpickled, "module": _imported, "source": _compiled}
 def _arguments(call: Call, bindings: Mapping[str, Value]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not call.arguments:
         return (), {}
+    if not bindings:
+        return pickle.loads(call.arguments)  # type: ignore[no-any-return]
     args, kwargs = _Unpickler(call.arguments, bindings).load()
     return args, kwargs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -114,13 +115,18 @@ class Encoder:
         self._texts: dict[str, bytes] = {}
 
     def call(self, function: Callable[..., Any] | Source | Module, args: Sequence[Any], kwargs: object) -> Call:
-        arguments = self._pickle((tuple(args), kwargs), "the arguments") if args or kwargs else b""
+        arguments = self._arguments(tuple(args), kwargs) if args or kwargs else b""
         if isinstance(function, Source):
             text = self._texts.setdefault(function.text, function.text.encode())
             return Call("source", text, function.function_name, arguments)
         if isinstance(function, Module):
             return Call("module", function.path.encode(), "", arguments)
         return Call("pickle", self._function(function), getattr(function, "__name__", ""), arguments)
+
+    def _arguments(self, args: tuple[Any, ...], kwargs: object) -> bytes:
+        if not kwargs and _PLAIN.issuperset(map(type, args)):  # no references, and nothing to tell cloudpickle of
+            return pickle.dumps((args, kwargs))
+        return self._pickle((args, kwargs), "the arguments")
 
     def _function(self, function: Callable[..., Any]) -> bytes:
         if id(function) not in self._pickled:
@@ -137,6 +143,9 @@ class Encoder:
                 "Open files, locks and connections inside the function, and pass plain data."
             ) from error
         return buffer.getvalue()
+
+
+_PLAIN = {int, float, str, bool, bytes, type(None)}
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types

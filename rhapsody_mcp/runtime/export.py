@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import platformdirs
 
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.runtime.open_sessions import OpenSession
@@ -31,18 +30,18 @@ class Exported(msgspec.Struct, frozen=True):
     provenance_file: Path
 
 
-async def export(opened: OpenSession, settings: Settings, folder: str | None = None) -> Exported:
+async def export(opened: OpenSession, settings: Settings, state: Path, folder: str | None = None) -> Exported:
     """Write script and provenance record of the session as it is now; nothing that is there is overwritten.
 
-    Without a folder they go to `exports` in the user's state folder. Raises InvalidRequest where it cannot be written.
+    Without a folder they go to `exports` in the state folder. Raises InvalidRequest where it cannot be written.
     """
-    chosen = _folder(folder)
+    chosen = _folder(folder, state)
     if folder is not None:
         Policy.of(settings).check_folder("folder", chosen)
     session = opened.session
     plans = plan_backends(opened.wanted, settings)
     record = describe_origin(opened.id, session.tasks, session.backends)
-    script = await asyncio.to_thread(write_script, opened.id, session.tasks, session.backends, plans)
+    script = await asyncio.to_thread(write_script, opened.id, session.tasks, session.backends, plans, opened.cwd)
     try:
         files = await asyncio.to_thread(_write, chosen, opened.id, script, record)
     except (OSError, ValueError) as error:
@@ -51,10 +50,8 @@ async def export(opened: OpenSession, settings: Settings, folder: str | None = N
     return Exported(script, *files)
 
 
-def _folder(wanted: str | None) -> Path:
-    folder = (
-        platformdirs.user_state_path("rhapsody-mcp") / "exports" if wanted is None else Path(os.path.expanduser(wanted))
-    )
+def _folder(wanted: str | None, state: Path) -> Path:
+    folder = state / "exports" if wanted is None else Path(os.path.expanduser(wanted))
     if not folder.is_absolute():
         raise InvalidRequest(f"folder is {wanted!r}; valid is an absolute path, as in '/home/me/runs'.")
     return folder

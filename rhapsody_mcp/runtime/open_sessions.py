@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import anyio
 import msgspec
+import platformdirs
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
@@ -96,6 +99,11 @@ class OpenSession:
         return task is not None and task.state not in (TaskState.FAILED, TaskState.CANCELED)
 
     @property
+    def cwd(self) -> str:
+        """Where its tasks start."""
+        return self.wanted.folder or os.getcwd()
+
+    @property
     def trouble(self) -> str:
         """Why what ends now could be lost, in a sentence; empty where it could not."""
         return self.recorder.trouble if self.recorder is not None else ""
@@ -164,6 +172,18 @@ class OpenSessions:
     @property
     def ledger(self) -> Ledger | None:
         return self._records and self._records.ledger
+
+    @property
+    def state(self) -> Path:
+        """Where the ledger is, or would be."""
+        return self._records.folder if self._records else platformdirs.user_state_path("rhapsody-mcp")
+
+    def note_life(self) -> None:
+        """Write down that sessions with something to do live now: if this process is killed, what they ran is taken to
+        have ended soon after."""
+        for opened in self._sessions.values():
+            if opened.recorder is not None and opened.session.taken.open:
+                opened.recorder.write(UseSession(opened.recorder.key, time.time()))
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
         """Call it after each change of a task of any session, and with no task when a session was opened or closed,
@@ -336,6 +356,7 @@ class OpenSessions:
 
     async def suspend(self) -> None:
         """End everything that they started, and keep them in the ledger as they were."""
+        self.note_life()
         leaving = list(self._sessions.values())
         self._sessions.clear()
         for opened in leaving:

@@ -95,15 +95,18 @@ class Script(msgspec.Struct, frozen=True):
     secrets: tuple[str, ...]
 
 
-def write_script(id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan]) -> Script:
-    """A script that runs these tasks on backends that are made as planned, and prints what came of each as JSON.
+def write_script(
+    id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan], folder: str = ""
+) -> Script:
+    """A script that runs these tasks on backends that are made as planned, in `folder`, and prints what came of each as
+    JSON.
 
     It submits them in the same order, and waits where the session had waited: a task may build on files of those
     that had ended when it was submitted. What was canceled is left out, on request or for a source that did not end
     DONE; so is what cannot be written as code, and what another task of the same name replaced, unless a task that
     is in the script uses it.
     """
-    return _Writer(id, tasks, backends, plans).write()
+    return _Writer(id, tasks, backends, plans, folder).write()
 
 
 def draws_by_chance(task: Task) -> bool:
@@ -118,8 +121,10 @@ def plain_url(url: str) -> str:
 
 
 class _Writer:
-    def __init__(self, id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan]) -> None:
-        self._id, self._backends, self._plans = id, backends, plans
+    def __init__(
+        self, id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan], folder: str
+    ) -> None:
+        self._id, self._backends, self._plans, self._folder = id, backends, plans, folder
         repeatable = _repeatable(tasks)
         kept = {task.uid for task in repeatable}
         self._replaced = sum(task.replaced_by is not None for task in tasks if task.uid not in kept)
@@ -228,6 +233,8 @@ class _Writer:
 
     def _body(self) -> Iterator[str]:
         yield "async def repeat():"
+        if self._folder:
+            yield f"    os.chdir({self._folder!r})  # where the session's tasks started"
         yield f"    async with Session([{', '.join(map(self._backend, self._plans))}]) as session:"
         yield from (f"        # {told}" for told in self._unwritable.values())
         not_awaited = 0

@@ -202,6 +202,7 @@ class Session:
         self.ended += ended
         encoder, refused = Encoder(reference), dict(unreadable)
         for task in with_children(tasks):
+            task.settle_needs()
             accepted: Accepted = task, None, None
             try:
                 accepted = self._checked(task, encoder)
@@ -229,8 +230,9 @@ class Session:
             if not _is_hidden(task):
                 self.taken.add(spec)
         task._future = asyncio.get_running_loop().create_future()
-        task._future.add_done_callback(_retrieve)
         self._tasks[task.uid] = task
+        for source in task.needs():
+            source.passed_on = True
 
     def _take(self, accepted: list[Accepted]) -> None:
         for task, lane, spec in accepted:
@@ -264,6 +266,7 @@ class Session:
             if task.state is not TaskState.NEW or task.uid in self._tasks or task.uid in uids:
                 raise InvalidTask(f"{task.uid} is submitted already; make a new task for a new run.")
             uids[task.uid] = task
+            task.settle_needs()
         for task in batch:
             for source in task.sources():
                 if source.uid not in uids and source.uid not in self._tasks:
@@ -280,6 +283,8 @@ class Session:
         return accepted
 
     def _checked_children(self, parent: ForEach, encoder: Encoder) -> list[Accepted]:
+        for child in parent.children:
+            child.settle_needs()
         return [self._checked(child, encoder) for child in parent.children]
 
     def _checked(self, task: Task, encoder: Encoder) -> Accepted:
@@ -645,12 +650,7 @@ def _settle(task: Task) -> None:
         future.set_result(task)
     else:
         future.set_exception(error)
-
-
-def _retrieve(future: asyncio.Future[Task]) -> None:
-    """A failure that nobody awaits is no news: it stands in the task."""
-    if not future.cancelled():
-        future.exception()
+        future.exception()  # a failure that nobody awaits is no news: it stands in the task
 
 
 def _is_long(event: Ended) -> bool:

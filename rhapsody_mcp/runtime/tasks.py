@@ -73,7 +73,7 @@ class Task:
                   "run": it runs nevertheless, with None in the place of a result that is not there
 
     `attempts` counts how often it was started. `replaced_by` is the uid of a task that took its name after it FAILED or
-    was CANCELED.
+    was CANCELED. `passed_on` says whether another task uses its result.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class Task:
         self.last_failure = ""
         self.parent: ForEach | None = None
         self.replaced_by: str | None = None
+        self.passed_on = False
         self.state = TaskState.NEW
         self.submitted: float | None = None
         self.started: float | None = None
@@ -109,6 +110,7 @@ class Task:
         self.stderr: str | None = None
         self.ranks: list[Rank] = []
         self._future: asyncio.Future[Self] | None = None
+        self._needs: Sequence[Task] | None = None
 
     kind: str
 
@@ -116,8 +118,15 @@ class Task:
         """The tasks that must have ended before this one starts: those whose results it needs, and `after`."""
         return [*self.needs(), *self.after]
 
-    def needs(self) -> list[Task]:
+    def needs(self) -> Sequence[Task]:
         """The tasks whose results this one uses."""
+        return list(self._find_needs()) if self._needs is None else self._needs
+
+    def settle_needs(self) -> None:
+        """Look for them once and for all: the session, which takes the task now, asks again and again."""
+        self._needs = tuple(self._find_needs())
+
+    def _find_needs(self) -> Iterable[Task]:
         raise NotImplementedError
 
     def spec(self, encoder: Encoder) -> TaskSpec:
@@ -240,8 +249,8 @@ class ComputeTask(Task):
             if isinstance(self.function, Source) and isinstance(self.kwargs, dict):
                 self.function.check_arguments(self.args, self.kwargs)
 
-    def needs(self) -> list[Task]:
-        return [*_tasks_in(self.args), *_tasks_in(self.kwargs), *_tasks_in(self.arguments)]
+    def _find_needs(self) -> Iterable[Task]:
+        return itertools.chain.from_iterable(map(_tasks_in, filter(None, (self.args, self.kwargs, self.arguments))))
 
     def spec(self, encoder: Encoder) -> TaskSpec:
         work: Call | Command
@@ -331,8 +340,8 @@ class AITask(Task):
     def many(self) -> bool:
         return isinstance(self.prompt, list | tuple)
 
-    def needs(self) -> list[Task]:
-        return list(_tasks_in(self._prompts))
+    def _find_needs(self) -> Iterable[Task]:
+        return _tasks_in(self._prompts)
 
     def spec(self, encoder: Encoder) -> TaskSpec:
         work = Completion(
@@ -444,7 +453,7 @@ class ForEach(Task):
         child.parent = self
         return child
 
-    def needs(self) -> list[Task]:
+    def _find_needs(self) -> Iterable[Task]:
         return [*_tasks_in([self.items]), *self._uses]
 
     def spec(self, encoder: Encoder) -> TaskSpec:

@@ -39,6 +39,8 @@ __all__ = ["Service", "run_service"]
 _log = logging.getLogger(__name__)
 _LOOK_S = 1.0
 """How often the service looks whether its socket can still be found."""
+_ALIVE_S = 5.0
+"""How often it is written down that sessions live: so wrong may be the end of what is lost with a crash."""
 _HELLO_S = 10.0
 _GRACE_S = 5.0
 _HOUR_S, _DAY_S = 3600.0, 86400.0
@@ -133,6 +135,7 @@ class Service:
             self._group.start_soon(self._keep_socket)
             self._group.start_soon(self._end_when_idle)
             self._group.start_soon(self._forget)
+            self._group.start_soon(self._note_life)
             self._door.say("serves")
             ready()
             await self.ending.wait()
@@ -162,6 +165,11 @@ class Service:
             except Exception:  # nothing is lost where it is tried again later
                 _log.exception("old sessions cannot be forgotten")
             await anyio.sleep(_HOUR_S)
+
+    async def _note_life(self) -> None:
+        while True:
+            await anyio.sleep(_ALIVE_S)
+            self.sessions.note_life()
 
     def _cut_off(self) -> None:
         for scope in self._clients:

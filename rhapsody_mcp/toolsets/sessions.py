@@ -156,7 +156,7 @@ class Sessions:
         session: SessionId,
         folder: Annotated[str | None, Field(description='Where to, e.g. "/home/me/runs".')] = None,
     ) -> Annotated[CallToolResult, ExportReport]:
-        exported = await export(self._sessions.get(session), self._settings, folder)
+        exported = await export(self._sessions.get(session), self._settings, self._sessions.state, folder)
         data = ExportReport(script=str(exported.script_file), provenance=str(exported.provenance_file))
         return reply(_exported_text(data, exported.script), data)
 

@@ -250,15 +250,14 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
     news = list(chosen.ended(chosen.since))
     shown, position, hidden = _page(chosen, news)
     fresh = {task.uid for _, task in news}
-    passed_on = {source.uid for task in chosen.opened.session.tasks for source in task.needs()}
     tasks = {task.uid: task for task in leaves(chosen.awaited)}.values()
     is_over = all(task.state.final for task in chosen.until)
     errors = {task.outcome.error for _, task in news if task.outcome}
-    notes = [*digest_notes((task for _, task in news), _NOTES), *_of_the_service(chosen.opened, errors)]
+    notes = [*digest_notes((task for _, task in news), _NOTES), *_of_the_service(chosen, errors)]
 
     def build(share: float) -> CallToolResult:
         room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
-        rows = [_row(task, min(room, _PASSED_ON_CHARS) if task.uid in passed_on else room, fresh) for task in shown]
+        rows = [_row(task, min(room, _PASSED_ON_CHARS) if task.passed_on else room, fresh) for task in shown]
         failures = digest_failures((task for _, task in news), share)
         data = Waited(
             ended=is_over,
@@ -280,10 +279,12 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
     return fitted(build)
 
 
-def _of_the_service(opened: OpenSession, errors: Collection[str]) -> list[str]:
-    """What became of engines lately, each thing once and not what `errors` tell; and what keeps the service from
-    writing."""
-    after = time.time() - _LATELY_S
+def _of_the_service(chosen: Chosen, errors: Collection[str]) -> list[str]:
+    """What became of engines lately, since these tasks were submitted, each thing once and not what `errors` tell; and
+    what keeps the service from writing."""
+    opened = chosen.opened
+    first = min((task.submitted for task in chosen.awaited if task.submitted), default=0.0)
+    after = max(first, time.time() - _LATELY_S)
     texts = (notice.text for notice in reversed(opened.session.notices) if notice.at > after)
     lately = [text for text in dict.fromkeys(texts) if not any(text in error for error in errors)][::-1]
     return [*lately[-_NOTICES:], *([opened.trouble] if opened.trouble else [])]
@@ -364,7 +365,9 @@ def _text(data: Waited, rows: list[str], chosen: Chosen) -> str:
         lines.append(f'... and {data.done_not_shown} more DONE: wait_tasks with cursor="{data.cursor}" shows the next.')
     lines += [group.line() for group in data.failures]
     if data.failures_not_shown:
-        lines.append(f'... and {data.failures_not_shown} more: list_tasks(state="FAILED")')
+        states = [state for state in ("FAILED", "CANCELED") if data.counts.get(state)]
+        lists = " and ".join(f'list_tasks(state="{state}")' for state in states)
+        lines.append(f"... and {data.failures_not_shown} more: {lists}")
     lines += [f"Note: {one_line(note).rstrip('.')}." for note in data.notes or []]
     return "\n".join([*lines, *_next_steps(data, chosen)])
 

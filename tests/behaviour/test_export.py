@@ -51,6 +51,12 @@ def mode(file: str | Path) -> int:
     return stat.S_IMODE(Path(file).stat().st_mode)
 
 
+async def test_it_is_run_where_the_tasks_of_the_session_were(agent: Agent, tmp_path: Path) -> None:
+    await submit(agent, {"executable": "/bin/cat", "arguments": ["data.txt"]})
+    script, _ = await export(agent, tmp_path)
+    assert f"    os.chdir({os.getcwd()!r})" in script and "\nimport os\n" in script
+
+
 async def test_a_person_reads_functions_and_tasks_in_their_order(agent: Agent, tmp_path: Path) -> None:
     await agent.call("register_function", session="session-1", source=DOUBLE)
     await submit(

@@ -104,6 +104,18 @@ async def test_what_ran_is_lost_unless_it_may_be_tried_again(life: Life) -> None
         assert refused["cause"] == "lost" and "service ended" in refused["error"]
 
 
+async def test_one_that_was_lost_has_run_until_the_service_ended(life: Life) -> None:
+    async with life(backend=never_ending("task.000001")) as agent:
+        await agent.session()
+        await submit(agent, {"name": "sum", "source": ADD, "args": [1, 2]})
+        await until(agent, RUNNING=1)
+        before = time.time()
+    async with life() as agent:
+        await waited(agent)
+        outcome = agent.sessions.get("session-1").task("sum").outcome
+        assert outcome is not None and before <= outcome.ended <= time.time()
+
+
 async def test_one_that_was_lost_can_be_submitted_again_under_its_name(life: Life) -> None:
     async with life(backend=never_ending("task.000001")) as agent:
         await agent.session()

@@ -166,6 +166,14 @@ async def test_failures_that_are_not_shown_are_counted(agent: Agent) -> None:
     assert '\n... and 2 more: list_tasks(state="FAILED")\n' in agent.texts[-1]
 
 
+async def test_failures_that_are_not_shown_are_listed_by_the_states_that_they_have(agent: Agent) -> None:
+    bad = "def bad(x):\n    raise ValueError(x)"
+    failed = [{"name": name, "source": bad, "args": [name]} for name in "abcde"]
+    await submit(agent, *failed, *({"source": bad, "args": [{"ref": name}]} for name in "abcde"))
+    await agent.call("wait_tasks", **SESSION)
+    assert 'more: list_tasks(state="FAILED") and list_tasks(state="CANCELED")\n' in agent.texts[-1]
+
+
 @pytest.mark.parametrize(
     ("fields", "detail"),
     [
