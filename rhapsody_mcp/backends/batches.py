@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -16,22 +16,24 @@ from rhapsody_mcp.model.errors import InvalidSettings
 
 __all__ = ["Dispatcher", "Limits", "Prompt", "read_limits"]
 
-_EXCHANGES = 8  # batches that one server works on at a time: it joins them, and they end at different times
-_SINGLES = 32  # the same, where a server takes single prompts only
+_EXCHANGES = 8  # batches of the same parameters that one server works on: it joins them, and they end one by one
 _NO_SUCH_ADDRESS = (404, 405, 501)
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """`batch` is the most prompts in one request, `at_once` the most that one server has at a time. A prompt for
-    which a server has room waits `wait_s` at most, for others to go with."""
+    """`batch` is the most prompts in one request, `at_once` the most that one server has at a time, and `requests` the
+    most requests, unless a prompt has waited too long. A prompt for which a server has room waits `wait_s` at most, for
+    others to go with."""
 
     batch: int = 32
     at_once: int = 1024
     wait_s: float = 0.5
+    requests: int = 32
 
 
-def read_limits(max_batch_size: int, wait_s: float, *, batches: bool = True) -> Limits:
-    """The limits that a backend's user gives; without `batches`, every prompt is a request of its own.
+def read_limits(max_batch_size: int, wait_s: float, *, batches: bool = True, our_own: bool = False) -> Limits:
+    """The limits that a backend's user gives; without `batches`, every prompt is a request of its own. A server that is
+    `our_own` gets as many requests as prompts.
 
     Raises InvalidSettings.
     """
@@ -39,7 +41,8 @@ def read_limits(max_batch_size: int, wait_s: float, *, batches: bool = True) -> 
         raise InvalidSettings(f"max_batch_size is {max_batch_size!r}; valid is a whole number of at least 1.")
     if not 0 <= wait_s < math.inf:
         raise InvalidSettings(f"max_batch_wait_ms is {wait_s * 1000:g}; valid is a number of at least 0.")
-    return Limits(min(max_batch_size, Limits().batch) if batches else 1, max_batch_size, wait_s)
+    batch = min(max_batch_size, Limits().batch) if batches else 1
+    return Limits(batch, max_batch_size, wait_s, max_batch_size if our_own else Limits().requests)
 
 
 class Prompt:
@@ -76,9 +79,9 @@ class Prompt:
 class Dispatcher:
     """Shares prompts out among servers, the least busy first.
 
-    A prompt goes out at once where a server has few requests. Otherwise it waits until one of them ends, or until
-    `limits.wait_s` are over, and then takes along what is like it. A batch that fails is sent again one by one, so
-    that a bad prompt fails alone; so is everything, to a server that takes no batches.
+    A prompt goes out at once where a server has few requests that are like it. Otherwise it waits until one of them
+    ends, or until `limits.wait_s` are over, and then takes along what is like it. A batch that fails is sent again one
+    by one, so that a bad prompt fails alone; so is everything, to a server that takes no batches.
     """
 
     def __init__(self, servers: Iterable[ChatServer], limits: Limits) -> None:
@@ -143,7 +146,7 @@ class Dispatcher:
             lanes = [lane for lane in self._lanes if lane.lost is None]
             if not lanes:
                 self._give_up()
-            elif free := [lane for lane in lanes if lane.has_room(self._limits, overdue=due <= now)]:
+            elif free := [lane for lane in lanes if lane.has_room(oldest.kin, self._limits, overdue=due <= now)]:
                 lane = min(free, key=lambda lane: lane.prompts)
                 self._send(lane, self._batch(oldest, lane))
             else:
@@ -175,6 +178,7 @@ class Dispatcher:
         task = asyncio.create_task(lane.server.complete(batch[0].parameters, conversations))
         self._exchanges.add(task)
         lane.exchanges.add(task)
+        lane.kin[batch[0].kin] += 1
         lane.prompts += len(batch)
         for prompt in batch:
             prompt.exchange = task
@@ -198,6 +202,7 @@ class Dispatcher:
     def _exchanged(self, lane: _Lane, batch: list[Prompt], task: asyncio.Task[list[Answer]]) -> None:
         self._exchanges.discard(task)
         lane.exchanges.discard(task)
+        lane.kin -= Counter([batch[0].kin])
         lane.prompts -= len(batch)
         if task.cancelled():
             if lane.lost is not None:
@@ -236,11 +241,14 @@ class _Lane:
         self.server = server
         self.exchanges: set[asyncio.Task[list[Answer]]] = set()
         self.prompts = 0
+        self.kin: Counter[bytes] = Counter()
+        """Its exchanges, by what their prompts have in common."""
         self.takes_batches = True
         self.lost: Lost | None = None
 
-    def has_room(self, limits: Limits, *, overdue: bool) -> bool:
-        quiet = len(self.exchanges) < (_EXCHANGES if self.takes_batches else _SINGLES)
+    def has_room(self, kin: bytes, limits: Limits, *, overdue: bool) -> bool:
+        gathers = self.takes_batches and limits.batch > 1 and self.kin[kin] >= _EXCHANGES
+        quiet = len(self.exchanges) < limits.requests and not gathers
         return self.prompts < limits.at_once and (quiet or overdue)
 
 

@@ -271,7 +271,7 @@ class DragonVllmInferenceBackend(Awaitable):
             at_once = batching.max_batch_limit
         if self._max_batch_wait_ms == _MAX_BATCH_WAIT_MS and batching.input_batch_wait_seconds is not None:
             wait_s = batching.input_batch_wait_seconds
-        return read_limits(at_once, wait_s, batches=batching.toggle_on)
+        return read_limits(at_once, wait_s, batches=batching.toggle_on, our_own=True)
 
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
         if self._completions is None or self._is_dead:

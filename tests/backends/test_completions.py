@@ -210,12 +210,23 @@ async def test_only_prompts_with_the_same_parameters_and_timeout_share_a_batch(
 
 
 async def fill(session: Session, server: StandIn, requests: int = 8) -> list[AITask]:
-    """Give the server so much to do, one request a task, that the next task has to wait."""
+    """Give the server so much to do, one request a task, that the next task of the same parameters has to wait."""
     server.gate.clear()
-    tasks = [AITask(f"busy {number}", max_tokens=1 + number) for number in range(requests)]
-    await session.submit_tasks(tasks)
-    await server.until(lambda: len(server.bodies) == requests)
+    tasks = [AITask(f"busy {number}") for number in range(requests)]
+    for number, task in enumerate(tasks, 1):
+        await session.submit_tasks([task])
+        await server.until(lambda number=number: len(server.bodies) == number)  # type: ignore[misc]
     return tasks
+
+
+async def test_prompts_of_other_parameters_do_not_wait_for_each_other(session: Session, server: StandIn) -> None:
+    server.gate.clear()
+    tasks = [AITask("hi", max_tokens=1 + number) for number in range(40)]
+    await session.submit_tasks(tasks)
+    await server.until(lambda: len(server.bodies) == 32)
+    server.gate.set()
+    await session.wait_tasks(tasks)
+    assert [len(conversations(body)) for body in server.bodies] == [1] * 40
 
 
 async def test_what_waits_for_a_busy_server_goes_together_as_soon_as_a_request_ends(
