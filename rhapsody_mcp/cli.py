@@ -115,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--samples", type=_samples, default=200, help="how many samples to ask for (default: 200)")
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser("bench", help="measure this machine, against the barest programs that do the same work")
+    bench.add_argument("--quick", action="store_true", help="less of each, in under 2 minutes")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    bench.add_argument("--chart", type=Path, metavar="FILE", help="draw them into a PNG file (needs matplotlib)")
+    bench.set_defaults(run=_bench)
+
     doctor = commands.add_parser("doctor", help="say what is there, what is missing, and how to get it")
     _add_folder(doctor)
     doctor.set_defaults(run=_doctor)
@@ -351,6 +357,14 @@ def _demo(options: argparse.Namespace) -> int:
     from rhapsody_mcp.demo import run_demo
 
     return anyio.run(run_demo, options.model, options.samples)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import anyio
+
+    from rhapsody_mcp.bench.running import FULL, QUICK, run_bench
+
+    return anyio.run(run_bench, QUICK if options.quick else FULL, options.json, options.chart)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -19,6 +19,8 @@ import pytest
 
 from rhapsody_mcp.api import AITask, Session
 from rhapsody_mcp.backends import DragonVllmInferenceBackend
+from rhapsody_mcp.bench.measuring import measure
+from rhapsody_mcp.bench.prompts import rows_on
 from rhapsody_mcp.engine.processes import descendants
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -491,3 +493,11 @@ def free_pair() -> int:
                 continue
             return port
     raise AssertionError("no two free ports in a row")
+
+
+async def test_the_prompts_of_the_benchmark_are_answered_by_both_sides(
+    session: Session, backend: DragonVllmInferenceBackend
+) -> None:
+    async with rows_on(session, backend, 40, 4) as rows:
+        figures = [await measure(row, 1) for row in rows]
+    assert len(figures) == 3 and all(figure.times for figure in figures)

@@ -1,0 +1,178 @@
+"""What a session costs as it grows: a server in one process, its ledger on, and a backend that ends each task at once.
+
+python -m rhapsody_mcp.bench.growth COUNT
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+from mcp import Client
+
+from rhapsody_mcp.backends.base import Awaitable, Ended, Kind, Report, Running
+from rhapsody_mcp.bench.measuring import Row, Shown
+from rhapsody_mcp.model.errors import RhapsodyError
+from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.model.values import Reader, Value
+from rhapsody_mcp.runtime.ledger.ledger import Ledger
+from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.restoring import Records
+from rhapsody_mcp.server import build_server
+from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.recipes import read_recipe
+
+__all__ = ["Growth", "growth_rows"]
+
+_AT_ONCE = 500
+_MOST_AT_FIRST = 1000
+
+
+class Growth(msgspec.Struct, frozen=True):
+    """Of a session of `tasks` tasks that have ended. Seconds a task at the beginning and at the end, bytes a task in
+    the server's memory, seconds for a page of list_tasks and for get_statistics."""
+
+    tasks: int
+    first_s: float
+    last_s: float
+    task_bytes: float
+    page_s: float
+    statistics_s: float
+
+
+@asynccontextmanager
+async def growth_rows(tasks: int) -> AsyncIterator[list[Row]]:
+    told: list[Growth] = []
+
+    async def grow() -> Growth:
+        process = await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", __name__, str(tasks)], stdout=asyncio.subprocess.PIPE
+        )
+        stdout, _ = await process.communicate()
+        if process.returncode:
+            raise RhapsodyError(f"the benchmark's session of {tasks} tasks ended with exit code {process.returncode}")
+        return msgspec.json.decode(stdout, type=Growth)
+
+    async def last_s() -> float:
+        told.append(await grow())
+        return told[-1].last_s
+
+    async def of_each(field: str) -> float:
+        """Of the runs that the row before made, in turn."""
+        told.append(told.pop(0))
+        return cast(float, getattr(told[-1], field))
+
+    def of_each_row(name: str, field: str, shown: Shown = "time") -> Row:
+        return Row(name, partial(of_each, field), shown=shown, warm_up=False)
+
+    first = partial(of_each, "first_s")
+    yield [
+        Row(f"a task in a session of {tasks:,}", last_s, first, bare=f"in one of {_MOST_AT_FIRST:,}", warm_up=False),
+        of_each_row("a page of list_tasks there", "page_s"),
+        of_each_row("get_statistics there", "statistics_s"),
+        of_each_row("a task that has ended, in memory", "task_bytes", "bytes"),
+    ]
+
+
+class _Instant(Awaitable):
+    """Ends each task as soon as the loop comes to it."""
+
+    name = "instant"
+    kinds: tuple[Kind, ...] = ("function",)
+
+    def check(self, spec: TaskSpec) -> None:
+        pass
+
+    async def start(self) -> None:
+        pass
+
+    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+        loop = asyncio.get_running_loop()
+        for order in orders:
+            loop.call_soon(_end, order.spec.uid, report)
+
+    def cancel(self, uids: Collection[str]) -> None:
+        pass
+
+    async def _close(self) -> None:
+        pass
+
+    def describe(self) -> dict[str, Any]:
+        return {"backend": self.name}
+
+
+def _end(uid: str, report: Report) -> None:
+    now = time.time()
+    report(Running(uid, now))
+    report(Ended(uid, Outcome(state=TaskState.DONE, started=now, ended=now, value=Value("json", "int", 1, b"1"))))
+
+
+class _Client:
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def call(self, tool: str, **arguments: Any) -> tuple[dict[str, Any], float]:
+        """The structured reply, and the seconds until it is there."""
+        began = time.perf_counter()
+        result = await self._client.call_tool(tool, arguments)
+        took = time.perf_counter() - began
+        if result.is_error:
+            raise RhapsodyError(f"{tool} was refused in the benchmark: {result.content}")
+        return cast(dict[str, Any], result.structured_content), took
+
+    async def grow(self, session: str, count: int) -> float:
+        """Run so many tasks more; seconds a task."""
+        took = 0.0
+        for _ in range(0, count, _AT_ONCE):
+            request = [{"function": "operator:index", "args": [number]} for number in range(_AT_ONCE)]
+            submitted, submit_s = await self.call("submit_tasks", session=session, tasks=request)
+            waited, wait_s = await self.call("wait_tasks", session=session, tasks=[submitted["last"]])
+            assert waited["ended"]
+            took += submit_s + wait_s
+        return took / count
+
+
+async def _measure(tasks: int) -> Growth:
+    settings = Settings(budget_tasks=None, max_session_tasks=None, max_open_tasks=None, max_held_bytes=None)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        ledger = Ledger(Path(folder))
+        ledger.open()
+        try:
+            return await _grown(tasks, settings, Records(ledger, Path(folder), read_recipe))
+        finally:
+            await ledger.close()
+
+
+async def _grown(tasks: int, settings: Settings, records: Records) -> Growth:
+    async with OpenSessions(lambda _: [_Instant()], records, settings=settings) as sessions:
+        await sessions.restore()
+        async with Client(build_server(settings, sessions)) as connected:
+            client = _Client(connected)
+            session = (await client.call("create_session"))[0]["session"]
+            await client.grow(session, _AT_ONCE)
+            first_s, before = await client.grow(session, _MOST_AT_FIRST - _AT_ONCE), _memory()
+            await client.grow(session, tasks - 2 * _MOST_AT_FIRST)
+            last_s = await client.grow(session, _MOST_AT_FIRST)
+            task_bytes = (_memory() - before) / (tasks - _MOST_AT_FIRST)
+            page_s = (await client.call("list_tasks", session=session))[1]
+            statistics_s = (await client.call("get_statistics", session=session))[1]
+            return Growth(tasks, first_s, last_s, task_bytes, page_s, statistics_s)
+
+
+def _memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(msgspec.json.encode(asyncio.run(_measure(int(sys.argv[1])))))

@@ -1,0 +1,113 @@
+"""The rows of prompts, on one vLLM server that both sides ask."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import httpx2
+
+from rhapsody_mcp.api import AITask, Session, TaskState
+from rhapsody_mcp.backends import DragonVllmInferenceBackend
+from rhapsody_mcp.bench.measuring import Row
+from rhapsody_mcp.model.errors import RhapsodyError
+
+__all__ = ["prompt_rows", "rows_on"]
+
+_TOKENS = 32
+_BATCH = 256
+
+
+@asynccontextmanager
+async def prompt_rows(same: int, different: int) -> AsyncIterator[list[Row]]:
+    backend = await DragonVllmInferenceBackend(model="shipped", device="auto", max_batch_size=_BATCH)
+    async with Session([backend]) as session, rows_on(session, backend, same, different) as rows:
+        yield rows
+
+
+@asynccontextmanager
+async def rows_on(
+    session: Session, backend: DragonVllmInferenceBackend, same: int, different: int
+) -> AsyncIterator[list[Row]]:
+    """Of a session with this backend, which serves already."""
+    headers = {"Authorization": f"Bearer {backend.api_key}"}
+    limits = httpx2.Limits(max_connections=different)
+    async with httpx2.AsyncClient(base_url=backend.urls[0], headers=headers, timeout=None, limits=limits) as client:
+        yield [
+            Row(
+                f"{same:,} prompts, the same parameters",
+                partial(_list, session, same),
+                partial(_batches, client, same),
+                same,
+                "rate",
+                f"the server's batch endpoint, {_BATCH} at a time",
+            ),
+            Row(
+                f"{different} prompts, all of other parameters",
+                partial(_singles, session, different),
+                partial(_requests, client, different),
+                different,
+                "rate",
+                "requests to the server, all at once",
+            ),
+            Row(
+                "one prompt",
+                partial(_singles, session, 1),
+                partial(_requests, client, 1),
+                bare="a request to the server",
+            ),
+        ]
+
+
+def _prompt(number: int) -> str:
+    return f"Write a labelled sample, number {number}."
+
+
+async def _list(session: Session, count: int) -> float:
+    return await _run(session, [AITask(list(map(_prompt, range(count))), max_tokens=_TOKENS, temperature=1.0)])
+
+
+async def _singles(session: Session, count: int) -> float:
+    tasks = [AITask(_prompt(number), max_tokens=_TOKENS, temperature=1.0, seed=number) for number in range(count)]
+    return await _run(session, tasks)
+
+
+async def _run(session: Session, tasks: Sequence[AITask]) -> float:
+    began = time.perf_counter()
+    await session.submit_tasks(tasks)
+    await session.wait_tasks(tasks)
+    took = time.perf_counter() - began
+    if bad := [task for task in tasks if task.state is not TaskState.DONE]:
+        raise RhapsodyError(f"a prompt of the benchmark did not end DONE: {bad[0].exception}")
+    return took
+
+
+async def _batches(client: httpx2.AsyncClient, count: int) -> float:
+    began = time.perf_counter()
+    for start in range(0, count, _BATCH):
+        numbers = range(start, min(count, start + _BATCH))
+        await _ask(client, "chat/completions/batch", messages=[_messages(number) for number in numbers])
+    return time.perf_counter() - began
+
+
+async def _requests(client: httpx2.AsyncClient, count: int) -> float:
+    began = time.perf_counter()
+    await asyncio.gather(
+        *(_ask(client, "chat/completions", messages=_messages(number), seed=number) for number in range(count))
+    )
+    return time.perf_counter() - began
+
+
+async def _ask(client: httpx2.AsyncClient, path: str, **asked: Any) -> None:
+    answer = await client.post(path, json={"max_tokens": _TOKENS, "temperature": 1.0, **asked})
+    if answer.is_error:
+        raise RhapsodyError(f"the server itself answered with {answer.status_code}: {answer.text[:500]}")
+    answer.json()
+
+
+def _messages(number: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": _prompt(number)}]

@@ -1,0 +1,80 @@
+"""Shows what was measured: a table in the terminal, JSON, and a chart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from rhapsody_mcp.bench.measuring import Figure, Shown, Spread
+
+__all__ = ["Report", "draw", "show", "write_json"]
+
+
+class Report(msgspec.Struct, frozen=True):
+    """A whole run, with the command that repeats it and the load of the machine around it."""
+
+    version: str
+    command: str
+    machine: str
+    before: str
+    after: str
+    figures: Sequence[Figure]
+
+
+def show(report: Report, console: Console) -> None:
+    table = Table("work", "ours", "limit", "times the limit", "what the limit is", title=report.machine)
+    for figure in report.figures:
+        table.add_row(figure.name, _told(figure, figure.ours), _told(figure, figure.limit), _times(figure), figure.bare)
+    console.print(table)
+    console.print(f"Medians of {max(figure.runs for figure in report.figures)} runs, and their spread.", style="dim")
+    console.print(f"Before: {report.before}. After: {report.after}.", style="dim")
+
+
+def _times(figure: Figure) -> str:
+    return "" if figure.times is None else f"{figure.times:.2f}"
+
+
+def _told(figure: Figure, spread: Spread | None) -> str:
+    if spread is None:
+        return ""
+    values = (spread.median, spread.least, spread.most)
+    if figure.shown == "rate":
+        values = (figure.count / spread.median, figure.count / spread.most, figure.count / spread.least)
+    median, least, most = (_TOLD[figure.shown](value) for value in values)
+    return f"{median} ({least} to {most})"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1000:.2f} ms" if value < 1 else f"{value:.2f} s"
+
+
+_TOLD: dict[Shown, Callable[[float], str]] = {
+    "rate": lambda value: f"{value:,.0f}/s",
+    "time": _seconds,
+    "share": lambda value: f"{value:.1%}",
+    "bytes": lambda value: f"{value / 1e6:,.1f} MB" if value > 1e6 else f"{value:,.0f} bytes",
+}
+
+
+def write_json(report: Report, file: Path) -> None:
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
+
+
+def draw(report: Report, file: Path) -> None:
+    """A bar a row, as long as how many times as long ours takes as the limit. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure as Picture
+
+    rows = [figure for figure in reversed(report.figures) if figure.times is not None]
+    picture = Picture(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
+    axes = picture.subplots()
+    bars = axes.barh([row.name for row in rows], [row.times or 0 for row in rows], color="#4477aa")
+    axes.bar_label(bars, labels=[f" {_times(row)}" for row in rows])
+    axes.axvline(1, color="#bb5566")
+    axes.set_xscale("log")
+    axes.set_xlabel("times as long as the barest program that does the same (1: the limit of this machine)")
+    axes.margins(x=0.15)
+    picture.savefig(file, dpi=120)

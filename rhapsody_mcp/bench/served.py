@@ -1,0 +1,207 @@
+"""The rows of the service: the same work through an MCP client, the ledger on, and what the service itself takes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from mcp import Client, StdioServerParameters
+from mcp.client.stdio import stdio_client
+
+from rhapsody_mcp.api import Session
+from rhapsody_mcp.backends import DragonExecutionBackendV3
+from rhapsody_mcp.bench.compute import functions
+from rhapsody_mcp.bench.measuring import Row
+from rhapsody_mcp.engine.processes import descendants
+from rhapsody_mcp.model.errors import RhapsodyError
+
+__all__ = ["first_reply", "served_rows"]
+
+_PROGRAM = [sys.executable, "-m", "rhapsody_mcp"]
+_NO_OP = {"function": "rhapsody_mcp.bench.bare:no_op"}
+_LARGE = f"{__name__}:large"
+_LARGE_BYTES = 100_000_000
+_BARE = "an empty MCP server"
+_EMPTY = "from mcp.server.mcpserver import MCPServer; MCPServer('empty').run()"
+
+
+def large(size: int) -> bytes:
+    return bytes(size)
+
+
+class _Agent:
+    """An MCP client before a service of its own, with an open session on Dragon."""
+
+    def __init__(self, client: Client, folder: Path) -> None:
+        self._client, self.folder = client, folder
+        self._session = ""
+
+    async def open(self) -> None:
+        self._session = (await self._call("create_session", backends=["dragon"]))["session"]
+        await self.one()
+
+    async def _call(self, tool: str, **arguments: Any) -> dict[str, Any]:
+        result = await self._client.call_tool(tool, arguments)
+        if result.is_error:
+            raise RhapsodyError(f"{tool} was refused in the benchmark: {result.content}")
+        return cast(dict[str, Any], result.structured_content)
+
+    async def _run(self, *tasks: dict[str, Any]) -> float:
+        """The seconds from the submission until the client is told that all have ended."""
+        began = time.perf_counter()
+        submitted = await self._call("submit_tasks", session=self._session, tasks=list(tasks))
+        names = list({submitted["first"], submitted["last"]})
+        while not (told := await self._call("wait_tasks", session=self._session, tasks=names))["ended"]:
+            pass
+        took = time.perf_counter() - began
+        if told["failures"]:
+            raise RhapsodyError(f"a task of the benchmark failed: {told['failures']}")
+        return took
+
+    async def many(self, count: int) -> float:
+        return await self._run({**_NO_OP, "args": [{"item": True}], "for_each": list(range(count))})
+
+    async def one(self) -> float:
+        return await self._run({**_NO_OP, "args": [1]})
+
+    async def pass_on(self) -> float:
+        made = {"name": f"made-{time.time_ns()}", "function": _LARGE, "args": [_LARGE_BYTES]}
+        return await self._run(made, {"function": "builtins:len", "args": [{"ref": made["name"]}]})
+
+    def service(self) -> int:
+        """Its process."""
+        command = [*_PROGRAM, "service", "status", "--json", "--folder", str(self.folder)]
+        return int(json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["pid"])
+
+
+@asynccontextmanager
+async def _agent() -> AsyncIterator[_Agent]:
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
+        where = ["--folder", folder]
+        command = [*_PROGRAM, "stdio", "--config", _settings(folder), *where]
+        server = StdioServerParameters(command=command[0], args=command[1:], env=dict(os.environ))
+        try:
+            async with Client(stdio_client(server)) as client:
+                yield _Agent(client, Path(folder))
+        finally:
+            await _stop(where)
+
+
+def _settings(folder: str) -> str:
+    """A file of them, under which nobody is asked before much is run."""
+    file = Path(folder, "settings.yaml")
+    file.write_text("budget_tasks: null\n")
+    return str(file)
+
+
+@asynccontextmanager
+async def served_rows(many: int, idle_s: float) -> AsyncIterator[list[Row]]:
+    async with _agent() as agent, Session([await DragonExecutionBackendV3()]) as session:
+        await agent.open()
+        service = await asyncio.to_thread(agent.service)
+        before: list[int] = []
+
+        async def pass_on() -> float:
+            before.append(_memory(service))
+            return await agent.pass_on()
+
+        async def grown() -> float:
+            return float(_memory(service) - before[0])
+
+        python = "the same from Python, without a ledger"
+        yield [
+            Row(
+                f"{many:,} functions in one call of submit_tasks",
+                partial(agent.many, many),
+                partial(functions, session, many),
+                many,
+                "rate",
+                python,
+            ),
+            Row(
+                "one function: submit_tasks, then wait_tasks",
+                agent.one,
+                partial(functions, session, 1),
+                bare=python,
+            ),
+            Row(
+                "100 MB from one task to the next",
+                pass_on,
+                partial(asyncio.to_thread, _write_and_read, agent.folder),
+                bare="a file written and read",
+            ),
+            Row("what the service's memory grew by meanwhile", grown, shown="bytes", warm_up=False),
+            Row("the idle service", partial(_share, [service], idle_s), shown="share", warm_up=False),
+            Row("its idle Dragon", partial(_share, descendants(service), idle_s), shown="share", warm_up=False),
+        ]
+
+
+def _write_and_read(folder: Path) -> float:
+    data = bytes(_LARGE_BYTES)
+    began = time.perf_counter()
+    file = folder / "large"
+    file.write_bytes(data)
+    length = len(file.read_bytes())
+    took = time.perf_counter() - began
+    file.unlink()
+    assert length == _LARGE_BYTES
+    return took
+
+
+def _memory(pid: int) -> int:
+    """The most that it ever had, in bytes."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+async def _share(pids: Collection[int], seconds: float) -> float:
+    """Of one core, over so many seconds."""
+    before, began = sum(map(_cpu_s, pids)), time.perf_counter()
+    await asyncio.sleep(seconds)
+    return (sum(map(_cpu_s, pids)) - before) / (time.perf_counter() - began)
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+# --- starts
+
+
+@asynccontextmanager
+async def first_reply() -> AsyncIterator[list[Row]]:
+    with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
+        where = ["--folder", folder]
+        alone, there = [*_PROGRAM, "stdio", "--in-process"], [*_PROGRAM, "stdio", *where]
+        empty = partial(_first_reply, [sys.executable, "-c", _EMPTY])
+        try:
+            yield [
+                Row("first reply, --in-process", partial(_first_reply, alone), empty, bare=_BARE),
+                Row("first reply, where the service runs", partial(_first_reply, there), empty, bare=_BARE),
+            ]
+        finally:
+            await _stop(where)
+
+
+async def _stop(where: Sequence[str]) -> None:
+    command = [*_PROGRAM, "service", "stop", "--force", *where]
+    await asyncio.to_thread(partial(subprocess.run, command, check=False, stdout=subprocess.DEVNULL))
+
+
+async def _first_reply(command: list[str]) -> float:
+    """The seconds from the start of the command until a client has its list of tools."""
+    began = time.perf_counter()
+    async with Client(stdio_client(StdioServerParameters(command=command[0], args=command[1:]))) as client:
+        await client.list_tools()
+        return time.perf_counter() - began
