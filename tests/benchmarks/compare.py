@@ -1,0 +1,182 @@
+"""Runs the same works through others and through us, in turn, on this machine.
+
+    python -m tests.benchmarks.compare --environments FOLDER --rounds 3
+
+Each contestant has a Python environment of its own in FOLDER, which is made where it is not there, with the newest
+version that the package registry gives. In each round each contestant is started, does each of its works once without
+being measured and once measured, and is stopped, so that none runs beside another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+_RIVALS = Path(__file__).with_name("rivals")
+_DRAGON = "dragonhpc[batch,telemetry]==0.15.*"
+_READY_S, _WORK_S, _GRACE_S = 180.0, 300.0, 20.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`counts` are how often it does each work: fewer where it is slow, so that a round takes seconds."""
+
+    name: str
+    program: str
+    packages: Sequence[str] = ()
+    under_dragon: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+_FEW = {"functions": 40, "programs": 10, "job": 4}
+_MANY = {"functions": 10_000, "programs": 200, "job": 4}
+_SOME = {"functions": 2000, "programs": 100}
+CONTESTANTS = [
+    Contestant("rhapsody-mcp", "ours", counts=_MANY),
+    Contestant("rhapsody-py", "rhapsody_py", ["rhapsody-py[dragon]"], True, _FEW),
+    Contestant("Dragon, native Pool and processes", "dragon_pool", [_DRAGON], True, _MANY),
+    Contestant("Dragon Batch", "dragon_batch", [_DRAGON], True, _FEW),
+    Contestant("concurrent.futures", "futures", counts=_MANY),
+    Contestant("Parsl HTEX", "parsl_htex", ["parsl"], counts=_SOME),
+    Contestant("Dask distributed", "dask_distributed", ["dask[distributed]"], counts=_SOME),
+]
+
+
+class _Running:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    async def hear(self) -> dict[str, object]:
+        """Raises EOFError where it has ended."""
+        if not (line := await self._reader.readline()):
+            raise EOFError
+        told: dict[str, object] = json.loads(line)
+        return told
+
+    async def take(self, work: str, count: int) -> float:
+        """The seconds that it says."""
+        self._writer.write(json.dumps({"work": work, "count": count}).encode() + b"\n")
+        async with asyncio.timeout(_WORK_S):
+            return float(str((await self.hear())["seconds"]))
+
+    def dismiss(self) -> None:
+        self._writer.close()
+
+
+@asynccontextmanager
+async def _started(contestant: Contestant, python: Path) -> AsyncIterator[_Running]:
+    arrived: asyncio.Future[_Running] = asyncio.get_running_loop().create_future()
+    with tempfile.TemporaryDirectory(prefix="compare-", dir="/tmp") as folder:
+        address = f"{folder}/orders"
+        server = await asyncio.start_unix_server(lambda *ends: arrived.set_result(_Running(*ends)), address)
+        launcher = [str(python.with_name("dragon")), "-s"] if contestant.under_dragon else []
+        command = [*launcher, str(python), str(_RIVALS / f"{contestant.program}.py"), address]
+        nothing = asyncio.subprocess.DEVNULL
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=nothing, stdout=nothing, stderr=nothing, cwd=folder, process_group=0
+        )
+        try:
+            async with asyncio.timeout(_READY_S):
+                running = await arrived
+                await running.hear()
+            yield running
+            running.dismiss()
+            async with asyncio.timeout(_GRACE_S):
+                await process.wait()
+        finally:
+            server.close()
+            if process.returncode is None:
+                os.killpg(process.pid, 9)
+                await process.wait()
+
+
+async def _round(contestant: Contestant, python: Path, seconds: dict[tuple[str, str], list[float]]) -> str:
+    """What went wrong, in words; empty where nothing did."""
+    try:
+        async with _started(contestant, python) as running:
+            for work, count in contestant.counts.items():
+                await running.take(work, count if work == "job" else max(2, count // 20))
+                seconds[contestant.name, work].append(await running.take(work, count))
+            for _ in range(20):
+                seconds[contestant.name, "one function"].append(await running.take("functions", 1))
+    except (TimeoutError, EOFError, KeyError) as error:
+        return f"{contestant.name}: {type(error).__name__} {error}"
+    return ""
+
+
+def _environment(contestant: Contestant, folder: Path) -> Path:
+    """The Python of it; made where it is not there."""
+    if not contestant.packages:
+        return Path(sys.executable)
+    python = folder / contestant.program / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder / contestant.program)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *contestant.packages], check=True)
+    return python
+
+
+def _version(contestant: Contestant, python: Path) -> str:
+    if not contestant.packages:
+        return ""
+    package = contestant.packages[0].split("[")[0]
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _show(versions: dict[str, str], seconds: dict[tuple[str, str], list[float]], console: Console) -> None:
+    table = Table("", "functions", "one function", "programs", "a job of 4 ranks")
+    for contestant in CONTESTANTS:
+        cells = []
+        for work, count in (("functions", contestant.counts["functions"]), ("one function", 0)):
+            cells.append(_told(seconds.get((contestant.name, work)), count))
+        cells += [_told(seconds.get((contestant.name, "programs")), contestant.counts.get("programs", 0))]
+        cells += [_told(seconds.get((contestant.name, "job")), 0)]
+        table.add_row(f"{contestant.name} {versions[contestant.name]}".strip(), *cells)
+    console.print(table)
+
+
+def _told(values: list[float] | None, count: int) -> str:
+    """A rate where there was a count, else a time, each a median."""
+    if not values:
+        return "-"
+    median = statistics.median(values)
+    if not count:
+        return f"{median * 1000:.2f} ms"
+    return f"{count / median:,.{0 if count / median >= 10 else 1}f}/s"
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.compare")
+    parser.add_argument("--environments", type=Path, required=True, help="a folder for theirs; made if it is not there")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="beginnings of names")
+    options = parser.parse_args()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    chosen = [one for one in CONTESTANTS if not options.only or one.name.startswith(tuple(options.only))]
+    pythons = {one.name: _environment(one, options.environments.absolute()) for one in chosen}
+    versions = {one.name: _version(one, pythons[one.name]) if one in chosen else "" for one in CONTESTANTS}
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for number in range(options.rounds):
+        for contestant in chosen:
+            if problem := await _round(contestant, pythons[contestant.name], seconds):
+                console.print(f"round {number + 1}: {problem}")
+    _show(versions, seconds, console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
