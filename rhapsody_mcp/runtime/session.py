@@ -200,6 +200,8 @@ class Session:
         """
         self._submitted += tasks
         self.ended += ended
+        for position, task in enumerate(self.ended):
+            task.position = position
         encoder, refused = Encoder(reference), dict(unreadable)
         for task in with_children(tasks):
             task.settle_needs()
@@ -221,15 +223,13 @@ class Session:
         self._have(task, lane, spec)
         if spec is not None:
             self.taken.end(task.outcome or _canceled(Cause.LOST, ""))
-        self._missing[task.uid] = set()
-        _settle(task)
+        task.settle()
 
     def _have(self, task: Task, lane: Lane | None, spec: TaskSpec | None) -> None:
         if lane is not None and spec is not None:
             task.backend, self._specs[task.uid] = lane.backend.name, spec
             if not _is_hidden(task):
                 self.taken.add(spec)
-        task._future = asyncio.get_running_loop().create_future()
         self._tasks[task.uid] = task
         for source in task.needs():
             source.passed_on = True
@@ -240,7 +240,7 @@ class Session:
         self._queue([task for task, _, _ in accepted if self._is_ready(task)])
 
     def _is_ready(self, task: Task) -> bool:
-        return not self._missing[task.uid] and task.state is TaskState.WAITING
+        return not self._missing.get(task.uid) and task.state is TaskState.WAITING
 
     async def run_hidden(self, task: Task) -> Task:
         """Run a task of this program's own, which no list or count shows, and give it when it has ended.
@@ -323,7 +323,8 @@ class Session:
         has_all = isinstance(task, ForEach) and (task.source is None or bool(task.children))
         sources = () if has_all else task.sources()
         unfinished = {source.uid for source in sources if not source.state.final}
-        self._missing[task.uid] = unfinished
+        if unfinished:
+            self._missing[task.uid] = unfinished
         for uid in unfinished:
             self._dependents.setdefault(uid, []).append(task.uid)
         if isinstance(task, ForEach) and has_all:
@@ -514,12 +515,12 @@ class Session:
                 outcome = replace(outcome, notes=(*outcome.notes, f"attempt {task.attempts}; {task.last_failure}"))
             task.outcome, task.state, task.started = outcome, outcome.state, outcome.started
             self._forget(task)
-            _settle(task)
+            task.settle()
             self._tell(task)
             if task.parent is not None:
                 self._child_has_ended(task.parent)
             for uid in self._dependents.pop(task.uid, ()):
-                missing = self._missing[uid]
+                missing = self._missing.get(uid, set())
                 missing.discard(task.uid)
                 dependent = self._tasks[uid]
                 if outcome.state is not TaskState.DONE and dependent.on_upstream_failure == "cancel":
@@ -531,10 +532,12 @@ class Session:
             self._queue(ready)
 
     def _forget(self, task: Task) -> None:
+        self._missing.pop(task.uid, None)
         if _is_hidden(task):
-            for kept in (self._tasks, self._specs, self._missing):
+            for kept in (self._tasks, self._specs):
                 kept.pop(task.uid, None)
         else:
+            task.position = len(self.ended)
             self.ended.append(task)
             if task.uid in self._specs and task.outcome is not None:
                 self.taken.end(task.outcome)
@@ -639,18 +642,6 @@ def kind_of(task: Task) -> Kind | Literal["for_each"]:
 
 def _is_hidden(task: Task) -> bool:
     return task.uid.startswith("~")
-
-
-def _settle(task: Task) -> None:
-    future = task.future
-    if future.done():
-        return
-    error = task.exception
-    if error is None:
-        future.set_result(task)
-    else:
-        future.set_exception(error)
-        future.exception()  # a failure that nobody awaits is no news: it stands in the task
 
 
 def _is_long(event: Ended) -> bool:

@@ -73,7 +73,8 @@ class Task:
                   "run": it runs nevertheless, with None in the place of a result that is not there
 
     `attempts` counts how often it was started. `replaced_by` is the uid of a task that took its name after it FAILED or
-    was CANCELED. `passed_on` says whether another task uses its result.
+    was CANCELED. `passed_on` says whether another task uses its result, and
+    `position` how many of its session had ended before it.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Task:
         self.parent: ForEach | None = None
         self.replaced_by: str | None = None
         self.passed_on = False
+        self.position: int | None = None
         self.state = TaskState.NEW
         self.submitted: float | None = None
         self.started: float | None = None
@@ -176,8 +178,21 @@ class Task:
     def future(self) -> asyncio.Future[Self]:
         """Ends with the task. Raises RhapsodyError before submission."""
         if self._future is None:
-            raise RhapsodyError(f"{self.uid} is not submitted yet: call session.submit_tasks([task]) first.")
+            if self.state is TaskState.NEW:
+                raise RhapsodyError(f"{self.uid} is not submitted yet: call session.submit_tasks([task]) first.")
+            self._future = asyncio.get_running_loop().create_future()
+            self.settle()
         return self._future
+
+    def settle(self: Self) -> None:
+        """End the future, if anybody has asked for it, once the task has ended."""
+        if self._future is None or self._future.done() or not self.state.final:
+            return
+        if (error := self.exception) is None:
+            self._future.set_result(self)
+        else:
+            self._future.set_exception(error)
+            self._future.exception()  # a failure that nobody awaits is no news: it stands in the task
 
     # --- the dict face
 

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 from mcp.server.mcpserver import Elicit
 
-from rhapsody_mcp.runtime.tasks import AITask, Task, leaves
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.asking import Asking, Confirm, Desk, ask
 from rhapsody_mcp.toolsets.requests import TaskRequest
 from rhapsody_mcp.toolsets.submitting import check, submitted_before
 
-__all__ = ["Load", "ask_to_exceed", "asked_for", "excess", "load_of"]
+__all__ = ["Load", "ask_to_exceed", "asked_for", "excess"]
 
 
 class Load(NamedTuple):
@@ -24,14 +23,6 @@ class Load(NamedTuple):
 
     def and_(self, other: Load) -> Load:
         return Load(self.tasks + other.tasks, self.tokens + other.tokens)
-
-
-def load_of(tasks: Iterable[Task]) -> Load:
-    """What these tasks are, each one of a for_each being one."""
-    one_by_one = leaves(tasks)
-    prompts = [task for task in one_by_one if isinstance(task, AITask)]
-    tokens = sum((len(task.prompt) if task.many else 1) * (task.max_tokens or 0) for task in prompts)
-    return Load(len(one_by_one), tokens)
 
 
 def asked_for(requests: Iterable[TaskRequest]) -> Load:
@@ -64,7 +55,8 @@ async def ask_to_exceed(
     opened = desk.sessions.get(session)
     if force or dry_run:
         return Confirm()
-    over = excess(load_of(opened.session.tasks).and_(asked_for(tasks)), desk.settings)
+    taken = opened.session.taken
+    over = excess(Load(taken.tasks, taken.tokens).and_(asked_for(tasks)), desk.settings)
     if not over or submitted_before(opened, tasks, idempotency_key) is not None:
         return Confirm()
     check(opened, tasks)  # what will be refused is not asked about

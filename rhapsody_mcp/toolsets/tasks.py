@@ -114,14 +114,17 @@ class Tasks:
     ) -> Annotated[CallToolResult, TaskPage]:
         opened = self._sessions.get(session)
         listed = opened.session.tasks if for_each is None else _tasks_of(opened.task(for_each))
-        matching = [(n, task) for n, task in enumerate(listed, 1) if _matches(task, state, name_contains or "")]
         start = 0 if cursor is None else _read_cursor(cursor)
-        rest = [(number, task) for number, task in matching if number > start]
+        if state is None and not name_contains:
+            total, rest = len(listed), list(enumerate(listed[start : start + limit + 1], start + 1))
+        else:
+            matching = [(n, task) for n, task in enumerate(listed, 1) if _matches(task, state, name_contains or "")]
+            total, rest = len(matching), [(number, task) for number, task in matching if number > start]
         more = len(rest) > limit
         rows = [task_row(task) for _, task in rest[:limit]]
         page = TaskPage(
             session=session,
-            total=len(matching),
+            total=total,
             tasks=[row.after(before) for before, row in zip([None, *rows], rows, strict=False)],
             has_more=more,
             next_cursor=str(rest[limit - 1][0]) if more else None,

@@ -18,7 +18,7 @@ from pydantic.json_schema import SkipJsonSchema
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.open_sessions import OpenSession
-from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of, with_children
 from rhapsody_mcp.toolsets.digests import FailureGroups, digest_failures, digest_notes
 from rhapsody_mcp.toolsets.previews import preview_task, printed_only
 from rhapsody_mcp.toolsets.replies import (
@@ -101,9 +101,18 @@ class Chosen:
 
     def ended(self, since: int) -> Iterator[tuple[int, Task]]:
         """Those that ended after that many of the session had; each with the number that had ended before it."""
-        for number, task in enumerate(self.opened.session.ended[since:], since):
+        ended = self.opened.session.ended
+        if len(self.awaited) < len(ended) - since and self._size < len(ended) - since:
+            mine = {task.uid: task for task in with_children(self.awaited)}.values()
+            yield from sorted((at, task) for task in mine if (at := task.position) is not None and at >= since)
+            return
+        for number, task in enumerate(ended[since:], since):
             if task in self:
                 yield number, task
+
+    @property
+    def _size(self) -> int:
+        return sum(1 + len(task.children) if isinstance(task, ForEach) else 1 for task in self.awaited)
 
     def cursor(self, position: int) -> str:
         return f"{position}.{self._key}"

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,9 +27,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rhapsody_mcp.engine.shared_memory import unlink_unused
+from tests.processes import dragon_files
+
 _RIVALS = Path(__file__).with_name("rivals")
 _DRAGON = "dragonhpc[batch,telemetry]==0.15.*"
-_READY_S, _WORK_S, _GRACE_S = 180.0, 300.0, 20.0
+_READY_S, _WORK_S, _GRACE_S = 180.0, 90.0, 20.0
+_ALONE = 20  # times that one function is run by itself
 
 
 @dataclass(frozen=True)
@@ -100,21 +105,25 @@ async def _started(contestant: Contestant, python: Path) -> AsyncIterator[_Runni
         finally:
             server.close()
             if process.returncode is None:
-                os.killpg(process.pid, 9)
+                os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
+            unlink_unused(dragon_files(process.pid))
 
 
 async def _round(contestant: Contestant, python: Path, seconds: dict[tuple[str, str], list[float]]) -> str:
     """What went wrong, in words; empty where nothing did."""
+    doing = "the start"
     try:
         async with _started(contestant, python) as running:
             for work, count in contestant.counts.items():
+                doing = work
                 await running.take(work, count if work == "job" else max(2, count // 20))
                 seconds[contestant.name, work].append(await running.take(work, count))
-            for _ in range(20):
-                seconds[contestant.name, "one function"].append(await running.take("functions", 1))
-    except (TimeoutError, EOFError, KeyError) as error:
-        return f"{contestant.name}: {type(error).__name__} {error}"
+                for _ in range(_ALONE if work == "functions" else 0):
+                    seconds[contestant.name, "one function"].append(await running.take(work, 1))
+    except (TimeoutError, EOFError) as error:
+        why = f"did not end within {_WORK_S:g} s" if isinstance(error, TimeoutError) else "ended it"
+        return f"{contestant.name}: {doing} {why}"
     return ""
 
 
