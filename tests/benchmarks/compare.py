@@ -92,7 +92,13 @@ async def _started(contestant: Contestant, python: Path) -> AsyncIterator[_Runni
         command = [*launcher, str(python), str(_RIVALS / f"{contestant.program}.py"), address]
         nothing = asyncio.subprocess.DEVNULL
         process = await asyncio.create_subprocess_exec(
-            *command, stdin=nothing, stdout=nothing, stderr=nothing, cwd=folder, process_group=0
+            *command,
+            stdin=nothing,
+            stdout=nothing,
+            stderr=nothing,
+            cwd=folder,
+            process_group=0,
+            env={**os.environ, "PYTHONPATH": str(_RIVALS)},  # their own processes import what is there, too
         )
         try:
             async with asyncio.timeout(_READY_S):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from rhapsody.api import ComputeTask, Session
-from rhapsody.backends import DragonExecutionBackendV3
+from rhapsody.backends import DragonExecutionBackend
 from serving import leave, no_op, serve
 
 
 async def main() -> None:
     loop = asyncio.get_running_loop()
-    backend = await DragonExecutionBackendV3()
+    backend = await DragonExecutionBackend()
     session = Session(backends=[backend])
 
     async def run(tasks: list[object]) -> None:
