@@ -20,10 +20,10 @@ class Offer:
     withheld: tuple[str, ...]
 
     def instructions(self, text: str) -> str:
-        """`text`, after what of it does not hold here."""
+        """`text`, and in it what of it does not hold here."""
         if not self.withheld:
             return text
-        return f"This server offers only {_listed(self.names)}. It does not offer {_listed(self.withheld)}.\n\n{text}"
+        return f"{text}\n\nThis server offers only {_listed(self.names)}. It does not offer {_listed(self.withheld)}."
 
     def prompts(self, prompts: Sequence[PromptText]) -> list[PromptText]:
         """Those that make sense here."""

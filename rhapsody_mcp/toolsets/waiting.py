@@ -262,7 +262,7 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
     tasks = {task.uid: task for task in leaves(chosen.awaited)}.values()
     is_over = all(task.state.final for task in chosen.until)
     errors = {task.outcome.error for _, task in news if task.outcome}
-    notes = [*digest_notes((task for _, task in news), _NOTES), *_of_the_service(chosen, errors)]
+    notes = [*digest_notes((task for _, task in news), _NOTES), *_of_the_service(chosen.opened, errors)]
 
     def build(share: float) -> CallToolResult:
         room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
@@ -288,12 +288,10 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
     return fitted(build)
 
 
-def _of_the_service(chosen: Chosen, errors: Collection[str]) -> list[str]:
-    """What became of engines lately, since these tasks were submitted, each thing once and not what `errors` tell; and
-    what keeps the service from writing."""
-    opened = chosen.opened
-    first = min((task.submitted for task in chosen.awaited if task.submitted), default=0.0)
-    after = max(first, time.time() - _LATELY_S)
+def _of_the_service(opened: OpenSession, errors: Collection[str]) -> list[str]:
+    """What became of engines lately, each thing once and not what `errors` tell; and what keeps the service from
+    writing."""
+    after = time.time() - _LATELY_S
     texts = (notice.text for notice in reversed(opened.session.notices) if notice.at > after)
     lately = [text for text in dict.fromkeys(texts) if not any(text in error for error in errors)][::-1]
     return [*lately[-_NOTICES:], *([opened.trouble] if opened.trouble else [])]
