@@ -33,7 +33,7 @@ from rhapsody_mcp.engine.placers import (
     count_gpus,
 )
 from rhapsody_mcp.engine.pmi import Prober
-from rhapsody_mcp.engine.processes import PLACE, adopt_orphans, end, marked, open_lifeline
+from rhapsody_mcp.engine.processes import PLACE, adopt_orphans, descendants, end, marked, open_lifeline
 from rhapsody_mcp.engine.stalls import LOOKS, Stalls
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.wire import (
@@ -131,9 +131,14 @@ class Host:
         self.prober.stop()
         deadline = time.monotonic() + _JOIN_S
         for thread in list(self._threads):
-            end(lambda: marked(PLACE, self.config.mark))
+            end(self._everything)
             thread.join(max(0.0, deadline - time.monotonic()))
         os._exit(0)
+
+    def _everything(self) -> set[int]:
+        """What was placed, with all below it: a supervisor that is killed would not end its own any more."""
+        placed = {os.getpid(), *marked(PLACE, self.config.mark)}
+        return placed.union(*map(descendants, placed)) - {os.getpid()}
 
     def _run(self, target: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)
