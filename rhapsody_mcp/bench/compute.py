@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from rhapsody_mcp.api import ComputeTask, Session, TaskState
+from rhapsody_mcp.api import AITask, ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3
 from rhapsody_mcp.backends.keeping import Keeper
 from rhapsody_mcp.bench.bare import BareWorkers, no_op
@@ -21,7 +21,7 @@ from rhapsody_mcp.engine.link import Frames, frame
 from rhapsody_mcp.engine.placers import count_cores
 from rhapsody_mcp.model.errors import RhapsodyError
 
-__all__ = ["compute_rows", "dragon_ready", "functions"]
+__all__ = ["compute_rows", "dragon_ready", "functions", "run"]
 
 _RANKS = 4
 _READY_S = 120.0
@@ -65,20 +65,20 @@ async def compute_rows(many: int, programs: int) -> AsyncIterator[list[Row]]:
 
 
 async def functions(session: Session, count: int) -> float:
-    return await _run(session, [ComputeTask(no_op, args=(number,)) for number in range(count)])
+    return await run(session, [ComputeTask(no_op, args=(number,)) for number in range(count)])
 
 
 async def _programs(session: Session, count: int) -> float:
-    return await _run(session, [ComputeTask(executable="true") for _ in range(count)])
+    return await run(session, [ComputeTask(executable="true") for _ in range(count)])
 
 
 async def _job(session: Session) -> float:
-    return await _run(
+    return await run(
         session, [ComputeTask(executable="true", task_backend_specific_kwargs={"process_templates": [(_RANKS, {})]})]
     )
 
 
-async def _run(session: Session, tasks: Sequence[ComputeTask]) -> float:
+async def run(session: Session, tasks: Sequence[ComputeTask | AITask]) -> float:
     """The seconds from the submission of tasks that are there until the last has ended."""
     began = time.perf_counter()
     await session.submit_tasks(tasks)

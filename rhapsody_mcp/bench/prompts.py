@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 import httpx2
 
-from rhapsody_mcp.api import AITask, Session, TaskState
+from rhapsody_mcp.api import AITask, Session
 from rhapsody_mcp.backends import DragonVllmInferenceBackend
+from rhapsody_mcp.bench.compute import run
 from rhapsody_mcp.bench.measuring import Row
 from rhapsody_mcp.model.errors import RhapsodyError
 
@@ -68,22 +69,12 @@ def _prompt(number: int) -> str:
 
 
 async def _list(session: Session, count: int) -> float:
-    return await _run(session, [AITask(list(map(_prompt, range(count))), max_tokens=_TOKENS, temperature=1.0)])
+    return await run(session, [AITask(list(map(_prompt, range(count))), max_tokens=_TOKENS, temperature=1.0)])
 
 
 async def _singles(session: Session, count: int) -> float:
     tasks = [AITask(_prompt(number), max_tokens=_TOKENS, temperature=1.0, seed=number) for number in range(count)]
-    return await _run(session, tasks)
-
-
-async def _run(session: Session, tasks: Sequence[AITask]) -> float:
-    began = time.perf_counter()
-    await session.submit_tasks(tasks)
-    await session.wait_tasks(tasks)
-    took = time.perf_counter() - began
-    if bad := [task for task in tasks if task.state is not TaskState.DONE]:
-        raise RhapsodyError(f"a prompt of the benchmark did not end DONE: {bad[0].exception}")
-    return took
+    return await run(session, tasks)
 
 
 async def _batches(client: httpx2.AsyncClient, count: int) -> float:
