@@ -26,9 +26,10 @@ from rhapsody_mcp.engine.link import Frames, frame
 from rhapsody_mcp.engine.output import left_out
 from rhapsody_mcp.engine.placers import count_cores
 from rhapsody_mcp.engine.processes import ENGINE, end, marked
+from rhapsody_mcp.engine.rank_end import how_it_ended
 from rhapsody_mcp.engine.stalls import LOOKS, Stalls, is_stopped
 from rhapsody_mcp.engine.starts import starts_in
-from rhapsody_mcp.engine.supervisor import GRACE_S, how_it_ended
+from rhapsody_mcp.engine.supervisor import GRACE_S
 from rhapsody_mcp.engine.wire import (
     Ask,
     Cancel,

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rhapsody_mcp.api import AITask, ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3
@@ -26,6 +27,7 @@ __all__ = ["compute_rows", "dragon_ready", "functions", "run"]
 _RANKS = 4
 _READY_S = 120.0
 _LOOP = "a worker loop over a Unix socket"
+_PROCESSES = "Dragon processes, all started before the first is waited for"
 
 
 @asynccontextmanager
@@ -53,7 +55,15 @@ async def compute_rows(many: int, programs: int) -> AsyncIterator[list[Row]]:
                     partial(dragon.take, "processes", programs),
                     programs,
                     "rate",
-                    "Dragon processes, all started before the first is waited for",
+                    _PROCESSES,
+                ),
+                Row(
+                    f"{programs} programs with a process_template",
+                    partial(_programs, session, programs, process_template={}),
+                    partial(dragon.take, "processes", programs),
+                    programs,
+                    "rate",
+                    _PROCESSES,
                 ),
                 Row(
                     f"a job of {_RANKS} ranks",
@@ -68,8 +78,10 @@ async def functions(session: Session, count: int) -> float:
     return await run(session, [ComputeTask(no_op, args=(number,)) for number in range(count)])
 
 
-async def _programs(session: Session, count: int) -> float:
-    return await run(session, [ComputeTask(executable="true") for _ in range(count)])
+async def _programs(session: Session, count: int, **kwargs: Any) -> float:
+    return await run(
+        session, [ComputeTask(executable="true", task_backend_specific_kwargs=kwargs) for _ in range(count)]
+    )
 
 
 async def _job(session: Session) -> float:

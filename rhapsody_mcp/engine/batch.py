@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any
 
-from rhapsody_mcp.engine.placers import Placed, Program, Together, terminate_marked
+from rhapsody_mcp.engine.placers import Marked, Placed, Program, Together
 from rhapsody_mcp.engine.processes import PLACE
 
 __all__ = ["BatchPlacer", "run_program"]
@@ -40,18 +39,7 @@ class BatchPlacer:
     def place(self, program: Program) -> Placed:
         with self._submitting:
             function = self._batch.options().function(run_program, program.arguments, program.env, os.getcwd())
-        return _BatchFunction(function, program.env[PLACE])
+        return Marked(program.env[PLACE], function.get)
 
     def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
         raise NotImplementedError("jobs do not go through Batch")
-
-
-class _BatchFunction:
-    def __init__(self, function: Any, place: str) -> None:
-        self._function, self._place = function, place
-
-    def join(self) -> int:
-        return int(self._function.get())
-
-    def terminate(self) -> None:
-        terminate_marked(self._place)

@@ -27,7 +27,7 @@ from rhapsody_mcp.engine.placed import PlacedProcess, PlacedTask
 from rhapsody_mcp.engine.placers import (
     TASK_VARIABLES,
     DragonPlacer,
-    LocalPlacer,
+    ForkPlacer,
     Placer,
     count_cores,
     count_gpus,
@@ -45,12 +45,13 @@ from rhapsody_mcp.engine.wire import (
     HostConfig,
     Ping,
     Place,
-    PlaceConfig,
+    Plan,
     Pong,
     Ready,
     Started,
     Stop,
     ToHost,
+    WorkerConfig,
 )
 from rhapsody_mcp.model.specs import Template
 
@@ -60,8 +61,7 @@ __all__ = ["main"]
 def main() -> None:
     config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=HostConfig)
     adopt_orphans()
-    placer: Placer = DragonPlacer() if config.placer == "dragon" else LocalPlacer()
-    host = Host(config, placer)
+    host = Host(config)
     threading.Thread(target=_end_with_owner, args=(host,), daemon=True).start()
     threading.Thread(target=host.end_stalled, daemon=True).start()
     with suppress(EOFError, ConnectionError):
@@ -87,9 +87,8 @@ def _batch_placer() -> Placer:
 class Host:
     """The main thread talks with the backend; each task and each worker has a thread that waits for its end."""
 
-    def __init__(self, config: HostConfig, placer: Placer) -> None:
-        self.config, self.placer = config, placer
-        self._worker_placer = _batch_placer() if config.batch else placer
+    def __init__(self, config: HostConfig) -> None:
+        self.config = config
         self.cores = count_cores()
         self.gpus = count_gpus()
         self.task_env: dict[str, str] = json.loads(os.environ.get(TASK_VARIABLES, "{}"))
@@ -105,6 +104,9 @@ class Host:
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.events_path = f"{config.folder}/started"
         self._events.bind(self.events_path)
+        self.forks = ForkPlacer(config.folder, self.end)
+        self.placer: Placer = DragonPlacer() if config.placer == "dragon" else self.forks
+        self._worker_placer = _batch_placer() if config.batch else self.placer
 
     def serve(self) -> None:
         backend: Link[ToHost] = Link(self.config.address, ToHost)
@@ -128,6 +130,7 @@ class Host:
         it may hold a lock in the memory that it shares with Dragon's launcher, which then never ends.
         """
         self._ending = True
+        self.forks.give_up()
         self.prober.stop()
         deadline = time.monotonic() + _JOIN_S
         for thread in list(self._threads):
@@ -160,11 +163,11 @@ class Host:
             backend.send(*messages)
 
     def _hear_started(self) -> None:
-        uid, at = msgspec.msgpack.decode(self._events.recv(4096), type=tuple[str, float])
+        uid, _, at = self._events.recv(4096).decode().rpartition(" ")
         task = self._tasks.get(uid)
         if task is not None and not task.reported:
             task.reported = True
-            self.say(Started(uid, at))
+            self.say(Started(uid, float(at)))
 
     def _obey(self, message: ToHost) -> None:
         if self._ending:
@@ -183,17 +186,12 @@ class Host:
             self._tasks[message.uid].cancel()
 
     def _run_worker(self, worker: str) -> None:
-        config = PlaceConfig(
-            number=self.next_number(),
-            folder=self.config.folder,
-            sys_path=self.config.sys_path,
-            cwd=self.config.cwd,
-            worker=worker,
-            address=self.config.address,
-            caps=self.config.caps,
-        )
+        given = self.config
+        config = WorkerConfig(worker, given.address, given.sys_path, given.cwd, given.caps)
         try:
-            process = PlacedProcess(self, config, Template())
+            process = PlacedProcess(self, self.next_number(), Template())
+            plan = Plan(process.program_with("worker", config), output_bytes=given.caps.output_bytes)
+            process.prepare(plan)
             process.place(self._worker_placer)
             self._workers[worker] = process
         except Exception as error:  # Dragon raises errors of many kinds
@@ -208,13 +206,13 @@ class Host:
     def end_stalled(self) -> NoReturn:
         """End what has been stopped for too long: a worker, a supervisor, or, with what placed this process, all."""
         stalls, stalled = Stalls(), f"was stopped (as by SIGSTOP) for {self.config.stall_s:g} s"
-        parent = os.getppid()
+        vital = [os.getppid(), self.forks.pid]
         while True:
             time.sleep(self.config.stall_s / (LOOKS - 1))
             placed = {pid: process for process in self._placed() for pid in process.pids()}
-            for pid in stalls.look([parent, *placed]):
-                if pid == parent:
-                    sys.stderr.write(f"what started the host {stalled}\n")
+            for pid in stalls.look([*vital, *placed]):
+                if pid in vital:
+                    sys.stderr.write(f"what started the host, or what forks for it, {stalled}\n")
                     self.end()
                 placed[pid].kill(f"{stalled}, and was ended for that")
 

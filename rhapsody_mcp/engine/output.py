@@ -1,25 +1,21 @@
-"""What a program printed, and files that appear whole."""
+"""What a program has printed, and files that appear whole."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Protocol
 
+from rhapsody_mcp.engine.printing import middle
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.values import INLINE_BYTES, Stream
 
-__all__ = ["collect", "keep_small", "left_out", "move_stream", "open_output", "write_file", "write_pieces"]
+__all__ = ["collect", "left_out", "move_stream", "write_file", "write_pieces"]
 
 _TAIL_BYTES = INLINE_BYTES // 4
-_BLOCK = 4096
 _PIECE_BYTES = 1024 * 1024
-_LOOK_S, _LOOK_AGAIN_S = 0.2, 0.01
-_PUNCH_HOLE = 0x03  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 
 
 def write_file(data: bytes, folder: str) -> str:
@@ -40,56 +36,6 @@ def write_pieces(pieces: Iterable[bytes], folder: str, suffix: str = ".value") -
         os.unlink(temporary)
         raise
     return path
-
-
-# --- while it is printed
-
-
-def open_output(path: str) -> int:
-    """A new file for a process to print into."""
-    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
-
-
-def keep_small(files: Sequence[int], most: int) -> None:
-    """Free the disk of what is in the middle of these files whenever they are longer than `most`; for ever.
-
-    Whoever writes is not held up. A file may take more for as long as it takes to look.
-    """
-    sizes = dict.fromkeys(files, 0)
-    while True:
-        growing = False
-        for file in files:
-            if os.fstat(file).st_size > max(most, sizes[file]):
-                _trim(file, most)
-                growing = True
-            sizes[file] = os.fstat(file).st_size
-        time.sleep(_LOOK_AGAIN_S if growing else _LOOK_S)
-
-
-def _trim(file: int, most: int) -> None:
-    start, end = _middle(os.fstat(file).st_size, most)
-    first, last = -(-start // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
-    if not _punch(file, first, last - first):
-        os.ftruncate(file, first)
-        os.write(file, b"\n[left out]\n")
-
-
-def _middle(size: int, most: int) -> tuple[int, int]:
-    """What of a long output is left out: half of what is kept is its beginning, half its end."""
-    return most // 2, size - (most - most // 2)
-
-
-def _punch(file: int, start: int, length: int) -> bool:
-    """Make a hole in a file, which takes no disk. False where the system or the file system cannot."""
-    try:
-        punch = ctypes.CDLL(None, use_errno=True).fallocate
-    except AttributeError:
-        return False
-    result: int = punch(file, _PUNCH_HOLE, ctypes.c_longlong(start), ctypes.c_longlong(length)) if length > 0 else 0
-    return result == 0
-
-
-# --- when it has been printed
 
 
 def collect(file: int, folder: str, most: int | None) -> Stream:
@@ -133,7 +79,7 @@ def _move(path: str, folder: str) -> str:
 
 def _stream(file: int, size: int, folder: str, most: int | None) -> Stream:
     """Whole where it is short, else in a file of `folder`; of one that is too long, its beginning and its end."""
-    start, end = _middle(size, most) if most is not None and size > most else (size, size)
+    start, end = middle(size, most) if most is not None and size > most else (size, size)
     note = f"\n[... {end - start} bytes left out here ...]\n".encode() if start < end else b""
     kept = start + len(note) + size - end
     if kept <= INLINE_BYTES:

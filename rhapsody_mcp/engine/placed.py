@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import marshal
 import os
 import shutil
 import signal
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from rhapsody_mcp.engine.output import left_out
-from rhapsody_mcp.engine.placers import Placed, Placer, Program, Together, terminate_marked, this_host
+from rhapsody_mcp.engine.placers import Placed, Placer, Program, Together, this_host
 from rhapsody_mcp.engine.pmi import PmiName, rank_environment
-from rhapsody_mcp.engine.processes import PLACE, end, marked
-from rhapsody_mcp.engine.supervisor import GRACE_S, OWNER_GONE, RankEnd, how_it_ended
-from rhapsody_mcp.engine.wire import PlaceConfig
+from rhapsody_mcp.engine.processes import PLACE
+from rhapsody_mcp.engine.rank_end import RankEnd, how_it_ended, rank_end
+from rhapsody_mcp.engine.supervisor import GRACE_S, OWNER_GONE, command
+from rhapsody_mcp.engine.wire import Plan, RankConfig
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.specs import Order, Template
+from rhapsody_mcp.model.specs import Command, Order, Template
 from rhapsody_mcp.model.states import Cause, TaskState
 
 if TYPE_CHECKING:
@@ -39,18 +41,25 @@ T = TypeVar("T")
 class PlacedProcess:
     """A supervisor."""
 
-    def __init__(self, host: Host, config: PlaceConfig, template: Template) -> None:
-        self.path = f"{config.folder}/p{config.number}"
-        self._place = f"{host.config.mark}.{config.number}"
+    def __init__(self, host: Host, number: int, template: Template) -> None:
+        self.path = f"{host.config.folder}/p{number}"
         self._gone = threading.Event()
-        Path(self.path).write_bytes(msgspec.msgpack.encode(config))
-        command = [sys.executable, "-m", "rhapsody_mcp.engine.supervisor", self.path]
-        self.program = Program(command, {**host.task_env, PLACE: self._place}, template)
+        env = {**host.task_env, PLACE: f"{host.config.mark}.{number}"}
+        self.program = Program(command("supervisor", self.path), env, template)
         self.placed: Placed
         self.why = ""
         """Why `kill` ended it."""
         self._pids: list[int] = []
-        self._left: RankEnd | None = None
+
+    def program_with(self, module: str, config: msgspec.Struct) -> list[str]:
+        """The command that runs a module of this package, which finds its configuration in a file."""
+        Path(f"{self.path}.config").write_bytes(msgspec.msgpack.encode(config))
+        return [sys.executable, "-P", "-m", f"rhapsody_mcp.engine.{module}", f"{self.path}.config"]
+
+    def prepare(self, plan: Plan) -> None:
+        """Write down what it shall do."""
+        plan = msgspec.structs.replace(plan, env={**self.program.env, **plan.env})
+        Path(self.path).write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
 
     def place(self, placer: Placer) -> None:
         """Start it by itself; the ranks that a PMI joins are started together."""
@@ -59,9 +68,9 @@ class PlacedProcess:
     def join(self) -> int:
         """Wait until it and all that it started has ended; its exit code."""
         code = self.placed.join()
-        end(lambda: marked(PLACE, self._place))
         self._gone.set()
-        Path(f"{self.path}.pids").unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(f"{self.path}.pids")
         return -signal.SIGKILL if self.why else code
 
     def pids(self) -> list[int]:
@@ -75,21 +84,13 @@ class PlacedProcess:
     def kill(self, why: str) -> None:
         """Kill it with its tree, from another thread than the one that joins it."""
         self.why = why
-        end(lambda: marked(PLACE, self._place))
+        self.placed.kill()
 
     def stop(self) -> None:
         """End it with its tree; returns when that is asked for, and done where it did not help to ask."""
         self.placed.terminate()
         if not self._gone.wait(GRACE_S + 1):
-            end(lambda: marked(PLACE, self._place))
-
-    def rank_end(self) -> RankEnd | None:
-        """What it left, or None where it was killed."""
-        left = Path(f"{self.path}.outcome")
-        if self._left is None and left.exists():
-            self._left = msgspec.msgpack.decode(left.read_bytes(), type=RankEnd)
-            left.unlink()
-        return self._left
+            self.placed.kill()
 
 
 class PlacedTask:
@@ -97,6 +98,7 @@ class PlacedTask:
 
     def __init__(self, host: Host, order: Order) -> None:
         self.host, self.order, self.uid = host, order, order.spec.uid
+        self._placer: Placer = host.forks if order.spec.layout.forked else host.placer
         self.reported = False
         self._stop: Cause | None = None
         self._stopped: Future[None] = Future()
@@ -105,6 +107,7 @@ class PlacedTask:
         self._together: Together | None = None
         self._failed: int | None = None
         self._ended: set[int] = set()
+        self._ends: dict[int, RankEnd | None] = {}
         self._dragged: set[int] = set()
         self._lock = threading.Lock()
 
@@ -191,7 +194,7 @@ class PlacedTask:
             with self._lock:
                 if self._stop is not None:
                     return
-                process.place(self.host.placer)
+                process.place(self._placer)
                 self._processes.append(process)
 
     def _place_together(self, pmi: PmiName) -> None:
@@ -206,7 +209,7 @@ class PlacedTask:
             programs = [process.program._replace(env={**shared, **process.program.env}) for process in processes]
             return processes, self.host.placer.place_together(programs, pmi)
 
-        processes, self._together = in_time(start, _TOGETHER_S, undo=lambda late: _undo(*late))
+        processes, self._together = in_time(start, _TOGETHER_S, undo=lambda late: _undo(late[1]))
         for process, placed in zip(processes, self._together.ranks, strict=True):
             process.placed = placed
         with self._lock:
@@ -220,19 +223,29 @@ class PlacedTask:
         return Path(self.host.config.folder, f"mpi-{self.uid}")
 
     def _process(self, rank: int) -> PlacedProcess:
-        host = self.host
-        config = PlaceConfig(
-            number=host.next_number(),
-            folder=host.config.folder,
-            sys_path=host.config.sys_path,
-            cwd=host.config.cwd,
-            order=self.order,
-            rank=rank,
-            sets_affinity=host.placer.sets_affinity,
-            started=host.events_path,
-            caps=host.config.caps,
+        host, order, layout = self.host, self.order, self.order.spec.layout
+        template, work, caps = layout.templates[rank], order.spec.work, host.config.caps
+        process = PlacedProcess(host, host.next_number(), template)
+        if isinstance(work, Command) and all(isinstance(argument, str) for argument in work.arguments):
+            arguments = [work.executable, *map(str, work.arguments)]
+        else:
+            arguments = process.program_with("rank", RankConfig(order, host.config.sys_path, caps))
+        env: dict[str, str | None] = {"RHAPSODY_RANK": str(rank), "RHAPSODY_RANKS": str(layout.ranks)}
+        if self._placer.sets_affinity and template.gpu_affinity:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, template.gpu_affinity))
+        process.prepare(
+            Plan(
+                arguments,
+                host.config.cwd,
+                template.cwd or "",
+                {**env, **template.env},
+                template.cpu_affinity if self._placer.sets_affinity else (),
+                caps.output_bytes,
+                (order.folder, self.uid, order.attempt),
+                host.events_path,
+            )
         )
-        return PlacedProcess(host, config, self.order.spec.layout.templates[rank])
+        return process
 
     def _join(self) -> list[int]:
         if self._together is None:
@@ -243,7 +256,7 @@ class PlacedTask:
     def _join_together(self, rank: int) -> int:
         """Wait for a rank; when it has failed, end the others, which would wait for it for ever."""
         code = self._processes[rank].join()
-        end = self._processes[rank].rank_end()
+        end = self._left(rank)
         failed = end is None or end.outcome.cause is not None
         with self._lock:
             self._ended.add(rank)
@@ -253,16 +266,26 @@ class PlacedTask:
                 _stop_all(self._processes[other] for other in self._dragged)
         return code
 
+    def _left(self, rank: int) -> RankEnd | None:
+        """What a rank left that has ended, or None where it was killed."""
+        if rank not in self._ends:
+            path, most = self._processes[rank].path, self.host.config.caps.output_bytes
+            try:
+                self._ends[rank] = rank_end(path, self.order, rank, most)
+            except OSError as error:
+                lost = RankOutcome(rank, cause=Cause.ERROR, error=f"what it printed could not be kept: {error}")
+                self._ends[rank] = RankEnd(lost, None, time.time())
+        return self._ends[rank]
+
     def _rank_end(self, rank: int, code: int) -> RankEnd:
-        found = self._processes[rank].rank_end()
+        found = self._left(rank)
         if found is None:
             error = f"its process {self._processes[rank].why or how_it_ended(code)}."
             found = RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
         if rank not in self._dragged or found.outcome.cause is None:
             return found
         error = f"ended because rank {self._failed} failed"
-        outcome = msgspec.structs.replace(found.outcome, cause=Cause.CANCELED, error=error)
-        return msgspec.structs.replace(found, outcome=outcome)
+        return found._replace(outcome=msgspec.structs.replace(found.outcome, cause=Cause.CANCELED, error=error))
 
     def _outcome(self, ends: list[RankEnd]) -> Outcome:
         """The task's outcome: DONE where every rank is; its value, output and exit code are rank 0's, or the first
@@ -335,9 +358,9 @@ def _answer(work: Callable[[], T], answer: Future[T]) -> None:
         answer.set_exception(error)
 
 
-def _undo(processes: Iterable[PlacedProcess], together: Together) -> None:
-    for process in processes:
-        terminate_marked(process.program.env[PLACE])
+def _undo(together: Together) -> None:
+    for placed in together.ranks:
+        placed.terminate()
     with suppress(Exception):  # Dragon raises errors of many kinds
         together.close()
 

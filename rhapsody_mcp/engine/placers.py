@@ -1,4 +1,4 @@
-"""The two ways to start a process on a node: through Dragon, or as a child."""
+"""The two ways to start a process on a node: through Dragon, or by a fork."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from rhapsody_mcp.engine.processes import PLACE, marked
+from rhapsody_mcp.engine.processes import PLACE, end, marked, send_signal
+from rhapsody_mcp.engine.supervisor import command
 from rhapsody_mcp.model.specs import Template
 
 __all__ = [
     "TASK_VARIABLES",
     "DragonPlacer",
-    "LocalPlacer",
+    "ForkPlacer",
+    "Marked",
     "Placed",
     "Placer",
     "Program",
     "Together",
     "count_cores",
     "count_gpus",
-    "terminate_marked",
     "this_host",
 ]
 
@@ -46,10 +49,13 @@ class Placed(Protocol):
     """A process that was started."""
 
     def join(self) -> int:
-        """Wait for its end, from any thread; its exit code, negative for a signal."""
+        """Wait until it and all that it started has ended, from any thread; its exit code, negative for a signal."""
 
     def terminate(self) -> None:
         """Send it TERM; nothing happens where it has ended."""
+
+    def kill(self) -> None:
+        """End it and all that it started at once; the same."""
 
 
 class Together(Protocol):
@@ -72,36 +78,88 @@ class Placer(Protocol):
         """Start one program a rank, in order, under a PMI that works here; from any thread."""
 
 
-class LocalPlacer:
-    """Starts children of this process."""
+class ForkPlacer:
+    """Has supervisors forked by a process of their own, which ends with this one. `gone` is called, in a thread, where
+    that ends first."""
 
     sets_affinity = True
 
-    def place(self, program: Program) -> Placed:
-        return _Child(
-            subprocess.Popen(
-                program.arguments,
-                env={**os.environ, **program.env},
+    def __init__(self, folder: str, gone: Callable[[], object]) -> None:
+        self._gone = gone
+        self._socket, theirs = socket.socketpair()
+        with theirs, open(f"{folder}/forks.log", "wb") as log:
+            self._child = subprocess.Popen(
+                command("forks", folder, str(theirs.fileno())),
+                env={name: value for name, value in os.environ.items() if "DRAGON" not in name},
+                pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
             )
-        )
+        self.pid = self._child.pid
+        self._codes: dict[str, Future[int]] = {}
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def place(self, program: Program) -> Placed:
+        name = os.path.basename(program.arguments[-1])
+        code = self._codes[name] = Future[int]()
+        self.order("fork", name)
+        return _Forked(self, name, code)
 
     def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
         raise NotImplementedError("a job that needs a PMI is refused when it is submitted")
 
+    def order(self, what: str, name: str) -> None:
+        """Nothing happens where the process that forks has ended, which is told to `gone`."""
+        with suppress(OSError):
+            self._socket.sendall(f"{what} {name}\n".encode())
 
-class _Child:
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
-        self._child = child
+    def _listen(self) -> None:
+        with suppress(OSError), self._socket.makefile("r") as lines:
+            for line in lines:
+                name, code = line.split()
+                self._codes.pop(name).set_result(int(code))
+        self._gone()
+
+    def give_up(self) -> None:
+        """Let nobody wait for what was placed any longer."""
+        while self._codes:
+            self._codes.popitem()[1].set_result(-signal.SIGKILL)
+
+
+class _Forked:
+    def __init__(self, placer: ForkPlacer, name: str, code: Future[int]) -> None:
+        self._placer, self._name, self._code = placer, name, code
 
     def join(self) -> int:
-        return self._child.wait()
+        return self._code.result()
 
     def terminate(self) -> None:
-        self._child.terminate()
+        self._placer.order(str(int(signal.SIGTERM)), self._name)
+
+    def kill(self) -> None:
+        self._placer.order(str(int(signal.SIGKILL)), self._name)
+
+
+class Marked:
+    """A process that is known by its mark, as all that it starts is."""
+
+    def __init__(self, place: str, join: Callable[[], int]) -> None:
+        self._place, self._join = place, join
+
+    def join(self) -> int:
+        code = self._join()
+        if code:
+            self.kill()
+        return code
+
+    def terminate(self) -> None:
+        """By the kernel, not by Dragon: after a Dragon kill its launcher spins at the end and never ends."""
+        send_signal(marked(PLACE, self._place), signal.SIGTERM)
+
+    def kill(self) -> None:
+        end(lambda: marked(PLACE, self._place))
 
 
 class DragonPlacer:
@@ -124,7 +182,7 @@ class DragonPlacer:
         process = self._process(**self._start_of(program))
         with self._starting:
             process.start()
-        return _DragonProcess(process, program.env[PLACE])
+        return Marked(program.env[PLACE], partial(_code_of, process))
 
     def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
         from dragon.infrastructure.facts import PMIBackend
@@ -145,7 +203,7 @@ class DragonPlacer:
         return _DragonGroup(
             group,
             [
-                _DragonProcess(self._process(None, ident=puid), program.env[PLACE])
+                Marked(program.env[PLACE], partial(_code_of, self._process(None, ident=puid)))
                 for puid, program in zip(ids, programs, strict=True)
             ],
         )
@@ -171,23 +229,9 @@ class DragonPlacer:
         )
 
 
-class _DragonProcess:
-    def __init__(self, process: Any, place: str) -> None:
-        self._process, self._place = process, place
-
-    def join(self) -> int:
-        self._process.join()
-        return int(self._process.returncode)
-
-    def terminate(self) -> None:
-        terminate_marked(self._place)
-
-
-def terminate_marked(place: str) -> None:
-    """Send TERM by the kernel, not by Dragon: after a Dragon kill its launcher spins at the end and never ends."""
-    for pid in marked(PLACE, place):
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGTERM)
+def _code_of(process: Any) -> int:
+    process.join()
+    return int(process.returncode)
 
 
 class _DragonGroup:

@@ -12,7 +12,6 @@ from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Stream, Value
 
 __all__ = [
-    "FOLDER_GONE",
     "Ask",
     "Cancel",
     "Ended",
@@ -26,8 +25,9 @@ __all__ = [
     "Listening",
     "Ping",
     "Place",
-    "PlaceConfig",
+    "Plan",
     "Pong",
+    "RankConfig",
     "Ready",
     "Result",
     "Revoked",
@@ -38,13 +38,8 @@ __all__ = [
     "ToHost",
     "ToWorker",
     "Up",
+    "WorkerConfig",
 ]
-
-FOLDER_GONE = (
-    "the folder {} of this session is gone. Make it again, or give the task a cwd, or open a session in a chat that "
-    "runs in another folder (create_session)."
-)
-
 
 # --- backend → worker
 
@@ -213,21 +208,38 @@ class HostConfig(msgspec.Struct, frozen=True):
     caps: Caps = Caps()
 
 
-class PlaceConfig(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A placed process: a worker that connects to `address`, or one rank of `order`.
+class WorkerConfig(msgspec.Struct, frozen=True):
+    """A worker that connects to `address`; `cwd` is the folder of its session."""
 
-    A rank says to the datagram socket `started` when its user code starts. `sets_affinity` where nothing else
-    binds it to CPUs and GPUs.
-    """
-
-    number: int
-    folder: str
+    worker: str
+    address: str
     sys_path: list[str]
     cwd: str
-    worker: str = ""
-    address: str = ""
-    order: Order | None = None
-    rank: int = 0
-    sets_affinity: bool = False
-    started: str = ""
     caps: Caps = Caps()
+
+
+class RankConfig(msgspec.Struct, frozen=True):
+    """A function of `order` in a process of its own, or a program whose arguments are results of other tasks."""
+
+    order: Order
+    sys_path: list[str]
+    caps: Caps = Caps()
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What a supervisor starts, which reads it as a dict with these keys, marshaled: it imports no msgspec.
+
+    `env` changes the supervisor's own; None removes a variable. The program runs in `cwd`, which may begin in `folder`,
+    the session's. `note` is what is written down of the start of a task, and None for a worker, whose output files
+    have no name. The supervisor of a task says to the datagram socket `started` when its program starts: the uid, a
+    blank, and the time.
+    """
+
+    arguments: list[str]
+    folder: str = "/"
+    cwd: str = ""
+    env: dict[str, str | None] = {}
+    cpus: tuple[int, ...] = ()
+    output_bytes: int | None = None
+    note: tuple[str, str, int] | None = None
+    started: str = ""

@@ -1,6 +1,9 @@
 """A long-lived process that runs native functions, one at a time.
 
-The main thread runs them, so that a signal can interrupt one; a second thread listens for interrupts.
+    python -P -m rhapsody_mcp.engine.worker CONFIG
+
+The main thread runs them, so that a signal can interrupt one; a second thread listens for interrupts. A supervisor has
+given it the files that stdout and stderr are.
 """
 
 from __future__ import annotations
@@ -14,30 +17,32 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
+
+import msgspec
 
 from rhapsody_mcp.engine.call import perform
 from rhapsody_mcp.engine.link import Link
 from rhapsody_mcp.engine.output import collect
 from rhapsody_mcp.engine.processes import descendants, end
-from rhapsody_mcp.engine.starts import NOT_NOTED, note_start
+from rhapsody_mcp.engine.starts import FOLDER_GONE, NOT_NOTED, note_start
 from rhapsody_mcp.engine.wire import (
-    FOLDER_GONE,
     Finished,
     FromWorker,
     Interrupt,
     Listening,
-    PlaceConfig,
     Result,
     Revoked,
     Run,
     Started,
     Up,
+    WorkerConfig,
 )
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Stream
 
-__all__ = ["Interrupted", "run_worker"]
+__all__ = ["Interrupted", "main"]
 
 _INTERRUPT = signal.SIGRTMIN + 6 if sys.platform == "linux" else signal.SIGUSR2
 _REMEMBERED = 10_000
@@ -93,13 +98,19 @@ class _Turn:
             return True
 
 
-def run_worker(config: PlaceConfig, files: Sequence[int]) -> None:
+def main() -> None:
+    path = Path(sys.argv[1])
+    config = msgspec.msgpack.decode(path.read_bytes(), type=WorkerConfig)
+    path.unlink()
+    os.chdir(config.cwd if os.path.isdir(config.cwd) else "/")
+    sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
+    _run_worker(config, [os.dup(descriptor) for descriptor in (1, 2)])
+
+
+def _run_worker(config: WorkerConfig, files: Sequence[int]) -> None:
     """Serve the backend at `config.address` until the process is ended from outside, or an interrupt has cut an import
     off. What functions write to stdout and stderr goes through these files."""
     turn = _Turn()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for descriptor, file in zip((1, 2), files, strict=True):
-        os.dup2(file, descriptor)
     signal.signal(_INTERRUPT, lambda number, frame: _raise(turn, number, frame))
     threading.Thread(target=_listen, args=(config, turn, threading.get_ident()), daemon=True).start()
     backend: Link[Run] = Link(config.address, Run)
@@ -108,7 +119,7 @@ def run_worker(config: PlaceConfig, files: Sequence[int]) -> None:
         _serve(backend, turn, config, files)
 
 
-def _serve(backend: Link[Run], turn: _Turn, config: PlaceConfig, files: Sequence[int]) -> None:
+def _serve(backend: Link[Run], turn: _Turn, config: WorkerConfig, files: Sequence[int]) -> None:
     runner = asyncio.Runner()
     waiting: deque[Run] = deque()
     unsent: list[FromWorker] = []
@@ -131,7 +142,7 @@ def _serve(backend: Link[Run], turn: _Turn, config: PlaceConfig, files: Sequence
 
 
 def _run(
-    run: Run, runner: asyncio.Runner, turn: _Turn, started: float, config: PlaceConfig, files: Sequence[int]
+    run: Run, runner: asyncio.Runner, turn: _Turn, started: float, config: WorkerConfig, files: Sequence[int]
 ) -> tuple[Finished, asyncio.Runner]:
     interrupted, caps = False, config.caps
     try:
@@ -179,7 +190,7 @@ def _imports(frame: FrameType | None) -> bool:
 _IMPORTING = "<frozen importlib._bootstrap>"
 
 
-def _listen(config: PlaceConfig, turn: _Turn, main: int) -> None:
+def _listen(config: WorkerConfig, turn: _Turn, main: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {_INTERRUPT})
     backend: Link[Interrupt] = Link(config.address, Interrupt)
     backend.send(Listening(config.worker))
@@ -215,3 +226,7 @@ def _end_children() -> None:
 
 def _left_children() -> Iterable[int]:
     return descendants(os.getpid())
+
+
+if __name__ == "__main__":
+    main()

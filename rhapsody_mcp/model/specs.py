@@ -78,12 +78,13 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
     """Which processes a task gets: none of its own (native), one (process), or several (job).
 
     `pmi` is set for a job whose ranks speak MPI to each other: "auto" takes the PMI that works here, "none" runs
-    independent ranks.
+    independent ranks. `forked` is set for a program that nothing was said of: its process needs no placing by Dragon.
     """
 
     mode: Mode
     groups: tuple[RankGroup, ...] = ()
     pmi: Literal["auto", "pmix", "cray", "none"] | None = None
+    forked: bool = False
 
     @property
     def ranks(self) -> int:

@@ -30,9 +30,9 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
         raise InvalidTask('ranks and pmi belong to type="mpi"; a job of other processes has process_templates.')
     if "process_templates" in kwargs:
         return Layout("job", _groups(kwargs["process_templates"]))
-    if "process_template" in kwargs or not native:
-        return Layout("process", (RankGroup(1, _template(kwargs.get("process_template", {}))),))
-    return Layout("native")
+    if "process_template" in kwargs:
+        return Layout("process", (RankGroup(1, _template(kwargs["process_template"])),))
+    return Layout("native") if native else Layout("process", (RankGroup(1, Template()),), forked=True)
 
 
 def read_timeout(kwargs: Mapping[str, Any]) -> float | None:

@@ -243,6 +243,22 @@ async def test_a_program_is_found_by_path_by_name_and_has_its_exit_code(session:
     assert "it broke" in str(failing.exception)
 
 
+async def test_a_program_gets_the_signals_as_a_shell_leaves_them(session: Session) -> None:
+    task = await run_one(session, ComputeTask(executable="sh", arguments=["-c", "yes | head -1"]))
+    assert (task.return_value, task.stderr) == ("y", "")  # yes ends by SIGPIPE; where that is ignored it complains
+
+
+async def test_a_program_is_a_dragon_process_where_it_has_a_template(session: Session) -> None:
+    code = "import os; print(any(name.startswith('DRAGON_') for name in os.environ))"
+    plain, placed = [
+        ComputeTask(executable="python3", arguments=["-c", code], task_backend_specific_kwargs=kwargs)
+        for kwargs in ({}, PROCESS)
+    ]
+    await run(session, plain, placed)
+    on_dragon = isinstance(session.backends[0], DragonExecutionBackendV3)
+    assert (plain.return_value, placed.return_value) == ("False", str(on_dragon))
+
+
 async def test_classes_and_closures_of_this_module_travel(session: Session) -> None:
     factor = 3
 
@@ -350,6 +366,22 @@ async def test_what_only_the_node_knows_fails_as_invalid_before_user_code_runs(
 
 
 # --- time
+
+TREE = "setsid sleep 300 & sleep 300 & touch {}; wait"
+
+
+async def test_the_whole_tree_of_a_program_ends_with_its_time_and_on_request(session: Session, tmp_path: Path) -> None:
+    def program(name: str, **kwargs: Any) -> ComputeTask:
+        arguments = ["-c", TREE.format(tmp_path / name)]
+        return ComputeTask(executable="sh", arguments=arguments, task_backend_specific_kwargs=kwargs)
+
+    timed, canceled = program("timed", timeout=1.0), program("canceled")
+    await session.submit_tasks([timed, canceled])
+    await wait_until((tmp_path / "canceled").exists)
+    await session.cancel(canceled)
+    await session.wait_tasks([timed], timeout=60)
+    assert (timed.cause, canceled.state) == (Cause.TIMEOUT, TaskState.CANCELED)
+    assert not family("sleep", "300")
 
 
 @pytest.mark.parametrize("mode", MODES)

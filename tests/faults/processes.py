@@ -19,7 +19,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "service": ("-m", "rhapsody_mcp", "service"),
     "keeper": ("-m", "rhapsody_mcp.engine.keeper"),
     "host": ("-m", "rhapsody_mcp.engine.host"),
-    "worker": ("-m", "rhapsody_mcp.engine.supervisor"),
+    "worker": ("-m", "rhapsody_mcp.engine.worker"),
 }
 """What the command line of each part has after the interpreter's name."""
 

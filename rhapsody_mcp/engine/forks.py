@@ -1,0 +1,107 @@
+"""The process that forks supervisors for a host: one of its own takes a millisecond, a new Python fifteen.
+
+    python -I -S -c COMMAND FOLDER SOCKET
+
+It takes lines from the socket, `fork NAME` for the plan FOLDER/NAME and `SIGNAL NAME` for its supervisor, and writes
+`NAME CODE` when that and all that it started has ended. It ends at end-of-file, with everything below it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+
+from rhapsody_mcp.engine.processes import adopt_orphans, descendants, send_signal
+from rhapsody_mcp.engine.supervisor import finish, supervise
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    from typing import NoReturn
+else:
+    import _signal as signal
+
+__all__ = ["main"]
+
+_GIVE_UP_S = 5.0  # a process in the kernel's hands cannot be killed
+
+
+def main() -> NoReturn:
+    folder, socket = sys.argv[1], int(sys.argv[2])
+    adopt_orphans()
+    _Forks(folder, socket).serve()
+
+
+class _Forks:
+    def __init__(self, folder: str, socket: int) -> None:
+        self.folder, self.socket = folder, socket
+        self.names: dict[int, str] = {}
+        self.pids: dict[str, int] = {}
+        self.ended, self.wake = os.pipe()
+        os.set_blocking(self.ended, False)
+        os.set_blocking(self.wake, False)
+        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> NoReturn:
+        rest = b""
+        while True:
+            readable, _, _ = select.select([self.socket, self.ended], [], [])
+            if self.ended in readable:
+                os.read(self.ended, 4096)
+                self._collect()
+            if self.socket in readable:
+                data = os.read(self.socket, 1 << 16)
+                if not data:
+                    self._end()
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    order, _, name = line.decode().partition(" ")
+                    self._obey(order, name)
+
+    def _obey(self, order: str, name: str) -> None:
+        if order == "fork":
+            pid = os.fork()
+            if pid == 0:
+                finish(lambda: self._become(name))
+            self.names[pid], self.pids[name] = name, pid
+        elif name in self.pids:
+            os.kill(self.pids[name], int(order))
+
+    def _become(self, name: str) -> NoReturn:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for descriptor in (self.socket, self.ended, self.wake):
+            os.close(descriptor)
+        os.setsid()
+        supervise(f"{self.folder}/{name}")
+
+    def _collect(self) -> None:
+        """Tell of the supervisors that have ended. One that was killed leaves its children to this process."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if (name := self.names.pop(pid, None)) is not None:
+                del self.pids[name]
+                code = os.waitstatus_to_exitcode(status)
+                if code:
+                    self._end_strays()
+                os.write(self.socket, f"{name} {code}\n".encode())
+
+    def _end_strays(self) -> None:
+        """End what descends from this process and from no supervisor."""
+        deadline = time.monotonic() + _GIVE_UP_S
+        while (strays := descendants(os.getpid(), but=self.names)) and time.monotonic() < deadline:
+            send_signal(strays, signal.SIGKILL)
+            time.sleep(0.005)
+
+    def _end(self) -> NoReturn:
+        self.names.clear()
+        self._end_strays()
+        os._exit(0)
