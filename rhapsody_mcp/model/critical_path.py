@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypedDict
 
 from rhapsody_mcp.model.timing import Timing
 
-__all__ = ["CriticalPath", "Sources", "Step", "find_critical_path"]
+__all__ = ["CriticalPath", "Sources", "Step", "Timings", "find_critical_path"]
 
 Sources = Callable[[str], Iterable[str]]
 """The uids of the tasks that the one of this uid waited for."""
+Timings = Callable[[str], Timing | None]
+"""When the task of this uid ran; None where it does not count."""
 
 
 class Step(TypedDict):
@@ -40,9 +42,11 @@ class _Ended(NamedTuple):
     ended: float
 
 
-def find_critical_path(timings: Mapping[str, Timing], names: Callable[[str], str], sources: Sources) -> CriticalPath:
+def find_critical_path(
+    last: str | None, timing: Timings, names: Callable[[str], str], sources: Sources
+) -> CriticalPath:
     """From the task that ended last, always back to the source that ended last; empty where none ran."""
-    chain = _chain(timings, sources)
+    chain = _chain(last, timing, sources)
     steps: list[Step] = []
     now = chain[0].submitted if chain else 0.0
     for one in chain:
@@ -56,22 +60,22 @@ def find_critical_path(timings: Mapping[str, Timing], names: Callable[[str], str
     return {"seconds": now - chain[0].submitted if chain else 0.0, "steps": steps}
 
 
-def _chain(timings: Mapping[str, Timing], sources: Sources) -> list[_Ended]:
+def _chain(last: str | None, timing: Timings, sources: Sources) -> list[_Ended]:
     """First to last."""
-    found = _last_ended(timings, (uid for uid, timing in timings.items() if timing.started is not None))
+    found = _last_ended(timing, () if last is None else (last,))
     chain: list[_Ended] = []
     while found is not None:
         chain.append(found)
-        found = _last_ended(timings, sources(found.uid))
+        found = _last_ended(timing, sources(found.uid))
     return chain[::-1]
 
 
-def _last_ended(timings: Mapping[str, Timing], uids: Iterable[str]) -> _Ended | None:
+def _last_ended(timing: Timings, uids: Iterable[str]) -> _Ended | None:
     last: _Ended | None = None
     for uid in uids:
-        timing = timings.get(uid)
-        if timing is None or timing.submitted is None or timing.ended is None:
+        found = timing(uid)
+        if found is None or found.submitted is None or found.ended is None:
             continue
-        if last is None or timing.ended > last.ended:
-            last = _Ended(uid, timing.submitted, timing.started, timing.ended)
+        if last is None or found.ended > last.ended:
+            last = _Ended(uid, found.submitted, found.started, found.ended)
     return last

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypedDict
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Literal, Self, TypedDict
 
 import msgspec
 
 from rhapsody_mcp.model.critical_path import CriticalPath, Sources, find_critical_path
 from rhapsody_mcp.model.errors import UnknownName
+from rhapsody_mcp.model.numbers import Numbers, Spread, spread
 from rhapsody_mcp.model.outcome import Usage
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.timing import Timing
 
-__all__ = ["Busy", "Measures", "Row", "Spread", "Statistics", "Summary", "Times", "Tokens", "summarise"]
+__all__ = ["Busy", "Measures", "Row", "Spread", "Statistics", "Summary", "Tally", "Times", "Tokens"]
 
 _NUMBERED = re.compile(r"(.*?)[-_. \[]*\d+\]?")
 
@@ -48,19 +49,6 @@ class Summary(TypedDict):
     avg_total: float
     avg_queue: float
     avg_execution: float
-
-
-class Spread(TypedDict):
-    """Of numbers; all 0.0 where there are none.
-
-    Percentiles are by nearest rank: p95 is the least of the numbers that at least 95 % of them do not exceed.
-    """
-
-    mean: float
-    p50: float
-    p95: float
-    p99: float
-    max: float
 
 
 class Times(TypedDict):
@@ -120,49 +108,101 @@ class Statistics(Measures):
     groups: dict[str, Measures]
 
 
-class _Run(msgspec.Struct, frozen=True, gc=False):
-    """A task that started and has ended."""
-
-    row: Row
-    submitted: float
-    started: float
-    ended: float
-
-
-def summarise(
-    rows: Iterable[Row], sources: Sources, workers: Mapping[str, int], group: str | None = None
-) -> Statistics:
-    """Statistics of these tasks, or of one group of them; `workers` is the number of workers by backend.
+class Tally:
+    """Adds tasks up as they end, so that statistics of many take no longer than of few.
 
     A group is what one ForEach made, by its name; tasks whose names differ in a number at the end alone, by what
     comes before it (sim-1 and sim-2 are "sim"); and the rest by kind, as in "function tasks".
-    Raises UnknownName where there is no such group.
     """
-    chosen = list(rows)
-    groups = _grouped(chosen)
-    if group is not None:
-        if group not in groups:
-            raise UnknownName("group", group, groups)
-        chosen = groups[group]
-        groups = {group: chosen}
-    runs = _runs(chosen)
-    measures = _measure(chosen, runs)
-    return {
-        "summary": _summary(len(chosen), measures["times"]),
-        **measures,
-        "makespan": max(run.ended for run in runs) - min(run.submitted for run in runs) if runs else 0.0,
-        "busy": _busy(runs, workers),
-        "critical_path": _critical_path(chosen, sources),
-        "groups": _slowest_first(groups) if len(groups) > 1 else dict.fromkeys(groups, measures),
-    }
+
+    def __init__(self, stems: Container[str] = ()) -> None:
+        self._sums: dict[str, _Sum] = {}
+        self._stems = stems
+        self._more_stems: set[str] = set()
+        self._alone: dict[str, Row] = {}
+        """By its stem, each task whose name differs from no other's in a number alone."""
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Tasks that have ended, each once."""
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            stem = _stem(row)
+            if row.for_each or not stem:
+                groups.setdefault(row.for_each or _kind_group(row), []).append(row)
+            elif self._knows(stem):
+                groups.setdefault(stem, []).append(row)
+            elif (first := self._alone.pop(stem, None)) is not None:
+                self._more_stems.add(stem)
+                groups.setdefault(stem, []).extend((first, row))
+            else:
+                self._alone[stem] = row
+        for name, members in groups.items():
+            self._sums.setdefault(name, _Sum()).add(members)
+
+    def _knows(self, stem: str) -> bool:
+        return stem in self._more_stems or stem in self._stems
+
+    def statistics(
+        self,
+        others: Iterable[Row],
+        find: Callable[[str], Row | None],
+        sources: Sources,
+        workers: Mapping[str, int],
+        group: str | None = None,
+    ) -> Statistics:
+        """Statistics of all that was added and of `others`, such as those that have not ended; or of one group.
+
+        `find` gives any of them by its uid, and None for another task's; `workers` is the number of workers by backend.
+        Raises UnknownName where there is no such group.
+        """
+        rest = Tally(self._more_stems)
+        rest.add([*self._alone.values(), *others])
+        single: dict[str, list[Row]] = {}
+        for row in rest._alone.values():
+            single.setdefault(_kind_group(row), []).append(row)
+        groups: dict[str, list[_Sum]] = {}
+        for sums in (self._sums, rest._sums, {name: _Sum.of(rows) for name, rows in single.items()}):
+            for name, one in sums.items():
+                groups.setdefault(name, []).append(one)
+        if group is not None:
+            if group not in groups:
+                raise UnknownName("group", group, groups)
+            groups = {group: groups[group]}
+
+        def timing(uid: str) -> Timing | None:
+            row = find(uid)
+            counts = row is not None and (group is None or self._group_of(row, rest) == group)
+            return row.timing if row is not None and counts else None
+
+        def called(uid: str) -> str:
+            row = find(uid)
+            return row.name or uid if row is not None else uid
+
+        chosen = [one for sums in groups.values() for one in sums]
+        last = max((one.last for one in chosen if one.last is not None), default=None)
+        measures = _measure(chosen)
+        return {
+            "summary": _summary(sum(measures["counts"].values()), measures["times"]),
+            **measures,
+            "makespan": _between((one.submitted for one in chosen), (one.ended for one in chosen)),
+            "busy": _busy(chosen, workers),
+            "critical_path": find_critical_path(last[2] if last else None, timing, called, sources),
+            "groups": _slowest_first(groups) if len(groups) > 1 else dict.fromkeys(groups, measures),
+        }
+
+    def _group_of(self, row: Row, rest: Tally) -> str:
+        stem = _stem(row)
+        return row.for_each or (stem if stem and stem not in rest._alone else _kind_group(row))
 
 
-def _runs(rows: Iterable[Row]) -> list[_Run]:
-    return [
-        _Run(row, timing.submitted, timing.started, timing.ended)
-        for row in rows
-        if (timing := row.timing).submitted is not None and timing.started is not None and timing.ended is not None
-    ]
+def _stem(row: Row) -> str:
+    """What comes before the number at the end of its name; empty where there is none."""
+    found = None if row.for_each or not row.name else _NUMBERED.fullmatch(row.name)
+    return found[1] if found else ""
+
+
+def _kind_group(row: Row) -> str:
+    return f"{row.kind} tasks"
 
 
 def _summary(tasks: int, times: Times) -> Summary:
@@ -174,32 +214,8 @@ def _summary(tasks: int, times: Times) -> Summary:
     }
 
 
-def _critical_path(rows: Sequence[Row], sources: Sources) -> CriticalPath:
-    names = {row.uid: row.name or row.uid for row in rows}
-    return find_critical_path({row.uid: row.timing for row in rows}, names.__getitem__, sources)
-
-
-# --- groups
-
-
-def _grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    stems = [_stem(row) for row in rows]
-    members = Counter(stems)
-    groups: dict[str, list[Row]] = {}
-    for row, stem in zip(rows, stems, strict=True):
-        name = row.for_each or (stem if stem and members[stem] > 1 else f"{row.kind} tasks")
-        groups.setdefault(name, []).append(row)
-    return groups
-
-
-def _stem(row: Row) -> str:
-    """What comes before the number at the end of its name; empty where there is none."""
-    found = None if row.for_each or not row.name else _NUMBERED.fullmatch(row.name)
-    return found[1] if found else ""
-
-
-def _slowest_first(groups: Mapping[str, Sequence[Row]]) -> dict[str, Measures]:
-    measured = {name: _measure(rows, _runs(rows)) for name, rows in groups.items()}
+def _slowest_first(groups: Mapping[str, Sequence[_Sum]]) -> dict[str, Measures]:
+    measured = {name: _measure(sums) for name, sums in groups.items()}
 
     def seconds(name: str) -> float:
         return measured[name]["times"]["execution"]["mean"] * measured[name]["ran"]
@@ -207,62 +223,139 @@ def _slowest_first(groups: Mapping[str, Sequence[Row]]) -> dict[str, Measures]:
     return {name: measured[name] for name in sorted(measured, key=seconds, reverse=True)}
 
 
+# --- sums
+
+
+class _Sum:
+    """What statistics need of tasks, whose number it does not grow with but for 24 bytes each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[TaskState] = Counter()
+        self.ran = 0
+        self.queue, self.execution, self.total = Numbers(), Numbers(), Numbers()
+        self.submitted = self.started = math.inf
+        self.ended = -math.inf
+        self.last: tuple[float, int, str] | None = None
+        """Of the task that ended last, and of several the first: its end, minus its number, and its uid."""
+        self.places: dict[tuple[str, int], _Taken] = {}
+        """By backend and ranks."""
+        self.prompts = _Prompts()
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Self:
+        made = cls()
+        made.add(rows)
+        return made
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self.counts.update(row.state for row in rows)
+        runs = [
+            (row, timing.submitted, timing.started, timing.ended)
+            for row in rows
+            if (timing := row.timing).submitted is not None and timing.started is not None and timing.ended is not None
+        ]
+        if not runs:
+            return
+        queue = [started - submitted for _, submitted, started, _ in runs]
+        execution = [ended - started for _, _, started, ended in runs]
+        self.queue.add(queue)
+        self.execution.add(execution)
+        self.total.add([waited + ran for waited, ran in zip(queue, execution, strict=True)])
+        self.submitted = min(self.submitted, min(submitted for _, submitted, _, _ in runs))
+        self.started = min(self.started, min(started for _, _, started, _ in runs))
+        self.ended = max(self.ended, max(ended for _, _, _, ended in runs))
+        for number, (row, _, started, ended) in enumerate(runs, self.ran):
+            if self.last is None or ended > self.last[0]:
+                self.last = ended, -number, row.uid
+            if row.kind in ("function", "executable"):
+                self.places.setdefault((row.backend, row.ranks), _Taken()).add(started, ended)
+        self.ran += len(runs)
+        self.prompts.add([(row, started, ended) for row, _, started, ended in runs if row.kind == "prompt"])
+
+
+class _Taken:
+    """How long places were taken, and from when to when."""
+
+    def __init__(self) -> None:
+        self.seconds, self.started, self.ended = 0.0, math.inf, -math.inf
+
+    def add(self, started: float, ended: float) -> None:
+        self.seconds += ended - started
+        self.started, self.ended = min(self.started, started), max(self.ended, ended)
+
+
+class _Prompts:
+    """Tokens, and the stretches of time in which at least one prompt ran, in order."""
+
+    def __init__(self) -> None:
+        self.counted = self.into = self.out = 0
+        self.stretches: list[tuple[float, float]] = []
+
+    def add(self, runs: Sequence[tuple[Row, float, float]]) -> None:
+        usages = [row.usage for row, _, _ in runs if row.usage is not None]
+        self.counted += len(usages)
+        self.into += sum(usage.prompt_tokens for usage in usages)
+        self.out += sum(usage.completion_tokens for usage in usages)
+        if runs:
+            new, first = [(started, ended) for _, started, ended in runs], min(started for _, started, _ in runs)
+            while self.stretches and self.stretches[-1][1] >= first:
+                new.append(self.stretches.pop())
+            self.stretches += _joined(new)
+
+
+def _joined(stretches: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """In order, with those that overlap in one."""
+    joined: list[tuple[float, float]] = []
+    for start, end in sorted(stretches):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
 # --- numbers
 
 
-def _measure(rows: Sequence[Row], runs: Sequence[_Run]) -> Measures:
+def _measure(sums: Sequence[_Sum]) -> Measures:
+    counts: Counter[TaskState] = Counter()
+    for one in sums:
+        counts.update(one.counts)
+    ran = sum(one.ran for one in sums)
+    seconds = _between((one.started for one in sums), (one.ended for one in sums))
     return {
-        "counts": {state.value: count for state, count in Counter(row.state for row in rows).items()},
-        "ran": len(runs),
-        "times": _times(runs),
-        "throughput": _rate(len(runs), _span(runs)),
-        "tokens": _tokens(runs),
+        "counts": {state.value: count for state, count in counts.items()},
+        "ran": ran,
+        "times": _times(sums),
+        "throughput": _rate(ran, seconds),
+        "tokens": _tokens([one.prompts for one in sums]),
     }
 
 
-def _times(runs: Sequence[_Run]) -> Times:
-    queue = [run.started - run.submitted for run in runs]
-    execution = [run.ended - run.started for run in runs]
+def _times(sums: Sequence[_Sum]) -> Times:
     times: Times = {
-        "queue": _spread(queue),
-        "execution": _spread(execution),
-        "total": _spread([waited + ran for waited, ran in zip(queue, execution, strict=True)]),
+        "queue": spread([one.queue for one in sums]),
+        "execution": spread([one.execution for one in sums]),
+        "total": spread([one.total for one in sums]),
     }
     times["total"]["mean"] = times["queue"]["mean"] + times["execution"]["mean"]
     return times
 
 
-def _spread(numbers: list[float]) -> Spread:
-    ordered = sorted(numbers) or [0.0]
-
-    def percentile(percent: int) -> float:
-        return ordered[math.ceil(percent * len(ordered) / 100) - 1]
-
-    return {
-        "mean": sum(ordered) / len(ordered),
-        "p50": percentile(50),
-        "p95": percentile(95),
-        "p99": percentile(99),
-        "max": ordered[-1],
-    }
-
-
-def _span(runs: Sequence[_Run]) -> float:
-    """Seconds from the first start to the last end."""
-    return max(run.ended for run in runs) - min(run.started for run in runs) if runs else 0.0
+def _between(firsts: Iterable[float], lasts: Iterable[float]) -> float:
+    """Seconds from the first to the last; 0.0 where there is none."""
+    return max(0.0, max(lasts, default=0.0) - min(firsts, default=0.0))
 
 
 def _rate(count: float, seconds: float) -> float | None:
     return count / seconds if seconds > 0 else None
 
 
-def _tokens(runs: Sequence[_Run]) -> Tokens | None:
-    prompts = [run for run in runs if run.row.kind == "prompt"]
-    usages = [run.row.usage for run in prompts if run.row.usage is not None]
-    if not usages:
+def _tokens(prompts: Sequence[_Prompts]) -> Tokens | None:
+    if not any(one.counted for one in prompts):
         return None
-    into, out = sum(usage.prompt_tokens for usage in usages), sum(usage.completion_tokens for usage in usages)
-    seconds = _covered(prompts)
+    into, out = sum(one.into for one in prompts), sum(one.out for one in prompts)
+    seconds = sum(end - start for start, end in _joined(one for some in prompts for one in some.stretches))
     return {
         "prompt_tokens": into,
         "completion_tokens": out,
@@ -271,27 +364,22 @@ def _tokens(runs: Sequence[_Run]) -> Tokens | None:
     }
 
 
-def _covered(runs: Iterable[_Run]) -> float:
-    """Seconds in which at least one of them ran."""
-    covered, until = 0.0, -math.inf
-    for start, end in sorted((run.started, run.ended) for run in runs):
-        covered += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return covered
-
-
-def _busy(runs: Iterable[_Run], workers: Mapping[str, int]) -> list[Busy]:
-    places: dict[tuple[str, Literal["workers", "process slots"]], list[_Run]] = {}
-    for run in runs:
-        if run.row.backend in workers and run.row.kind in ("function", "executable"):
-            places.setdefault((run.row.backend, "process slots" if run.row.ranks else "workers"), []).append(run)
+def _busy(sums: Sequence[_Sum], workers: Mapping[str, int]) -> list[Busy]:
+    places: dict[tuple[str, Literal["workers", "process slots"]], list[tuple[int, _Taken]]] = {}
+    for one in sums:
+        for (backend, ranks), taken in one.places.items():
+            if backend in workers:
+                places.setdefault((backend, "process slots" if ranks else "workers"), []).append((ranks, taken))
+    shares = ((backend, of, _share(taking, workers[backend])) for (backend, of), taking in places.items())
     return [
-        {"backend": backend, "of": of, "places": workers[backend], "share": _share(taking, workers[backend])}
-        for (backend, of), taking in places.items()
-        if _span(taking) > 0
+        {"backend": backend, "of": of, "places": workers[backend], "share": share}
+        for backend, of, share in shares
+        if share is not None
     ]
 
 
-def _share(runs: Sequence[_Run], places: int) -> float:
-    taken = sum((run.ended - run.started) * min(max(run.row.ranks, 1), places) for run in runs)
-    return taken / (places * _span(runs))
+def _share(taking: Sequence[tuple[int, _Taken]], places: int) -> float | None:
+    """None where no time has passed."""
+    seconds = _between((taken.started for _, taken in taking), (taken.ended for _, taken in taking))
+    taken_s = sum(taken.seconds * min(max(ranks, 1), places) for ranks, taken in taking)
+    return taken_s / (places * seconds) if seconds > 0 else None

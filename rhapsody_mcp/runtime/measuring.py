@@ -1,54 +1,78 @@
-"""Measures the tasks of a session: makes of each the row that statistics are computed from."""
+"""Measures the tasks of a session: makes of each the row that statistics are computed from, once when it has ended."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rhapsody_mcp.backends.base import Backend
-from rhapsody_mcp.model.specs import Call, Command, TaskSpec
-from rhapsody_mcp.model.statistics import Row, Statistics, summarise
-from rhapsody_mcp.runtime.tasks import Task, leaves, name_of
+from rhapsody_mcp.model.statistics import Row, Statistics, Tally
+from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, is_hidden, kind_of, leaves, name_of
 
-__all__ = ["measure"]
+__all__ = ["Account"]
 
-
-def measure(
-    tasks: Iterable[Task], specs: Mapping[str, TaskSpec], backends: Sequence[Backend], group: str | None
-) -> Statistics:
-    """Statistics of these tasks, with the children of a ForEach in its place, or of one group of them."""
-    counted = {task.uid: task for task in leaves(tasks)}
-    rows = [_row(task, specs.get(uid)) for uid, task in counted.items()]
-    return summarise(rows, lambda uid: _waited_for(counted[uid]), _workers(backends), group)
+_AT_LEAST = 1000  # that have ended until the next time that they are added up
 
 
-def _row(task: Task, spec: TaskSpec | None) -> Row:
+class Account:
+    """Of the tasks of one session: `ended` grows at its end, `going` are those that have not ended. Tasks that were
+    replaced do not count, and a ForEach with children is these."""
+
+    def __init__(self, ended: Sequence[Task], going: Mapping[str, Task], tasks: Mapping[str, Task]) -> None:
+        self._ended, self._going, self._tasks = ended, going, tasks
+        self._forget()
+
+    def _forget(self) -> None:
+        self._tally, self._added = Tally(), 0
+
+    def replaced(self, task: Task) -> None:
+        """It counted, and does not any more."""
+        if any(one.position is not None and one.position < self._added for one in leaves([task])):
+            self._forget()
+
+    def add_up(self, least: int = _AT_LEAST) -> None:
+        """Add up what has ended, if it is so much."""
+        if len(self._ended) - self._added >= least:
+            ended = self._ended[self._added :]
+            self._added = len(self._ended)
+            self._tally.add(_row(task) for task in ended if _counts(task))
+
+    def statistics(self, backends: Sequence[Backend], group: str | None) -> Statistics:
+        """Raises UnknownName where there is no such group."""
+        self.add_up(1)
+        going = (_row(task) for task in self._going.values() if _counts(task))
+        return self._tally.statistics(going, self._find, self._waited_for, _workers(backends), group)
+
+    def _find(self, uid: str) -> Row | None:
+        task = self._tasks.get(uid)
+        return _row(task) if task is not None and _counts(task) else None
+
+    def _waited_for(self, uid: str) -> list[str]:
+        """The uids of the tasks that it waited for, a ForEach by its children."""
+        task = self._tasks[uid]
+        sources = task.sources()
+        if task.parent is not None and task.parent.source is not None:
+            sources += task.parent.sources()
+        return [source.uid for source in leaves(sources)]
+
+
+def _counts(task: Task) -> bool:
+    if (task.parent or task).replaced_by is not None or is_hidden(task):
+        return False
+    return not (isinstance(task, ForEach) and task.children)
+
+
+def _row(task: Task) -> Row:
     return Row(
         uid=task.uid,
         name=task.name,
-        kind=_kind(spec),
+        kind=kind_of(task),
         state=task.state,
         timing=task.timing,
         for_each=name_of(task.parent) if task.parent else None,
         backend=task.backend or "",
-        ranks=0 if spec is None or spec.layout.mode == "native" else max(1, spec.layout.ranks),
+        ranks=task.layout.ranks if isinstance(task, ComputeTask) else 0,
         usage=task.outcome.usage if task.outcome else None,
     )
-
-
-def _kind(spec: TaskSpec | None) -> str:
-    if spec is None:
-        return "for_each"
-    if isinstance(spec.work, Call):
-        return "function"
-    return "executable" if isinstance(spec.work, Command) else "prompt"
-
-
-def _waited_for(task: Task) -> list[str]:
-    """The uids of the tasks that it waited for, a ForEach by its children."""
-    sources = task.sources()
-    if task.parent is not None and task.parent.source is not None:
-        sources += task.parent.sources()
-    return [source.uid for source in leaves(sources)]
 
 
 def _workers(backends: Sequence[Backend]) -> dict[str, int]:

@@ -128,7 +128,7 @@ class OpenSession:
         """Find them by uid and name from now on."""
         for task in tasks:
             if task.name and (earlier := self._named.get(task.name)):
-                earlier.replaced_by = task.uid
+                self.session.replace(earlier, task.uid)
             self._tasks[task.uid] = task
             if task.name:
                 self._named[task.name] = task

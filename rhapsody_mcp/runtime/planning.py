@@ -16,8 +16,7 @@ from rhapsody_mcp.engine.checking import imports_of
 from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.specs import Layout
 from rhapsody_mcp.runtime.encoding import Module, Source
-from rhapsody_mcp.runtime.session import kind_of
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, name_of, tasks_text
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, name_of, tasks_text
 
 __all__ = ["Step", "misfits", "steps_of"]
 

@@ -16,8 +16,7 @@ from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.machine import look
 from rhapsody_mcp.model.values import Value
 from rhapsody_mcp.runtime.script import draws_by_chance, plain_url
-from rhapsody_mcp.runtime.session import kind_of
-from rhapsody_mcp.runtime.tasks import AITask, ForEach, Task
+from rhapsody_mcp.runtime.tasks import AITask, ForEach, Task, kind_of
 
 __all__ = ["add_digests", "describe_origin"]
 

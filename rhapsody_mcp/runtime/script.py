@@ -25,9 +25,8 @@ from rhapsody_mcp.runtime.encoding import Source
 from rhapsody_mcp.runtime.opening import Plan
 from rhapsody_mcp.runtime.readable import Sources
 from rhapsody_mcp.runtime.redaction import HIDDEN, redacted
-from rhapsody_mcp.runtime.session import kind_of
 from rhapsody_mcp.runtime.task_code import TaskCode, looks_secret, whole, work_of
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, leaves, name_of, tasks_text
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, leaves, name_of, tasks_text
 
 __all__ = ["Script", "draws_by_chance", "plain_url", "write_script"]
 

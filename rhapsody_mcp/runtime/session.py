@@ -8,11 +8,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from msgspec.structs import replace
 
-from rhapsody_mcp.backends.base import Backend, Ended, Kind, Running
+from rhapsody_mcp.backends.base import Backend, Ended, Running
 from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.model.errors import (
     InvalidRequest,
@@ -32,14 +32,15 @@ from rhapsody_mcp.runtime.encoding import Encoder, Module
 from rhapsody_mcp.runtime.fan_out import join, outcome_of, read_items
 from rhapsody_mcp.runtime.graph import leads_to, refuse_cycles
 from rhapsody_mcp.runtime.lanes import Lane, Notice
-from rhapsody_mcp.runtime.measuring import measure
+from rhapsody_mcp.runtime.measuring import Account
 from rhapsody_mcp.runtime.rules import Rules, Taken
 from rhapsody_mcp.runtime.tasks import (
-    AITask,
     ComputeTask,
     ForEach,
     Part,
     Task,
+    is_hidden,
+    kind_of,
     leaves,
     name_of,
     rank_of,
@@ -83,6 +84,7 @@ class Session:
         self._opens_results = opens_results
         self._submitted: list[Task] = []
         self._tasks: dict[str, Task] = {}
+        self._going: dict[str, Task] = {}
         self._specs: dict[str, TaskSpec] = {}
         self._missing: dict[str, set[str]] = {}
         self._dependents: dict[str, list[str]] = {}
@@ -98,6 +100,9 @@ class Session:
         self._background: set[asyncio.Task[None]] = set()
         self.ended: list[Task] = []
         """Every task that has ended, first ended first; a ForEach after its children."""
+        self.replaced: list[Task] = []
+        """The tasks that another one took the name of."""
+        self._account = Account(self.ended, self._going, self._tasks)
         self.on_change: Callable[[Task], None] | None = None
         """Called after each change of a task's state."""
         self.notices: deque[Notice] = deque(maxlen=_MOST_NOTICES)
@@ -109,9 +114,7 @@ class Session:
             self._report,
             self._read,
             tell=lambda notice: self.notices.append(notice),
-            is_needed=lambda: any(
-                task.backend == backend.name and not task.state.final for task in list(self._tasks.values())
-            ),
+            is_needed=lambda: any(task.backend == backend.name for task in self._going.values()),
             idle_s=idle_s,
         )
 
@@ -158,7 +161,13 @@ class Session:
         Groups and everything else are as `Statistics` and `summarise` of `rhapsody_mcp.model.statistics` say; replaced
         tasks are left out. Raises UnknownName where no task is in such a group.
         """
-        return measure(self._current, self._specs, self.backends, group)
+        return self._account.statistics(self.backends, group)
+
+    def replace(self, task: Task, uid: str) -> None:
+        """Have a task that ended as one that another took the name of: it does not count any more."""
+        task.replaced_by = uid
+        self.replaced.append(task)
+        self._account.replaced(task)
 
     # --- submission
 
@@ -228,9 +237,11 @@ class Session:
     def _have(self, task: Task, lane: Lane | None, spec: TaskSpec | None) -> None:
         if lane is not None and spec is not None:
             task.backend, self._specs[task.uid] = lane.backend.name, spec
-            if not _is_hidden(task):
+            if not is_hidden(task):
                 self.taken.add(spec)
         self._tasks[task.uid] = task
+        if not task.state.final:
+            self._going[task.uid] = task
         for source in task.needs():
             source.passed_on = True
 
@@ -293,7 +304,7 @@ class Session:
         lane = self._route(task)
         try:
             spec = task.spec(encoder)
-            if self._rules is not None and not _is_hidden(task):
+            if self._rules is not None and not is_hidden(task):
                 spec = self._rules.admit(spec)
             lane.backend.check(spec)
         except InvalidTask as error:
@@ -385,7 +396,7 @@ class Session:
                 self._rules.refuse_count(self.taken, len(items))
             parent.make_children(items)
             for source in {source.uid: source for child in parent.children for source in child.sources()}.values():
-                if (source.uid not in self._tasks and not _is_hidden(source)) or leads_to(source, parent):
+                if (source.uid not in self._tasks and not is_hidden(source)) or leads_to(source, parent):
                     raise InvalidTask(
                         f"its tasks need {name_of(source)}, which is not in this session or waits for it."
                     )
@@ -533,17 +544,19 @@ class Session:
 
     def _forget(self, task: Task) -> None:
         self._missing.pop(task.uid, None)
-        if _is_hidden(task):
-            for kept in (self._tasks, self._specs):
-                kept.pop(task.uid, None)
+        self._going.pop(task.uid, None)
+        spec = self._specs.pop(task.uid, None)
+        if is_hidden(task):
+            self._tasks.pop(task.uid, None)
         else:
             task.position = len(self.ended)
             self.ended.append(task)
-            if task.uid in self._specs and task.outcome is not None:
+            if spec is not None and task.outcome is not None:
                 self.taken.end(task.outcome)
+            self._account.add_up()
 
     def _tell(self, task: Task) -> None:
-        if self.on_change is not None and not _is_hidden(task):
+        if self.on_change is not None and not is_hidden(task):
             self.on_change(task)
 
     # --- waiting, canceling, closing
@@ -604,10 +617,10 @@ class Session:
 
     async def _close(self) -> None:
         message = "its session was closed"
-        self._cancel([task for task in list(self._tasks.values()) if not task.state.final], message)
+        self._cancel(list(self._going.values()), message)
         failures = await asyncio.gather(*(lane.close() for lane in self._lanes.values()), return_exceptions=True)
         await asyncio.gather(*self._background, return_exceptions=True)
-        for task in list(self._tasks.values()):
+        for task in list(self._going.values()):
             self._end(task, _canceled(Cause.CANCELED, message))
         if self._temporary is not None:
             self._temporary.remove()
@@ -629,19 +642,6 @@ class Session:
 
 Accepted = tuple[Task, Lane | None, TaskSpec | None]
 """With the lane and the spec of what a backend runs; a ForEach has none."""
-
-
-def kind_of(task: Task) -> Kind | Literal["for_each"]:
-    """What a backend must be able to run for this task; a ForEach is run by the session."""
-    if isinstance(task, ForEach):
-        return "for_each"
-    if isinstance(task, AITask):
-        return "prompt"
-    return "function" if isinstance(task, ComputeTask) and task.function is not None else "executable"
-
-
-def _is_hidden(task: Task) -> bool:
-    return task.uid.startswith("~")
 
 
 def _is_long(event: Ended) -> bool:

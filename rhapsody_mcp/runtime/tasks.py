@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 
 import msgspec
 
+from rhapsody_mcp.backends.base import Kind
 from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, TaskCanceled, TaskFailed, refuse_unknown
 from rhapsody_mcp.model.json_schemas import encode_schema
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
@@ -27,6 +28,8 @@ __all__ = [
     "Part",
     "Rank",
     "Task",
+    "is_hidden",
+    "kind_of",
     "leaves",
     "name_of",
     "tasks_text",
@@ -478,6 +481,24 @@ class ForEach(Task):
 def name_of(task: Task) -> str:
     """What a person calls it: its name, or its uid where it has none."""
     return task.name or task.uid
+
+
+def kind_of(task: Task) -> Kind | Literal["for_each"]:
+    """What a backend must be able to run for this task; a ForEach is run by the session."""
+    if isinstance(task, ForEach):
+        return "for_each"
+    if isinstance(task, AITask):
+        return "prompt"
+    return "function" if isinstance(task, ComputeTask) and task.function is not None else "executable"
+
+
+def _is_hidden(task: Task) -> bool:
+    return task.uid.startswith("~")
+
+
+def is_hidden(task: Task) -> bool:
+    """Whether it is this program's own, which no list or count shows."""
+    return task.uid.startswith("~")
 
 
 def tasks_text(count: int) -> str:

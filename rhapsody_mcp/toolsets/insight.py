@@ -62,7 +62,7 @@ class Insight:
     ) -> Annotated[CallToolResult, SessionStatistics]:
         measured = self._sessions.get(session).session
         statistics = measured.get_statistics(group)
-        replaced = len(leaves(task for task in measured.tasks if task.replaced_by))
+        replaced = len(leaves(measured.replaced))
         told = (session, group, statistics, replaced)
         return reply(figures_text(*told), figures_of(*told))
 

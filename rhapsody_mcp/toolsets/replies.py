@@ -12,8 +12,7 @@ from mcp.types import CallToolResult, TextContent
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
-from rhapsody_mcp.runtime.session import kind_of
-from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves
+from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves
 
 __all__ = [
     "REPLY_BYTES",

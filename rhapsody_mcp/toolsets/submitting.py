@@ -17,8 +17,7 @@ from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.open_sessions import OpenSession, Submission
 from rhapsody_mcp.runtime.planning import Step, misfits, steps_of
-from rhapsody_mcp.runtime.session import kind_of
-from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of, tasks_text
+from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.making import ItemMaker, kind_of_request, label_of, make_tasks
 from rhapsody_mcp.toolsets.recipes import write_recipes
 from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply

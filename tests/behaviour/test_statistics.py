@@ -132,7 +132,9 @@ async def test_the_critical_path_names_the_chain_that_took_the_time() -> None:
 
 async def test_a_task_that_was_submitted_late_is_told_apart_from_one_that_waited() -> None:
     async with open_agent(backend=Clocked()) as agent:
-        await statistics(agent, program("first", "0 to 1"))
+        await agent.session()
+        await agent.call("submit_tasks", **SESSION, tasks=[program("first", "0 to 1")])
+        await agent.call("wait_tasks", **SESSION)
         first = agent.sessions.get("session-1").task("first")
         assert first.outcome is not None and first.submitted is not None
         first.submitted, first.outcome = 10.0, Outcome(state=TaskState.DONE, started=11.0, ended=12.0)

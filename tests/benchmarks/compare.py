@@ -50,6 +50,7 @@ class Contestant:
 _FEW = {"functions": 40, "programs": 10, "job": 4}
 _MANY = {"functions": 10_000, "programs": 200, "job": 4}
 _SOME = {"functions": 2000, "programs": 100}
+_PROMPTS = {"prompts": 256}
 CONTESTANTS = [
     Contestant("rhapsody-mcp", "ours", counts=_MANY),
     Contestant("rhapsody-py", "rhapsody_py", ["rhapsody-py[dragon]"], True, _FEW),
@@ -58,6 +59,9 @@ CONTESTANTS = [
     Contestant("concurrent.futures", "futures", counts=_MANY),
     Contestant("Parsl HTEX", "parsl_htex", ["parsl"], counts=_SOME),
     Contestant("Dask distributed", "dask_distributed", ["dask[distributed]"], counts=_SOME),
+    Contestant("rhapsody-mcp, on vLLM", "ours_prompts", counts=_PROMPTS),
+    Contestant("vLLM, its server", "vllm_server", counts=_PROMPTS),
+    Contestant("vLLM, LLM.chat", "vllm_generate", counts=_PROMPTS),
 ]
 
 
@@ -153,13 +157,11 @@ def _version(contestant: Contestant, python: Path) -> str:
 
 
 def _show(versions: dict[str, str], seconds: dict[tuple[str, str], list[float]], console: Console) -> None:
-    table = Table("", "functions", "one function", "programs", "a job of 4 ranks")
+    table = Table("", "functions", "one function", "programs", "a job of 4 ranks", "prompts")
     for contestant in CONTESTANTS:
-        cells = []
-        for work, count in (("functions", contestant.counts["functions"]), ("one function", 0)):
-            cells.append(_told(seconds.get((contestant.name, work)), count))
-        cells += [_told(seconds.get((contestant.name, "programs")), contestant.counts.get("programs", 0))]
-        cells += [_told(seconds.get((contestant.name, "job")), 0)]
+        counts = {**contestant.counts, "job": 0, "one function": 0}
+        works = ("functions", "one function", "programs", "job", "prompts")
+        cells = [_told(seconds.get((contestant.name, work)), counts.get(work, 0)) for work in works]
         table.add_row(f"{contestant.name} {versions[contestant.name]}".strip(), *cells)
     console.print(table)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rhapsody_mcp.model.errors import UnknownName
+from rhapsody_mcp.model.numbers import Numbers, spread
 from rhapsody_mcp.model.outcome import Outcome, Usage
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.model.statistics import Row, Statistics, summarise
+from rhapsody_mcp.model.statistics import Row, Statistics, Tally
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.runtime.tasks import ComputeTask
 
@@ -29,8 +32,13 @@ def row(
 def summed(
     rows: Iterable[Row], group: str | None = None, sources: Mapping[str, Sequence[str]] | None = None
 ) -> Statistics:
-    waited_for = sources or {}
-    return summarise(rows, lambda uid: waited_for.get(uid, ()), {"dragon": 2}, group)
+    """As a session does: what has ended is added up in parts, and the rest is there when it is asked."""
+    waited_for, known = sources or {}, {each.uid: each for each in rows}
+    tally, ended = Tally(), [each for each in known.values() if each.timing.ended is not None]
+    for start in range(0, len(ended), 2):
+        tally.add(ended[start : start + 2])
+    going = [each for each in known.values() if each.timing.ended is None]
+    return tally.statistics(going, known.get, lambda uid: waited_for.get(uid, ()), {"dragon": 2}, group)
 
 
 # --- the times of one task
@@ -241,3 +249,19 @@ def test_the_steps_of_a_path_add_up_and_do_not_exceed_the_makespan(
     assert min(parts) >= 0
     assert sum(parts) == pytest.approx(statistics["critical_path"]["seconds"], rel=1e-9, abs=1e-4)
     assert statistics["critical_path"]["seconds"] <= statistics["makespan"] * (1 + 1e-9) + 1e-4
+
+
+# --- numbers
+
+
+@given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=40), max_size=12), st.integers(1, 3))
+def test_percentiles_of_many_batches_are_those_of_all_their_numbers(batches: list[list[float]], parts: int) -> None:
+    kept = [Numbers() for _ in range(parts)]
+    for number, batch in enumerate(batches):
+        kept[number % parts].add(batch)
+    ordered = sorted(one for batch in batches for one in batch) or [0.0]
+    told = spread(kept)
+    for percent, value in ((50, told["p50"]), (95, told["p95"]), (99, told["p99"]), (100, told["max"])):
+        assert value == ordered[math.ceil(percent * len(ordered) / 100) - 1]
+    assert told["mean"] == pytest.approx(sum(ordered) / len(ordered), abs=1e-6)
+    assert all(len(run) >= 2 * len(after) for one in kept for run, after in itertools.pairwise(one.runs))
