@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import inspect
 import io
 import linecache
+import os
 import pickle
 import reprlib
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import cloudpickle
 import msgspec
 
-from rhapsody_mcp.engine.output import write_file
+from rhapsody_mcp.engine.output import end_part, open_part, write_file
 from rhapsody_mcp.engine.reading import plain_text, type_name
 from rhapsody_mcp.engine.wire import Result
 from rhapsody_mcp.model.errors import InvalidTask, nearest
@@ -25,13 +25,14 @@ from rhapsody_mcp.model.specs import Call
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, follow, load
 
-__all__ = ["encode", "perform"]
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["Loop", "encode", "perform"]
 
 
-def perform(
-    call: Call, bindings: Mapping[str, Value], folder: str, runner: asyncio.Runner, most: int | None = None
-) -> Result:
-    """Run the call to its end; a coroutine function in `runner`. Only BaseExceptions that are no Exception, and
+def perform(call: Call, bindings: Mapping[str, Value], folder: str, loop: Loop, most: int | None = None) -> Result:
+    """Run the call to its end; a coroutine function in `loop`. Only BaseExceptions that are no Exception, and
     no SystemExit, leave it. A result of more than `most` bytes makes it fail."""
     try:
         function = _function(call)
@@ -42,9 +43,9 @@ def perform(
     try:
         value = function(*args, **kwargs)
         if inspect.iscoroutine(value):
-            value = runner.run(value)
+            value = loop.run(value)
         elif inspect.isawaitable(value):
-            value = runner.run(_awaited(value))
+            value = loop.run(_awaited(value))
     except (Exception, SystemExit) as error:
         return Result(None, Cause.ERROR, _words(error), _trace(error))
     return _encoded(value, folder, most)
@@ -52,6 +53,21 @@ def perform(
 
 async def _awaited(value: Any) -> Any:
     return await value
+
+
+class Loop:
+    """The event loop of coroutine functions, made when the first one comes: asyncio takes as long to import as all else
+    that a worker needs."""
+
+    def __init__(self) -> None:
+        self._runner: asyncio.Runner | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        if self._runner is None:
+            import asyncio
+
+            self._runner = asyncio.Runner()
+        return self._runner.run(coroutine)
 
 
 def _encoded(value: Any, folder: str, most: int | None) -> Result:
@@ -149,18 +165,36 @@ class _TooLong(Exception):
     """Raised where a value is longer than it may be."""
 
 
-class _Bounded(io.BytesIO):
-    """Takes so many bytes and no more: a long pickle is not made at all."""
+class _Pickled:
+    """Takes a pickle: in memory while that is short, then in a file of `folder`. It takes `most` bytes and no more: a
+    longer one is not made at all."""
 
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self._left = most
+    def __init__(self, folder: str, most: int | None) -> None:
+        self._folder, self._most = folder, most
+        self._memory = io.BytesIO()
+        self._file: BinaryIO | None = None
+        self.size = 0
 
-    def write(self, data: Any) -> int:
-        self._left -= memoryview(data).nbytes
-        if self._left < 0:
+    def write(self, data: bytes | memoryview) -> int:
+        length = memoryview(data).nbytes
+        self.size += length
+        if self._most is not None and self.size > self._most:
             raise _TooLong
-        return super().write(data)
+        if self._file is None and self.size > INLINE_BYTES:
+            self._file = open_part(self._folder)
+            self._file.write(self._memory.getbuffer())
+        return (self._file or self._memory).write(data)
+
+    def end(self) -> tuple[bytes, None] | tuple[None, str]:
+        """The data, or the file that has it."""
+        if self._file is None:
+            return self._memory.getvalue(), None
+        return None, end_part(self._file, ".value")
+
+    def give_up(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            os.unlink(self._file.name)
 
 
 def encode(value: Any, folder: str, most: int | None = None) -> Value:
@@ -169,30 +203,19 @@ def encode(value: Any, folder: str, most: int | None = None) -> Value:
     Raises whatever pickling raises.
     """
     data = _json(value, most)
-    form: Any = "json"
-    if data is None:
-        form, data = "pickle", _pickled(value, most)
-    if form == "json" and len(data) <= INLINE_BYTES:
-        return Value(form, type_name(value), len(data), data, length=_length(value))
-    inline = len(data) <= INLINE_BYTES
-    return Value(
-        form,
-        type_name(value),
-        len(data),
-        data if inline else None,
-        None if inline else write_file(data, folder),
-        _length(value),
-        _preview(value, data if form == "json" else None),
-    )
-
-
-def _pickled(value: Any, most: int | None) -> bytes:
-    if most is None:
-        data: bytes = cloudpickle.dumps(value)
-        return data
-    buffer = _Bounded(most)
-    cloudpickle.dump(value, buffer)
-    return buffer.getvalue()
+    if data is not None:
+        if len(data) <= INLINE_BYTES:
+            return Value("json", type_name(value), len(data), data, length=_length(value))
+        file = write_file(data, folder)
+        return Value("json", type_name(value), len(data), None, file, _length(value), _preview(value, data))
+    pickled = _Pickled(folder, most)
+    try:
+        cloudpickle.dump(value, pickled)
+        short, long = pickled.end()
+    except BaseException:
+        pickled.give_up()
+        raise
+    return Value("pickle", type_name(value), pickled.size, short, long, _length(value), _preview(value, None))
 
 
 def _json(value: Any, most: int | None) -> bytes | None:

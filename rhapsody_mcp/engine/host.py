@@ -7,7 +7,6 @@ It ends when the lifeline closes, with everything that it placed.
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import select
@@ -91,7 +90,7 @@ class Host:
         self.config = config
         self.cores = count_cores()
         self.gpus = count_gpus()
-        self.task_env: dict[str, str] = json.loads(os.environ.get(TASK_VARIABLES, "{}"))
+        self.task_env = msgspec.json.decode(os.environ.get(TASK_VARIABLES, "{}"), type=dict[str, str])
         self.prober = Prober(config.folder, config.sys_path)
         self._number = 0
         self._lock = threading.Lock()

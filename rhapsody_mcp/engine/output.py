@@ -6,13 +6,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from rhapsody_mcp.engine.printing import middle
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.values import INLINE_BYTES, Stream
 
-__all__ = ["collect", "left_out", "move_stream", "write_file", "write_pieces"]
+__all__ = ["collect", "end_part", "left_out", "move_stream", "open_part", "write_file", "write_pieces"]
 
 _TAIL_BYTES = INLINE_BYTES // 4
 _PIECE_BYTES = 1024 * 1024
@@ -25,16 +25,29 @@ def write_file(data: bytes, folder: str) -> str:
 
 def write_pieces(pieces: Iterable[bytes], folder: str, suffix: str = ".value") -> str:
     """The same, with no more than a piece at a time in memory."""
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
+    part = open_part(folder)
     try:
-        with open(handle, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
-        path = temporary.removesuffix(".part") + suffix
-        os.rename(temporary, path)
+        for piece in pieces:
+            part.write(piece)
+        return end_part(part, suffix)
     except BaseException:
-        os.unlink(temporary)
+        part.close()
+        os.unlink(part.name)
         raise
+
+
+def open_part(folder: str) -> BinaryIO:
+    """A file that nobody reads before `end_part`."""
+    handle, path = tempfile.mkstemp(dir=folder, suffix=".part")
+    os.close(handle)
+    return open(path, "wb")
+
+
+def end_part(part: BinaryIO, suffix: str) -> str:
+    """It is whole: where it is now."""
+    part.close()
+    path = part.name.removesuffix(".part") + suffix
+    os.rename(part.name, path)
     return path
 
 

@@ -8,7 +8,6 @@ to run, is in the file CONFIG.result afterwards.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import NoReturn
 
 import msgspec
 
-from rhapsody_mcp.engine.call import perform
+from rhapsody_mcp.engine.call import Loop, perform
 from rhapsody_mcp.engine.supervisor import Impossible, execute, find_program
 from rhapsody_mcp.engine.wire import RankConfig, Result
 from rhapsody_mcp.model.errors import InvalidTask
@@ -46,7 +45,7 @@ def _result(config: RankConfig) -> Result:
         return Result(None, Cause.INVALID, _become(work, order))
     assert isinstance(work, Call)
     sys.path.insert(0, os.getcwd())
-    return perform(work, order.bindings, order.folder, asyncio.Runner(), config.caps.result_bytes)
+    return perform(work, order.bindings, order.folder, Loop(), config.caps.result_bytes)
 
 
 def _become(work: Command, order: Order) -> str:

@@ -8,7 +8,6 @@ given it the files that stdout and stderr are.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import sys
@@ -22,7 +21,7 @@ from types import FrameType
 
 import msgspec
 
-from rhapsody_mcp.engine.call import perform
+from rhapsody_mcp.engine.call import Loop, perform
 from rhapsody_mcp.engine.link import Link
 from rhapsody_mcp.engine.output import collect
 from rhapsody_mcp.engine.processes import descendants, end
@@ -120,7 +119,7 @@ def _run_worker(config: WorkerConfig, files: Sequence[int]) -> None:
 
 
 def _serve(backend: Link[Run], turn: _Turn, config: WorkerConfig, files: Sequence[int]) -> None:
-    runner = asyncio.Runner()
+    loop = Loop()
     waiting: deque[Run] = deque()
     unsent: list[FromWorker] = []
     while True:
@@ -134,7 +133,7 @@ def _serve(backend: Link[Run], turn: _Turn, config: WorkerConfig, files: Sequenc
         started = time.time()
         unsent.append(Started(run.uid, started))
         _send(backend, unsent)
-        finished, runner = _run(run, runner, turn, started, config, files)
+        finished, loop = _run(run, loop, turn, started, config, files)
         unsent.append(finished)
         if turn.cut_import:
             _send(backend, unsent)
@@ -142,14 +141,14 @@ def _serve(backend: Link[Run], turn: _Turn, config: WorkerConfig, files: Sequenc
 
 
 def _run(
-    run: Run, runner: asyncio.Runner, turn: _Turn, started: float, config: WorkerConfig, files: Sequence[int]
-) -> tuple[Finished, asyncio.Runner]:
+    run: Run, loop: Loop, turn: _Turn, started: float, config: WorkerConfig, files: Sequence[int]
+) -> tuple[Finished, Loop]:
     interrupted, caps = False, config.caps
     try:
         try:
             if _is_in(config.cwd):
                 note_start(run.folder, run.uid, run.attempt)
-                result = perform(run.call, run.bindings, run.folder, runner, caps.result_bytes)
+                result = perform(run.call, run.bindings, run.folder, loop, caps.result_bytes)
             else:
                 result = Result(None, Cause.INVALID, FOLDER_GONE.format(config.cwd))
         finally:
@@ -159,11 +158,11 @@ def _run(
     except BaseException as error:  # Interrupted, KeyboardInterrupt, GeneratorExit: the worker goes on
         interrupted = turn.over() or interrupted or isinstance(error, Interrupted)
         result = Result(None, Cause.ERROR, type(error).__name__)
-        runner = asyncio.Runner()
+        loop = Loop()
     _end_children()
     streams = zip(files, (sys.stdout, sys.stderr), strict=True)
     stdout, stderr = (_captured(file, stream, run.folder, caps.output_bytes) for file, stream in streams)
-    return Finished(run.uid, started, time.time(), result, stdout, stderr, interrupted), runner
+    return Finished(run.uid, started, time.time(), result, stdout, stderr, interrupted), loop
 
 
 def _is_in(folder: str) -> bool:

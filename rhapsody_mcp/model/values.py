@@ -85,7 +85,12 @@ Reader = Callable[[Value], Any]
 
 def load(value: Value) -> Any:
     """The value itself. Unpickles: only for values that this user's own tasks made, in this user's process."""
-    return msgspec.json.decode(value.read()) if value.format == "json" else pickle.loads(value.read())
+    if value.format == "json":
+        return msgspec.json.decode(value.read())
+    if value.file is None:
+        return pickle.loads(value.read())
+    with value.open() as file:
+        return pickle.load(file)  # what is long in it is read into its place, not copied there
 
 
 def load_json(value: Value) -> Any:

@@ -32,7 +32,11 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
         return Layout("job", _groups(kwargs["process_templates"]))
     if "process_template" in kwargs:
         return Layout("process", (RankGroup(1, _template(kwargs["process_template"])),))
-    return Layout("native") if native else Layout("process", (RankGroup(1, Template()),), forked=True)
+    return _NATIVE if native else _FORKED
+
+
+_NATIVE = Layout("native")
+_FORKED = Layout("process", (RankGroup(1, Template()),), forked=True)
 
 
 def read_timeout(kwargs: Mapping[str, Any]) -> float | None:

@@ -101,11 +101,6 @@ class Task:
             raise InvalidTask(f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".')
         self.on_upstream_failure = on_upstream_failure
         self.attempts = 0
-        self.last_failure = ""
-        self.parent: ForEach | None = None
-        self.replaced_by: str | None = None
-        self.passed_on = False
-        self.position: int | None = None
         self.state = TaskState.NEW
         self.submitted: float | None = None
         self.started: float | None = None
@@ -114,10 +109,17 @@ class Task:
         self.stdout: str | None = None
         self.stderr: str | None = None
         self.ranks: list[Rank] = []
+        self.parent: ForEach | None = None
+        self.passed_on = False
+        self.position: int | None = None
         self._future: asyncio.Future[Self] | None = None
         self._needs: Sequence[Task] | None = None
 
     kind: str
+    # Most tasks never have these. Python shares the names of up to 30 attributes between the objects of a class, as far
+    # as they are set when an object is made; one with others takes 1.3 KB more.
+    last_failure = ""
+    replaced_by: str | None = None
 
     def sources(self) -> list[Task]:
         """The tasks that must have ended before this one starts: those whose results it needs, and `after`."""
@@ -203,7 +205,8 @@ class Task:
         return getattr(self, field) if field in self else default
 
     def __contains__(self, field: object) -> bool:
-        return isinstance(field, str) and not field.startswith("_") and field in vars(self)
+        public = isinstance(field, str) and not field.startswith("_")
+        return public and (field in vars(self) or field in _LATER_FIELDS)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.uid} {self.state}>"
@@ -378,6 +381,7 @@ class AITask(Task):
         return TaskSpec(uid=self.uid, work=work, layout=Layout("native"), timeout_s=self._timeout_s)
 
 
+_LATER_FIELDS = ("last_failure", "replaced_by")
 _COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure"}
 _COMPUTE_FIELDS = ("function", "executable", "args", "kwargs", "arguments", "task_backend_specific_kwargs")
 _AI_FIELDS = (

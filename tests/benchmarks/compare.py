@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 from rich.table import Table
@@ -68,6 +69,7 @@ CONTESTANTS = [
 class _Running:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self.works: Collection[object] = ()
 
     async def hear(self) -> dict[str, object]:
         """Raises EOFError where it has ended."""
@@ -107,7 +109,7 @@ async def _started(contestant: Contestant, python: Path) -> AsyncIterator[_Runni
         try:
             async with asyncio.timeout(_READY_S):
                 running = await arrived
-                await running.hear()
+                running.works = cast(Collection[object], (await running.hear())["works"])
             yield running
             running.dismiss()
             async with asyncio.timeout(_GRACE_S):
@@ -126,6 +128,8 @@ async def _round(contestant: Contestant, python: Path, seconds: dict[tuple[str, 
     try:
         async with _started(contestant, python) as running:
             for work, count in contestant.counts.items():
+                if work not in running.works:
+                    continue
                 doing = work
                 await running.take(work, count if work == "job" else max(2, count // 20))
                 seconds[contestant.name, work].append(await running.take(work, count))
