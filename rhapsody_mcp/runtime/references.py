@@ -20,7 +20,7 @@ _SHAPES = (frozenset({"ref"}), frozenset({"ref", "path"}))
 
 def names_in(value: Any) -> Iterator[str]:
     """Every name that is referred to in a JSON value. Raises InvalidTask for a malformed reference."""
-    if isinstance(value, Mapping) and "ref" in value:
+    if isinstance(value, dict) and "ref" in value:
         yield _checked(value)["ref"]
     elif isinstance(value, dict) and value.keys() != {"literal"}:
         for item in value.values():
@@ -55,7 +55,7 @@ def resolve(value: Any, task_named: Callable[[str], Task]) -> Any:
 
 
 def _is_reference(value: Any) -> bool:
-    return isinstance(value, Mapping) and value.keys() in _SHAPES
+    return isinstance(value, dict) and "ref" in value and value.keys() in _SHAPES
 
 
 def _checked(reference: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -410,13 +410,19 @@ def _tasks_in(value: object) -> Iterator[Task]:
     pending, seen = [value], set[int]()
     while pending:
         item = pending.pop()
+        if type(item) in _PLAIN:
+            continue
         if isinstance(item, Part):
             yield item.task
         elif isinstance(item, Task):
             yield item
-        elif isinstance(item, list | tuple | set | frozenset | dict) and id(item) not in seen:
+        elif isinstance(item, _CONTAINERS) and id(item) not in seen:
             seen.add(id(item))
             pending.extend(item.values() if isinstance(item, dict) else item)
+
+
+_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
+_CONTAINERS = (list, tuple, set, frozenset, dict)
 
 
 class ForEach(Task):
