@@ -88,7 +88,7 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def ranks(self) -> int:
-        return sum(group.ranks for group in self.groups)
+        return sum(group.ranks for group in self.groups) if self.groups else 0
 
     @property
     def templates(self) -> list[Template]:
