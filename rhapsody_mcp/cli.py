@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import select
@@ -214,17 +213,12 @@ def _stdio(options: argparse.Namespace) -> int:
 def _stdio_alone(options: argparse.Namespace) -> int:
     import anyio
 
+    from rhapsody_mcp.serving.garbage import collect_less
     from rhapsody_mcp.serving.stdio import serve_stdio
 
-    _collect_less()
+    collect_less()
     anyio.run(serve_stdio, _settings(options))
     return 0
-
-
-def _collect_less() -> None:
-    """Most of what a server makes stays: looking for garbage each 700 objects took a fifth of a large submission."""
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
 
 
 def _http(options: argparse.Namespace) -> int:
@@ -243,13 +237,14 @@ def _http(options: argparse.Namespace) -> int:
 def _http_alone(options: argparse.Namespace) -> int:
     import anyio
 
+    from rhapsody_mcp.serving.garbage import collect_less
     from rhapsody_mcp.serving.http import serve_http
     from rhapsody_mcp.serving.listening import listen_on_host, listen_on_socket
 
     settings = _settings(options)
     listening = listen_on_socket(options.socket) if options.socket else listen_on_host(options.host, options.port)
     with listening as listener:
-        _collect_less()
+        collect_less()
         anyio.run(serve_http, settings, listener, _say)
     return 0
 
@@ -302,11 +297,12 @@ def _service_run(options: argparse.Namespace) -> int:
         with Door(_caller(options).places) as door:
             import anyio
 
+            from rhapsody_mcp.serving.garbage import collect_less
             from rhapsody_mcp.serving.service import run_service
 
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
             logging.getLogger("rhapsody_mcp").setLevel(logging.INFO)
-            _collect_less()
+            collect_less()
             anyio.run(run_service, _settings(options), door, report.ready, options.config)
     except Taken:
         report.taken()

@@ -30,6 +30,7 @@ from rhapsody_mcp.runtime.ledger.ledger import Ledger
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.runtime.restoring import Records
 from rhapsody_mcp.server import build_server
+from rhapsody_mcp.serving.garbage import collect_less
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.recipes import read_recipe
 
@@ -37,6 +38,7 @@ __all__ = ["Growth", "growth_rows"]
 
 _AT_ONCE = 500
 _MOST_AT_FIRST = 1000
+_LAST = 5000
 
 
 class Growth(msgspec.Struct, frozen=True):
@@ -162,8 +164,9 @@ async def _grown(tasks: int, settings: Settings, records: Records) -> Growth:
             session = (await client.call("create_session"))[0]["session"]
             await client.grow(session, _AT_ONCE)
             first_s, before = await client.grow(session, _MOST_AT_FIRST - _AT_ONCE), _memory()
-            await client.grow(session, tasks - 2 * _MOST_AT_FIRST)
-            last_s = await client.grow(session, _MOST_AT_FIRST)
+            last = min(_LAST, tasks // 2)
+            await client.grow(session, tasks - _MOST_AT_FIRST - last)
+            last_s = await client.grow(session, last)
             task_bytes = (_memory() - before) / (tasks - _MOST_AT_FIRST)
             page_s = (await client.call("list_tasks", session=session))[1]
             statistics_s = (await client.call("get_statistics", session=session))[1]
@@ -175,4 +178,5 @@ def _memory() -> int:
 
 
 if __name__ == "__main__":
+    collect_less()
     sys.stdout.buffer.write(msgspec.json.encode(asyncio.run(_measure(int(sys.argv[1])))))

@@ -211,7 +211,7 @@ class Host:
             placed = {pid: process for process in self._placed() for pid in process.pids()}
             for pid in stalls.look([*vital, *placed]):
                 if pid in vital:
-                    sys.stderr.write(f"what started the host, or what forks for it, {stalled}\n")
+                    sys.stderr.write(f"what started the host, or its fork server, {stalled}\n")
                     self.end()
                 placed[pid].kill(f"{stalled}, and was ended for that")
 

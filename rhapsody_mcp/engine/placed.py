@@ -24,6 +24,7 @@ from rhapsody_mcp.engine.placers import Placed, Placer, Program, Together, this_
 from rhapsody_mcp.engine.pmi import PmiName, rank_environment
 from rhapsody_mcp.engine.processes import PLACE
 from rhapsody_mcp.engine.rank_end import RankEnd, how_it_ended, rank_end
+from rhapsody_mcp.engine.starts import NOT_STARTED
 from rhapsody_mcp.engine.supervisor import GRACE_S, OWNER_GONE, command
 from rhapsody_mcp.engine.wire import Plan, RankConfig
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
@@ -137,7 +138,7 @@ class PlacedTask:
         except Exception as error:  # Dragon raises errors of many kinds
             self.cancel(Cause.LOST)
             self._join()
-            message = f"its process could not be started: {type(error).__name__}: {error}"
+            message = NOT_STARTED.format(f"{type(error).__name__}: {error}")
             return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.LOST, error=message)
         codes = self._join()
         timer.cancel()

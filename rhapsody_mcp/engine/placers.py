@@ -88,9 +88,10 @@ class ForkPlacer:
     def __init__(self, folder: str, gone: Callable[[], object]) -> None:
         self._gone = gone
         self._socket, theirs = socket.socketpair()
-        with theirs, open(f"{folder}/forks.log", "wb") as log:
+        self._ordering = threading.Lock()
+        with theirs, open(f"{folder}/fork_server.log", "wb") as log:
             self._child = subprocess.Popen(
-                command("forks", folder, str(theirs.fileno())),
+                command("fork_server", folder, str(theirs.fileno())),
                 env={name: value for name, value in os.environ.items() if "DRAGON" not in name},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -113,7 +114,7 @@ class ForkPlacer:
 
     def order(self, what: str, name: str) -> None:
         """Nothing happens where the process that forks has ended, which is told to `gone`."""
-        with suppress(OSError):
+        with suppress(OSError), self._ordering:
             self._socket.sendall(f"{what} {name}\n".encode())
 
     def _listen(self) -> None:

@@ -8,9 +8,10 @@ TYPE_CHECKING = False  # few imports: the supervisor of every program imports th
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["FOLDER_GONE", "NOT_NOTED", "note_start", "starts_in"]
+__all__ = ["FOLDER_GONE", "NOT_NOTED", "NOT_STARTED", "note_start", "starts_in"]
 
 NOT_NOTED = "it was not started, because that could not be written down: {}"
+NOT_STARTED = "its process could not be started: {}"
 FOLDER_GONE = (
     "the folder {} of this session is gone. Make it again, or give the task a cwd, or open a session in a chat that "
     "runs in another folder (create_session)."

@@ -28,7 +28,7 @@ from rhapsody_mcp.engine.processes import (
     reap,
     send_signal,
 )
-from rhapsody_mcp.engine.starts import FOLDER_GONE, NOT_NOTED, note_start
+from rhapsody_mcp.engine.starts import FOLDER_GONE, NOT_NOTED, NOT_STARTED, note_start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +39,18 @@ if TYPE_CHECKING:
 else:
     import _signal as signal
 
-__all__ = ["GRACE_S", "OWNER_GONE", "Impossible", "command", "execute", "find_program", "finish", "main", "supervise"]
+__all__ = [
+    "GRACE_S",
+    "OWNER_GONE",
+    "Impossible",
+    "command",
+    "execute",
+    "find_program",
+    "finish",
+    "leave",
+    "main",
+    "supervise",
+]
 
 GRACE_S = 2
 """From TERM to KILL."""
@@ -106,7 +117,10 @@ class _Supervisor:
             note_start(*self.plan["note"])
         except OSError as error:
             return self._leave("lost", NOT_NOTED.format(error))
-        code, left_running = _watch(lambda: self._become(program, env, cwd), self._began)
+        try:
+            code, left_running = _watch(lambda: self._become(program, env, cwd), self._began)
+        except OSError as error:
+            return self._leave("lost", NOT_STARTED.format(error.strerror))
         return self._leave(*self._refused(), code=code, left_running=left_running)
 
     def _folder(self) -> str:
@@ -148,8 +162,21 @@ class _Supervisor:
             _tell(self.plan["started"], f"{self.plan['note'][1]} {self.started}".encode())
 
     def _leave(self, problem: str, words: str, code: int | None = None, left_running: int = 0) -> int:
-        ended = (problem, words, self.pid, code, self.started, time.time(), left_running)
-        return 0 if _write_whole(f"{self.path}.outcome", marshal.dumps(ended)) else 1
+        return 0 if leave(self.path, problem, words, self.pid, code, self.started, left_running) else 1
+
+
+def leave(
+    path: str,
+    problem: str,
+    words: str,
+    pid: int = 0,
+    code: int | None = None,
+    started: float = 0.0,
+    left_running: int = 0,
+) -> bool:
+    """Write down how a program ended, or the `problem` that kept it from its start; False where that cannot be."""
+    ended = (problem, words, pid, code, started, time.time(), left_running)
+    return _write_whole(f"{path}.outcome", marshal.dumps(ended))
 
 
 def _write_whole(path: str, data: bytes) -> bool:

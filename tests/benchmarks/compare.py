@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +33,7 @@ from tests.processes import dragon_files
 
 _RIVALS = Path(__file__).with_name("rivals")
 _DRAGON = "dragonhpc[batch,telemetry]==0.15.*"
-_READY_S, _WORK_S, _GRACE_S = 180.0, 90.0, 20.0
+_READY_S, _WORK_S, _GRACE_S = 90.0, 45.0, 20.0
 _ALONE = 20  # times that one function is run by itself
 
 
@@ -104,21 +104,30 @@ async def _started(contestant: Contestant, python: Path) -> AsyncIterator[_Runni
             stderr=nothing,
             cwd=folder,
             process_group=0,
-            env={**os.environ, "PYTHONPATH": str(_RIVALS)},  # their own processes import what is there, too
+            env={
+                **os.environ,
+                "PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]]),
+                "PYTHONPATH": str(_RIVALS),  # their own processes import what is there, too
+            },
         )
+        ended = asyncio.ensure_future(process.wait())
         try:
             async with asyncio.timeout(_READY_S):
+                either: list[asyncio.Future[Any]] = [arrived, ended]
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not arrived.done():
+                    raise EOFError
                 running = await arrived
                 running.works = cast(Collection[object], (await running.hear())["works"])
             yield running
             running.dismiss()
             async with asyncio.timeout(_GRACE_S):
-                await process.wait()
+                await asyncio.shield(ended)
         finally:
             server.close()
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+                await ended
             unlink_unused(dragon_files(process.pid))
 
 
@@ -136,7 +145,8 @@ async def _round(contestant: Contestant, python: Path, seconds: dict[tuple[str, 
                 for _ in range(_ALONE if work == "functions" else 0):
                     seconds[contestant.name, "one function"].append(await running.take(work, 1))
     except (TimeoutError, EOFError) as error:
-        why = f"did not end within {_WORK_S:g} s" if isinstance(error, TimeoutError) else "ended it"
+        within_s = _READY_S if doing == "the start" else _WORK_S
+        why = f"did not end within {within_s:g} s" if isinstance(error, TimeoutError) else "ended it"
         return f"{contestant.name}: {doing} {why}"
     return ""
 

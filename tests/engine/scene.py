@@ -58,8 +58,8 @@ class Scene:
         worker = int(self.up.read_text())
         found = {"keeper": keeper, "launcher": self.launcher, "host": host, "worker": {worker}}
         found["supervisor"] = {parent_of(worker)}
-        forked = set(family("rhapsody_mcp.engine.forks"))
-        found["forks"] = {pid for pid in forked if parent_of(pid) not in forked}
+        forked = set(family("rhapsody_mcp.engine.fork_server"))
+        found["fork server"] = {pid for pid in forked if parent_of(pid) not in forked}
         assert len(found[victim]) == 1, f"one {victim} is running"
         return found[victim]
 

@@ -53,7 +53,7 @@ def sleep_the_first_time(path: str) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["KILL", "TERM"])
-@pytest.mark.parametrize("victim", ["worker", "supervisor", "forks", "host", "launcher", "keeper"])
+@pytest.mark.parametrize("victim", ["worker", "supervisor", "fork server", "host", "launcher", "keeper"])
 async def test_what_ran_fails_and_what_waited_runs_whichever_process_is_killed(
     session: Session, victim: str, number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -59,7 +59,7 @@ async def test_a_process_that_is_stopped_for_too_long_is_ended_and_its_task_fail
     assert "was stopped (as by SIGSTOP) for 3 s" in str(scene.running.exception)
 
 
-@pytest.mark.parametrize("victim", ["forks", "host", "keeper"])
+@pytest.mark.parametrize("victim", ["fork server", "host", "keeper"])
 async def test_an_engine_that_stands_still_counts_as_dead(session: Session, victim: str, tmp_path: Path) -> None:
     scene = Scene(session, tmp_path, {})
     await scene.begin()

@@ -30,7 +30,7 @@ from tests.processes import FAMILY, dragon_files, wait_until
 
 pytestmark = pytest.mark.anyio
 
-LOCAL = ("owner", "keeper", "host", "forks", "supervisor", "worker", "rank")
+LOCAL = ("owner", "keeper", "host", "fork server", "supervisor", "worker", "rank")
 DRAGON = ("owner", "keeper", "launcher", "host")
 VLLM = ("owner", "keeper", "server", "engine core")
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
@@ -41,7 +41,7 @@ Deaths = tuple[tuple[str, signal.Signals], ...]
 def deaths() -> Iterator[tuple[str, Deaths]]:
     """Which engine, and which of its processes get which signals, in order; all of a moment."""
     """`stand-in` is one for vLLM, under the real keeper and launcher."""
-    every = {"local": LOCAL, "dragon": (*DRAGON, "forks", "supervisor", "worker", "rank"), "stand-in": VLLM}
+    every = {"local": LOCAL, "dragon": (*DRAGON, "fork server", "supervisor", "worker", "rank"), "stand-in": VLLM}
     for kind, roles in every.items():
         yield from ((kind, ((role, number),)) for role in roles for number in (KILL, TERM))
         yield kind, tuple((role, KILL) for role in roles)
@@ -80,12 +80,12 @@ class Engine:
             "server": self._with("vllm_launcher.py", but=("engine.keeper",)),
             "engine core": self._with("VLLM::EngineCore"),
         }
-        forked = self._with("engine.forks")
+        forked = self._with("engine.fork_server")
         placed = [*self._with("engine.supervisor"), *(pid for pid in forked if parent_of(pid) in forked)]
         return {
             "owner": [self.owner.pid],
             **named,
-            "forks": [pid for pid in forked if parent_of(pid) not in forked],
+            "fork server": [pid for pid in forked if parent_of(pid) not in forked],
             "supervisor": placed,
             "worker": self._with("engine.worker"),
             "rank": [pid for pid in self._with("sleep 300") if parent_of(pid) in placed],

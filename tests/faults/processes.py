@@ -32,6 +32,9 @@ def part(name: str) -> list[int]:
         return [pid for pid in everyone() if any(word.endswith("/vllm_launcher.py") for word in command_of(pid)[1:3])]
     if name == "vLLM engine core":
         return [pid for pid in everyone() if "EngineCore" in " ".join(command_of(pid)[:1])]
+    if name == "fork server":
+        forked = [pid for pid in everyone() if "rhapsody_mcp.engine.fork_server" in command_of(pid)]
+        return [pid for pid in forked if _stat(pid, _PARENT) not in forked]
     words = _PARTS[name]
     return [pid for pid in everyone() if _module(pid)[: len(words)] == words]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-
 import parsl
 from parsl.config import Config
 from parsl.executors import HighThroughputExecutor
@@ -23,7 +21,7 @@ if __name__ == "__main__":
         cores_per_worker=1,
         provider=LocalProvider(init_blocks=1, max_blocks=1),
     )
-    with parsl.load(Config(executors=[executor], run_dir=tempfile.mkdtemp(prefix="parsl-"), usage_tracking=0)):
+    with parsl.load(Config(executors=[executor], run_dir="runinfo", usage_tracking=0)):
         function, program = parsl.python_app(no_op), parsl.bash_app(shell)
         serve(
             {

@@ -1,4 +1,4 @@
-"""The process that forks supervisors for a host: one of its own takes a millisecond, a new Python fifteen.
+"""The fork server of a host: a supervisor that it forks takes a millisecond, one that is a new Python fifteen.
 
     python -I -S -c COMMAND FOLDER SOCKET
 
@@ -14,7 +14,8 @@ import sys
 import time
 
 from rhapsody_mcp.engine.processes import adopt_orphans, descendants, send_signal
-from rhapsody_mcp.engine.supervisor import finish, supervise
+from rhapsody_mcp.engine.starts import NOT_STARTED
+from rhapsody_mcp.engine.supervisor import finish, leave, supervise
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ _GIVE_UP_S = 5.0  # a process in the kernel's hands cannot be killed
 def main() -> NoReturn:
     folder, socket = sys.argv[1], int(sys.argv[2])
     adopt_orphans()
-    _Forks(folder, socket).serve()
+    _ForkServer(folder, socket).serve()
 
 
-class _Forks:
+class _ForkServer:
     def __init__(self, folder: str, socket: int) -> None:
         self.folder, self.socket = folder, socket
         self.names: dict[int, str] = {}
@@ -42,10 +43,10 @@ class _Forks:
         self.ended, self.wake = os.pipe()
         os.set_blocking(self.ended, False)
         os.set_blocking(self.wake, False)
-        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def serve(self) -> NoReturn:
+        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
         rest = b""
         while True:
             readable, _, _ = select.select([self.socket, self.ended], [], [])
@@ -63,12 +64,23 @@ class _Forks:
 
     def _obey(self, order: str, name: str) -> None:
         if order == "fork":
-            pid = os.fork()
-            if pid == 0:
-                finish(lambda: self._become(name))
-            self.names[pid], self.pids[name] = name, pid
+            self._fork(name)
         elif name in self.pids:
             os.kill(self.pids[name], int(order))
+
+    def _fork(self, name: str) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:  # no process more than these
+            leave(f"{self.folder}/{name}", "lost", NOT_STARTED.format(error.strerror))
+            self._say(name, 1)
+            return
+        if pid == 0:
+            finish(lambda: self._become(name))
+        self.names[pid], self.pids[name] = name, pid
+
+    def _say(self, name: str, code: int) -> None:
+        os.write(self.socket, f"{name} {code}\n".encode())
 
     def _become(self, name: str) -> NoReturn:
         signal.set_wakeup_fd(-1)
@@ -92,7 +104,7 @@ class _Forks:
                 code = os.waitstatus_to_exitcode(status)
                 if code:
                     self._end_strays()
-                os.write(self.socket, f"{name} {code}\n".encode())
+                self._say(name, code)
 
     def _end_strays(self) -> None:
         """End what descends from this process and from no supervisor."""
