@@ -15,7 +15,7 @@ KNOWS: dict[str, set[str]] = {
     "api": {"model", "runtime"},
     "toolsets": {"model", "backends", "runtime", "machine", "settings", "text"},
     "protocol": {"model", "runtime", "settings", "text", "toolsets"},
-    "bench": {"model", "engine", "backends", "runtime", "api", "settings", "server", "toolsets"},
+    "bench": {"model", "engine", "backends", "runtime", "api", "settings", "server", "serving", "toolsets"},
     "serving": {"model", "runtime", "settings", "text", "protocol", "server"},
 }
 ALONE = {"dragon": {"engine", "bench/bare_dragon.py"}, "vllm": {"engine"}}
