@@ -32,7 +32,11 @@ _GIVE_UP_S = 5.0  # a process in the kernel's hands cannot be killed
 def main() -> NoReturn:
     folder, socket = sys.argv[1], int(sys.argv[2])
     adopt_orphans()
-    _ForkServer(folder, socket).serve()
+    server = _ForkServer(folder, socket)
+    try:
+        server.serve()
+    finally:
+        server.end()
 
 
 class _ForkServer:
@@ -44,7 +48,8 @@ class _ForkServer:
         os.set_blocking(self.ended, False)
         os.set_blocking(self.wake, False)
 
-    def serve(self) -> NoReturn:
+    def serve(self) -> None:
+        """Returns, or raises OSError, when the host has ended."""
         signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         rest = b""
@@ -56,7 +61,7 @@ class _ForkServer:
             if self.socket in readable:
                 data = os.read(self.socket, 1 << 16)
                 if not data:
-                    self._end()
+                    return
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
                     order, _, name = line.decode().partition(" ")
@@ -113,7 +118,8 @@ class _ForkServer:
             send_signal(strays, signal.SIGKILL)
             time.sleep(0.005)
 
-    def _end(self) -> NoReturn:
+    def end(self) -> NoReturn:
+        """End everything below this process, and itself."""
         self.names.clear()
         self._end_strays()
         os._exit(0)

@@ -95,13 +95,7 @@ class _Supervisor:
     def run(self) -> int:
         """Its exit code: a worker's is its child's."""
         try:
-            env = {**os.environ}
-            for name, value in self.plan["env"].items():
-                if value is None:
-                    env.pop(name, None)
-                else:
-                    env[name] = value
-            cwd = self._folder()
+            env, cwd = self._environment(), self._folder()
             if self.plan["cpus"]:
                 os.sched_setaffinity(0, self.plan["cpus"])
             self.files = [open_output(f"{self.path}.{suffix}") for suffix in STREAMS]
@@ -122,6 +116,15 @@ class _Supervisor:
         except OSError as error:
             return self._leave("lost", NOT_STARTED.format(error.strerror))
         return self._leave(*self._refused(), code=code, left_running=left_running)
+
+    def _environment(self) -> dict[str, str]:
+        env = {**os.environ}
+        for name, value in self.plan["env"].items():
+            if value is None:
+                env.pop(name, None)
+            else:
+                env[name] = value
+        return env
 
     def _folder(self) -> str:
         """Where it runs; a relative cwd begins in the folder of its session."""
