@@ -103,7 +103,7 @@ class Host:
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.events_path = f"{config.folder}/started"
         self._events.bind(self.events_path)
-        self.forks = ForkPlacer(config.folder, self.end)
+        self.forks = ForkPlacer(config.folder, self._end_without_forks)
         self.placer: Placer = DragonPlacer() if config.placer == "dragon" else self.forks
         self._worker_placer = _batch_placer() if config.batch else self.placer
 
@@ -136,6 +136,11 @@ class Host:
             end(self._everything)
             thread.join(max(0.0, deadline - time.monotonic()))
         os._exit(0)
+
+    def _end_without_forks(self) -> NoReturn:
+        if not self._ending:
+            sys.stderr.write("the host's fork server has ended\n")
+        self.end()
 
     def _everything(self) -> set[int]:
         """What was placed, with all below it: a supervisor that is killed would not end its own any more."""

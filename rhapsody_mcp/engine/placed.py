@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from rhapsody_mcp.engine.arguments import arguments_of
 from rhapsody_mcp.engine.output import left_out
 from rhapsody_mcp.engine.placers import Placed, Placer, Program, Together, this_host
 from rhapsody_mcp.engine.pmi import PmiName, rank_environment
@@ -27,9 +28,11 @@ from rhapsody_mcp.engine.rank_end import RankEnd, how_it_ended, rank_end
 from rhapsody_mcp.engine.starts import NOT_STARTED
 from rhapsody_mcp.engine.supervisor import GRACE_S, OWNER_GONE, command
 from rhapsody_mcp.engine.wire import Plan, RankConfig
+from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.specs import Command, Order, Template
 from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import Ref, load_json
 
 if TYPE_CHECKING:
     from rhapsody_mcp.engine.host import Host
@@ -135,6 +138,9 @@ class PlacedTask:
         timer = self._timer()
         try:
             self._place()
+        except InvalidTask as error:
+            timer.cancel()
+            return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=str(error))
         except Exception as error:  # Dragon raises errors of many kinds
             self.cancel(Cause.LOST)
             self._join()
@@ -227,8 +233,8 @@ class PlacedTask:
         host, order, layout = self.host, self.order, self.order.spec.layout
         template, work, caps = layout.templates[rank], order.spec.work, host.config.caps
         process = PlacedProcess(host, host.next_number(), template)
-        if isinstance(work, Command) and all(isinstance(argument, str) for argument in work.arguments):
-            arguments = [work.executable, *map(str, work.arguments)]
+        if isinstance(work, Command) and self._are_plain(work):
+            arguments = arguments_of(work, order.bindings, load_json)
         else:
             arguments = process.program_with("rank", RankConfig(order, host.config.sys_path, caps))
         env: dict[str, str | None] = {"RHAPSODY_RANK": str(rank), "RHAPSODY_RANKS": str(layout.ranks)}
@@ -247,6 +253,11 @@ class PlacedTask:
             )
         )
         return process
+
+    def _are_plain(self, work: Command) -> bool:
+        """Whether its arguments can be made here, where no user code may run and nothing long is read."""
+        used = (self.order.bindings[argument.uid] for argument in work.arguments if isinstance(argument, Ref))
+        return all(value.format == "json" and value.file is None for value in used)
 
     def _join(self) -> list[int]:
         if self._together is None:

@@ -1,4 +1,4 @@
-"""The program that runs a function in a process of its own, or becomes one whose arguments are results of tasks.
+"""The program that runs a function in a process of its own, or becomes one whose arguments are pickled results.
 
     python -P -m rhapsody_mcp.engine.rank CONFIG
 
@@ -15,13 +15,14 @@ from typing import NoReturn
 
 import msgspec
 
+from rhapsody_mcp.engine.arguments import arguments_of
 from rhapsody_mcp.engine.call import Loop, perform
 from rhapsody_mcp.engine.supervisor import Impossible, execute, find_program
 from rhapsody_mcp.engine.wire import RankConfig, Result
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.specs import Call, Command, Order
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import NOTHING, Ref, follow, load
+from rhapsody_mcp.model.values import load
 
 __all__ = ["main"]
 
@@ -31,7 +32,10 @@ def main() -> NoReturn:
     config = msgspec.msgpack.decode(path.read_bytes(), type=RankConfig)
     path.unlink()
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
-    result = _result(config)
+    try:
+        result = _result(config)
+    except BaseException as error:  # as a worker tells of it: KeyboardInterrupt, GeneratorExit
+        result = Result(None, Cause.ERROR, type(error).__name__)
     sys.stdout.flush()
     sys.stderr.flush()
     (part := path.with_suffix(".part")).write_bytes(msgspec.msgpack.encode(result))
@@ -53,20 +57,12 @@ def _become(work: Command, order: Order) -> str:
     env = dict(os.environ)
     try:
         program = find_program(work.executable, env, os.getcwd())
-        arguments = [_text(argument, order) for argument in work.arguments]
+        arguments = arguments_of(work, order.bindings, load)
     except (InvalidTask, Impossible) as error:
         return str(error)
     except Exception as error:  # unpickling runs the user's own code
         return f"its arguments cannot be made of the results: {type(error).__name__}: {error}"
-    return execute(program, [work.executable, *arguments], env)
-
-
-def _text(argument: str | Ref, order: Order) -> str:
-    if isinstance(argument, str):
-        return argument
-    bound = order.bindings[argument.uid]
-    value = None if bound == NOTHING else follow(load(bound), argument.path)
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return execute(program, arguments, env)
 
 
 if __name__ == "__main__":

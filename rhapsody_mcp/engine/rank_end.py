@@ -77,7 +77,7 @@ def _end(left: _Left, path: str, order: Order, rank: int, most: int | None) -> R
         rank=rank,
         host=socket.gethostname(),
         pid=left.pid,
-        exit_code=left.code,
+        exit_code=None if result.cause is Cause.INVALID else left.code,
         value=value or result.value,
         stdout=stdout,
         stderr=stderr,

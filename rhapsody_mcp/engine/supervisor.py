@@ -233,8 +233,10 @@ def execute(program: str, arguments: list[str], env: Mapping[str, str]) -> str:
         signal.signal(number, signal.SIG_DFL)
     try:
         os.execve(program, arguments, env)
-    except (OSError, ValueError) as error:
-        return f"{program} cannot be run: {getattr(error, 'strerror', None) or error}."
+    except OSError as error:
+        return f"{program} cannot be run: {error.strerror}."
+    except ValueError:
+        return "an argument holds a NUL character, which no program can get."
 
 
 # --- the tree

@@ -219,7 +219,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
 
 
 class RankConfig(msgspec.Struct, frozen=True):
-    """A function of `order` in a process of its own, or a program whose arguments are results of other tasks."""
+    """A function of `order` in a process of its own, or a program whose arguments are pickled results."""
 
     order: Order
     sys_path: list[str]

@@ -9,7 +9,7 @@ from typing import Any
 from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
 from rhapsody_mcp.model.specs import Layout, RankGroup, Template
 
-__all__ = ["read_layout", "read_timeout"]
+__all__ = ["read_layout", "read_timeout", "refuse_half_characters"]
 
 _KEYS = ("process_template", "process_templates", "type", "ranks", "pmi", "timeout")
 _TEMPLATE_KEYS = ("env", "cwd", "policy")
@@ -104,12 +104,25 @@ def _env(env: Any) -> dict[str, str | None]:
             raise InvalidTask(f"env has no valid name of a variable in {name!r}.")
         if value is not None and (not isinstance(value, str | int | float) or "\0" in str(value)):
             raise InvalidTask(f"env {name} is {value!r}; valid is a text, or null to remove the variable.")
+        refuse_half_characters("env", f"{name}={value}")
     return {name: None if value is None else str(value) for name, value in env.items()}
+
+
+def refuse_half_characters(field: str, text: str) -> None:
+    """Raise InvalidTask for what no message can hold: the name of a file that is not UTF-8, for one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidTask(
+            f"{field} holds {text[:80]!r}, which is no Unicode text (the name of a file that is not UTF-8?). Give the "
+            "file another name, or have a function open it."
+        ) from None
 
 
 def _optional_text(field: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise InvalidTask(f"{field} is {value!r}; valid is a text.")
+    refuse_half_characters(field, value or "")
     return value
 
 

@@ -18,7 +18,7 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.model.values import Ref, Value
 from rhapsody_mcp.runtime.encoding import Encoder, Module, Source
-from rhapsody_mcp.runtime.layouts import read_layout, read_timeout
+from rhapsody_mcp.runtime.layouts import read_layout, read_timeout, refuse_half_characters
 
 __all__ = [
     "AITask",
@@ -260,6 +260,11 @@ class ComputeTask(Task):
             raise InvalidTask(f"executable is {self.executable!r}; valid is a path, or a name on PATH.")
         if with_nul := [text for text in self.arguments if isinstance(text, str) and "\0" in text]:
             raise InvalidTask(f"{with_nul[0][:80]!r} among arguments holds a NUL character, which no program can get.")
+        if any(isinstance(item, bytes | bytearray) for item in self.arguments):
+            raise InvalidTask("arguments holds bytes; valid is text, which a program gets as UTF-8, or a task.")
+        for field, text in (("executable", self.executable), *(("arguments", item) for item in self.arguments)):
+            if isinstance(text, str):
+                refuse_half_characters(field, text)
         if self.function is not None and self.arguments:
             raise InvalidTask("arguments= belongs to an executable; a function takes args= and kwargs=.")
         if self.executable is not None and (self.args or self.kwargs):

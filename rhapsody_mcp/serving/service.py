@@ -39,7 +39,7 @@ __all__ = ["Service", "run_service"]
 _log = logging.getLogger(__name__)
 _LOOK_S = 1.0
 """How often the service looks whether its socket can still be found."""
-_ALIVE_S = 5.0
+_ALIVE_S = 1.0
 """How often it is written down that sessions live: so wrong may be the end of what is lost with a crash."""
 _HELLO_S = 10.0
 _GRACE_S = 5.0

@@ -164,7 +164,8 @@ def _means(statistics: Statistics) -> str:
 
 
 def _rates(statistics: Statistics) -> str:
-    parts = [] if statistics["throughput"] is None else [f"{_plain(statistics['throughput'])} tasks a second."]
+    throughput = statistics["throughput"]
+    parts = [] if throughput is None else [f"{_plain(throughput)} tasks a second while they ran."]
     if (tokens := statistics["tokens"]) is not None:
         rates = f", a second {_plain(tokens['in_per_s'])} in and {_plain(tokens['out_per_s'])} out"
         timed = tokens["in_per_s"] is not None

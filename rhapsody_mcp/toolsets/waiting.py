@@ -8,6 +8,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from operator import itemgetter
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -42,7 +43,7 @@ _TICK_S = 1.0
 _READY = "ready"
 _ROWS, _RESULTS_CHARS, _RESULT_CHARS, _PASSED_ON_CHARS = 20, 3000, 1200, 400
 _GROUPS, _NAMES, _NOTES = 5, 5, 5
-_NOTICES, _LATELY_S = 2, 600.0
+_NOTICES, _LATELY_S, _JUST_NOW_S = 2, 600.0, 5.0
 _TOLD_IN_FULL = (Cause.ERROR, Cause.EXIT_CODE, Cause.CRASHED, Cause.TIMEOUT)
 
 
@@ -291,10 +292,15 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
 def _of_the_service(opened: OpenSession, errors: Collection[str]) -> list[str]:
     """What became of engines lately, each thing once and not what `errors` tell; and what keeps the service from
     writing."""
-    after = time.time() - _LATELY_S
-    texts = (notice.text for notice in reversed(opened.session.notices) if notice.at > after)
-    lately = [text for text in dict.fromkeys(texts) if not any(text in error for error in errors)][::-1]
+    now = time.time()
+    last = {notice.text: now - notice.at for notice in opened.session.notices if notice.at > now - _LATELY_S}
+    told = ((text, ago) for text, ago in last.items() if not any(text in error for error in errors))
+    lately = [_aged(text, ago) for text, ago in sorted(told, key=itemgetter(1), reverse=True)]
     return [*lately[-_NOTICES:], *([opened.trouble] if opened.trouble else [])]
+
+
+def _aged(text: str, ago_s: float) -> str:
+    return text if ago_s < _JUST_NOW_S else f"{duration(ago_s)} ago: {text}"
 
 
 def _page(chosen: Chosen, news: Sequence[tuple[int, Task]]) -> tuple[list[Task], int, int]:

@@ -95,7 +95,7 @@ async def test_statistics_give_counts_times_and_rates_of_what_ran(era: str) -> N
     text = agent.texts[-1]
     assert text.startswith("session-1: 4 tasks (2 DONE, 1 FAILED, 1 CANCELED), ")
     assert "Mean of the 3 that ran and ended: total " in text and " + execution 3.67 s." in text
-    assert "0.375 tasks a second. dragon: 69% of 2 workers busy." in text
+    assert "0.375 tasks a second while they ran. dragon: 69% of 2 workers busy." in text
     assert re.search(r"^function tasks +4 +1 .* 4\.000/6\.000/6\.000 .* 0\.375$", text, re.M)
 
 
