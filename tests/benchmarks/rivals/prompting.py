@@ -6,6 +6,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from rhapsody_mcp.engine import vllm_launcher
+
 __all__ = ["MODEL", "TOKENS", "prompt", "settle"]
 
 _PACKAGE = find_spec("rhapsody_mcp")
@@ -19,5 +21,6 @@ def prompt(number: int) -> str:
 
 
 def settle() -> None:
-    """The variables that this package's servers get, too."""
+    """As for this package's servers: variables, and libraries that do not load beside this torch look absent."""
     os.environ |= {"VLLM_PLUGINS": "none", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    vllm_launcher._hide([name for name in vllm_launcher._MEDIA if not vllm_launcher._loads(name)])
