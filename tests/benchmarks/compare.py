@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -125,9 +125,9 @@ async def _started(contestant: Contestant, python: Path) -> AsyncIterator[_Runni
                 await asyncio.shield(ended)
         finally:
             server.close()
-            if process.returncode is None:
+            with suppress(ProcessLookupError):  # what it left, too: vLLM's engine, for one
                 os.killpg(process.pid, signal.SIGKILL)
-                await ended
+            await ended
             unlink_unused(dragon_files(process.pid))
 
 
