@@ -17,4 +17,5 @@ if __name__ == "__main__":
         assert len(model.chat(asked, settings, use_tqdm=False)) == count
 
     serve({"prompts": prompts})
+    model.llm_engine.engine_core.shutdown()
     leave()
