@@ -40,7 +40,7 @@ class Size:
 
 
 FULL = Size(5, 10_000, 200, 1000, 256, 100_000, 1000, 10)
-QUICK = Size(5, 2000, 10, 256, 64, 3000, 200, 1)
+QUICK = Size(5, 1000, 10, 32, 8, 2500, 100, 0.3)
 _WIDTH = 160  # of a table that goes into a file
 
 
