@@ -67,7 +67,7 @@ async def compute_rows(many: int, programs: int) -> AsyncIterator[list[Row]]:
                 ),
                 Row(
                     f"a job of {_RANKS} ranks",
-                    partial(_job, session),
+                    partial(_programs, session, 1, process_templates=[(_RANKS, {})]),
                     partial(dragon.take, "group", _RANKS),
                     bare="a Dragon process group",
                 ),
@@ -81,12 +81,6 @@ async def functions(session: Session, count: int) -> float:
 async def _programs(session: Session, count: int, **kwargs: Any) -> float:
     return await run(
         session, [ComputeTask(executable="true", task_backend_specific_kwargs=kwargs) for _ in range(count)]
-    )
-
-
-async def _job(session: Session) -> float:
-    return await run(
-        session, [ComputeTask(executable="true", task_backend_specific_kwargs={"process_templates": [(_RANKS, {})]})]
     )
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import os
 import select
 import sys
-import time
 
-from rhapsody_mcp.engine.processes import adopt_orphans, descendants, send_signal
+from rhapsody_mcp.engine.processes import adopt_orphans, descendants, end
 from rhapsody_mcp.engine.starts import NOT_STARTED
 from rhapsody_mcp.engine.supervisor import finish, leave, supervise
 
@@ -25,8 +24,6 @@ else:
     import _signal as signal
 
 __all__ = ["main"]
-
-_GIVE_UP_S = 5.0  # a process in the kernel's hands cannot be killed
 
 
 def main() -> NoReturn:
@@ -113,10 +110,7 @@ class _ForkServer:
 
     def _end_strays(self) -> None:
         """End what descends from this process and from no supervisor."""
-        deadline = time.monotonic() + _GIVE_UP_S
-        while (strays := descendants(os.getpid(), but=self.names)) and time.monotonic() < deadline:
-            send_signal(strays, signal.SIGKILL)
-            time.sleep(0.005)
+        end(lambda: descendants(os.getpid(), but=self.names), collects=False)
 
     def end(self) -> NoReturn:
         """End everything below this process, and itself."""

@@ -26,11 +26,11 @@ __all__ = [
     "end",
     "group",
     "groups_of",
-    "has_children",
     "living",
     "marked",
     "open_lifeline",
     "outlives",
+    "own_descendants",
     "programs_with",
     "reap",
     "relatives",
@@ -59,13 +59,13 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def has_children() -> bool:
-    """Whether this process has children, also ended ones that are not collected: one without has no descendants."""
+def own_descendants() -> list[int]:
+    """The living processes that descend from this one; one system call where it has no children."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        return False
-    return True
+        return []
+    return descendants(os.getpid())
 
 
 def descendants(pid: int, but: Container[int] = ()) -> list[int]:
@@ -186,21 +186,24 @@ def groups_of(pids: Iterable[int]) -> set[int]:
     return {number for pid, _, number in _living() if pid in wanted}
 
 
-def end(find: Callable[[], Iterable[int]], grace_s: float = 0.0, within_s: float = 5.0) -> None:
+def end(find: Callable[[], Iterable[int]], grace_s: float = 0.0, within_s: float = 5.0, collects: bool = True) -> None:
     """End the processes that `find` names, again and again until it names none: TERM first where there is a
-    grace, then KILL. Gives up after `within_s` more seconds (a process in the kernel's hands cannot be killed)."""
+    grace, then KILL. Gives up after `within_s` more seconds (a process in the kernel's hands cannot be killed).
+    This process's children that end meanwhile are collected, unless it wants to know their exit codes."""
     deadline = time.monotonic() + grace_s
     if grace_s:
         send_signal(find(), signal.SIGTERM)
         while time.monotonic() < deadline and any(True for _ in find()):
-            reap()
+            if collects:
+                reap()
             time.sleep(0.01)
     while time.monotonic() < deadline + within_s:
         alive = [pid for pid in find() if pid != os.getpid()]
         if not alive:
             return
         send_signal(alive, signal.SIGKILL)
-        reap()
+        if collects:
+            reap()
         time.sleep(0.005)
 
 

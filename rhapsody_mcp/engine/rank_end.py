@@ -72,7 +72,7 @@ def _end(left: _Left, path: str, order: Order, rank: int, most: int | None) -> R
         with open(f"{path}.out", "rb") as printed:
             stdout, stderr = (move_stream(f"{path}.{suffix}", order.folder, most) for suffix in STREAMS)
             if result.cause is None and result.value is None:
-                value = _printed_value(printed.fileno(), stdout, order.folder)
+                value = _printed_value(printed, stdout, order.folder)
     outcome = RankOutcome(
         rank=rank,
         host=socket.gethostname(),
@@ -128,16 +128,13 @@ def how_it_ended(code: int) -> str:
 # --- the value of a program
 
 
-def _printed_value(printed: int, stdout: Stream, folder: str) -> Value:
+def _printed_value(printed: BinaryIO, stdout: Stream, folder: str) -> Value:
     """Its standard output without outer white space, as bytes where it is not UTF-8; of one that was too long, what is
     left of it. No more than a piece of it is in memory at a time."""
-    if stdout.left_out and stdout.file is None:
-        return _short(stdout.text.encode(), folder)
-    size = os.fstat(printed).st_size
-    if not stdout.left_out and size <= INLINE_BYTES:
-        return _short(os.pread(printed, INLINE_BYTES, 0), folder)
-    with open(printed if stdout.file is None else stdout.file, "rb", closefd=stdout.file is not None) as file:
-        return _long(file, folder)
+    if stdout.file is not None:
+        with open(stdout.file, "rb") as kept:
+            return _long(kept, folder)
+    return _short(stdout.text.encode() if stdout.left_out else printed.read(INLINE_BYTES), folder)
 
 
 def _short(data: bytes, folder: str) -> Value:

@@ -20,11 +20,10 @@ import time
 from rhapsody_mcp.engine.printing import STREAMS, keep_small, open_output
 from rhapsody_mcp.engine.processes import (
     adopt_orphans,
-    descendants,
     end,
-    has_children,
     open_lifeline,
     outlives,
+    own_descendants,
     reap,
     send_signal,
 )
@@ -256,24 +255,20 @@ def _watch(child: Callable[[], NoReturn], began: Callable[[int], None]) -> tuple
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     began(pid)
     if not outlives(pid, open_lifeline()):
-        end(lambda: descendants(os.getpid()))
+        end(own_descendants)
         os._exit(OWNER_GONE)
     _, status = os.waitpid(pid, 0)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.alarm(0)
     left_running = _left_running()
-    end(_descendants)
+    end(own_descendants)
     return os.waitstatus_to_exitcode(status), left_running
-
-
-def _descendants() -> list[int]:
-    return descendants(os.getpid()) if has_children() else []
 
 
 def _left_running() -> int:
     """How many processes the child left that are not about to end by themselves."""
     deadline = time.monotonic() + _ABOUT_TO_END_S
-    while (count := len(_descendants())) and time.monotonic() < deadline:
+    while (count := len(own_descendants())) and time.monotonic() < deadline:
         reap()
         time.sleep(0.005)
     return count
@@ -289,9 +284,9 @@ def finish(child: Callable[[], NoReturn]) -> NoReturn:
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
-    send_signal(descendants(os.getpid()), signal.SIGTERM)
+    send_signal(own_descendants(), signal.SIGTERM)
     signal.alarm(GRACE_S)
 
 
 def _kill(_number: int, _frame: FrameType | None) -> None:
-    send_signal(descendants(os.getpid()), signal.SIGKILL)
+    send_signal(own_descendants(), signal.SIGKILL)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ import msgspec
 from rhapsody_mcp.engine.call import Loop, perform
 from rhapsody_mcp.engine.link import Link
 from rhapsody_mcp.engine.output import collect
-from rhapsody_mcp.engine.processes import descendants, end
+from rhapsody_mcp.engine.processes import end, own_descendants
 from rhapsody_mcp.engine.starts import FOLDER_GONE, NOT_NOTED, note_start
 from rhapsody_mcp.engine.wire import (
     Finished,
@@ -218,13 +218,7 @@ def _captured(file: int, stream: object, folder: str, most: int | None) -> Strea
 
 def _end_children() -> None:
     """End the processes that a function left behind; one system call where there are none."""
-    with suppress(ChildProcessError):
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        end(_left_children)
-
-
-def _left_children() -> Iterable[int]:
-    return descendants(os.getpid())
+    end(own_descendants)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, Self, TypedDict
 
 import msgspec
@@ -115,10 +115,9 @@ class Tally:
     comes before it (sim-1 and sim-2 are "sim"); and the rest by kind, as in "function tasks".
     """
 
-    def __init__(self, stems: Container[str] = ()) -> None:
+    def __init__(self, stems: Iterable[str] = ()) -> None:
         self._sums: dict[str, _Sum] = {}
-        self._stems = stems
-        self._more_stems: set[str] = set()
+        self._stems = set(stems)
         self._alone: dict[str, Row] = {}
         """By its stem, each task whose name differs from no other's in a number alone."""
 
@@ -129,18 +128,15 @@ class Tally:
             stem = _stem(row)
             if row.for_each or not stem:
                 groups.setdefault(row.for_each or _kind_group(row), []).append(row)
-            elif self._knows(stem):
+            elif stem in self._stems:
                 groups.setdefault(stem, []).append(row)
             elif (first := self._alone.pop(stem, None)) is not None:
-                self._more_stems.add(stem)
+                self._stems.add(stem)
                 groups.setdefault(stem, []).extend((first, row))
             else:
                 self._alone[stem] = row
         for name, members in groups.items():
             self._sums.setdefault(name, _Sum()).add(members)
-
-    def _knows(self, stem: str) -> bool:
-        return stem in self._more_stems or stem in self._stems
 
     def statistics(
         self,
@@ -155,7 +151,7 @@ class Tally:
         `find` gives any of them by its uid, and None for another task's; `workers` is the number of workers by backend.
         Raises UnknownName where there is no such group.
         """
-        rest = Tally(self._more_stems)
+        rest = Tally(self._stems)
         rest.add([*self._alone.values(), *others])
         single: dict[str, list[Row]] = {}
         for row in rest._alone.values():

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
-from pathlib import Path
 
 from rhapsody_mcp.engine import vllm_launcher
+from rhapsody_mcp.shipped_model import MODEL_DIR
 
 __all__ = ["MODEL", "TOKENS", "prompt", "settle"]
 
-_PACKAGE = find_spec("rhapsody_mcp")
-assert _PACKAGE is not None and _PACKAGE.origin is not None
-MODEL = str(Path(_PACKAGE.origin).parent / "shipped_model" / "weights")
+MODEL = str(MODEL_DIR)
 TOKENS = 32
 
 
