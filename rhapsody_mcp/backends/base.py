@@ -28,21 +28,21 @@ __all__ = [
 Kind = Literal["function", "executable", "prompt"]
 
 
-class Running(msgspec.Struct, frozen=True):
+class Running(msgspec.Struct, frozen=True, gc=False):
     """The task's user code has started, at this time (seconds since the epoch)."""
 
     uid: str
     at: float
 
 
-class Ended(msgspec.Struct, frozen=True):
+class Ended(msgspec.Struct, frozen=True, gc=False):
     """The task has reached a final state, and no process of it is left."""
 
     uid: str
     outcome: Outcome
 
 
-class Returned(msgspec.Struct, frozen=True):
+class Returned(msgspec.Struct, frozen=True, gc=False):
     """The backend gives the task back, with no Running of it before and none of it ever to run: its engine has ended.
 
     `reason` is a sentence. Whoever handed the task over may hand it over again, to the same backend too.

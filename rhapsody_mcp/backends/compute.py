@@ -100,25 +100,25 @@ class ComputeBackend(Awaitable):
         environment: Mapping[str, Any] | Environment | None = None,
         caps: Caps | None = None,
     ) -> None:
-        most = _RANKS_A_CORE * count_cores()
+        cores = count_cores()
+        self._most = most = _RANKS_A_CORE * cores
         if num_workers is not None and (not isinstance(num_workers, int) or not 1 <= num_workers <= most):
             raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number from 1 to {most}.")
         self.name, self.stall_s = name, stall_s
         self.cwd = ""
         """Where tasks start; empty for the folder of this process."""
         self.environment, self.caps = read_environment(environment), caps or Caps()
-        self.num_workers = num_workers or count_cores()
+        self.num_workers = num_workers or cores
         self.progress = "not started"
         self._starting: asyncio.Task[None] | None = None
         self._engine: _Engine | None = None
 
     def check(self, spec: TaskSpec) -> None:
         """Refuses more ranks than this node can hold at once: each is two processes."""
-        most = _RANKS_A_CORE * count_cores()
-        if spec.layout.ranks > most:
+        if spec.layout.ranks > self._most:
             raise InvalidTask(
-                f"{spec.layout.ranks} ranks are too many for this machine of {count_cores()} cores; "
-                f"valid is up to {most} ({_RANKS_A_CORE} a core)."
+                f"{spec.layout.ranks} ranks are too many for this machine of {self._most // _RANKS_A_CORE} cores; "
+                f"valid is up to {self._most} ({_RANKS_A_CORE} a core)."
             )
 
     def _refuse_to_start(self) -> None:
@@ -209,9 +209,12 @@ class ComputeBackend(Awaitable):
 class _Live:
     """A task that has not ended."""
 
+    __slots__ = ("asked", "native", "order", "report", "started", "stop", "timer", "uid", "worker")
+
     def __init__(self, order: Order, report: Report) -> None:
         self.order, self.report = order, report
         self.uid = order.spec.uid
+        self.native = order.spec.layout.mode == "native"
         self.worker: _Worker | None = None
         self.asked = False
         """Whether the host, or its worker, has been asked to run it."""
@@ -228,10 +231,6 @@ class _Live:
     def has_started(self, starts: Collection[tuple[str, int]]) -> bool:
         """By what was heard of it, or by the notes."""
         return self.started is not None or (self.uid, self.order.attempt) in starts
-
-    @property
-    def native(self) -> bool:
-        return self.order.spec.layout.mode == "native"
 
     @property
     def slots(self) -> int:
@@ -717,8 +716,11 @@ class _Peer(asyncio.Protocol):
         self._engine._peers.add(self)
 
     def data_received(self, data: bytes) -> None:
-        for message in self._frames.feed(data):
-            self._engine.hear(self, message)
+        messages = list(self._frames.feed(data))
+        ended = {message.uid for message in messages if type(message) is Finished}
+        for message in messages:
+            if not (type(message) is Started and message.uid in ended):  # nobody could see it run
+                self._engine.hear(self, message)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None:
@@ -780,8 +782,8 @@ def _stopped(live: _Live, message: Finished | None = None) -> Outcome:
     )
     if message is None:
         return outcome
-    notes = tuple(left_out(message))
-    return msgspec.structs.replace(outcome, stdout=message.stdout, stderr=message.stderr, notes=notes)
+    printed = {"stdout": message.stdout, "stderr": message.stderr, "notes": tuple(left_out(message))}
+    return msgspec.structs.replace(outcome, started=message.started, **printed)
 
 
 def _failed(cause: Cause, message: str, started: float | None, exit_code: int | None = None) -> Outcome:

@@ -44,7 +44,7 @@ __all__ = [
 # --- backend → worker
 
 
-class Run(msgspec.Struct, frozen=True, tag="run"):
+class Run(msgspec.Struct, frozen=True, tag="run", gc=False):
     """Run this function."""
 
     uid: str
@@ -54,7 +54,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     attempt: int
 
 
-class Interrupt(msgspec.Struct, frozen=True, tag="interrupt"):
+class Interrupt(msgspec.Struct, frozen=True, tag="interrupt", gc=False):
     """Give this task back if it has not started; end it if it is running and `running` says so."""
 
     uid: str
@@ -67,7 +67,7 @@ ToWorker = Run | Interrupt
 # --- worker → backend
 
 
-class Result(msgspec.Struct, frozen=True, omit_defaults=True):
+class Result(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What a function came to: a value, or a cause with its message and traceback."""
 
     value: Value | None = None
@@ -76,26 +76,26 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     traceback: str = ""
 
 
-class Up(msgspec.Struct, frozen=True, tag="up"):
+class Up(msgspec.Struct, frozen=True, tag="up", gc=False):
     """A worker can take tasks; the first message of its first connection."""
 
     worker: str
 
 
-class Listening(msgspec.Struct, frozen=True, tag="listening"):
+class Listening(msgspec.Struct, frozen=True, tag="listening", gc=False):
     """A worker can take interrupts; the first message of its second connection."""
 
     worker: str
 
 
-class Started(msgspec.Struct, frozen=True, tag="started"):
+class Started(msgspec.Struct, frozen=True, tag="started", gc=False):
     """The task's user code has started; the host says it of a task in processes of its own."""
 
     uid: str
     at: float
 
 
-class Finished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True):
+class Finished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True, gc=False):
     """A function has ended; `interrupted` where an Interrupt ended it."""
 
     uid: str
@@ -107,7 +107,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True):
     interrupted: bool = False
 
 
-class Revoked(msgspec.Struct, frozen=True, tag="revoked"):
+class Revoked(msgspec.Struct, frozen=True, tag="revoked", gc=False):
     """This task will never start here."""
 
     uid: str
@@ -119,29 +119,29 @@ FromWorker = Up | Listening | Started | Finished | Revoked
 # --- backend → host
 
 
-class Place(msgspec.Struct, frozen=True, tag="place"):
+class Place(msgspec.Struct, frozen=True, tag="place", gc=False):
     """Start a worker of this name."""
 
     worker: str
 
 
-class Stop(msgspec.Struct, frozen=True, tag="stop"):
+class Stop(msgspec.Struct, frozen=True, tag="stop", gc=False):
     """End this worker with everything under it."""
 
     worker: str
 
 
-class Ask(msgspec.Struct, frozen=True, tag="ask"):
+class Ask(msgspec.Struct, frozen=True, tag="ask", gc=False):
     """Run this task in processes of its own."""
 
     order: Order
 
 
-class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+class Cancel(msgspec.Struct, frozen=True, tag="cancel", gc=False):
     uid: str
 
 
-class Ping(msgspec.Struct, frozen=True, tag="ping"):
+class Ping(msgspec.Struct, frozen=True, tag="ping", gc=False):
     """Say Pong."""
 
 
@@ -151,7 +151,7 @@ ToHost = Place | Stop | Ask | Cancel | Ping
 # --- host → backend
 
 
-class Ready(msgspec.Struct, frozen=True, tag="ready"):
+class Ready(msgspec.Struct, frozen=True, tag="ready", gc=False):
     """The host can place processes on this node."""
 
     host: str
@@ -160,7 +160,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     gpus: int
 
 
-class Gone(msgspec.Struct, frozen=True, tag="gone"):
+class Gone(msgspec.Struct, frozen=True, tag="gone", gc=False):
     """A worker has ended with this exit code, and nothing under it is left; `why` where the host has ended it."""
 
     worker: str
@@ -168,19 +168,19 @@ class Gone(msgspec.Struct, frozen=True, tag="gone"):
     why: str = ""
 
 
-class Ended(msgspec.Struct, frozen=True, tag="ended"):
+class Ended(msgspec.Struct, frozen=True, tag="ended", gc=False):
     uid: str
     outcome: Outcome
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
+class Failed(msgspec.Struct, frozen=True, tag="failed", gc=False):
     """A worker could not be placed."""
 
     worker: str
     error: str
 
 
-class Pong(msgspec.Struct, frozen=True, tag="pong"):
+class Pong(msgspec.Struct, frozen=True, tag="pong", gc=False):
     """The host still answers."""
 
 
@@ -191,7 +191,7 @@ ToBackend = FromWorker | FromHost
 # --- what a program is started with, in a file
 
 
-class HostConfig(msgspec.Struct, frozen=True):
+class HostConfig(msgspec.Struct, frozen=True, gc=False):
     """`address` is the backend's socket, in a folder that only this user can enter; `mark` marks processes.
 
     `batch` sends workers through Dragon's Batch. A worker that has been stopped for `stall_s` is ended.
@@ -208,7 +208,7 @@ class HostConfig(msgspec.Struct, frozen=True):
     caps: Caps = Caps()
 
 
-class WorkerConfig(msgspec.Struct, frozen=True):
+class WorkerConfig(msgspec.Struct, frozen=True, gc=False):
     """A worker that connects to `address`; `cwd` is the folder of its session."""
 
     worker: str
@@ -218,7 +218,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     caps: Caps = Caps()
 
 
-class RankConfig(msgspec.Struct, frozen=True):
+class RankConfig(msgspec.Struct, frozen=True, gc=False):
     """A function of `order` in a process of its own, or a program whose arguments are pickled results."""
 
     order: Order
@@ -226,7 +226,7 @@ class RankConfig(msgspec.Struct, frozen=True):
     caps: Caps = Caps()
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(msgspec.Struct, frozen=True, gc=False):
     """What a supervisor starts, which reads it as a dict with these keys, marshaled: it imports no msgspec.
 
     `env` changes the supervisor's own; None removes a variable. The program runs in `cwd`, which may begin in `folder`,

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +39,6 @@ from rhapsody_mcp.engine.wire import (
     WorkerConfig,
 )
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import Stream
 
 __all__ = ["Interrupted", "main"]
 
@@ -60,7 +59,7 @@ class _Turn:
         self.interrupted = ""
         self.cut_import = False
         """Whether an interrupt fell into an import: Python does not make such a module whole again."""
-        self.revoked: Counter[str] = Counter()
+        self.revoked: dict[str, int] = {}
         """How often: a task that was taken back may have been sent here again, and taken back again."""
         self._started: set[str] = set()
         self._order: deque[str] = deque()
@@ -68,10 +67,10 @@ class _Turn:
     def begin(self, uid: str) -> bool:
         """False where the task was revoked before it could start."""
         with self.lock:
-            if self.revoked[uid]:
-                self.revoked[uid] -= 1
+            if often := self.revoked.pop(uid, 0):
+                if often > 1:
+                    self.revoked[uid] = often - 1
                 return False
-            del self.revoked[uid]
             self.current = uid
             self._started.add(uid)
             self._order.append(uid)
@@ -93,7 +92,7 @@ class _Turn:
                 signal.pthread_kill(main, _INTERRUPT)
             if message.uid in self._started:
                 return False
-            self.revoked[message.uid] += 1
+            self.revoked[message.uid] = self.revoked.get(message.uid, 0) + 1
             return True
 
 
@@ -123,8 +122,8 @@ def _serve(backend: Link[Run], turn: _Turn, config: WorkerConfig, files: Sequenc
     waiting: deque[Run] = deque()
     unsent: list[FromWorker] = []
     while True:
-        while backend.ready() or not waiting:
-            if not waiting and not backend.ready():
+        while not waiting:
+            if not backend.ready():
                 _send(backend, unsent)
             waiting.extend(backend.receive())
         run = waiting.popleft()
@@ -159,18 +158,28 @@ def _run(
         interrupted = turn.over() or interrupted or isinstance(error, Interrupted)
         result = Result(None, Cause.ERROR, type(error).__name__)
         loop = Loop()
-    _end_children()
-    streams = zip(files, (sys.stdout, sys.stderr), strict=True)
-    stdout, stderr = (_captured(file, stream, run.folder, caps.output_bytes) for file, stream in streams)
+    if own_descendants():  # the function left processes behind
+        end(own_descendants)
+    _flush(sys.stdout)
+    _flush(sys.stderr)
+    stdout, stderr = (collect(file, run.folder, caps.output_bytes) for file in files)
     return Finished(run.uid, started, time.time(), result, stdout, stderr, interrupted), loop
 
 
 def _is_in(folder: str) -> bool:
     """Whether this process could go there: an earlier task may have left it, and the folder may be gone."""
-    with suppress(OSError):
+    try:
         os.chdir(folder)
-        return True
-    return False
+    except OSError:
+        return False
+    return True
+
+
+def _flush(stream: object) -> None:
+    try:
+        stream.flush()  # type: ignore[attr-defined]
+    except Exception:  # the function may have closed or replaced it
+        return
 
 
 def _raise(turn: _Turn, _number: int, frame: FrameType | None) -> None:
@@ -204,21 +213,6 @@ def _send(backend: Link[Run], messages: list[FromWorker]) -> None:
     if messages:
         backend.send(*messages)
         messages.clear()
-
-
-# --- what a function leaves: output and processes
-
-
-def _captured(file: int, stream: object, folder: str, most: int | None) -> Stream:
-    """What was written since the last call."""
-    with suppress(Exception):  # the function may have closed or replaced it
-        stream.flush()  # type: ignore[attr-defined]
-    return collect(file, folder, most)
-
-
-def _end_children() -> None:
-    """End the processes that a function left behind; one system call where there are none."""
-    end(own_descendants)
 
 
 if __name__ == "__main__":

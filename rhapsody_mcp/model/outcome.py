@@ -10,7 +10,7 @@ from rhapsody_mcp.model.values import Stream, Value
 __all__ = ["Outcome", "RankOutcome", "Usage"]
 
 
-class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
+class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One rank of a job. A negative `exit_code` is the signal that ended it."""
 
     rank: int
@@ -25,14 +25,14 @@ class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     traceback: str = ""
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of a prompt's request, as the server counted them."""
 
     prompt_tokens: int
     completion_tokens: int
 
 
-class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """A final state with everything that belongs to it. `started` and `ended` are seconds since the epoch.
 
     `started` is None where user code never ran. `notes` are sentences about how it ran ("8 ranks on 2 cores").

@@ -13,7 +13,7 @@ __all__ = ["Call", "Caps", "Command", "Completion", "Layout", "Mode", "Order", "
 Mode = Literal["native", "process", "job"]
 
 
-class Call(msgspec.Struct, frozen=True, tag="call"):
+class Call(msgspec.Struct, frozen=True, tag="call", gc=False):
     """A Python function with its arguments.
 
     `code` is a pickled function, a source text, or "module:function", by `form`; `entry` names the function in
@@ -26,14 +26,14 @@ class Call(msgspec.Struct, frozen=True, tag="call"):
     arguments: bytes = b""
 
 
-class Command(msgspec.Struct, frozen=True, tag="command"):
+class Command(msgspec.Struct, frozen=True, tag="command", gc=False):
     """A program and its arguments. A Ref stands for its result: text as it is, anything else as JSON."""
 
     executable: str
     arguments: tuple[str | Ref, ...] = ()
 
 
-class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True):
+class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True, gc=False):
     """Prompts for a language model, all with the same parameters. None means the server's default.
 
     `many` says whether the result is a list (one answer a prompt, in order) or the single answer. A Ref among
@@ -54,7 +54,7 @@ class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True):
     json_schema: bytes | None = None
 
 
-class Template(msgspec.Struct, frozen=True, omit_defaults=True):
+class Template(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """How a process is started. `env` is merged over the engine's; a None value removes the variable.
 
     `policy` holds Dragon's placement fields: host_name, cpu_affinity, gpu_affinity.
@@ -67,14 +67,14 @@ class Template(msgspec.Struct, frozen=True, omit_defaults=True):
     gpu_affinity: tuple[int, ...] = ()
 
 
-class RankGroup(msgspec.Struct, frozen=True):
+class RankGroup(msgspec.Struct, frozen=True, gc=False):
     """`ranks` processes started alike."""
 
     ranks: int
     template: Template
 
 
-class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
+class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Which processes a task gets: none of its own (native), one (process), or several (job).
 
     `pmi` is set for a job whose ranks speak MPI to each other: "auto" takes the PMI that works here, "none" runs
@@ -96,7 +96,7 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True):
         return [group.template for group in self.groups for _ in range(group.ranks)]
 
 
-class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """A task as a backend gets it."""
 
     uid: str
@@ -105,14 +105,14 @@ class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     timeout_s: float | None = None
 
 
-class Caps(msgspec.Struct, frozen=True, omit_defaults=True):
+class Caps(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """How many bytes a result may have, encoded, and how many of a stdout or stderr are kept; None for any number."""
 
     result_bytes: int | None = None
     output_bytes: int | None = None
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
+class Order(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A task that can start: the values that its Refs stand for, by uid, and the folder for what is large.
 
     `attempt` is 1 for its first start.

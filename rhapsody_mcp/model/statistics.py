@@ -264,7 +264,10 @@ class _Sum:
             if self.last is None or ended > self.last[0]:
                 self.last = ended, -number, row.uid
             if row.kind in ("function", "executable"):
-                self.places.setdefault((row.backend, row.ranks), _Taken()).add(started, ended)
+                place = row.backend, row.ranks
+                if place not in self.places:
+                    self.places[place] = _Taken()
+                self.places[place].add(started, ended)
         self.ran += len(runs)
         self.prompts.add([(row, started, ended) for row, _, started, ended in runs if row.kind == "prompt"])
 
@@ -277,7 +280,10 @@ class _Taken:
 
     def add(self, started: float, ended: float) -> None:
         self.seconds += ended - started
-        self.started, self.ended = min(self.started, started), max(self.ended, ended)
+        if started < self.started:
+            self.started = started
+        if ended > self.ended:
+            self.ended = ended
 
 
 class _Prompts:

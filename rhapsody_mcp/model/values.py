@@ -22,14 +22,14 @@ INLINE_BYTES = 64 * 1024
 PREVIEW_CHARS = 8 * 1024
 
 
-class Ref(msgspec.Struct, frozen=True, tag="ref"):
+class Ref(msgspec.Struct, frozen=True, tag="ref", gc=False):
     """The result of another task, or the part of it that `path` (a JSON Pointer, RFC 6901) names."""
 
     uid: str
     path: str = ""
 
 
-class Value(msgspec.Struct, frozen=True, omit_defaults=True):
+class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """An encoded result: JSON where that round-trips exactly, else a pickle.
 
     Exactly one of `data` and `file` is set. `size` is in bytes. `preview` is empty where the data itself is
@@ -63,7 +63,7 @@ NOTHING = Value("json", "nothing", 4, b"null")
 """Stands for the result of a task that ended without one: null, and so is every part of it."""
 
 
-class Stream(msgspec.Struct, frozen=True, omit_defaults=True):
+class Stream(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What a program printed: `text`, or the whole in `file` where it is long (`text` is then its end).
 
     `left_out` counts the bytes that were printed in its middle and are not there, because it was too long.

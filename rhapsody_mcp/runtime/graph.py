@@ -25,18 +25,22 @@ def leads_to(task: Task, sought: Task) -> bool:
 
 def refuse_cycles(batch: dict[str, Task]) -> None:
     """Raise InvalidTask where tasks of one submission wait for each other in a circle."""
-    missing = {uid: {source.uid for source in task.sources() if source.uid in batch} for uid, task in batch.items()}
+    missing = {
+        uid: inside
+        for uid, task in batch.items()
+        if (needed := task.sources()) and (inside := {source.uid for source in needed if source.uid in batch})
+    }
     needed_by: dict[str, list[str]] = {}
     for uid, sources in missing.items():
         for source in sources:
             needed_by.setdefault(source, []).append(uid)
-    free = deque(uid for uid, sources in missing.items() if not sources)
+    free = deque(needed_by.keys() - missing.keys())
     while free:
         done = free.popleft()
-        del missing[done]
         for uid in needed_by.get(done, ()):
             missing[uid].discard(done)
             if not missing[uid]:
+                del missing[uid]
                 free.append(uid)
     if missing:
         names = ", ".join(batch[uid].name or uid for uid in list(missing)[:10])

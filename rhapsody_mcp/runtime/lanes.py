@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple, Protocol
 
-from rhapsody_mcp.backends.base import Backend, Ended, Event, Returned, Running
+from rhapsody_mcp.backends.base import Backend, Ended, Event, Running
 from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Order
@@ -130,16 +130,17 @@ class Lane:
             raise
 
     def _hear(self, event: Event) -> None:
-        if isinstance(event, Running):
-            self._report(event)
-        elif isinstance(event, Returned):
-            self._take_back(self._live.pop(event.uid), event.reason)
-        else:
+        if isinstance(event, Ended):
             self._live.pop(event.uid, None)
             if event.outcome.cause not in _NO_SIGN_OF_LIFE:
                 self._deaths = 0
             self._report(event)
-            self._rest_when_idle()
+            if not self._live:
+                self._rest_when_idle()
+        elif isinstance(event, Running):
+            self._report(event)
+        else:
+            self._take_back(self._live.pop(event.uid), event.reason)
 
     def _take_back(self, order: Order, reason: str) -> None:
         self._die(reason)

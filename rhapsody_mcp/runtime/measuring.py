@@ -49,10 +49,9 @@ class Account:
     def _waited_for(self, uid: str) -> list[str]:
         """The uids of the tasks that it waited for, a ForEach by its children."""
         task = self._tasks[uid]
-        sources = task.sources()
-        if task.parent is not None and task.parent.source is not None:
-            sources += task.parent.sources()
-        return [source.uid for source in leaves(sources)]
+        parent = task.parent
+        waited = parent.sources() if parent is not None and parent.source is not None else ()
+        return [source.uid for source in leaves([*task.sources(), *waited])]
 
 
 def _counts(task: Task) -> bool:

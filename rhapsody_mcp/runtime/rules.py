@@ -193,8 +193,9 @@ def _spec_bytes(spec: TaskSpec) -> int:
 
 
 def _outcome_bytes(outcome: Outcome) -> int:
-    ended: list[Outcome | RankOutcome] = [outcome, *outcome.ranks]
-    values = [one.value for one in ended if one.value is not None]
-    streams = [stream for one in ended for stream in (one.stdout, one.stderr)]
-    held = sum(len(value.data or b"") + len(value.preview) for value in values)
-    return held + sum(len(stream.text) for stream in streams)
+    return _held_bytes(outcome) + sum(map(_held_bytes, outcome.ranks))
+
+
+def _held_bytes(ended: Outcome | RankOutcome) -> int:
+    printed, value = len(ended.stdout.text) + len(ended.stderr.text), ended.value
+    return printed if value is None else printed + len(value.data or b"") + len(value.preview)

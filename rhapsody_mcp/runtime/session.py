@@ -313,18 +313,20 @@ class Session:
 
     def _route(self, task: Task) -> Lane:
         kind = kind_of(task)
-        able = [lane for lane in self._lanes.values() if kind in lane.backend.kinds]
         if task.backend is None:
-            if not able:
-                raise InvalidTask(f"{name_of(task)} is a {kind}, and no backend of this session runs one.")
-            return able[0]
-        lane = self._lanes.get(task.backend)
-        if lane is None:
+            for lane in self._lanes.values():
+                if kind in lane.backend.kinds:
+                    return lane
+            raise InvalidTask(f"{name_of(task)} is a {kind}, and no backend of this session runs one.")
+        if task.backend not in self._lanes:
             raise UnknownName("backend", task.backend, self._lanes)
-        if lane not in able:
-            others = ", ".join(repr(other.backend.name) for other in able) or "none here"
-            named = name_of(task)
-            raise InvalidTask(f"{named} is a {kind}, which backend {task.backend!r} does not run; {others} does.")
+        lane = self._lanes[task.backend]
+        if kind not in lane.backend.kinds:
+            able = [repr(other.backend.name) for other in self._lanes.values() if kind in other.backend.kinds]
+            raise InvalidTask(
+                f"{name_of(task)} is a {kind}, which backend {task.backend!r} does not run; "
+                f"{', '.join(able) or 'none here'} does."
+            )
         return lane
 
     def _register(self, task: Task, lane: Lane | None, spec: TaskSpec | None) -> None:
@@ -347,6 +349,7 @@ class Session:
     def _queue(self, tasks: Iterable[Task]) -> None:
         """Hand tasks whose sources have ended to their backends."""
         by_lane: dict[str, list[Order]] = {}
+        folder = str(self.folder)
         for task in tasks:
             if failed := self._failed_source(task):
                 self._end(task, _canceled(Cause.UPSTREAM, f"{name_of(failed)} did not end DONE"))
@@ -357,20 +360,19 @@ class Session:
                 self._spawn(self._fan_out(task))
                 continue
             task.attempts += 1
-            by_lane.setdefault(task.backend or "", []).append(self._order(task))
+            by_lane.setdefault(task.backend or "", []).append(self._order(task, folder))
         for name, orders in by_lane.items():
             self._lanes[name].take(orders)
 
     def _failed_source(self, task: Task) -> Task | None:
-        if task.on_upstream_failure == "run":
-            return None
-        return next((source for source in task.sources() if source.state is not TaskState.DONE), None)
+        for source in task.sources() if task.on_upstream_failure == "cancel" else ():
+            if source.state is not TaskState.DONE:
+                return source
+        return None
 
-    def _order(self, task: Task) -> Order:
+    def _order(self, task: Task, folder: str) -> Order:
         bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
-        return Order(
-            spec=self._specs[task.uid], bindings=bindings, folder=str(self.folder), attempt=max(1, task.attempts)
-        )
+        return Order(spec=self._specs[task.uid], bindings=bindings, folder=folder, attempt=max(1, task.attempts))
 
     @property
     def folder(self) -> Path:
@@ -463,25 +465,32 @@ class Session:
         task = self._tasks[event.uid]
         if task.state.final:
             return
-        if isinstance(event, Ended) and self._rules is not None:
-            asked_s = getattr(task, "task_backend_specific_kwargs", {}).get("timeout")
-            event = Ended(event.uid, self._rules.in_words(event.outcome, asked_s))
         if isinstance(event, Running):
             self._run(task, event.at)
-            if task.parent is not None and task.parent.state is not TaskState.RUNNING:
-                self._run(task.parent, event.at)
-        elif self._tries_again(task, event.outcome):
-            self._try_again_later(task, event.outcome)
-        elif self._opens_results and _is_long(event):
-            self._spawn(self._open_long_result(task, event.outcome))
-        elif self._opens_results:
-            self._end(task, self._opened(task, event.outcome))
+            self._run_parent(task, event.at)
+            return
+        outcome = event.outcome
+        if self._rules is not None and outcome.cause is Cause.TIMEOUT:
+            asked_s = getattr(task, "task_backend_specific_kwargs", {}).get("timeout")
+            outcome = self._rules.in_words(outcome, asked_s)
+        if outcome.started is not None:
+            self._run_parent(task, outcome.started)
+        if self._tries_again(task, outcome):
+            self._try_again_later(task, outcome)
+        elif not self._opens_results:
+            self._end(task, outcome)
+        elif outcome.value is not None and outcome.value.file is not None:
+            self._spawn(self._open_long_result(task, outcome))
         else:
-            self._end(task, event.outcome)
+            self._end(task, self._opened(task, outcome))
 
     def _run(self, task: Task, at: float) -> None:
         task.state, task.started = TaskState.RUNNING, at
         self._tell(task)
+
+    def _run_parent(self, task: Task, at: float) -> None:
+        if task.parent is not None and task.parent.state is TaskState.QUEUED:
+            self._run(task.parent, at)
 
     def _tries_again(self, task: Task, outcome: Outcome) -> bool:
         failed = outcome.state is TaskState.FAILED and outcome.cause is not Cause.INVALID
@@ -507,8 +516,10 @@ class Session:
         """Give the task what its user sees; a result that cannot be opened here makes it FAILED."""
         task.stdout, task.stderr = outcome.stdout.read(), outcome.stderr.read()
         try:
-            task.ranks = [rank_of(rank, self._read) for rank in outcome.ranks]
-            task.return_value = None if outcome.value is None else self._read(outcome.value)
+            if outcome.ranks:
+                task.ranks = tuple(rank_of(rank, self._read) for rank in outcome.ranks)
+            if outcome.value is not None:
+                task.return_value = self._read(outcome.value)
         except Exception as error:  # unpickling runs the user's own code
             message = f"its result cannot be opened here: {type(error).__name__}: {error}"
             return Outcome(state=TaskState.FAILED, ended=outcome.ended, cause=Cause.ERROR, error=message)
@@ -516,10 +527,9 @@ class Session:
 
     def _end(self, task: Task, outcome: Outcome) -> None:
         """Give a task its final state, then everything that hangs on it its next one."""
-        ended = deque([(task, outcome)])
+        ended = [(task, outcome)]
         ready: list[Task] = []
-        while ended:
-            task, outcome = ended.popleft()
+        for task, outcome in ended:  # which grows meanwhile
             if task.state.final:
                 continue
             if task.last_failure:
@@ -567,11 +577,15 @@ class Session:
         Raises TimeoutError after `timeout` seconds; the tasks go on.
         """
         batch = list(tasks)
-        futures = {task.future for task in batch}
-        if futures:
-            _, pending = await asyncio.wait(futures, timeout=timeout)
-            if pending:
-                raise TimeoutError(f"{len(pending)} of {len(futures)} tasks have not ended after {timeout} s")
+        futures = [task.future for task in batch]
+        try:
+            async with asyncio.timeout(timeout):
+                for future in futures:
+                    if not future.done():
+                        await asyncio.wait([future])
+        except TimeoutError:
+            if pending := sum(not future.done() for future in {*futures}):
+                raise TimeoutError(f"{pending} of {len({*futures})} tasks have not ended after {timeout} s") from None
         return batch
 
     async def cancel(self, tasks: Iterable[Task] | Task) -> list[Task]:
@@ -642,11 +656,6 @@ class Session:
 
 Accepted = tuple[Task, Lane | None, TaskSpec | None]
 """With the lane and the spec of what a backend runs; a ForEach has none."""
-
-
-def _is_long(event: Ended) -> bool:
-    value = event.outcome.value
-    return value is not None and value.file is not None
 
 
 def _canceled(cause: Cause, message: str) -> Outcome:

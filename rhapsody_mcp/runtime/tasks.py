@@ -38,6 +38,7 @@ __all__ = [
 
 OnUpstreamFailure = Literal["cancel", "run"]
 
+_ON_UPSTREAM_FAILURE = get_args(OnUpstreamFailure)
 _uids = itertools.count(1)
 _MOST = 2**31 - 1  # what servers of models read
 
@@ -97,7 +98,7 @@ class Task:
         self.after = _tasks_to_follow(after)
         self.retries = _whole("retries", retries, least=0) or 0
         self.retry_delay_s = _delay(retry_delay_s)
-        if on_upstream_failure not in get_args(OnUpstreamFailure):
+        if on_upstream_failure not in _ON_UPSTREAM_FAILURE:
             raise InvalidTask(f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".')
         self.on_upstream_failure = on_upstream_failure
         self.attempts = 0
@@ -108,7 +109,7 @@ class Task:
         self.return_value: Any = None
         self.stdout: str | None = None
         self.stderr: str | None = None
-        self.ranks: list[Rank] = []
+        self.ranks: Sequence[Rank] = ()
         self.parent: ForEach | None = None
         self.passed_on = False
         self.position: int | None = None
@@ -121,9 +122,9 @@ class Task:
     last_failure = ""
     replaced_by: str | None = None
 
-    def sources(self) -> list[Task]:
+    def sources(self) -> Sequence[Task]:
         """The tasks that must have ended before this one starts: those whose results it needs, and `after`."""
-        return [*self.needs(), *self.after]
+        return [*self.needs(), *self.after] if self.after else self.needs()
 
     def needs(self) -> Sequence[Task]:
         """The tasks whose results this one uses."""
@@ -247,7 +248,7 @@ class ComputeTask(Task):
         self.executable = executable
         self.args = tuple(args)
         self.kwargs = kwargs if isinstance(kwargs, Task | Part) else dict(kwargs or {})
-        self.arguments = list(arguments)
+        self.arguments = tuple(arguments)
         self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
         self.layout = read_layout(self.task_backend_specific_kwargs, native=function is not None)
         self._timeout_s = read_timeout(self.task_backend_specific_kwargs)
@@ -256,27 +257,38 @@ class ComputeTask(Task):
     def _check(self) -> None:
         if (self.function is None) == (self.executable is None):
             raise InvalidTask("a ComputeTask has either function= or executable=, one of the two.")
-        if self.executable is not None and (not self.executable.strip() or "\0" in self.executable):
-            raise InvalidTask(f"executable is {self.executable!r}; valid is a path, or a name on PATH.")
+        if self.executable is None:
+            self._check_function()
+        else:
+            self._check_program(self.executable)
+
+    def _check_function(self) -> None:
+        if self.arguments:
+            raise InvalidTask("arguments= belongs to an executable; a function takes args= and kwargs=.")
+        if callable(self.function):
+            return
+        if not isinstance(self.function, Source | Module):
+            raise InvalidTask(f"function= is a {type(self.function).__name__}, which cannot be called.")
+        if isinstance(self.function, Source) and isinstance(self.kwargs, dict):
+            self.function.check_arguments(self.args, self.kwargs)
+
+    def _check_program(self, executable: str) -> None:
+        if not executable.strip() or "\0" in executable:
+            raise InvalidTask(f"executable is {executable!r}; valid is a path, or a name on PATH.")
         if with_nul := [text for text in self.arguments if isinstance(text, str) and "\0" in text]:
             raise InvalidTask(f"{with_nul[0][:80]!r} among arguments holds a NUL character, which no program can get.")
         if any(isinstance(item, bytes | bytearray) for item in self.arguments):
             raise InvalidTask("arguments holds bytes; valid is text, which a program gets as UTF-8, or a task.")
-        for field, text in (("executable", self.executable), *(("arguments", item) for item in self.arguments)):
+        for field, text in (("executable", executable), *(("arguments", item) for item in self.arguments)):
             if isinstance(text, str):
                 refuse_half_characters(field, text)
-        if self.function is not None and self.arguments:
-            raise InvalidTask("arguments= belongs to an executable; a function takes args= and kwargs=.")
-        if self.executable is not None and (self.args or self.kwargs):
+        if self.args or self.kwargs:
             raise InvalidTask("args= and kwargs= belong to a function; an executable takes arguments=[...].")
-        if self.function is not None and not callable(self.function):
-            if not isinstance(self.function, Source | Module):
-                raise InvalidTask(f"function= is a {type(self.function).__name__}, which cannot be called.")
-            if isinstance(self.function, Source) and isinstance(self.kwargs, dict):
-                self.function.check_arguments(self.args, self.kwargs)
 
     def _find_needs(self) -> Iterable[Task]:
-        return itertools.chain.from_iterable(map(_tasks_in, filter(None, (self.args, self.kwargs, self.arguments))))
+        if not self.kwargs and not self.arguments and _PLAIN.issuperset(map(type, self.args)):
+            return ()
+        return itertools.chain.from_iterable(map(_tasks_in, (self.args, self.kwargs, self.arguments)))
 
     def spec(self, encoder: Encoder) -> TaskSpec:
         work: Call | Command
@@ -505,10 +517,6 @@ def kind_of(task: Task) -> Kind | Literal["for_each"]:
     if isinstance(task, AITask):
         return "prompt"
     return "function" if isinstance(task, ComputeTask) and task.function is not None else "executable"
-
-
-def _is_hidden(task: Task) -> bool:
-    return task.uid.startswith("~")
 
 
 def is_hidden(task: Task) -> bool:
