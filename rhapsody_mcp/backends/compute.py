@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import secrets
@@ -66,6 +67,7 @@ _LOOK_S = 1.0
 _RANKS_A_CORE = 32
 _QUICK_S = 0.005  # a worker whose functions are quicker is sent several at once
 _MOST_SENT = 64
+_TOLD_AHEAD = 512  # one write into a ledger for so many starts
 _CHUNK = 1 << 18
 _MOST_SENT_BYTES = 1024 * 1024  # more waits in the service's memory twice until the worker has read it
 _CLOSING_S = 15.0  # the keeper's own grace, and then some
@@ -209,7 +211,7 @@ class ComputeBackend(Awaitable):
 class _Live:
     """A task that has not ended."""
 
-    __slots__ = ("asked", "native", "order", "report", "started", "stop", "timer", "uid", "worker")
+    __slots__ = ("asked", "known", "native", "order", "report", "started", "stop", "timer", "uid", "worker")
 
     def __init__(self, order: Order, report: Report) -> None:
         self.order, self.report = order, report
@@ -218,6 +220,8 @@ class _Live:
         self.worker: _Worker | None = None
         self.asked = False
         """Whether the host, or its worker, has been asked to run it."""
+        self.known: asyncio.Future[bool] | None = None
+        """Whether `before_start` has said that it may start."""
         self.started: float | None = None
         self.stop: Cause | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -487,15 +491,26 @@ class _Engine:
                 break
             self._process_queue.popleft()
             self._used_slots += slots
-            self._once_known([live], partial(self._ask, live))
+            self._once_known([live], self._process_queue, partial(self._ask, live))
 
-    def _once_known(self, lives: Sequence[_Live], ask: Callable[[], None]) -> None:
-        """Have these started once whoever wants to know of it does."""
+    def _once_known(self, lives: Sequence[_Live], queue: deque[_Live], ask: Callable[[], None]) -> None:
+        """Have these started once whoever wants to know of it does, who is told of the next in the queue as well."""
         if self.backend.before_start is None:
             ask()
-        else:
-            known = asyncio.ensure_future(self.backend.before_start([live.uid for live in lives]))
-            known.add_done_callback(lambda known: ask() if known.result() else None)
+            return
+        ahead = _TOLD_AHEAD // 2
+        if any(live.known is None for live in lives) or (len(queue) > ahead and queue[ahead].known is None):
+            near = itertools.islice(queue, _TOLD_AHEAD)
+            untold = [live for live in itertools.chain(lives, near) if live.known is None]
+            known = asyncio.ensure_future(self.backend.before_start([live.uid for live in untold]))
+            for live in untold:
+                live.known = known
+        waits = {live.known for live in lives if live.known is not None and not live.known.done()}
+        if waits:
+            waited = asyncio.gather(*waits)
+            waited.add_done_callback(lambda _: self._once_known(lives, queue, ask))
+        elif all(live.known is not None and live.known.result() for live in lives):
+            ask()
 
     def _ask(self, live: _Live) -> None:
         if live.uid not in self._live or self._host is None:
@@ -530,7 +545,7 @@ class _Engine:
             live.worker = worker
             worker.sent[live.uid] = live
         if share:
-            self._once_known(share, partial(self._send, worker, share))
+            self._once_known(share, self._queue, partial(self._send, worker, share))
 
     def _send(self, worker: _Worker, share: Iterable[_Live]) -> None:
         """What is still this worker's."""

@@ -20,6 +20,8 @@ _EXAMPLE = "[(2, {}), (2, {})]"
 
 def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
     """The layout that these kwargs ask for; without any, a function is `native` and a program a process."""
+    if not kwargs:
+        return _NATIVE if native else _FORKED
     refuse_unknown("key of task_backend_specific_kwargs", kwargs, _KEYS)
     chosen = [key for key in ("process_template", "process_templates", "type") if key in kwargs]
     if len(chosen) > 1 and not (chosen == ["process_template", "type"]):

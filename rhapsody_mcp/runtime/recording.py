@@ -34,6 +34,7 @@ from rhapsody_mcp.runtime.tasks import ForEach, Task
 __all__ = ["Engines", "Recorder", "Submission"]
 
 _AGAIN_S = 0.5
+_MADE_AT_ONCE = 500
 
 
 class Submission(NamedTuple):
@@ -54,6 +55,8 @@ class Recorder:
         """How many places in the order of ends nothing is known of: ends that were never written."""
         self._ledger, self._session = ledger, session
         self._starting: set[str] = set()
+        self._made: list[TaskRow] = []
+        """The tasks of for_each that are new and not given to the ledger yet."""
 
     @property
     def trouble(self) -> str:
@@ -90,6 +93,7 @@ class Recorder:
         changes = [TaskStarted(self.key, uid, 0.0, self._session.attempts_of(uid)) for uid in shown]
         while not self._session.closed:
             try:
+                self._write_made()
                 await self._ledger.commit(*changes)
                 return not self._session.closed
             except LedgerUnavailable:
@@ -102,7 +106,7 @@ class Recorder:
         """After each change of a task's state."""
         match task.state:
             case TaskState.WAITING if task.parent is not None:
-                self.write(PutTasks((self._row(task, self._session.size, b""),)))
+                self._make(self._row(task, self._session.size, b""))
             case TaskState.QUEUED if task.attempts or task.uid in self._starting:
                 self._starting.discard(task.uid)
                 self.write(TaskRequeued(self.key, task.uid, task.attempts, task.last_failure))
@@ -120,7 +124,20 @@ class Recorder:
 
     def write(self, change: Change) -> None:
         """Soon."""
+        self._write_made()
         self._ledger.write(change)
+
+    def _make(self, row: TaskRow) -> None:
+        if not self._made:
+            asyncio.get_running_loop().call_soon(self._write_made)
+        self._made.append(row)
+        if len(self._made) == _MADE_AT_ONCE:
+            self._write_made()
+
+    def _write_made(self) -> None:
+        if self._made:
+            made, self._made = tuple(self._made), []
+            self._ledger.write(PutTasks(made))
 
     def _row(self, task: Task, number: int, recipe: bytes) -> TaskRow:
         return TaskRow(

@@ -35,10 +35,11 @@ class Taken:
     def add(self, spec: TaskSpec) -> None:
         self.tasks += 1
         self.open += 1
-        self.prompts += _prompts(spec)
-        self.tokens += _tokens(spec)
         self.held_bytes += _spec_bytes(spec)
-        if isinstance(spec.work, Call) and spec.work.code is not self._code:  # tasks of one for_each share theirs
+        if isinstance(spec.work, Completion):
+            self.prompts += len(spec.work.prompts)
+            self.tokens += _tokens(spec.work)
+        elif isinstance(spec.work, Call) and spec.work.code is not self._code:  # tasks of one for_each share theirs
             self._code = spec.work.code
             self.held_bytes += len(self._code)
 
@@ -117,7 +118,8 @@ class Rules:
         """Raise LimitExceeded where these tasks are more than a session may take now, which has taken so much."""
         self._refuse_full_disk()
         self.refuse_count(taken, len(specs))
-        prompts, tokens = sum(map(_prompts, specs)), sum(map(_tokens, specs))
+        completions = [spec.work for spec in specs if isinstance(spec.work, Completion)]
+        prompts, tokens = sum(len(work.prompts) for work in completions), sum(map(_tokens, completions))
         self._refuse("max_session_prompts", _SESSION, taken.prompts, prompts, "prompts")
         self._refuse("max_session_tokens", _SESSION, taken.tokens, tokens, "tokens of answers")
         held = sum(one.held_bytes for one in self._sessions())
@@ -175,12 +177,8 @@ def _setting(key: str) -> str:
 # --- what tasks take in memory
 
 
-def _prompts(spec: TaskSpec) -> int:
-    return len(spec.work.prompts) if isinstance(spec.work, Completion) else 0
-
-
-def _tokens(spec: TaskSpec) -> int:
-    return _prompts(spec) * (spec.work.max_tokens or 0) if isinstance(spec.work, Completion) else 0
+def _tokens(work: Completion) -> int:
+    return len(work.prompts) * (work.max_tokens or 0)
 
 
 def _spec_bytes(spec: TaskSpec) -> int:

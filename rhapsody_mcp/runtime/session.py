@@ -335,11 +335,10 @@ class Session:
         task.state = TaskState.WAITING
         has_all = isinstance(task, ForEach) and (task.source is None or bool(task.children))
         sources = () if has_all else task.sources()
-        unfinished = {source.uid for source in sources if not source.state.final}
-        if unfinished:
+        if sources and (unfinished := {source.uid for source in sources if not source.state.final}):
             self._missing[task.uid] = unfinished
-        for uid in unfinished:
-            self._dependents.setdefault(uid, []).append(task.uid)
+            for uid in unfinished:
+                self._dependents.setdefault(uid, []).append(task.uid)
         if isinstance(task, ForEach) and has_all:
             self._watch_children(task)
         self._tell(task)

@@ -163,7 +163,8 @@ def make_task(request: TaskRequest, uid: str, task_named: TaskNamed, function_na
                 '{item} and {"item": true} stand for an item of for_each, which is not given; what is data goes in as '
                 '{"literal": ...}.'
             )
-        return _make_work(request, task_named, _function(request, function_named), flow)
+        form, fields = _form(request), dict(request)
+        return _make_work(form, fields, _kwargs(form, fields), task_named, _function(request, function_named), flow)
     uses = [task_named(name) for name in request.model_copy(update={"for_each": None}).references()]
     maker = ItemMaker(request, task_named, _function(request, function_named))
     return ForEach(_items(request, task_named), maker, uses=uses, **flow)
@@ -175,7 +176,8 @@ class ItemMaker:
     def __init__(self, request: TaskRequest, task_named: TaskNamed, function: Source | Module | None) -> None:
         self.request = request.model_copy(update={"for_each": None})
         self._task_named, self._function = task_named, function
-        self._places = {field: value for field in _WITH_ITEMS if (value := getattr(request, field)) is not None}
+        self._form, self._fields = _form(self.request), dict(self.request)
+        self._places = {field: value for field in _WITH_ITEMS if (value := self._fields[field]) is not None}
         if not holds_item(self._places):
             raise InvalidTask(
                 'for_each is given, and nothing stands for the item. Put {"item": true} into args, kwargs, arguments '
@@ -183,13 +185,16 @@ class ItemMaker:
             )
         if request.process_templates and holds_item([group.template for group in request.process_templates]):
             raise InvalidTask("process_templates hold no {item}; give the task ranks, env and cwd.")
+        self._kwargs = None if {"env", "cwd"} & self._places.keys() else _kwargs(self._form, self._fields)
 
     def __call__(self, item: Any, number: int) -> ComputeTask | AITask:
         places = {field: with_item(value, item) for field, value in self._places.items()}
         for field in ("arguments", "prompt"):
             if field in places:
                 places[field] = _told(places[field])
-        return _make_work(self.request.model_copy(update=places), self._task_named, self._function, {})
+        fields = {**self._fields, **places}
+        kwargs = _kwargs(self._form, fields) if self._kwargs is None else self._kwargs
+        return _make_work(self._form, fields, kwargs, self._task_named, self._function, {})
 
 
 def _told(value: Any) -> Any:
@@ -202,6 +207,7 @@ def _told(value: Any) -> Any:
     return value if isinstance(item, Task | Part) else as_text(item)
 
 
+_SAMPLING = FIELDS["prompt"] - {"prompt"} - EVERYWHERE
 _WITH_ITEMS = ("args", "kwargs", "executable", "arguments", "prompt", "system_prompt", "env", "cwd")
 
 
@@ -213,24 +219,27 @@ def _items(request: TaskRequest, task_named: TaskNamed) -> Any:
 
 
 def _make_work(
-    request: TaskRequest, task_named: TaskNamed, function: Source | Module | None, flow: Mapping[str, Any]
+    form: str,
+    fields: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    task_named: TaskNamed,
+    function: Source | Module | None,
+    flow: Mapping[str, Any],
 ) -> ComputeTask | AITask:
-    kind = _form(request)
-    layout = {"timeout": request.timeout_s} if request.timeout_s is not None else {}
-    if kind == "prompt":
-        sampling = {field: getattr(request, field) for field in FIELDS["prompt"] - {"prompt"} - EVERYWHERE}
-        prompt = resolve(request.prompt, task_named)
-        return AITask(prompt, **sampling, **flow, task_backend_specific_kwargs=layout)
-    layout |= _layout(request)
-    if kind == "executable":
-        arguments = [_argument(argument) for argument in resolve(request.arguments or [], task_named)]
+    """`fields` are those of a request, with an item in its places, and `asked` what the backend is told."""
+    if form == "prompt":
+        sampling = {field: fields[field] for field in _SAMPLING}
+        prompt = resolve(fields["prompt"], task_named)
+        return AITask(prompt, **sampling, **flow, task_backend_specific_kwargs=asked)
+    if form == "executable":
+        arguments = [_argument(argument) for argument in resolve(fields["arguments"] or [], task_named)]
         return ComputeTask(
-            executable=request.executable, arguments=arguments, **flow, task_backend_specific_kwargs=layout
+            executable=fields["executable"], arguments=arguments, **flow, task_backend_specific_kwargs=asked
         )
-    args, kwargs = resolve(request.args or [], task_named), resolve(request.kwargs or {}, task_named)
+    args, kwargs = resolve(fields["args"] or [], task_named), resolve(fields["kwargs"] or {}, task_named)
     if not isinstance(kwargs, dict | Task | Part):
         raise InvalidTask(f"kwargs is an object with the function's arguments by name, not {kwargs!r}.")
-    return ComputeTask(function, args=args, kwargs=kwargs, **flow, task_backend_specific_kwargs=layout)
+    return ComputeTask(function, args=args, kwargs=kwargs, **flow, task_backend_specific_kwargs=asked)
 
 
 def _function(request: TaskRequest, function_named: FunctionNamed) -> Source | Module | None:
@@ -266,22 +275,29 @@ def _form(request: TaskRequest) -> str:
     return kinds[0]
 
 
-def _layout(request: TaskRequest) -> dict[str, Any]:
-    """The processes that are asked for, in the words of `task_backend_specific_kwargs`."""
-    template = {key: value for key in ("env", "cwd") if (value := getattr(request, key)) is not None}
-    if request.process_templates is not None:
-        if clash := sorted({"ranks", "mpi", "process", "env", "cwd"} & request.given()):
+def _kwargs(form: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The time and the processes that are asked for, in the words of `task_backend_specific_kwargs`."""
+    timeout = {"timeout": fields["timeout_s"]} if fields["timeout_s"] is not None else {}
+    return timeout if form == "prompt" else {**timeout, **_layout(fields)}
+
+
+def _layout(fields: Mapping[str, Any]) -> dict[str, Any]:
+    template = {key: value for key in ("env", "cwd") if (value := fields[key]) is not None}
+    ranks, groups = fields["ranks"], fields["process_templates"]
+    if groups is not None:
+        others = ("cwd", "env", "mpi", "process", "ranks")
+        if clash := [key for key in others if fields[key] is not None and fields[key] is not False]:
             raise InvalidTask(f"process_templates and {clash[0]} contradict each other; give one of them.")
-        if not request.process_templates:
+        if not groups:
             raise InvalidTask('process_templates is empty; give at least one group, as in [{"ranks": 2}].')
-        return {"process_templates": [(group.ranks, group.template) for group in request.process_templates]}
-    if request.mpi:
-        if request.ranks is None:
+        return {"process_templates": [(group.ranks, group.template) for group in groups]}
+    if fields["mpi"]:
+        if ranks is None:
             raise InvalidTask("mpi needs ranks, the number of processes, as in 4.")
-        return {"type": "mpi", "ranks": request.ranks, "process_template": template}
-    if request.ranks is not None:
-        return {"process_templates": [(request.ranks, template)]}
-    return {"process_template": template} if template or request.process else {}
+        return {"type": "mpi", "ranks": ranks, "process_template": template}
+    if ranks is not None:
+        return {"process_templates": [(ranks, template)]}
+    return {"process_template": template} if template or fields["process"] else {}
 
 
 def _argument(value: Any) -> str | Task | Part:

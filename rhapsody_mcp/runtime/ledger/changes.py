@@ -166,7 +166,7 @@ class PutTasks(Change, frozen=True):
                 yield from TaskEnded(row.session, row.uid, row.position or 0, row.outcome).rows()
 
     def files(self) -> Iterable[str]:
-        return (file for row in self.tasks if row.outcome is not None for file in _files(row.outcome))
+        return [file for row in self.tasks if row.outcome is not None for file in _files(row.outcome)]
 
 
 class TaskStarted(Change, frozen=True):
@@ -282,9 +282,7 @@ class PutNumber(Change, frozen=True):
         yield self.SQL, (self.name, self.value)
 
 
-def _files(outcome: Outcome) -> Iterator[str]:
+def _files(outcome: Outcome) -> list[str]:
     parts: tuple[Outcome | RankOutcome, ...] = (outcome, *outcome.ranks)
-    for part in parts:
-        for content in (part.value, part.stdout, part.stderr):
-            if content is not None and content.file is not None:
-                yield content.file
+    contents = [content for part in parts for content in (part.value, part.stdout, part.stderr)]
+    return [content.file for content in contents if content is not None and content.file is not None]
