@@ -98,6 +98,8 @@ class Host:
         self._ending = False
         self._workers: dict[str, PlacedProcess] = {}
         self._tasks: dict[str, PlacedTask] = {}
+        self.supervisors: dict[str, int] = {}
+        """Those of tasks that run, by the names of their plans."""
         self._outbox: queue.SimpleQueue[FromHost] = queue.SimpleQueue()
         self._awake, self._wake = os.pipe()
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -167,9 +169,12 @@ class Host:
             backend.send(*messages)
 
     def _hear_started(self) -> None:
-        uid, _, at = self._events.recv(4096).decode().rpartition(" ")
+        name, pid, at, uid = self._events.recv(4096).decode().split(" ", 3)
         task = self._tasks.get(uid)
-        if task is not None and not task.reported:
+        if task is None:
+            return
+        self.supervisors[name] = int(pid)
+        if not task.reported:
             task.reported = True
             self.say(Started(uid, float(at)))
 
@@ -205,6 +210,8 @@ class Host:
         if code == OWNER_GONE:
             return
         del self._workers[worker]
+        with suppress(FileNotFoundError):
+            os.unlink(f"{process.path}.pids")
         self.say(Gone(worker, code if code <= 128 else 128 - code, process.why))
 
     def end_stalled(self) -> NoReturn:
@@ -228,6 +235,8 @@ class Host:
         outcome = task.run()
         if outcome is not None:
             del self._tasks[task.uid]
+            for process in task.processes():
+                self.supervisors.pop(process.name, None)
             self.say(Ended(task.uid, outcome))
 
     def next_number(self) -> int:

@@ -46,7 +46,9 @@ class PlacedProcess:
     """A supervisor."""
 
     def __init__(self, host: Host, number: int, template: Template) -> None:
-        self.path = f"{host.config.folder}/p{number}"
+        self.name = f"p{number}"
+        self.path = f"{host.config.folder}/{self.name}"
+        self._supervisors = host.supervisors
         self._gone = threading.Event()
         env = {**host.task_env, PLACE: f"{host.config.mark}.{number}"}
         self.program = Program(command("supervisor", self.path), env, template)
@@ -73,13 +75,13 @@ class PlacedProcess:
         """Wait until it and all that it started has ended; its exit code."""
         code = self.placed.join()
         self._gone.set()
-        with suppress(FileNotFoundError):
-            os.unlink(f"{self.path}.pids")
         return -signal.SIGKILL if self.why else code
 
     def pids(self) -> list[int]:
         """The processes that must not stand still, once they run: the supervisor and, if that is a worker, its child.
         A program of the user's may."""
+        if self.name in self._supervisors:
+            return [self._supervisors[self.name]]
         if not self._pids:
             with suppress(OSError):
                 self._pids = [int(pid) for pid in Path(f"{self.path}.pids").read_text().split()]

@@ -49,14 +49,18 @@ LIFELINE = "RHAPSODY_LIFELINE"
 """Names a FIFO whose only writer is the keeper: its readers see end-of-file when that ends, however it ends."""
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_prctl: list[Callable[..., int]] = []
+"""The function, once it was looked up: that takes as long as five other system calls."""
 
 
 def adopt_orphans() -> None:
     """Become the parent of every descendant whose own parent ends (Linux; elsewhere nothing happens)."""
     if sys.platform == "linux":
-        import ctypes
+        if not _prctl:
+            import ctypes
 
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            _prctl.append(ctypes.CDLL(None, use_errno=True).prctl)
+        _prctl[0](_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def own_descendants() -> list[int]:

@@ -56,12 +56,12 @@ def rank_end(path: str, order: Order, rank: int, most_output: int | None) -> Ran
     its output or its value cannot be kept."""
     try:
         left = _Left(*marshal.loads(Path(f"{path}.outcome").read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, EOFError, ValueError):  # not written, or not to its end
         return None
     try:
         return _end(left, path, order, rank, most_output)
     finally:
-        for suffix in ("outcome", "refused", "result", *STREAMS):
+        for suffix in ("outcome", "result", *STREAMS):
             with suppress(FileNotFoundError):
                 os.unlink(f"{path}.{suffix}")
 

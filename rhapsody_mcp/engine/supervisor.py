@@ -11,7 +11,9 @@ imports next to nothing: it takes a fifth of the time that one took which import
 
 from __future__ import annotations
 
+import _socket
 import _thread
+import errno
 import marshal
 import os
 import sys
@@ -56,7 +58,8 @@ GRACE_S = 2
 OWNER_GONE = 86
 """The exit code of a supervisor whose keeper has ended."""
 _ABOUT_TO_END_S = 0.1
-_CANNOT_RUN = 126  # what shells use for it
+_INHERITED = {**os.environ}
+_NUL = "an argument holds a NUL character, which no program can get."
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -73,8 +76,9 @@ def main() -> NoReturn:
 
 def supervise(path: str) -> NoReturn:
     """Be the supervisor of the plan in this file."""
-    with open(path, "rb") as file:
-        plan = marshal.load(file)
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    plan = marshal.loads(os.read(file, os.fstat(file).st_size))
+    os.close(file)
     os.unlink(path)
     adopt_orphans()
     os._exit(_Supervisor(plan, path).run())
@@ -94,7 +98,7 @@ class _Supervisor:
     def run(self) -> int:
         """Its exit code: a worker's is its child's."""
         try:
-            env, cwd = self._environment(), self._folder()
+            env, cwd = self._environment(), self._enter()
             if self.plan["cpus"]:
                 os.sched_setaffinity(0, self.plan["cpus"])
             self.files = [open_output(f"{self.path}.{suffix}") for suffix in STREAMS]
@@ -104,20 +108,22 @@ class _Supervisor:
         if self.plan["note"] is None:
             for suffix in STREAMS:
                 os.unlink(f"{self.path}.{suffix}")
-            code, _ = _watch(lambda: self._become(program, env, cwd), self._began)
+            code, _ = _watch(lambda mask: self._spawn(program, env, mask), self._began)
             return code if code >= 0 else 128 - code
         try:
             note_start(*self.plan["note"])
         except OSError as error:
             return self._leave("lost", NOT_NOTED.format(error))
         try:
-            code, left_running = _watch(lambda: self._become(program, env, cwd), self._began)
+            code, left_running = _watch(lambda mask: self._spawn(program, env, mask), self._began)
+        except Impossible as error:
+            return self._leave("invalid", str(error))
         except OSError as error:
             return self._leave("lost", NOT_STARTED.format(error.strerror))
-        return self._leave(*self._refused(), code=code, left_running=left_running)
+        return self._leave("", "", code, left_running)
 
     def _environment(self) -> dict[str, str]:
-        env = {**os.environ}
+        env = {**_INHERITED}
         for name, value in self.plan["env"].items():
             if value is None:
                 env.pop(name, None)
@@ -125,43 +131,54 @@ class _Supervisor:
                 env[name] = value
         return env
 
-    def _folder(self) -> str:
-        """Where it runs; a relative cwd begins in the folder of its session."""
+    def _enter(self) -> str:
+        """Go where it runs; a relative cwd begins in the folder of its session."""
         given: str = self.plan["cwd"]
         session: str = self.plan["folder"]
-        if not os.path.isdir(session) and not os.path.isabs(given):
-            raise Impossible(FOLDER_GONE.format(session))
         cwd = os.path.join(session, given)
-        if not os.path.isdir(cwd):
+        try:
+            os.chdir(cwd)
+        except OSError as error:
+            if not os.path.isabs(given) and not os.path.isdir(session):
+                raise Impossible(FOLDER_GONE.format(session)) from None
             there = f", which is {cwd} here," if cwd != given else ""
-            raise Impossible(f"cwd {given!r}{there} is not a folder on {_here()}.")
+            wrong = f"cannot be entered ({error.strerror})" if os.path.isdir(cwd) else "is not a folder"
+            raise Impossible(f"cwd {given!r}{there} {wrong} on {_here()}.") from None
         return cwd
 
-    def _become(self, program: str, env: dict[str, str], cwd: str) -> NoReturn:
-        for descriptor, opened in zip((1, 2), self.files, strict=True):
-            os.dup2(opened, descriptor)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.chdir(cwd)
-        if error := execute(program, self.plan["arguments"], env):
-            with open(f"{self.path}.refused", "w") as file:
-                file.write(error)
-        os._exit(_CANNOT_RUN)
-
-    def _refused(self) -> tuple[str, str]:
-        """Why the kernel did not run the program; nothing where it did."""
+    def _spawn(self, program: str, env: dict[str, str], mask: set[int]) -> int:
+        """Not by a fork, which copies this process to throw the copy away: that takes longer than many a program."""
+        out, err = self.files
         try:
-            with open(f"{self.path}.refused") as file:
-                return "invalid", file.read()
-        except FileNotFoundError:
-            return "", ""
+            return os.posix_spawn(
+                program,
+                self.plan["arguments"],
+                env,
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, out, 1),
+                    (os.POSIX_SPAWN_DUP2, err, 2),
+                ],
+                setsid=True,
+                setsigmask=mask,
+                setsigdef=_IGNORED_BY_PYTHON,
+            )
+        except ValueError:
+            raise Impossible(_NUL) from None
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.ENOMEM):  # no process more
+                raise
+            raise Impossible(f"{program} cannot be run: {error.strerror}.") from None
 
     def _began(self, pid: int) -> None:
         self.pid, self.started = pid, time.time()
-        _write_whole(f"{self.path}.pids", f"{os.getpid()} {pid if self.plan['note'] is None else ''}".encode())
         if (most := self.plan["output_bytes"]) is not None:
             _thread.start_new_thread(keep_small, (self.files, most))
-        if self.plan["started"]:
-            _tell(self.plan["started"], f"{self.plan['note'][1]} {self.started}".encode())
+        if self.plan["note"] is None:
+            _write(f"{self.path}.pids", f"{os.getpid()} {pid}".encode())
+        else:
+            name, uid = os.path.basename(self.path), self.plan["note"][1]
+            _tell(self.plan["started"], f"{name} {os.getpid()} {self.started} {uid}".encode())
 
     def _leave(self, problem: str, words: str, code: int | None = None, left_running: int = 0) -> int:
         return 0 if leave(self.path, problem, words, self.pid, code, self.started, left_running) else 1
@@ -178,27 +195,29 @@ def leave(
 ) -> bool:
     """Write down how a program ended, or the `problem` that kept it from its start; False where that cannot be."""
     ended = (problem, words, pid, code, started, time.time(), left_running)
-    return _write_whole(f"{path}.outcome", marshal.dumps(ended))
+    return _write(f"{path}.outcome", marshal.dumps(ended))
 
 
-def _write_whole(path: str, data: bytes) -> bool:
-    """A file that appears whole or not at all."""
+def _write(path: str, data: bytes) -> bool:
+    """Whether the whole file could be written."""
     try:
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(data)
-        os.rename(f"{path}.tmp", path)
+        file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            return os.write(file, data) == len(data)
+        finally:
+            os.close(file)
     except OSError:
         return False
-    return True
 
 
 def _tell(address: str, news: bytes) -> None:
-    import _socket
-
+    sender = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
     try:
-        _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM).sendto(news, address)
+        sender.sendto(news, address)
     except OSError:
         return
+    finally:
+        sender.close()
 
 
 def _here() -> str:
@@ -217,10 +236,10 @@ def find_program(name: str, env: Mapping[str, str], cwd: str) -> str:
     else:
         folders = env.get("PATH", os.defpath).split(os.pathsep)
         paths = [os.path.join(cwd, folder, name) for folder in folders]
-        found = next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
+        found = next((path for path in paths if os.access(path, os.X_OK) and os.path.isfile(path)), None)
         if found is None:
             raise Impossible(f"no program {name!r} on PATH of {_here()}; give its full path.")
-        path = found
+        return found
     if os.path.isdir(path) or not os.access(path, os.X_OK):
         raise Impossible(f"{path!r} is not a program that can be run; is it executable (chmod +x)?")
     return path
@@ -235,24 +254,20 @@ def execute(program: str, arguments: list[str], env: Mapping[str, str]) -> str:
     except OSError as error:
         return f"{program} cannot be run: {error.strerror}."
     except ValueError:
-        return "an argument holds a NUL character, which no program can get."
+        return _NUL
 
 
 # --- the tree
 
 
-def _watch(child: Callable[[], NoReturn], began: Callable[[int], None]) -> tuple[int, int]:
-    """Run `child` in a forked process that leads a session of its own, until it and all its descendants have
-    ended; its exit code, negative for a signal, and how many processes it left running."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        finish(child)
+def _watch(spawn: Callable[[set[int]], int], began: Callable[[int], None]) -> tuple[int, int]:
+    """Watch the process that `spawn` starts, with these signals blocked, until it and all its descendants have ended;
+    its exit code, negative for a signal, and how many processes it left running."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    pid = spawn(mask)
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGALRM, _kill)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     began(pid)
     if not outlives(pid, open_lifeline()):
         end(own_descendants)

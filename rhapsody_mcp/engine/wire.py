@@ -231,8 +231,8 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
 
     `env` changes the supervisor's own; None removes a variable. The program runs in `cwd`, which may begin in `folder`,
     the session's. `note` is what is written down of the start of a task, and None for a worker, whose output files
-    have no name. The supervisor of a task says to the datagram socket `started` when its program starts: the uid, a
-    blank, and the time.
+    have no name. The supervisor of a task says to the datagram socket `started` when its program starts: the name of
+    this plan, its own process, the time, and the uid, with blanks in between.
     """
 
     arguments: list[str]

@@ -20,7 +20,7 @@ from rhapsody_mcp.model.states import Cause
 TOLD = "its process could not be started: Resource temporarily unavailable"
 
 
-def refuse() -> NoReturn:
+def refuse(*_: object, **__: object) -> NoReturn:
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
@@ -44,7 +44,7 @@ def test_a_task_without_a_supervisor_is_lost_and_the_server_goes_on(
 
 
 def test_a_supervisor_without_a_child_leaves_a_lost_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fork", refuse)
+    monkeypatch.setattr(os, "posix_spawn", refuse)
     monkeypatch.setattr("_signal.pthread_sigmask", lambda *_: set())
     plan = Plan(["true"], env={}, note=(str(tmp_path), "task.000001", 1))
     fields = {name: getattr(plan, name) for name in plan.__struct_fields__}
