@@ -1,9 +1,10 @@
-"""The fork server of a host: a supervisor that it forks takes a millisecond, one that is a new Python fifteen.
+"""The fork server of a host: a supervisor that it forks takes two milliseconds, one that is a new Python fifteen, and
+one whose program has ended well, which takes the next, a half.
 
     python -I -S -c COMMAND FOLDER SOCKET
 
-It takes lines from the socket, `fork NAME` for the plan FOLDER/NAME and `SIGNAL NAME` for its supervisor, and writes
-`NAME CODE` when that and all that it started has ended. It ends at end-of-file, with everything below it.
+It takes lines from the socket, `start NAME` for the plan FOLDER/NAME and `SIGNAL NAME` for its supervisor, and writes
+`NAME CODE` when all that it started has ended. It ends at end-of-file, with everything below it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 
 from rhapsody_mcp.engine.processes import adopt_orphans, descendants, end
 from rhapsody_mcp.engine.starts import NOT_STARTED
-from rhapsody_mcp.engine.supervisor import finish, leave, supervise
+from rhapsody_mcp.engine.supervisor import attend, finish, leave
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ else:
     import _signal as signal
 
 __all__ = ["main"]
+
+_MOST_IDLE = 8
 
 
 def main() -> NoReturn:
@@ -39,8 +42,14 @@ def main() -> NoReturn:
 class _ForkServer:
     def __init__(self, folder: str, socket: int) -> None:
         self.folder, self.socket = folder, socket
+        self.pipes: dict[int, int] = {}
+        """By supervisor, that through which it gets the names of plans."""
         self.names: dict[int, str] = {}
         self.pids: dict[str, int] = {}
+        self.idle: list[int] = []
+        self.kept: set[str] = set()
+        """Plans of supervisors that had nothing to do, which none was told to end."""
+        self.free, self.done = os.pipe()
         self.ended, self.wake = os.pipe()
         os.set_blocking(self.ended, False)
         os.set_blocking(self.wake, False)
@@ -51,7 +60,10 @@ class _ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         rest = b""
         while True:
-            readable, _, _ = select.select([self.socket, self.ended], [], [])
+            readable, _, _ = select.select([self.socket, self.free, self.ended], [], [])
+            if self.free in readable:
+                for pid in os.read(self.free, 4096).split():
+                    self._keep(int(pid))
             if self.ended in readable:
                 os.read(self.ended, 4096)
                 self._collect()
@@ -65,32 +77,75 @@ class _ForkServer:
                     self._obey(order, name)
 
     def _obey(self, order: str, name: str) -> None:
-        if order == "fork":
-            self._fork(name)
+        if order == "start":
+            self._start(name)
         elif name in self.pids:
+            self.kept.discard(name)
             os.kill(self.pids[name], int(order))
 
-    def _fork(self, name: str) -> None:
+    def _start(self, name: str) -> None:
+        """With a supervisor that has nothing to do, or with a new one."""
+        if self.idle:
+            self.kept.add(name)
+            self._give(self.idle.pop(), name)
+            return
         try:
-            pid = os.fork()
+            pid = self._fork()
         except OSError as error:  # no process more than these
             leave(f"{self.folder}/{name}", "lost", NOT_STARTED.format(error.strerror))
             self._say(name, 1)
-            return
-        if pid == 0:
-            finish(lambda: self._become(name))
+        else:
+            self._give(pid, name)
+
+    def _give(self, pid: int, name: str) -> None:
         self.names[pid], self.pids[name] = name, pid
+        try:
+            os.kill(pid, signal.SIGCONT)  # it may have been stopped meanwhile, which nobody looks for
+            os.write(self.pipes[pid], name.encode())
+        except OSError:  # it has just been killed, and is collected
+            return
+
+    def _fork(self) -> int:
+        names, pipe = os.pipe()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(names)
+            os.close(pipe)
+            raise
+        if pid == 0:
+            os.close(pipe)
+            finish(lambda: self._become(names))
+        os.close(names)
+        self.pipes[pid] = pipe
+        return pid
+
+    def _keep(self, pid: int) -> None:
+        """A supervisor has nothing to do any more."""
+        if pid not in self.names:  # it was killed after it had said so
+            return
+        self._have(pid, 0)
+        self.idle.append(pid)
+        if len(self.idle) > _MOST_IDLE:
+            os.kill(self.idle.pop(0), signal.SIGTERM)
 
     def _say(self, name: str, code: int) -> None:
         os.write(self.socket, f"{name} {code}\n".encode())
 
-    def _become(self, name: str) -> NoReturn:
+    def _have(self, pid: int, code: int) -> None:
+        """The plan of this supervisor has come to an end."""
+        name = self.names.pop(pid)
+        del self.pids[name]
+        self.kept.discard(name)
+        self._say(name, code)
+
+    def _become(self, names: int) -> NoReturn:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for descriptor in (self.socket, self.ended, self.wake):
+        for descriptor in (self.socket, self.free, self.ended, self.wake, *self.pipes.values()):
             os.close(descriptor)
         os.setsid()
-        supervise(f"{self.folder}/{name}")
+        attend(self.folder, names, self.done)
 
     def _collect(self) -> None:
         """Tell of the supervisors that have ended. One that was killed leaves its children to this process."""
@@ -101,19 +156,32 @@ class _ForkServer:
                 return
             if not pid:
                 return
-            if (name := self.names.pop(pid, None)) is not None:
-                del self.pids[name]
-                code = os.waitstatus_to_exitcode(status)
-                if code:
-                    self._end_strays()
-                self._say(name, code)
+            if pid not in self.pipes:
+                continue
+            os.close(self.pipes.pop(pid))
+            if pid in self.idle:
+                self.idle.remove(pid)
+            if pid in self.names:
+                self._lose(pid, os.waitstatus_to_exitcode(status))
+
+    def _lose(self, pid: int, code: int) -> None:
+        """A supervisor has ended under its plan; one that ended before it knew of it is replaced."""
+        name = self.names[pid]
+        if name in self.kept and os.path.exists(f"{self.folder}/{name}"):
+            self.kept.remove(name)
+            del self.names[pid], self.pids[name]
+            self._start(name)
+            return
+        if code:
+            self._end_strays()
+        self._have(pid, code)
 
     def _end_strays(self) -> None:
         """End what descends from this process and from no supervisor."""
-        end(lambda: descendants(os.getpid(), but=self.names), collects=False)
+        end(lambda: descendants(os.getpid(), but=self.pipes), collects=False)
 
     def end(self) -> NoReturn:
         """End everything below this process, and itself."""
-        self.names.clear()
+        self.pipes.clear()
         self._end_strays()
         os._exit(0)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -75,6 +76,7 @@ def _end_with_owner(host: Host) -> None:
 
 
 _JOIN_S = 3.0
+_MOST_THREADS = 100_000  # as many as run at a time: those that have done their work take the next
 
 
 def _batch_placer() -> Placer:
@@ -94,7 +96,8 @@ class Host:
         self.prober = Prober(config.folder, config.sys_path)
         self._number = 0
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
+        self._pool = ThreadPoolExecutor(_MOST_THREADS)
+        self._runs: set[Future[None]] = set()
         self._ending = False
         self._workers: dict[str, PlacedProcess] = {}
         self._tasks: dict[str, PlacedTask] = {}
@@ -134,9 +137,9 @@ class Host:
         self.forks.give_up()
         self.prober.stop()
         deadline = time.monotonic() + _JOIN_S
-        for thread in list(self._threads):
+        for run in list(self._runs):
             end(self._everything)
-            thread.join(max(0.0, deadline - time.monotonic()))
+            wait([run], max(0.0, deadline - time.monotonic()))
         os._exit(0)
 
     def _end_without_forks(self) -> NoReturn:
@@ -150,9 +153,14 @@ class Host:
         return placed.union(*map(descendants, placed)) - {os.getpid()}
 
     def _run(self, target: Callable[..., None], *args: object) -> None:
-        thread = threading.Thread(target=target, args=args, daemon=True)
-        self._threads = [thread, *(other for other in self._threads if other.is_alive())]
-        thread.start()
+        run = self._pool.submit(target, *args)
+        self._runs.add(run)
+        run.add_done_callback(self._has_run)
+
+    def _has_run(self, run: Future[None]) -> None:
+        self._runs.discard(run)
+        if (error := run.exception()) is not None:
+            sys.excepthook(type(error), error, error.__traceback__)
 
     def say(self, message: FromHost) -> None:
         """Send a message, from any thread; nothing while everything is being ended, which is no news."""

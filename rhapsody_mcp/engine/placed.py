@@ -137,19 +137,21 @@ class PlacedTask:
                 return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=wrong)
         if wrong := self._find_pmi():
             return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=wrong)
-        timer = self._timer()
+        timer = self._timer(self.order.spec.timeout_s)
         try:
             self._place()
         except InvalidTask as error:
-            timer.cancel()
             return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=str(error))
         except Exception as error:  # Dragon raises errors of many kinds
             self.cancel(Cause.LOST)
             self._join()
             message = NOT_STARTED.format(f"{type(error).__name__}: {error}")
             return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.LOST, error=message)
-        codes = self._join()
-        timer.cancel()
+        else:
+            codes = self._join()
+        finally:
+            if timer is not None:
+                timer.cancel()
         if OWNER_GONE in codes:
             return None
         outcome = self._outcome([self._rank_end(rank, code) for rank, code in enumerate(codes)])
@@ -187,11 +189,12 @@ class PlacedTask:
             return f"CPU {missing[0]} was asked for; {socket.gethostname()} has CPUs {sorted(usable)}."
         return ""
 
-    def _timer(self) -> threading.Timer:
-        timer = threading.Timer(self.order.spec.timeout_s or 0, lambda: self.cancel(Cause.TIMEOUT))
+    def _timer(self, timeout_s: float | None) -> threading.Timer | None:
+        if timeout_s is None:
+            return None
+        timer = threading.Timer(timeout_s, lambda: self.cancel(Cause.TIMEOUT))
         timer.daemon = True
-        if self.order.spec.timeout_s:
-            timer.start()
+        timer.start()
         return timer
 
     def _place(self) -> None:

@@ -106,7 +106,7 @@ class ForkPlacer:
     def place(self, program: Program) -> Placed:
         name = os.path.basename(program.arguments[-1])
         code = self._codes[name] = Future[int]()
-        self.order("fork", name)
+        self.order("start", name)
         return _Forked(self, name, code)
 
     def place_together(self, programs: Sequence[Program], pmi: str) -> Together:

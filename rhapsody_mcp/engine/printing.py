@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import time
 
@@ -9,7 +10,7 @@ TYPE_CHECKING = False  # few imports: the supervisor of every program imports th
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["STREAMS", "keep_small", "middle", "open_output"]
+__all__ = ["STREAMS", "Trimmer", "middle", "open_output"]
 
 STREAMS = ("out", "err")
 """What the names of the two files end with."""
@@ -23,20 +24,46 @@ def open_output(path: str) -> int:
     return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
-def keep_small(files: Sequence[int], most: int) -> None:
-    """Free the disk of what is in the middle of these files whenever they are longer than `most`; for ever.
+class Trimmer:
+    """Frees the disk of what is in the middle of files whenever they are longer than they may be, in a thread.
 
     Whoever writes is not held up. A file may take more for as long as it takes to look.
     """
-    sizes = dict.fromkeys(files, 0)
-    while True:
-        growing = False
-        for file in files:
-            if os.fstat(file).st_size > max(most, sizes[file]):
-                _trim(file, most)
-                growing = True
-            sizes[file] = os.fstat(file).st_size
-        time.sleep(_LOOK_AGAIN_S if growing else _LOOK_S)
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+        self._most = 0
+        self._looks = self._runs = False
+        self._lock = _thread.allocate_lock()
+
+    def watch(self, files: Sequence[int], most: int) -> None:
+        """Until `leave`."""
+        self._sizes, self._most, self._looks = dict.fromkeys(files, 0), most, True
+        if self._runs:
+            self._lock.release()
+        else:
+            self._runs = True
+            _thread.start_new_thread(self._work, ())
+
+    def leave(self) -> None:
+        """Afterwards the files may be closed."""
+        if self._looks:
+            self._lock.acquire()
+            self._looks = False
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                growing = sum(map(self._look, self._sizes)) > 0
+            time.sleep(_LOOK_AGAIN_S if growing else _LOOK_S)
+
+    def _look(self, file: int) -> bool:
+        """Whether it grows beyond what it may be."""
+        growing = os.fstat(file).st_size > max(self._most, self._sizes[file])
+        if growing:
+            _trim(file, self._most)
+        self._sizes[file] = os.fstat(file).st_size
+        return growing
 
 
 def _trim(file: int, most: int) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "end",
     "group",
     "groups_of",
+    "has_children",
     "living",
     "marked",
     "open_lifeline",
@@ -65,11 +66,16 @@ def adopt_orphans() -> None:
 
 def own_descendants() -> list[int]:
     """The living processes that descend from this one; one system call where it has no children."""
+    return descendants(os.getpid()) if has_children() else []
+
+
+def has_children() -> bool:
+    """Whether this process has any, also ones that have ended and were not collected."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        return []
-    return descendants(os.getpid())
+        return False
+    return True
 
 
 def descendants(pid: int, but: Container[int] = ()) -> list[int]:

@@ -12,14 +12,13 @@ imports next to nothing: it takes a fifth of the time that one took which import
 from __future__ import annotations
 
 import _socket
-import _thread
 import errno
 import marshal
 import os
 import sys
 import time
 
-from rhapsody_mcp.engine.printing import STREAMS, keep_small, open_output
+from rhapsody_mcp.engine.printing import STREAMS, Trimmer, open_output
 from rhapsody_mcp.engine.processes import (
     adopt_orphans,
     end,
@@ -44,13 +43,13 @@ __all__ = [
     "GRACE_S",
     "OWNER_GONE",
     "Impossible",
+    "attend",
     "command",
     "execute",
     "find_program",
     "finish",
     "leave",
     "main",
-    "supervise",
 ]
 
 GRACE_S = 2
@@ -71,17 +70,22 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def main() -> NoReturn:
-    supervise(sys.argv[1])
-
-
-def supervise(path: str) -> NoReturn:
-    """Be the supervisor of the plan in this file."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    plan = marshal.loads(os.read(file, os.fstat(file).st_size))
-    os.close(file)
-    os.unlink(path)
     adopt_orphans()
-    os._exit(_Supervisor(plan, path).run())
+    os._exit(_Supervisor(sys.argv[1], open_lifeline(), Trimmer()).run())
+
+
+def attend(folder: str, names: int, done: int) -> NoReturn:
+    """Be the supervisor of one plan in this folder after the other, whose names come through a pipe, until one ends
+    badly; after each that does not, say so through the other."""
+    adopt_orphans()
+    lifeline, trimmer, number = open_lifeline(), Trimmer(), f"{os.getpid()}\n".encode()
+    while name := os.read(names, 4096).decode():
+        supervisor = _Supervisor(f"{folder}/{name}", lifeline, trimmer)
+        if code := supervisor.run():
+            os._exit(code)
+        supervisor.leave_nothing()
+        os.write(done, number)
+    os._exit(0)
 
 
 class Impossible(Exception):
@@ -89,9 +93,15 @@ class Impossible(Exception):
 
 
 class _Supervisor:
-    def __init__(self, plan: Mapping[str, Any], path: str) -> None:
-        self.plan, self.path = plan, path
+    def __init__(self, path: str, lifeline: int, trimmer: Trimmer) -> None:
+        """Of the plan in the file at `path`."""
+        self.path, self.lifeline, self.trimmer = path, lifeline, trimmer
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.plan: Mapping[str, Any] = marshal.loads(os.read(file, os.fstat(file).st_size))
+        os.close(file)
+        os.unlink(path)
         self.files: list[int] = []
+        self.usable = os.sched_getaffinity(0) if self.plan["cpus"] else set()
         self.pid = 0
         self.started = 0.0
 
@@ -108,19 +118,29 @@ class _Supervisor:
         if self.plan["note"] is None:
             for suffix in STREAMS:
                 os.unlink(f"{self.path}.{suffix}")
-            code, _ = _watch(lambda mask: self._spawn(program, env, mask), self._began)
+            code, _ = self._watch(program, env)
             return code if code >= 0 else 128 - code
         try:
             note_start(*self.plan["note"])
         except OSError as error:
             return self._leave("lost", NOT_NOTED.format(error))
         try:
-            code, left_running = _watch(lambda mask: self._spawn(program, env, mask), self._began)
+            code, left_running = self._watch(program, env)
         except Impossible as error:
             return self._leave("invalid", str(error))
         except OSError as error:
             return self._leave("lost", NOT_STARTED.format(error.strerror))
         return self._leave("", "", code, left_running)
+
+    def leave_nothing(self) -> None:
+        """Be as it was before, for the next one."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.trimmer.leave()
+        for file in self.files:
+            os.close(file)
+        if self.usable:
+            os.sched_setaffinity(0, self.usable)
+        os.chdir("/")
 
     def _environment(self) -> dict[str, str]:
         env = {**_INHERITED}
@@ -145,6 +165,28 @@ class _Supervisor:
             wrong = f"cannot be entered ({error.strerror})" if os.path.isdir(cwd) else "is not a folder"
             raise Impossible(f"cwd {given!r}{there} {wrong} on {_here()}.") from None
         return cwd
+
+    def _watch(self, program: str, env: dict[str, str]) -> tuple[int, int]:
+        """Run the program until it and all its descendants have ended: its exit code, negative for a signal, and how
+        many processes it left running. TERM ends it, and afterwards this process."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            pid = self._spawn(program, env, mask)
+            signal.signal(signal.SIGTERM, _terminate)
+            signal.signal(signal.SIGALRM, _kill)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._began(pid)
+        if not outlives(pid, self.lifeline):
+            end(own_descendants)
+            os._exit(OWNER_GONE)
+        _, status = os.waitpid(pid, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.alarm(0)
+        left_running = _left_running()
+        end(own_descendants)
+        reap()
+        return os.waitstatus_to_exitcode(status), left_running
 
     def _spawn(self, program: str, env: dict[str, str], mask: set[int]) -> int:
         """Not by a fork, which copies this process to throw the copy away: that takes longer than many a program."""
@@ -173,7 +215,7 @@ class _Supervisor:
     def _began(self, pid: int) -> None:
         self.pid, self.started = pid, time.time()
         if (most := self.plan["output_bytes"]) is not None:
-            _thread.start_new_thread(keep_small, (self.files, most))
+            self.trimmer.watch(self.files, most)
         if self.plan["note"] is None:
             _write(f"{self.path}.pids", f"{os.getpid()} {pid}".encode())
         else:
@@ -258,26 +300,6 @@ def execute(program: str, arguments: list[str], env: Mapping[str, str]) -> str:
 
 
 # --- the tree
-
-
-def _watch(spawn: Callable[[set[int]], int], began: Callable[[int], None]) -> tuple[int, int]:
-    """Watch the process that `spawn` starts, with these signals blocked, until it and all its descendants have ended;
-    its exit code, negative for a signal, and how many processes it left running."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    pid = spawn(mask)
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGALRM, _kill)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    began(pid)
-    if not outlives(pid, open_lifeline()):
-        end(own_descendants)
-        os._exit(OWNER_GONE)
-    _, status = os.waitpid(pid, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.alarm(0)
-    left_running = _left_running()
-    end(own_descendants)
-    return os.waitstatus_to_exitcode(status), left_running
 
 
 def _left_running() -> int:

@@ -24,7 +24,7 @@ import msgspec
 from rhapsody_mcp.engine.call import Loop, perform
 from rhapsody_mcp.engine.link import Link
 from rhapsody_mcp.engine.output import collect
-from rhapsody_mcp.engine.processes import end, own_descendants
+from rhapsody_mcp.engine.processes import adopt_orphans, end, has_children, own_descendants, reap
 from rhapsody_mcp.engine.starts import FOLDER_GONE, NOT_NOTED, note_start
 from rhapsody_mcp.engine.wire import (
     Finished,
@@ -100,6 +100,7 @@ def main() -> None:
     path = Path(sys.argv[1])
     config = msgspec.msgpack.decode(path.read_bytes(), type=WorkerConfig)
     path.unlink()
+    adopt_orphans()
     os.chdir(config.cwd if os.path.isdir(config.cwd) else "/")
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
     _run_worker(config, [os.dup(descriptor) for descriptor in (1, 2)])
@@ -158,8 +159,9 @@ def _run(
         interrupted = turn.over() or interrupted or isinstance(error, Interrupted)
         result = Result(None, Cause.ERROR, type(error).__name__)
         loop = Loop()
-    if own_descendants():  # the function left processes behind
+    if has_children():  # the function left processes behind
         end(own_descendants)
+        reap()
     _flush(sys.stdout)
     _flush(sys.stderr)
     stdout, stderr = (collect(file, run.folder, caps.output_bytes) for file in files)

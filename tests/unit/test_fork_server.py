@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import errno
+import marshal
 import os
 import socket
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
 import pytest
 
 from rhapsody_mcp.engine import supervisor
 from rhapsody_mcp.engine.fork_server import _ForkServer
+from rhapsody_mcp.engine.printing import Trimmer
 from rhapsody_mcp.engine.rank_end import rank_end
 from rhapsody_mcp.engine.wire import Plan
 from rhapsody_mcp.model.specs import Command, Layout, Order, TaskSpec
@@ -38,7 +41,7 @@ def test_a_task_without_a_supervisor_is_lost_and_the_server_goes_on(
     with ours, theirs:
         server = _ForkServer(str(tmp_path), theirs.fileno())
         monkeypatch.setattr(os, "fork", refuse)
-        server._obey("fork", "p1")
+        server._obey("start", "p1")
         assert ours.recv(100) == b"p1 1\n"
     assert lost(tmp_path) == (Cause.LOST, TOLD, None)
 
@@ -47,6 +50,7 @@ def test_a_supervisor_without_a_child_leaves_a_lost_task(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "posix_spawn", refuse)
     monkeypatch.setattr("_signal.pthread_sigmask", lambda *_: set())
     plan = Plan(["true"], env={}, note=(str(tmp_path), "task.000001", 1))
-    fields = {name: getattr(plan, name) for name in plan.__struct_fields__}
-    assert supervisor._Supervisor(fields, str(tmp_path / "p1")).run() == 0
+    path = tmp_path / "p1"
+    path.write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
+    assert supervisor._Supervisor(str(path), -1, Trimmer()).run() == 0
     assert lost(tmp_path) == (Cause.LOST, TOLD, None)
