@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import pickle
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from rhapsody_mcp.api import AITask, ComputeTask, Part, RhapsodyError, Session, Source, TaskCanceled, TaskFailed
-from rhapsody_mcp.backends.base import Kind
+from rhapsody_mcp.backends.base import Event, Kind, Report, Running
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidTask, SessionClosed, UnknownName
-from rhapsody_mcp.model.specs import TaskSpec
+from rhapsody_mcp.model.specs import Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import Reader
+from rhapsody_mcp.runtime.tasks import ForEach
 from rhapsody_mcp.testing import ScriptedBackend
 
 pytestmark = pytest.mark.anyio
@@ -334,3 +337,25 @@ def test_an_unknown_name_survives_pickling() -> None:
     error = UnknownName("backend", "dragoon", ["dragon", "vllm"])
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert "did you mean 'dragon'?" in str(error)
+
+
+class Terse(ScriptedBackend):
+    """Says of a task that it has ended, and not that it had started."""
+
+    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+        def tell(event: Event) -> None:
+            if not isinstance(event, Running):
+                report(event)
+
+        super().submit(orders, tell, read)
+
+
+async def test_a_start_that_is_told_with_the_end_makes_the_for_each_run_all_the_same() -> None:
+    async with Session([Terse(lambda spec, values: spec.uid)]) as session:
+        states: list[str] = []
+        session.on_change = lambda task: states.append(str(task.state)) if isinstance(task, ForEach) else None
+        parent = ForEach([1, 2], lambda item, number: ComputeTask(pow, args=(item, 2)))
+        await session.submit_tasks([parent])
+        await parent
+        assert states == ["QUEUED", "RUNNING", "DONE"]
+        assert all(child.started is not None for child in parent.children)
