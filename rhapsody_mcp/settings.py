@@ -24,7 +24,7 @@ SECRETS = (
 class Settings(BaseModel):
     """What the person who runs the server decides. Every key has a default that works."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     wait_default_s: Annotated[float, Field(gt=0)] = 25.0
     """How long wait_tasks waits when it is not told, in seconds."""

@@ -273,7 +273,7 @@ class _Engine:
         self._peers: set[_Peer] = set()
         self._host: _Peer | None = None
         self._host_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._workers_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._worker_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._all_heard = asyncio.Event()
         self._all_heard.set()
         self._live: dict[str, _Live] = {}
@@ -286,7 +286,7 @@ class _Engine:
     # --- life
 
     async def start(self, limit_s: float) -> None:
-        """Returns when the host and every worker can take tasks."""
+        """Returns when the host and a worker can take tasks; the other workers come soon after."""
         loop = asyncio.get_running_loop()
         address = str(self._folder.path / "backend")
         self._server = await loop.create_unix_server(lambda: _Peer(self), address)
@@ -300,7 +300,7 @@ class _Engine:
                 if not self._bundles:
                     for _ in range(self.backend.num_workers):
                         self._place_worker()
-                    await self._workers_up
+                    await self._worker_up
         except TimeoutError as error:
             message = f"the engine of backend {self.backend.name!r} was not ready in {limit_s:.0f} s"
             raise BackendUnavailable(message + self._last_words()) from error
@@ -378,7 +378,7 @@ class _Engine:
         if self.lost is not None:
             return
         self.lost = message
-        for step in (self._host_ready, self._workers_up):
+        for step in (self._host_ready, self._worker_up):
             if not step.done():
                 step.set_exception(BackendUnavailable(message))
                 step.exception()  # nobody may be waiting any more
@@ -616,9 +616,10 @@ class _Engine:
             self.lose(f"the engine of backend {self.backend.name!r} lost its host{self._last_words()}")
 
     def _on_up(self) -> None:
-        if not self._workers_up.done() and all(worker.tasks is not None for worker in self._workers.values()):
-            self._workers_up.set_result(None)
+        if not self._worker_up.done():
+            self._worker_up.set_result(None)
         self._pump()
+        self._steal()
 
     def _on_started(self, uid: str, at: float) -> None:
         live = self._live.get(uid)

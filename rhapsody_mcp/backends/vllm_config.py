@@ -22,7 +22,9 @@ _OWN_ARGUMENTS = ("--model", "--served-model-name", "--host", "--port", "--api-k
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", defer_build=True, protected_namespaces=(), hide_input_in_errors=True
+    )
 
 
 class Required(_Section):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -40,7 +39,7 @@ def main() -> int:
     options = _options()
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    mark, folder = options.mark or secrets.token_hex(8), Path(options.log).parent
+    mark, folder = options.mark or os.urandom(8).hex(), Path(options.log).parent
     adopt_orphans()
     with keep_note(folder, mark), _lifeline(folder / f"{mark}.lifeline") as writer:
         command = _start(options, mark)

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 from rhapsody_mcp.engine.processes import PLACE, end, marked, send_signal
@@ -174,9 +175,11 @@ class DragonPlacer:
     sets_affinity = False
 
     def __init__(self) -> None:
-        _leave_dragon_empty()
-        from dragon.infrastructure.policy import Policy
-        from dragon.native.process import Process
+        for package in ("dragon", "dragon.native"):
+            _leave_empty(package)
+        with _without("numpy"):
+            from dragon.infrastructure.policy import Policy
+            from dragon.native.process import Process
 
         self._process, self._policy = Process, Policy
         self._starting = threading.Lock()
@@ -232,12 +235,29 @@ class DragonPlacer:
         )
 
 
-def _leave_dragon_empty() -> None:
-    """Have an import of a part of Dragon import that part alone: the package itself imports its Batch and its
-    telemetry, with a web server, which takes 0.14 s."""
-    spec = find_spec("dragon")
+def _leave_empty(package: str) -> None:
+    """Have an import of a part of this package of Dragon import that part alone: Dragon itself imports its Batch and
+    its telemetry, with a web server, which takes 0.14 s."""
+    spec = find_spec(package)
     assert spec is not None, "this process was started by Dragon"
-    sys.modules.setdefault("dragon", module_from_spec(spec))
+    made = sys.modules.setdefault(package, module_from_spec(spec))
+    parent, _, name = package.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], name, made)
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Have what is imported meanwhile find an empty module of this name. NumPy takes 0.09 s, and Dragon imports it for
+    keys that are arrays."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = ModuleType(module)
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def _code_of(process: Any) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import sys
+import textwrap
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -14,7 +18,8 @@ __all__ = ["table"]
 
 def table() -> str:
     """In Markdown, a line a key."""
-    rows = [f"| `{key}` | {_default(field)} | {_meaning(field)} |" for key, field in Settings.model_fields.items()]
+    meanings = _meanings()
+    rows = [f"| `{key}` | {_default(field)} | {meanings[key]} |" for key, field in Settings.model_fields.items()]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows])
 
 
@@ -24,8 +29,16 @@ def _default(field: FieldInfo) -> str:
     return f"`{text}`"
 
 
-def _meaning(field: FieldInfo) -> str:
-    return " ".join((field.description or "").split())
+def _meanings() -> dict[str, str]:
+    """What stands below each key."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
+    assert isinstance(definition, ast.ClassDef)
+    meanings = {}
+    for field, below in itertools.pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant), field.target.id
+            meanings[field.target.id] = " ".join(str(below.value.value).split())
+    return meanings
 
 
 if __name__ == "__main__":
