@@ -54,7 +54,6 @@ class Recorder:
         self.skipped = 0
         """How many places in the order of ends nothing is known of: ends that were never written."""
         self._ledger, self._session = ledger, session
-        self._starting: set[str] = set()
         self._made: list[TaskRow] = []
         """The tasks of for_each that are new and not given to the ledger yet."""
 
@@ -86,15 +85,13 @@ class Recorder:
         await self._ledger.commit(PutFunction(row))
 
     async def starting(self, uids: Sequence[str]) -> bool:
-        """True when it is durable that these may start; False where the session was closed first. While nothing can be
+        """True when all that is known of these, and how often they were started before, is durable: whether one has
+        started since, the notes beside its result tell. False where the session was closed first. While nothing can be
         written nothing starts; with a damaged ledger, which no next life will read, everything does."""
-        shown = [uid for uid in uids if not uid.startswith("~")]
-        self._starting.update(shown)
-        changes = [TaskStarted(self.key, uid, 0.0, self._session.attempts_of(uid)) for uid in shown]
         while not self._session.closed:
             try:
                 self._write_made()
-                await self._ledger.commit(*changes)
+                await self._ledger.commit()
                 return not self._session.closed
             except LedgerUnavailable:
                 await asyncio.sleep(_AGAIN_S)
@@ -107,13 +104,11 @@ class Recorder:
         match task.state:
             case TaskState.WAITING if task.parent is not None:
                 self._make(self._row(task, self._session.size, b""))
-            case TaskState.QUEUED if task.attempts or task.uid in self._starting:
-                self._starting.discard(task.uid)
+            case TaskState.QUEUED if task.attempts:
                 self.write(TaskRequeued(self.key, task.uid, task.attempts, task.last_failure))
             case TaskState.RUNNING if task.started is not None and not isinstance(task, ForEach):
                 self.write(TaskStarted(self.key, task.uid, task.started, task.attempts))
             case state if state.final and task.outcome is not None:
-                self._starting.discard(task.uid)
                 self.write(TaskEnded(self.key, task.uid, len(self._session.ended) - 1 + self.skipped, task.outcome))
 
     def suspended(self, task: Task) -> None:

@@ -152,9 +152,6 @@ class Session:
     def _current(self) -> list[Task]:
         return [task for task in self._submitted if task.replaced_by is None]
 
-    def attempts_of(self, uid: str) -> int:
-        return self._tasks[uid].attempts
-
     def get_statistics(self, group: str | None = None) -> Statistics:
         """Counts, times, rates and the critical path of this session's tasks, or of one group of them, now.
 

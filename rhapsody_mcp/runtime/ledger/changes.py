@@ -170,7 +170,8 @@ class PutTasks(Change, frozen=True):
 
 
 class TaskStarted(Change, frozen=True):
-    """User code runs since `started`, or, where that is 0, may run from now on. `attempts` counts this start too."""
+    """User code runs since `started`; 0, which earlier versions wrote, says that it may. `attempts` counts this start
+    too."""
 
     session: str
     uid: str
