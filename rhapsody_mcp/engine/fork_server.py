@@ -27,6 +27,7 @@ else:
 __all__ = ["main"]
 
 _MOST_IDLE = 8
+_MOST_KEPT = 256  # each takes a file descriptor here; of more, each is for one plan
 
 
 def main() -> NoReturn:
@@ -43,7 +44,7 @@ class _ForkServer:
     def __init__(self, folder: str, socket: int) -> None:
         self.folder, self.socket = folder, socket
         self.pipes: dict[int, int] = {}
-        """By supervisor, that through which it gets the names of plans."""
+        """By supervisor, that through which it gets the names of further plans, or -1."""
         self.names: dict[int, str] = {}
         self.pids: dict[str, int] = {}
         self.idle: list[int] = []
@@ -90,12 +91,10 @@ class _ForkServer:
             self._give(self.idle.pop(), name)
             return
         try:
-            pid = self._fork()
+            self._fork(name)
         except OSError as error:  # no process more than these
             leave(f"{self.folder}/{name}", "lost", NOT_STARTED.format(error.strerror))
             self._say(name, 1)
-        else:
-            self._give(pid, name)
 
     def _give(self, pid: int, name: str) -> None:
         self.names[pid], self.pids[name] = name, pid
@@ -105,20 +104,20 @@ class _ForkServer:
         except OSError:  # it has just been killed, and is collected
             return
 
-    def _fork(self) -> int:
-        names, pipe = os.pipe()
+    def _fork(self, name: str) -> None:
+        ends = os.pipe() if len(self.pipes) < _MOST_KEPT else ()
         try:
             pid = os.fork()
         except OSError:
-            os.close(names)
-            os.close(pipe)
+            for descriptor in ends:
+                os.close(descriptor)
             raise
+        names, pipe = ends or (-1, -1)
         if pid == 0:
-            os.close(pipe)
-            finish(lambda: self._become(names))
-        os.close(names)
-        self.pipes[pid] = pipe
-        return pid
+            finish(lambda: self._become(name, names, pipe))
+        if names >= 0:
+            os.close(names)
+        self.pipes[pid], self.names[pid], self.pids[name] = pipe, name, pid
 
     def _keep(self, pid: int) -> None:
         """A supervisor has nothing to do any more."""
@@ -139,13 +138,14 @@ class _ForkServer:
         self.kept.discard(name)
         self._say(name, code)
 
-    def _become(self, names: int) -> NoReturn:
+    def _become(self, name: str, names: int, pipe: int) -> NoReturn:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for descriptor in (self.socket, self.free, self.ended, self.wake, *self.pipes.values()):
-            os.close(descriptor)
+        for descriptor in (self.socket, self.free, self.ended, self.wake, pipe, *self.pipes.values()):
+            if descriptor >= 0:
+                os.close(descriptor)
         os.setsid()
-        attend(self.folder, names, self.done)
+        attend(self.folder, name, names, self.done)
 
     def _collect(self) -> None:
         """Tell of the supervisors that have ended. One that was killed leaves its children to this process."""
@@ -158,7 +158,8 @@ class _ForkServer:
                 return
             if pid not in self.pipes:
                 continue
-            os.close(self.pipes.pop(pid))
+            if (pipe := self.pipes.pop(pid)) >= 0:
+                os.close(pipe)
             if pid in self.idle:
                 self.idle.remove(pid)
             if pid in self.names:

@@ -74,17 +74,19 @@ def main() -> NoReturn:
     os._exit(_Supervisor(sys.argv[1], open_lifeline(), Trimmer()).run())
 
 
-def attend(folder: str, names: int, done: int) -> NoReturn:
-    """Be the supervisor of one plan in this folder after the other, whose names come through a pipe, until one ends
-    badly; after each that does not, say so through the other."""
+def attend(folder: str, name: str, names: int, done: int) -> NoReturn:
+    """Be the supervisor of the plan of this name in a folder, and then of those whose names come through a pipe, if
+    there is one, until a plan ends badly; after each that does not, say so through the other."""
     adopt_orphans()
     lifeline, trimmer, number = open_lifeline(), Trimmer(), f"{os.getpid()}\n".encode()
-    while name := os.read(names, 4096).decode():
+    while name:
         supervisor = _Supervisor(f"{folder}/{name}", lifeline, trimmer)
-        if code := supervisor.run():
+        code = supervisor.run()
+        if code or names < 0:
             os._exit(code)
         supervisor.leave_nothing()
         os.write(done, number)
+        name = os.read(names, 4096).decode()
     os._exit(0)
 
 

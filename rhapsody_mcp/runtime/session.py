@@ -104,7 +104,7 @@ class Session:
         """The tasks that another one took the name of."""
         self._account = Account(self.ended, self._going, self._tasks)
         self.on_change: Callable[[Task], None] | None = None
-        """Called after each change of a task's state."""
+        """Called after each change of a task's state; a start that is heard of together with the end is no change."""
         self.notices: deque[Notice] = deque(maxlen=_MOST_NOTICES)
         """The last of what became of the engines: that one ended, was started again, was stopped to rest."""
 

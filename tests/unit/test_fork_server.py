@@ -1,4 +1,4 @@
-"""What the fork server does where the machine gives it no process more."""
+"""What the fork server does where the machine gives it no process more, and which supervisors it keeps."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import errno
 import marshal
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 import pytest
 
-from rhapsody_mcp.engine import supervisor
+from rhapsody_mcp.engine import placers, supervisor
 from rhapsody_mcp.engine.fork_server import _ForkServer
+from rhapsody_mcp.engine.placers import ForkPlacer, Program
 from rhapsody_mcp.engine.printing import Trimmer
+from rhapsody_mcp.engine.processes import LIFELINE
 from rhapsody_mcp.engine.rank_end import rank_end
 from rhapsody_mcp.engine.wire import Plan
-from rhapsody_mcp.model.specs import Command, Layout, Order, TaskSpec
+from rhapsody_mcp.model.specs import Command, Layout, Order, TaskSpec, Template
 from rhapsody_mcp.model.states import Cause
 
 TOLD = "its process could not be started: Resource temporarily unavailable"
@@ -54,3 +57,34 @@ def test_a_supervisor_without_a_child_leaves_a_lost_task(tmp_path: Path, monkeyp
     path.write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
     assert supervisor._Supervisor(str(path), -1, Trimmer()).run() == 0
     assert lost(tmp_path) == (Cause.LOST, TOLD, None)
+
+
+SERVER = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from rhapsody_mcp.engine import fork_server; "
+    "fork_server._MOST_KEPT = int(sys.argv.pop(1)); fork_server.main()"
+)
+
+
+@pytest.mark.parametrize(("most", "supervisors"), [(256, 1), (0, 3)])
+def test_it_keeps_no_more_supervisors_than_it_has_room_for(
+    most: int, supervisors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(Path(supervisor.__file__).parents[2])
+    program = [sys.executable, "-I", "-S", "-c", SERVER, root, str(most)]
+    monkeypatch.setattr(placers, "command", lambda _, *arguments: [*program, *arguments])
+    monkeypatch.setenv(LIFELINE, str(tmp_path / "lifeline"))
+    os.mkfifo(tmp_path / "lifeline")
+    writer = os.open(tmp_path / "lifeline", os.O_RDWR)
+    placer = ForkPlacer(str(tmp_path), lambda: None)
+    try:
+        for number in range(3):
+            path = tmp_path / f"p{number}"
+            plan = Plan(["sh", "-c", "echo $PPID"], folder=str(tmp_path), note=(str(tmp_path), f"task.{number}", 1))
+            path.write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
+            assert placer.place(Program([str(path)], {}, Template())).join() == 0
+    finally:
+        placer._socket.shutdown(socket.SHUT_RDWR)
+        assert placer._child.wait(10) == 0
+        placer._socket.close()
+        os.close(writer)
+    assert len({(tmp_path / f"p{number}.out").read_text() for number in range(3)}) == supervisors
