@@ -67,7 +67,8 @@ _LOOK_S = 1.0
 _RANKS_A_CORE = 32
 _QUICK_S = 0.005  # a worker whose functions are quicker is sent several at once
 _MOST_SENT = 64
-_TOLD_AHEAD = 512  # one write into a ledger for so many starts
+_TOLD_AHEAD = 512  # one write into a ledger for so many starts,
+_TOLD_S = 1.0  # which begin soon: later, a ledger may not be written any more
 _CHUNK = 1 << 18
 _MOST_SENT_BYTES = 1024 * 1024  # more waits in the service's memory twice until the worker has read it
 _CLOSING_S = 15.0  # the keeper's own grace, and then some
@@ -211,7 +212,7 @@ class ComputeBackend(Awaitable):
 class _Live:
     """A task that has not ended."""
 
-    __slots__ = ("asked", "known", "native", "order", "report", "started", "stop", "timer", "uid", "worker")
+    __slots__ = ("asked", "known", "native", "order", "report", "started", "stop", "timer", "told", "uid", "worker")
 
     def __init__(self, order: Order, report: Report) -> None:
         self.order, self.report = order, report
@@ -221,10 +222,15 @@ class _Live:
         self.asked = False
         """Whether the host, or its worker, has been asked to run it."""
         self.known: asyncio.Future[bool] | None = None
-        """Whether `before_start` has said that it may start."""
+        """Whether `before_start` has said that it may start; it was asked at the time `told`."""
+        self.told = 0.0
         self.started: float | None = None
         self.stop: Cause | None = None
         self.timer: asyncio.TimerHandle | None = None
+
+    def is_untold(self, now: float) -> bool:
+        """Or told so long ago that much may be otherwise."""
+        return self.known is None or (now - self.told > _TOLD_S and self.known.done())
 
     @property
     def size(self) -> int:
@@ -274,6 +280,7 @@ class _Engine:
         self._host: _Peer | None = None
         self._host_ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._worker_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._workers_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._all_heard = asyncio.Event()
         self._all_heard.set()
         self._live: dict[str, _Live] = {}
@@ -301,11 +308,20 @@ class _Engine:
                     for _ in range(self.backend.num_workers):
                         self._place_worker()
                     await self._worker_up
+                    self._watches.append(asyncio.create_task(self._watch_others(limit_s)))
         except TimeoutError as error:
             message = f"the engine of backend {self.backend.name!r} was not ready in {limit_s:.0f} s"
             raise BackendUnavailable(message + self._last_words()) from error
         finally:
             giving_up.cancel()
+
+    async def _watch_others(self, limit_s: float) -> None:
+        """Notice that the start of a further worker hangs: every start after it would wait for it."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.wait([self._workers_up])
+        except TimeoutError:
+            self.lose(f"a worker of backend {self.backend.name!r} was not ready in {limit_s:.0f} s{self._last_words()}")
 
     async def _watch_log(self) -> None:
         """Notice a launcher that gave up and does not end."""
@@ -378,7 +394,7 @@ class _Engine:
         if self.lost is not None:
             return
         self.lost = message
-        for step in (self._host_ready, self._worker_up):
+        for step in (self._host_ready, self._worker_up, self._workers_up):
             if not step.done():
                 step.set_exception(BackendUnavailable(message))
                 step.exception()  # nobody may be waiting any more
@@ -498,19 +514,19 @@ class _Engine:
         if self.backend.before_start is None:
             ask()
             return
-        ahead = _TOLD_AHEAD // 2
-        if any(live.known is None for live in lives) or (len(queue) > ahead and queue[ahead].known is None):
+        now, ahead = asyncio.get_running_loop().time(), _TOLD_AHEAD // 2
+        if any(live.is_untold(now) for live in lives) or (len(queue) > ahead and queue[ahead].is_untold(now)):
             near = itertools.islice(queue, _TOLD_AHEAD)
-            untold = [live for live in itertools.chain(lives, near) if live.known is None]
+            untold = [live for live in itertools.chain(lives, near) if live.is_untold(now)]
             known = asyncio.ensure_future(self.backend.before_start([live.uid for live in untold]))
             for live in untold:
-                live.known = known
-        waits = {live.known for live in lives if live.known is not None and not live.known.done()}
-        if waits:
-            waited = asyncio.gather(*waits)
-            waited.add_done_callback(lambda _: self._once_known(lives, queue, ask))
-        elif all(live.known is not None and live.known.result() for live in lives):
-            ask()
+                live.known, live.told = known, now
+        told = {live.known for live in lives if live.known is not None}
+        if all(known.done() for known in told):
+            if all(known.result() for known in told):
+                ask()
+        else:
+            asyncio.gather(*told).add_done_callback(lambda told: ask() if all(told.result()) else None)
 
     def _ask(self, live: _Live) -> None:
         if live.uid not in self._live or self._host is None:
@@ -560,6 +576,8 @@ class _Engine:
                 runs.append(Run(live.uid, work, live.order.bindings, live.order.folder, live.order.attempt))
         if runs:
             worker.tasks.send(*runs)
+        else:  # all were canceled meanwhile
+            self._pump()
 
     def _steal(self) -> None:
         """Where a worker has nothing to do, take back what another has been sent and not begun."""
@@ -618,8 +636,14 @@ class _Engine:
     def _on_up(self) -> None:
         if not self._worker_up.done():
             self._worker_up.set_result(None)
+        self._count_up()
         self._pump()
-        self._steal()
+        if not self._bundles:
+            self._steal()
+
+    def _count_up(self) -> None:
+        if not self._workers_up.done() and all(worker.tasks is not None for worker in self._workers.values()):
+            self._workers_up.set_result(None)
 
     def _on_started(self, uid: str, at: float) -> None:
         live = self._live.get(uid)
@@ -681,6 +705,8 @@ class _Engine:
         del self._workers[message.worker]
         if not self._workers:
             self.lose(f"backend {self.backend.name!r} could not place a worker: {message.error}")
+        else:
+            self._count_up()
 
     def _bury(self, worker: _Worker) -> None:
         """Once a worker is gone and all that it said is heard: fail what it ran, give the rest to others."""

@@ -15,8 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,7 +77,6 @@ def _end_with_owner(host: Host) -> None:
 
 
 _JOIN_S = 3.0
-_MOST_THREADS = 100_000  # as many as run at a time: those that have done their work take the next
 
 
 def _batch_placer() -> Placer:
@@ -96,7 +96,8 @@ class Host:
         self.prober = Prober(config.folder, config.sys_path)
         self._number = 0
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(_MOST_THREADS)
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._free_threads = 0
         self._runs: set[Future[None]] = set()
         self._ending = False
         self._workers: dict[str, PlacedProcess] = {}
@@ -153,14 +154,26 @@ class Host:
         return placed.union(*map(descendants, placed)) - {os.getpid()}
 
     def _run(self, target: Callable[..., None], *args: object) -> None:
-        run = self._pool.submit(target, *args)
-        self._runs.add(run)
-        run.add_done_callback(self._has_run)
+        """In a thread that has done its work, or in a new one: however many there are, none waits for another."""
+        self._work.put(partial(target, *args))
+        with self._lock:
+            is_free = self._free_threads > 0
+            self._free_threads -= is_free
+        if not is_free:
+            threading.Thread(target=self._take_work, daemon=True).start()
 
-    def _has_run(self, run: Future[None]) -> None:
-        self._runs.discard(run)
-        if (error := run.exception()) is not None:
-            sys.excepthook(type(error), error, error.__traceback__)
+    def _take_work(self) -> None:
+        while True:
+            work, run = self._work.get(), Future[None]()
+            self._runs.add(run)
+            try:
+                work()
+            except Exception:  # as of a thread that ends with it
+                sys.excepthook(*sys.exc_info())
+            self._runs.discard(run)
+            run.set_result(None)
+            with self._lock:
+                self._free_threads += 1
 
     def say(self, message: FromHost) -> None:
         """Send a message, from any thread; nothing while everything is being ended, which is no news."""

@@ -80,8 +80,8 @@ class PlacedProcess:
     def pids(self) -> list[int]:
         """The processes that must not stand still, once they run: the supervisor and, if that is a worker, its child.
         A program of the user's may."""
-        if self.name in self._supervisors:
-            return [self._supervisors[self.name]]
+        if pid := self._supervisors.get(self.name):
+            return [pid]
         if not self._pids:
             with suppress(OSError):
                 self._pids = [int(pid) for pid in Path(f"{self.path}.pids").read_text().split()]

@@ -59,10 +59,13 @@ class Trimmer:
 
     def _look(self, file: int) -> bool:
         """Whether it grows beyond what it may be."""
-        growing = os.fstat(file).st_size > max(self._most, self._sizes[file])
-        if growing:
-            _trim(file, self._most)
-        self._sizes[file] = os.fstat(file).st_size
+        try:
+            growing = os.fstat(file).st_size > max(self._most, self._sizes[file])
+            if growing:
+                _trim(file, self._most)
+            self._sizes[file] = os.fstat(file).st_size
+        except OSError:  # a full disk; the next look may find room
+            return False
         return growing
 
 

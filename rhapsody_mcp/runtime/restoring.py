@@ -93,3 +93,5 @@ def _give(task: Task, row: TaskRow) -> None:
     task.submitted, task.attempts, task.last_failure = row.submitted, row.attempts, row.last_failure
     if row.outcome is not None:
         task.state, task.outcome, task.started = row.outcome.state, row.outcome, row.outcome.started
+        if row.started is None and task.started is not None and not isinstance(task, ForEach):
+            task.attempts += 1  # its start was heard of with its end

@@ -92,7 +92,7 @@ class Session:
         self._retrying: dict[str, asyncio.TimerHandle] = {}
         self._hidden = 0
         self._rules, self.taken = rules, Taken()
-        self._folder = folder
+        self._folder = folder.absolute() if folder is not None else None
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._temporary: Folder | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from rhapsody_mcp.backends import LocalExecutionBackend
+from rhapsody_mcp.backends import LocalExecutionBackend, compute
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.session import Session
 from rhapsody_mcp.runtime.tasks import ComputeTask
@@ -66,7 +66,7 @@ async def test_each_task_is_known_before_it_starts(tmp_path: Path) -> None:
             clerk.desk.set()
             await session.submit_tasks([last])
             await session.wait_tasks([*tasks, last])
-    assert sorted(clerk.known) == sorted(task.uid for task in [*tasks, last])
+    assert set(clerk.known) == {task.uid for task in [*tasks, last]}
     assert notes(tmp_path) == {"note0": "x", "note1": "x", "note2": "xx", "note3": ""}
 
 
@@ -104,6 +104,36 @@ async def test_what_one_worker_was_about_to_get_goes_to_another_when_it_dies(tmp
     assert dying.state is TaskState.FAILED
     assert {task.state for task in rest} == {TaskState.DONE}
     assert notes(tmp_path) == {"first": "x", **{f"note{number}": "x" for number in range(20)}}
+
+
+async def test_what_waits_behind_a_task_that_is_canceled_before_it_is_known_runs(tmp_path: Path) -> None:
+    backend, clerk = LocalExecutionBackend(num_workers=1), Clerk()
+    backend.before_start = clerk
+    async with Session([backend]) as session:
+        first, second = (ComputeTask(leave_note, args=(str(tmp_path / name),)) for name in ("first", "second"))
+        await session.submit_tasks([first, second])
+        with anyio.fail_after(60):
+            await clerk.asked.wait()
+            await session.cancel(first)
+            clerk.desk.set()
+            await session.wait_tasks([second])
+    assert (first.state, second.state) == (TaskState.CANCELED, TaskState.DONE)
+    assert notes(tmp_path) == {"second": "x"}
+
+
+async def test_what_starts_long_after_it_became_known_is_told_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "_TOLD_S", 0.0)
+    backend, clerk = LocalExecutionBackend(num_workers=1), Clerk()
+    clerk.desk.set()
+    backend.before_start = clerk
+    async with Session([backend]) as session:
+        first, second = (ComputeTask(leave_note, args=(str(tmp_path / name),)) for name in ("first", "second"))
+        await session.submit_tasks([first, second])
+        with anyio.fail_after(60):
+            await session.wait_tasks([first, second])
+    assert clerk.known == [first.uid, second.uid, second.uid]
 
 
 def _leave() -> None:
