@@ -103,25 +103,25 @@ class ComputeBackend(Awaitable):
         environment: Mapping[str, Any] | Environment | None = None,
         caps: Caps | None = None,
     ) -> None:
-        cores = count_cores()
-        self._most = most = _RANKS_A_CORE * cores
+        self._cores = count_cores()
+        most = _RANKS_A_CORE * self._cores
         if num_workers is not None and (not isinstance(num_workers, int) or not 1 <= num_workers <= most):
             raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number from 1 to {most}.")
         self.name, self.stall_s = name, stall_s
         self.cwd = ""
         """Where tasks start; empty for the folder of this process."""
         self.environment, self.caps = read_environment(environment), caps or Caps()
-        self.num_workers = num_workers or cores
+        self.num_workers = num_workers or self._cores
         self.progress = "not started"
         self._starting: asyncio.Task[None] | None = None
         self._engine: _Engine | None = None
 
     def check(self, spec: TaskSpec) -> None:
         """Refuses more ranks than this node can hold at once: each is two processes."""
-        if spec.layout.ranks > self._most:
+        if spec.layout.ranks > (most := _RANKS_A_CORE * self._cores):
             raise InvalidTask(
-                f"{spec.layout.ranks} ranks are too many for this machine of {self._most // _RANKS_A_CORE} cores; "
-                f"valid is up to {self._most} ({_RANKS_A_CORE} a core)."
+                f"{spec.layout.ranks} ranks are too many for this machine of {self._cores} cores; "
+                f"valid is up to {most} ({_RANKS_A_CORE} a core)."
             )
 
     def _refuse_to_start(self) -> None:

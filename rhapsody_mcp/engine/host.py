@@ -102,8 +102,8 @@ class Host:
         self._ending = False
         self._workers: dict[str, PlacedProcess] = {}
         self._tasks: dict[str, PlacedTask] = {}
-        self.supervisors: dict[str, int] = {}
-        """Those of tasks that run, by the names of their plans."""
+        self.vital: dict[str, list[int]] = {}
+        """By the names of their plans, the processes of what runs that must not stand still."""
         self._outbox: queue.SimpleQueue[FromHost] = queue.SimpleQueue()
         self._awake, self._wake = os.pipe()
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -190,12 +190,11 @@ class Host:
             backend.send(*messages)
 
     def _hear_started(self) -> None:
-        name, pid, at, uid = self._events.recv(4096).decode().split(" ", 3)
+        name, pids, at, uid = self._events.recv(4096).decode().split(" ", 3)
         task = self._tasks.get(uid)
-        if task is None:
-            return
-        self.supervisors[name] = int(pid)
-        if not task.reported:
+        if task is not None or not uid:
+            self.vital[name] = [int(pid) for pid in pids.split(",")]
+        if task is not None and not task.reported:
             task.reported = True
             self.say(Started(uid, float(at)))
 
@@ -220,8 +219,8 @@ class Host:
         config = WorkerConfig(worker, given.address, given.sys_path, given.cwd, given.caps)
         try:
             process = PlacedProcess(self, self.next_number(), Template())
-            plan = Plan(process.program_with("worker", config), output_bytes=given.caps.output_bytes)
-            process.prepare(plan)
+            arguments, most = process.program_with("worker", config), given.caps.output_bytes
+            process.prepare(Plan(arguments, output_bytes=most, started=self.events_path))
             process.place(self._worker_placer)
             self._workers[worker] = process
         except Exception as error:  # Dragon raises errors of many kinds
@@ -231,8 +230,7 @@ class Host:
         if code == OWNER_GONE:
             return
         del self._workers[worker]
-        with suppress(FileNotFoundError):
-            os.unlink(f"{process.path}.pids")
+        self.vital.pop(process.name, None)
         self.say(Gone(worker, code if code <= 128 else 128 - code, process.why))
 
     def end_stalled(self) -> NoReturn:
@@ -241,7 +239,7 @@ class Host:
         vital = [os.getppid(), self.forks.pid]
         while True:
             time.sleep(self.config.stall_s / (LOOKS - 1))
-            placed = {pid: process for process in self._placed() for pid in process.pids()}
+            placed = {pid: process for process in self._placed() for pid in self.vital.get(process.name, ())}
             for pid in stalls.look([*vital, *placed]):
                 if pid in vital:
                     sys.stderr.write(f"what started the host, or its fork server, {stalled}\n")
@@ -257,7 +255,7 @@ class Host:
         if outcome is not None:
             del self._tasks[task.uid]
             for process in task.processes():
-                self.supervisors.pop(process.name, None)
+                self.vital.pop(process.name, None)
             self.say(Ended(task.uid, outcome))
 
     def next_number(self) -> int:

@@ -48,14 +48,12 @@ class PlacedProcess:
     def __init__(self, host: Host, number: int, template: Template) -> None:
         self.name = f"p{number}"
         self.path = f"{host.config.folder}/{self.name}"
-        self._supervisors = host.supervisors
         self._gone = threading.Event()
         env = {**host.task_env, PLACE: f"{host.config.mark}.{number}"}
         self.program = Program(command("supervisor", self.path), env, template)
         self.placed: Placed
         self.why = ""
         """Why `kill` ended it."""
-        self._pids: list[int] = []
 
     def program_with(self, module: str, config: msgspec.Struct) -> list[str]:
         """The command that runs a module of this package, which finds its configuration in a file."""
@@ -76,16 +74,6 @@ class PlacedProcess:
         code = self.placed.join()
         self._gone.set()
         return -signal.SIGKILL if self.why else code
-
-    def pids(self) -> list[int]:
-        """The processes that must not stand still, once they run: the supervisor and, if that is a worker, its child.
-        A program of the user's may."""
-        if pid := self._supervisors.get(self.name):
-            return [pid]
-        if not self._pids:
-            with suppress(OSError):
-                self._pids = [int(pid) for pid in Path(f"{self.path}.pids").read_text().split()]
-        return self._pids
 
     def kill(self, why: str) -> None:
         """Kill it with its tree, from another thread than the one that joins it."""

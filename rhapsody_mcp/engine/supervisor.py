@@ -58,7 +58,6 @@ OWNER_GONE = 86
 """The exit code of a supervisor whose keeper has ended."""
 _ABOUT_TO_END_S = 0.1
 _INHERITED = {**os.environ}
-_NUL = "an argument holds a NUL character, which no program can get."
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -207,22 +206,18 @@ class _Supervisor:
                 setsigmask=mask,
                 setsigdef=_IGNORED_BY_PYTHON,
             )
-        except ValueError:
-            raise Impossible(_NUL) from None
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.ENOMEM):  # no process more
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):  # no process more
                 raise
-            raise Impossible(f"{program} cannot be run: {error.strerror}.") from None
+            raise Impossible(_why_not(program, error)) from None
 
     def _began(self, pid: int) -> None:
         self.pid, self.started = pid, time.time()
         if (most := self.plan["output_bytes"]) is not None:
             self.trimmer.watch(self.files, most)
-        if self.plan["note"] is None:
-            _write(f"{self.path}.pids", f"{os.getpid()} {pid}".encode())
-        else:
-            name, uid = os.path.basename(self.path), self.plan["note"][1]
-            _tell(self.plan["started"], f"{name} {os.getpid()} {self.started} {uid}".encode())
+        note, name = self.plan["note"], os.path.basename(self.path)
+        vital, uid = (f"{os.getpid()},{pid}", "") if note is None else (f"{os.getpid()}", note[1])
+        _tell(self.plan["started"], f"{name} {vital} {self.started} {uid}".encode())
 
     def _leave(self, problem: str, words: str, code: int | None = None, left_running: int = 0) -> int:
         return 0 if leave(self.path, problem, words, self.pid, code, self.started, left_running) else 1
@@ -239,13 +234,9 @@ def leave(
 ) -> bool:
     """Write down how a program ended, or the `problem` that kept it from its start; False where that cannot be."""
     ended = (problem, words, pid, code, started, time.time(), left_running)
-    return _write(f"{path}.outcome", marshal.dumps(ended))
-
-
-def _write(path: str, data: bytes) -> bool:
-    """Whether the whole file could be written."""
+    data = marshal.dumps(ended)
     try:
-        file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        file = os.open(f"{path}.outcome", os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             return os.write(file, data) == len(data)
         finally:
@@ -295,10 +286,14 @@ def execute(program: str, arguments: list[str], env: Mapping[str, str]) -> str:
         signal.signal(number, signal.SIG_DFL)
     try:
         os.execve(program, arguments, env)
-    except OSError as error:
-        return f"{program} cannot be run: {error.strerror}."
-    except ValueError:
-        return _NUL
+    except (OSError, ValueError) as error:
+        return _why_not(program, error)
+
+
+def _why_not(program: str, error: OSError | ValueError) -> str:
+    if isinstance(error, ValueError):
+        return "an argument holds a NUL character, which no program can get."
+    return f"{program} cannot be run: {error.strerror}."
 
 
 # --- the tree

@@ -231,8 +231,9 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
 
     `env` changes the supervisor's own; None removes a variable. The program runs in `cwd`, which may begin in `folder`,
     the session's. `note` is what is written down of the start of a task, and None for a worker, whose output files
-    have no name. The supervisor of a task says to the datagram socket `started` when its program starts: the name of
-    this plan, its own process, the time, and the uid, with blanks in between.
+    have no name. The supervisor says to the datagram socket `started` when its program starts, with blanks in between:
+    the name of this plan, the processes that must not stand still (itself and, of a worker, that, with a comma), the
+    time, and the uid of a task.
     """
 
     arguments: list[str]

@@ -7,7 +7,7 @@ import inspect
 import io
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.specs import Call
 from rhapsody_mcp.model.values import Ref
 
-__all__ = ["Encoder", "Module", "Source"]
+__all__ = ["PLAIN", "Encoder", "Module", "Source", "are_plain"]
 
 
 class Module(msgspec.Struct, frozen=True):
@@ -124,7 +124,7 @@ class Encoder:
         return Call("pickle", self._function(function), getattr(function, "__name__", ""), arguments)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: object) -> bytes:
-        if not kwargs and _PLAIN.issuperset(map(type, args)):  # no references, and nothing to tell cloudpickle of
+        if not kwargs and are_plain(args):
             return pickle.dumps((args, kwargs))
         return self._pickle((args, kwargs), "the arguments")
 
@@ -145,7 +145,12 @@ class Encoder:
         return buffer.getvalue()
 
 
-_PLAIN = {int, float, str, bool, bytes, type(None)}
+PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
+
+
+def are_plain(args: Iterable[object]) -> bool:
+    """Whether there is no reference in them, and nothing to tell cloudpickle of."""
+    return PLAIN.issuperset(map(type, args))
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types

@@ -17,7 +17,7 @@ from rhapsody_mcp.model.specs import Call, Command, Completion, Layout, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.model.values import Ref, Value
-from rhapsody_mcp.runtime.encoding import Encoder, Module, Source
+from rhapsody_mcp.runtime.encoding import PLAIN, Encoder, Module, Source, are_plain
 from rhapsody_mcp.runtime.layouts import read_layout, read_timeout, refuse_half_characters
 
 __all__ = [
@@ -286,7 +286,7 @@ class ComputeTask(Task):
             raise InvalidTask("args= and kwargs= belong to a function; an executable takes arguments=[...].")
 
     def _find_needs(self) -> Iterable[Task]:
-        if not self.kwargs and not self.arguments and _PLAIN.issuperset(map(type, self.args)):
+        if not self.kwargs and not self.arguments and are_plain(self.args):
             return ()
         return itertools.chain.from_iterable(map(_tasks_in, (self.args, self.kwargs, self.arguments)))
 
@@ -427,7 +427,7 @@ def _tasks_in(value: object) -> Iterator[Task]:
     pending, seen = [value], set[int]()
     while pending:
         item = pending.pop()
-        if type(item) in _PLAIN:
+        if type(item) in PLAIN:
             continue
         if isinstance(item, Part):
             yield item.task
@@ -438,7 +438,6 @@ def _tasks_in(value: object) -> Iterator[Task]:
             pending.extend(item.values() if isinstance(item, dict) else item)
 
 
-_PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 _CONTAINERS = (list, tuple, set, frozenset, dict)
 
 

@@ -6,7 +6,6 @@ import ast
 import inspect
 import itertools
 import sys
-import textwrap
 
 import yaml
 from pydantic.fields import FieldInfo
@@ -31,7 +30,7 @@ def _default(field: FieldInfo) -> str:
 
 def _meanings() -> dict[str, str]:
     """What stands below each key."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
+    (definition,) = ast.parse(inspect.getsource(Settings)).body
     assert isinstance(definition, ast.ClassDef)
     meanings = {}
     for field, below in itertools.pairwise(definition.body):

@@ -24,11 +24,6 @@ PROCESS: dict[str, Any] = {"process_template": {}}
 MODULES = ["module() { export LOADED=$LOADED$2; PATH=/modules/$2:$PATH; }", "module load gcc", "module load mpi"]
 
 
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module", params=[LocalExecutionBackend, DragonExecutionBackendV3], ids=["local", "dragon"])
 async def session(request: pytest.FixtureRequest) -> AsyncIterator[Session]:
     os.environ["A_TOKEN"] = "secret"

@@ -25,11 +25,6 @@ JOB: dict[str, Any] = {"process_templates": [(2, {}), (2, {"env": {"GROUP": "sec
 MODES = {"native": {}, "process": PROCESS, "job": JOB}
 
 
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module", params=[DragonExecutionBackendV3, LocalExecutionBackend], ids=["dragon", "local"])
 async def session(request: pytest.FixtureRequest) -> AsyncIterator[Session]:
     async with Session([await request.param(num_workers=2)]) as session:

@@ -20,11 +20,6 @@ from tests.processes import FAMILY, family, wait_until
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module", autouse=True)
 def own_family() -> Iterator[None]:
     """So that only processes of this module are looked at, and killed."""

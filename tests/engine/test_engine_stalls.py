@@ -22,11 +22,6 @@ pytestmark = pytest.mark.anyio
 STALL_S = 3.0
 
 
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module", autouse=True)
 def own_family() -> Iterator[None]:
     """So that only processes of this module are looked at, and killed."""

@@ -19,11 +19,6 @@ from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Part, Task
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module", params=[DragonExecutionBackendV3, LocalExecutionBackend], ids=["dragon", "local"])
 async def session(request: Any) -> AsyncIterator[Session]:
     async with Session([await request.param(num_workers=2)]) as session:

@@ -13,11 +13,6 @@ from rhapsody_mcp.model.states import Cause, TaskState
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def where() -> str:
     import os
 

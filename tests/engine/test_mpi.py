@@ -100,11 +100,6 @@ def rank_alone() -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 async def session() -> AsyncIterator[Session]:
     async with Session([await DragonExecutionBackendV3(num_workers=4)]) as session:
         yield session

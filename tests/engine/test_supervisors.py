@@ -19,11 +19,6 @@ pytestmark = pytest.mark.anyio
 POLITE = "trap 'exit 5' TERM; touch {}; while :; do sleep 0.05; done"
 
 
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module", params=[DragonExecutionBackendV3, LocalExecutionBackend], ids=["dragon", "local"])
 async def session(request: pytest.FixtureRequest) -> AsyncIterator[Session]:
     async with Session([await request.param(num_workers=1)]) as session:

@@ -49,11 +49,6 @@ llm:
 
 
 @pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture(scope="module")
 async def backend(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[DragonVllmInferenceBackend]:
     file = tmp_path_factory.mktemp("vllm") / "config.yaml"
     file.write_text(CONFIG)

@@ -30,6 +30,11 @@ def refuse(*_: object, **__: object) -> NoReturn:
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
+def written(plan: Plan, path: Path) -> str:
+    path.write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
+    return str(path)
+
+
 def lost(folder: Path) -> tuple[Cause | None, str, float | None]:
     spec = TaskSpec(uid="task.000001", work=Command("true"), layout=Layout("process"))
     found = rank_end(str(folder / "p1"), Order(spec=spec, bindings={}, folder=str(folder), attempt=1), 0, None)
@@ -53,9 +58,7 @@ def test_a_supervisor_without_a_child_leaves_a_lost_task(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "posix_spawn", refuse)
     monkeypatch.setattr("_signal.pthread_sigmask", lambda *_: set())
     plan = Plan(["true"], env={}, note=(str(tmp_path), "task.000001", 1))
-    path = tmp_path / "p1"
-    path.write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
-    assert supervisor._Supervisor(str(path), -1, Trimmer()).run() == 0
+    assert supervisor._Supervisor(written(plan, tmp_path / "p1"), -1, Trimmer()).run() == 0
     assert lost(tmp_path) == (Cause.LOST, TOLD, None)
 
 
@@ -78,10 +81,9 @@ def test_it_keeps_no_more_supervisors_than_it_has_room_for(
     placer = ForkPlacer(str(tmp_path), lambda: None)
     try:
         for number in range(3):
-            path = tmp_path / f"p{number}"
             plan = Plan(["sh", "-c", "echo $PPID"], folder=str(tmp_path), note=(str(tmp_path), f"task.{number}", 1))
-            path.write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
-            assert placer.place(Program([str(path)], {}, Template())).join() == 0
+            path = written(plan, tmp_path / f"p{number}")
+            assert placer.place(Program([path], {}, Template())).join() == 0
     finally:
         placer._socket.shutdown(socket.SHUT_RDWR)
         assert placer._child.wait(10) == 0
