@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import msgspec
 
@@ -24,8 +24,9 @@ from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.backends.keeping import Keeper
 from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.engine.link import Frames, frame
-from rhapsody_mcp.engine.output import left_out
+from rhapsody_mcp.engine.output import left_out, move_stream
 from rhapsody_mcp.engine.placers import count_cores
+from rhapsody_mcp.engine.printing import STREAMS
 from rhapsody_mcp.engine.processes import ENGINE, end, marked
 from rhapsody_mcp.engine.rank_end import how_it_ended
 from rhapsody_mcp.engine.stalls import LOOKS, Stalls, is_stopped
@@ -56,7 +57,7 @@ from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, Inval
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Call, Caps, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.values import Reader
+from rhapsody_mcp.model.values import Reader, Stream
 
 __all__ = ["ComputeBackend"]
 
@@ -69,7 +70,9 @@ _QUICK_S = 0.005  # a worker whose functions are quicker is sent several at once
 _MOST_SENT = 64
 _TOLD_AHEAD = 512  # one write into a ledger for so many starts,
 _TOLD_S = 1.0  # which begin soon: later, a ledger may not be written any more
+_SOON_S = 0.005
 _CHUNK = 1 << 18
+_NOTHING = Stream()
 _MOST_SENT_BYTES = 1024 * 1024  # more waits in the service's memory twice until the worker has read it
 _CLOSING_S = 15.0  # the keeper's own grace, and then some
 _LOST_S = 1.5
@@ -256,6 +259,8 @@ class _Worker:
         self.control: _Peer | None = None
         self.sent: dict[str, _Live] = {}
         self.recalled: set[str] = set()
+        self.begun: _Live | None = None
+        """The last one that has started, until that is told."""
         self.window = window
         self.gone: Gone | None = None
 
@@ -284,9 +289,11 @@ class _Engine:
         self._all_heard = asyncio.Event()
         self._all_heard.set()
         self._live: dict[str, _Live] = {}
+        self._tells_soon = False
         self._queue: deque[_Live] = deque()
         self._process_queue: deque[_Live] = deque()
         self._workers: dict[str, _Worker] = {}
+        self._burials: set[asyncio.Task[None]] = set()
         self._worker_count = 0
         self._used_slots = 0
 
@@ -406,6 +413,7 @@ class _Engine:
         with suppress(TimeoutError):
             async with asyncio.timeout(_HEARING_S):
                 await self._all_heard.wait()
+        await asyncio.gather(*self._burials)
         starts = await asyncio.to_thread(_starts, {live.order.folder for live in self._live.values()})
         for live in list(self._live.values()):
             self._give_up(live, starts)
@@ -650,12 +658,29 @@ class _Engine:
         if live is None:
             return
         live.started = at
-        if live.worker is not None:
-            live.worker.recalled.discard(uid)  # too late to take it back
+        if live.worker is None:
+            self._tell_start(live)
+            return
+        live.worker.recalled.discard(uid)  # too late to take it back
+        live.worker.begun = live
+        if not self._tells_soon:
+            self._tells_soon = True
+            asyncio.get_running_loop().call_later(_SOON_S, self._tell_begun)
+
+    def _tell_begun(self) -> None:
+        """Tell of the functions that run now. What ends soon nobody could see run, and to tell of it takes long."""
+        self._tells_soon = False
+        for worker in self._workers.values():
+            begun, worker.begun = worker.begun, None
+            if begun is not None and begun.uid in worker.sent:
+                self._tell_start(begun)
+
+    def _tell_start(self, live: _Live) -> None:
+        assert live.started is not None
         if live.native and live.order.spec.timeout_s is not None:
-            loop = asyncio.get_running_loop()
-            live.timer = loop.call_later(live.order.spec.timeout_s, self.stop_tasks, [uid], Cause.TIMEOUT)
-        live.report(Running(uid, at))
+            loop, left_s = asyncio.get_running_loop(), live.order.spec.timeout_s - (time.time() - live.started)
+            live.timer = loop.call_later(max(0.0, left_s), self.stop_tasks, [live.uid], Cause.TIMEOUT)
+        live.report(Running(live.uid, live.started))
 
     def _on_finished(self, peer: _Peer, message: Finished) -> None:
         worker, live = peer.worker, self._live.get(message.uid)
@@ -713,19 +738,24 @@ class _Engine:
         if worker.gone is None or worker.tasks is not None or worker.name not in self._workers:
             return
         del self._workers[worker.name]
-        rest = list(worker.sent.values())
-        starts = _starts({live.order.folder for live in rest if live.asked})
-        for live in rest:
-            live.worker, live.asked = None, False
-            if live.stop is not None:
-                self._finish(live, _stopped(live))
-            elif live.has_started(starts):
-                how = worker.gone.why or how_it_ended(worker.gone.exit_code)
-                message = f"its process {how} before the function returned."
-                self._finish(live, _failed(Cause.CRASHED, message, live.started, worker.gone.exit_code))
-        self._queue.extendleft(live for live in reversed(rest) if live.uid in self._live)
+        burial = asyncio.create_task(self._settle(list(worker.sent.values()), worker.gone))
+        self._burials.add(burial)
+        burial.add_done_callback(self._burials.discard)
         if self.lost is None and not self._bundles:
             self._place_worker()
+        self._pump()
+
+    async def _settle(self, rest: Sequence[_Live], gone: Gone) -> None:
+        """`rest` is what a worker that is gone had been sent and had not ended."""
+        folders = {live.order.folder for live in rest if live.asked}
+        for live in rest:
+            live.worker, live.asked = None, False
+        starts = await asyncio.to_thread(_starts, folders)
+        for live in rest:
+            if live.has_started(starts) or live.stop is not None:
+                printed = await asyncio.to_thread(_printed, gone.printed, live.order.folder, self.backend.caps)
+                self._finish(live, _stopped(live, *printed) if live.stop else _crashed(live, gone, printed))
+        self._queue.extendleft(live for live in reversed(rest) if live.uid in self._live)
         self._pump()
 
     def _place_worker(self) -> None:
@@ -753,8 +783,7 @@ class _Peer(asyncio.Protocol):
         self.worker: _Worker | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio
         self._engine._peers.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -792,10 +821,22 @@ def _starts(folders: Iterable[str]) -> set[tuple[str, int]]:
     return {start for folder in folders for start in starts_in(folder)}
 
 
+def _printed(path: str, folder: str, caps: Caps) -> tuple[Stream, Stream]:
+    """What a worker that is gone left in its files; nothing where they are gone, as for the second to ask."""
+    return _left_in(f"{path}.{STREAMS[0]}", folder, caps), _left_in(f"{path}.{STREAMS[1]}", folder, caps)
+
+
+def _left_in(path: str, folder: str, caps: Caps) -> Stream:
+    try:
+        return move_stream(path, folder, caps.output_bytes)
+    except OSError:
+        return Stream()
+
+
 def _outcome(live: _Live, message: Finished) -> Outcome:
     result = message.result
     if message.interrupted and live.stop is not None:
-        return _stopped(live, message)
+        return _stopped(live, message.stdout, message.stderr, message.started)
     state = TaskState.DONE if result.cause is None else TaskState.FAILED
     return Outcome(
         state=state,
@@ -811,21 +852,29 @@ def _outcome(live: _Live, message: Finished) -> Outcome:
     )
 
 
-def _stopped(live: _Live, message: Finished | None = None) -> Outcome:
+def _stopped(
+    live: _Live, stdout: Stream = _NOTHING, stderr: Stream = _NOTHING, started: float | None = None
+) -> Outcome:
     """The outcome of a task that was canceled, or whose time was up."""
     canceled = live.stop is not Cause.TIMEOUT
     error = "canceled on request" if canceled else f"its time of {live.order.spec.timeout_s} s was up"
     outcome = Outcome(
         state=TaskState.CANCELED if canceled else TaskState.FAILED,
-        started=live.started,
+        started=started or live.started,
         ended=time.time(),
+        stdout=stdout,
+        stderr=stderr,
         cause=live.stop,
         error=error,
     )
-    if message is None:
-        return outcome
-    printed = {"stdout": message.stdout, "stderr": message.stderr, "notes": tuple(left_out(message))}
-    return msgspec.structs.replace(outcome, started=message.started, **printed)
+    return msgspec.structs.replace(outcome, notes=tuple(left_out(outcome)))
+
+
+def _crashed(live: _Live, gone: Gone, printed: tuple[Stream, Stream]) -> Outcome:
+    message = f"its process {gone.why or how_it_ended(gone.exit_code)} before the function returned."
+    outcome = _failed(Cause.CRASHED, message, live.started, gone.exit_code)
+    outcome = msgspec.structs.replace(outcome, stdout=printed[0], stderr=printed[1])
+    return msgspec.structs.replace(outcome, notes=tuple(left_out(outcome)))
 
 
 def _failed(cause: Cause, message: str, started: float | None, exit_code: int | None = None) -> Outcome:

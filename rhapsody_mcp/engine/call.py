@@ -2,72 +2,142 @@
 
 from __future__ import annotations
 
+import _thread
+import contextvars
 import importlib
 import inspect
 import io
-import linecache
 import os
 import pickle
 import reprlib
+import sys
+import threading
 import traceback
-from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO, NoReturn
 
 import cloudpickle
 import msgspec
 
+from rhapsody_mcp.engine import c_streams
+from rhapsody_mcp.engine.error_text import Interrupted, line_in, sendable, trace, words
 from rhapsody_mcp.engine.output import end_part, open_part, write_file
 from rhapsody_mcp.engine.reading import plain_text, type_name
+from rhapsody_mcp.engine.sources import Sources
 from rhapsody_mcp.engine.wire import Result
 from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.specs import Call
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, follow, load
+from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PLAIN, PREVIEW_CHARS, Value, follow, load
 
-if TYPE_CHECKING:
-    import asyncio
-
-__all__ = ["Loop", "encode", "perform"]
+__all__ = ["encode", "perform"]
 
 
-def perform(call: Call, bindings: Mapping[str, Value], folder: str, loop: Loop, most: int | None = None) -> Result:
-    """Run the call to its end; a coroutine function in `loop`. Only BaseExceptions that are no Exception, and
-    no SystemExit, leave it. A result of more than `most` bytes makes it fail."""
+def perform(
+    call: Call, bindings: Mapping[str, Value], folder: str, sources: Sources, most: int | None = None
+) -> Result:
+    """Run the call to its end, with the threads that it leaves which are no daemons. Only Interrupted leaves it.
+
+    A result of more than `most` bytes makes it fail. A process that the function forks ends where it comes back here.
+    """
     try:
-        function = _function(call)
-        args, kwargs = _arguments(call, bindings)
-    except Exception as error:  # unpickling and importing run the user's own code
-        told = str(error) if isinstance(error, InvalidTask) else _words(error)
-        return Result(None, Cause.INVALID, f"it cannot start: {told}", _trace(error))
-    try:
-        value = function(*args, **kwargs)
-        if inspect.iscoroutine(value):
-            value = loop.run(value)
-        elif inspect.isawaitable(value):
-            value = loop.run(_awaited(value))
-    except (Exception, SystemExit) as error:
-        return Result(None, Cause.ERROR, _words(error), _trace(error))
+        value = contextvars.copy_context().run(_run, call, bindings, sources)
+    except Interrupted:
+        raise
+    except _CannotStart as error:
+        return Result(None, Cause.INVALID, f"it cannot start: {error}", error.trace)
+    except BaseException as error:
+        if _forked.is_child:
+            _end_child(error)
+        return Result(None, Cause.ERROR, words(error), _trace(call, error, sources))
+    if _forked.is_child:
+        _end_child(None)
     return _encoded(value, folder, most)
 
 
-async def _awaited(value: Any) -> Any:
+class _Forked:
+    """Knows whether this process was forked by user code."""
+
+    is_child = False
+
+    def note(self) -> None:
+        self.is_child = True
+
+
+_forked = _Forked()
+os.register_at_fork(after_in_child=_forked.note)
+
+
+class _CannotStart(Exception):
+    """Raised with the reason where the function, or its arguments, cannot be had."""
+
+    def __init__(self, reason: str, trace: str) -> None:
+        super().__init__(reason)
+        self.trace = trace
+
+
+def _run(call: Call, bindings: Mapping[str, Value], sources: Sources) -> Any:
+    try:
+        function = _LOADERS[call.form](call, bindings, sources)
+        args, kwargs = _arguments(call, bindings)
+    except Interrupted:
+        raise
+    except BaseException as error:  # unpickling and importing run the user's own code
+        raise _CannotStart(_why_not(call, error, sources), _trace(call, error, sources)) from None
+    threads = _thread._count()
+    value = function(*args, **kwargs)
+    if type(value) not in PLAIN:
+        value = _awaited(value)
+    if _thread._count() > threads and _has_threads_to_wait_for():
+        threading._shutdown()  # type: ignore[attr-defined]  # as at the end of a program
+    return value
+
+
+def _why_not(call: Call, error: BaseException, sources: Sources) -> str:
+    if isinstance(error, InvalidTask):
+        return sendable(str(error))
+    line = line_in(error, sources.path_of(call.code)) if call.form == "source" else None
+    return f"{words(error)} (line {line} of the source)" if line else words(error)
+
+
+def _trace(call: Call, error: BaseException, sources: Sources) -> str:
+    """With a name in the place of the file that a source text has."""
+    if call.form != "source":
+        return trace(error)
+    return trace(error).replace(sources.path_of(call.code), f"<source of {call.entry}>")
+
+
+def _awaited(value: Any) -> Any:
+    """What a coroutine gives, in an event loop of its own; any other value as it is."""
+    if not inspect.isawaitable(value):
+        return value
+    import asyncio  # which takes as long as all else that a worker imports
+
+    return asyncio.run(value if inspect.iscoroutine(value) else _await(value))
+
+
+async def _await(value: Any) -> Any:
     return await value
 
 
-class Loop:
-    """The event loop of coroutine functions, made when the first one comes: asyncio takes as long to import as all else
-    that a worker needs."""
+def _has_threads_to_wait_for() -> bool:
+    main = threading.main_thread()
+    return any(not thread.daemon and thread is not main for thread in threading.enumerate())
 
-    def __init__(self) -> None:
-        self._runner: asyncio.Runner | None = None
 
-    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        if self._runner is None:
-            import asyncio
-
-            self._runner = asyncio.Runner()
-        return self._runner.run(coroutine)
+def _end_child(error: BaseException | None) -> NoReturn:
+    """As a program ends whose last words these are."""
+    code = 0
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        code = error.code or 0
+    elif error is not None:
+        code = 1
+        said = [f"{error.code}\n"] if isinstance(error, SystemExit) else traceback.format_exception(error)
+        sys.stderr.write("".join(said))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    c_streams.flush()
+    os._exit(code & 0xFF)
 
 
 def _encoded(value: Any, folder: str, most: int | None) -> Result:
@@ -79,9 +149,11 @@ def _encoded(value: Any, folder: str, most: int | None) -> Result:
             "settings of the server). Write it into a file and return the file's path, or return a part of it."
         )
         return Result(None, Cause.ERROR, message, "")
-    except Exception as error:  # a pickler raises whatever a __reduce__ raises
+    except Interrupted:
+        raise
+    except BaseException as error:  # a pickler raises whatever a __reduce__ raises
         message = (
-            f"its return value of type {type_name(value)} cannot be sent back: {_words(error)}. "
+            f"its return value of type {type_name(value)} cannot be sent back: {words(error)}. "
             "Return plain data, or write a file and return its path."
         )
         return Result(None, Cause.ERROR, message, "")
@@ -89,26 +161,16 @@ def _encoded(value: Any, folder: str, most: int | None) -> Result:
 
 # --- the function and its arguments
 
-_functions: OrderedDict[tuple[str, bytes, str], Callable[..., Any]] = OrderedDict()
-_KEPT_FUNCTIONS = 256
 
-
-def _function(call: Call) -> Callable[..., Any]:
-    key = (call.form, call.code, call.entry)
-    if key not in _functions:
-        _functions[key] = _LOADERS[call.form](call)
-        if len(_functions) > _KEPT_FUNCTIONS:
-            _functions.popitem(last=False)
-    return _functions[key]
-
-
-def _unpickled(call: Call) -> Callable[..., Any]:
-    function: Callable[..., Any] = pickle.loads(call.code)
+def _unpickled(call: Call, bindings: Mapping[str, Value], _: Sources) -> Callable[..., Any]:
+    function: Callable[..., Any] = _unpickle(call.code, bindings)
     return function
 
 
-def _imported(call: Call) -> Callable[..., Any]:
+def _imported(call: Call, _bindings: Mapping[str, Value], _sources: Sources) -> Callable[..., Any]:
     module, _, path = call.code.decode().partition(":")
+    if module not in sys.modules:
+        importlib.invalidate_caches()  # its file may be new
     function: Any = importlib.import_module(module)
     for name in path.split("."):
         try:
@@ -120,25 +182,19 @@ def _imported(call: Call) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _compiled(call: Call) -> Callable[..., Any]:
-    text = call.code.decode()
-    filename = f"<source of {call.entry}>"
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    namespace: dict[str, Any] = {"__name__": "__rhapsody_source__"}
-    exec(compile(text, filename, "exec", dont_inherit=True), namespace)
-    return namespace[call.entry]  # type: ignore[no-any-return]
+def _compiled(call: Call, _: Mapping[str, Value], sources: Sources) -> Callable[..., Any]:
+    return getattr(sources.load(call.code), call.entry)  # type: ignore[no-any-return]
 
 
 _LOADERS = {"pickle": _unpickled, "module": _imported, "source": _compiled}
 
 
 def _arguments(call: Call, bindings: Mapping[str, Value]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if not call.arguments:
-        return (), {}
-    if not bindings:
-        return pickle.loads(call.arguments)  # type: ignore[no-any-return]
-    args, kwargs = _Unpickler(call.arguments, bindings).load()
-    return args, kwargs
+    return _unpickle(call.arguments, bindings) if call.arguments else ((), {})
+
+
+def _unpickle(data: bytes, bindings: Mapping[str, Value]) -> Any:
+    return _Unpickler(data, bindings).load() if bindings else pickle.loads(data)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -226,7 +282,7 @@ def _json(value: Any, most: int | None) -> bytes | None:
         if most is not None and type(value) is str and len(value) > most:
             raise _TooLong
         data = msgspec.json.encode(value)
-    except (OverflowError, RecursionError, UnicodeEncodeError, msgspec.MsgspecError):
+    except (OverflowError, RecursionError, ValueError, msgspec.MsgspecError):
         return None  # whole numbers of more than 64 bits, half a surrogate pair, circles
     if most is not None and len(data) > most:
         raise _TooLong
@@ -261,8 +317,10 @@ def _preview(value: Any, data: bytes | None) -> str:
     try:
         if plain := plain_text(value, _PLAIN_BYTES):
             return plain
-        return f"{_form(value)}{_REPR.repr(value)}"[:PREVIEW_CHARS]
-    except Exception:  # a __repr__, or a dict of its own kind, may raise anything
+        return sendable(f"{_form(value)}{_REPR.repr(value)}"[:PREVIEW_CHARS])
+    except Interrupted:
+        raise
+    except BaseException:  # a __repr__, or a dict of its own kind, may raise anything
         return ""
 
 
@@ -280,13 +338,3 @@ _REPR = reprlib.Repr()
 _REPR.maxother = _REPR.maxstring = _REPR.maxlong = PREVIEW_CHARS
 _REPR.maxtuple = _REPR.maxlist = _REPR.maxset = _REPR.maxfrozenset = _REPR.maxdict = 20
 _REPR.maxlevel = 3
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _trace(error: BaseException) -> str:
-    """The traceback without the frame of this module."""
-    frames = error.__traceback__.tb_next if error.__traceback__ else None
-    return "".join(traceback.format_exception(type(error), error, frames))[-PREVIEW_CHARS:]

@@ -231,7 +231,7 @@ class Host:
             return
         del self._workers[worker]
         self.vital.pop(process.name, None)
-        self.say(Gone(worker, code if code <= 128 else 128 - code, process.why))
+        self.say(Gone(worker, code if code <= 128 else 128 - code, process.why, process.path))
 
     def end_stalled(self) -> NoReturn:
         """End what has been stopped for too long: a worker, a supervisor, or, with what placed this process, all."""

@@ -14,6 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal
     from collections.abc import Callable, Container, Iterable, Sequence
+
+    from rhapsody_mcp.engine.printing import Output
 else:
     import _signal as signal
 
@@ -217,21 +219,25 @@ def end(find: Callable[[], Iterable[int]], grace_s: float = 0.0, within_s: float
         time.sleep(0.005)
 
 
-def outlives(pid: int, lifeline: int) -> bool:
+def outlives(pid: int, lifeline: int, outputs: Iterable[Output] = ()) -> bool:
     """Wait for this process's child to end, or for end-of-file on the lifeline; True where the child ends first.
 
-    The child is not collected; other children that end meanwhile, such as adopted ones, are. Call it from the main
-    thread.
+    The child is not collected; other children that end meanwhile, such as adopted ones, are. What the child prints is
+    kept meanwhile. Call it from the main thread.
     """
     signal.signal(signal.SIGCHLD, lambda *_: _collect_others(pid))
     _collect_others(pid)
     child = os.pidfd_open(pid) if sys.platform == "linux" else -1
-    watched = [lifeline, child] if child >= 0 else [lifeline]
+    printed = {output.reader: output for output in outputs}
+    ends = [lifeline, child] if child >= 0 else [lifeline]
     try:
         while not _has_ended(pid):
-            readable, _, _ = select.select(watched, [], [], None if child >= 0 else _POLL_S)
+            readable, _, _ = select.select([*ends, *printed], [], [], None if child >= 0 else _POLL_S)
             if lifeline in readable and not os.read(lifeline, 4096):
                 return False
+            for reader in printed.keys() & readable:
+                if not printed[reader].drain():
+                    del printed[reader]
     except OSError:  # the lifeline was closed
         return False
     finally:

@@ -8,15 +8,21 @@ to run, is in the file CONFIG.result afterwards.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import msgspec
 
+from rhapsody_mcp.engine import c_streams
 from rhapsody_mcp.engine.arguments import arguments_of
-from rhapsody_mcp.engine.call import Loop, perform
+from rhapsody_mcp.engine.call import perform
+from rhapsody_mcp.engine.edited_modules import keep_no_bytecode_of_new_files
+from rhapsody_mcp.engine.error_text import words
+from rhapsody_mcp.engine.sources import Sources
 from rhapsody_mcp.engine.supervisor import Impossible, execute, find_program
 from rhapsody_mcp.engine.wire import RankConfig, Result
 from rhapsody_mcp.model.errors import InvalidTask
@@ -32,24 +38,33 @@ def main() -> NoReturn:
     config = msgspec.msgpack.decode(path.read_bytes(), type=RankConfig)
     path.unlink()
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
-    try:
-        result = _result(config)
-    except BaseException as error:  # as a worker tells of it: KeyboardInterrupt, GeneratorExit
-        result = Result(None, Cause.ERROR, type(error).__name__)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    keep_no_bytecode_of_new_files()
+    result = _result(config, Sources(str(path.parent / "sources")))
+    _flush(sys.stdout)
+    _flush(sys.stderr)
+    c_streams.flush()
     (part := path.with_suffix(".part")).write_bytes(msgspec.msgpack.encode(result))
     part.rename(path.with_suffix(".result"))
     os._exit(0 if result.cause is None else 1)
 
 
-def _result(config: RankConfig) -> Result:
+def _flush(stream: TextIO) -> None:
+    with suppress(Exception):  # the function may have closed it, or put anything in its place
+        stream.flush()
+
+
+def _result(config: RankConfig, sources: Sources) -> Result:
     order, work = config.order, config.order.spec.work
     if isinstance(work, Command):
         return Result(None, Cause.INVALID, _become(work, order))
     assert isinstance(work, Call)
     sys.path.insert(0, os.getcwd())
-    return perform(work, order.bindings, order.folder, Loop(), config.caps.result_bytes)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash then loses no line
+    c_streams.buffer_lines()
+    result = perform(work, order.bindings, order.folder, sources, config.caps.result_bytes)
+    atexit._run_exitfuncs()
+    return result
 
 
 def _become(work: Command, order: Order) -> str:
@@ -60,8 +75,8 @@ def _become(work: Command, order: Order) -> str:
         arguments = arguments_of(work, order.bindings, load)
     except (InvalidTask, Impossible) as error:
         return str(error)
-    except Exception as error:  # unpickling runs the user's own code
-        return f"its arguments cannot be made of the results: {type(error).__name__}: {error}"
+    except BaseException as error:  # unpickling runs the user's own code
+        return f"its arguments cannot be made of the results: {words(error)}"
     return execute(program, arguments, env)
 
 

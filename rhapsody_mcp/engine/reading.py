@@ -13,6 +13,8 @@ from typing import Any
 
 import msgspec
 
+from rhapsody_mcp.engine.error_text import Interrupted, bounded, sendable
+from rhapsody_mcp.engine.sources import MODULE_PREFIX
 from rhapsody_mcp.engine.splitting import as_list
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.values import Value, keys_text, load, pointer_steps
@@ -22,6 +24,8 @@ __all__ = ["View", "plain_text", "type_name", "view"]
 _DEPTH, _ITEMS, _ELEMENTS, _CHARS = 8, 100, 1000, 1000
 """How much is shown of what lies inside: levels, items of one container, elements of an array, characters of a text."""
 _CONTAINERS: Any = Mapping | list | tuple | deque | set | frozenset
+_TYPE_CHARS = 200
+_BUILT_IN = frozenset({int, float, str, bool, bytes, type(None), list, dict, tuple})
 _REPR = reprlib.Repr()
 _REPR.maxother = _REPR.maxstring = _REPR.maxlong = _CHARS
 
@@ -183,7 +187,9 @@ class _Plain:
             return f"binary, {len(value)} bytes"
         try:
             return _text(_REPR.repr(value), _CHARS)
-        except Exception:  # a __repr__ may raise anything
+        except Interrupted:
+            raise
+        except BaseException:  # a __repr__ may raise anything
             return type_name(value)
 
     def _cut(self, told: str) -> str:
@@ -214,10 +220,14 @@ def _key(key: Any) -> str:
 
 
 def _text(text: str, max_chars: int) -> str:
-    return text[:max_chars].encode("utf-8", "replace").decode()
+    return sendable(text[:max_chars])
 
 
 def type_name(value: Any) -> str:
     """With its module, but for what is built in or the user's own."""
     kind = type(value)
-    return kind.__name__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__name__}"
+    if kind in _BUILT_IN:
+        return kind.__name__
+    module = str(kind.__module__)
+    is_users = module in ("builtins", "__main__") or module.startswith(MODULE_PREFIX)
+    return bounded(kind.__name__ if is_users else f"{module}.{kind.__name__}", _TYPE_CHARS)

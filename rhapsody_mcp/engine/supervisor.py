@@ -18,7 +18,7 @@ import os
 import sys
 import time
 
-from rhapsody_mcp.engine.printing import STREAMS, Trimmer, open_output
+from rhapsody_mcp.engine.printing import STREAMS, Output, shared_count
 from rhapsody_mcp.engine.processes import (
     adopt_orphans,
     end,
@@ -70,16 +70,16 @@ def command(module: str, *arguments: str) -> list[str]:
 
 def main() -> NoReturn:
     adopt_orphans()
-    os._exit(_Supervisor(sys.argv[1], open_lifeline(), Trimmer()).run())
+    os._exit(_Supervisor(sys.argv[1], open_lifeline()).run())
 
 
 def attend(folder: str, name: str, names: int, done: int) -> NoReturn:
     """Be the supervisor of the plan of this name in a folder, and then of those whose names come through a pipe, if
     there is one, until a plan ends badly; after each that does not, say so through the other."""
     adopt_orphans()
-    lifeline, trimmer, number = open_lifeline(), Trimmer(), f"{os.getpid()}\n".encode()
+    lifeline, number = open_lifeline(), f"{os.getpid()}\n".encode()
     while name:
-        supervisor = _Supervisor(f"{folder}/{name}", lifeline, trimmer)
+        supervisor = _Supervisor(f"{folder}/{name}", lifeline)
         code = supervisor.run()
         if code or names < 0:
             os._exit(code)
@@ -94,14 +94,14 @@ class Impossible(Exception):
 
 
 class _Supervisor:
-    def __init__(self, path: str, lifeline: int, trimmer: Trimmer) -> None:
+    def __init__(self, path: str, lifeline: int) -> None:
         """Of the plan in the file at `path`."""
-        self.path, self.lifeline, self.trimmer = path, lifeline, trimmer
+        self.path, self.lifeline = path, lifeline
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.plan: Mapping[str, Any] = marshal.loads(os.read(file, os.fstat(file).st_size))
         os.close(file)
         os.unlink(path)
-        self.files: list[int] = []
+        self.outputs: list[Output] = []
         self.usable = os.sched_getaffinity(0) if self.plan["cpus"] else set()
         self.pid = 0
         self.started = 0.0
@@ -112,13 +112,13 @@ class _Supervisor:
             env, cwd = self._environment(), self._enter()
             if self.plan["cpus"]:
                 os.sched_setaffinity(0, self.plan["cpus"])
-            self.files = [open_output(f"{self.path}.{suffix}") for suffix in STREAMS]
+            moves = [0] if self.plan["note"] else shared_count(f"{self.path}.moves")
+            for suffix in STREAMS:
+                self.outputs.append(Output(f"{self.path}.{suffix}", self.plan["output_bytes"], moves))
             program = find_program(self.plan["arguments"][0], env, cwd)
         except (Impossible, OSError) as error:
             return self._leave("invalid", str(error))
         if self.plan["note"] is None:
-            for suffix in STREAMS:
-                os.unlink(f"{self.path}.{suffix}")
             code, _ = self._watch(program, env)
             return code if code >= 0 else 128 - code
         try:
@@ -136,9 +136,8 @@ class _Supervisor:
     def leave_nothing(self) -> None:
         """Be as it was before, for the next one."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.trimmer.leave()
-        for file in self.files:
-            os.close(file)
+        for output in self.outputs:
+            output.close()
         if self.usable:
             os.sched_setaffinity(0, self.usable)
         os.chdir("/")
@@ -178,20 +177,21 @@ class _Supervisor:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._began(pid)
-        if not outlives(pid, self.lifeline):
+        if not outlives(pid, self.lifeline, self.outputs):
             end(own_descendants)
             os._exit(OWNER_GONE)
         _, status = os.waitpid(pid, 0)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.alarm(0)
-        left_running = _left_running()
+        left_running = self._left_running()
         end(own_descendants)
         reap()
+        self._drain()
         return os.waitstatus_to_exitcode(status), left_running
 
     def _spawn(self, program: str, env: dict[str, str], mask: set[int]) -> int:
         """Not by a fork, which copies this process to throw the copy away: that takes longer than many a program."""
-        out, err = self.files
+        out, err = (output.writer for output in self.outputs)
         try:
             return os.posix_spawn(
                 program,
@@ -213,11 +213,24 @@ class _Supervisor:
 
     def _began(self, pid: int) -> None:
         self.pid, self.started = pid, time.time()
-        if (most := self.plan["output_bytes"]) is not None:
-            self.trimmer.watch(self.files, most)
+        for output in self.outputs:
+            output.started()
         note, name = self.plan["note"], os.path.basename(self.path)
         vital, uid = (f"{os.getpid()},{pid}", "") if note is None else (f"{os.getpid()}", note[1])
         _tell(self.plan["started"], f"{name} {vital} {self.started} {uid}".encode())
+
+    def _left_running(self) -> int:
+        """How many processes the child left that are not about to end by themselves."""
+        deadline = time.monotonic() + _ABOUT_TO_END_S
+        while (count := len(own_descendants())) and time.monotonic() < deadline:
+            self._drain()
+            reap()
+            time.sleep(0.005)
+        return count
+
+    def _drain(self) -> None:
+        for output in self.outputs:
+            output.drain()
 
     def _leave(self, problem: str, words: str, code: int | None = None, left_running: int = 0) -> int:
         return 0 if leave(self.path, problem, words, self.pid, code, self.started, left_running) else 1
@@ -297,15 +310,6 @@ def _why_not(program: str, error: OSError | ValueError) -> str:
 
 
 # --- the tree
-
-
-def _left_running() -> int:
-    """How many processes the child left that are not about to end by themselves."""
-    deadline = time.monotonic() + _ABOUT_TO_END_S
-    while (count := len(own_descendants())) and time.monotonic() < deadline:
-        reap()
-        time.sleep(0.005)
-    return count
 
 
 def finish(child: Callable[[], NoReturn]) -> NoReturn:

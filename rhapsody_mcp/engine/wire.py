@@ -161,11 +161,15 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", gc=False):
 
 
 class Gone(msgspec.Struct, frozen=True, tag="gone", gc=False):
-    """A worker has ended with this exit code, and nothing under it is left; `why` where the host has ended it."""
+    """A worker has ended with this exit code, and nothing under it is left; `why` where the host has ended it.
+
+    The files whose names begin with `printed` and a dot hold what the function printed that it was running.
+    """
 
     worker: str
     exit_code: int
     why: str = ""
+    printed: str = ""
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended", gc=False):
@@ -230,10 +234,9 @@ class Plan(msgspec.Struct, frozen=True, gc=False):
     """What a supervisor starts, which reads it as a dict with these keys, marshaled: it imports no msgspec.
 
     `env` changes the supervisor's own; None removes a variable. The program runs in `cwd`, which may begin in `folder`,
-    the session's. `note` is what is written down of the start of a task, and None for a worker, whose output files
-    have no name. The supervisor says to the datagram socket `started` when its program starts, with blanks in between:
-    the name of this plan, the processes that must not stand still (itself and, of a worker, that, with a comma), the
-    time, and the uid of a task.
+    the session's. `note` is what is written down of the start of a task, and None for a worker. The supervisor says to
+    the datagram socket `started` when its program starts, with blanks in between: the name of this plan, the processes
+    that must not stand still (itself and, of a worker, that, with a comma), the time, and the uid of a task.
     """
 
     arguments: list[str]

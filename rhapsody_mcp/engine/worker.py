@@ -2,29 +2,38 @@
 
     python -P -m rhapsody_mcp.engine.worker CONFIG
 
-The main thread runs them, so that a signal can interrupt one; a second thread listens for interrupts. A supervisor has
-given it the files that stdout and stderr are.
+The main thread runs them, so that a signal can interrupt one; a second thread listens for interrupts. Its supervisor
+writes what comes through the pipes of stdout and stderr into the files CONFIG.out and CONFIG.err, less the suffix of
+CONFIG. A function finds the process as the one before did; where that cannot be, the worker ends, and another takes its
+place.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
+import cloudpickle.cloudpickle
 import msgspec
 
-from rhapsody_mcp.engine.call import Loop, perform
+from rhapsody_mcp.engine import c_streams
+from rhapsody_mcp.engine.call import perform
+from rhapsody_mcp.engine.edited_modules import EditedModules, keep_no_bytecode_of_new_files
+from rhapsody_mcp.engine.error_text import Interrupted
 from rhapsody_mcp.engine.link import Link
-from rhapsody_mcp.engine.output import collect
+from rhapsody_mcp.engine.printed import Printed
+from rhapsody_mcp.engine.process_state import ProcessState
 from rhapsody_mcp.engine.processes import adopt_orphans, end, has_children, own_descendants, reap
+from rhapsody_mcp.engine.sources import Sources
 from rhapsody_mcp.engine.starts import FOLDER_GONE, NOT_NOTED, note_start
 from rhapsody_mcp.engine.wire import (
     Finished,
@@ -40,14 +49,10 @@ from rhapsody_mcp.engine.wire import (
 )
 from rhapsody_mcp.model.states import Cause
 
-__all__ = ["Interrupted", "main"]
+__all__ = ["main"]
 
 _INTERRUPT = signal.SIGRTMIN + 6 if sys.platform == "linux" else signal.SIGUSR2
 _REMEMBERED = 10_000
-
-
-class Interrupted(BaseException):
-    """Raised inside a function that is canceled or whose time is up."""
 
 
 class _Turn:
@@ -96,76 +101,143 @@ class _Turn:
             return True
 
 
-def main() -> None:
+def main() -> NoReturn:
     path = Path(sys.argv[1])
     config = msgspec.msgpack.decode(path.read_bytes(), type=WorkerConfig)
     path.unlink()
     adopt_orphans()
     os.chdir(config.cwd if os.path.isdir(config.cwd) else "/")
+    sys.path.insert(0, config.cwd)
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
-    _run_worker(config, [os.dup(descriptor) for descriptor in (1, 2)])
-
-
-def _run_worker(config: WorkerConfig, files: Sequence[int]) -> None:
-    """Serve the backend at `config.address` until the process is ended from outside, or an interrupt has cut an import
-    off. What functions write to stdout and stderr goes through these files."""
-    turn = _Turn()
-    signal.signal(_INTERRUPT, lambda number, frame: _raise(turn, number, frame))
-    threading.Thread(target=_listen, args=(config, turn, threading.get_ident()), daemon=True).start()
-    backend: Link[Run] = Link(config.address, Run)
-    backend.send(Up(config.worker))
+    keep_no_bytecode_of_new_files()
+    c_streams.buffer_lines()
     with suppress(EOFError, ConnectionError):
-        _serve(backend, turn, config, files)
+        _Worker(config, path).serve()
+    os._exit(0)  # a thread that a function left may never end
 
 
-def _serve(backend: Link[Run], turn: _Turn, config: WorkerConfig, files: Sequence[int]) -> None:
-    loop = Loop()
-    waiting: deque[Run] = deque()
-    unsent: list[FromWorker] = []
-    while True:
-        while not waiting:
-            if not backend.ready():
-                _send(backend, unsent)
-            waiting.extend(backend.receive())
-        run = waiting.popleft()
-        if not turn.begin(run.uid):
-            continue
-        started = time.time()
-        unsent.append(Started(run.uid, started))
-        _send(backend, unsent)
-        finished, loop = _run(run, loop, turn, started, config, files)
-        unsent.append(finished)
-        if turn.cut_import:
-            _send(backend, unsent)
+class _Worker:
+    """Serves the backend at `config.address` until the process is ended from outside, or is not as it was."""
+
+    def __init__(self, config: WorkerConfig, path: Path) -> None:
+        """`path` is that of the configuration."""
+        self.config, self.turn = config, _Turn()
+        signal.signal(_INTERRUPT, lambda number, frame: _raise(self.turn, number, frame))
+        threading.Thread(target=_listen, args=(config, self.turn, threading.get_ident()), daemon=True).start()
+        self.sources, self.edited = Sources(str(path.parent / "sources")), EditedModules()
+        self.printed = Printed(path)
+        self.state = ProcessState()
+        self.threads = _thread._count()
+        self.backend = self._connect()
+
+    def _connect(self) -> Link[Run]:
+        backend: Link[Run] = Link(self.config.address, Run)
+        backend.send(Up(self.config.worker))
+        return backend
+
+    def serve(self) -> None:
+        waiting: deque[Run] = deque()
+        unsent: list[FromWorker] = []
+        is_whole = True
+        while is_whole:
+            while not waiting:
+                if not self.backend.ready():
+                    self._send(unsent)
+                waiting.extend(self.backend.receive())
+                self.edited.drop()
+            run = waiting.popleft()
+            if not self.turn.begin(run.uid):
+                continue
+            started = time.time()
+            unsent.append(Started(run.uid, started))
+            self._send(unsent)
+            finished, is_whole = self._run(run, started)
+            unsent.append(finished)
+        self._send(unsent)
+
+    def _send(self, messages: list[FromWorker]) -> None:
+        """Ends this process where a function has closed the connection, once they are sent."""
+        if not messages:
             return
-
-
-def _run(
-    run: Run, loop: Loop, turn: _Turn, started: float, config: WorkerConfig, files: Sequence[int]
-) -> tuple[Finished, Loop]:
-    interrupted, caps = False, config.caps
-    try:
         try:
-            if _is_in(config.cwd):
-                note_start(run.folder, run.uid, run.attempt)
-                result = perform(run.call, run.bindings, run.folder, loop, caps.result_bytes)
-            else:
-                result = Result(None, Cause.INVALID, FOLDER_GONE.format(config.cwd))
-        finally:
-            interrupted = turn.over()
-    except OSError as error:  # the note's: no other of its kind leaves a function
-        result = Result(None, Cause.LOST, NOT_NOTED.format(error))
-    except BaseException as error:  # Interrupted, KeyboardInterrupt, GeneratorExit: the worker goes on
-        interrupted = turn.over() or interrupted or isinstance(error, Interrupted)
-        result = Result(None, Cause.ERROR, type(error).__name__)
-        loop = Loop()
-    if has_children():  # the function left processes behind
-        end(own_descendants)
-        reap()
-    _flush(sys.stdout)
-    _flush(sys.stderr)
-    stdout, stderr = (collect(file, run.folder, caps.output_bytes) for file in files)
-    return Finished(run.uid, started, time.time(), result, stdout, stderr, interrupted), loop
+            self.backend.send(*messages)
+        except ConnectionError:
+            raise
+        except OSError:
+            self._connect().send(*messages)
+            os._exit(0)
+        messages.clear()
+
+    def _run(self, run: Run, started: float) -> tuple[Finished, bool]:
+        """What came of it, and whether this process can run another one."""
+        result, interrupted = self._perform(run)
+        ended = time.time()
+        took_long = ended - started > _START_S
+        is_whole = self._has_no_threads() and not self.turn.cut_import
+        if took_long:
+            is_whole = _end_children() and is_whole
+        self.state.flush()
+        c_streams.flush(look=took_long)
+        is_whole = self.state.restore() and is_whole
+        stdout, stderr = self.printed.collect(run.folder, self.config.caps.output_bytes)
+        self._forget()
+        is_whole = is_whole and not self.printed.is_closed
+        return Finished(run.uid, started, ended, result, stdout, stderr, interrupted), is_whole
+
+    def _perform(self, run: Run) -> tuple[Result, bool]:
+        interrupted = False
+        try:
+            try:
+                result = self._attempt(run)
+            finally:
+                interrupted = self.turn.over()
+        except Interrupted:
+            self.turn.over()
+            return Result(None, Cause.ERROR, "interrupted"), True
+        return result, interrupted
+
+    def _attempt(self, run: Run) -> Result:
+        if not _is_in(self.config.cwd):
+            return Result(None, Cause.INVALID, FOLDER_GONE.format(self.config.cwd))
+        try:
+            note_start(run.folder, run.uid, run.attempt)
+        except OSError as error:
+            return Result(None, Cause.LOST, NOT_NOTED.format(error))
+        return perform(run.call, run.bindings, run.folder, self.sources, self.config.caps.result_bytes)
+
+    def _has_no_threads(self) -> bool:
+        """Whether none of the function's is left. One that was joined may not be gone yet."""
+        if _thread._count() <= self.threads:
+            return True
+        deadline = time.monotonic() + _ENDING_S
+        while _thread._count() > self.threads and time.monotonic() < deadline:
+            time.sleep(0.001)
+        return _thread._count() <= self.threads
+
+    def _forget(self) -> None:
+        """Classes that came with the function: the next one brings its own."""
+        self.sources.forget()
+        self.edited.note()
+        if _TRACKED_CLASSES.data:
+            _TRACKED_CLASSES.clear()
+
+
+def _end_children() -> bool:
+    """End the processes that the function left; False where there were any, of which modules may know."""
+    if not has_children():
+        return True
+    reap()
+    if not own_descendants():
+        return True
+    end(own_descendants)
+    reap()
+    return False
+
+
+_START_S = 0.00005
+"""No process starts, and no library is loaded, in less: what ran shorter need not be looked at for such."""
+_ENDING_S = 0.1
+_TRACKED_CLASSES = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID
 
 
 def _is_in(folder: str) -> bool:
@@ -175,13 +247,6 @@ def _is_in(folder: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _flush(stream: object) -> None:
-    try:
-        stream.flush()  # type: ignore[attr-defined]
-    except Exception:  # the function may have closed or replaced it
-        return
 
 
 def _raise(turn: _Turn, _number: int, frame: FrameType | None) -> None:
@@ -204,17 +269,11 @@ def _listen(config: WorkerConfig, turn: _Turn, main: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {_INTERRUPT})
     backend: Link[Interrupt] = Link(config.address, Interrupt)
     backend.send(Listening(config.worker))
-    with suppress(EOFError, ConnectionError):
+    with suppress(EOFError, OSError):
         while True:
             for message in backend.receive():
                 if turn.interrupt(message, main):
                     backend.send(Revoked(message.uid))
-
-
-def _send(backend: Link[Run], messages: list[FromWorker]) -> None:
-    if messages:
-        backend.send(*messages)
-        messages.clear()
 
 
 if __name__ == "__main__":

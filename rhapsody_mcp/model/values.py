@@ -13,10 +13,12 @@ import msgspec
 from rhapsody_mcp.model.errors import InvalidTask, ResultGone, nearest
 
 __all__ = [
-    *("INLINE_BYTES", "NOTHING", "PREVIEW_CHARS", "Ref", "Stream", "Value"),
+    *("INLINE_BYTES", "NOTHING", "PLAIN", "PREVIEW_CHARS", "Ref", "Stream", "Value"),
     *("follow", "keys_text", "load", "load_json"),
 ]
 
+PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
+"""The types of values that hold nothing else."""
 INLINE_BYTES = 64 * 1024
 """A longer value, and a longer stdout or stderr, is a file; messages stay small."""
 PREVIEW_CHARS = 8 * 1024

@@ -16,9 +16,9 @@ import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.specs import Call
-from rhapsody_mcp.model.values import Ref
+from rhapsody_mcp.model.values import PLAIN, Ref
 
-__all__ = ["PLAIN", "Encoder", "Module", "Source", "are_plain"]
+__all__ = ["Encoder", "Module", "Source", "are_plain"]
 
 
 class Module(msgspec.Struct, frozen=True):
@@ -143,9 +143,6 @@ class Encoder:
                 "Open files, locks and connections inside the function, and pass plain data."
             ) from error
         return buffer.getvalue()
-
-
-PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
 
 
 def are_plain(args: Iterable[object]) -> bool:

@@ -16,8 +16,8 @@ from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.specs import Call, Command, Completion, Layout, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.timing import Timing
-from rhapsody_mcp.model.values import Ref, Value
-from rhapsody_mcp.runtime.encoding import PLAIN, Encoder, Module, Source, are_plain
+from rhapsody_mcp.model.values import PLAIN, Ref, Value
+from rhapsody_mcp.runtime.encoding import Encoder, Module, Source, are_plain
 from rhapsody_mcp.runtime.layouts import read_layout, read_timeout, refuse_half_characters
 
 __all__ = [

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from mcp import MCPError
 
-from rhapsody_mcp.engine.call import Loop
 from rhapsody_mcp.engine.call import perform as perform_call
+from rhapsody_mcp.engine.sources import Sources
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Call, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -67,6 +67,6 @@ def test_a_function_that_needs_it_cannot_start_and_says_why(tmp_path: Path) -> N
         WithReference(file).dump((("reference",), {}))
     call = Call("module", b"builtins:len", "", (tmp_path / "arguments").read_bytes())
     bound = {"task.000001": Value("json", "list", 7, None, str(tmp_path / "gone"), 3)}
-    result = perform_call(call, bound, str(tmp_path), Loop())
+    result = perform_call(call, bound, str(tmp_path), Sources(str(tmp_path / "sources")))
     told = f"it cannot start: the file of this result, {tmp_path}/gone, is gone; submit its task again."
     assert (result.cause, result.error) == (Cause.INVALID, told)

@@ -16,7 +16,6 @@ import pytest
 from rhapsody_mcp.engine import placers, supervisor
 from rhapsody_mcp.engine.fork_server import _ForkServer
 from rhapsody_mcp.engine.placers import ForkPlacer, Program
-from rhapsody_mcp.engine.printing import Trimmer
 from rhapsody_mcp.engine.processes import LIFELINE
 from rhapsody_mcp.engine.rank_end import rank_end
 from rhapsody_mcp.engine.wire import Plan
@@ -58,7 +57,7 @@ def test_a_supervisor_without_a_child_leaves_a_lost_task(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "posix_spawn", refuse)
     monkeypatch.setattr("_signal.pthread_sigmask", lambda *_: set())
     plan = Plan(["true"], env={}, note=(str(tmp_path), "task.000001", 1))
-    assert supervisor._Supervisor(written(plan, tmp_path / "p1"), -1, Trimmer()).run() == 0
+    assert supervisor._Supervisor(written(plan, tmp_path / "p1"), -1).run() == 0
     assert lost(tmp_path) == (Cause.LOST, TOLD, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from rhapsody_mcp.engine import printing
 from rhapsody_mcp.engine.output import collect, left_out, move_stream
-from rhapsody_mcp.engine.printing import open_output
+from rhapsody_mcp.engine.printing import Output
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.values import Stream
 
@@ -19,9 +20,16 @@ MOST = 1024 * 1024
 
 @pytest.fixture
 def file(tmp_path: Path) -> Iterator[int]:
-    opened = open_output(str(tmp_path / "out"))
+    opened = os.open(tmp_path / "out", os.O_CREAT | os.O_RDWR | os.O_APPEND)
     yield opened
     os.close(opened)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Iterator[Output]:
+    opened = Output(str(tmp_path / "out"), MOST, [0])
+    yield opened
+    opened.close()
 
 
 def write(file: int, megabytes: int) -> None:
@@ -40,6 +48,43 @@ def test_the_middle_of_a_long_file_is_freed_while_it_is_written(file: int, tmp_p
     assert stream.read() == "A" * half + f"\n[... {7 * MOST} bytes left out here ...]\n" + "C" * half
     assert stream.size == len(stream.read()) and stream.text == stream.read()[-len(stream.text) :]
     assert os.fstat(file).st_size == 0
+
+
+def test_a_program_that_opens_its_stdout_anew_takes_nothing_away(output: Output, tmp_path: Path) -> None:
+    os.write(output.writer, b"header\n")
+    Path(f"/dev/fd/{output.writer}").write_text("body\n")
+    output.started()
+    assert not output.drain(), "nobody writes any more"
+    assert (tmp_path / "out").read_text() == "header\nbody\n"
+
+
+def test_a_flood_takes_no_more_of_the_disk_than_a_quarter_above_what_is_kept(output: Output, tmp_path: Path) -> None:
+    for number in range(256):
+        os.write(output.writer, bytes([65 + number % 26]) * 32 * 1024)
+        assert output.drain()
+        assert (tmp_path / "out").stat().st_blocks * 512 <= MOST * 5 // 4 + 64 * 1024
+    assert (tmp_path / "out").stat().st_size == 8 * MOST
+
+
+def test_who_looks_at_the_number_of_moves_knows_what_is_under_way(tmp_path: Path) -> None:
+    moves = [0]
+    output = Output(str(tmp_path / "out"), None, moves)
+    output.drain()
+    assert moves[0] % 2 == 0
+    before = moves[0]
+    os.write(output.writer, b"x")
+    output.drain()
+    assert moves[0] > before and moves[0] % 2 == 0
+    output.close()
+
+
+def test_a_full_disk_does_not_stop_the_program(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    os.write(output.writer, b"x" * 1000)
+    monkeypatch.setattr(os, "write", is_full)
+    assert output.drain()
 
 
 def test_what_is_short_stays_as_it_is(file: int, tmp_path: Path) -> None:

@@ -1,0 +1,212 @@
+"""What a function may change of its process, put back before the next one runs there."""
+
+from __future__ import annotations
+
+import _locale
+import builtins
+import copy
+import faulthandler
+import fcntl
+import gc
+import os
+import resource
+import select
+import sys
+import time
+import warnings
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rhapsody_mcp.engine import library_state
+from rhapsody_mcp.engine.library_state import Part
+
+if TYPE_CHECKING:
+    import signal as _signal
+else:
+    import _signal  # the functions of signal look up an enum each time
+
+__all__ = ["ProcessState"]
+
+_SIGNALS = sorted({*range(1, 32)} & {*_signal.valid_signals()} - {_signal.SIGKILL, _signal.SIGSTOP})
+_STREAMS = (0, 1, 2)
+_LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+_HIGH = 200
+_show_again = getattr(warnings, "_filters_mutated", lambda: None)
+"""Has warnings be shown that were shown to an earlier function."""
+
+
+class ProcessState:
+    """How the process was when this was made, in what a function can change and another one would notice.
+
+    Not seen: what a function changes in modules that it imports, but for a few common libraries.
+    """
+
+    def __init__(self) -> None:
+        sys.modules.pop("resource", None)  # whoever imports it may have changed limits
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash then loses no line
+        self._descriptors = [_copy_out_of_the_way(number) for number in _STREAMS]
+        self._watched = _watch_streams()
+        self._umask = os.umask(0o077)
+        os.umask(self._umask)
+        library_state.reseed()
+        self._saved = [(read, write, copy.copy(read())) for read, write in (*_PARTS, *library_state.PARTS)]
+
+    def flush(self) -> None:
+        """Write out what Python holds of what was printed."""
+        for stream in {sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__}:
+            try:
+                stream.flush()  # type: ignore[union-attr]
+            except Exception:  # the function may have closed it, or put anything in its place
+                continue
+
+    def restore(self) -> bool:
+        """Put everything back; False where that cannot be done, so that the process has to be replaced."""
+        _signal.setitimer(_signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        os.umask(self._umask)
+        library_state.reseed()
+        _show_again()
+        is_whole = not self._watched.poll(0) or self._restore_descriptors()
+        for read, write, saved in self._saved:
+            try:
+                if read() != saved:
+                    write(saved)
+                    is_whole = is_whole and read() == saved
+            except Exception:  # a closed stream, a limit that only root may raise
+                is_whole = False
+        return is_whole
+
+    def _restore_descriptors(self) -> bool:
+        try:
+            for number, kept in enumerate(self._descriptors):
+                os.dup2(kept, number)
+        except OSError:  # the function closed all that it could
+            return False
+        return True
+
+
+def _watch_streams() -> select.poll:
+    """Tells of one that is closed, and of stdout and stderr where they can be read from: the end of a pipe cannot, what
+    a function puts in its place can."""
+    watched = select.poll()
+    for number in _STREAMS:
+        watched.register(number, select.POLLIN if number else 0)
+    return watched
+
+
+def _copy_out_of_the_way(descriptor: int) -> int:
+    """Of functions that close the next few numbers."""
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+
+
+def _set_environment(saved: dict[bytes, bytes]) -> None:
+    os.environb.clear()
+    os.environb.update(saved)
+    time.tzset()
+
+
+def _set_list(kept: list[Any], saved: list[Any]) -> None:
+    kept[:] = saved
+
+
+def _hooks() -> list[object]:
+    return [
+        *(sys.stdin, sys.stdout, sys.stderr, warnings.showwarning),
+        *(sys.excepthook, sys.displayhook, sys.unraisablehook, sys.breakpointhook),
+    ]
+
+
+def _set_hooks(saved: list[Any]) -> None:
+    sys.stdin, sys.stdout, sys.stderr, warnings.showwarning = saved[:4]
+    sys.excepthook, sys.displayhook, sys.unraisablehook, sys.breakpointhook = saved[4:]
+
+
+def _streams() -> list[object]:
+    out: Any = sys.stdout
+    err: Any = sys.stderr
+    return [out.encoding, err.encoding, out.closed, err.closed, out.line_buffering, err.line_buffering]
+
+
+def _set_streams(saved: list[Any]) -> None:
+    for stream, encoding in ((sys.stdout, saved[0]), (sys.stderr, saved[1])):
+        stream.reconfigure(encoding=encoding, line_buffering=True)  # type: ignore[union-attr]
+
+
+def _handlers() -> list[object]:
+    return list(map(_signal.getsignal, _SIGNALS))
+
+
+def _set_handlers(saved: list[Any]) -> None:
+    for timer in (_signal.ITIMER_VIRTUAL, _signal.ITIMER_PROF):  # whose signals nobody sends who does not handle them
+        _signal.setitimer(timer, 0)
+    for number, handler in zip(_SIGNALS, saved, strict=True):
+        if _signal.getsignal(number) != handler:
+            _signal.signal(number, handler)
+
+
+def _builtins() -> list[object]:
+    """As far as anybody puts something of the user's own in their place."""
+    return [len(vars(builtins)), print, open, input, __import__]
+
+
+def _set_builtins(_: object) -> None:
+    """What was there is nowhere else."""
+
+
+def _interpreter() -> list[Any]:
+    return [
+        *(gc.isenabled(), gc.get_threshold(), sys.getrecursionlimit(), sys.get_int_max_str_digits()),
+        *(sys.getswitchinterval(), sys.gettrace(), sys.getprofile()),
+    ]
+
+
+def _set_interpreter(saved: list[Any]) -> None:
+    is_collecting, thresholds, depth, digits, interval, tracer, profiler = saved
+    (gc.enable if is_collecting else gc.disable)()
+    gc.set_threshold(*thresholds)
+    sys.setrecursionlimit(depth)
+    sys.set_int_max_str_digits(digits)
+    sys.setswitchinterval(interval)
+    sys.settrace(tracer)
+    sys.setprofile(profiler)
+
+
+def _limits() -> list[tuple[int, int]]:
+    """Read anew where somebody may have changed them."""
+    if "resource" in sys.modules or "psutil" in sys.modules:
+        return _read_limits()
+    return _LIMITS_AT_FIRST
+
+
+def _read_limits() -> list[tuple[int, int]]:
+    return [resource.getrlimit(limit) for limit in _LIMITS]
+
+
+def _set_limits(saved: list[tuple[int, int]]) -> None:
+    for limit, values in zip(_LIMITS, saved, strict=True):
+        resource.setrlimit(limit, values)
+
+
+def _locale_name() -> str:
+    return _locale.setlocale(_locale.LC_ALL) if "locale" in sys.modules else _LOCALE_AT_FIRST
+
+
+_LIMITS_AT_FIRST, _LOCALE_AT_FIRST = _read_limits(), _locale.setlocale(_locale.LC_ALL)
+
+_PARTS: list[Part] = [
+    (_hooks, _set_hooks),
+    (_streams, _set_streams),
+    (lambda: os.environ._data, _set_environment),  # type: ignore[attr-defined]  # a copy takes 30 us
+    (lambda: sys.path, partial(_set_list, sys.path)),
+    (lambda: sys.argv, partial(_set_list, sys.argv)),
+    (_handlers, _set_handlers),
+    (partial(_signal.pthread_sigmask, _signal.SIG_BLOCK, ()), partial(_signal.pthread_sigmask, _signal.SIG_SETMASK)),
+    (_builtins, _set_builtins),
+    (_locale_name, partial(_locale.setlocale, _locale.LC_ALL)),
+    (lambda: warnings.filters, lambda saved: _set_list(warnings.filters, saved)),  # type: ignore[arg-type]
+    (_interpreter, _set_interpreter),
+    (_limits, _set_limits),
+]
+if sys.platform == "linux":
+    _PARTS.append((partial(os.sched_getaffinity, 0), partial(os.sched_setaffinity, 0)))
