@@ -59,7 +59,7 @@ from rhapsody_mcp.model.specs import Call, Caps, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader, Stream
 
-__all__ = ["ComputeBackend"]
+__all__ = ["ComputeBackend", "path_of_tasks"]
 
 _GAVE_UP = "leftover files in /dev/shm"
 """Dragon's launcher says it last of all; rarely, it stays after that."""
@@ -136,7 +136,7 @@ class ComputeBackend(Awaitable):
 
     def _host_environment(self, folder: Path, environment: dict[str, str]) -> dict[str, str]:
         """The environment of the host program, made of that of the tasks; `folder` is the engine's own."""
-        return environment
+        return {**environment, "PATH": path_of_tasks(environment)}
 
     async def start(self) -> None:
         if self._closing is not None:
@@ -210,6 +210,12 @@ class ComputeBackend(Awaitable):
         ready = self._engine.ready if self._engine else None
         node = {"host": ready.host, "cores": ready.cores, "gpus": ready.gpus} if ready else {}
         return {"backend": self.name, "runs on": self.placer, "num_workers": self.num_workers, **node}
+
+
+def path_of_tasks(environment: Mapping[str, str]) -> str:
+    """The user's own, and last the folder of this Python: `python3` is the same program whatever runs the task."""
+    folders = [*environment.get("PATH", os.defpath).split(os.pathsep), str(Path(sys.executable).parent)]
+    return os.pathsep.join(dict.fromkeys(folders))
 
 
 class _Live:

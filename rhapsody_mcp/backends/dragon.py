@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, Literal
 
-from rhapsody_mcp.backends.compute import ComputeBackend
+from rhapsody_mcp.backends.compute import ComputeBackend, path_of_tasks
 from rhapsody_mcp.engine.placers import TASK_VARIABLES
 from rhapsody_mcp.engine.pmi import lend_pmix
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
@@ -84,11 +84,9 @@ class DragonExecutionBackendV3(ComputeBackend):
             own["USER"] = str(os.getuid())
         usual = {"TMPDIR": gettempdir(), "LD_LIBRARY_PATH": "", **environment}
         of_tasks = {name: usual[name] for name in own}
-        path, python = environment.get("PATH", os.defpath), str(Path(sys.executable).parent)
-        if path != os.environ.get("PATH", os.defpath):  # the session's own comes before this Python's
-            of_tasks["PATH"] = os.pathsep.join([path, python])
+        of_tasks["PATH"] = path_of_tasks(environment)
         _write_config_shim(folder / "bin")
-        own["PATH"] = os.pathsep.join([str(folder / "bin"), python, path])
+        own["PATH"] = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), of_tasks["PATH"]])
         return {**environment, **own, TASK_VARIABLES: json.dumps(of_tasks)}
 
 

@@ -220,7 +220,7 @@ class Host:
         try:
             process = PlacedProcess(self, self.next_number(), Template())
             arguments, most = process.program_with("worker", config), given.caps.output_bytes
-            process.prepare(Plan(arguments, output_bytes=most, started=self.events_path))
+            process.prepare(Plan(arguments, env={"PWD": given.cwd}, output_bytes=most, started=self.events_path))
             process.place(self._worker_placer)
             self._workers[worker] = process
         except Exception as error:  # Dragon raises errors of many kinds

@@ -109,7 +109,8 @@ class _Supervisor:
     def run(self) -> int:
         """Its exit code: a worker's is its child's."""
         try:
-            env, cwd = self._environment(), self._enter()
+            cwd = self._enter()
+            env = self._environment(cwd)
             if self.plan["cpus"]:
                 os.sched_setaffinity(0, self.plan["cpus"])
             moves = [0] if self.plan["note"] else shared_count(f"{self.path}.moves")
@@ -142,8 +143,8 @@ class _Supervisor:
             os.sched_setaffinity(0, self.usable)
         os.chdir("/")
 
-    def _environment(self) -> dict[str, str]:
-        env = {**_INHERITED}
+    def _environment(self, cwd: str) -> dict[str, str]:
+        env = {**_INHERITED, "PWD": cwd}
         for name, value in self.plan["env"].items():
             if value is None:
                 env.pop(name, None)
@@ -155,7 +156,7 @@ class _Supervisor:
         """Go where it runs; a relative cwd begins in the folder of its session."""
         given: str = self.plan["cwd"]
         session: str = self.plan["folder"]
-        cwd = os.path.join(session, given)
+        cwd = os.path.join(session, given) if given else session
         try:
             os.chdir(cwd)
         except OSError as error:

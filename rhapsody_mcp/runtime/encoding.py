@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import io
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import cloudpickle
@@ -89,7 +89,7 @@ def _without_fence(text: str) -> str:
     return fenced[1] if fenced else text
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _functions_in(text: str) -> Mapping[str, ast.FunctionDef | ast.AsyncFunctionDef]:
     try:
         tree = ast.parse(text)
@@ -106,15 +106,18 @@ def _functions_in(text: str) -> Mapping[str, ast.FunctionDef | ast.AsyncFunction
 class Encoder:
     """Encodes the calls of one submission; a function that many of its tasks share is encoded once.
 
-    `reference` gives the Ref that an object among the arguments stands for, or None.
+    `reference` gives the Ref that an object stands for, or None. `met` are such objects, wherever they were in the last
+    call: in its arguments, and in what its function holds.
     """
 
     def __init__(self, reference: Callable[[object], Ref | None]) -> None:
         self._reference = reference
-        self._pickled: dict[int, tuple[Callable[..., Any], bytes]] = {}
+        self._pickled: dict[int, tuple[Callable[..., Any], bytes, list[Any]]] = {}
         self._texts: dict[str, bytes] = {}
+        self.met: list[Any] = []
 
     def call(self, function: Callable[..., Any] | Source | Module, args: Sequence[Any], kwargs: object) -> Call:
+        self.met = []
         arguments = self._arguments(tuple(args), kwargs) if args or kwargs else b""
         if isinstance(function, Source):
             text = self._texts.setdefault(function.text, function.text.encode())
@@ -126,17 +129,20 @@ class Encoder:
     def _arguments(self, args: tuple[Any, ...], kwargs: object) -> bytes:
         if not kwargs and are_plain(args):
             return pickle.dumps((args, kwargs))
-        return self._pickle((args, kwargs), "the arguments")
+        return self._pickle((args, kwargs), "the arguments", self.met)
 
     def _function(self, function: Callable[..., Any]) -> bytes:
         if id(function) not in self._pickled:
-            self._pickled[id(function)] = (function, self._pickle(function, "the function"))
-        return self._pickled[id(function)][1]
+            met: list[Any] = []
+            self._pickled[id(function)] = (function, self._pickle(function, "the function", met), met)
+        _, data, met = self._pickled[id(function)]
+        self.met += met
+        return data
 
-    def _pickle(self, value: object, what: str) -> bytes:
+    def _pickle(self, value: object, what: str, met: list[Any]) -> bytes:
         buffer = io.BytesIO()
         try:
-            _Pickler(buffer, self._reference).dump(value)
+            _Pickler(buffer, self._reference, met).dump(value)
         except Exception as error:  # a pickler raises whatever a __reduce__ raises
             raise InvalidTask(
                 f"{what} cannot be sent to another process: {type(error).__name__}: {error}. "
@@ -151,13 +157,27 @@ def are_plain(args: Iterable[object]) -> bool:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
-    def __init__(self, buffer: io.BytesIO, reference: Callable[[object], Ref | None]) -> None:
+    def __init__(self, buffer: io.BytesIO, reference: Callable[[object], Ref | None], met: list[Any]) -> None:
         super().__init__(buffer)
-        self._reference = reference
+        self._reference, self._met = reference, met
 
     def persistent_id(self, item: object) -> tuple[str, str] | None:
         ref = self._reference(item)
-        return None if ref is None else (ref.uid, ref.path)
+        if ref is None:
+            return None
+        self._met.append(item)
+        return ref.uid, ref.path
+
+    def reducer_override(self, item: Any) -> Any:
+        """A function of __main__ with a cache travels with it empty: cloudpickle takes it for one that is imported."""
+        if isinstance(item, functools._lru_cache_wrapper) and item.__module__ == "__main__":
+            limits = item.cache_parameters()
+            arguments = (item.__wrapped__, limits["maxsize"], limits["typed"], _CACHE_INFO)
+            return functools._lru_cache_wrapper, arguments, vars(item)
+        return super().reducer_override(item)
+
+
+_CACHE_INFO = functools._CacheInfo
 
 
 def _signature(arguments: ast.arguments) -> inspect.Signature:

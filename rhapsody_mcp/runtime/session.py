@@ -97,6 +97,7 @@ class Session:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._temporary: Folder | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._background: set[asyncio.Task[None]] = set()
         self.ended: list[Task] = []
         """Every task that has ended, first ended first; a ForEach after its children."""
@@ -194,8 +195,19 @@ class Session:
         self._submitted += tasks
 
     def _refuse_closed(self) -> None:
+        self._refuse_other_loop()
         if self.closed:
             raise SessionClosed("this session is closed; open another one with Session(backends=[...]).")
+
+    def _refuse_other_loop(self) -> None:
+        """Raise where this is not the event loop that its backends and tasks live in."""
+        loop = asyncio.get_running_loop()
+        if (self._loop or loop) is not loop:
+            raise InvalidRequest(
+                "this session lives in the event loop of an asyncio.run() that is not this one, where its tasks cannot "
+                "be waited for. Do all of its work inside one asyncio.run(), or open another session here."
+            )
+        self._loop = loop
 
     def restore(self, tasks: Sequence[Task], ended: Sequence[Task], unreadable: Mapping[str, str]) -> None:
         """Take the tasks of an earlier life of this session, which has none yet.
@@ -213,7 +225,7 @@ class Session:
             task.settle_needs()
             accepted: Accepted = task, None, None
             try:
-                accepted = self._checked(task, encoder)
+                accepted = self._checked(task, _specify(task, encoder))
             except RhapsodyError as error:
                 refused.setdefault(task.uid, str(error))
             (self._keep if task.state.final else self._register)(*accepted)
@@ -274,7 +286,8 @@ class Session:
             if task.state is not TaskState.NEW or task.uid in self._tasks or task.uid in uids:
                 raise InvalidTask(f"{task.uid} is submitted already; make a new task for a new run.")
             uids[task.uid] = task
-            task.settle_needs()
+        encoder = Encoder(reference)
+        specs = [(task, _specify(task, encoder)) for one in batch for task in with_children([one])]
         for task in batch:
             for source in task.sources():
                 if source.uid not in uids and source.uid not in self._tasks:
@@ -283,24 +296,13 @@ class Session:
                         "submit both in one call, or that one first."
                     )
         refuse_cycles(uids)
-        encoder = Encoder(reference)
-        accepted: list[Accepted] = []
-        for task in batch:
-            accepted += self._checked_children(task, encoder) if isinstance(task, ForEach) else ()
-            accepted.append(self._checked(task, encoder))
-        return accepted
+        return [self._checked(task, spec) for task, spec in specs]
 
-    def _checked_children(self, parent: ForEach, encoder: Encoder) -> list[Accepted]:
-        for child in parent.children:
-            child.settle_needs()
-        return [self._checked(child, encoder) for child in parent.children]
-
-    def _checked(self, task: Task, encoder: Encoder) -> Accepted:
-        if isinstance(task, ForEach):
+    def _checked(self, task: Task, spec: TaskSpec | None) -> Accepted:
+        if spec is None:
             return task, None, None
         lane = self._route(task)
         try:
-            spec = task.spec(encoder)
             if self._rules is not None and not is_hidden(task):
                 spec = self._rules.admit(spec)
             lane.backend.check(spec)
@@ -348,7 +350,7 @@ class Session:
         folder = str(self.folder)
         for task in tasks:
             if failed := self._failed_source(task):
-                self._end(task, _canceled(Cause.UPSTREAM, f"{name_of(failed)} did not end DONE"))
+                self._end(task, _canceled_with(failed))
                 continue
             task.state = TaskState.QUEUED
             self._tell(task)
@@ -393,12 +395,14 @@ class Session:
             if self._rules is not None:
                 self._rules.refuse_count(self.taken, len(items))
             parent.make_children(items)
+            encoder = Encoder(reference)
+            specs = [(child, _specify(child, encoder)) for child in parent.children]
             for source in {source.uid: source for child in parent.children for source in child.sources()}.values():
                 if (source.uid not in self._tasks and not is_hidden(source)) or leads_to(source, parent):
                     raise InvalidTask(
                         f"its tasks need {name_of(source)}, which is not in this session or waits for it."
                     )
-            accepted = self._checked_children(parent, Encoder(reference))
+            accepted = [self._checked(child, spec) for child, spec in specs]
             if self._rules is not None:
                 self._rules.refuse_tasks(self.taken, [spec for _, _, spec in accepted if spec is not None])
         except (RhapsodyError, OSError) as error:
@@ -541,8 +545,7 @@ class Session:
                 missing.discard(task.uid)
                 dependent = self._tasks[uid]
                 if outcome.state is not TaskState.DONE and dependent.on_upstream_failure == "cancel":
-                    message = f"{name_of(task)} did not end DONE: {outcome.error}"
-                    ended.append((dependent, _canceled(Cause.UPSTREAM, message)))
+                    ended.append((dependent, _canceled_with(task)))
                 elif not missing and not dependent.state.final:
                     ready.append(dependent)
         if ready and not self.closed:
@@ -572,6 +575,7 @@ class Session:
 
         Raises TimeoutError after `timeout` seconds; the tasks go on.
         """
+        self._refuse_other_loop()
         batch = list(tasks)
         futures = [task.future for task in batch]
         try:
@@ -621,6 +625,7 @@ class Session:
         Returns when nothing is left running. A second call waits for the first. Finished tasks keep their
         results.
         """
+        self._refuse_other_loop()
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
         await asyncio.shield(self._closing)
@@ -650,9 +655,37 @@ class Session:
         task.add_done_callback(self._background.discard)
 
 
+def _specify(task: Task, encoder: Encoder) -> TaskSpec | None:
+    """What a backend gets, and with it what the task needs; a ForEach needs what its tasks do."""
+    task.settle_needs()
+    if isinstance(task, ForEach):
+        return None
+    try:
+        spec = task.spec(encoder)
+    except InvalidTask as error:
+        raise InvalidTask(f"{name_of(task)}: {error}") from error
+    if encoder.met:
+        task.settle_needs(item.task if isinstance(item, Part) else item for item in encoder.met)
+        encoder.met = []
+    return spec
+
+
 Accepted = tuple[Task, Lane | None, TaskSpec | None]
 """With the lane and the spec of what a backend runs; a ForEach has none."""
 
 
 def _canceled(cause: Cause, message: str) -> Outcome:
     return Outcome(state=TaskState.CANCELED, ended=time.time(), cause=cause, error=message)
+
+
+def _canceled_with(source: Task) -> Outcome:
+    """Because of a task that did not end DONE; what that one failed from is said once, however long the chain is."""
+    assert source.outcome is not None
+    if source.outcome.cause is Cause.UPSTREAM:
+        return _canceled(Cause.UPSTREAM, source.outcome.error)
+    error = source.outcome.error
+    said = error if len(error) <= _ROOT_CHARS else f"{error[:_ROOT_CHARS]} [...]"
+    return _canceled(Cause.UPSTREAM, f"{name_of(source)} did not end DONE: {said}")
+
+
+_ROOT_CHARS = 300

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
@@ -130,9 +131,10 @@ class Task:
         """The tasks whose results this one uses."""
         return list(self._find_needs()) if self._needs is None else self._needs
 
-    def settle_needs(self) -> None:
-        """Look for them once and for all: the session, which takes the task now, asks again and again."""
-        self._needs = tuple(self._find_needs())
+    def settle_needs(self, more: Iterable[Task] = ()) -> None:
+        """Look for them once and for all: the session, which takes the task now, asks again and again. `more` were met
+        where only a pickler looks."""
+        self._needs = tuple({task.uid: task for task in (*self._find_needs(), *more)}.values())
 
     def _find_needs(self) -> Iterable[Task]:
         raise NotImplementedError
@@ -235,7 +237,7 @@ class ComputeTask(Task):
         self,
         function: Callable[..., Any] | Source | Module | None = None,
         *,
-        executable: str | None = None,
+        executable: str | os.PathLike[str] | None = None,
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | Task | Part | None = None,
         arguments: Sequence[Any] = (),
@@ -245,7 +247,7 @@ class ComputeTask(Task):
         refuse_unknown("field of ComputeTask", common.keys() - _COMMON_FIELDS, (*_COMPUTE_FIELDS, *_COMMON_FIELDS))
         super().__init__(**common)
         self.function = function
-        self.executable = executable
+        self.executable = os.fspath(executable) if isinstance(executable, os.PathLike) else executable
         self.args = tuple(args)
         self.kwargs = kwargs if isinstance(kwargs, Task | Part) else dict(kwargs or {})
         self.arguments = tuple(arguments)
@@ -279,6 +281,8 @@ class ComputeTask(Task):
             raise InvalidTask(f"{with_nul[0][:80]!r} among arguments holds a NUL character, which no program can get.")
         if any(isinstance(item, bytes | bytearray) for item in self.arguments):
             raise InvalidTask("arguments holds bytes; valid is text, which a program gets as UTF-8, or a task.")
+        if any(reference(item) is None and any(_tasks_in(item)) for item in self.arguments):
+            raise InvalidTask("arguments holds a task inside a list or a dict; a task is an argument of its own.")
         for field, text in (("executable", executable), *(("arguments", item) for item in self.arguments)):
             if isinstance(text, str):
                 refuse_half_characters(field, text)
