@@ -44,6 +44,6 @@ def test_a_session_is_refused_in_a_second_event_loop() -> None:
 
     with asyncio.Runner() as first, asyncio.Runner() as second:
         assert first.run(step(1)) == 1
-        with pytest.raises(InvalidRequest, match="inside one asyncio.run"):
+        with pytest.raises(InvalidRequest, match=r"inside one asyncio\.run"):
             second.run(step(2))
         assert first.run(last_step()) == 2
