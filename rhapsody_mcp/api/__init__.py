@@ -1,6 +1,14 @@
 """The face for Python users: tasks, sessions, and what they raise."""
 
-from rhapsody_mcp.model.errors import RhapsodyError, TaskCanceled, TaskFailed
+from rhapsody_mcp.model.errors import (
+    BackendUnavailable,
+    InvalidTask,
+    RhapsodyError,
+    SessionClosed,
+    TaskCanceled,
+    TaskFailed,
+    UnknownName,
+)
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.session import Session
@@ -8,14 +16,18 @@ from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part
 
 __all__ = [
     "AITask",
+    "BackendUnavailable",
     "ComputeTask",
     "ForEach",
+    "InvalidTask",
     "Module",
     "Part",
     "RhapsodyError",
     "Session",
+    "SessionClosed",
     "Source",
     "TaskCanceled",
     "TaskFailed",
     "TaskState",
+    "UnknownName",
 ]

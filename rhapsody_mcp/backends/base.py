@@ -131,7 +131,8 @@ After False the backend is about to be closed."""
 
 
 class Awaitable:
-    """Makes `await backend` start a backend and give it back, as in `backend = await Backend()`, and closes it once."""
+    """Makes `await backend` start a backend and give it back, as in `backend = await Backend()`, and closes it once;
+    `async with backend` does both."""
 
     _closing: asyncio.Task[None] | None = None
 
@@ -148,6 +149,12 @@ class Awaitable:
 
     async def _close(self) -> None:
         raise NotImplementedError
+
+    async def __aenter__(self) -> Self:
+        return await self.initialize()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self.initialize().__await__()

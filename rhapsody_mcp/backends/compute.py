@@ -854,6 +854,7 @@ def _outcome(live: _Live, message: Finished) -> Outcome:
         cause=result.cause,
         error=result.error,
         traceback=result.traceback,
+        exception=result.exception,
         notes=tuple(left_out(message)),
     )
 

@@ -110,6 +110,10 @@ class DragonVllmInferenceBackend(Awaitable):
         """The OpenAI API of each server; empty before the start."""
         return [server.url for server in self._servers]
 
+    def get_endpoint(self) -> str | None:
+        """The address of the first server, as in `http://127.0.0.1:8000`; None before the start."""
+        return self.urls[0].removesuffix("/v1") if self.urls else None
+
     @property
     def progress(self) -> str:
         """How far the start is, in words."""

@@ -26,19 +26,19 @@ from rhapsody_mcp.engine.reading import plain_text, type_name
 from rhapsody_mcp.engine.sources import Sources
 from rhapsody_mcp.engine.wire import Result
 from rhapsody_mcp.model.errors import InvalidTask, nearest
-from rhapsody_mcp.model.specs import Call
+from rhapsody_mcp.model.specs import Call, Caps
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PLAIN, PREVIEW_CHARS, Value, follow, load
 
 __all__ = ["encode", "perform"]
 
+_NO_CAPS = Caps()
 
-def perform(
-    call: Call, bindings: Mapping[str, Value], folder: str, sources: Sources, most: int | None = None
-) -> Result:
+
+def perform(call: Call, bindings: Mapping[str, Value], folder: str, sources: Sources, caps: Caps = _NO_CAPS) -> Result:
     """Run the call to its end, with the threads that it leaves which are no daemons. Only Interrupted leaves it.
 
-    A result of more than `most` bytes makes it fail. A process that the function forks ends where it comes back here.
+    A result that is longer than it may be makes it fail. A process that the function forks ends where it comes back.
     """
     try:
         value = contextvars.copy_context().run(_run, call, bindings, sources)
@@ -49,10 +49,11 @@ def perform(
     except BaseException as error:
         if _forked.is_child:
             _end_child(error)
-        return Result(None, Cause.ERROR, words(error), _trace(call, error, sources))
+        exception = _pickled(error, caps.exception_bytes)
+        return Result(None, Cause.ERROR, words(error), _trace(call, error, sources), exception)
     if _forked.is_child:
         _end_child(None)
-    return _encoded(value, folder, most)
+    return _encoded(value, folder, caps.result_bytes)
 
 
 class _Forked:
@@ -105,6 +106,19 @@ def _trace(call: Call, error: BaseException, sources: Sources) -> str:
     if call.form != "source":
         return trace(error)
     return trace(error).replace(sources.path_of(call.code), f"<source of {call.entry}>")
+
+
+def _pickled(error: BaseException, most: int) -> bytes:
+    """Empty where it cannot be sent."""
+    if not most:
+        return b""
+    try:
+        data: bytes = cloudpickle.dumps(error)
+    except Interrupted:
+        raise
+    except BaseException:  # a __reduce__ may raise anything
+        return b""
+    return data if len(data) <= most else b""
 
 
 def _awaited(value: Any) -> Any:

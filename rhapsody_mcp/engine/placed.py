@@ -318,9 +318,19 @@ class PlacedTask:
             cause=cause,
             error=error,
             traceback=trace,
+            exception=bad[0].exception if bad and self._stop is None else b"",
             ranks=tuple(ranks) if spec.layout.mode == "job" else (),
             notes=self._notes(ends),
         )
+
+    def _seems_to_want_mpi(self) -> bool:
+        """Whether it is a job of independent ranks whose program, or a file among its arguments, speaks of MPI."""
+        work, layout = self.order.spec.work, self.order.spec.layout
+        if not isinstance(work, Command) or layout.ranks < 2 or layout.pmi is not None:
+            return False
+        folder = os.path.join(self.host.config.cwd, layout.templates[0].cwd or "")
+        names = [work.executable, *(argument for argument in work.arguments if isinstance(argument, str))]
+        return any("mpi4py" in name or _speaks_of_mpi(os.path.join(folder, name)) for name in names[:_LOOKED_AT])
 
     def _notes(self, ends: list[RankEnd]) -> tuple[str, ...]:
         ranks, notes = len(ends), [*left_out(*(found.outcome for found in ends))]
@@ -329,6 +339,8 @@ class PlacedTask:
             notes.append(
                 f"processes that still ran when it ended were stopped: {left}; it must wait for what it starts"
             )
+        if any(found.mpi_alone for found in ends) or self._seems_to_want_mpi():
+            notes.append(_MPI_ALONE)
         if ranks > self.host.cores:
             notes.append(f"oversubscribed: {ranks} ranks shared {self.host.cores} cores")
         if self.order.spec.layout.pmi == "none":
@@ -336,6 +348,23 @@ class PlacedTask:
         return tuple(notes)
 
 
+_MPI_ALONE = (
+    "its ranks seem to use MPI, and were started without: each is alone, of a world of size 1. For MPI between them "
+    'submit it with mpi: true (in Python: "type": "mpi")'
+)
+_LOOKED_AT = 10
+
+
+def _speaks_of_mpi(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            beginning = file.read(_BEGINNING_BYTES)
+    except (OSError, ValueError):  # it is no file
+        return False
+    return b"mpi4py" in beginning or b"MPI_Init" in beginning
+
+
+_BEGINNING_BYTES = 1024 * 1024
 _TOGETHER_S = (60.0, 120.0)
 
 

@@ -226,10 +226,9 @@ class DragonPlacer:
         }
 
     def _policy_of(self, template: Template) -> Any:
-        placement = self._policy.Placement
+        """Without the host_name, which is this node's: under a PMI Dragon breaks where it does not know the name."""
         return self._policy(
-            placement=placement.HOST_NAME if template.host_name else placement.DEFAULT,
-            host_name=template.host_name or "",
+            placement=self._policy.Placement.DEFAULT,
             cpu_affinity=list(template.cpu_affinity),
             gpu_affinity=list(template.gpu_affinity),
         )

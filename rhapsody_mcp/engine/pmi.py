@@ -23,6 +23,7 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Literal
 
 import msgspec
@@ -35,7 +36,7 @@ __all__ = ["Answer", "PmiName", "Prober", "lend_pmix", "rank_environment"]
 
 PmiName = Literal["pmix", "cray"]
 _TITLES: dict[PmiName, str] = {"pmix": "PMIx", "cray": "Cray PMI"}
-_TRIAL_S = 60.0
+_TRIALS_S = (60.0, 120.0)
 _GRACE_S = 2  # from the wish to end a trial to KILL
 
 
@@ -70,7 +71,8 @@ class _World(msgspec.Struct, frozen=True):
 
 
 class Prober:
-    """Tries each PMI at most once, when first asked; for use from any thread of a host that Dragon runs."""
+    """Tries each PMI when first asked, and again where a trial only took too long; for use from any thread of a host
+    that Dragon runs."""
 
     def __init__(self, folder: str, sys_path: list[str]) -> None:
         self._folder, self._sys_path = Path(folder), sys_path
@@ -102,6 +104,10 @@ class Prober:
         try:
             with self._trying:
                 answer.set_result(self._decide(wanted))
+        except _Late as late:
+            with self._asking:
+                del self._answers[wanted]
+            answer.set_result(Answer(None, str(late)))
         except Exception as error:  # nobody else hears of it
             answer.set_result(Answer(None, f"the trial of a PMI failed: {type(error).__name__}: {error}"))
 
@@ -112,30 +118,41 @@ class Prober:
         asked = [name for name in names if wanted in (name, "auto")]
         for name in asked:
             if name not in self._problems:
-                self._problems[name] = self._look.problems[name] or self._try(name, self._look.pmix)
+                self._problems[name] = self._look.problems[name] or self._try_in_time(name, self._look.pmix)
             if not self._problems[name]:
                 return Answer(name)
         return Answer(None, _refusal({name: self._problems[name] for name in asked}))
 
-    def _try(self, pmi: PmiName, pmix: str) -> str:
+    def _try_in_time(self, pmi: PmiName, pmix: str) -> str:
+        """Raises _Late where no trial comes to an end, which says nothing of the PMI: the machine may be busy."""
+        for within_s in _TRIALS_S:
+            with suppress(subprocess.TimeoutExpired):
+                return self._try(pmi, pmix, within_s)
+        raise _Late(
+            f"whether {_TITLES[pmi]} works here could not be found out: a trial with two ranks did not end within "
+            f"{_TRIALS_S[-1]:.0f} s. Submit the job again when the machine is less busy."
+        )
+
+    def _try(self, pmi: PmiName, pmix: str, within_s: float) -> str:
         """Start two ranks in a throwaway runtime; why they do not form a world, empty where they do."""
         if self._stopped.is_set():
             return "the engine is being closed"
-        folder = self._folder / f"pmi-{pmi}"
-        folder.mkdir()
+        folder = Path(mkdtemp(prefix=f"pmi-{pmi}-", dir=self._folder))
         trial = folder / "trial"
         trial.write_bytes(msgspec.json.encode(_Trial(pmi, pmix, self._sys_path)))
         keeper = self._keeper = _start_trial(trial)
         if self._stopped.is_set():
             _close(keeper)
         try:
-            keeper.wait(_TRIAL_S)
-        except subprocess.TimeoutExpired:
-            return f"a trial with two ranks did not end within {_TRIAL_S:.0f} s"
+            keeper.wait(within_s)
         finally:
             self._keeper = None
             _close(keeper)
         return _judge(pmi, folder)
+
+
+class _Late(Exception):
+    """Raised with words where a trial takes too long."""
 
 
 def rank_environment(folder: Path) -> dict[str, str]:

@@ -62,9 +62,15 @@ def _result(config: RankConfig, sources: Sources) -> Result:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash then loses no line
     c_streams.buffer_lines()
-    result = perform(work, order.bindings, order.folder, sources, config.caps.result_bytes)
+    result = perform(work, order.bindings, order.folder, sources, config.caps)
+    is_alone = order.spec.layout.ranks > 1 and order.spec.layout.pmi is None and _ran_mpi_alone()
     atexit._run_exitfuncs()
-    return result
+    return msgspec.structs.replace(result, mpi_alone=is_alone)
+
+
+def _ran_mpi_alone() -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() == 1
 
 
 def _become(work: Command, order: Order) -> str:

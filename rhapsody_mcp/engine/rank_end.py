@@ -30,13 +30,15 @@ __all__ = ["RankEnd", "how_it_ended", "rank_end"]
 class RankEnd(NamedTuple):
     """A rank's outcome and its times, seconds since the epoch.
 
-    `left_running` counts the processes that it had started and not waited for; they were ended with it.
+    `left_running` counts the processes that it had started and not waited for; they were ended with it. `mpi_alone` is
+    as in a Result.
     """
 
     outcome: RankOutcome
     started: float | None
     ended: float
     left_running: int = 0
+    mpi_alone: bool = False
 
 
 class _Left(NamedTuple):
@@ -84,9 +86,10 @@ def _end(left: _Left, path: str, order: Order, rank: int, most: int | None) -> R
         cause=result.cause,
         error=result.error,
         traceback=result.traceback,
+        exception=result.exception,
     )
     started = None if result.cause is Cause.INVALID or not left.started else left.started
-    return RankEnd(outcome, started, left.ended, left.left_running)
+    return RankEnd(outcome, started, left.ended, left.left_running, result.mpi_alone)
 
 
 def _result(left: _Left, path: str, order: Order) -> Result:

@@ -68,12 +68,15 @@ ToWorker = Run | Interrupt
 
 
 class Result(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """What a function came to: a value, or a cause with its message and traceback."""
+    """What a function came to: a value, or a cause with its message and traceback, and the pickled exception."""
 
     value: Value | None = None
     cause: Cause | None = None
     error: str = ""
     traceback: str = ""
+    exception: bytes = b""
+    mpi_alone: bool = False
+    """Whether it was one rank of several and its MPI knew of no other."""
 
 
 class Up(msgspec.Struct, frozen=True, tag="up", gc=False):

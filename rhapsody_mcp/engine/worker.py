@@ -203,7 +203,7 @@ class _Worker:
             note_start(run.folder, run.uid, run.attempt)
         except OSError as error:
             return Result(None, Cause.LOST, NOT_NOTED.format(error))
-        return perform(run.call, run.bindings, run.folder, self.sources, self.config.caps.result_bytes)
+        return perform(run.call, run.bindings, run.folder, self.sources, self.config.caps)
 
     def _has_no_threads(self) -> bool:
         """Whether none of the function's is left. One that was joined may not be gone yet."""

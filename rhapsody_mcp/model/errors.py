@@ -155,14 +155,19 @@ class NeedsForce(NotConfirmed):
 
 
 class TaskFailed(RhapsodyError):
-    """A task ended FAILED. `task` is the task, `outcome` what came of it; the text holds the original message."""
+    """A task ended FAILED. `task` is the task, `uid` its id, `outcome` what came of it; the text holds the original
+    message. `__cause__` is what its function raised, where that could be sent and opened here."""
 
-    def __init__(self, message: str, outcome: Outcome | None = None, task: object = None) -> None:
+    def __init__(self, message: str, outcome: Outcome | None = None, task: object = None, uid: str = "") -> None:
         super().__init__(message)
-        self.outcome, self.task = outcome, task
+        self.outcome, self.task, self.uid = outcome, task, uid
 
-    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, Outcome | None]]:
-        return type(self), (str(self), self.outcome)
+    @property
+    def exit_code(self) -> int | None:
+        return self.outcome.exit_code if self.outcome else None
+
+    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, Outcome | None, None, str]]:
+        return type(self), (str(self), self.outcome, None, self.uid)
 
 
 class TaskCanceled(TaskFailed):

@@ -23,6 +23,7 @@ class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     cause: Cause | None = None
     error: str = ""
     traceback: str = ""
+    exception: bytes = b""
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -35,7 +36,8 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """A final state with everything that belongs to it. `started` and `ended` are seconds since the epoch.
 
-    `started` is None where user code never ran. `notes` are sentences about how it ran ("8 ranks on 2 cores").
+    `started` is None where user code never ran. `exception` is what a function raised, pickled, where that is sent:
+    to be opened where user code may run. `notes` are sentences about how it ran ("8 ranks on 2 cores").
     """
 
     state: TaskState
@@ -51,3 +53,4 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
     ranks: tuple[RankOutcome, ...] = ()
     notes: tuple[str, ...] = ()
     usage: Usage | None = None
+    exception: bytes = b""

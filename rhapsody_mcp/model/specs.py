@@ -106,10 +106,14 @@ class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc
 
 
 class Caps(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """How many bytes a result may have, encoded, and how many of a stdout or stderr are kept; None for any number."""
+    """How many bytes a result may have, encoded, and how many of a stdout or stderr are kept; None for any number.
+
+    A pickled exception of up to `exception_bytes` is sent beside its words; 0 is for where nobody may open one.
+    """
 
     result_bytes: int | None = None
     output_bytes: int | None = None
+    exception_bytes: int = 64 * 1024
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True, gc=False):

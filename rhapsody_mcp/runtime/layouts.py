@@ -24,9 +24,9 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
         return _NATIVE if native else _FORKED
     refuse_unknown("key of task_backend_specific_kwargs", kwargs, _KEYS)
     chosen = [key for key in ("process_template", "process_templates", "type") if key in kwargs]
-    if len(chosen) > 1 and not (chosen == ["process_template", "type"]):
+    if "process_template" in chosen and "process_templates" in chosen:
         raise InvalidTask(f"{' and '.join(chosen)} contradict each other; give one of them.")
-    if "type" in kwargs:
+    if "type" in kwargs or ("pmi" in kwargs and "process_templates" in kwargs):
         return _mpi(kwargs)
     if "ranks" in kwargs or "pmi" in kwargs:
         raise InvalidTask('ranks and pmi belong to type="mpi"; a job of other processes has process_templates.')
@@ -52,11 +52,16 @@ def read_timeout(kwargs: Mapping[str, Any]) -> float | None:
 
 
 def _mpi(kwargs: Mapping[str, Any]) -> Layout:
-    if kwargs["type"] != "mpi":
-        raise InvalidTask(f'type is {kwargs["type"]!r}; the only type is "mpi".')
+    if (kind := kwargs.get("type", "mpi")) != "mpi":
+        raise InvalidTask(f'type is {kind!r}; the only type is "mpi".')
     pmi = kwargs.get("pmi", "auto")
     if pmi not in _PMI:
         raise InvalidTask(f"pmi is {pmi!r}; valid: {', '.join(_PMI)}.")
+    if "process_templates" in kwargs:
+        groups = _groups(kwargs["process_templates"])
+        if kwargs.get("ranks") not in (None, count := sum(group.ranks for group in groups)):
+            raise InvalidTask(f"ranks is {kwargs['ranks']!r}, and process_templates make {count}; leave ranks out.")
+        return Layout("job", groups, pmi)
     if "ranks" not in kwargs:
         raise InvalidTask('type="mpi" needs ranks, the number of its processes.')
     group = RankGroup(_rank_count(kwargs["ranks"]), _template(kwargs.get("process_template", {})))
@@ -85,7 +90,7 @@ def _template(fields: Any) -> Template:
     if not isinstance(fields, Mapping):
         raise InvalidTask(f"a process template is a dict (env, cwd, policy), not {fields!r}.")
     refuse_unknown("key of a process template", fields, _TEMPLATE_KEYS)
-    policy = fields.get("policy") or {}
+    policy = _plain_policy(fields.get("policy") or {})
     if not isinstance(policy, Mapping):
         raise InvalidTask(f"policy is a dict with any of {', '.join(_POLICY_KEYS)}, not {policy!r}.")
     refuse_unknown("key of a policy", policy, _POLICY_KEYS)
@@ -96,6 +101,13 @@ def _template(fields: Any) -> Template:
         cpu_affinity=_numbers("cpu_affinity", policy.get("cpu_affinity") or ()),
         gpu_affinity=_numbers("gpu_affinity", policy.get("gpu_affinity") or ()),
     )
+
+
+def _plain_policy(policy: Any) -> Any:
+    """The fields of Dragon's own Policy; anything else as it is."""
+    if isinstance(policy, Mapping) or not all(hasattr(policy, key) for key in _POLICY_KEYS):
+        return policy
+    return {key: value for key in _POLICY_KEYS if (value := getattr(policy, key))}
 
 
 def _env(env: Any) -> dict[str, str | None]:

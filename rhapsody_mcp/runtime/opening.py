@@ -106,7 +106,7 @@ def _of_server(name: BackendName, wanted: Wanted, settings: Settings) -> dict[st
     environment = replace(wanted.environment or Environment(), withheld=settings.withheld_variables)
     if name == "vllm":
         return {"environment": environment, "health_s": settings.vllm_health_s}
-    caps = Caps(settings.max_result_bytes, settings.max_output_bytes)
+    caps = Caps(settings.max_result_bytes, settings.max_output_bytes, exception_bytes=0)
     return {"environment": environment, "caps": caps, "stall_s": settings.stall_s}
 
 

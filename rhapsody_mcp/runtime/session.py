@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
@@ -169,14 +170,14 @@ class Session:
 
     # --- submission
 
-    async def submit_tasks(self, tasks: Iterable[Task]) -> list[asyncio.Future[Task]]:
+    async def submit_tasks(self, tasks: Iterable[Task] | Task) -> list[asyncio.Future[Task]]:
         """Take these tasks, whole or not at all, and give a future for each, in order.
 
         A future ends with its task and then gives the task; awaiting it raises as awaiting the task does.
         Raises InvalidTask, UnknownName or SessionClosed with nothing taken. Backends that have not been started
         start now; tasks are QUEUED meanwhile.
         """
-        batch = list(tasks)
+        batch = [tasks] if isinstance(tasks, Task) else list(tasks)
         self.take(batch, self.accept(batch))
         return [task.future for task in batch]
 
@@ -515,6 +516,8 @@ class Session:
     def _opened(self, task: Task, outcome: Outcome) -> Outcome:
         """Give the task what its user sees; a result that cannot be opened here makes it FAILED."""
         task.stdout, task.stderr = outcome.stdout.read(), outcome.stderr.read()
+        if outcome.exception:
+            task.raised = _exception_in(outcome.exception)
         try:
             if outcome.ranks:
                 task.ranks = tuple(rank_of(rank, self._read) for rank in outcome.ranks)
@@ -570,13 +573,13 @@ class Session:
 
     # --- waiting, canceling, closing
 
-    async def wait_tasks(self, tasks: Iterable[Task], timeout: float | None = None) -> list[Task]:
+    async def wait_tasks(self, tasks: Iterable[Task] | Task, timeout: float | None = None) -> list[Task]:
         """Wait until each of these tasks has ended, and give them back in order. Never raises for a task.
 
         Raises TimeoutError after `timeout` seconds; the tasks go on.
         """
         self._refuse_other_loop()
-        batch = list(tasks)
+        batch = [tasks] if isinstance(tasks, Task) else list(tasks)
         futures = [task.future for task in batch]
         try:
             async with asyncio.timeout(timeout):
@@ -672,6 +675,15 @@ def _specify(task: Task, encoder: Encoder) -> TaskSpec | None:
 
 Accepted = tuple[Task, Lane | None, TaskSpec | None]
 """With the lane and the spec of what a backend runs; a ForEach has none."""
+
+
+def _exception_in(data: bytes) -> BaseException | None:
+    """None where its class, or what it holds, is not to be had here."""
+    try:
+        error = pickle.loads(data)
+    except Exception:  # unpickling runs the user's own code
+        return None
+    return error if isinstance(error, BaseException) else None
 
 
 def _canceled(cause: Cause, message: str) -> Outcome:

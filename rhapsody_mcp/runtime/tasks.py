@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 import msgspec
 
 from rhapsody_mcp.backends.base import Kind
-from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, TaskCanceled, TaskFailed, refuse_unknown
+from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, TaskCanceled, TaskFailed, nearest, refuse_unknown
 from rhapsody_mcp.model.json_schemas import encode_schema
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.specs import Call, Command, Completion, Layout, TaskSpec
@@ -122,6 +122,8 @@ class Task:
     # as they are set when an object is made; one with others takes 1.3 KB more.
     last_failure = ""
     replaced_by: str | None = None
+    raised: BaseException | None = None
+    """What its function raised, where that could be sent and opened in this process."""
 
     def sources(self) -> Sequence[Task]:
         """The tasks that must have ended before this one starts: those whose results it needs, and `after`."""
@@ -155,7 +157,9 @@ class Task:
         if self.outcome is None or self.outcome.state is TaskState.DONE:
             return None
         kind = TaskCanceled if self.outcome.state is TaskState.CANCELED else TaskFailed
-        return kind(f"{self.uid}: {self.outcome.error}", self.outcome, self)
+        failure = kind(f"{self.uid}: {self.outcome.error}", self.outcome, self, self.uid)
+        failure.__cause__ = self.raised
+        return failure
 
     @property
     def cause(self) -> Cause | None:
@@ -204,15 +208,39 @@ class Task:
 
     # --- the dict face
 
+    def keys(self) -> list[str]:
+        """The names of all that can be read of it, by `task[name]` as by `task.name`."""
+        return [*(name for name in vars(self) if not name.startswith("_")), *self._more_fields]
+
     def get(self, field: str, default: Any = None) -> Any:
         return getattr(self, field) if field in self else default
 
+    def __getitem__(self, field: str) -> Any:
+        if field not in self:
+            raise KeyError(f"{field}{nearest(str(field), self.keys())}")
+        return getattr(self, field)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
     def __contains__(self, field: object) -> bool:
-        public = isinstance(field, str) and not field.startswith("_")
-        return public and (field in vars(self) or field in _LATER_FIELDS)
+        return field in self.keys()
+
+    _more_fields: Sequence[str] = (
+        *("exit_code", "exception", "cause", "traceback", "notes", "timing", "last_failure", "replaced_by", "raised"),
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the future, which belongs to an event loop."""
+        return {**vars(self), "_future": None}
+
+    @property
+    def what(self) -> str:
+        """What it runs, in a few words."""
+        return ""
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.uid} {self.state}>"
+        return f"<{' '.join(filter(None, [type(self).__name__, self.uid, self.name, self.what, self.state]))}>"
 
 
 class ComputeTask(Task):
@@ -244,6 +272,7 @@ class ComputeTask(Task):
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
         **common: Any,
     ) -> None:
+        _refuse_foreign(common)
         refuse_unknown("field of ComputeTask", common.keys() - _COMMON_FIELDS, (*_COMPUTE_FIELDS, *_COMMON_FIELDS))
         super().__init__(**common)
         self.function = function
@@ -270,7 +299,8 @@ class ComputeTask(Task):
         if callable(self.function):
             return
         if not isinstance(self.function, Source | Module):
-            raise InvalidTask(f"function= is a {type(self.function).__name__}, which cannot be called.")
+            hint = ' A program goes in as executable="...", with arguments=[...].' * isinstance(self.function, str)
+            raise InvalidTask(f"function= is a {type(self.function).__name__}, which cannot be called.{hint}")
         if isinstance(self.function, Source) and isinstance(self.kwargs, dict):
             self.function.check_arguments(self.args, self.kwargs)
 
@@ -288,6 +318,14 @@ class ComputeTask(Task):
                 refuse_half_characters(field, text)
         if self.args or self.kwargs:
             raise InvalidTask("args= and kwargs= belong to a function; an executable takes arguments=[...].")
+
+    @property
+    def what(self) -> str:
+        if self.executable is not None:
+            return self.executable
+        if isinstance(self.function, Source):
+            return self.function.function_name
+        return self.function.path if isinstance(self.function, Module) else getattr(self.function, "__name__", "")
 
     def _find_needs(self) -> Iterable[Task]:
         if not self.kwargs and not self.arguments and are_plain(self.args):
@@ -374,9 +412,15 @@ class AITask(Task):
                 raise InvalidTask("a prompt is empty; write what the model shall answer.")
         return tuple(prompts)
 
+    _more_fields = (*Task._more_fields, "response")
+
     @property
     def response(self) -> Any:
         return self.return_value
+
+    @property
+    def what(self) -> str:
+        return self.model or ""
 
     @property
     def many(self) -> bool:
@@ -402,7 +446,23 @@ class AITask(Task):
         return TaskSpec(uid=self.uid, work=work, layout=Layout("native"), timeout_s=self._timeout_s)
 
 
-_LATER_FIELDS = ("last_failure", "replaced_by")
+_PLACES = {
+    "cwd": 'task_backend_specific_kwargs={"process_template": {"cwd": ...}}',
+    "env": 'task_backend_specific_kwargs={"process_template": {"env": {...}}}',
+    "timeout": 'task_backend_specific_kwargs={"timeout": seconds}',
+    "ranks": 'task_backend_specific_kwargs={"process_templates": [(ranks, {})]}',
+    "shell": 'executable="sh", arguments=["-c", "..."]',
+    "capture_stdio": "task.stdout and task.stderr, which are always kept",
+}
+"""What other libraries call it, and where it is here."""
+
+
+def _refuse_foreign(fields: Iterable[str]) -> None:
+    for field in fields:
+        if field in _PLACES:
+            raise InvalidTask(f"ComputeTask has no field {field!r}; write it as {_PLACES[field]}.")
+
+
 _COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure"}
 _COMPUTE_FIELDS = ("function", "executable", "args", "kwargs", "arguments", "task_backend_specific_kwargs")
 _AI_FIELDS = (
@@ -548,8 +608,8 @@ def with_children(tasks: Iterable[Task]) -> Iterator[Task]:
         yield task
 
 
-def _tasks_to_follow(after: Sequence[Task]) -> tuple[Task, ...]:
-    if isinstance(after, Task) or not all(isinstance(task, Task) for task in after):
+def _tasks_to_follow(after: object) -> tuple[Task, ...]:
+    if isinstance(after, Task) or not isinstance(after, Iterable) or not all(isinstance(task, Task) for task in after):
         raise InvalidTask("after is a list of tasks, as in [first, second].")
     return tuple(after)
 

@@ -135,6 +135,36 @@ async def test_the_ranks_of_a_program_form_one_world_in_their_template(session: 
 
 
 @with_mpi
+async def test_ranks_of_one_world_may_have_templates_of_their_own(session: Session) -> None:
+    templates = [(1, {"policy": {"host_name": "localhost"}}), (1, {"env": {"ROLE": "second"}})]
+    kwargs = {"type": "mpi", "process_templates": templates}
+    task = await run(session, ComputeTask(world, task_backend_specific_kwargs=kwargs))
+    assert (task.state, task.return_value) == (TaskState.DONE, [0, 2, 1]), task.outcome
+
+
+@with_mpi
+async def test_a_host_that_is_not_there_is_the_fault_of_its_job_alone(session: Session) -> None:
+    elsewhere = ComputeTask(world, task_backend_specific_kwargs=mpi(2, process_template={"policy": {"host_name": "x"}}))
+    other = ComputeTask(abs, args=(-1,))
+    await run(session, elsewhere, other)
+    assert (elsewhere.cause, other.state, other.attempts) == (Cause.INVALID, TaskState.DONE, 1)
+
+
+@with_mpi
+async def test_ranks_that_use_mpi_alone_are_told_of(session: Session) -> None:
+    script = "from mpi4py import MPI; print(MPI.COMM_WORLD.size)"
+    alone: dict[str, Any] = {"process_templates": [(2, {})]}
+    function = ComputeTask(world, task_backend_specific_kwargs=dict(alone))
+    program = ComputeTask(executable=sys.executable, arguments=["-c", script], task_backend_specific_kwargs=dict(alone))
+    plain = ComputeTask(rank_alone, task_backend_specific_kwargs=dict(alone))
+    await run(session, function, program, plain)
+    assert (function.return_value, program.return_value) == ([0, 1, 0], "1")
+    for task in (function, program):
+        assert any("each is alone, of a world of size 1" in note for note in task.notes)
+    assert not any("MPI" in note for note in plain.notes)
+
+
+@with_mpi
 async def test_when_a_rank_fails_the_others_are_ended_and_the_task_names_it(session: Session) -> None:
     task = await run(session, ComputeTask(rank_two_fails, task_backend_specific_kwargs=mpi(4)))
     assert (task.state, task.cause) == (TaskState.FAILED, Cause.ERROR)
