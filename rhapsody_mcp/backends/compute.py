@@ -24,7 +24,7 @@ from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.backends.keeping import Keeper
 from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.engine.link import Frames, frame
-from rhapsody_mcp.engine.output import left_out, move_stream
+from rhapsody_mcp.engine.output import left_out, move_stream, stopped_note
 from rhapsody_mcp.engine.placers import count_cores
 from rhapsody_mcp.engine.printing import STREAMS
 from rhapsody_mcp.engine.processes import ENGINE, end, marked
@@ -855,7 +855,7 @@ def _outcome(live: _Live, message: Finished) -> Outcome:
         error=result.error,
         traceback=result.traceback,
         exception=result.exception,
-        notes=tuple(left_out(message)),
+        notes=(*left_out(message), *([stopped_note(message.left_running)] if message.left_running else ())),
     )
 
 

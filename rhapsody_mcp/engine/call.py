@@ -319,7 +319,9 @@ def _is_plain(value: Any) -> bool:
 def _length(value: Any) -> int | None:
     try:
         return len(value)
-    except Exception:  # a __len__ may raise anything
+    except Interrupted:
+        raise
+    except BaseException:  # a __len__ may raise anything
         return None
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from types import ModuleType
+
+from rhapsody_mcp.engine.error_text import line_in, words
 
 __all__ = ["check", "imports_of"]
 
@@ -64,15 +67,21 @@ def _import(module: str, name: str) -> None:
 
 
 def _execute(text: str, entry: str) -> list[str]:
-    namespace: dict[str, Any] = {"__name__": "__rhapsody_source__"}
+    module = sys.modules[_NAME] = ModuleType(_NAME)
+    filename = f"<source of {entry}>"
     try:
-        exec(compile(text, f"<source of {entry}>", "exec", dont_inherit=True), namespace)
+        exec(compile(text, filename, "exec", dont_inherit=True), vars(module))
     except Exception as error:  # the source's own code runs
-        return [f"its top level fails: {_words(error)}"]
-    return [] if callable(namespace.get(entry)) else [f"its top level leaves no function {entry!r}"]
+        return [f"its top level fails: {_words(error)} (line {line_in(error, filename)} of the source)"]
+    finally:
+        del sys.modules[_NAME]
+    return [] if callable(getattr(module, entry, None)) else [f"its top level leaves no function {entry!r}"]
+
+
+_NAME = "rhapsody_checked_source"
 
 
 def _words(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"no module {error.name!r} is installed"
-    return f"{type(error).__name__}: {error}"
+    return words(error)

@@ -12,7 +12,7 @@ from rhapsody_mcp.engine.printing import middle
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.values import INLINE_BYTES, Stream
 
-__all__ = ["collect", "end_part", "left_out", "move_stream", "open_part", "write_file", "write_pieces"]
+__all__ = ["collect", "end_part", "left_out", "move_stream", "open_part", "stopped_note", "write_file", "write_pieces"]
 
 _TAIL_BYTES = INLINE_BYTES // 4
 _PIECE_BYTES = 1024 * 1024
@@ -118,6 +118,11 @@ def _last(file: int, size: int) -> bytes:
 
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "replace")
+
+
+def stopped_note(left_running: int) -> str:
+    """A sentence on the processes that a task had started and not waited for."""
+    return f"processes that still ran when it ended were stopped: {left_running}; it must wait for what it starts"
 
 
 class _Printed(Protocol):

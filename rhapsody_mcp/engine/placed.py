@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from rhapsody_mcp.engine.arguments import arguments_of
-from rhapsody_mcp.engine.output import left_out
+from rhapsody_mcp.engine.output import left_out, stopped_note
 from rhapsody_mcp.engine.placers import Placed, Placer, Program, Together, this_host
 from rhapsody_mcp.engine.pmi import PmiName, rank_environment
 from rhapsody_mcp.engine.processes import PLACE
@@ -336,9 +336,7 @@ class PlacedTask:
         ranks, notes = len(ends), [*left_out(*(found.outcome for found in ends))]
         left = sum(found.left_running for rank, found in enumerate(ends) if rank not in self._dragged)
         if left and self._stop is None:
-            notes.append(
-                f"processes that still ran when it ended were stopped: {left}; it must wait for what it starts"
-            )
+            notes.append(stopped_note(left))
         if any(found.mpi_alone for found in ends) or self._seems_to_want_mpi():
             notes.append(_MPI_ALONE)
         if ranks > self.host.cores:

@@ -24,6 +24,7 @@ __all__ = [
     "LIFELINE",
     "PLACE",
     "adopt_orphans",
+    "arguments",
     "descendants",
     "end",
     "group",
@@ -134,7 +135,7 @@ def programs_with(folder: str | os.PathLike[str]) -> list[int]:
     """The processes of our own programs that were started with a file in this folder. It finds some whose environment
     cannot be read: Dragon writes a title over that of its launcher, and of its host where there are few variables."""
     inside = os.path.join(os.fspath(folder), "").encode()
-    return [pid for pid in _pids() if _are_in(_arguments(pid), b"rhapsody_mcp.engine.", inside)]
+    return [pid for pid in _pids() if _are_in(arguments(pid), b"rhapsody_mcp.engine.", inside)]
 
 
 def _are_in(arguments: Sequence[bytes], *beginnings: bytes) -> bool:
@@ -163,14 +164,14 @@ def _session(pid: int) -> int:
         return 0
 
 
-def with_arguments(*wanted: str) -> list[int]:
+def witharguments(*wanted: str) -> list[int]:
     """The processes whose command line holds these arguments."""
     words = {argument.encode() for argument in wanted}
-    return [pid for pid in _pids() if words <= {*_arguments(pid)}]
+    return [pid for pid in _pids() if words <= {*arguments(pid)}]
 
 
-def _arguments(pid: int) -> list[bytes]:
-    """Empty where there is no such process."""
+def arguments(pid: int) -> list[bytes]:
+    """Its command line; empty where there is no such process."""
     told = _told(pid, "cmdline")
     return told.split(b"\0") if told else []
 

@@ -99,7 +99,8 @@ class Started(msgspec.Struct, frozen=True, tag="started", gc=False):
 
 
 class Finished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True, gc=False):
-    """A function has ended; `interrupted` where an Interrupt ended it."""
+    """A function has ended; `interrupted` where an Interrupt ended it. `left_running` counts the processes that it had
+    started and not waited for, which were ended."""
 
     uid: str
     started: float
@@ -108,6 +109,7 @@ class Finished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True, 
     stdout: Stream = Stream()
     stderr: Stream = Stream()
     interrupted: bool = False
+    left_running: int = 0
 
 
 class Revoked(msgspec.Struct, frozen=True, tag="revoked", gc=False):

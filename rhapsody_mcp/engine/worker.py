@@ -32,7 +32,7 @@ from rhapsody_mcp.engine.error_text import Interrupted
 from rhapsody_mcp.engine.link import Link
 from rhapsody_mcp.engine.printed import Printed
 from rhapsody_mcp.engine.process_state import ProcessState
-from rhapsody_mcp.engine.processes import adopt_orphans, end, has_children, own_descendants, reap
+from rhapsody_mcp.engine.processes import adopt_orphans, arguments, end, has_children, own_descendants, reap
 from rhapsody_mcp.engine.sources import Sources
 from rhapsody_mcp.engine.starts import FOLDER_GONE, NOT_NOTED, note_start
 from rhapsody_mcp.engine.wire import (
@@ -173,16 +173,15 @@ class _Worker:
         result, interrupted = self._perform(run)
         ended = time.time()
         took_long = ended - started > _START_S
-        is_whole = self._has_no_threads() and not self.turn.cut_import
-        if took_long:
-            is_whole = _end_children() and is_whole
+        children = _end_children() if took_long else []
+        is_whole = self._has_no_threads() and not children and not self.turn.cut_import  # modules may know of them
         self.state.flush()
         c_streams.flush(look=took_long)
         is_whole = self.state.restore() and is_whole
         stdout, stderr = self.printed.collect(run.folder, self.config.caps.output_bytes)
         self._forget()
         is_whole = is_whole and not self.printed.is_closed
-        return Finished(run.uid, started, ended, result, stdout, stderr, interrupted), is_whole
+        return Finished(run.uid, started, ended, result, stdout, stderr, interrupted, sum(children)), is_whole
 
     def _perform(self, run: Run) -> tuple[Result, bool]:
         interrupted = False
@@ -222,18 +221,20 @@ class _Worker:
             _TRACKED_CLASSES.clear()
 
 
-def _end_children() -> bool:
-    """End the processes that the function left; False where there were any, of which modules may know."""
+def _end_children() -> list[bool]:
+    """End the processes that the function left; for each, whether the function itself had started it."""
     if not has_children():
-        return True
+        return []
     reap()
-    if not own_descendants():
-        return True
-    end(own_descendants)
-    reap()
-    return False
+    left = [not any(_HELPER in argument for argument in arguments(pid)) for pid in own_descendants()]
+    if left:
+        end(own_descendants)
+        reap()
+    return left
 
 
+_HELPER = b"from multiprocessing."
+"""Python's own start with it: of shared memory, and of the forkserver."""
 _START_S = 0.00005
 """No process starts, and no library is loaded, in less: what ran shorter need not be looked at for such."""
 _ENDING_S = 0.1

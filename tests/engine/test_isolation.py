@@ -354,6 +354,7 @@ async def test_what_one_function_leaves_does_not_reach_the_next(session: Session
     assert alone.state is TaskState.DONE and alone.stdout == "grüße\n"
     before, after = await one_after_the_other(session, ComputeTask(first), ComputeTask(innocent))
     assert before.state is TaskState.DONE, before.outcome
+    assert any("still ran when it ended" in note for note in before.notes) == (first is leaves_a_process)
     assert after.state is TaskState.DONE, after.outcome
     assert after.return_value == alone.return_value
     assert (after.stdout, after.stderr) == (alone.stdout, alone.stderr)
@@ -394,7 +395,7 @@ def squares() -> list[int]:
 async def test_helpers_of_multiprocessing_serve_the_next_function_too(session: Session) -> None:
     tasks = await one_after_the_other(session, *(ComputeTask(squares) for _ in range(3)))
     assert [task.return_value for task in tasks] == [[1, 2]] * 3
-    assert [task.stderr for task in tasks] == [""] * 3
+    assert [(task.stderr, task.notes) for task in tasks] == [("", ())] * 3
 
 
 def starts_a_thread(path: str) -> str:
