@@ -164,7 +164,7 @@ def _session(pid: int) -> int:
         return 0
 
 
-def witharguments(*wanted: str) -> list[int]:
+def with_arguments(*wanted: str) -> list[int]:
     """The processes whose command line holds these arguments."""
     words = {argument.encode() for argument in wanted}
     return [pid for pid in _pids() if words <= {*arguments(pid)}]
