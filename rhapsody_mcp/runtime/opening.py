@@ -18,7 +18,7 @@ from rhapsody_mcp.backends.environment import Environment
 from rhapsody_mcp.backends.vllm_config import SHIPPED, Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm_plan import find_model, interpreter
 from rhapsody_mcp.machine import Machine, Part, look
-from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Caps
 from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.settings import Settings
@@ -151,6 +151,7 @@ def _arguments(name: BackendName, wanted: Wanted, settings: Settings, machine: M
             _need(machine.vllm, "the endpoint backend speaks to a server that runs elsewhere")
             model = wanted.model or (None if wanted.config_file else settings.default_model)
             _refuse_model(wanted.config_file, model)
+            _refuse_device(wanted, machine)
             given = {"config_file": wanted.config_file, "model": model, "device": wanted.device}
             return {**given, "environment": environment}
         case "endpoint":
@@ -160,6 +161,15 @@ def _arguments(name: BackendName, wanted: Wanted, settings: Settings, machine: M
 def _refuse_model(config_file: str | None, model: str | None) -> None:
     """Raise InvalidSettings where the settings of the vllm backend, or the model that they name, cannot work here."""
     find_model(*_vllm_config(config_file, model))
+
+
+def _refuse_device(wanted: Wanted, machine: Machine) -> None:
+    config, _ = _vllm_config(wanted.config_file, None)
+    if "cuda" in (wanted.device, config.server.device if wanted.device is None else None) and not machine.gpus:
+        raise InvalidSettings(
+            'device is "cuda", and this machine has no GPU. Leave device out, or give "cpu", to serve the model on the '
+            "CPU; a server on a machine that has one is reached with the backend endpoint and its endpoint_url."
+        )
 
 
 def _vllm_config(config_file: str | None, model: str | None) -> tuple[VllmConfig, list[Path]]:

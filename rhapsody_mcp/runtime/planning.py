@@ -13,12 +13,13 @@ from pathlib import Path
 import msgspec
 
 from rhapsody_mcp.engine.checking import imports_of
+from rhapsody_mcp.engine.placers import this_host
 from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.specs import Layout
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, name_of, tasks_text
 
-__all__ = ["Step", "misfits", "steps_of"]
+__all__ = ["Step", "misfits", "remarks", "steps_of"]
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -78,14 +79,22 @@ def misfits(task: Task, machine: Machine, folder: str = "") -> Iterator[str]:
         yield from (f"no module {name!r} is installed here" for name in _modules(task) if not _is_there(name))
 
 
+def remarks(task: Task, machine: Machine) -> Iterator[str]:
+    """What of a task runs here otherwise than its submitter may think, in words."""
+    if isinstance(task, ForEach):
+        yield from remarks(task.children[0], machine) if task.children else ()
+    elif isinstance(task, ComputeTask) and task.layout.ranks > machine.cores:
+        yield f"its {task.layout.ranks} processes share {machine.cores} cores: it runs, and more slowly"
+
+
 def _misfits_of_processes(layout: Layout, machine: Machine, folder: str) -> Iterator[str]:
-    if layout.ranks > machine.cores:
-        yield f"{layout.ranks} processes share {machine.cores} cores"
     if layout.pmi not in (None, "none") and not machine.pmi:
         yield "no PMIx or Cray PMI library was found here, through which MPI ranks find each other"
     for template in (group.template for group in layout.groups):
         if template.cwd is not None and not os.path.isdir(cwd := os.path.join(folder, template.cwd)):
             yield f"cwd {cwd} is no folder here"
+        if not this_host(template.host_name):
+            yield f"host {template.host_name!r} is no node of this session, which runs on {machine.host}"
         if any(number >= len(machine.gpus) for number in template.gpu_affinity):
             yield f"GPU {max(template.gpu_affinity)} was asked for, and this machine has {len(machine.gpus) or 'none'}"
 

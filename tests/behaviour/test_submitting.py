@@ -90,7 +90,10 @@ async def test_a_dry_run_shows_the_graph_and_submits_nothing() -> None:
     ("task", "problem"),
     [
         ({"executable": "no-such-program"}, "no-such-program is no program here"),
-        ({"executable": "/bin/echo", "ranks": 10_000}, "10000 processes share"),
+        (
+            {"executable": "/bin/echo", "process_templates": [{"ranks": 1, "policy": {"host_name": "elsewhere"}}]},
+            "host 'elsewhere' is no node of this session",
+        ),
         ({"executable": "/bin/echo", "cwd": "/no/such"}, "cwd /no/such is no folder here"),
         ({"function": "no_such_module:f"}, "no module 'no_such_module' is installed here"),
         ({"source": "def f():\n    import no_such_module.part"}, "no module 'no_such_module' is installed here"),
@@ -111,6 +114,17 @@ async def test_a_dry_run_names_what_does_not_fit(task: dict[str, Any], problem: 
         assert len(reply["problems"]) == 1
         assert problem in reply["problems"][0]
         assert f"Does not fit: task.000001: {problem}" in agent.texts[-1]
+
+
+async def test_a_dry_run_says_of_ranks_over_the_cores_that_they_run() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        tasks = [{"executable": "/bin/echo", "ranks": 10_000}]
+        reply = await agent.call("submit_tasks", session=session, tasks=tasks, dry_run=True)
+        assert reply["problems"] == []
+        assert "Everything fits this machine." in agent.texts[-1]
+        assert "Note: task.000001: its 10000 processes share" in agent.texts[-1]
+        assert "cores: it runs, and more slowly." in agent.texts[-1]
 
 
 async def test_what_a_source_can_do_without_is_no_problem() -> None:

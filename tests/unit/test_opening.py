@@ -90,3 +90,17 @@ def test_the_key_of_the_settings_goes_to_their_own_address_and_to_no_other(monke
         {"url": URL, "model": "own", "api_key": "secret"},
         {"url": "http://elsewhere/v1", "model": None, "api_key": None},
     ]
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_machine(monkeypatch, vllm="0.32")
+    machine = msgspec.structs.replace(opening.look(), gpus=())
+    monkeypatch.setattr(opening, "look", lambda: machine)
+    config = tmp_path / "config.yaml"
+    config.write_text("required:\n  model_name: m\nserver:\n  device: cuda\n  model: shipped\n")
+    for wanted in (Wanted(device="cuda"), Wanted(config_file=str(config))):
+        with pytest.raises(InvalidRequest, match="this machine has no GPU.*endpoint_url"):
+            names(wanted)
+    assert names(Wanted(config_file=str(config), device="cpu")) == ["local", "vllm"]
