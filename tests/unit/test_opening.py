@@ -101,6 +101,6 @@ def test_a_device_that_is_not_there_is_refused_before_anything_starts(
     config = tmp_path / "config.yaml"
     config.write_text("required:\n  model_name: m\nserver:\n  device: cuda\n  model: shipped\n")
     for wanted in (Wanted(device="cuda"), Wanted(config_file=str(config))):
-        with pytest.raises(InvalidRequest, match="this machine has no GPU.*endpoint_url"):
+        with pytest.raises(InvalidRequest, match=r"this machine has no GPU.*endpoint_url"):
             names(wanted)
     assert names(Wanted(config_file=str(config), device="cpu")) == ["local", "vllm"]
