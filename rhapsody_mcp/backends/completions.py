@@ -11,12 +11,13 @@ from typing import Any
 
 import msgspec
 
+from rhapsody_mcp.backends.answer_checks import AnswerChecks
 from rhapsody_mcp.backends.base import Ended, Report, Returned, Running
 from rhapsody_mcp.backends.batches import Dispatcher, Limits, Prompt
 from rhapsody_mcp.backends.chat import Answer, ChatServer, Conversation, Lost, Refused
 from rhapsody_mcp.engine.call import encode
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName
-from rhapsody_mcp.model.json_schemas import Unfit, read_answer
+from rhapsody_mcp.model.json_schemas import Unfit
 from rhapsody_mcp.model.outcome import Outcome, Usage
 from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -57,11 +58,12 @@ class Completions:
         self._servers = list(servers)
         self._defaults = defaults
         self._dispatcher = Dispatcher(self._servers, limits)
+        self._checks = AnswerChecks()
         self._jobs: dict[str, asyncio.Task[Outcome | Returned]] = {}
 
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
         for order in orders:
-            job = _Job(order, report, read, self._dispatcher, self._defaults, self._servers)
+            job = _Job(order, report, read, self._dispatcher, self._checks, self._defaults, self._servers)
             task = asyncio.create_task(job.run())
             self._jobs[order.spec.uid] = task
             task.add_done_callback(partial(self._ended, job, report))
@@ -98,6 +100,7 @@ class Completions:
         self.cancel(list(self._jobs))
         if tasks:
             await asyncio.wait(tasks)
+        await self._checks.close()
         await self._dispatcher.close()
 
 
@@ -110,11 +113,12 @@ class _Job:
         report: Report,
         read: Reader,
         dispatcher: Dispatcher,
+        checks: AnswerChecks,
         defaults: Defaults,
         servers: Sequence[ChatServer],
     ) -> None:
         self.order, self.report, self.read = order, report, read
-        self.dispatcher, self.defaults, self.servers = dispatcher, defaults, servers
+        self.dispatcher, self.checks, self.defaults, self.servers = dispatcher, checks, defaults, servers
         self.started: float | None = None
         self.time_limit = asyncio.timeout(None)
 
@@ -168,6 +172,7 @@ class _Job:
         usage = _sum([answer.usage for answer in answers])
         length = sum(len(answer.text) for answer in answers)
         try:
+            await self._check(answers)
             if length > INLINE_BYTES // 4:  # a character is up to 4 bytes
                 value = await asyncio.to_thread(self._value, answers, many)
             else:
@@ -181,23 +186,21 @@ class _Job:
         )
 
     def _value(self, answers: list[Answer], many: bool) -> Value:
-        schema = _work(self.order).json_schema
-        texts = [answer.text for answer in answers]
-        results = texts if schema is None else self._objects(answers, schema)
+        objects = _work(self.order).json_schema is not None
+        results = [msgspec.json.decode(answer.text) if objects else answer.text for answer in answers]
         return encode(results if many else results[0], self.order.folder)
 
-    def _objects(self, answers: list[Answer], schema: bytes) -> list[Any]:
-        """What the answers hold. Raises Unfit for the first that was cut or does not fit."""
-        objects = []
-        for number, answer in enumerate(answers, 1):
-            which = f"the answer to prompt {number} of {len(answers)}" if len(answers) > 1 else "the answer"
-            if answer.cut:
-                raise Unfit(f"{which} was cut at {self._most_tokens()} before its object was whole. {_ON_CUT}")
-            try:
-                objects.append(read_answer(answer.text, schema))
-            except Unfit as unfit:
-                raise Unfit(f"{which} {unfit}") from unfit
-        return objects
+    async def _check(self, answers: list[Answer]) -> None:
+        """Raises Unfit for the first that was cut or does not fit the schema."""
+        if (schema := _work(self.order).json_schema) is None:
+            return
+        cut = next((index for index, answer in enumerate(answers) if answer.cut), None)
+        if cut is not None:
+            said = f"was cut at {self._most_tokens()} before its object was whole. {_ON_CUT}"
+            raise Unfit(f"{_which(cut, answers)} {said}")
+        misfit = await self.checks.first_misfit(schema, [answer.text for answer in answers])
+        if misfit is not None:
+            raise Unfit(f"{_which(misfit.index, answers)} {misfit.problem}")
 
     def _most_tokens(self) -> str:
         most = _parameters(_work(self.order), self.defaults).get("max_tokens")
@@ -216,6 +219,10 @@ class _Job:
     def failed(self, cause: Cause, message: str, usage: Usage | None = None) -> Outcome:
         state = TaskState.CANCELED if cause is Cause.CANCELED else TaskState.FAILED
         return Outcome(state=state, started=self.started, ended=time.time(), cause=cause, error=message, usage=usage)
+
+
+def _which(index: int, answers: Sequence[Answer]) -> str:
+    return f"the answer to prompt {index + 1} of {len(answers)}" if len(answers) > 1 else "the answer"
 
 
 def _work(order: Order) -> Completion:

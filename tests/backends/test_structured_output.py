@@ -138,9 +138,9 @@ async def test_without_a_schema_a_cut_answer_is_a_result_with_a_note(session: Se
         ("Sure! Here it is", "the answer is no JSON (JSON is malformed: invalid character (byte 0)). It begins: Sure!"),
         ('{"size": NaN}', 'is no JSON (JSON is malformed: invalid character (byte 9)). It begins: {"size": NaN}'),
         ("", "the answer is empty"),
-        ("[1]", "the answer does not fit json_schema: at $, [1] is not of type 'object'. It begins: [1]"),
+        ("[1]", 'the answer does not fit json_schema: at $, [1] is not of type "object". It begins: [1]'),
         ('{"size": -1}', 'at $.size, -1 is less than the minimum of 0. It begins: {"size": -1}'),
-        ('{"SIZE": 1}', "at $, 'size' is a required property. It begins: {\"SIZE\": 1}"),
+        ('{"SIZE": 1}', 'at $, "size" is a required property. It begins: {"SIZE": 1}'),
     ],
 )
 async def test_an_answer_that_does_not_fit_fails_the_task_in_words_that_show_it(
@@ -169,12 +169,12 @@ async def test_of_a_long_answer_only_the_beginning_is_shown(session: Session, se
         ("size", "json_schema is a str; valid is a JSON schema of an object"),
         ({"type": "array"}, "json_schema has type 'array'; valid is a JSON schema of an object"),
         ({}, "json_schema has no type; valid is a JSON schema of an object"),
-        ({"type": "object", "properties": {"a": {"type": "text"}}}, r"no JSON schema: at \$.properties.a.type, 'text'"),
+        ({"type": "object", "properties": {"a": {"type": "text"}}}, r'no JSON schema: at \$.properties.a.type, "text"'),
         (
             {"type": "object", "properties": {"a": {"pattern": "("}}},
-            r"at \$.properties.a.pattern, '\(' is not a 'regex'",
+            r'at \$.properties.a.pattern, "\(" is not a "regex"; valid is a regular expression without look-around',
         ),
-        ({"type": "object", "$schema": 5}, r"at \$\['\$schema'\], 5 is not of type 'string'"),
+        ({"type": "object", "$schema": 5}, r'at \$.\$schema, 5 is not of type "string"'),
         ({"type": "object", "default": object()}, "json_schema is not plain JSON: Encoding objects of type object"),
     ],
 )
@@ -196,9 +196,90 @@ async def test_a_schema_that_the_server_refuses_fails_the_task_with_its_message(
     assert 'Unimplemented keys: ["if"] (HTTP 400' in str(task.exception)
 
 
-@pytest.mark.parametrize("place", ["#/$defs/nothing", "http://127.0.0.1:9/elsewhere"])
-async def test_nothing_is_fetched_for_a_schema_and_what_it_lacks_is_named(session: Session, place: str) -> None:
-    task = AITask("hi", json_schema={"type": "object", "properties": {"size": {"$ref": place}}})
+@pytest.mark.parametrize(
+    ("place", "lacks"),
+    [
+        ("#/$defs/nothing", "Pointer '/$defs/nothing' does not exist"),
+        ("http://127.0.0.1:9/elsewhere", "Resource 'http://127.0.0.1:9/elsewhere' is not present"),
+    ],
+)
+def test_nothing_is_fetched_for_a_schema_and_what_it_lacks_is_named(place: str, lacks: str) -> None:
+    with pytest.raises(InvalidTask) as refusal:
+        AITask("hi", json_schema={"type": "object", "properties": {"size": {"$ref": place}}})
+    assert lacks in str(refusal.value)
+    assert str(refusal.value).endswith('Use "#/$defs/NAME".')
+
+
+# --- schemas and answers that take long
+
+
+def doubling(levels: int) -> dict[str, Any]:
+    """A schema whose every level asks twice for the next."""
+    named = {f"l{level}": {"allOf": [{"$ref": f"#/$defs/l{level + 1}"}] * 2} for level in range(levels)}
+    return {"type": "object", "$ref": "#/$defs/l0", "$defs": {**named, f"l{levels}": {}}}
+
+
+NESTED: dict[str, Any] = {"type": "object"}
+for _ in range(400):
+    NESTED = {"type": "object", "properties": {"a": NESTED}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "object", "enum": ["x" * 70_000]}, "is 70,029 bytes as JSON; 65,536 is the most"),
+        (
+            {"type": "object", "patternProperties": {f"a{number}": {} for number in range(65)}},
+            "has 65 patterns; 64 is the most",
+        ),
+        ({"type": "object", "patternProperties": {"((a{99}){99}){99}": {}}}, "valid is a regular expression without"),
+        ({"type": "object", "properties": {"a": {"pattern": "(?=a)"}}}, "valid is a regular expression without"),
+        (NESTED, "json_schema is nested too deeply"),
+    ],
+)
+def test_a_schema_that_takes_long_to_read_is_refused_in_words(schema: Any, said: str) -> None:
+    with pytest.raises(InvalidTask) as refusal:
+        AITask("hi", json_schema=schema)
+    assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer", "fits"),
+    [
+        ({"type": "object", "properties": {"a": {"pattern": "^(a+)+$"}}}, {"a": "a" * 28 + "!"}, False),
+        ({"type": "object", "properties": {"a": {"pattern": "^(a+)+$"}}}, {"a": "a" * 100_000}, True),
+        ({"type": "object", "$ref": "#"}, {"a": 1}, True),
+        ({"type": "object", "properties": {"a": {"allOf": [{"$ref": "#"}] * 2}}}, {"a": {"a": {"a": {}}}}, True),
+        ({"type": "object", "properties": {"a": {"enum": list(range(10_000))}}}, {"a": 9_999}, True),
+        ({"type": "object", "properties": {"a": {"uniqueItems": True}}}, {"a": list(range(100_000))}, True),
+    ],
+    ids=["pattern", "long", "itself", "itself twice", "enum", "unique"],
+)
+async def test_what_takes_other_validators_for_ever_is_checked(
+    session: Session, server: StandIn, schema: Any, answer: Any, fits: bool
+) -> None:
+    server.answer = lambda prompt: json.dumps(answer)
+    task = AITask("hi", json_schema=schema)
     await run(session, task)
-    assert (task.state, task.cause) == (TaskState.FAILED, Cause.INVALID)
-    assert f"{place.removeprefix('#')}, which is not in it" in str(task.exception)
+    assert task.state is (TaskState.DONE if fits else TaskState.FAILED)
+    assert task.return_value == answer if fits else "does not fit json_schema: at $.a" in str(task.exception)
+
+
+async def test_a_check_that_takes_too_much_fails_its_task_alone(session: Session, server: StandIn) -> None:
+    server.answer = lambda prompt: "{}"
+    endless, simple = AITask("hi", json_schema=doubling(60)), AITask("hi", json_schema={"type": "object"})
+    await session.submit_tasks([endless, simple])
+    await session.wait_tasks([endless, simple], 10 * WITHIN_S)  # 5 s of a core are more on a busy machine
+    assert (endless.state, endless.cause) == (TaskState.FAILED, Cause.INVALID)
+    assert "cannot be checked against the answer within 5 s of a core. Make it simpler" in str(endless.exception)
+    assert (simple.state, simple.return_value) == (TaskState.DONE, {})
+
+
+async def test_a_canceled_check_ends_and_the_next_one_is_done(session: Session, server: StandIn) -> None:
+    server.answer = lambda prompt: "{}"
+    endless, simple = AITask("hi", json_schema=doubling(60)), AITask("hi", json_schema={"type": "object"})
+    await session.submit_tasks([endless])
+    await server.until(lambda: len(server.bodies) == 1 and not server.at_work)
+    await session.cancel(endless)
+    await run(session, simple)
+    assert (endless.state, simple.state) == (TaskState.CANCELED, TaskState.DONE)
