@@ -26,6 +26,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Iterable
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -181,9 +182,17 @@ def root_of(error: BaseException) -> BaseException:
     return error
 
 
+_LONGEST_NAME = 128
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` where a known name is close enough to help, else the empty string."""
-    by_folded = {one.casefold(): one for one in known}
+    """`" (did you mean 'x'?)"` where a known name is close enough to help, else the empty string.
+
+    It is looked for among the first thousand: comparing takes time.
+    """
+    if len(name) > _LONGEST_NAME:
+        return ""
+    by_folded = {one.casefold(): one for one in islice(known, 1000) if len(one) <= _LONGEST_NAME}
     close = difflib.get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.6)
     return f" (did you mean {by_folded[close[0]]!r}?)" if close else ""
 

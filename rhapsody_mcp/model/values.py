@@ -14,7 +14,7 @@ from rhapsody_mcp.model.errors import InvalidTask, ResultGone, nearest
 
 __all__ = [
     *("INLINE_BYTES", "NOTHING", "PLAIN", "PREVIEW_CHARS", "Ref", "Stream", "Value"),
-    *("follow", "keys_text", "load", "load_json"),
+    *("follow", "is_index", "keys_text", "load", "load_json"),
 ]
 
 PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
@@ -130,6 +130,11 @@ def keys_text(step: str, keys: Iterable[Any]) -> str:
     """What there is of keys where `step` is none of them; the nearest is looked for among the first thousand."""
     known = list(itertools.islice(keys, 1000))
     return f"a dict with keys {known[:10]}{nearest(step, map(str, known))}"
+
+
+def is_index(text: str) -> bool:
+    """Whether it is a number that something may have; Python refuses to read very long ones."""
+    return text.isdecimal() and len(text) <= 18
 
 
 def pointer_steps(path: str) -> list[str]:

@@ -20,6 +20,8 @@ from rhapsody_mcp.model.values import PLAIN, Ref
 
 __all__ = ["Encoder", "Module", "Source", "are_plain"]
 
+_LONGEST_CHARS = 32 * 1024
+
 
 class Module(msgspec.Struct, frozen=True):
     """A function by its import path, "module:function"; imported where it runs, never here."""
@@ -37,13 +39,19 @@ class Source(msgspec.Struct, frozen=True):
 
     A fence of ``` around the whole text is taken off.
 
-    Raises InvalidTask where the text does not compile (with line and message) or has no such function.
+    Raises InvalidTask where the text does not compile (with line and message), is too long to be compiled in the
+    service's event loop, or has no such function.
     """
 
     text: str
     entry: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.text) > _LONGEST_CHARS:
+            raise InvalidTask(
+                f"the source has {len(self.text):,} characters; {_LONGEST_CHARS:,} is the most. Write it to a file in "
+                "the session's folder and import it as a module, and pass data in args."
+            )
         msgspec.structs.force_setattr(self, "text", _without_fence(self.text))
         functions = self._functions()
         if not functions:
@@ -85,8 +93,10 @@ class Source(msgspec.Struct, frozen=True):
 
 
 def _without_fence(text: str) -> str:
-    fenced = re.fullmatch(r"\s*```[ \t]*\w*[ \t\r]*\n(.*?)\n?[ \t]*```\s*", text, re.DOTALL)
-    return fenced[1] if fenced else text
+    head, line_end, rest = text.strip().partition("\n")
+    if not (line_end and re.fullmatch(r"```[ \t]*\w*[ \t\r]*", head) and rest.endswith("```")):
+        return text
+    return rest.removesuffix("```").rstrip(" \t").removesuffix("\n")
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,6 +109,8 @@ def _functions_in(text: str) -> Mapping[str, ast.FunctionDef | ast.AsyncFunction
         message = error.msg if isinstance(error, SyntaxError) else str(error)
         shown = f" in {error.text.strip()!r}" if isinstance(error, SyntaxError) and error.text else ""
         raise InvalidTask(f"the source does not compile: {line}{message}{shown}.") from None
+    except (MemoryError, RecursionError):
+        raise InvalidTask("the source does not compile: an expression in it is nested too deeply.") from None
     definitions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     return {node.name: node for node in definitions}
 

@@ -19,6 +19,7 @@ import platformdirs
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
 from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.caller import current_caller
 from rhapsody_mcp.runtime.encoding import Source
 from rhapsody_mcp.runtime.functions import Functions, Registered
@@ -78,7 +79,7 @@ class OpenSession:
     def _child(self, name: str) -> Task | None:
         of, _, number = name.removesuffix("]").rpartition("[")
         parent = self._named.get(of) or self._tasks.get(of)
-        if parent is None or not number.isdecimal():
+        if parent is None or not is_index(number):
             return None
         children = parent.children if isinstance(parent, ForEach) else []
         if int(number) < len(children):

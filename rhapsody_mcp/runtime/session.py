@@ -189,6 +189,11 @@ class Session:
             self._rules.refuse_tasks(self.taken, [spec for _, _, spec in accepted if spec is not None])
         return accepted
 
+    def refuse_count(self, count: int) -> None:
+        """Raise LimitExceeded where so many more tasks are too many."""
+        if self._rules is not None:
+            self._rules.refuse_count(self.taken, count)
+
     def take(self, tasks: Sequence[Task], accepted: list[Accepted]) -> None:
         """Take what was accepted. In between, nothing else may be taken; raises SessionClosed."""
         self._refuse_closed()
@@ -393,8 +398,7 @@ class Session:
     async def _fan_out(self, parent: ForEach) -> None:
         try:
             items = await self._items_of(parent)
-            if self._rules is not None:
-                self._rules.refuse_count(self.taken, len(items))
+            self.refuse_count(len(items))
             parent.make_children(items)
             encoder = Encoder(reference)
             specs = [(child, _specify(child, encoder)) for child in parent.children]

@@ -11,6 +11,7 @@ from typing import Any
 from rhapsody_mcp.backends.base import Kind
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName, nearest
 from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.items import as_text, holds_item, with_item
 from rhapsody_mcp.runtime.open_sessions import OpenSession
@@ -30,8 +31,9 @@ FunctionNamed = Callable[[str], Source]
 def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Task]:
     """Tasks of `session`, in order, with the tasks that they refer to in the place of the references.
 
-    Raises InvalidTask, which names the tasks, for the first requests that cannot be met.
+    Raises InvalidTask, which names the tasks, for the first requests that cannot be met, and LimitExceeded.
     """
+    session.session.refuse_count(sum(_count(request) for request in requests))
     uids = session.new_uids(len(requests))
     made = _Batch(requests, uids, session)
     wrong: dict[int, str] = {}
@@ -47,6 +49,10 @@ def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Ta
             wrong[index] = str(error)
     _refuse_all([wrong[index] for index in sorted(wrong) if wrong[index]])
     return [made.tasks[index] for index in range(len(requests))]
+
+
+def _count(request: TaskRequest) -> int:
+    return len(request.for_each) if isinstance(request.for_each, list) else 1
 
 
 def _refuse_all(wrong: Sequence[str]) -> None:
@@ -89,10 +95,10 @@ class _Batch:
     def _needs(self, index: int, request: TaskRequest) -> set[int]:
         with _named(index, request):
             names = request.references() | set(request.after or ())
-            for name in names - self._index.keys():
+            for name in names - (here := {name for name in names if name in self._index}):
                 if request.on_upstream_failure == "cancel":
                     _refuse_failed(self._earlier(name, index))
-            if index in (needs := {self._index[name] for name in names & self._index.keys()}):
+            if index in (needs := {self._index[name] for name in here}):
                 raise InvalidTask("it refers to its own result; refer to another task.")
         return needs
 
@@ -107,7 +113,7 @@ class _Batch:
             if error.valid:
                 raise
             base, _, number = name.removesuffix("]").partition("[")
-            if base in self._index and number.isdecimal():
+            if base in self._index and is_index(number):
                 part = f'{{"ref": "{base}", "path": "/{number}"}}'
                 raise InvalidTask(f"{name} is not there before {base} has started; refer to it as {part}.") from None
             known = self._others(index)

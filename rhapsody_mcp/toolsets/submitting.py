@@ -29,6 +29,7 @@ __all__ = ["Submitted", "check", "plan", "submit", "submitted_before"]
 _NAMES_SHOWN = 20
 _STEPS_SHOWN = 30
 _SUSPECTS_SHOWN = 3
+_LOOKED_AT_CHARS = 64 * 1024
 
 
 class Submitted(Reply):
@@ -145,7 +146,9 @@ def _suspects(requests: Sequence[TaskRequest], opened: OpenSession, made: Sequen
     named = {task.name for task in made}
     told = []
     for index, request in enumerate(requests):
-        texts = " ".join(_texts_in([request.args, request.kwargs, request.arguments, request.prompt]))
+        texts = " ".join(_texts_in([request.args, request.kwargs, request.arguments, request.prompt]))[
+            :_LOOKED_AT_CHARS
+        ]
         written = ((match.group(), next(filter(None, match.groups()))) for match in _REFERENCE_IN_TEXT.finditer(texts))
         found = next(((text, name) for text, name in written if name in named or opened.named(name)), None)
         if found is not None:

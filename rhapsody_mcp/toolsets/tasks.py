@@ -12,6 +12,7 @@ from pydantic import Field
 
 from rhapsody_mcp.machine import look
 from rhapsody_mcp.model.errors import InvalidRequest
+from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 from rhapsody_mcp.settings import Settings
@@ -190,7 +191,7 @@ def _tasks_of(task: Task) -> Sequence[Task]:
 
 def _read_cursor(cursor: str) -> int:
     """The number of the last task that was shown: numbers do not change, tasks are only added."""
-    if not cursor.isdecimal():
+    if not is_index(cursor):
         raise InvalidRequest(
             f"cursor {cursor[:64]!r} is no next_cursor of a reply; leave cursor out for the first page."
         )
