@@ -36,7 +36,7 @@ def dragon_files(launcher: int) -> set[str]:
     return {*glob(f"/dev/shm/DD*{str(launcher)[-3:]}*"), *glob(f"/dev/shm/*{launcher}[DM]")}
 
 
-async def wait_until(holds: Callable[[], bool], within_s: float = 30.0) -> None:
+async def wait_until(holds: Callable[[], bool], within_s: float = 600.0) -> None:
     """Look until it holds; another process brings it about, and no event tells of that."""
     async with asyncio.timeout(within_s):
         while not holds():  # noqa: ASYNC110 - see the docstring

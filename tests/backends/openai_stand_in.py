@@ -49,7 +49,7 @@ class StandIn:
         return [len(conversations(body)) for body in self.bodies]
 
     async def until(self, true: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20), self.changed:
+        async with asyncio.timeout(600), self.changed:
             await self.changed.wait_for(true)
 
     async def notify(self) -> None:

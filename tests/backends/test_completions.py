@@ -27,7 +27,7 @@ from tests.backends.openai_stand_in import Refusal, StandIn, conversations, serv
 
 pytestmark = pytest.mark.anyio
 LONG_MS = 1_000_000
-WITHIN_S = 20  # every wait here is for an event; one that never comes fails the test
+WITHIN_S = 600  # every wait here is for an event; one that never comes fails the test
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from tests.backends.openai_stand_in import Refusal, StandIn, serve
 
 pytestmark = pytest.mark.anyio
-WITHIN_S = 20
+WITHIN_S = 600
 
 SIZE = {"type": "object", "properties": {"size": {"type": "integer", "minimum": 0}}, "required": ["size"]}
 PAIR = {"type": "object", "properties": {"b": {"type": "string"}, "a": {"type": "null"}}, "required": ["b", "a"]}
@@ -269,7 +269,7 @@ async def test_a_check_that_takes_too_much_fails_its_task_alone(session: Session
     server.answer = lambda prompt: "{}"
     endless, simple = AITask("hi", json_schema=doubling(60)), AITask("hi", json_schema={"type": "object"})
     await session.submit_tasks([endless, simple])
-    await session.wait_tasks([endless, simple], 10 * WITHIN_S)  # 5 s of a core are more on a busy machine
+    await session.wait_tasks([endless, simple], WITHIN_S)
     assert (endless.state, endless.cause) == (TaskState.FAILED, Cause.INVALID)
     assert "cannot be checked against the answer within 5 s of a core. Make it simpler" in str(endless.exception)
     assert (simple.state, simple.return_value) == (TaskState.DONE, {})

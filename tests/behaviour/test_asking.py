@@ -125,7 +125,7 @@ async def test_tasks_that_end_while_a_person_reads_bring_no_second_question(era:
     async with open_agent(era, elicitation_callback=person) as agent:
         await hold(agent, 12)
         person.meanwhile = lambda: agent.call("cancel_tasks", **SESSION, tasks=["t0", "t1"])
-        with anyio.fail_after(10):
+        with anyio.fail_after(600):
             assert (await agent.call("close_session", **SESSION))["canceled"] == 10
     assert len(person.heard) == 1
 

@@ -32,7 +32,7 @@ async def agent(request: pytest.FixtureRequest) -> AsyncIterator[Agent]:
 async def submit(agent: Agent, *tasks: dict[str, Any], wait: bool = True) -> None:
     await agent.call("submit_tasks", session="session-1", tasks=list(tasks))
     if wait:
-        assert (await agent.call("wait_tasks", session="session-1", timeout_s=5))["ended"]
+        assert (await agent.call("wait_tasks", session="session-1", timeout_s=50))["ended"]
 
 
 async def export(agent: Agent, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -190,7 +190,7 @@ async def test_a_for_each_of_which_some_were_canceled_is_in_it_whole(agent: Agen
     await submit(agent, each, each | {"name": "all"}, wait=False)
     await agent.call("cancel_tasks", session="session-1", tasks=["each[0]", "all[0]", "all[1]"], force=True)
     agent.backend.gate.set()
-    assert (await agent.call("wait_tasks", session="session-1", timeout_s=5))["ended"]
+    assert (await agent.call("wait_tasks", session="session-1", timeout_s=50))["ended"]
     script, _ = await export(agent, tmp_path)
     assert "name='each'" in script and "name='all'" not in script
     assert "1 task of a for_each had been canceled on request" in script

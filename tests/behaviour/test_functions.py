@@ -28,7 +28,7 @@ async def register(agent: Agent, source: str, **fields: str) -> dict[str, object
 
 async def results(agent: Agent, *tasks: dict[str, object]) -> dict[str, object]:
     await agent.call("submit_tasks", session="session-1", tasks=list(tasks))
-    reply = await agent.call("wait_tasks", session="session-1", timeout_s=5)
+    reply = await agent.call("wait_tasks", session="session-1", timeout_s=50)
     return {row["name"]: row["result"] for row in reply["done"]}
 
 

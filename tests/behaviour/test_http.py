@@ -109,7 +109,7 @@ async def test_a_client_runs_a_task_and_hears_of_its_progress(
         heard.append(progress)
 
     place = ["--socket", str(path)] if path else ["--port", "0"]
-    with anyio.fail_after(60), serving(*place, service=service) as (_, told):
+    with anyio.fail_after(600), serving(*place, service=service) as (_, told):
         address = "http://localhost/mcp" if path else told
         async with connected(address, era, path) as client:
             await call(client, "create_session", name=session, backends=["local"])
@@ -124,7 +124,7 @@ async def test_a_client_runs_a_task_and_hears_of_its_progress(
 
 @pytest.mark.anyio
 async def test_clients_of_both_eras_share_sessions_which_outlive_them(service: OwnService) -> None:
-    with anyio.fail_after(60), serving("--port", "0", service=service) as (_, address):
+    with anyio.fail_after(600), serving("--port", "0", service=service) as (_, address):
         async with connected(address, "auto") as later:
             async with connected(address, "legacy") as first:
                 await call(first, "create_session", name="shared", backends=["local"])
@@ -146,7 +146,7 @@ async def test_a_signal_answers_those_who_wait_and_leaves_nothing(
         if family("sleep 600"):
             server.send_signal(way)
 
-    with anyio.fail_after(60), serving("--port", "0") as (server, address):
+    with anyio.fail_after(600), serving("--port", "0") as (server, address):
         async with connected(address, era) as client:
             await call(client, "create_session", backends=["local"])
             await call(client, "submit_tasks", session="session-1", tasks=SLEEPER)

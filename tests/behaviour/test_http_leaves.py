@@ -40,7 +40,7 @@ class Counted(OpenSessions):
 
 async def test_a_listener_that_has_ended_hears_no_more_of_the_sessions_and_silences_nothing(tmp_path: Path) -> None:
     stop = anyio.Event()
-    with anyio.fail_after(30):
+    with anyio.fail_after(600):
         async with Counted(lambda wanted: []) as sessions, TasksExtension() as tasks:
             with listen_on_socket(tmp_path / "socket") as listener:
                 made = sessions, tasks, lambda words: stop.set(), stop, Places(tmp_path), Audit()

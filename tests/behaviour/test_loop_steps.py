@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any
+from typing import Any, TypeVarTuple
 
 import pytest
 
 from tests.agents import Agent, Refused, open_agent
+
+Ts = TypeVarTuple("Ts")
 
 pytestmark = pytest.mark.anyio
 
@@ -28,8 +30,8 @@ class WatchedLoop(asyncio.SelectorEventLoop):
 
     longest_s = 0.0
 
-    def _timed(self, callback: Callable[..., object]) -> Callable[..., object]:
-        def step(*args: Any) -> object:
+    def _timed(self, callback: Callable[[*Ts], object]) -> Callable[[*Ts], object]:
+        def step(*args: *Ts) -> object:
             began = time.thread_time()
             try:
                 return callback(*args)
@@ -38,11 +40,13 @@ class WatchedLoop(asyncio.SelectorEventLoop):
 
         return step
 
-    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
         return super().call_soon(self._timed(callback), *args, context=context)
 
     def call_soon_threadsafe(
-        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
         return super().call_soon_threadsafe(self._timed(callback), *args, context=context)
 
@@ -121,4 +125,4 @@ async def with_a_task(agent: Agent) -> None:
     await agent.session()
     made = {"name": "made", "source": "def made():\n    return ['ab'] * 10_000"}
     await agent.call("submit_tasks", session="session-1", tasks=[made])
-    await agent.call("wait_tasks", session="session-1", timeout_s=20)
+    await agent.call("wait_tasks", session="session-1", timeout_s=50)

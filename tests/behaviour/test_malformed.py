@@ -479,7 +479,7 @@ UNREADABLE = ("half an object", "half a character", "a value too deep", "a numbe
 
 @pytest.mark.anyio
 async def test_the_server_answers_every_malformed_message_and_goes_on() -> None:
-    with anyio.fail_after(120), own_service() as service:
+    with anyio.fail_after(600), own_service() as service:
         command = service.command("stdio")
         async with await anyio.open_process(command, stderr=None) as server:
             assert server.stdin and server.stdout

@@ -41,7 +41,7 @@ def arrive(python: str, program: str, *arguments: str) -> str:
     """What the program prints last."""
     command = [python, "-m", f"tests.clients.{program}", *arguments]
     root = Path(__file__).parents[2]
-    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout.splitlines()[-1]
 

@@ -50,13 +50,13 @@ async def submit(agent: Agent, *tasks: dict[str, Any], session: str = "session-1
 
 
 async def waited(agent: Agent, *, session: str = "session-1", **options: Any) -> dict[str, Any]:
-    with anyio.fail_after(10):
+    with anyio.fail_after(600):
         return await agent.call("wait_tasks", session=session, **options)
 
 
 async def until(agent: Agent, **counts: int) -> None:
     """Until so many tasks are in these states."""
-    with anyio.fail_after(10):
+    with anyio.fail_after(600):
         while (await waited(agent, timeout_s=0))["counts"] != counts:
             await waited(agent, count=1, timeout_s=0.1)
 

@@ -22,7 +22,7 @@ from tests.agents import ERAS, Agent, open_agent
 pytestmark = pytest.mark.anyio
 
 SESSION = {"session": "session-1"}
-BASE = float(round(time.time()) + 1000)
+BASE = float(round(time.time()) + 1_000_000)
 """Later than every submission of these tests, and so round that half seconds after it are exact."""
 TWO_ITEMS = Value("json", "list", 5, b"[1,2]", length=2)
 
@@ -63,7 +63,7 @@ def function(name: str, when: str, **more: Any) -> dict[str, Any]:
 async def statistics(agent: Agent, *tasks: dict[str, Any], **arguments: Any) -> dict[str, Any]:
     await agent.session()
     await agent.call("submit_tasks", **SESSION, tasks=list(tasks))
-    await agent.call("wait_tasks", **SESSION, timeout_s=5)
+    await agent.call("wait_tasks", **SESSION, timeout_s=50)
     return await agent.call("get_statistics", **SESSION, **arguments)
 
 

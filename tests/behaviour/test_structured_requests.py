@@ -18,7 +18,7 @@ async def test_an_agents_schema_reaches_the_backend() -> None:
         tasks = [{"prompt": "hi", "json_schema": SIZE}, {"prompt": "{item}", "json_schema": SIZE, "for_each": [1, 2]}]
         session = await agent.session()
         await agent.call("submit_tasks", session=session, tasks=tasks)
-        await agent.call("wait_tasks", session=session, timeout_s=20)
+        await agent.call("wait_tasks", session=session, timeout_s=50)
         assert [schema_of(agent, number) for number in range(3)] == [SIZE, SIZE, SIZE]
 
 

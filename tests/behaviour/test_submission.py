@@ -15,7 +15,7 @@ DOUBLE = "def double(number):\n    return 2 * number"
 
 
 async def results(agent: Agent) -> dict[str, Any]:
-    reply = await agent.call("wait_tasks", session="session-1", timeout_s=5)
+    reply = await agent.call("wait_tasks", session="session-1", timeout_s=50)
     assert reply["ended"], reply
     return {row.get("name", row["task"]): row["result"] for row in reply["done"]}
 

@@ -96,7 +96,7 @@ class Waits:
 
     async def settled(self, task_id: str) -> dict[str, Any]:
         """As it is once it works no more."""
-        with anyio.fail_after(10):
+        with anyio.fail_after(600):
             while (task := await self.get(task_id))["status"] == "working":
                 await anyio.lowlevel.checkpoint()
         return task

@@ -61,9 +61,9 @@ async def test_a_wait_for_one_more_returns_when_that_has_ended(agent: Agent) -> 
     replies: list[dict[str, Any]] = []
 
     async def wait() -> None:
-        replies.append(await agent.call("wait_tasks", **SESSION, count=1, timeout_s=20))
+        replies.append(await agent.call("wait_tasks", **SESSION, count=1, timeout_s=50))
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(600):
         async with anyio.create_task_group() as group:
             group.start_soon(wait)
             await anyio.wait_all_tasks_blocked()
@@ -218,7 +218,7 @@ async def test_notes_that_are_alike_are_told_once() -> None:
 async def test_what_is_open_says_what_it_waits_for(agent: Agent) -> None:
     agent.backend.gate.clear()
     await submit(agent, {"name": "texts", "prompt": "x"}, {"name": "next", "prompt": {"ref": "texts"}})
-    with anyio.fail_after(10):
+    with anyio.fail_after(600):
         while (reply := await agent.call("wait_tasks", **SESSION, timeout_s=0))["counts"].get("RUNNING") != 1:
             pass
     assert reply["open"] == ["texts RUNNING", "next WAITING for texts"]
@@ -287,7 +287,7 @@ async def test_a_wait_reports_progress_with_the_state_of_the_engines(agent: Agen
         told.append((progress, total, message))
         agent.backend.gate.set()
 
-    with anyio.fail_after(10):
+    with anyio.fail_after(600):
         result = await agent.client.call_tool("wait_tasks", {**SESSION}, progress_callback=on_progress)
     assert result.structured_content and result.structured_content["ended"]
     assert told[0][1:] == (25.0, "0 of 1 ended; scripted: loading the model")
@@ -460,7 +460,7 @@ async def test_a_sweep_is_open_until_its_results_are_put_together() -> None:
     async with open_agent(backend=backend) as agent:
         await agent.session()
         await submit(agent, {"name": "sweep", "prompt": {"item": True}, "for_each": ["a", "b"]})
-        with anyio.fail_after(5):
+        with anyio.fail_after(600):
             await backend.waiting.wait()
         reply = await agent.call("wait_tasks", **SESSION, tasks=["sweep"], state="open", timeout_s=0)
         assert not reply["ended"] and reply["open"] == ["sweep RUNNING"]

@@ -74,4 +74,4 @@ def own_address(service: OwnService) -> Iterator[str]:
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {**os.environ, **environment, "NO_COLOR": "1"}
-    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=600, check=False)

@@ -65,7 +65,7 @@ class Scene:
 
     async def end(self) -> None:
         """Everything has come to its end, and what waited has run once."""
-        await self.session.wait_tasks([self.running, *self.waiting], timeout=60)
+        await self.session.wait_tasks([self.running, *self.waiting], timeout=600)
         assert [(task.state, task.attempts) for task in self.waiting] == [(TaskState.DONE, 1)] * 4
         assert [path.read_text() for path in self.lines] == ["ran\n"] * 4
         assert not family("sleep", "300")

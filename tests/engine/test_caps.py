@@ -38,7 +38,7 @@ async def session(request: pytest.FixtureRequest) -> AsyncIterator[Session]:
 
 async def run(session: Session, *tasks: ComputeTask) -> list[ComputeTask]:
     await session.submit_tasks(tasks)
-    await session.wait_tasks(tasks, timeout=120)
+    await session.wait_tasks(tasks, timeout=600)
     return list(tasks)
 
 

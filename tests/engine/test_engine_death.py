@@ -80,7 +80,7 @@ async def test_a_task_with_retries_runs_again_on_the_next_engine(session: Sessio
     await session.submit_tasks([task])
     await wait_until(path.exists)
     kill(set(family("rhapsody_mcp.engine.keeper")), signal.SIGKILL)
-    await session.wait_tasks([task], timeout=60)
+    await session.wait_tasks([task], timeout=600)
     assert (task.return_value, task.attempts) == ("the second time", 2)
 
 

@@ -46,7 +46,7 @@ def tasks_of(agent: Agent) -> list[Task]:
 
 async def submit(agent: Agent, *tasks: dict[str, Any]) -> None:
     await agent.call("submit_tasks", session="session-1", tasks=list(tasks))
-    with anyio.fail_after(60):
+    with anyio.fail_after(600):
         await agent.sessions.get("session-1").session.wait_tasks(tasks_of(agent))
 
 
@@ -59,7 +59,7 @@ def outcome_of(task: Task) -> dict[str, Any]:
 
 
 async def run_script(file: str) -> dict[str, Any]:
-    with anyio.fail_after(120):
+    with anyio.fail_after(600):
         ran = await anyio.run_process([sys.executable, file], env=os.environ | {"ENDPOINT_API_KEY": KEY})
     assert ran.stderr == b""
     return cast(dict[str, Any], json.loads(ran.stdout))

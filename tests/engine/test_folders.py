@@ -38,7 +38,7 @@ async def test_a_task_runs_in_the_folder_of_its_session_or_not_at_all(tmp_path: 
 
         async def run(*tasks: ComputeTask) -> list[ComputeTask]:
             await session.submit_tasks(tasks)
-            return [task for task in await session.wait_tasks(tasks, timeout=60) if isinstance(task, ComputeTask)]
+            return [task for task in await session.wait_tasks(tasks, timeout=600) if isinstance(task, ComputeTask)]
 
         here = await run(ComputeTask(where), in_process())
         assert [task.return_value for task in here] == [str(folder)] * 2
@@ -60,6 +60,6 @@ async def test_a_setup_line_that_fails_makes_tasks_invalid_and_nobody_is_told_to
     async with Session([LocalExecutionBackend(num_workers=1, environment={"setup": ["false"]})]) as session:
         task = ComputeTask(where)
         await session.submit_tasks([task])
-        await session.wait_tasks([task], timeout=60)
+        await session.wait_tasks([task], timeout=600)
         text = told(task)
         assert "'false' ended with exit code 1" in text and "ry again" not in text and ".." not in text

@@ -107,7 +107,7 @@ async def session() -> AsyncIterator[Session]:
 
 async def run(session: Session, *tasks: ComputeTask) -> ComputeTask:
     await session.submit_tasks(tasks)
-    await session.wait_tasks(tasks, timeout=120)
+    await session.wait_tasks(tasks, timeout=600)
     return tasks[0]
 
 
@@ -194,7 +194,7 @@ async def test_a_job_that_is_ended_leaves_no_rank_and_the_next_one_runs(
     if ending == "cancel":
         await wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
         await session.cancel(task)
-    await session.wait_tasks([task], timeout=60)
+    await session.wait_tasks([task], timeout=600)
     assert task.cause is (Cause.TIMEOUT if ending == "timeout" else Cause.CANCELED)
     assert (await run(session, ComputeTask(world, task_backend_specific_kwargs=mpi(2)))).return_value == [0, 2, 1]
 

@@ -163,7 +163,7 @@ async def engine(kind: str, stray: str = "", variables: Mapping[str, str] = os.e
     found = Engine(owner, family, temporary, temporary / "ledger")
     try:
         assert owner.stdout is not None
-        async with asyncio.timeout(300):
+        async with asyncio.timeout(600):
             assert await owner.stdout.readline() == b"ready\n"
         found.look()
         yield found

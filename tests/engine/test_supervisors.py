@@ -28,7 +28,7 @@ async def session(request: pytest.FixtureRequest) -> AsyncIterator[Session]:
 async def shell(session: Session, script: str, **kwargs: Any) -> ComputeTask:
     task = ComputeTask(executable="sh", arguments=["-c", script], task_backend_specific_kwargs=kwargs)
     await session.submit_tasks([task])
-    await session.wait_tasks([task], timeout=30)
+    await session.wait_tasks([task], timeout=600)
     return task
 
 
@@ -56,7 +56,7 @@ async def test_what_fails_or_cannot_start_leaves_the_next_one_alone(session: Ses
     missing = ComputeTask(executable="no-such-program")
     script = ComputeTask(executable="/etc/hostname")
     await session.submit_tasks([missing, script])
-    await session.wait_tasks([missing, script], timeout=30)
+    await session.wait_tasks([missing, script], timeout=600)
     assert (failed.exit_code, missing.cause, script.cause) == (3, "invalid", "invalid")
     assert (await shell(session, "kill -9 $$")).exit_code == -signal.SIGKILL
     assert (await shell(session, "echo well")).return_value == "well"
@@ -96,6 +96,6 @@ def leave_a_daemon() -> None:
 async def test_what_a_function_left_ends_with_it_whatever_its_parent_is(session: Session) -> None:
     task = ComputeTask(leave_a_daemon)
     await session.submit_tasks([task])
-    await session.wait_tasks([task], timeout=30)
+    await session.wait_tasks([task], timeout=600)
     assert task.state is TaskState.DONE
     assert not family("sleep", "300")

@@ -65,7 +65,7 @@ async def session(backend: DragonVllmInferenceBackend) -> AsyncIterator[Session]
 
 async def run(session: Session, *tasks: AITask) -> None:
     await session.submit_tasks(tasks)
-    await session.wait_tasks(tasks, timeout=60)
+    await session.wait_tasks(tasks, timeout=600)
 
 
 def log_of(backend: DragonVllmInferenceBackend) -> str:
@@ -337,7 +337,7 @@ async def is_idle(backend: DragonVllmInferenceBackend) -> bool:
 
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
     """Wait for something that another process does; it sends no event."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(600):
         while not await holds():  # noqa: ASYNC110 - there is no event to wait for
             await asyncio.sleep(0.02)
 
@@ -386,7 +386,7 @@ async def test_a_model_that_the_hub_does_not_give_makes_its_tasks_invalid_with_w
     async with Session([DragonVllmInferenceBackend(model="nosuch/model", device="cpu")]) as session:
         task = AITask("Hello.")
         await session.submit_tasks([task])
-        await session.wait_tasks([task], timeout=200)
+        await session.wait_tasks([task], timeout=600)
     assert (task.state, task.cause) == (TaskState.FAILED, Cause.INVALID)
     assert "Give another model (create_session's model; model in the config file's section server)" in str(
         task.exception
@@ -448,7 +448,7 @@ async def test_two_servers_share_the_prompts_and_a_death_is_told_and_when_none_i
         await session.submit_tasks([long])
         await until(partial(is_working, backend))
         os.kill(server_pid(pids, first), signal.SIGKILL)
-        await session.wait_tasks([long], timeout=60)
+        await session.wait_tasks([long], timeout=600)
         assert (long.state, long.cause) == (TaskState.FAILED, Cause.LOST)
         assert f"the vLLM server on port {first} ended: " in str(long.exception)
 
@@ -459,7 +459,7 @@ async def test_two_servers_share_the_prompts_and_a_death_is_told_and_when_none_i
         os.kill(server_pid(pids, first + 1), signal.SIGKILL)
         late = AITask("Nobody there?", max_tokens=8, retries=1)
         await session.submit_tasks([late])
-        await session.wait_tasks([late], timeout=200)
+        await session.wait_tasks([late], timeout=600)
         assert late.state is TaskState.DONE, late.exception
         pids |= set(descendants(os.getpid())) - before
     assert {pid for pid in pids if command_of(pid)} == set()

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_one_agent_submits_and_another_finds_the_session_waits_and_reads() -> None:
-    with anyio.fail_after(60), serving("--port", "0") as (_, address):
+    with anyio.fail_after(600), serving("--port", "0") as (_, address):
         async with connected(address, "legacy") as one, connected(address, "auto") as other:
             first, second = Traveller(one, Person(), Line()), Traveller(other, Person(), Line())
             await first.create("local", name="shared")

@@ -19,7 +19,7 @@ def noise():
 
 
 async def test_of_50_mb_the_agent_reads_parts_and_hands_on_the_whole_by_reference(agent: Traveller) -> None:
-    with anyio.fail_after(60):
+    with anyio.fail_after(600):
         await agent.create("local")
         await agent.submit(
             {"name": "numbers", "source": "def numbers(count):\n    return list(range(count))", "args": [COUNT]},

@@ -34,7 +34,7 @@ PIPELINE: list[dict[str, Any]] = [
 async def pipeline(server: Traveller) -> AsyncIterator[tuple[Traveller, dict[str, Any]]]:
     """One who has run the pipeline, its engines started on the way, and what it last read of it."""
     agent = Traveller(server.client, server.person, server.line)
-    with anyio.fail_after(230):
+    with anyio.fail_after(600):
         await agent.create()
         await agent.submit(*PIPELINE)
         while not (waited := await agent.wait(timeout_s=55))["ended"]:
@@ -59,7 +59,7 @@ async def test_one_who_comes_back_waits_for_a_slow_model_in_two_bounded_calls(
 ) -> None:
     before, _ = pipeline
     agent = Traveller(before.client, before.person, before.line)
-    with anyio.fail_after(60):
+    with anyio.fail_after(600):
         (found,) = (await agent.call("list_sessions"))["sessions"]
         agent.session = found["session"]
         await agent.submit({"name": "more", **SAMPLES, "for_each": list(range(400))})

@@ -26,7 +26,7 @@ __all__ = ["IN_ONE_ERA", "Line", "Person", "Traveller", "connected", "rows_by_na
 IN_ONE_ERA = pytest.mark.parametrize("server", ["auto"], indirect=True)
 """For journeys that take long."""
 
-_CLIENTS_GIVE_S = 60
+_LONGEST_S = 600
 
 
 class Person:
@@ -79,8 +79,8 @@ class Traveller(Caller):
         self.session = ""
 
     async def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
-        """No call may outlive the time that clients give one."""
-        with anyio.fail_after(_CLIENTS_GIVE_S):
+        """A call that does not end fails the test."""
+        with anyio.fail_after(_LONGEST_S):
             return await super().call(tool, **arguments)
 
     @property

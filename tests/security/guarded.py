@@ -105,4 +105,4 @@ def as_another_user(*command: str) -> subprocess.CompletedProcess[str]:
     assert os.geteuid() == 0, "root alone can be another user: run this test as root"
     user = str(OTHER_USER)
     changed = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", *command]
-    return subprocess.run(changed, capture_output=True, text=True, timeout=60, check=False, cwd="/")
+    return subprocess.run(changed, capture_output=True, text=True, timeout=600, check=False, cwd="/")

@@ -62,7 +62,7 @@ def wait_for(event: threading.Event) -> None:
 
 
 def bridge(stage: OwnService, said: bytes) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(stage.command("stdio"), input=said, capture_output=True, timeout=60, check=False)
+    return subprocess.run(stage.command("stdio"), input=said, capture_output=True, timeout=600, check=False)
 
 
 def test_ten_megabytes_pass_whole_in_both_directions_and_what_was_said_last_is_answered(stage: OwnService) -> None:

@@ -22,7 +22,7 @@ if sys.orig_argv[-1:] and "run" in sys.orig_argv and "service" in sys.orig_argv:
 def rhapsody(*arguments: str, folder: Path, path: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rhapsody_mcp", *arguments, "--folder", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(path)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_a_start_that_is_cut_off_is_made_again(tmp_path: Path) -> None:

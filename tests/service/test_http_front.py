@@ -45,7 +45,7 @@ async def test_when_it_ends_nobody_listens_any_more_and_the_sessions_go_on(
     way: signal.Signals, shared: OwnService
 ) -> None:
     name = f"http-{way}"
-    with anyio.fail_after(90), front(shared) as (running, address):
+    with anyio.fail_after(600), front(shared) as (running, address):
         async with Client(streamable_http_client(address)) as client:
             await client.call_tool("create_session", {"name": name, "backends": ["local"]})
             await client.call_tool("submit_tasks", {"session": name, "tasks": SLEEPER})
@@ -60,7 +60,7 @@ async def test_when_it_ends_nobody_listens_any_more_and_the_sessions_go_on(
 
 
 async def test_clients_over_http_and_over_stdio_share_their_sessions(shared: OwnService) -> None:
-    with anyio.fail_after(90), front(shared) as (_, address):
+    with anyio.fail_after(600), front(shared) as (_, address):
         async with shared.client() as here, Client(streamable_http_client(address)) as there:
             await here.call_tool("create_session", {"name": "met", "backends": ["local"]})
             listed = await there.call_tool("list_sessions", {})
@@ -70,7 +70,7 @@ async def test_clients_over_http_and_over_stdio_share_their_sessions(shared: Own
 
 
 async def test_it_says_that_the_service_went_away(own: OwnService) -> None:
-    with anyio.fail_after(90), front(own) as (running, address):
+    with anyio.fail_after(600), front(own) as (running, address):
         os.kill(own.pid, signal.SIGTERM)
         assert await anyio.to_thread.run_sync(running.wait) == 1
         assert running.stderr

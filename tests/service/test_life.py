@@ -39,7 +39,7 @@ async def start_tasks(own: OwnService) -> None:
 async def test_a_ledger_that_cannot_be_read_reaches_the_client_and_its_user_in_words(own: OwnService) -> None:
     own.places.make()
     (own.places.state / "ledger.sqlite").write_bytes(b"not a ledger at all " * 1000)
-    with anyio.fail_after(60):
+    with anyio.fail_after(600):
         with pytest.RaisesGroup(pytest.RaisesExc(MCPError, match="ledger.sqlite"), flatten_subgroups=True):
             async with own.client():
                 raise AssertionError("it is served")
@@ -92,7 +92,7 @@ async def test_a_socket_that_was_removed_or_replaced_is_made_again_and_its_lock_
             socket.write_text(replaced_by)
         await wait_until(lambda: socket.is_socket() and socket.stat().st_ino != before.st_ino)
 
-    with anyio.fail_after(60):
+    with anyio.fail_after(600):
         async with own.bridge() as bridge:
             await call(bridge, "create_session", name="kept", backends=["local"])
             pid = own.pid
@@ -141,7 +141,7 @@ async def test_two_hundred_clients_are_served_at_once_though_few_files_may_be_op
             assert (await ask(stream, calling))["result"]["structuredContent"]["sessions"] == []
             await done.wait()
 
-    with anyio.fail_after(120):
+    with anyio.fail_after(600):
         async with anyio.create_task_group() as group:
             for _ in range(200):
                 group.start_soon(visit)
@@ -160,7 +160,7 @@ async def test_two_hundred_clients_are_served_at_once_though_few_files_may_be_op
     ],
 )
 async def test_what_a_client_may_not_ask_for_is_refused(hello: dict[str, Any], words: str, shared: OwnService) -> None:
-    with anyio.fail_after(60):
+    with anyio.fail_after(600):
         await anyio.to_thread.run_sync(shared.run, "service", "start")
         async with await anyio.connect_unix(shared.places.socket) as stream:
             assert words in (await ask(stream, hello))["error"]
@@ -172,7 +172,7 @@ async def test_what_a_client_may_not_ask_for_is_refused(hello: dict[str, Any], w
 @pytest.mark.anyio
 async def test_it_ends_by_itself_when_nobody_has_used_it_for_long(own: OwnService, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("service_idle_s: 0.5")
-    with anyio.fail_after(60):
+    with anyio.fail_after(600):
         async with own.bridge("--config", tmp_path / "settings.yaml") as bridge:
             await call(bridge, "create_session", name="used", backends=["local"])
             await call(bridge, "close_session", session="used")
@@ -184,7 +184,7 @@ async def test_it_ends_by_itself_when_nobody_has_used_it_for_long(own: OwnServic
 
 @pytest.mark.anyio
 async def test_stop_refuses_while_tasks_have_not_ended_unless_it_is_forced(own: OwnService) -> None:
-    with anyio.fail_after(120):
+    with anyio.fail_after(600):
         await start_tasks(own)
         refused = await anyio.to_thread.run_sync(own.run, "service", "stop")
         assert refused.returncode == 1
@@ -199,19 +199,19 @@ async def test_stop_refuses_while_tasks_have_not_ended_unless_it_is_forced(own: 
 @pytest.mark.anyio
 @pytest.mark.parametrize("way", [signal.SIGTERM, signal.SIGKILL])
 async def test_sessions_are_there_again_after_its_end(way: signal.Signals, own: OwnService) -> None:
-    with anyio.fail_after(120):
+    with anyio.fail_after(600):
         await start_tasks(own)
         pid = own.pid
         os.kill(pid, way)
         await wait_until(lambda: not Path(f"/proc/{pid}").exists() and not family("sleep 612"))
         async with own.bridge() as bridge:
-            waited = await call(bridge, "wait_tasks", session="work", tasks=["long"], timeout_s=30)
+            waited = await call(bridge, "wait_tasks", session="work", tasks=["long"], timeout_s=50)
     assert [row["cause"] for row in waited["failures"]] == ["lost"]
 
 
 @pytest.mark.anyio
 async def test_who_comes_while_it_ends_gets_the_next_one(own: OwnService) -> None:
-    with anyio.fail_after(120):
+    with anyio.fail_after(600):
         await start_tasks(own)
         pid = own.pid
         os.kill(pid, signal.SIGTERM)
@@ -230,7 +230,7 @@ async def test_a_session_that_nobody_has_used_for_long_is_forgotten_with_its_fil
     own: OwnService, tmp_path: Path
 ) -> None:
     (tmp_path / "settings.yaml").write_text("keep_sessions_days: 0.0000001")
-    with anyio.fail_after(90):
+    with anyio.fail_after(600):
         async with own.bridge() as bridge:
             await call(bridge, "create_session", name="old", backends=["local"])
             await call(bridge, "submit_tasks", session="old", tasks=[{"name": "t", "executable": "/bin/echo"}])

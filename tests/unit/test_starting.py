@@ -62,7 +62,7 @@ async def test_an_engine_that_does_not_start_is_started_again_and_its_tasks_run(
 
     async with Session([Watched(f"{mood} # {mark}", limits_s=limits_s)]) as session:
         await session.submit_tasks([task])
-        await session.wait_tasks([task], timeout=60)
+        await session.wait_tasks([task], timeout=600)
         assert task.return_value == "ran"
         assert (told, TaskState.QUEUED) in said
         assert not family(mark)
@@ -72,13 +72,13 @@ async def test_an_engine_that_fails_twice_loses_its_tasks_in_words_and_the_next_
     first, second = ComputeTask(answer), ComputeTask(answer)
     async with Session([Moody(ENDS, GIVES_UP, limits_s=(60.0, 60.0))]) as session:
         await session.submit_tasks([first])
-        await session.wait_tasks([first], timeout=60)
+        await session.wait_tasks([first], timeout=600)
         assert (first.state, first.cause) == (TaskState.FAILED, Cause.LOST)
         told = str(first.exception)
         assert "gave up its start: +++ no luck. Try again: tasks that are submitted again, under the same names" in told
         assert "DD0968" not in told and "_41M" not in told
         await session.submit_tasks([second])
-        await session.wait_tasks([second], timeout=60)
+        await session.wait_tasks([second], timeout=600)
         assert second.return_value == "ran"
 
 
@@ -99,9 +99,9 @@ async def test_a_host_that_ends_while_what_placed_it_stays_does_not_hold_its_tas
     task = ComputeTask(end_the_host)
     async with Session([Stays(num_workers=1)]) as session:
         await session.submit_tasks([task])
-        await session.wait_tasks([task], timeout=60)
+        await session.wait_tasks([task], timeout=600)
         assert (task.state, task.cause) == (TaskState.FAILED, Cause.LOST)
         again = ComputeTask(answer)
         await session.submit_tasks([again])
-        await session.wait_tasks([again], timeout=60)
+        await session.wait_tasks([again], timeout=600)
         assert again.return_value == "ran"
