@@ -8,9 +8,10 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from textwrap import wrap
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -101,9 +102,9 @@ def write_script(
     JSON.
 
     It submits them in the same order, and waits where the session had waited: a task may build on files of those
-    that had ended when it was submitted. What was canceled is left out, on request or for a source that did not end
-    DONE; so is what cannot be written as code, and what another task of the same name replaced, unless a task that
-    is in the script uses it.
+    that had ended when it was submitted. What was canceled on request is left out, and what needs that; what came
+    after it comes after what it had to wait for. What a failure before it had canceled is in it. What cannot be written
+    as code is left out, and what another task of the same name replaced, unless a task that is in the script uses it.
     """
     return _Writer(id, tasks, backends, plans, folder).write()
 
@@ -136,7 +137,8 @@ class _Writer:
         self._sources = Sources(f"{self._beginning(every_name)}\n{_OWN_NAMES}\n")
         functions = {source: self._sources.write(source, tried=tried) for source, tried in self._every_source().items()}
         self._variables = self._name_tasks()
-        self._code = TaskCode(self._variables, functions)
+        self._also_after = _also_after(tasks, set(self._variables))
+        self._code = TaskCode(self._variables, functions, self._also_after)
         self._suspects: list[str] = []
 
     def _every_source(self) -> dict[Source, bool]:
@@ -204,7 +206,7 @@ class _Writer:
         if again := [one for one in leaves(self._tasks) if one.cause is Cause.CANCELED]:
             yield f"{tasks_text(len(again))} of a for_each had been canceled on request: here they run"
         if self._left_out:
-            yield f"Left out: {self._left_out} that had been canceled, on request or because a task before them failed"
+            yield f"Left out: {self._left_out} that had been canceled on request, or needed such a task"
         if self._replaced:
             yield f"Left out: {self._replaced} that others of the same name replaced"
         if self._unwritable:
@@ -241,7 +243,7 @@ class _Writer:
             if before:
                 waited = "session.tasks" if len(before) == not_awaited else self._listed(before)
                 yield f"        await session.wait_tasks({waited})"
-            for task in _by_need(tasks):
+            for task in _by_need(tasks, self._also_after):
                 yield f"        {self._variables[task.uid]} = {self._looked_at(task)}"
             yield f"        await session.submit_tasks({self._listed(tasks)})"
             not_awaited += len(tasks) - len(before)
@@ -313,7 +315,7 @@ def _repeatable(tasks: Sequence[Task]) -> list[Task]:
     ordered = list(_by_need(tasks))
     for task in ordered:
         without_items = isinstance(task, ForEach) and task.source is not None and task.source.task.uid in lost
-        if without_items or _was_canceled(task):
+        if without_items or _was_canceled(task, lost):
             lost.add(task.uid)
     used: set[str] = set()
     for task in reversed(ordered):
@@ -324,10 +326,26 @@ def _repeatable(tasks: Sequence[Task]) -> list[Task]:
     return [task for task in tasks if task.uid not in lost]
 
 
-def _was_canceled(task: Task) -> bool:
-    """Whether nothing came of it: some tasks of a for_each may have ended before the others were canceled."""
-    with_results = isinstance(task, ForEach) and any(child.state is TaskState.DONE for child in task.children)
-    return task.cause in (Cause.CANCELED, Cause.UPSTREAM) and not with_results
+def _was_canceled(task: Task, lost: Collection[str]) -> bool:
+    """On request, or because of tasks that are not there again. Some of a for_each may have ended before that."""
+    if isinstance(task, ForEach) and any(child.state is TaskState.DONE for child in task.children):
+        return False
+    if task.cause is not Cause.UPSTREAM:
+        return task.cause is Cause.CANCELED
+    sources = [whole(source) for source in task.sources()]
+    return any(one.uid in lost or (one.replaced_by and one.state is not TaskState.DONE) for one in sources)
+
+
+def _also_after(tasks: Sequence[Task], kept: Collection[str]) -> dict[str, list[Task]]:
+    """By the uid of a task: those that it comes after because of what came in between and is not kept."""
+    behind: dict[str, list[Task]] = {}
+    for task in _by_need(tasks):
+        gone = [source for source in map(whole, task.sources()) if source.uid not in kept]
+        before = {one.uid: one for source in gone for one in behind.get(source.uid, ())}
+        if task.uid not in kept:
+            before |= {source.uid: source for source in map(whole, task.sources()) if source.uid in kept}
+        behind[task.uid] = list(before.values())
+    return {uid: before for uid, before in behind.items() if uid in kept and before}
 
 
 def _unwritable(tasks: Sequence[Task]) -> dict[str, str]:
@@ -365,10 +383,11 @@ def _submissions(tasks: Sequence[Task]) -> Iterator[tuple[list[Task], list[Task]
         yield before, lot
 
 
-def _by_need(tasks: Sequence[Task]) -> Iterator[Task]:
+def _by_need(tasks: Sequence[Task], also_after: Mapping[str, Sequence[Task]] = MappingProxyType({})) -> Iterator[Task]:
     """The tasks, each after those of them that it waits for, else in their order."""
     index = {task.uid: number for number, task in enumerate(tasks)}
-    missing = [{index[source.uid] for source in map(whole, task.sources()) if source.uid in index} for task in tasks]
+    needs = [[*map(whole, task.sources()), *also_after.get(task.uid, ())] for task in tasks]
+    missing = [{index[source.uid] for source in sources if source.uid in index} for sources in needs]
     needed_by: dict[int, list[int]] = {}
     for number, sources in enumerate(missing):
         for source in sources:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import msgspec
@@ -52,12 +53,17 @@ def whole(task: Task) -> Task:
 class TaskCode:
     """Knows the variable of each task, by uid, and the expression for each source.
 
-    A task that has no variable is not there: None stands for its result. `looked_up` are the environment variables
-    that stand for secrets.
+    A task that has no variable is not there: None stands for its result. `also_after` are tasks that one comes after
+    besides those that it names, by uid. `looked_up` are the environment variables that stand for secrets.
     """
 
-    def __init__(self, variables: Mapping[str, str], functions: Mapping[Source, str]) -> None:
-        self._variables, self._functions = variables, functions
+    def __init__(
+        self,
+        variables: Mapping[str, str],
+        functions: Mapping[Source, str],
+        also_after: Mapping[str, Sequence[Task]] = MappingProxyType({}),
+    ) -> None:
+        self._variables, self._functions, self._also_after = variables, functions, also_after
         self.looked_up: list[str] = []
 
     def write(self, task: Task, default_backend: str | None) -> str:
@@ -96,8 +102,8 @@ class TaskCode:
             yield f"name={task.name!r}"
         if task.backend and task.backend != default_backend:
             yield f"backend={task.backend!r}"
-        if task.after:
-            yield f"after={self.listed(task.after)}"
+        if (after := self.listed([*task.after, *self._also_after.get(task.uid, ())])) != "[]":
+            yield f"after={after}"
         for field, default in _FLOW.items():
             if (value := getattr(task, field)) != default:
                 yield f"{field}={value!r}"

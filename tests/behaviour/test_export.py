@@ -146,7 +146,9 @@ async def test_sources_that_mean_something_else_as_functions_stay_texts(agent: A
     assert "report_ = ComputeTask(Source(SOURCE_3), args=[1], name='report')" in script
 
 
-async def test_failed_tasks_are_in_it_and_what_was_canceled_for_them_is_not(agent: Agent, tmp_path: Path) -> None:
+async def test_what_failed_and_what_that_canceled_is_in_it_and_what_was_canceled_on_request_is_not(
+    agent: Agent, tmp_path: Path
+) -> None:
     fail = "def fail():\n    raise ValueError('seven')"
     await submit(
         agent, {"name": "fail", "source": fail}, {"name": "after-fail", "source": DOUBLE, "args": [{"ref": "fail"}]}
@@ -161,12 +163,46 @@ async def test_failed_tasks_are_in_it_and_what_was_canceled_for_them_is_not(agen
     )
     await agent.call("cancel_tasks", session="session-1", tasks=["endless"], force=True)
     script, record = await export(agent, tmp_path)
-    assert "fail_ = ComputeTask(fail, name='fail')" in script and "after_fail" not in script
-    assert "/bin/sleep" not in script and "needs_it" not in script and record["tasks_left_out"] == 3
+    assert "fail_ = ComputeTask(fail, name='fail')" in script
+    assert "after_fail = ComputeTask(double, args=[fail_], name='after-fail')" in script
+    assert "/bin/sleep" not in script and "needs_it" not in script and record["tasks_left_out"] == 2
     assert "ComputeTask(double, args=[None], name='runs-anyhow', on_upstream_failure='run')" in script
-    assert "Left out: 3 that had been canceled, on request or because a task before them failed" in script
+    assert "Left out: 2 that had been canceled on request, or needed such a task" in script
     ends = {task["name"]: (task["state"], task.get("cause")) for task in record["tasks"]}
     assert ends["fail"] == ("FAILED", "error") and ends["endless"] == ("CANCELED", "canceled")
+
+
+async def test_order_is_kept_where_a_canceled_task_stood_in_between(agent: Agent, tmp_path: Path) -> None:
+    agent.backend.gate.clear()
+    last = {"name": "last", "executable": "/bin/cat", "after": ["between", "own"], "on_upstream_failure": "run"}
+    await submit(
+        agent,
+        last,
+        {"name": "own", "executable": "/bin/true"},
+        {"name": "between", "executable": "/bin/sleep", "after": ["before"]},
+        {"name": "before", "executable": "/bin/date", "after": ["first"]},
+        {"name": "first", "executable": "/bin/true"},
+        wait=False,
+    )
+    await agent.call("cancel_tasks", session="session-1", tasks=["between"], force=True)
+    agent.backend.gate.set()
+    script, _ = await export(agent, tmp_path)
+    made = "last = ComputeTask(executable='/bin/cat', name='last', after=[own, before], on_upstream_failure='run')"
+    assert "/bin/sleep" not in script and made in script
+    assert script.index("before = ComputeTask") < script.index(made)
+
+
+async def test_what_a_failure_canceled_some_steps_before_is_in_it_with_its_items(agent: Agent, tmp_path: Path) -> None:
+    await submit(
+        agent,
+        {"name": "fail", "source": "def fail():\n    raise ValueError('seven')"},
+        {"name": "each", "for_each": {"ref": "fail"}, "source": DOUBLE, "args": [{"item": True}]},
+        {"name": "sum", "function": "builtins:sum", "args": [{"ref": "each"}]},
+    )
+    script, record = await export(agent, tmp_path)
+    assert "each = ForEach(fail_, lambda item, _: ComputeTask(double, args=[item]), name='each')" in script
+    assert "sum = ComputeTask(Module('builtins:sum'), args=[each], name='sum')" in script
+    assert record["tasks_left_out"] == 0 and "Left out" not in script
 
 
 async def test_what_failed_where_it_is_imported_does_not_stop_the_script(agent: Agent, tmp_path: Path) -> None:
