@@ -19,8 +19,6 @@ from rhapsody_mcp.backends.chat import Answer, ChatServer, Conversation, Lost, R
 from rhapsody_mcp.backends.keeping import Keeper
 from rhapsody_mcp.backends.vllm_health import ENGINE_DIED, GONE, Health
 from rhapsody_mcp.engine.processes import descendants, end
-from rhapsody_mcp.engine.reaper import write_segments
-from rhapsody_mcp.engine.shared_memory import segments_of
 from rhapsody_mcp.engine.stalls import is_stopped
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 
@@ -74,8 +72,6 @@ class VllmServer(ChatServer):
                 waited = f"{time.monotonic() - began:.0f} s (server.start_timeout_s)"
                 raise BackendUnavailable(f"the vLLM server was not ready after {waited}: {self.last_words()}")
             await healthy
-            segments = await asyncio.to_thread(segments_of, descendants(keeper.pid))
-            write_segments(self.launch.log.parent, self._mark, segments)
         finally:
             healthy.cancel()
         await self.ask_models()

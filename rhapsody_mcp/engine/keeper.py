@@ -16,7 +16,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,8 +32,12 @@ from rhapsody_mcp.engine.processes import (
     marked,
     outlives,
 )
-from rhapsody_mcp.engine.reaper import keep_note, noted_segments, write_launcher
-from rhapsody_mcp.engine.shared_memory import dragon_files, segments_of, unlink_unused
+from rhapsody_mcp.engine.reaper import keep_note, noted_segments, write_launcher, write_segments
+from rhapsody_mcp.engine.shared_memory import dragon_files, named_segments, segments_of, unlink_unused
+
+_LOOK_S = 0.25
+_LOOKS = 4
+"""So often after the files in /dev/shm have changed: a new one is mapped a moment after it is made."""
 
 
 def main() -> int:
@@ -45,13 +50,15 @@ def main() -> int:
         command = _start(options, mark)
         write_launcher(folder, mark, command.pid)
         signal.signal(signal.SIGTERM, lambda *_: os.close(0))
-        if not outlives(command.pid, 0):
-            _stop(command, options.stop, options.grace, writer)
-        left = segments_of({*group(command.pid), *descendants(os.getpid())}) | noted_segments(folder, mark)
-        _kill_group(command.pid)
-        code = command.wait()
-        end(lambda: {*marked(ENGINE, mark), *group(command.pid), *descendants(os.getpid())})
-        unlink_unused(left | dragon_files(command.pid))
+        with _noting_segments(folder, mark, command.pid) as note:
+            if not outlives(command.pid, 0):
+                note()
+                _stop(command, options.stop, options.grace, writer)
+            note()
+            _kill_group(command.pid)
+            code = command.wait()
+            end(lambda: {*marked(ENGINE, mark), *_engine(command.pid)})
+        unlink_unused(noted_segments(folder, mark) | dragon_files(command.pid))
     sweep(folder)
     return code if code >= 0 else 128 - code
 
@@ -77,6 +84,40 @@ def _lifeline(path: Path) -> Iterator[int]:
         yield os.open(path, os.O_RDWR | os.O_CLOEXEC)
     finally:
         path.unlink(missing_ok=True)
+
+
+def _engine(leader: int) -> set[int]:
+    return {*group(leader), *descendants(os.getpid())}
+
+
+@contextmanager
+def _noting_segments(folder: Path, mark: str, leader: int) -> Iterator[Callable[[], None]]:
+    """Write down again and again which files in /dev/shm the engine uses: who ends last may not remove them, and
+    nothing else tells of them then. Gives a function that does so at once."""
+    noted: set[str] = set()
+    lock, over = threading.Lock(), threading.Event()
+
+    def note() -> None:
+        with lock:
+            if not (found := segments_of(_engine(leader))) <= noted:
+                noted.update(found)
+                write_segments(folder, mark, noted)
+
+    def watch() -> None:
+        seen, looks = set[str](), 0
+        while not over.wait(_LOOK_S):
+            looks = looks - 1 if (there := named_segments()) == seen else _LOOKS
+            seen = there
+            if looks > 0:
+                note()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield note
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _start(options: argparse.Namespace, mark: str) -> subprocess.Popen[bytes]:

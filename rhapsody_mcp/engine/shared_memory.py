@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["dragon_files", "segments_of", "still_there", "unlink_unused"]
+__all__ = ["dragon_files", "named_segments", "segments_of", "still_there", "unlink_unused"]
 
 _SEGMENTS = ("psm_*", "sem.mp-*", "nccl-*")
 
@@ -19,9 +19,14 @@ def dragon_files(launcher: int) -> set[str]:
     return {*glob.glob(f"/dev/shm/{prefix}*"), *glob.glob(f"/dev/shm/*{launcher}[DM]")}
 
 
+def named_segments() -> set[str]:
+    """Every segment and semaphore of this machine, by its name."""
+    return {path for pattern in _SEGMENTS for path in glob.glob(f"/dev/shm/{pattern}")}
+
+
 def segments_of(pids: Iterable[int]) -> set[str]:
     """The segments and semaphores of Python's multiprocessing, and of NCCL, that these processes use now."""
-    named = {path for pattern in _SEGMENTS for path in glob.glob(f"/dev/shm/{pattern}")}
+    named = named_segments()
     return named & _used(named, (Path(f"/proc/{pid}/maps") for pid in pids)) if named else named
 
 

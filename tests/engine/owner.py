@@ -73,14 +73,14 @@ async def keep_it_working(session: Session, folder: Path, stray: str) -> None:
     program = PROGRAM.format(folder=folder, stray=stray)
     function = ComputeTask(stay, args=(str(folder / "function"),))
     await session.submit_tasks([function, ComputeTask(executable="/bin/sh", arguments=["-c", program])])
-    await wait_until(lambda: (folder / "function").exists() and (folder / "program").exists(), 120)
+    await wait_until(lambda: (folder / "function").exists() and (folder / "program").exists(), 600)
 
 
 async def keep_it_answering(session: Session) -> None:
     """Return when a server works on prompts."""
     prompts = AITask([f"wait for ever, {number}" for number in range(5000)], max_tokens=500)
     await session.submit_tasks([prompts])
-    await wait_until(lambda: prompts.state is not TaskState.QUEUED, 250)
+    await wait_until(lambda: prompts.state is not TaskState.QUEUED, 600)
     assert prompts.state is TaskState.RUNNING, prompts.exception
 
 

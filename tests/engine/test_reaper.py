@@ -179,7 +179,7 @@ async def engine(kind: str, stray: str = "", variables: Mapping[str, str] = os.e
 
 async def gone(found: Engine) -> None:
     try:
-        await wait_until(lambda: not found.left(), 30)
+        await wait_until(lambda: not found.left(), 600)
     except TimeoutError:
         pytest.fail("\n".join(["it is still there:", *found.left()]))
 
@@ -187,7 +187,7 @@ async def gone(found: Engine) -> None:
 async def swept(found: Engine) -> None:
     """What the next engine does before it starts: a keeper whose command ended a moment before its owner did leaves
     the folder to that."""
-    await wait_until(lambda: not found.living("keeper"), 30)
+    await wait_until(lambda: not found.living("keeper"), 600)
     for folder in found.temporary.glob("rhapsody-*/*"):
         sweep(folder)
 
