@@ -177,6 +177,7 @@ class Session:
         Raises InvalidTask, UnknownName or SessionClosed with nothing taken. Backends that have not been started
         start now; tasks are QUEUED meanwhile.
         """
+        self._refuse_other_loop()
         batch = [tasks] if isinstance(tasks, Task) else list(tasks)
         self.take(batch, self.accept(batch))
         return [task.future for task in batch]
@@ -201,7 +202,6 @@ class Session:
         self._submitted += tasks
 
     def _refuse_closed(self) -> None:
-        self._refuse_other_loop()
         if self.closed:
             raise SessionClosed("this session is closed; open another one with Session(backends=[...]).")
 

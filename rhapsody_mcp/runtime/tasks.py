@@ -311,7 +311,7 @@ class ComputeTask(Task):
             raise InvalidTask(f"{with_nul[0][:80]!r} among arguments holds a NUL character, which no program can get.")
         if any(isinstance(item, bytes | bytearray) for item in self.arguments):
             raise InvalidTask("arguments holds bytes; valid is text, which a program gets as UTF-8, or a task.")
-        if any(reference(item) is None and any(_tasks_in(item)) for item in self.arguments):
+        if any(any(_tasks_in(item)) for item in self.arguments if not isinstance(item, Task | Part)):
             raise InvalidTask("arguments holds a task inside a list or a dict; a task is an argument of its own.")
         for field, text in (("executable", executable), *(("arguments", item) for item in self.arguments)):
             if isinstance(text, str):

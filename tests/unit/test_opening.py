@@ -17,9 +17,12 @@ from rhapsody_mcp.settings import Settings
 URL = "http://127.0.0.1:8000/v1"
 
 
-def on_machine(monkeypatch: pytest.MonkeyPatch, *, dragon: str = "", vllm: str = "") -> None:
+def on_machine(
+    monkeypatch: pytest.MonkeyPatch, *, dragon: str = "", vllm: str = "", gpus: tuple[str, ...] | None = None
+) -> None:
     parts = {"dragon": Part("Dragon", dragon, "pip install dragon"), "vllm": Part("vLLM", vllm, "pip install vllm")}
-    machine = msgspec.structs.replace(look(), **parts)
+    here = look()
+    machine = msgspec.structs.replace(here, gpus=here.gpus if gpus is None else gpus, **parts)
     monkeypatch.setattr(opening, "look", lambda: machine)
 
 
@@ -40,7 +43,7 @@ def names(wanted: Wanted) -> list[str]:
 def test_a_session_gets_what_works_here_unless_it_says_what_it_wants(
     monkeypatch: pytest.MonkeyPatch, has: dict[str, str], wanted: Wanted, got: list[str]
 ) -> None:
-    on_machine(monkeypatch, **has)
+    on_machine(monkeypatch, dragon=has.get("dragon", ""), vllm=has.get("vllm", ""))
     assert names(wanted) == got
 
 
@@ -95,9 +98,7 @@ def test_the_key_of_the_settings_goes_to_their_own_address_and_to_no_other(monke
 def test_a_device_that_is_not_there_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    on_machine(monkeypatch, vllm="0.32")
-    machine = msgspec.structs.replace(opening.look(), gpus=())
-    monkeypatch.setattr(opening, "look", lambda: machine)
+    on_machine(monkeypatch, vllm="0.32", gpus=())
     config = tmp_path / "config.yaml"
     config.write_text("required:\n  model_name: m\nserver:\n  device: cuda\n  model: shipped\n")
     for wanted in (Wanted(device="cuda"), Wanted(config_file=str(config))):
