@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rhapsody_mcp.engine.folders import Folder
@@ -40,14 +41,18 @@ class Finding(msgspec.Struct, frozen=True):
 def run_doctor(places: Places) -> int:
     """Print the findings, of the ledger at these places too; 0 where the demo can run."""
     findings = list(examine(look(), places))
-    table = Table("", "what", "found", show_lines=False)
-    for finding in findings:
-        table.add_row(_MARKS[finding.verdict], finding.what, finding.told)
-    console = Console(highlight=False)
-    console.print(table)
+    show(findings, console := Console(highlight=False))
     lacking = [finding.what for finding in findings if finding.needed and finding.verdict == "missing"]
     console.print(f"The demo cannot run without: {', '.join(lacking)}." if lacking else "Ready: rhapsody-mcp demo")
     return 1 if lacking else 0
+
+
+def show(findings: Iterable[Finding], console: Console) -> None:
+    """As a table."""
+    table = Table("", "what", "found", show_lines=False)
+    for finding in findings:
+        table.add_row(_MARKS[finding.verdict], finding.what, escape(finding.told))
+    console.print(table)
 
 
 def examine(machine: Machine, places: Places | None = None) -> Iterator[Finding]:

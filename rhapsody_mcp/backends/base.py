@@ -20,6 +20,7 @@ __all__ = [
     "EngineBook",
     "Event",
     "Kind",
+    "OnLoss",
     "Report",
     "Returned",
     "Running",
@@ -128,6 +129,11 @@ BeforeStart = Callable[[Sequence[str]], Coroutine[Any, Any, bool]]
 """A backend with the attribute `before_start` awaits it, where it is not None, with the uids of tasks of which any may
 start afterwards if it gives True; it never raises. So whoever writes down what has started knows of each that may have.
 After False the backend is about to be closed."""
+
+
+OnLoss = Callable[[str], None]
+"""A backend with the attribute `on_loss` calls it with the reason when a part of its engine is lost, also while it has
+no task."""
 
 
 class Awaitable:

@@ -35,12 +35,13 @@ logger = logging.getLogger(__name__)
 
 class Defaults(msgspec.Struct, frozen=True):
     """What a request has where its task says nothing. `parameters` are fields of the server's chat API,
-    `schema_options` what goes into a JSON schema besides what the task gives."""
+    `schema_options` what goes into a JSON schema besides what the task gives, and `note` what every answer says."""
 
     model: str
     parameters: dict[str, Any] = {}
     system_prompt: str | None = None
     schema_options: dict[str, Any] = {}
+    note: str = ""
 
 
 def check_prompts(spec: TaskSpec) -> None:
@@ -180,7 +181,8 @@ class _Job:
         except Unfit as unfit:
             return self.failed(Cause.ERROR, str(unfit), usage)
         cut = sum(answer.cut for answer in answers)
-        notes = (f"{cut} of {len(answers)} answers were cut off at max_tokens or the model's length",) if cut else ()
+        told = f"{cut} of {len(answers)} answers were cut off at max_tokens or the model's length" if cut else ""
+        notes = tuple(filter(None, (told, self.defaults.note)))
         return Outcome(
             state=TaskState.DONE, started=self.started, ended=time.time(), value=value, usage=usage, notes=notes
         )

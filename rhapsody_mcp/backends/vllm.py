@@ -11,11 +11,12 @@ from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rhapsody_mcp.backends.base import Awaitable, EngineBook, Kind, Report
+from rhapsody_mcp.backends.base import Awaitable, EngineBook, Kind, OnLoss, Report
 from rhapsody_mcp.backends.batches import Limits, read_limits
 from rhapsody_mcp.backends.chat import Lost, Refused
 from rhapsody_mcp.backends.completions import Completions, Defaults, check_prompts
 from rhapsody_mcp.backends.environment import read_environment
+from rhapsody_mcp.backends.models import SHIPPED_NOTE
 from rhapsody_mcp.backends.vllm_config import Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm_plan import SCHEMA_OPTIONS, Plan, find_model, look_at_hardware, plan_servers
 from rhapsody_mcp.backends.vllm_server import Launch, VllmServer
@@ -23,6 +24,7 @@ from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask, RhapsodyError, UnknownName
 from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
 from rhapsody_mcp.model.values import Reader
+from rhapsody_mcp.shipped_model import MODEL_DIR, MODEL_NAME
 
 __all__ = ["DragonVllmInferenceBackend"]
 
@@ -46,6 +48,7 @@ class DragonVllmInferenceBackend(Awaitable):
 
     kinds: tuple[Kind, ...] = ("prompt",)
     book: EngineBook | None = None
+    on_loss: OnLoss = staticmethod(lambda reason: None)
 
     def __init__(
         self,
@@ -100,6 +103,7 @@ class DragonVllmInferenceBackend(Awaitable):
         self._watches: list[asyncio.Task[None]] = []
         self._troubles: dict[str, str] = {}
         self._completions: Completions | None = None
+        self._end_reason = ""
         self._unused: list[str] = []
         self._names: tuple[str, ...] | None = None
 
@@ -168,6 +172,11 @@ class DragonVllmInferenceBackend(Awaitable):
         """Where a relative path to a model begins."""
         return [Path.cwd(), *([self._file.parent] if self._file else [])]
 
+    @property
+    def is_shipped(self) -> bool:
+        """Whether it serves the model of this package under its own name."""
+        return MODEL_NAME in self._served()
+
     # --- its life
 
     @property
@@ -191,7 +200,7 @@ class DragonVllmInferenceBackend(Awaitable):
                 self._starting = self._began = None
 
     async def _start(self) -> None:
-        self._began, self._names = time.monotonic(), None
+        self._began, self._names, self._end_reason = time.monotonic(), None, ""
         await self._end_servers()
         config = read_config(self._file, self._overrides)
         limits = self._limits(config)
@@ -207,7 +216,8 @@ class DragonVllmInferenceBackend(Awaitable):
                 raise BackendUnavailable(f"the vLLM server does not answer: {error}") from error
             raise
         llm = config.llm
-        defaults = Defaults(plan.model.names[0], llm.request_parameters, llm.system_text, SCHEMA_OPTIONS)
+        note = SHIPPED_NOTE if plan.model.source == str(MODEL_DIR.resolve()) else ""
+        defaults = Defaults(plan.model.names[0], llm.request_parameters, llm.system_text, SCHEMA_OPTIONS, note)
         self._completions = Completions(self._servers, defaults, limits)
         self._watches = [
             asyncio.create_task(self._keep_up(place, self._completions, config.server.start_timeout_s))
@@ -223,6 +233,9 @@ class DragonVllmInferenceBackend(Awaitable):
         while True:
             server = self._servers[place]
             reason = await server.until_dead()
+            if self._is_dead:
+                self._end_reason = reason
+            self.on_loss(reason)
             completions.lose(server, reason)
             _log.warning("backend %r: %s", self.name, reason)
             await server.stop()
@@ -279,7 +292,7 @@ class DragonVllmInferenceBackend(Awaitable):
 
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
         if self._completions is None or self._is_dead:
-            raise BackendUnavailable(f"no server of backend {self.name!r} is running.")
+            raise BackendUnavailable(self._end_reason or f"no server of backend {self.name!r} is running.")
         self._completions.submit(orders, report, read)
 
     def cancel(self, uids: Collection[str]) -> None:

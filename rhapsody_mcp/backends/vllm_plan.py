@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from rhapsody_mcp.backends.models import hub_cache
 from rhapsody_mcp.backends.vllm_config import SHIPPED, VllmConfig
 from rhapsody_mcp.backends.vllm_server import Launch
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
@@ -141,9 +142,8 @@ def _refuse_absent(name: str, config: VllmConfig) -> None:
     offline = environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     if not offline or "://" in name or config.server.extra_args:  # those may say where else it is
         return
-    home = environment.get("HF_HOME") or f"{environment.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-    cache = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    if not os.path.exists(os.path.expanduser(f"{cache}/models--{name.replace('/', '--')}")):
+    cache = hub_cache(environment)
+    if not (cache / f"models--{name.replace('/', '--')}").exists():
         raise InvalidSettings(
             f"there is no folder {name} here, no model of this name in {cache}, and HF_HUB_OFFLINE forbids a download. "
             f"Set model to a folder that has a model's files, or to {SHIPPED!r}."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rhapsody_mcp.bench.measuring import Figure, Shown, Spread
@@ -26,12 +27,14 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def show(report: Report, console: Console) -> None:
-    table = Table("work", "ours", "limit", "times the limit", "what the limit is", title=report.machine)
+    table = Table("work", "ours", "limit", "times the limit", "what the limit is", title=escape(report.machine))
     for figure in report.figures:
-        table.add_row(figure.name, _told(figure, figure.ours), _told(figure, figure.limit), _times(figure), figure.bare)
+        table.add_row(
+            figure.name, _told(figure, figure.ours), _told(figure, figure.limit), _times(figure), escape(figure.bare)
+        )
     console.print(table)
     console.print(f"Medians of {max(figure.runs for figure in report.figures)} runs, and their spread.", style="dim")
-    console.print(f"Before: {report.before}. After: {report.after}.", style="dim")
+    console.print(f"Before: {report.before}. After: {report.after}.", style="dim", markup=False)
 
 
 def _times(figure: Figure) -> str:

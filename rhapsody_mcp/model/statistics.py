@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Literal, Self, TypedDict
 
 import msgspec
@@ -84,7 +85,8 @@ class Measures(TypedDict):
 
 
 class Busy(TypedDict):
-    """The `share` of a backend's `places` that tasks took, on average from their first start to their last end.
+    """The `share` of a backend's `places` that tasks took, on average from their first start to their last end, without
+    the time in which nothing was submitted that had not ended.
 
     A native function takes a worker, a process a slot, and a job a slot for each rank.
     """
@@ -96,13 +98,15 @@ class Busy(TypedDict):
 
 
 class Statistics(Measures):
-    """`makespan` is in seconds, from the first submission to the last end of the tasks that ran.
+    """`makespan` is in seconds, from the first submission to the last end of the tasks that ran; `idle` are those of it
+    between an end and the next submission, with nothing to do.
 
     `groups` are by name, that of the most execution time first.
     """
 
     summary: Summary
     makespan: float
+    idle: float
     busy: list[Busy]
     critical_path: CriticalPath
     groups: dict[str, Measures]
@@ -177,11 +181,13 @@ class Tally:
         chosen = [one for sums in groups.values() for one in sums]
         last = max((one.last for one in chosen if one.last is not None), default=None)
         measures = _measure(chosen)
+        gaps = _gaps(chosen)
         return {
             "summary": _summary(sum(measures["counts"].values()), measures["times"]),
             **measures,
             "makespan": _between((one.submitted for one in chosen), (one.ended for one in chosen)),
-            "busy": _busy(chosen, workers),
+            "idle": sum(end - start for start, end in gaps),
+            "busy": _busy(chosen, workers, gaps),
             "critical_path": find_critical_path(last[2] if last else None, timing, called, sources),
             "groups": _slowest_first(groups) if len(groups) > 1 else dict.fromkeys(groups, measures),
         }
@@ -236,6 +242,8 @@ class _Sum:
         self.places: dict[tuple[str, int], _Taken] = {}
         """By backend and ranks."""
         self.prompts = _Prompts()
+        self.present = _Stretches()
+        """In which at least one task was submitted and had not ended."""
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Self:
@@ -245,6 +253,11 @@ class _Sum:
 
     def add(self, rows: Sequence[Row]) -> None:
         self.counts.update(row.state for row in rows)
+        self.present.add(
+            (timing.submitted, math.inf if timing.ended is None else timing.ended)
+            for row in rows
+            if (timing := row.timing).submitted is not None
+        )
         runs = [
             (row, timing.submitted, timing.started, timing.ended)
             for row in rows
@@ -286,23 +299,33 @@ class _Taken:
             self.ended = ended
 
 
+class _Stretches:
+    """Stretches of time, in order, with those that overlap in one."""
+
+    def __init__(self) -> None:
+        self.joined: list[tuple[float, float]] = []
+
+    def add(self, stretches: Iterable[tuple[float, float]]) -> None:
+        if new := list(stretches):
+            first = min(start for start, _ in new)
+            while self.joined and self.joined[-1][1] >= first:
+                new.append(self.joined.pop())
+            self.joined += _joined(new)
+
+
 class _Prompts:
-    """Tokens, and the stretches of time in which at least one prompt ran, in order."""
+    """Tokens, and the stretches of time in which at least one prompt ran."""
 
     def __init__(self) -> None:
         self.counted = self.into = self.out = 0
-        self.stretches: list[tuple[float, float]] = []
+        self.stretches = _Stretches()
 
     def add(self, runs: Sequence[tuple[Row, float, float]]) -> None:
         usages = [row.usage for row, _, _ in runs if row.usage is not None]
         self.counted += len(usages)
         self.into += sum(usage.prompt_tokens for usage in usages)
         self.out += sum(usage.completion_tokens for usage in usages)
-        if runs:
-            new, first = [(started, ended) for _, started, ended in runs], min(started for _, started, _ in runs)
-            while self.stretches and self.stretches[-1][1] >= first:
-                new.append(self.stretches.pop())
-            self.stretches += _joined(new)
+        self.stretches.add((started, ended) for _, started, ended in runs)
 
 
 def _joined(stretches: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -357,7 +380,7 @@ def _tokens(prompts: Sequence[_Prompts]) -> Tokens | None:
     if not any(one.counted for one in prompts):
         return None
     into, out = sum(one.into for one in prompts), sum(one.out for one in prompts)
-    seconds = sum(end - start for start, end in _joined(one for some in prompts for one in some.stretches))
+    seconds = sum(end - start for start, end in _joined(one for some in prompts for one in some.stretches.joined))
     return {
         "prompt_tokens": into,
         "completion_tokens": out,
@@ -366,13 +389,21 @@ def _tokens(prompts: Sequence[_Prompts]) -> Tokens | None:
     }
 
 
-def _busy(sums: Sequence[_Sum], workers: Mapping[str, int]) -> list[Busy]:
+def _gaps(sums: Sequence[_Sum]) -> list[tuple[float, float]]:
+    """Between tasks that ran, where none was there."""
+    joined = _joined(stretch for one in sums for stretch in one.present.joined)
+    last = max((one.ended for one in sums), default=-math.inf)
+    gaps = ((end, start) for (_, end), (start, _) in pairwise(joined))
+    return [(start, min(end, last)) for start, end in gaps if start < last]
+
+
+def _busy(sums: Sequence[_Sum], workers: Mapping[str, int], gaps: Sequence[tuple[float, float]]) -> list[Busy]:
     places: dict[tuple[str, Literal["workers", "process slots"]], list[tuple[int, _Taken]]] = {}
     for one in sums:
         for (backend, ranks), taken in one.places.items():
             if backend in workers:
                 places.setdefault((backend, "process slots" if ranks else "workers"), []).append((ranks, taken))
-    shares = ((backend, of, _share(taking, workers[backend])) for (backend, of), taking in places.items())
+    shares = ((backend, of, _share(taking, workers[backend], gaps)) for (backend, of), taking in places.items())
     return [
         {"backend": backend, "of": of, "places": workers[backend], "share": share}
         for backend, of, share in shares
@@ -380,8 +411,9 @@ def _busy(sums: Sequence[_Sum], workers: Mapping[str, int]) -> list[Busy]:
     ]
 
 
-def _share(taking: Sequence[tuple[int, _Taken]], places: int) -> float | None:
+def _share(taking: Sequence[tuple[int, _Taken]], places: int, gaps: Sequence[tuple[float, float]]) -> float | None:
     """None where no time has passed."""
-    seconds = _between((taken.started for _, taken in taking), (taken.ended for _, taken in taking))
+    first, last = min(taken.started for _, taken in taking), max(taken.ended for _, taken in taking)
+    seconds = last - first - sum(max(0.0, min(end, last) - max(start, first)) for start, end in gaps)
     taken_s = sum(taken.seconds * min(max(ranks, 1), places) for ranks, taken in taking)
     return taken_s / (places * seconds) if seconds > 0 else None

@@ -70,7 +70,9 @@ class Lane:
         self._pending: list[Order] = []
         self._live: dict[str, Order] = {}
         self._deaths = 0
-        self._why = self._doing = ""
+        self._why = self._doing = self._told = ""
+        if hasattr(backend, "on_loss"):
+            backend.on_loss = self._say_lost
         self._opening: asyncio.Task[None] | None = None
         self._resting: asyncio.Task[None] | None = None
         self._idle: _Timer | None = None
@@ -156,7 +158,14 @@ class Lane:
 
     def _fail(self, reason: str) -> None:
         self._deaths, self._why = self._deaths + 1, reason
-        self._say(f"backend {self.backend.name!r} lost its engine: {reason}")
+        self._say_lost(reason)
+        self._told = ""
+
+    def _say_lost(self, reason: str) -> None:
+        """Once, though the backend tells at once, and its tasks or the next one later."""
+        if reason != self._told:
+            self._say(f"backend {self.backend.name!r} lost its engine: {reason}")
+        self._told = reason
 
     def _say(self, text: str) -> None:
         self._tell(Notice(time.time(), text))

@@ -31,6 +31,7 @@ class SessionStatistics(Reply):
     ran: Annotated[int, UNTOLD]
     times_s: Annotated[dict[str, dict[str, float]] | None, UNTOLD] = None
     makespan_s: Annotated[float | None, UNTOLD] = None
+    idle_s: SkipJsonSchema[float | None] = None
     tasks_per_s: Annotated[float | None, UNTOLD] = None
     tokens: Annotated[dict[str, float | None] | None, UNTOLD] = None
     busy: Annotated[list[dict[str, Any]] | None, UNTOLD] = None
@@ -60,6 +61,7 @@ def _ran(statistics: Statistics) -> dict[str, Any]:
     return {
         **_measures(statistics),
         "makespan_s": round(statistics["makespan"], 6),
+        "idle_s": round(statistics["idle"], 6) or None,
         "busy": [{**busy, "share": round(busy["share"], 4)} for busy in statistics["busy"]],
         "critical_path": _path(statistics["critical_path"]),
     }
@@ -143,8 +145,9 @@ def figures_text(session: str, group: str | None, statistics: Statistics, replac
     head = f"{what}: {tasks_text(statistics['summary']['total_tasks'])} ({counts_text(statistics['counts'])})"
     if not statistics["ran"]:
         return f"{head}. None has run and ended yet."
+    span = f"{duration(statistics['makespan'])} from the first submission to the last end"
     lines = [
-        f"{head}, {duration(statistics['makespan'])} from the first submission to the last end.",
+        f"{head}, {span}{_idle_text(statistics)}.",
         _means(statistics),
         _rates(statistics),
         f"Critical path: {_path_text(statistics['critical_path'], statistics['makespan'])}",
@@ -153,6 +156,13 @@ def figures_text(session: str, group: str | None, statistics: Statistics, replac
     if (more := len(statistics["groups"]) - _GROUPS_TOLD) > 0:
         lines.append(f"and {more} quicker groups; get_statistics with group=NAME shows one.")
     return "\n".join(lines)
+
+
+def _idle_text(statistics: Statistics) -> str:
+    """Where that is a hundredth of the time."""
+    idle = statistics["idle"]
+    told = f", {duration(idle)} of it between submissions, with nothing to do: busy shares leave that out"
+    return told * (idle > 0.01 * statistics["makespan"])
 
 
 def _means(statistics: Statistics) -> str:
@@ -180,8 +190,10 @@ def _path_text(path: CriticalPath, makespan: float) -> str:
     """As in `4.50 s of 5.00 s: gen 1.50 s > train 3.00 s (queue 1.00 s).`"""
     shown = _longest(path["steps"], _STEPS_TOLD)
     left_out = len(path["steps"]) - len(shown)
+    unsubmitted = sum(step["unsubmitted"] for step in path["steps"])
+    apart = f", {duration(unsubmitted)} of it not submitted" if unsubmitted > 0.01 * path["seconds"] else ""
     longest = f", the {len(shown)} longest of its {len(path['steps'])} tasks" if left_out else ""
-    return f"{duration(path['seconds'])} of {duration(makespan)}{longest}: {' > '.join(map(_step_text, shown))}."
+    return f"{duration(path['seconds'])} of {duration(makespan)}{apart}{longest}: {' > '.join(map(_step_text, shown))}."
 
 
 def _step_text(step: Step) -> str:

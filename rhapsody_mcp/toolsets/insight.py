@@ -10,6 +10,8 @@ from mcp.types import CallToolResult
 from pydantic import Field
 
 from rhapsody_mcp.backends.environment import Environment
+from rhapsody_mcp.backends.models import models_text, shipped_text
+from rhapsody_mcp.backends.vllm_config import SHIPPED
 from rhapsody_mcp.machine import Machine, Part, look
 from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.tasks import leaves
@@ -126,7 +128,8 @@ def _system_text(data: System, settings: Settings) -> str:
     lines = [f"{data.host}: {data.system}, Python {data.python}, {data.cores} cores{memory}, {gpus}."]
     lines += [f"- {_headline(backend)}: {backend.missing or backend.runs}" for backend in data.backends]
     lines.append(f"- {data.mpi}.")
-    lines.append(f"Default model: {settings.default_model}. {_asks_text(settings)}")
+    told = shipped_text() if settings.default_model == SHIPPED else f"{settings.default_model}. {models_text()}"
+    lines += [f"Default model: {told}", _asks_text(settings)]
     lines += [_limits_text(settings), *_policy_text(settings), *_environment_text(data.environment)]
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.backends.environment import Environment, read_environment
+from rhapsody_mcp.backends.models import shipped_text
 from rhapsody_mcp.backends.vllm_config import Device
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
 from rhapsody_mcp.runtime.caller import current_folder
@@ -144,7 +145,18 @@ class Sessions:
         )
         opened = await self._sessions.open(wanted, name)
         rows = [_backend_row(backend) for backend in opened.session.backends]
-        return reply(_created_text(opened.id, rows), Created(session=opened.id, backends=rows))
+        return reply(self._created_text(opened, rows), Created(session=opened.id, backends=rows))
+
+    def _created_text(self, opened: OpenSession, rows: list[BackendRow]) -> str:
+        idle = self._settings.engine_idle_s
+        stop = f"; one that has had no task for {idle:g} s stops until the next (engine_idle_s)" if idle else ""
+        lines = [f"{opened.id} is open. Engines start with the first task that needs them{stop}."]
+        lines += [f"- {row.name} runs {', '.join(row.runs)} tasks" for row in rows]
+        shipped = (backend.name for backend in opened.session.backends if getattr(backend, "is_shipped", False))
+        lines += [f"- {name} serves {shipped_text()}" for name in shipped]
+        if not any("prompt" in row.runs for row in rows):
+            lines.append("- prompts are refused: no backend of this session answers them (see describe_system)")
+        return "\n".join([*lines, f'Next: submit_tasks(session="{opened.id}", tasks=[...]).'])
 
     async def list_sessions(self) -> Annotated[CallToolResult, SessionList]:
         rows = [session_row(opened) for opened in self._sessions.all()]
@@ -200,14 +212,6 @@ def _backend_row(backend: Backend) -> BackendRow:
 def session_row(opened: OpenSession) -> SessionRow:
     names = [backend.name for backend in opened.session.backends]
     return SessionRow(session=opened.id, backends=names, counts=opened.session.counts)
-
-
-def _created_text(id: str, rows: list[BackendRow]) -> str:
-    lines = [f"{id} is open. Engines start with the first task that needs them."]
-    lines += [f"- {row.name} runs {', '.join(row.runs)} tasks" for row in rows]
-    if not any("prompt" in row.runs for row in rows):
-        lines.append("- prompts are refused: no backend of this session answers them (see describe_system)")
-    return "\n".join([*lines, f'Next: submit_tasks(session="{id}", tasks=[...]).'])
 
 
 def _found(path: str | None) -> str | None:

@@ -143,6 +143,21 @@ async def test_a_task_that_was_submitted_late_is_told_apart_from_one_that_waited
         (_, step) = (await agent.call("get_statistics", **SESSION))["critical_path"]["steps"]
         assert step["unsubmitted_s"] == pytest.approx(submitted(agent, "second") - 12, abs=1e-5)
     assert "second" in agent.texts[-1] and "(not submitted " in agent.texts[-1]
+    assert re.search(r"^Critical path: .* s of .* s, .* s of it not submitted: ", agent.texts[-1], re.M)
+
+
+async def test_the_time_between_submissions_is_told_apart_and_no_backend_is_idle_in_it() -> None:
+    async with open_agent(backend=Clocked()) as agent:
+        await agent.session()
+        await agent.call("submit_tasks", **SESSION, tasks=[function("first", "0 to 1"), function("second", "0 to 1")])
+        await agent.call("wait_tasks", **SESSION, timeout_s=50)
+        for name, (at, end) in {"first": (10.0, 14.0), "second": (94.0, 98.0)}.items():
+            task = agent.sessions.get("session-1").task(name)
+            task.submitted, task.outcome = at, Outcome(state=TaskState.DONE, started=at, ended=end)
+        reply = await agent.call("get_statistics", **SESSION)
+    assert (reply["makespan_s"], reply["idle_s"]) == (88, 80)
+    assert reply["busy"] == [{"backend": "dragon", "of": "workers", "places": 2, "share": 0.5}]
+    assert ", 80.00 s of it between submissions, with nothing to do: busy shares leave that out." in agent.texts[-1]
 
 
 async def test_a_long_path_shows_its_longest_steps() -> None:
@@ -231,7 +246,7 @@ async def test_the_system_is_described_in_plain_words(era: str) -> None:
     )
     assert "- local works here: functions and executables" in text
     assert reply["mpi"].startswith("MPI jobs ") and reply["mpi"] in text
-    assert f"Default model: {reply['settings']['default_model']}." in text
+    assert "Default model: the shipped model rhapsody-tiny, for trials: it writes one kind of labelled JSON" in text
 
 
 async def test_the_system_names_the_limits_that_the_settings_put_on_an_agent() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rhapsody_mcp.cli import main
-from rhapsody_mcp.doctor import Finding, examine
+from rhapsody_mcp.doctor import Finding, examine, show
 from rhapsody_mcp.machine import look
 from rhapsody_mcp.runtime.ledger.changes import PutSession
 from rhapsody_mcp.runtime.ledger.ledger import Ledger
@@ -54,3 +55,9 @@ def test_the_doctor_says_what_is_wrong_with_a_damaged_ledger(state: Path) -> Non
     state.mkdir(parents=True)
     (state / LEDGER).write_bytes(b"something else" * 100)
     assert told().verdict == "note" and "not read: file is not a database" in told().told
+
+
+def test_what_stands_in_brackets_is_shown() -> None:
+    console = Console(record=True, width=200)
+    show([Finding("vLLM", "missing", 'get it with: pip install "rhapsody-mcp[cpu]" in /tmp/[a]')], console)
+    assert 'pip install "rhapsody-mcp[cpu]" in /tmp/[a]' in console.export_text()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rhapsody_mcp.api import ComputeTask, Session
-from rhapsody_mcp.backends.base import Ended, Running
+from rhapsody_mcp.backends.base import Ended, OnLoss, Running
 from rhapsody_mcp.model.errors import BackendUnavailable
 from rhapsody_mcp.model.specs import Call, Layout, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -323,3 +323,23 @@ async def test_a_session_tells_of_its_engines_and_does_not_count_a_return_as_an_
         backend.door.set()
         await session.wait_tasks([task], timeout=600)  # its own clock, one second
     assert (task.state, task.attempts) == (TaskState.DONE, 1)
+
+
+class Telling(ScriptedBackend):
+    """Says at once that it lost its engine."""
+
+    on_loss: OnLoss = staticmethod(lambda reason: None)
+
+
+async def test_an_engine_that_ends_while_it_has_nothing_to_do_leaves_a_note_and_one_alone() -> None:
+    backend, notices, ended = Telling(answer), list[Notice](), list[Running | Ended]()
+    lane = Lane(backend, ended.append, load, tell=notices.append, later=Clock().later)
+    lane.take([order("a")])
+    await all_is_still()
+    backend.on_loss("signal 9 ended it")
+    backend.die("signal 9 ended it")
+    assert [notice.text for notice in notices] == ["backend 'scripted' lost its engine: signal 9 ended it"]
+    lane.take([order("b")])
+    await all_is_still()
+    assert len(notices) == 1
+    await lane.close()
