@@ -46,7 +46,7 @@ def with_item(value: Any, item: Any) -> Any:
     read.
     """
     if _is_item(value):
-        return {"literal": _part(item, value.get("path", ""))}
+        return {"literal": _part(item, value.get("path") or "")}
     if isinstance(value, str):
         if mistaken := _MISTAKEN.search(value):
             raise InvalidTask(
@@ -81,7 +81,7 @@ def as_text(item: Any) -> str:
 def _is_item(value: Any) -> bool:
     if not isinstance(value, dict) or value.get("item") is not True or value.keys() not in _SHAPES:
         return False
-    if not isinstance(value.get("path", ""), str):
+    if not isinstance(value.get("path"), str | None):
         raise InvalidTask(f"path is {value['path']!r}; valid is a JSON Pointer, as in '/0/label'.")
     return True
 

@@ -46,7 +46,7 @@ def resolve(value: Any, task_named: Callable[[str], Task]) -> Any:
     """
     if _is_reference(value):
         task = task_named(value["ref"])
-        return _part(task, value["path"]) if "path" in value else task
+        return task if value.get("path") is None else _part(task, value["path"])
     if isinstance(value, dict):
         if value.keys() == {"literal"}:
             return value["literal"]
@@ -64,12 +64,12 @@ def _checked(reference: Mapping[str, Any]) -> Mapping[str, Any]:
             f"unknown key {key!r} beside ref{nearest(key, ['path'])}. A reference has the key ref, or ref and path; "
             'a dict that only looks like a reference goes in as {"literal": ...}.'
         )
-    if not all(isinstance(part, str) for part in reference.values()):
+    if not isinstance(reference["ref"], str) or not isinstance(reference.get("path"), str | None):
         raise InvalidTask(
             f"{dict(reference)} is no reference: ref is a task's name, as in {{'ref': 'train'}}, and path a JSON "
             "Pointer, as in '/0/label'. Write {'literal': ...} around a dict that is data."
         )
-    pointer_steps(reference.get("path", ""))
+    pointer_steps(reference.get("path") or "")
     return reference
 
 

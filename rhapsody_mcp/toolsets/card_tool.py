@@ -23,7 +23,7 @@ from rhapsody_mcp.toolsets.refusals import (
     refuse_unknown_arguments,
     refuse_unreadable,
 )
-from rhapsody_mcp.toolsets.schemas import flat, read_texts
+from rhapsody_mcp.toolsets.schemas import as_meant, flat
 
 __all__ = ["CardTool", "make_tools"]
 
@@ -39,9 +39,9 @@ class CardTool(Tool):
     """A tool whose every refusal is a text that the model can act on."""
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
-        if refused := refuse_unknown_arguments(arguments, self.parameters, self.name):
+        read = as_meant(self.parameters, arguments)
+        if refused := refuse_unknown_arguments(read, self.parameters, self.name):
             raise ToolError(refused)
-        read = read_texts(self.parameters, arguments)
         if refused := refuse_unreadable(read, self.name):
             raise ToolError(refused)
         try:

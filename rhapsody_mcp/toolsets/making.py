@@ -276,8 +276,8 @@ def _form(request: TaskRequest) -> str:
         found = f"it has {' and '.join(kinds)}" if kinds else "it has none"
         raise InvalidTask(f"a task runs exactly one of {', '.join(FIELDS)}; {found}.")
     if idle := sorted(given - FIELDS[kinds[0]]):
-        valid = ", ".join(sorted(FIELDS[kinds[0]]))
-        raise InvalidTask(f"{idle[0]} has no effect on a task with {kinds[0]}. Valid there: {valid}.")
+        kind = " or ".join(kind for kind, fields in FIELDS.items() if idle[0] in fields)
+        raise InvalidTask(f"{idle[0]} has no effect on a task with {kinds[0]}; it belongs to one with {kind}.")
     return kinds[0]
 
 

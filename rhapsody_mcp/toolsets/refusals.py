@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -23,6 +23,7 @@ from rhapsody_mcp.model.errors import (
     UnknownName,
     nearest,
 )
+from rhapsody_mcp.toolsets.meanings import in_our_words
 from rhapsody_mcp.toolsets.replies import one_line
 from rhapsody_mcp.toolsets.schemas import NAME_PATTERN, field_at, field_names
 
@@ -38,7 +39,7 @@ __all__ = [
 Location = tuple[int | str, ...]
 Problem = Mapping[str, Any]
 _MAX_BYTES = 1000
-_PROBLEMS_SHOWN = 3
+_PROBLEMS_SHOWN, _OWNERS_SHOWN = 3, 2
 _SHOWN_CHARS, _EXAMPLE_CHARS = 80, 60
 _DEEPEST = 100
 _DECODER = json.JSONDecoder(strict=False)
@@ -79,7 +80,7 @@ def refuse_unknown_arguments(given: Iterable[str], schema: dict[str, Any], tool:
     unknown = [name for name in given if name not in known]
     if not unknown:
         return None
-    wrong = f"{tool} has no argument {_short(unknown[0])}{nearest(unknown[0], known)}."
+    wrong = f"{tool} has no argument {_short(unknown[0])}{in_our_words(unknown[0], known)}."
     return _text(
         "unknown_argument", f"{wrong} {_listed(known) or 'It takes none.'}", f"Correct it and call {tool} again."
     )
@@ -105,10 +106,31 @@ def refuse_arguments(error: ValidationError, schema: dict[str, Any], arguments: 
     places: dict[Location, list[Problem]] = {}
     for problem in error.errors(include_url=False):
         places.setdefault(_place(problem, arguments), []).append(problem)
-    shown = [_told(place, problems, schema, arguments) for place, problems in list(places.items())[:_PROBLEMS_SHOWN]]
-    if len(places) > _PROBLEMS_SHOWN:
-        shown.append(f"And {len(places) - _PROBLEMS_SHOWN} more problems.")
-    return _text("invalid_argument", " ".join(shown), f"Correct it and call {tool} again.")
+    unknown = {place for place, problems in places.items() if problems[0]["type"] == "extra_forbidden"}
+    told = [_told(place, problems, schema, arguments) for place, problems in places.items() if place not in unknown]
+    told += _unknown_fields([place for place in places if place in unknown], schema, arguments)
+    shown = told[:_PROBLEMS_SHOWN]
+    if len(told) > _PROBLEMS_SHOWN:
+        shown.append(f"And {len(told) - _PROBLEMS_SHOWN} more problems.")
+    shown += dict.fromkeys(_listed(field_names(schema, place[:-1])) for place in places if place in unknown)
+    return _text("invalid_argument", " ".join(shown).rstrip(), f"Correct it and call {tool} again.")
+
+
+def _unknown_fields(places: Sequence[Location], schema: dict[str, Any], arguments: Mapping[str, Any]) -> list[str]:
+    """A sentence for each name, however many have it, as in `tasks[0] and tasks[1] have no field 'x'.`"""
+    owners: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for place in places:
+        known = tuple(field_names(schema, place[:-1]))
+        owners.setdefault((str(place[-1]), known), []).append(_where(place[:-1], arguments))
+    return [
+        f"{_joined(where)} {'has' if len(where) == 1 else 'have'} no field {_short(name)}{in_our_words(name, known)}."
+        for (name, known), where in owners.items()
+    ]
+
+
+def _joined(where: Sequence[str]) -> str:
+    more = [f"{len(where) - _OWNERS_SHOWN} more"] if len(where) > _OWNERS_SHOWN else []
+    return " and ".join([*where[:_OWNERS_SHOWN], *more])
 
 
 def refuse_answer(tool: str) -> str:
@@ -166,10 +188,6 @@ def _place(problem: Problem, arguments: Mapping[str, Any]) -> Location:
 
 def _told(place: Location, problems: list[Problem], schema: dict[str, Any], arguments: Mapping[str, Any]) -> str:
     first, where = problems[0], _where(place, arguments)
-    if first["type"] == "extra_forbidden":
-        known, name = field_names(schema, place[:-1]), str(place[-1])
-        owner = _where(place[:-1], arguments)
-        return f"{owner} has no field {_short(name)}{nearest(name, known)}. {_listed(known)}".rstrip()
     if first["type"] == "missing":
         return f"{where} is missing."
     field = field_at(schema, place)
@@ -177,7 +195,9 @@ def _told(place: Location, problems: list[Problem], schema: dict[str, Any], argu
     near = nearest(str(first["input"]), _choices(first)) if first["type"] == "literal_error" else ""
     valid = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[:-1] else kinds)
     example = "" if "ctx" in first else _example(field)
-    return f"{where} must be {valid}{example}, not {_short(first['input'])}{near}."
+    by_name = place[-1] == "args" and isinstance(first["input"], dict) and "ref" not in first["input"]
+    kwargs = " Arguments by name go into kwargs." if by_name else ""
+    return f"{where} must be {valid}{example}, not {_short(first['input'])}{near}.{kwargs}"
 
 
 def _valid(problem: Problem, field: dict[str, Any]) -> str:

@@ -23,7 +23,8 @@ def _with_texts(env: Any) -> Any:
     return {name: str(value) if type(value) in (int, float) else value for name, value in env.items()}
 
 
-Env = Annotated[dict[str, str], BeforeValidator(_with_texts)]
+Env = Annotated[dict[str, str | None], BeforeValidator(_with_texts)]
+"""Of a variable that is null there is none."""
 
 
 class RankGroup(_Closed):

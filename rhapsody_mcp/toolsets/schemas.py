@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import GetJsonSchemaHandler, StringConstraints, WithJsonSchema
 from pydantic_core import CoreSchema
 
-__all__ = ["NAME_PATTERN", "UNTOLD", "Name", "field_at", "field_names", "flat", "read_texts"]
+__all__ = ["NAME_PATTERN", "UNTOLD", "Name", "as_meant", "field_at", "field_names", "flat"]
 
 Schema = dict[str, Any]
 
@@ -55,19 +55,36 @@ def field_at(schema: Schema, location: tuple[int | str, ...]) -> Schema:
     return schema
 
 
-def read_texts(schema: Schema, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, with lists and objects that came as texts of JSON, as some hosts send them, read."""
-    return {name: _read_text(field_at(schema, (name,)), value) for name, value in arguments.items()}
+def as_meant(schema: Schema, value: Any) -> Any:
+    """The value as the flat schema has it, where it is clear what is meant.
+
+    null is absent, a lone text or object stands for a list of one, a choice may be in any letter case, and lists and
+    objects that came as texts of JSON, as some hosts send them, are read. What the schema says nothing of stays.
+    """
+    if schema.get("type") in ("array", "object"):
+        value = _listed(schema, _read_text(value))
+    if isinstance(value, list) and "items" in schema:
+        return [as_meant(schema["items"], item) for item in value]
+    if isinstance(value, dict) and (fields := schema.get("properties")) is not None:
+        return {name: as_meant(fields.get(name, {}), part) for name, part in value.items() if part is not None}
+    if isinstance(value, str) and value not in (choices := schema.get("enum", [value])):
+        return next((choice for choice in choices if choice.casefold() == value.casefold()), value)
+    return value
 
 
-def _read_text(field: Schema, value: Any) -> Any:
-    if not isinstance(value, str) or field.get("type") not in ("array", "object"):
+def _read_text(value: Any) -> Any:
+    if not isinstance(value, str):
         return value
     try:
         read = json.loads(value)
     except (ValueError, RecursionError):
         return value
     return read if isinstance(read, list | dict) else value
+
+
+def _listed(schema: Schema, value: Any) -> Any:
+    kind = "string" if isinstance(value, str) else "object" if isinstance(value, dict) else None
+    return [value] if kind and kind == schema.get("items", {}).get("type") else value
 
 
 def _flat_node(node: Schema, definitions: Schema) -> Schema:

@@ -40,12 +40,13 @@ class SessionEnvironment(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    variables: Env = {}
-    setup: tuple[str, ...] = ()
+    variables: Env | None = None
+    setup: tuple[str, ...] | None = None
 
     def read(self) -> Environment:
         try:
-            return read_environment(self.model_dump())
+            variables = {name: value for name, value in (self.variables or {}).items() if value is not None}
+            return read_environment({"variables": variables, "setup": self.setup or ()})
         except InvalidSettings as error:
             raise InvalidRequest(str(error)) from error
 

@@ -358,9 +358,9 @@ def test_any_arguments_of_any_tool_get_a_reply_or_a_sentence(tool: str, subject:
 @pytest.mark.parametrize(
     ("tool", "arguments", "told"),
     [
-        ("wait_tasks", {"tasks": "train"}, 'tasks must be a list, as in ["train", "task.000007"], not \'train\'.'),
+        ("wait_tasks", {"tasks": 7}, 'tasks must be a list, as in ["train", "task.000007"], not 7.'),
         ("wait_tasks", {"tasks": ["a", 1]}, "tasks[1] must be a text, not 1."),
-        ("wait_tasks", {"state": "done"}, "not 'done' (did you mean 'DONE'?)."),
+        ("wait_tasks", {"state": "dune"}, "not 'dune' (did you mean 'DONE'?)."),
         ("wait_tasks", {"timeout_s": "soon"}, "timeout_s must be a number of at least 0, not 'soon'."),
         ("wait_tasks", {"count": None, "timeout_s": -1}, "timeout_s must be at least 0, not -1."),
         ("wait_tasks", {"count": 1.5}, "count must be a whole number of at least 1, not 1.5."),
@@ -370,7 +370,7 @@ def test_any_arguments_of_any_tool_get_a_reply_or_a_sentence(tool: str, subject:
         ("cancel_tasks", {"tasks": []}, "tasks must be a list of at least 1 item, not []."),
         ("get_result", {"task": "a", "search": "|"}, "search must be a text that says what to look for"),
         ("get_result", {"task": "a", "search": "x" * 201}, "search must be a text of at most 200 characters, not 'xxx"),
-        ("get_result", {"task": None}, 'task must be a text, as in "train", not null.'),
+        ("get_result", {"task": None}, "task is missing."),
         ("get_result", {}, "task is missing."),
         ("submit_tasks", {"tasks": [7]}, "tasks[0] must be an object, not 7."),
         ("submit_tasks", {"tasks": [{"prompt": 5}]}, "tasks[0].prompt must be a text, a list or an object, not 5."),
