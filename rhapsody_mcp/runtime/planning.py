@@ -19,7 +19,7 @@ from rhapsody_mcp.model.specs import Layout
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, name_of, tasks_text
 
-__all__ = ["Step", "misfits", "remarks", "steps_of"]
+__all__ = ["Step", "misfits", "steps_of"]
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -31,25 +31,25 @@ class Step(msgspec.Struct, frozen=True):
     level: int
 
 
-def steps_of(tasks: Sequence[Task]) -> list[Step]:
+def steps_of(tasks: Sequence[Task], machine: Machine) -> list[Step]:
     """The tasks of one submission, in order; it has no circles."""
     mine = {task.uid for task in tasks}
     sources = {task.uid: {source.uid for source in task.sources()} & mine for task in tasks}
     levels: dict[str, int] = {}
     for uid in TopologicalSorter(sources).static_order():
         levels[uid] = 1 + max((levels[source] for source in sources[uid]), default=0)
-    return [Step(task, _runs_as(task), _names(task), levels[task.uid]) for task in tasks]
+    return [Step(task, _runs_as(task, machine), _names(task), levels[task.uid]) for task in tasks]
 
 
 def _names(task: Task) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name_of(source) for source in task.sources()))
 
 
-def _runs_as(task: Task) -> str:
+def _runs_as(task: Task, machine: Machine) -> str:
     if isinstance(task, ForEach):
         if task.source is not None:
             return f"a task for each item of {name_of(task.source.task)}"
-        each = f", {'each ' * (len(task.children) != 1)}{_runs_as(task.children[0])}" if task.children else ""
+        each = f", {'each ' * (len(task.children) != 1)}{_runs_as(task.children[0], machine)}" if task.children else ""
         return f"{tasks_text(len(task.children))}{each}"
     if isinstance(task, AITask):
         return f"{len(task.prompt)} prompts" if task.many else "a prompt"
@@ -57,7 +57,8 @@ def _runs_as(task: Task) -> str:
     layout = task.layout
     job = "an MPI job" if layout.pmi not in (None, "none") else "a job"
     kind = "an executable" if kind_of(task) == "executable" else "a function"
-    return _LAYOUTS[layout.mode].format(kind=kind, job=job, ranks=layout.ranks)
+    crowded = f", which share {machine.cores} cores" if layout.ranks > machine.cores else ""
+    return _LAYOUTS[layout.mode].format(kind=kind, job=job, ranks=layout.ranks) + crowded
 
 
 _LAYOUTS = {
@@ -77,14 +78,6 @@ def misfits(task: Task, machine: Machine, folder: str = "") -> Iterator[str]:
         if task.executable is not None:
             yield from _misfits_of_program(task.executable, task.layout, folder)
         yield from (f"no module {name!r} is installed here" for name in _modules(task) if not _is_there(name))
-
-
-def remarks(task: Task, machine: Machine) -> Iterator[str]:
-    """What of a task runs here otherwise than its submitter may think, in words."""
-    if isinstance(task, ForEach):
-        yield from remarks(task.children[0], machine) if task.children else ()
-    elif isinstance(task, ComputeTask) and task.layout.ranks > machine.cores:
-        yield f"its {task.layout.ranks} processes share {machine.cores} cores: it runs, and more slowly"
 
 
 def _misfits_of_processes(layout: Layout, machine: Machine, folder: str) -> Iterator[str]:

@@ -91,6 +91,7 @@ class Session:
         self._dependents: dict[str, list[str]] = {}
         self._unfinished: dict[str, int] = {}
         self._retrying: dict[str, asyncio.TimerHandle] = {}
+        self._fan_outs: dict[str, asyncio.Task[None]] = {}
         self._hidden = 0
         self._rules, self.taken = rules, Taken()
         self._folder = folder.absolute() if folder is not None else None
@@ -361,7 +362,7 @@ class Session:
             task.state = TaskState.QUEUED
             self._tell(task)
             if isinstance(task, ForEach):
-                self._spawn(self._fan_out(task))
+                self._fan_outs[task.uid] = self._spawn(self._fan_out(task))
                 continue
             task.attempts += 1
             by_lane.setdefault(task.backend or "", []).append(self._order(task, folder))
@@ -395,7 +396,21 @@ class Session:
         if not self._unfinished[parent.uid]:
             self._spawn(self._gather(parent))
 
+    async def fanned_out(self, tasks: Iterable[Task]) -> None:
+        """Return when those of these that are made of a JSON result which is there already have their children."""
+        sources = {task.uid: task.source.task for task in tasks if isinstance(task, ForEach) and task.source}
+        values = {uid: source.outcome.value for uid, source in sources.items() if source.outcome}
+        going = [self._fan_outs[uid] for uid, value in values.items() if uid in self._fan_outs and _is_json(value)]
+        if going:
+            await asyncio.wait(going)
+
     async def _fan_out(self, parent: ForEach) -> None:
+        try:
+            await self._make_children(parent)
+        finally:
+            self._fan_outs.pop(parent.uid, None)
+
+    async def _make_children(self, parent: ForEach) -> None:
         try:
             items = await self._items_of(parent)
             self.refuse_count(len(items))
@@ -540,7 +555,7 @@ class Session:
             if task.state.final:
                 continue
             if task.last_failure:
-                outcome = replace(outcome, notes=(*outcome.notes, f"attempt {task.attempts}; {task.last_failure}"))
+                outcome = replace(outcome, notes=(*outcome.notes, _attempts_text(task, outcome)))
             task.outcome, task.state, task.started = outcome, outcome.state, outcome.started
             self._forget(task)
             task.settle()
@@ -656,10 +671,15 @@ class Session:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
+
+
+def _is_json(value: Value | None) -> bool:
+    return value is not None and value.format == "json"
 
 
 def _specify(task: Task, encoder: Encoder) -> TaskSpec | None:
@@ -688,6 +708,13 @@ def _exception_in(data: bytes) -> BaseException | None:
     except Exception:  # unpickling runs the user's own code
         return None
     return error if isinstance(error, BaseException) else None
+
+
+def _attempts_text(task: Task, outcome: Outcome) -> str:
+    """As in `attempt 3 of 3, no retry is left; attempt 2 ended with cause error: ...`."""
+    used_up = outcome.state is TaskState.FAILED and task.attempts > task.retries
+    left = ", no retry is left" if used_up else ""
+    return f"attempt {task.attempts} of {max(task.attempts, task.retries + 1)}{left}; {task.last_failure}"
 
 
 def _canceled(cause: Cause, message: str) -> Outcome:

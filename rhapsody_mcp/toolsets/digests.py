@@ -96,12 +96,18 @@ def _detail(outcome: Outcome) -> str:
     return f"stderr: {line}" if line and line not in outcome.error else ""
 
 
+def _likeness_of_note(note: str) -> str:
+    """But for its numbers; how many attempts a task took is its own."""
+    own, mark, rest = note.partition("; ") if note.startswith("attempt ") else ("", "", note)
+    return own + mark + _NUMBER.sub("#", rest)
+
+
 def digest_notes(tasks: Iterable[Task], most: int) -> list[str]:
     """What was noted about how they ran, as in `3 tasks: 2 ranks share 1 core`."""
     noted: dict[str, list[tuple[Task, str]]] = {}
     for task in tasks:
         for note in task.notes:
-            noted.setdefault(_NUMBER.sub("#", note), []).append((task, note))
+            noted.setdefault(_likeness_of_note(note), []).append((task, note))
     told = []
     for alike in list(noted.values())[:most]:
         task, note = alike[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ __all__ = [
     "Row",
     "TaskRow",
     "TaskRows",
+    "call_text",
     "count_states",
     "counts_text",
     "duration",
@@ -167,6 +169,13 @@ def shortened(text: str, max_chars: int) -> str:
     begin = re.sub(r"\s+\S{0,40}\Z", "", text[: max_chars // 2])
     end = re.sub(r"\A\S{0,40}\s+", "", text[-(max_chars // 2) :])
     return f"{begin} ... {end}"
+
+
+def call_text(tool: str, **arguments: Any) -> str:
+    """A call that can be made as it stands, as in `get_result(session="session-1", task="train")`."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    told = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items())
+    return one_line(f"{tool}({', '.join(told)})")
 
 
 def one_line(text: str) -> str:

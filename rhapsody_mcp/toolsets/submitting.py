@@ -16,7 +16,7 @@ from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.open_sessions import OpenSession, Submission
-from rhapsody_mcp.runtime.planning import Step, misfits, remarks, steps_of
+from rhapsody_mcp.runtime.planning import Step, misfits, steps_of
 from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.making import ItemMaker, kind_of_request, label_of, make_tasks
 from rhapsody_mcp.toolsets.recipes import write_recipes
@@ -68,6 +68,7 @@ async def _submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str
             await opened.submit(made, recipes, submission)
         except InvalidTask as error:
             raise _by_place(error, requests, made) from error
+    await opened.session.fanned_out(made)
     suspects = _suspects(requests, opened, made)[:_SUSPECTS_SHOWN]
     data = Submitted(**_told(opened, made), problems=suspects or None)
     notes = [f"Note: {suspect}." for suspect in suspects]
@@ -114,17 +115,16 @@ def check(opened: OpenSession, requests: Sequence[TaskRequest]) -> list[Task]:
 def plan(opened: OpenSession, requests: Sequence[TaskRequest], machine: Machine) -> CallToolResult:
     """What would run where, and what does not fit; every refusal of a real submission comes here too."""
     made = check(opened, requests)
-    steps = steps_of(made)
+    steps = steps_of(made, machine)
     folder = opened.wanted.folder
     problems = [f"{name_of(task)}: {wrong}" for task in made for wrong in misfits(task, machine, folder)]
     problems += _suspects(requests, opened, made)
-    told = [f"{name_of(task)}: {remark}" for task in made for remark in remarks(task, machine)]
     data = Submitted(
         **_told(opened, made) | {"submitted": 0, "counts": {}},
         graph=[_row(step) for step in steps[:_STEPS_SHOWN]],
         problems=problems[:_STEPS_SHOWN],
     )
-    return reply(_plan_text(data, steps, problems, told), data)
+    return reply(_plan_text(data, steps, problems), data)
 
 
 def _told(opened: OpenSession, made: Sequence[Task]) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _row(step: Step) -> dict[str, Any]:
     return row | ({"waits_for": list(step.after)} if step.after else {})
 
 
-def _plan_text(data: Submitted, steps: Sequence[Step], problems: Sequence[str], told: Sequence[str]) -> str:
+def _plan_text(data: Submitted, steps: Sequence[Step], problems: Sequence[str]) -> str:
     deepest = max(step.level for step in steps)
     levels = "1 level" if deepest == 1 else f"{deepest} levels"
     lines = [f"Dry run, nothing was submitted: {tasks_text(len(steps))} in {levels} ({_where(data.backends)})."]
@@ -237,6 +237,5 @@ def _plan_text(data: Submitted, steps: Sequence[Step], problems: Sequence[str], 
     if len(steps) > _STEPS_SHOWN:
         lines.append(f"... and {len(steps) - _STEPS_SHOWN} more.")
     lines += [f"Does not fit: {problem}" for problem in problems[:_STEPS_SHOWN]] or ["Everything fits this machine."]
-    lines += [f"Note: {remark}." for remark in told[:_STEPS_SHOWN]]
     lines.append(f"Next: {'correct what does not fit, or ' if problems else ''}the same call without dry_run.")
     return "\n".join(lines)

@@ -21,12 +21,12 @@ from rhapsody_mcp.toolsets.budget import ask_to_exceed
 from rhapsody_mcp.toolsets.canceling import CancelReport, ask_to_cancel, canceled_with, chosen_tasks, report_canceled
 from rhapsody_mcp.toolsets.deferring import LONGEST_WAIT_S, defer
 from rhapsody_mcp.toolsets.outputs import How
-from rhapsody_mcp.toolsets.replies import Reply, TaskRows, reply, task_row
+from rhapsody_mcp.toolsets.replies import Reply, TaskRows, call_text, reply, task_row
 from rhapsody_mcp.toolsets.requests import TaskRequest
 from rhapsody_mcp.toolsets.results import TaskResult, show_result
 from rhapsody_mcp.toolsets.sessions import SessionId
 from rhapsody_mcp.toolsets.submitting import Submitted, plan, submit
-from rhapsody_mcp.toolsets.waiting import Bell, State, Waited, choose, progress_text, report, wait_for
+from rhapsody_mcp.toolsets.waiting import Bell, Questions, State, Waited, choose, progress_text, report, wait_for
 
 __all__ = ["Tasks"]
 
@@ -45,7 +45,7 @@ class TaskPage(Reply):
 class Tasks:
     def __init__(self, sessions: OpenSessions, settings: Settings) -> None:
         self._sessions, self._settings = sessions, settings
-        self._bell = Bell()
+        self._bell, self._questions = Bell(), Questions()
         self.leave = sessions.watch(self._bell.ring)
 
     async def submit_tasks(
@@ -90,7 +90,7 @@ class Tasks:
             Field(ge=0, allow_inf_nan=False, description="Seconds to wait, default 25; cut at the server's cap."),
         ] = None,
     ) -> Annotated[CallToolResult, Waited]:
-        chosen = choose(self._sessions.get(session), tasks, state, cursor)
+        chosen = choose(self._sessions.get(session), tasks, state, cursor, self._questions)
         since = chosen.since if cursor else len(chosen.opened.session.ended)
         asked = self._settings.wait_default_s if timeout_s is None else timeout_s
         waits = asked > 0 and not all(task.state.final for task in chosen.awaited)
@@ -130,7 +130,8 @@ class Tasks:
             has_more=more,
             next_cursor=str(rest[limit - 1][0]) if more else None,
         )
-        return reply(_page_text(page), page)
+        asked = {"state": state, "name_contains": name_contains, "for_each": for_each, "limit": limit}
+        return reply(_page_text(page, asked), page)
 
     async def get_result(
         self,
@@ -203,8 +204,9 @@ def _matches(task: Task, state: State | None, name_part: str) -> bool:
     return right_state and name_part in (task.name or "")
 
 
-def _page_text(page: TaskPage) -> str:
+def _page_text(page: TaskPage, asked: dict[str, Any]) -> str:
     lines = [f"{len(page.tasks)} of {page.total} tasks of {page.session}:", *(row.line() for row in page.tasks)]
     if page.next_cursor:
-        lines.append(f'More: list_tasks with cursor="{page.next_cursor}".')
+        more = call_text("list_tasks", session=page.session, **asked, cursor=page.next_cursor)
+        lines.append(f"More: {more}.")
     return "\n".join(lines) if page.total else f"No task of {page.session} matches."

@@ -9,7 +9,8 @@ import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from operator import itemgetter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import anyio
 from mcp.types import CallToolResult
@@ -25,6 +26,7 @@ from rhapsody_mcp.toolsets.previews import preview_task, printed_only
 from rhapsody_mcp.toolsets.replies import (
     Reply,
     Row,
+    call_text,
     count_states,
     counts_text,
     duration,
@@ -35,7 +37,7 @@ from rhapsody_mcp.toolsets.replies import (
     shortened,
 )
 
-__all__ = ["Bell", "Chosen", "State", "Waited", "choose", "progress_text", "report", "wait_for"]
+__all__ = ["Bell", "Chosen", "Questions", "State", "Waited", "choose", "progress_text", "report", "wait_for"]
 
 State = Literal["open", "WAITING", "QUEUED", "RUNNING", "DONE", "FAILED", "CANCELED"]
 _OPEN = ("open", "WAITING", "QUEUED", "RUNNING")
@@ -43,6 +45,7 @@ _TICK_S = 1.0
 _READY = "ready"
 _ROWS, _RESULTS_CHARS, _RESULT_CHARS, _PASSED_ON_CHARS = 20, 3000, 1200, 400
 _GROUPS, _NAMES, _NOTES = 5, 5, 5
+_NAMES_REPEATED = 50
 _NOTICES, _LATELY_S, _JUST_NOW_S = 2, 600.0, 5.0
 _TOLD_IN_FULL = (Cause.ERROR, Cause.EXIT_CODE, Cause.CRASHED, Cause.TIMEOUT)
 
@@ -64,12 +67,44 @@ class Bell:
 # --- which tasks
 
 
+class Question(NamedTuple):
+    """What a wait asks for: tasks by their uids, None for every one, and the state in which they are."""
+
+    uids: frozenset[str] | None
+    state: State | None
+
+    def tells(self, task: Task) -> bool:
+        """Whether a reply to it tells of the end of this task."""
+        own = {task.uid} if task.parent is None else {task.uid, task.parent.uid}
+        return (self.uids is None or bool(own & self.uids)) and self.state in (None, task.state.value)
+
+    def key(self, session: str) -> str:
+        uids = None if self.uids is None else sorted(self.uids)
+        return f"{zlib.crc32(repr((session, uids, self.state)).encode()) & 0xFFFF:04x}"
+
+
+class Questions:
+    """Those that each session was asked, by the keys in the cursors of their replies."""
+
+    def __init__(self) -> None:
+        self._asked: WeakKeyDictionary[OpenSession, dict[str, Question]] = WeakKeyDictionary()
+
+    def key(self, opened: OpenSession, question: Question) -> str:
+        key = question.key(opened.id)
+        self._asked.setdefault(opened, {})[key] = question
+        return key
+
+    def known(self, opened: OpenSession, key: str) -> Question | None:
+        return self._asked.get(opened, {}).get(key)
+
+
 class Chosen:
     """The tasks that a wait is for. `since` is how many of the session had ended at the cursor.
 
     A for_each among `tasks` stands for all of its own. `awaited` are the tasks themselves or, of a choice by state,
     those that were in that state when it was made, or had ended since the cursor. `until` are those that must have
-    ended: a for_each ends after its tasks, once its result is put together.
+    ended: a for_each ends after its tasks, once its result is put together. `earlier` is the question that the cursor
+    belongs to, where it is another one, and `note` says so.
     """
 
     def __init__(
@@ -80,8 +115,10 @@ class Chosen:
         since: int | None,
         key: str,
         names: Sequence[str] | None,
+        earlier: Question | None = None,
+        note: str = "",
     ) -> None:
-        self.names = names
+        self.names, self.earlier, self.note = names, earlier, note
         self.opened, self.tasks, self.state, self.since, self._key = opened, tasks, state, since or 0, key
         self.awaited = self.until = tasks
         if state is not None:
@@ -111,6 +148,12 @@ class Chosen:
             if task in self:
                 yield number, task
 
+    def news(self) -> list[tuple[int, Task]]:
+        """Those that ended since the cursor, or of whose end the question that it belongs to does not tell."""
+        if (earlier := self.earlier) is None:
+            return list(self.ended(self.since))
+        return [(number, task) for number, task in self.ended(0) if number >= self.since or not earlier.tells(task)]
+
     @property
     def _size(self) -> int:
         return sum(1 + len(task.children) if isinstance(task, ForEach) else 1 for task in self.awaited)
@@ -119,15 +162,34 @@ class Chosen:
         return f"{position}.{self._key}"
 
 
-def choose(opened: OpenSession, names: Sequence[str] | None, state: State | None, cursor: str | None) -> Chosen:
+def choose(
+    opened: OpenSession, names: Sequence[str] | None, state: State | None, cursor: str | None, questions: Questions
+) -> Chosen:
     """Raises UnknownName, and InvalidRequest for what is no cursor of a reply.
 
-    A cursor of a wait for other tasks counts from the first one: what it had not told would never be told.
+    With a cursor of another question, what that one told of is not told again; where it is not known any more,
+    everything is.
     """
     current = (task for task in opened.session.tasks if task.replaced_by is None)
     tasks = list(current) if names is None else opened.tasks(names)
-    key = f"{zlib.crc32(repr((names and sorted(names), state)).encode()) & 0xFFFF:04x}"
-    return Chosen(opened, tasks, state, _since(opened, cursor, key), key, names)
+    key = questions.key(opened, Question(None if names is None else frozenset(task.uid for task in tasks), state))
+    since, asked = (None, key) if cursor is None else _read(opened, cursor)
+    if asked == key:
+        return Chosen(opened, tasks, state, since, key, names)
+    if (earlier := questions.known(opened, asked)) is None:
+        return Chosen(opened, tasks, state, 0, key, names, note=_UNKNOWN_QUESTION)
+    return Chosen(opened, tasks, state, since, key, names, earlier, _other_question(opened, earlier))
+
+
+_UNKNOWN_QUESTION = "the cursor belongs to a wait for other tasks, which is not known here: everything is shown"
+
+
+def _other_question(opened: OpenSession, earlier: Question) -> str:
+    tasks = [name_of(opened.by_uid(uid)) for uid in sorted(earlier.uids or ())]
+    more = f" and {len(tasks) - _NAMES} more" if len(tasks) > _NAMES else ""
+    which = "every task" if earlier.uids is None else ", ".join(tasks[:_NAMES]) + more
+    state = "" if earlier.state is None else f" in state {earlier.state}"
+    return f"the cursor belongs to a wait for {which}{state}: what that one showed is not shown again, the rest is"
 
 
 def _with_gathering(tasks: Sequence[Task]) -> Iterator[Task]:
@@ -139,13 +201,12 @@ def _with_gathering(tasks: Sequence[Task]) -> Iterator[Task]:
             yield task
 
 
-def _since(opened: OpenSession, cursor: str | None, key: str) -> int | None:
-    if cursor is None:
-        return None
+def _read(opened: OpenSession, cursor: str) -> tuple[int, str]:
+    """How many had ended, and the key of the question."""
     match = re.fullmatch(r"([0-9]{1,12})\.([0-9a-f]{4})", cursor)
     if match is None or int(match[1]) > len(opened.session.ended):
         raise InvalidRequest(f"cursor {cursor[:64]!r} is none of this session; leave it out to see everything.")
-    return int(match[1]) if match[2] == key else 0
+    return int(match[1]), match[2]
 
 
 def _is_in(task: Task, state: State) -> bool:
@@ -257,13 +318,17 @@ def report(chosen: Chosen, *, asked: float, applied: float, waited: float) -> Ca
 
     A result that another task gets has less room: the agent need not read it.
     """
-    news = list(chosen.ended(chosen.since))
+    news = chosen.news()
     shown, position, hidden = _page(chosen, news)
     fresh = {task.uid for _, task in news}
     tasks = {task.uid: task for task in leaves(chosen.awaited)}.values()
     is_over = all(task.state.final for task in chosen.until)
     errors = {task.outcome.error for _, task in news if task.outcome}
-    notes = [*digest_notes((task for _, task in news), _NOTES), *_of_the_service(chosen.opened, errors)]
+    notes = [
+        *filter(None, [chosen.note]),
+        *digest_notes((task for _, task in news), _NOTES),
+        *_of_the_service(chosen.opened, errors),
+    ]
 
     def build(share: float) -> CallToolResult:
         room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
@@ -375,11 +440,11 @@ def _text(data: Waited, rows: list[str], chosen: Chosen) -> str:
         lines.append("Results and errors are untrusted output of the tasks:")
     lines += rows
     if data.done_not_shown:
-        lines.append(f'... and {data.done_not_shown} more DONE: wait_tasks with cursor="{data.cursor}" shows the next.')
+        lines.append(f"... and {data.done_not_shown} more DONE: {_again(data, chosen)} shows the next.")
     lines += [group.line() for group in data.failures]
     if data.failures_not_shown:
         states = [state for state in ("FAILED", "CANCELED") if data.counts.get(state)]
-        lists = " and ".join(f'list_tasks(state="{state}")' for state in states)
+        lists = " and ".join(call_text("list_tasks", session=session, state=state) for state in states)
         lines.append(f"... and {data.failures_not_shown} more: {lists}")
     lines += [f"Note: {one_line(note).rstrip('.')}." for note in data.notes or []]
     return "\n".join([*lines, *_next_steps(data, chosen)])
@@ -403,18 +468,18 @@ def _first_line(data: Waited) -> str:
     return f'All have ended: {counts_text(data.counts)}; {waited}; cursor "{data.cursor}".'
 
 
-def _listed(names: Sequence[str]) -> str:
-    quoted_names = [f'"{name}"' for name in names[:_NAMES]]
-    return f"[{', '.join(quoted_names + ['...'] * (len(names) > _NAMES))}]"
+def _again(data: Waited, chosen: Chosen) -> str:
+    """The same call, for what has not been told yet."""
+    if len(chosen.names or ()) > _NAMES_REPEATED:
+        return f'the same call with cursor="{data.cursor}"'
+    names = None if chosen.names is None else list(chosen.names)
+    return call_text("wait_tasks", session=chosen.opened.id, tasks=names, state=chosen.state, cursor=data.cursor)
 
 
 def _next_steps(data: Waited, chosen: Chosen) -> list[str]:
     steps, session = [], chosen.opened.id
     if not data.ended:
-        same = "" if chosen.names is None else f", tasks={_listed(chosen.names)}"
-        same += "" if chosen.state is None else f', state="{chosen.state}"'
-        again = f'wait_tasks(session="{session}"{same}, cursor="{data.cursor}")'
-        steps.append(f"{again} again, which shows what ends from now on; nothing is lost meanwhile")
+        steps.append(f"{_again(data, chosen)} again, which shows what ends from now on; nothing is lost meanwhile")
     if telling := [group.tasks[0] for group in data.failures if group.cause in _TOLD_IN_FULL]:
-        steps.append(f'get_result(session="{session}", task="{telling[0]}") for its traceback and output')
+        steps.append(f"{call_text('get_result', session=session, task=telling[0])} for its traceback and output")
     return [f"Next: {step}." for step in steps]

@@ -8,7 +8,7 @@ import pytest
 
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.testing import ScriptedBackend
-from tests.agents import open_agent, perform
+from tests.agents import Agent, open_agent, perform
 
 pytestmark = pytest.mark.anyio
 
@@ -114,17 +114,6 @@ async def test_a_dry_run_names_what_does_not_fit(task: dict[str, Any], problem: 
         assert len(reply["problems"]) == 1
         assert problem in reply["problems"][0]
         assert f"Does not fit: task.000001: {problem}" in agent.texts[-1]
-
-
-async def test_a_dry_run_says_of_ranks_over_the_cores_that_they_run() -> None:
-    async with open_agent() as agent:
-        session = await agent.session()
-        tasks = [{"executable": "/bin/echo", "ranks": 10_000}]
-        reply = await agent.call("submit_tasks", session=session, tasks=tasks, dry_run=True)
-        assert reply["problems"] == []
-        assert "Everything fits this machine." in agent.texts[-1]
-        assert "Note: task.000001: its 10000 processes share" in agent.texts[-1]
-        assert "cores: it runs, and more slowly." in agent.texts[-1]
 
 
 async def test_what_a_source_can_do_without_is_no_problem() -> None:
@@ -271,7 +260,7 @@ async def test_a_failed_task_is_tried_again_and_the_result_says_how_often() -> N
         await agent.call("wait_tasks", session=session)
         result = await agent.call("get_result", session=session, task="hello")
         assert (result["result"], len(tries)) == ("now", 3)
-        assert result["notes"] == ["attempt 3; attempt 2 ended with cause error: RuntimeError: not yet"]
+        assert result["notes"] == ["attempt 3 of 6; attempt 2 ended with cause error: RuntimeError: not yet"]
 
 
 async def test_a_task_can_run_although_one_that_it_needs_has_failed_before() -> None:
@@ -285,3 +274,34 @@ async def test_a_task_can_run_although_one_that_it_needs_has_failed_before() -> 
         await agent.call("submit_tasks", session=session, tasks=[needs | {"on_upstream_failure": "run"}])
         await agent.call("wait_tasks", session=session)
         assert (await agent.call("get_result", session=session, task="needs"))["result"] == "None"
+
+
+async def test_each_task_has_its_own_count_of_attempts_and_says_when_no_retry_is_left(agent: Agent) -> None:
+    source = "def f():\n    raise ValueError('boom')"
+    counts = {"one": 1, "three": 3}
+    tasks = [{"name": n, "source": source, "retries": count, "retry_delay_s": 0} for n, count in counts.items()]
+    await agent.call("submit_tasks", session="session-1", tasks=tasks)
+    notes = (await agent.call("wait_tasks", session="session-1"))["notes"]
+    assert sorted(notes) == [
+        "one: attempt 2 of 2, no retry is left; attempt 1 ended with cause error: ValueError: boom",
+        "three: attempt 4 of 4, no retry is left; attempt 3 ended with cause error: ValueError: boom",
+    ]
+
+
+async def test_the_tasks_of_a_for_each_over_a_result_that_is_there_are_counted(agent: Agent) -> None:
+    numbers = {"name": "numbers", "source": "def f():\n    return list(range(200))"}
+    await agent.call("submit_tasks", session="session-1", tasks=[numbers])
+    await agent.call("wait_tasks", session="session-1")
+    sweep = {"function": "builtins:abs", "args": [{"item": True}], "for_each": {"ref": "numbers"}}
+    reply = await agent.call("submit_tasks", session="session-1", tasks=[sweep])
+    assert (reply["submitted"], sum(reply["counts"].values()), reply["backends"]) == (1, 200, {"scripted": 200})
+    assert "(200 with those of for_each: 200 on scripted; 200 " in agent.texts[-1]
+
+
+async def test_ranks_over_the_cores_fit_and_say_so() -> None:
+    async with open_agent() as agent:
+        session = await agent.session()
+        tasks = [{"executable": "/bin/echo", "ranks": 10_000}]
+        reply = await agent.call("submit_tasks", session=session, tasks=tasks, dry_run=True)
+        assert reply["problems"] == [] and "Everything fits this machine." in agent.texts[-1]
+        assert "a job of 10000 processes, which share " in agent.texts[-1]

@@ -100,11 +100,19 @@ async def test_a_cursor_shows_what_ended_since_and_can_be_repeated(agent: Agent)
     assert (await agent.call("wait_tasks", **SESSION, cursor=second["cursor"]))["done"] == []
 
 
-async def test_a_cursor_of_a_wait_for_other_tasks_hides_nothing(agent: Agent) -> None:
+async def test_a_cursor_of_a_wait_for_other_tasks_says_so_and_repeats_nothing(agent: Agent) -> None:
     await submit(agent, {"name": "one", "prompt": "x"}, {"name": "two", "prompt": "y"})
     cursor = (await agent.call("wait_tasks", **SESSION, tasks=["one"]))["cursor"]
     reply = await agent.call("wait_tasks", **SESSION, cursor=cursor)
-    assert [row["name"] for row in reply["done"]] == ["one", "two"]
+    assert [row["name"] for row in reply["done"]] == ["two"]
+    assert "Note: the cursor belongs to a wait for one: what that one showed is not shown again" in agent.texts[-1]
+    await submit(agent, {"name": "three", "prompt": "z", "after": ["two"]})
+    added = await agent.call("wait_tasks", **SESSION, tasks=["one", "three"], cursor=cursor)
+    assert [row["name"] for row in added["done"]] == ["three"] and added["counts"] == {"DONE": 2}
+    unknown = await agent.call("wait_tasks", **SESSION, tasks=["one"], cursor="1.0000")
+    assert [row["name"] for row in unknown["done"]] == ["one"] and "everything is shown" in agent.texts[-1]
+    by_state = (await agent.call("wait_tasks", **SESSION, state="FAILED"))["cursor"]
+    assert len((await agent.call("wait_tasks", **SESSION, cursor=by_state))["done"]) == 3
     assert "is none of this session" in await agent.refusal("wait_tasks", **SESSION, cursor="99.0000")
 
 
@@ -163,7 +171,7 @@ async def test_failures_that_are_not_shown_are_counted(agent: Agent) -> None:
     await submit(agent, *({"source": bad, "args": [name]} for name in "abcdefg"))
     reply = await agent.call("wait_tasks", **SESSION)
     assert len(reply["failures"]) == 5 and reply["failures_not_shown"] == 2
-    assert '\n... and 2 more: list_tasks(state="FAILED")\n' in agent.texts[-1]
+    assert '\n... and 2 more: list_tasks(session="session-1", state="FAILED")\n' in agent.texts[-1]
 
 
 async def test_failures_that_are_not_shown_are_listed_by_the_states_that_they_have(agent: Agent) -> None:
@@ -171,7 +179,8 @@ async def test_failures_that_are_not_shown_are_listed_by_the_states_that_they_ha
     failed = [{"name": name, "source": bad, "args": [name]} for name in "abcde"]
     await submit(agent, *failed, *({"source": bad, "args": [{"ref": name}]} for name in "abcde"))
     await agent.call("wait_tasks", **SESSION)
-    assert 'more: list_tasks(state="FAILED") and list_tasks(state="CANCELED")\n' in agent.texts[-1]
+    failed, canceled = (f'list_tasks(session="session-1", state="{state}")' for state in ("FAILED", "CANCELED"))
+    assert f"more: {failed} and {canceled}\n" in agent.texts[-1]
 
 
 @pytest.mark.parametrize(

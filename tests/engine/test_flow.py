@@ -157,7 +157,7 @@ async def test_a_task_that_fails_is_started_again_as_often_as_it_says(session: S
     wrong = ComputeTask(executable="no-such-program", retries=5)
     await run(session, again, once, crash, wrong)
     assert (again.return_value, again.attempts) == (3, 3)
-    assert "attempt 3; attempt 2 ended with cause error: RuntimeError: attempt 2" in again.notes
+    assert "attempt 3 of 6; attempt 2 ended with cause error: RuntimeError: attempt 2" in again.notes
     assert (once.state, once.attempts, once.cause) == (TaskState.FAILED, 2, Cause.ERROR)
     assert (crash.attempts, crash.cause) == (2, Cause.CRASHED)
     assert (wrong.attempts, wrong.cause) == (1, Cause.INVALID)
