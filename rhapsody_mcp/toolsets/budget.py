@@ -29,7 +29,8 @@ def asked_for(requests: Iterable[TaskRequest]) -> Load:
     """What a submission adds; a for_each over a result that is not known yet counts as one task."""
     load = Load(0, 0)
     for request in requests:
-        times = len(request.for_each) if isinstance(request.for_each, list) else 1
+        each = request.for_each
+        times = len(each) if isinstance(each, list) else each if isinstance(each, int) else 1
         prompts = len(request.prompt) if isinstance(request.prompt, list) else 1
         load = load.and_(Load(times, times * prompts * (request.max_tokens or 0)))
     return load

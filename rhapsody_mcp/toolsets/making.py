@@ -184,7 +184,7 @@ class ItemMaker:
         self._task_named, self._function = task_named, function
         self._form, self._fields = _form(self.request), dict(self.request)
         self._places = {field: value for field in _WITH_ITEMS if (value := self._fields[field]) is not None}
-        if not holds_item(self._places):
+        if not isinstance(request.for_each, int) and not holds_item(self._places):
             raise InvalidTask(
                 'for_each is given, and nothing stands for the item. Put {"item": true} into args, kwargs, arguments '
                 "or prompt, or {item} into a text there."
@@ -218,6 +218,8 @@ _WITH_ITEMS = ("args", "kwargs", "executable", "arguments", "prompt", "system_pr
 
 
 def _items(request: TaskRequest, task_named: TaskNamed) -> Any:
+    if isinstance(request.for_each, int):
+        return list(range(request.for_each))
     items = resolve(request.for_each, task_named)
     if not isinstance(items, list | Task | Part):
         raise InvalidTask('for_each is a list, or a reference to one, as in {"ref": "samples"}.')

@@ -6,15 +6,15 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import anyio.to_thread
 import msgspec
 
-from rhapsody_mcp.model.values import Stream
+from rhapsody_mcp.model.values import Stream, Value, load_json
 from rhapsody_mcp.runtime.tasks import ForEach
 
-__all__ = ["Excerpt", "How", "look", "search_in_children", "tail"]
+__all__ = ["Excerpt", "How", "look", "search_in_children", "search_in_value", "tail"]
 
 How = Literal["tail", "head"]
 _LINE_BYTES, _PIECE_BYTES = 300, 64 * 1024
@@ -70,6 +70,45 @@ async def search_in_children(task: ForEach, search: str, max_bytes: int) -> dict
     return found
 
 
+async def search_in_value(value: Value, search: str, max_bytes: int) -> Excerpt | None:
+    """The lines of a result with one of the texts, each after its place; None where it cannot be looked into."""
+    if value.format != "json" or value.size > _SEARCHED_BYTES:
+        return None
+    return await anyio.to_thread.run_sync(_search_in_value, value, _wanted(search), max_bytes)
+
+
+def _search_in_value(value: Value, wanted: list[str], max_bytes: int) -> Excerpt:
+    lines, length, found = [], 0, 0
+    for path, text in _texts_in(load_json(value)):
+        for line in text.splitlines():
+            if any(one in f"{path} {line}".casefold() for one in wanted):
+                found += 1
+                shown = f"{path or '/'} {line.encode()[:_LINE_BYTES].decode('utf-8', 'ignore')}"
+                length += len(shown.encode()) + 1
+                lines += [shown] if length <= max_bytes else []
+    return Excerpt("head", "\n".join(lines), value.size, found)
+
+
+def _texts_in(value: Any) -> Iterator[tuple[str, str]]:
+    """Each single value as text, after the JSON Pointer to it."""
+    pending = [("", value)]
+    while pending:
+        path, part = pending.pop()
+        if isinstance(part, dict | list):
+            inside = part.items() if isinstance(part, dict) else enumerate(part)
+            pending += reversed([(f"{path}/{_escaped(str(key))}", one) for key, one in inside])
+        else:
+            yield path, part if isinstance(part, str) else msgspec.json.encode(part).decode()
+
+
+def _escaped(key: str) -> str:
+    return key.replace("~", "~0").replace("/", "~1")
+
+
+def _wanted(search: str) -> list[str]:
+    return [text.strip() for text in search.casefold().split("|") if text.strip()]
+
+
 async def tail(stream: Stream, max_bytes: int) -> str:
     """The end of what was printed."""
     return (await look(stream, "tail", None, max_bytes)).text
@@ -94,7 +133,7 @@ def _opened(stream: Stream) -> BinaryIO:
 
 
 def _found(file: BinaryIO, search: str, max_bytes: int, size: int) -> Excerpt:
-    wanted = [text.strip() for text in search.casefold().split("|") if text.strip()]
+    wanted = _wanted(search)
     lines, length, found = [], 0, 0
     for number, line in _numbered(file):
         if any(text in line.casefold() for text in wanted):

@@ -71,7 +71,9 @@ class TaskRequest(_Closed):
     ] = None
     system_prompt: Annotated[str | None, Field(description="Instructions that come before prompt.")] = None
     model: Annotated[str | None, Field(description="Default is the backend's own.")] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2, description="Of prompt: randomness, 0 to 2.")] = None
+    temperature: Annotated[
+        float | None, Field(ge=0, le=2, description="Of prompt: randomness, 0 to 2; default: the model's, mostly 1.")
+    ] = None
     max_tokens: Annotated[int | None, Field(ge=1, description="Of prompt: most tokens of one answer.")] = None
     top_p: Annotated[float | None, Field(ge=0, le=1, description="Of prompt: nucleus sampling, 0 to 1.")] = None
     top_k: Annotated[int | None, Field(ge=-1, description="Of prompt: candidate tokens; -1 for all.")] = None
@@ -99,10 +101,10 @@ class TaskRequest(_Closed):
     cwd: Annotated[str | None, Field(description="Working directory; gives a process of its own.")] = None
     timeout_s: Annotated[float | None, Field(gt=0, description="FAILED after this many seconds of running.")] = None
     for_each: Annotated[
-        list[Any] | dict[str, Any] | None,
+        list[Any] | dict[str, Any] | Annotated[int, Field(ge=1, le=100_000, strict=True)] | None,
         Field(
-            description='Run it once for each item of this list, or of a reference to one; {"item": true}, or {item} '
-            "in a text, stands for the item. The result is the list of results."
+            description='Run it for each item of a list, or of a reference to one, or so many times; {"item": true}, '
+            "or {item} in a text, is the item. The result is a list."
         ),
     ] = None
     after: Annotated[

@@ -14,9 +14,9 @@ from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Value, is_index, pointer_steps
 from rhapsody_mcp.runtime.session import Session
-from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
+from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, name_of
 from rhapsody_mcp.toolsets.digests import FailureGroups, digest_failures
-from rhapsody_mcp.toolsets.outputs import Excerpt, How, look, search_in_children
+from rhapsody_mcp.toolsets.outputs import Excerpt, How, look, search_in_children, search_in_value
 from rhapsody_mcp.toolsets.pages import Page, cut, first_of, page_of_items, page_of_value
 from rhapsody_mcp.toolsets.previews import advice, as_item, described, preview_value, printed_only
 from rhapsody_mcp.toolsets.replies import (
@@ -70,6 +70,8 @@ class TaskResult(Row):
     stdout_bytes: SkipJsonSchema[int | None] = None
     stderr: SkipJsonSchema[str | None] = None
     stderr_bytes: SkipJsonSchema[int | None] = None
+    found_in_result: SkipJsonSchema[str | None] = None
+    found_in_result_bytes: SkipJsonSchema[int | None] = None
     failures: SkipJsonSchema[FailureGroups | None] = None
     rank: SkipJsonSchema[int | None] = None
     rank_count: SkipJsonSchema[int | None] = None
@@ -110,6 +112,11 @@ async def show_result(
     excerpts = {name: await look(stream, output or "tail", search, output_bytes) for name, stream in streams.items()}
     if search is not None and isinstance(task, ForEach):
         excerpts = await search_in_children(task, search, output_bytes)
+    if search is not None and source.value is not None and kind_of(task) != "executable":
+        if (found := await search_in_value(source.value, search, output_bytes)) is not None:
+            excerpts = {"found_in_result": found, **excerpts}
+        elif isinstance(shown, Opaque):
+            shown = Opaque(shown.value, only_described=True, why="search did not look into it")
     if not asked and _says_it_all(shown, excerpts["stdout"]):
         del excerpts["stdout"]
     view = _View(task, task.outcome, source, rank, shown, excerpts, max_bytes)
@@ -331,7 +338,8 @@ def _view_text(page: Page, task: Task) -> str:
 def _opaque_lines(opaque: Opaque, data: TaskResult, task: Task) -> list[str]:
     value = opaque.value
     if opaque.only_described:
-        return [f"result: {described(value)}; get_result without output and search shows it."]
+        why = f"; {opaque.why}" if opaque.why else ""
+        return [f"result: {described(value)}{why}; get_result without output and search shows it."]
     what = "Binary data" if value.type == "bytes" else "A Python object"
     how = f'only another function can read: pass {{"ref": "{name_of(task)}"}} in submit_tasks.'
     return [

@@ -110,11 +110,14 @@ class Tasks:
         ] = None,
         name_contains: Annotated[str | None, Field(description='Only names with this in them, e.g. "sim-".')] = None,
         for_each: Annotated[str | None, Field(description="Only the tasks of this for_each, by its name.")] = None,
+        slowest: Annotated[bool, Field(description="true: longest first, each task of a for_each by itself.")] = False,
         limit: Annotated[int, Field(ge=1, le=50, description="Most tasks in one reply.")] = 20,
         cursor: Annotated[str | None, Field(description="next_cursor of the reply before, for the next page.")] = None,
     ) -> Annotated[CallToolResult, TaskPage]:
         opened = self._sessions.get(session)
         listed = opened.session.tasks if for_each is None else _tasks_of(opened.task(for_each))
+        if slowest:
+            listed = sorted(leaves(listed), key=lambda task: task.timing.execution_s or 0.0, reverse=True)
         start = 0 if cursor is None else _read_cursor(cursor)
         if state is None and not name_contains:
             total, rest = len(listed), list(enumerate(listed[start : start + limit + 1], start + 1))
@@ -131,6 +134,7 @@ class Tasks:
             next_cursor=str(rest[limit - 1][0]) if more else None,
         )
         asked = {"state": state, "name_contains": name_contains, "for_each": for_each, "limit": limit}
+        asked |= {"slowest": True} if slowest else {}
         return reply(_page_text(page, asked), page)
 
     async def get_result(

@@ -376,8 +376,8 @@ def test_any_arguments_of_any_tool_get_a_reply_or_a_sentence(tool: str, subject:
         ("submit_tasks", {"tasks": [{"prompt": 5}]}, "tasks[0].prompt must be a text, a list or an object, not 5."),
         (
             "submit_tasks",
-            {"tasks": [{"name": "x", "for_each": 5}]},
-            "[0] ('x').for_each must be a list or an object",
+            {"tasks": [{"name": "x", "for_each": True}]},
+            "[0] ('x').for_each must be a list, an object or a whole number",
         ),
         (
             "submit_tasks",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
+from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import TaskSpec
+from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import Agent, open_agent, perform
 
@@ -305,3 +308,42 @@ async def test_ranks_over_the_cores_fit_and_say_so() -> None:
         reply = await agent.call("submit_tasks", session=session, tasks=tasks, dry_run=True)
         assert reply["problems"] == [] and "Everything fits this machine." in agent.texts[-1]
         assert "a job of 10000 processes, which share " in agent.texts[-1]
+
+
+async def test_the_same_thing_several_times_needs_no_item(agent: Agent) -> None:
+    tasks = [
+        {"name": "poem", "prompt": "Write.", "for_each": 3},
+        {"name": "numbered", "prompt": "{item}", "for_each": 2},
+    ]
+    await agent.call("submit_tasks", session="session-1", tasks=tasks)
+    done = (await agent.call("wait_tasks", session="session-1"))["done"]
+    assert [row["result"] for row in done] == [["answer to Write."] * 3, ["answer to 0", "answer to 1"]]
+
+
+async def test_search_looks_into_the_result_too(agent: Agent) -> None:
+    source = "def f():\n    return {'rows': ['fine', 'an Error\\nof two lines'], 'n': 7}"
+    await agent.call("submit_tasks", session="session-1", tasks=[{"name": "rows", "source": source}])
+    await agent.call("wait_tasks", session="session-1")
+    found = await agent.call("get_result", session="session-1", task="rows", search="error|7")
+    assert found["found_in_result"] == "/rows/1 an Error\n/n 7"
+    nothing = await agent.call("get_result", session="session-1", task="rows", search="nothing")
+    assert "found_in_result" not in nothing and "found_in_result: no line of its" in agent.texts[-1]
+
+
+async def test_the_slowest_tasks_come_first_each_of_a_for_each_by_itself() -> None:
+    seconds = iter([1.0, 3.0, 2.0])
+
+    def script(spec: TaskSpec, values: list[Any]) -> Outcome:
+        now = time.time()
+        return Outcome(state=TaskState.DONE, started=now, ended=now + next(seconds))
+
+    async with open_agent(backend=ScriptedBackend(script)) as agent:
+        session = await agent.session()
+        tasks = [HELLO, {"name": "told", "prompt": "{item}", "for_each": [1, 2]}]
+        await agent.call("submit_tasks", session=session, tasks=tasks)
+        await agent.call("wait_tasks", session=session)
+        page = await agent.call("list_tasks", session=session, slowest=True, limit=2)
+        assert [(row["name"], row["seconds"]) for row in page["tasks"]] == [("told[0]", 3.0), ("told[1]", 2.0)]
+        assert 'More: list_tasks(session="session-1", limit=2, slowest=true, cursor="2").' in agent.texts[-1]
+        page = await agent.call("list_tasks", session=session, slowest=True, limit=2, cursor=page["next_cursor"])
+        assert [row["name"] for row in page["tasks"]] == ["hello"]

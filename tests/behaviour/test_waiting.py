@@ -176,11 +176,11 @@ async def test_failures_that_are_not_shown_are_counted(agent: Agent) -> None:
 
 async def test_failures_that_are_not_shown_are_listed_by_the_states_that_they_have(agent: Agent) -> None:
     bad = "def bad(x):\n    raise ValueError(x)"
-    failed = [{"name": name, "source": bad, "args": [name]} for name in "abcde"]
-    await submit(agent, *failed, *({"source": bad, "args": [{"ref": name}]} for name in "abcde"))
+    failing = [{"name": name, "source": bad, "args": [name]} for name in "abcde"]
+    await submit(agent, *failing, *({"source": bad, "args": [{"ref": name}]} for name in "abcde"))
     await agent.call("wait_tasks", **SESSION)
-    failed, canceled = (f'list_tasks(session="session-1", state="{state}")' for state in ("FAILED", "CANCELED"))
-    assert f"more: {failed} and {canceled}\n" in agent.texts[-1]
+    listed, others = (f'list_tasks(session="session-1", state="{state}")' for state in ("FAILED", "CANCELED"))
+    assert f"more: {listed} and {others}\n" in agent.texts[-1]
 
 
 @pytest.mark.parametrize(
