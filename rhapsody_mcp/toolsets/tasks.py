@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -90,6 +91,7 @@ class Tasks:
             Field(ge=0, allow_inf_nan=False, description="Seconds to wait, default 25; cut at the server's cap."),
         ] = None,
     ) -> Annotated[CallToolResult, Waited]:
+        arrived = asyncio.get_running_loop().time()  # the cap is on the call, not on what is left after a long choice
         chosen = choose(self._sessions.get(session), tasks, state, cursor, self._questions)
         since = chosen.since if cursor else len(chosen.opened.session.ended)
         asked = self._settings.wait_default_s if timeout_s is None else timeout_s
@@ -99,7 +101,9 @@ class Tasks:
         async def tick(waited_s: float) -> None:
             await context.report_progress(waited_s, applied, progress_text(chosen))
 
-        waited = await wait_for(chosen, self._bell, count=count, since=since, timeout_s=applied, tick=tick)
+        waited = await wait_for(
+            chosen, self._bell, count=count, since=since, timeout_s=applied, started=arrived, tick=tick
+        )
         return report(chosen, asked=asked, applied=applied, waited=waited)
 
     async def list_tasks(

@@ -223,21 +223,23 @@ async def wait_for(
     count: int | None,
     since: int,
     timeout_s: float,
+    started: float,
     tick: Callable[[float], Awaitable[None]],
 ) -> float:
-    """Return when all of them have ended, or `count` of them after `since`, or `timeout_s` is over; gives the seconds
-    waited.
+    """Return when all of them have ended, or `count` of them after `since`, or `timeout_s` are over since `started`, by
+    the event loop's clock; gives the seconds waited.
 
-    `tick` is called with the seconds waited so far, about once a second. Whoever cancels this cancels no task.
+    `tick` is called with the seconds waited so far, about once a second; the end of the wait ends it. Whoever cancels
+    this cancels no task.
     """
     now = asyncio.get_running_loop().time
-    started = now()
     progress = _Progress(chosen, since)
     told = -_TICK_S
     while not progress.is_enough(count) and (left := started + timeout_s - now()) > 0:
         if now() - started - told >= _TICK_S:
             told = now() - started
-            await tick(told)
+            with anyio.move_on_after(left):  # a client that does not read must not hold up its own reply
+                await tick(told)
         with anyio.move_on_after(min(_TICK_S, left)):
             await bell.heard(chosen.opened)
     return now() - started

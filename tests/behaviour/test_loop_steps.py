@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
 from contextvars import Context
@@ -19,10 +20,18 @@ pytestmark = pytest.mark.anyio
 LONG = 100_000
 """Characters, or a tenth as many parts. What takes linear time takes a few milliseconds for these, and what takes its
 square seconds."""
-MOST_CPU_S = 0.25
-"""A step is to take 50 ms at most. It is the loop's own processor time, which other processes do not add to; they do
-slow it down by crowding caches and sharing a core, and the step is shared with the client of the test, so five times as
-much is let pass."""
+MOST = 40
+"""How many times a known piece of work, of some 10 ms, a step may take: 0.4 s here, where 50 ms are aimed at. It is the
+loop's own processor time, which other processes do not add to, and they slow the known work as they do the step, by
+crowding caches and sharing a core; a step is also shared with the client of the test."""
+
+
+def known_work_s() -> float:
+    """The processor time that it takes now."""
+    began = time.thread_time()
+    for _ in range(3):
+        json.loads(json.dumps([{"number": number, "text": "x" * 10} for number in range(3_000)]))
+    return time.thread_time() - began
 
 
 class WatchedLoop(asyncio.SelectorEventLoop):
@@ -113,12 +122,15 @@ async def test_no_step_of_the_loop_takes_long(tool: str, arguments: dict[str, An
     assert isinstance(loop, WatchedLoop)
     async with open_agent() as agent:
         await with_a_task(agent)
+        before_s = known_work_s()
         loop.longest_s = 0.0
         try:
             await agent.call(tool, session="session-1", **arguments)
         except Refused as refused:
             assert not str(refused).startswith("internal_error")
-    assert loop.longest_s < MOST_CPU_S
+        longest_s = loop.longest_s
+        after_s = known_work_s()
+    assert longest_s < MOST * max(before_s, after_s)
 
 
 async def with_a_task(agent: Agent) -> None:
