@@ -30,7 +30,7 @@ from rhapsody_mcp.model.specs import Call, Caps
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PLAIN, PREVIEW_CHARS, Value, follow, load
 
-__all__ = ["encode", "perform"]
+__all__ = ["can_start_threads", "encode", "perform"]
 
 _NO_CAPS = Caps()
 
@@ -47,26 +47,34 @@ def perform(call: Call, bindings: Mapping[str, Value], folder: str, sources: Sou
     except _CannotStart as error:
         return Result(None, Cause.INVALID, f"it cannot start: {error}", error.trace)
     except BaseException as error:
-        if _forked.is_child:
+        if _process.is_child:
             _end_child(error)
         exception = _pickled(error, caps.exception_bytes)
         return Result(None, Cause.ERROR, words(error), _trace(call, error, sources), exception)
-    if _forked.is_child:
+    if _process.is_child:
         _end_child(None)
     return _encoded(value, folder, caps.result_bytes)
 
 
-class _Forked:
-    """Knows whether this process was forked by user code."""
+class _Process:
+    """What became of this process."""
 
     is_child = False
+    """Whether user code has forked it."""
+    has_joined = False
+    """Whether it has waited for threads as at its end: libraries that start threads refuse to from then on."""
 
-    def note(self) -> None:
+    def note_fork(self) -> None:
         self.is_child = True
 
 
-_forked = _Forked()
-os.register_at_fork(after_in_child=_forked.note)
+_process = _Process()
+os.register_at_fork(after_in_child=_process.note_fork)
+
+
+def can_start_threads() -> bool:
+    """False once a function was waited for whose threads had not ended."""
+    return not _process.has_joined
 
 
 class _CannotStart(Exception):
@@ -90,6 +98,7 @@ def _run(call: Call, bindings: Mapping[str, Value], sources: Sources) -> Any:
     if type(value) not in PLAIN:
         value = _awaited(value)
     if _thread._count() > threads and _has_threads_to_wait_for():
+        _process.has_joined = True
         threading._shutdown()  # type: ignore[attr-defined]  # as at the end of a program
     return value
 
@@ -113,12 +122,13 @@ def _pickled(error: BaseException, most: int) -> bytes:
     if not most:
         return b""
     try:
-        data: bytes = cloudpickle.dumps(error)
+        pickled = _Pickled("", min(most, INLINE_BYTES))
+        cloudpickle.dump(error, pickled)
+        return pickled.end()[0] or b""
     except Interrupted:
         raise
-    except BaseException:  # a __reduce__ may raise anything
+    except BaseException:  # _TooLong, and a __reduce__ may raise anything
         return b""
-    return data if len(data) <= most else b""
 
 
 def _awaited(value: Any) -> Any:

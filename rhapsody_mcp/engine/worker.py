@@ -26,7 +26,7 @@ import cloudpickle.cloudpickle
 import msgspec
 
 from rhapsody_mcp.engine import c_streams
-from rhapsody_mcp.engine.call import perform
+from rhapsody_mcp.engine.call import can_start_threads, perform
 from rhapsody_mcp.engine.edited_modules import EditedModules, keep_no_bytecode_of_new_files
 from rhapsody_mcp.engine.error_text import Interrupted
 from rhapsody_mcp.engine.link import Link
@@ -180,7 +180,7 @@ class _Worker:
         is_whole = self.state.restore() and is_whole
         stdout, stderr = self.printed.collect(run.folder, self.config.caps.output_bytes)
         self._forget()
-        is_whole = is_whole and not self.printed.is_closed
+        is_whole = is_whole and not self.printed.is_closed and can_start_threads()
         return Finished(run.uid, started, ended, result, stdout, stderr, interrupted, sum(children)), is_whole
 
     def _perform(self, run: Run) -> tuple[Result, bool]:

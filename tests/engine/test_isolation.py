@@ -421,6 +421,40 @@ async def test_a_thread_that_is_no_daemon_comes_to_its_end(
     assert (task.return_value, task.stdout, path.read_text()) == ("returned", "written\n", "whole")
 
 
+def leaves_a_pool() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    ThreadPoolExecutor(2).submit(print, "pooled")
+
+
+def uses_a_pool() -> list[int]:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(abs, [-1, -2]))
+
+
+async def test_a_pool_that_a_function_leaves_does_its_work_and_the_next_one_works(session: Session) -> None:
+    left, used = await one_after_the_other(session, ComputeTask(leaves_a_pool), ComputeTask(uses_a_pool))
+    assert (left.stdout, used.return_value) == ("pooled\n", [1, 2]), used.outcome
+
+
+class Heavy(Exception):
+    def __init__(self) -> None:
+        super().__init__("too much")
+        self.data = bytes(1_000_000)
+
+
+def raises_heavy() -> None:
+    raise Heavy
+
+
+async def test_an_exception_that_holds_much_comes_as_words_alone(session: Session) -> None:
+    task = await run(session, raises_heavy)
+    assert task.outcome is not None and task.exception is not None
+    assert (task.outcome.error, task.exception.__cause__) == ("Heavy: too much", None)
+
+
 # --- what is printed
 
 
