@@ -26,7 +26,7 @@ from rhapsody_mcp.engine.folders import Folder
 from rhapsody_mcp.engine.link import Frames, frame
 from rhapsody_mcp.engine.output import left_out, move_stream, stopped_note
 from rhapsody_mcp.engine.placers import count_cores
-from rhapsody_mcp.engine.printing import STREAMS
+from rhapsody_mcp.engine.printing import MOVES, STREAMS
 from rhapsody_mcp.engine.processes import ENGINE, end, marked
 from rhapsody_mcp.engine.rank_end import how_it_ended
 from rhapsody_mcp.engine.stalls import LOOKS, Stalls, is_stopped
@@ -763,6 +763,7 @@ class _Engine:
                 self._finish(live, _stopped(live, *printed) if live.stop else _crashed(live, gone, printed))
         self._queue.extendleft(live for live in reversed(rest) if live.uid in self._live)
         self._pump()
+        await asyncio.to_thread(_remove_printed, gone.printed)
 
     def _place_worker(self) -> None:
         self._worker_count += 1
@@ -830,6 +831,11 @@ def _starts(folders: Iterable[str]) -> set[tuple[str, int]]:
 def _printed(path: str, folder: str, caps: Caps) -> tuple[Stream, Stream]:
     """What a worker that is gone left in its files; nothing where they are gone, as for the second to ask."""
     return _left_in(f"{path}.{STREAMS[0]}", folder, caps), _left_in(f"{path}.{STREAMS[1]}", folder, caps)
+
+
+def _remove_printed(path: str) -> None:
+    for suffix in (*STREAMS, MOVES):
+        Path(f"{path}.{suffix}").unlink(missing_ok=True)
 
 
 def _left_in(path: str, folder: str, caps: Caps) -> Stream:

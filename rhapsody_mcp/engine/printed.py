@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from rhapsody_mcp.engine.output import collect
-from rhapsody_mcp.engine.printing import STREAMS, shared_count
+from rhapsody_mcp.engine.printing import MOVES, STREAMS, shared_count
 from rhapsody_mcp.model.values import Stream
 
 __all__ = ["Printed"]
@@ -24,7 +24,7 @@ class Printed:
         """Of the supervisor whose plan has this path; for the process whose stdout and stderr are still the pipes."""
         self._paths = [path.with_suffix(f".{suffix}") for suffix in STREAMS]
         self._files = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in self._paths]
-        self._moves = shared_count(str(path.with_suffix(".moves")))
+        self._moves = shared_count(str(path.with_suffix(f".{MOVES}")))
         self._collected = self._moves[0]
         self.is_closed = False
         """Whether a function has closed what it could."""

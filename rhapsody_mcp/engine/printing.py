@@ -11,10 +11,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import MutableSequence
 
-__all__ = ["STREAMS", "Output", "middle", "shared_count"]
+__all__ = ["MOVES", "STREAMS", "Output", "middle", "shared_count"]
 
 STREAMS = ("out", "err")
 """What the names of the two files end with."""
+MOVES = "moves"
+"""What the name of the file ends with that a worker and its supervisor share a count in."""
 _BLOCK = 4096
 _PIECE = 1 << 20
 _PIECES_A_TURN = 16  # a program that never stops printing must not keep its supervisor from all else

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 
-from rhapsody_mcp.engine.printing import STREAMS, Output, shared_count
+from rhapsody_mcp.engine.printing import MOVES, STREAMS, Output, shared_count
 from rhapsody_mcp.engine.processes import (
     adopt_orphans,
     end,
@@ -113,7 +113,7 @@ class _Supervisor:
             env = self._environment(cwd)
             if self.plan["cpus"]:
                 os.sched_setaffinity(0, self.plan["cpus"])
-            moves = [0] if self.plan["note"] else shared_count(f"{self.path}.moves")
+            moves = [0] if self.plan["note"] else shared_count(f"{self.path}.{MOVES}")
             for suffix in STREAMS:
                 self.outputs.append(Output(f"{self.path}.{suffix}", self.plan["output_bytes"], moves))
             program = find_program(self.plan["arguments"][0], env, cwd)

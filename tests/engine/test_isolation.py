@@ -14,6 +14,7 @@ import pytest
 
 from rhapsody_mcp.api import ComputeTask, ForEach, Module, Session, Source, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
+from tests.processes import wait_until
 
 pytestmark = pytest.mark.anyio
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as of a program's own functions, in __main__
@@ -419,6 +420,14 @@ async def test_a_thread_that_is_no_daemon_comes_to_its_end(
     path = tmp_path / "file"
     task = await run(session, starts_a_thread, args=(str(path),), task_backend_specific_kwargs=dict(kwargs))
     assert (task.return_value, task.stdout, path.read_text()) == ("returned", "written\n", "whole")
+
+
+async def test_workers_that_were_replaced_leave_no_files(session: Session) -> None:
+    (backend,) = session.backends
+    folder: Path = backend._engine._folder.path  # type: ignore[attr-defined]  # nothing else knows where it prints
+    await one_after_the_other(session, *(ComputeTask(prints_later) for _ in range(3)))
+    await wait_until(lambda: len({path.stem for path in folder.glob("p*.out")}) == 1)
+    await wait_until(lambda: len(list(folder.glob("p*.moves"))) == 1)
 
 
 def leaves_a_pool() -> None:
