@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
@@ -110,6 +111,7 @@ def main() -> NoReturn:
     sys.path.insert(0, config.cwd)
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
     keep_no_bytecode_of_new_files()
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # our thread, not theirs
     c_streams.buffer_lines()
     with suppress(EOFError, ConnectionError):
         _Worker(config, path).serve()
