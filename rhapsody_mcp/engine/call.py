@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import atexit
 import contextvars
 import importlib
 import inspect
@@ -158,6 +159,7 @@ def _end_child(error: BaseException | None) -> NoReturn:
         code = 1
         said = [f"{error.code}\n"] if isinstance(error, SystemExit) else traceback.format_exception(error)
         sys.stderr.write("".join(said))
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     c_streams.flush()

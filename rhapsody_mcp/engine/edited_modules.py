@@ -14,6 +14,9 @@ __all__ = ["EditedModules", "keep_no_bytecode_of_new_files"]
 
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 _OURS = __name__.partition(".")[0]
+State = tuple[int, ...]
+_GONE: State = ()
+_RECENT: State = (0,)
 _RECENT_S = 2.0
 """A file that was written so short a time ago may be written again without a change of its time or its size."""
 
@@ -24,8 +27,8 @@ class EditedModules:
     def __init__(self) -> None:
         self._standard = sysconfig.get_path("stdlib") + os.sep
         self._known, self._last = set(sys.modules), next(reversed(sys.modules))
-        self._files: dict[str, tuple[str, tuple[int, int] | None]] = {}
-        """By the module's name, its file, with the time and the size of that; None where it was just written."""
+        self._files: dict[str, tuple[str, State]] = {}
+        """By the module's name, its file, and how that was."""
 
     def note(self) -> None:
         """Look at what was imported since the last time."""
@@ -52,12 +55,14 @@ class EditedModules:
         importlib.invalidate_caches()
 
 
-def _state(path: str, before: float | None = None) -> tuple[int, int] | None:
+def _state(path: str, before: float | None = None) -> State:
     try:
         found = os.stat(path)
     except OSError:
-        return None
-    return None if before is not None and found.st_mtime > before else (found.st_mtime_ns, found.st_size)
+        return _GONE
+    if before is not None and found.st_mtime > before:
+        return _RECENT
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
 
 
 def keep_no_bytecode_of_new_files() -> None:
@@ -70,5 +75,5 @@ _write = SourceFileLoader.set_data
 
 
 def _set_data(self: SourceFileLoader, path: str, data: bytes, *, _mode: int = 0o666) -> None:
-    if _state(source_from_cache(path), time.time() - _RECENT_S) is not None:
+    if _state(source_from_cache(path), time.time() - _RECENT_S) not in (_GONE, _RECENT):
         _write(self, path, data, _mode=_mode)

@@ -147,6 +147,8 @@ class _Worker:
                     self._send(unsent)
                 waiting.extend(self.backend.receive())
                 self.edited.drop()
+            if _thread._count() > self.threads:  # one that began after its function had ended
+                break
             run = waiting.popleft()
             if not self.turn.begin(run.uid):
                 continue
@@ -183,7 +185,7 @@ class _Worker:
         stdout, stderr = self.printed.collect(run.folder, self.config.caps.output_bytes)
         self._forget()
         is_whole = is_whole and not self.printed.is_closed and can_start_threads()
-        return Finished(run.uid, started, ended, result, stdout, stderr, interrupted, sum(children)), is_whole
+        return Finished(run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True)), is_whole
 
     def _perform(self, run: Run) -> tuple[Result, bool]:
         interrupted = False

@@ -542,7 +542,7 @@ class Session:
                 task.ranks = tuple(rank_of(rank, self._read) for rank in outcome.ranks)
             if outcome.value is not None:
                 task.return_value = self._read(outcome.value)
-        except Exception as error:  # unpickling runs the user's own code
+        except (Exception, SystemExit) as error:  # unpickling runs the user's own code
             message = f"its result cannot be opened here: {type(error).__name__}: {error}"
             return Outcome(state=TaskState.FAILED, ended=outcome.ended, cause=Cause.ERROR, error=message)
         return outcome
@@ -705,7 +705,7 @@ def _exception_in(data: bytes) -> BaseException | None:
     """None where its class, or what it holds, is not to be had here."""
     try:
         error = pickle.loads(data)
-    except Exception:  # unpickling runs the user's own code
+    except (Exception, SystemExit):  # unpickling runs the user's own code
         return None
     return error if isinstance(error, BaseException) else None
 

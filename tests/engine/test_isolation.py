@@ -319,7 +319,61 @@ def opens_stdout_anew() -> None:
         file.write("anew\n")
 
 
+def redirects_into_a_pipe() -> None:
+    import os
+
+    os.dup2(os.pipe()[1], 1)
+
+
+def redirects_into_the_other() -> None:
+    import os
+
+    os.dup2(2, 1)
+    os.dup2(os.open("/etc/hostname", os.O_RDONLY), 0)
+
+
+def does_not_block() -> None:
+    import os
+
+    os.set_blocking(1, False)
+
+
+def replaces_methods() -> None:
+    import builtins
+    import sys
+
+    sys.stdout.write = lambda _: 0  # type: ignore[method-assign]
+    builtins.sum = lambda *_: -1  # type: ignore[assignment]
+
+
+def closes_stdin() -> None:
+    import sys
+
+    sys.stdin.close()
+
+
+def drops_its_rights() -> None:
+    import os
+
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+def changes_what_lies_in_c() -> None:
+    import gc
+    import socket
+    import sys
+    import threading
+
+    socket.setdefaulttimeout(1e-6)
+    threading.settrace(lambda *_: print("traced"))
+    gc.callbacks.append(lambda *_: print("collected"))
+    sys.meta_path.clear()
+
+
 LEAVING = [
+    *(redirects_into_a_pipe, redirects_into_the_other, does_not_block, replaces_methods, closes_stdin),
+    *(drops_its_rights, changes_what_lies_in_c),
     *(leaves_alarm, closes_stdout, replaces_stdout, changes_stdout, closes_descriptors, closes_all_descriptors),
     *(redirects_descriptors, lowers_limits, makes_warnings_errors, takes_signals, prints_later, changes_the_process),
     *(replaces_print, configures_logging, leaves_a_process, opens_stdout_anew),
@@ -327,12 +381,20 @@ LEAVING = [
 
 
 def innocent() -> list[Any]:
+    import gc
+    import importlib.util
     import logging
     import os
     import signal
+    import socket
     import sys
+    import threading
     import time
     import warnings
+
+    thread = threading.Thread(target=gc.collect)
+    thread.start()
+    thread.join()
 
     warnings.warn("only a warning", stacklevel=1)
     logging.getLogger("innocent").error("only an error")
@@ -345,7 +407,8 @@ def innocent() -> list[Any]:
         *(os.environ.get("LEFT"), "PATH" in os.environ, oct(os.umask(0o22)), os.getcwd(), bool(sys.path)),
         *(sys.getrecursionlimit(), sys.gettrace(), str(signal.getsignal(signal.SIGUSR1))),
         *(str(signal.getsignal(signal.SIGTERM)), len(signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
-        os.system("true"),
+        *(os.system("true"), os.geteuid(), sum([1, 2]), sys.stdin.read(), socket.getdefaulttimeout()),
+        importlib.util.find_spec("colorsys") is not None,
     ]
 
 
@@ -550,6 +613,10 @@ async def test_a_module_that_was_edited_runs_as_edited(
     folder = tmp_path / "modules"
     folder.mkdir()
     find = "import sys\ndef f(folder):\n    sys.path.append(folder)\n    import edited_one\n    return edited_one.run()"
+    (folder / "edited_one.py").write_text("def run():\n    return 'early'\n")
+    assert (await run(session, Source(find), args=(str(folder),))).return_value == "early"
+    (folder / "edited_one.py").unlink()
+    assert (await run(session, Source(find), args=(str(folder),))).cause == "error"
     for version in "abc":
         (folder / "edited_one.py").write_text(f"def run():\n    return {version!r}\n")  # in the same second, as long
         task = await run(session, Source(find), args=(str(folder),), task_backend_specific_kwargs=dict(kwargs))
@@ -614,6 +681,17 @@ async def test_words_of_user_code_are_bounded(session: Session, kwargs: dict[str
     assert task.outcome is not None
     assert len(task.outcome.error) < 2_200 and len(task.traceback) < 8_500
     assert task.outcome.error.startswith("ValueError: bad data: xxx") and "in raises_long" in task.traceback
+
+
+class Leaves:
+    def __reduce__(self) -> Any:
+        return sys.exit, ()
+
+
+async def test_a_result_that_cannot_be_opened_fails_its_task_alone(session: Session) -> None:
+    task = await run(session, Leaves)
+    assert task.state is TaskState.FAILED and task.outcome is not None
+    assert task.outcome.error.startswith("its result cannot be opened here: SystemExit")
 
 
 def large_number() -> int:
