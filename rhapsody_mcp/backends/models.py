@@ -13,7 +13,7 @@ __all__ = ["SHIPPED_NOTE", "hub_cache", "look_for_models", "models_text", "shipp
 _WRITES = "writes one kind of labelled JSON sample whatever it is asked"
 _MOST_SHOWN = 5
 _OTHERS = "create_session with model (a folder or a hub name) or endpoint_url"
-SHIPPED_NOTE = f"{MODEL_NAME} answered, the model that is shipped for trials: it {_WRITES}; for another, {_OTHERS}"
+SHIPPED_NOTE = f"{MODEL_NAME}, shipped for trials, {_WRITES}; another: create_session with model or endpoint_url"
 
 
 def hub_cache(environment: Mapping[str, str] = os.environ) -> Path:
