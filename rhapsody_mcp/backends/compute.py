@@ -875,19 +875,20 @@ def _stopped(
         state=TaskState.CANCELED if canceled else TaskState.FAILED,
         started=started or live.started,
         ended=time.time(),
-        stdout=stdout,
-        stderr=stderr,
         cause=live.stop,
         error=error,
     )
-    return msgspec.structs.replace(outcome, notes=tuple(left_out(outcome)))
+    return _with_output(outcome, stdout, stderr)
 
 
 def _crashed(live: _Live, gone: Gone, printed: tuple[Stream, Stream]) -> Outcome:
     message = f"its process {gone.why or how_it_ended(gone.exit_code)} before the function returned."
-    outcome = _failed(Cause.CRASHED, message, live.started, gone.exit_code)
-    outcome = msgspec.structs.replace(outcome, stdout=printed[0], stderr=printed[1])
-    return msgspec.structs.replace(outcome, notes=tuple(left_out(outcome)))
+    return _with_output(_failed(Cause.CRASHED, message, live.started, gone.exit_code), *printed)
+
+
+def _with_output(outcome: Outcome, stdout: Stream, stderr: Stream) -> Outcome:
+    printed = msgspec.structs.replace(outcome, stdout=stdout, stderr=stderr)
+    return msgspec.structs.replace(printed, notes=tuple(left_out(printed)))
 
 
 def _failed(cause: Cause, message: str, started: float | None, exit_code: int | None = None) -> Outcome:
