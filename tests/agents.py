@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ from mcp.types import CallToolResult, TextContent
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec
+from rhapsody_mcp.model.sampling import SAMPLING
+from rhapsody_mcp.model.specs import Call, Command, Completion, Content, TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Ref, follow
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
@@ -151,9 +153,17 @@ def perform(spec: TaskSpec, values: list[Any]) -> Any:
 
 
 def _answers(work: Completion, values: list[Any]) -> Any:
-    bound = _bound(refs_of(list(work.prompts)), values)
-    prompts = [bound.get(prompt, prompt) for prompt in work.prompts]
+    """To each prompt, or to the last message."""
+    asked = [_parts(content) for content in work.prompts or (work.messages[-1].content,)]
+    told = [_parts(content) for content in (work.system_prompt or "", *(message.content for message in work.messages))]
+    stand_ins = [getattr(work, field) for field in SAMPLING]
+    bound = _bound(refs_of([*chain.from_iterable([*asked, *told]), *stand_ins]), values)
+    prompts = ["".join(_text(bound.get(part, part)) for part in parts) for parts in asked]
     return [f"answer to {prompt}" for prompt in prompts] if work.many else f"answer to {prompts[0]}"
+
+
+def _parts(content: Content) -> Sequence[str | Ref]:
+    return content if isinstance(content, tuple) else (content,)
 
 
 def _function(work: Call) -> Callable[..., Any]:

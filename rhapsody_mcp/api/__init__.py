@@ -12,7 +12,7 @@ from rhapsody_mcp.model.errors import (
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.session import Session
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Text
 
 __all__ = [
     "AITask",
@@ -29,5 +29,6 @@ __all__ = [
     "TaskCanceled",
     "TaskFailed",
     "TaskState",
+    "Text",
     "UnknownName",
 ]

@@ -58,7 +58,7 @@ class Prompt:
         self.conversation, self.parameters, self.kin, self.sent = conversation, parameters, kin, sent
         self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.since = asyncio.get_running_loop().time()
-        self.alone = False
+        self.alone = parameters.get("n", 1) > 1  # a batch takes one answer a prompt
         self.waiting = True
         self.exchange: asyncio.Task[list[Answer]] | None = None
 

@@ -13,7 +13,7 @@ import msgspec
 from rhapsody_mcp.model.errors import InvalidSettings
 from rhapsody_mcp.model.outcome import Usage
 
-__all__ = ["Answer", "ChatServer", "Conversation", "Lost", "Refused"]
+__all__ = ["Answer", "ChatServer", "Conversation", "Lost", "Refused", "Written"]
 
 Conversation = list[dict[str, str]]
 
@@ -37,11 +37,19 @@ class Lost(Exception):
     """The server is gone or cannot be reached; what it would have answered is not known."""
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """What the model wrote; `cut` where it reached the most tokens that it might write."""
+class Written(msgspec.Struct, frozen=True):
+    """What the model wrote; `cut` where it reached the most tokens that it might write. `logprobs` are its tokens, if
+    they were asked for."""
 
     text: str
     cut: bool
+    logprobs: list[Token] | None = None
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What the model wrote to one conversation: one text, or as many as were asked for."""
+
+    written: tuple[Written, ...]
     usage: Usage | None
 
 
@@ -79,8 +87,9 @@ class ChatServer:
         else:
             body = {**parameters, "messages": conversations, "return_token_ids": True}
             reply = _read(await self._request("POST", "chat/completions/batch", body), _Reply)
-        if len(reply.choices) != len(conversations):
-            raise Refused(200, f"the server gave {len(reply.choices)} answers to {len(conversations)} prompts")
+        wanted = len(conversations) * parameters.get("n", 1)
+        if len(reply.choices) != wanted:
+            raise Refused(200, f"the server gave {len(reply.choices)} answers where {wanted} were asked for")
         return _answers(reply, conversations)
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
@@ -123,8 +132,26 @@ class _Message(msgspec.Struct):
     content: str | None = None
 
 
+class Likely(msgspec.Struct):
+    """A token, with the natural logarithm of its probability."""
+
+    token: str
+    logprob: float
+
+
+class Token(Likely):
+    """A token that was written, with those that were the likeliest in its place, itself often among them."""
+
+    top_logprobs: list[Likely] = []
+
+
+class _Logprobs(msgspec.Struct):
+    content: list[Token] | None = None
+
+
 class _Choice(msgspec.Struct):
     message: _Message
+    logprobs: _Logprobs | None = None
     index: int = 0
     finish_reason: str | None = None
     token_ids: list[int] | None = None
@@ -153,11 +180,20 @@ def _read(response: httpx2.Response, kind: type[_T]) -> _T:
 
 def _answers(reply: _Reply, conversations: Sequence[Conversation]) -> list[Answer]:
     choices = sorted(reply.choices, key=lambda choice: choice.index)
-    usages = _usages(reply.usage, choices, conversations) if reply.usage else [None] * len(choices)
-    return [
-        Answer(choice.message.content or "", choice.finish_reason == "length", usage)
-        for choice, usage in zip(choices, usages, strict=True)
+    written = [
+        Written(
+            choice.message.content or "",
+            choice.finish_reason == "length",
+            choice.logprobs.content if choice.logprobs else None,
+        )
+        for choice in choices
     ]
+    if len(conversations) == 1:
+        tokens = reply.usage
+        usage = Usage(tokens.prompt_tokens, tokens.completion_tokens or 0) if tokens else None
+        return [Answer(tuple(written), usage)]
+    usages = _usages(reply.usage, choices, conversations) if reply.usage else [None] * len(choices)
+    return [Answer((one,), usage) for one, usage in zip(written, usages, strict=True)]
 
 
 def _usages(total: _Tokens, choices: list[_Choice], conversations: Sequence[Conversation]) -> list[Usage]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,13 @@ import msgspec
 from rhapsody_mcp.backends.answer_checks import AnswerChecks
 from rhapsody_mcp.backends.base import Ended, Report, Returned, Running
 from rhapsody_mcp.backends.batches import Dispatcher, Limits, Prompt
-from rhapsody_mcp.backends.chat import Answer, ChatServer, Conversation, Lost, Refused
+from rhapsody_mcp.backends.chat import Answer, ChatServer, Conversation, Lost, Refused, Written
 from rhapsody_mcp.engine.call import encode
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName
 from rhapsody_mcp.model.json_schemas import Unfit
 from rhapsody_mcp.model.outcome import Outcome, Usage
-from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
+from rhapsody_mcp.model.sampling import SAMPLING, checked
+from rhapsody_mcp.model.specs import Completion, Content, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, Reader, Ref, Value, follow
 
@@ -28,6 +29,8 @@ __all__ = ["Completions", "Defaults", "check_prompts"]
 _LEAST_TOP_P = 1e-6
 """Stands for a top_p of 0, which vLLM refuses: of any likelihood that a 32-bit float can tell, only the greatest."""
 _NOT_THE_TASKS_FAULT = (408, 425, 429)
+_TOKEN_CHARS = 100
+"""About what a token with the likeliest in its place takes."""
 _ON_CUT = "Raise max_tokens, or let json_schema bound what can be long, with maxLength and maxItems."
 
 logger = logging.getLogger(__name__)
@@ -48,8 +51,6 @@ def check_prompts(spec: TaskSpec) -> None:
     """Raise InvalidTask for a task that no server can answer."""
     if not isinstance(spec.work, Completion):
         raise InvalidTask("it is no prompt, and this backend only runs prompts; another backend runs functions.")
-    if len(spec.work.stop_sequences) > 4:
-        raise InvalidTask(f"it has {len(spec.work.stop_sequences)} stop_sequences; a model server takes 4 at most.")
 
 
 class Completions:
@@ -120,14 +121,16 @@ class _Job:
     ) -> None:
         self.order, self.report, self.read = order, report, read
         self.dispatcher, self.checks, self.defaults, self.servers = dispatcher, checks, defaults, servers
+        self.work = _work(order)
         self.started: float | None = None
         self.time_limit = asyncio.timeout(None)
 
     async def run(self) -> Outcome | Returned:
         timeout_s = self.order.spec.timeout_s
         try:
-            texts, many = _texts(self.order, self.read)
-            answers = await self._ask(self._prompts(texts))
+            self.work = _with_values(self.work, self._value_of)
+            conversations, many = self._conversations()
+            answers = await self._ask(self._prompts(conversations))
             return await self._done(answers, many)
         except InvalidTask as error:
             return self.failed(Cause.INVALID, str(error))
@@ -141,12 +144,35 @@ class _Job:
                 return Returned(self.order.spec.uid, str(lost))
             return self.failed(Cause.LOST, str(lost))
 
-    def _prompts(self, texts: list[str]) -> list[Prompt]:
-        work = _work(self.order)
-        system = work.system_prompt if work.system_prompt is not None else self.defaults.system_prompt
-        parameters = _parameters(work, self.defaults)
+    def _conversations(self) -> tuple[list[Conversation], bool]:
+        """What to send, and whether the result is a list: also where a lone Ref stands for a list of texts."""
+        system = self.defaults.system_prompt if self.work.system_prompt is None else self._text(self.work.system_prompt)
+        before = [{"role": "system", "content": system}] if system else []
+        if messages := [{"role": each.role, "content": self._text(each.content)} for each in self.work.messages]:
+            return [messages if messages[0]["role"] == "system" else [*before, *messages]], False
+        texts, many = self._texts()
+        return [[*before, {"role": "user", "content": text}] for text in texts], many
+
+    def _texts(self) -> tuple[list[str], bool]:
+        first = self.work.prompts[0]
+        if isinstance(first, Ref) and not self.work.many:
+            value = self._value_of(first)
+            if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+                return list(value), True
+            return [_as_text(value)], False
+        return [self._text(prompt) for prompt in self.work.prompts], self.work.many
+
+    def _text(self, content: Content) -> str:
+        parts = content if isinstance(content, tuple) else (content,)
+        return "".join(part if isinstance(part, str) else _as_text(self._value_of(part)) for part in parts)
+
+    def _value_of(self, ref: Ref) -> Any:
+        return _value(ref, self.order.bindings, self.read)
+
+    def _prompts(self, conversations: list[Conversation]) -> list[Prompt]:
+        parameters = _parameters(self.work, self.defaults)
         kin = msgspec.json.encode([parameters, self.order.spec.timeout_s])  # unsorted: a schema's order counts
-        return [Prompt(_conversation(system, text), parameters, kin, self._sent) for text in texts]
+        return [Prompt(conversation, parameters, kin, self._sent) for conversation in conversations]
 
     async def _ask(self, prompts: list[Prompt]) -> list[Answer]:
         try:
@@ -171,7 +197,8 @@ class _Job:
 
     async def _done(self, answers: list[Answer], many: bool) -> Outcome:
         usage = _sum([answer.usage for answer in answers])
-        length = sum(len(answer.text) for answer in answers)
+        written = [one for answer in answers for one in answer.written]
+        length = sum(len(one.text) + _TOKEN_CHARS * len(one.logprobs or ()) for one in written)
         try:
             await self._check(answers)
             if length > INLINE_BYTES // 4:  # a character is up to 4 bytes
@@ -180,37 +207,47 @@ class _Job:
                 value = self._value(answers, many)
         except Unfit as unfit:
             return self.failed(Cause.ERROR, str(unfit), usage)
-        cut = sum(answer.cut for answer in answers)
-        told = f"{cut} of {len(answers)} answers were cut off at max_tokens or the model's length" if cut else ""
+        cut = sum(one.cut for one in written)
+        told = f"{cut} of {len(written)} answers were cut off at max_tokens or the model's length" if cut else ""
         notes = tuple(filter(None, (told, self.defaults.note)))
         return Outcome(
             state=TaskState.DONE, started=self.started, ended=time.time(), value=value, usage=usage, notes=notes
         )
 
     def _value(self, answers: list[Answer], many: bool) -> Value:
-        objects = _work(self.order).json_schema is not None
-        results = [msgspec.json.decode(answer.text) if objects else answer.text for answer in answers]
+        made = [[self._result(one) for one in answer.written] for answer in answers]
+        results = made if (self.work.n or 1) != 1 else [of_one for (of_one,) in made]
         return encode(results if many else results[0], self.order.folder)
+
+    def _result(self, written: Written) -> Any:
+        if self.work.json_schema is not None:
+            return msgspec.json.decode(written.text)
+        if self.work.logprobs is None:
+            return written.text
+        if written.logprobs is None:
+            raise Unfit("the server gave no logprobs; leave them out, or ask another server")
+        return {"text": written.text, "logprobs": msgspec.to_builtins(written.logprobs)}
 
     async def _check(self, answers: list[Answer]) -> None:
         """Raises Unfit for the first that was cut or does not fit the schema."""
-        if (schema := _work(self.order).json_schema) is None:
+        if not isinstance(schema := self.work.json_schema, bytes):
             return
-        cut = next((index for index, answer in enumerate(answers) if answer.cut), None)
+        written = [one for answer in answers for one in answer.written]
+        cut = next((index for index, one in enumerate(written) if one.cut), None)
         if cut is not None:
             said = f"was cut at {self._most_tokens()} before its object was whole. {_ON_CUT}"
             raise Unfit(f"{_which(cut, answers)} {said}")
-        misfit = await self.checks.first_misfit(schema, [answer.text for answer in answers])
+        misfit = await self.checks.first_misfit(schema, [one.text for one in written])
         if misfit is not None:
             raise Unfit(f"{_which(misfit.index, answers)} {misfit.problem}")
 
     def _most_tokens(self) -> str:
-        most = _parameters(_work(self.order), self.defaults).get("max_tokens")
+        most = _parameters(self.work, self.defaults).get("max_tokens")
         return "the model's length" if most is None else f"max_tokens ({most})"
 
     def _explained(self, refusal: Refused) -> str:
         """The server's message, with what to do where that is known."""
-        model = _work(self.order).model or self.defaults.model
+        model = self.work.model or self.defaults.model
         served = self.servers[0].models
         if refusal.status == 404 and served and model not in served:
             return f"{UnknownName('model', model, served)} The server says: {refusal}"
@@ -224,7 +261,10 @@ class _Job:
 
 
 def _which(index: int, answers: Sequence[Answer]) -> str:
-    return f"the answer to prompt {index + 1} of {len(answers)}" if len(answers) > 1 else "the answer"
+    """Of all that was written, in order."""
+    of_each = len(answers[0].written)
+    one = f"answer {index % of_each + 1} of {of_each}" if of_each > 1 else "the answer"
+    return f"{one} to prompt {index // of_each + 1} of {len(answers)}" if len(answers) > 1 else one
 
 
 def _work(order: Order) -> Completion:
@@ -240,7 +280,10 @@ def _parameters(work: Completion, defaults: Defaults) -> dict[str, Any]:
         "top_p": work.top_p,
         "top_k": work.top_k,
         "seed": work.seed,
-        "stop": list(work.stop_sequences) or None,
+        "n": None if work.n == 1 else work.n,
+        "logprobs": None if work.logprobs is None else True,
+        "top_logprobs": work.logprobs,
+        "stop": work.stop_sequences or None,
         "response_format": _response_format(work.json_schema, defaults.schema_options),
     }
     parameters = {**defaults.parameters, **{name: value for name, value in own.items() if value is not None}}
@@ -249,25 +292,19 @@ def _parameters(work: Completion, defaults: Defaults) -> dict[str, Any]:
     return parameters
 
 
-def _response_format(schema: bytes | None, options: dict[str, Any]) -> dict[str, Any] | None:
-    if schema is None:
+def _response_format(schema: bytes | Ref | None, options: dict[str, Any]) -> dict[str, Any] | None:
+    if not isinstance(schema, bytes):
         return None
     asked = {**msgspec.json.decode(schema), **options}
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked, "strict": True}}
 
 
-def _conversation(system: str | None, text: str) -> Conversation:
-    user = {"role": "user", "content": text}
-    return [{"role": "system", "content": system}, user] if system else [user]
-
-
-def _texts(order: Order, read: Reader) -> tuple[list[str], bool]:
-    """The texts to send, and whether the result is a list: also where a lone Ref stands for a list of texts."""
-    work = _work(order)
-    values = [part if isinstance(part, str) else _value(part, order.bindings, read) for part in work.prompts]
-    if not work.many and isinstance(values[0], list | tuple) and all(isinstance(text, str) for text in values[0]):
-        return list(values[0]), True
-    return [_as_text(value) for value in values], work.many
+def _with_values(work: Completion, value_of: Callable[[Ref], Any]) -> Completion:
+    """With values that are looked at in the place of Refs. Raises InvalidTask."""
+    given = {field: value_of(value) for field in SAMPLING if isinstance(value := getattr(work, field), Ref)}
+    if not given:
+        return work
+    return msgspec.structs.replace(work, **{field: checked(field, value) for field, value in given.items()})
 
 
 def _value(ref: Ref, bindings: Mapping[str, Value], read: Reader) -> Any:

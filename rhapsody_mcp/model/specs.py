@@ -8,9 +8,13 @@ import msgspec
 
 from rhapsody_mcp.model.values import Ref, Value
 
-__all__ = ["Call", "Caps", "Command", "Completion", "Layout", "Mode", "Order", "RankGroup", "TaskSpec", "Template"]
+__all__ = [
+    *("Call", "Caps", "Command", "Completion", "Content", "Layout", "Message", "Mode", "Order", "RankGroup", "Role"),
+    *("TaskSpec", "Template"),
+]
 
 Mode = Literal["native", "process", "job"]
+Role = Literal["system", "user", "assistant"]
 
 
 class Call(msgspec.Struct, frozen=True, tag="call", gc=False):
@@ -33,25 +37,40 @@ class Command(msgspec.Struct, frozen=True, tag="command", gc=False):
     arguments: tuple[str | Ref, ...] = ()
 
 
-class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True, gc=False):
-    """Prompts for a language model, all with the same parameters. None means the server's default.
+Content = str | Ref | tuple[str | Ref, ...]
+"""A text for a language model. A Ref stands for a result, as a text or as JSON; several parts are one text."""
 
-    `many` says whether the result is a list (one answer a prompt, in order) or the single answer. A Ref among
-    the prompts stands for a text; a Ref as the only prompt may stand for a list of texts. With `json_schema`, a
-    schema as JSON, an answer is the object that the model wrote; else it is a text.
+
+class Message(msgspec.Struct, frozen=True, gc=False):
+    """One message of a conversation."""
+
+    role: Role
+    content: Content
+
+
+class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True, gc=False):
+    """Prompts for a language model, or the messages of one conversation, all with the same parameters. None means the
+    server's default, and a Ref the value that it stands for, which is looked at when the task starts.
+
+    `many` says whether the result is a list (one answer a prompt, in order) or the single answer. A Ref as the only
+    prompt may stand for a list of texts. With `json_schema`, a schema as JSON, an answer is the object that the model
+    wrote; with `logprobs` a text and its tokens; else it is a text. With `n` above 1 it is the list of `n` such.
     """
 
-    prompts: tuple[str | Ref, ...]
-    many: bool
+    prompts: tuple[Content, ...] = ()
+    messages: tuple[Message, ...] = ()
+    many: bool = False
     model: str | None = None
-    system_prompt: str | None = None
-    temperature: float | None = None
-    max_tokens: int | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    stop_sequences: tuple[str, ...] = ()
-    json_schema: bytes | None = None
+    system_prompt: Content | None = None
+    temperature: float | Ref | None = None
+    max_tokens: int | Ref | None = None
+    top_p: float | Ref | None = None
+    top_k: int | Ref | None = None
+    seed: int | Ref | None = None
+    n: int | Ref | None = None
+    logprobs: int | Ref | None = None
+    stop_sequences: tuple[str, ...] | Ref | None = None
+    json_schema: bytes | Ref | None = None
 
 
 class Template(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

@@ -14,7 +14,7 @@ import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.values import follow
-from rhapsody_mcp.runtime.tasks import Part, Task
+from rhapsody_mcp.runtime.tasks import Part, Task, Text
 
 __all__ = ["as_text", "holds_item", "with_item"]
 
@@ -34,6 +34,8 @@ def _places(value: Any) -> Iterator[Any]:
     elif isinstance(value, dict) and value.keys() != {"literal"}:
         for part in value.values():
             yield from _places(part)
+    elif isinstance(value, Text):
+        yield from _places(value.parts)
     elif isinstance(value, list | tuple):
         for part in value:
             yield from _places(part)
@@ -53,6 +55,8 @@ def with_item(value: Any, item: Any) -> Any:
                 f"{mistaken.group()} in a text names a part wrongly; write it as in {{item/name}} or {{item/0}}."
             )
         return _TOKEN.sub(lambda found: _text(found, item), value)
+    if isinstance(value, Text):
+        return Text(*(with_item(part, item) for part in value.parts))
     if isinstance(value, dict) and value.keys() != {"literal"}:
         return {key: with_item(part, item) for key, part in value.items()}
     return [with_item(part, item) for part in value] if isinstance(value, list | tuple) else value

@@ -52,7 +52,7 @@ def _runs_as(task: Task, machine: Machine) -> str:
         each = f", {'each ' * (len(task.children) != 1)}{_runs_as(task.children[0], machine)}" if task.children else ""
         return f"{tasks_text(len(task.children))}{each}"
     if isinstance(task, AITask):
-        return f"{len(task.prompt)} prompts" if task.many else "a prompt"
+        return "a chat" if task.messages else f"{len(task.prompt)} prompts" if task.many else "a prompt"
     assert isinstance(task, ComputeTask)
     layout = task.layout
     job = "an MPI job" if layout.pmi not in (None, "none") else "a job"

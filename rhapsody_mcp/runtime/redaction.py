@@ -16,7 +16,7 @@ HIDDEN = "(secret)"
 _TEXT_CHARS, _SHORT_CHARS, _LOOKED_AT = 200, 80, 600
 _KEYS, _DEPTH = 12, 8
 _PUBLIC = {"idempotency_key"}
-_SOURCES = {"source", "prompt", "system_prompt"}
+_SOURCES = {"source", "prompt", "system_prompt", "content"}
 """Arguments that are told by length and hash alone: what two calls have in common shows, and no more."""
 _NAMES = r"[\w-]{0,40}(?:api[-_]?key|token|secret|password|passwd|passphrase|credentials?)"
 _PATTERNS = [

@@ -1,25 +1,61 @@
 """References in JSON: `{"ref": name}` and `{"ref": name, "path": pointer}` stand for another task's result.
 
-`{"literal": X}` stands for X as it is.
+`{"literal": X}` stands for X as it is. In a text for a model `{ref:name}` and `{ref:name/pointer}` stand for a result
+as text, and `{{ref:name}}` for `{ref:name}` as it is.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import follow, load_json, pointer_steps
-from rhapsody_mcp.runtime.tasks import Part, Task
+from rhapsody_mcp.runtime.tasks import Part, Task, Text
 
-__all__ = ["names_in", "renamed", "resolve"]
+__all__ = ["is_reference", "names_in", "renamed", "resolve", "with_parts"]
 
 _SHAPES = (frozenset({"ref"}), frozenset({"ref", "path"}))
+_IN_TEXT = re.compile(r"\{\{ref:[^{}]*\}\}|\{ref:([^{}/]*)(/[^{}]*)?\}")
+
+
+def with_parts(value: Any) -> Any:
+    """The same JSON value with a Text of texts and references in the place of each text that holds references."""
+    if isinstance(value, str):
+        return _parted(value) if "{ref:" in value else value
+    if isinstance(value, dict):
+        as_it_is = value.keys() == {"literal"} or is_reference(value)
+        return value if as_it_is else {key: with_parts(item) for key, item in value.items()}
+    return [with_parts(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _parted(text: str) -> str | Text:
+    parts: list[str | dict[str, str]] = []
+    end = 0
+    for found in _IN_TEXT.finditer(text):
+        before, end = text[end : found.start()], found.end()
+        parts += [before, found.group()[1:-1] if _is_escaped(found) else _reference(found)]
+    parts.append(text[end:])
+    if any(isinstance(part, dict) for part in parts):
+        return Text(*filter(None, parts))
+    return "".join(map(str, parts))
+
+
+def _is_escaped(found: re.Match[str]) -> bool:
+    return found.group().startswith("{{")
+
+
+def _reference(found: re.Match[str]) -> dict[str, str]:
+    name, path = found.groups()
+    return {"ref": name.strip(), "path": path} if path else {"ref": name.strip()}
 
 
 def names_in(value: Any) -> Iterator[str]:
     """Every name that is referred to in a JSON value. Raises InvalidTask for a malformed reference."""
+    if isinstance(value, Text):
+        value = value.parts
     if isinstance(value, dict) and "ref" in value:
         yield _checked(value)["ref"]
     elif isinstance(value, dict) and value.keys() != {"literal"}:
@@ -30,31 +66,42 @@ def names_in(value: Any) -> Iterator[str]:
             yield from names_in(item)
 
 
-def renamed(value: Any, uid_of: Callable[[str], str]) -> Any:
-    """The same JSON value with `uid_of` each name in the place of that name."""
-    if _is_reference(value):
+def renamed(value: Any, uid_of: Callable[[str], str], *, texts: bool = False) -> Any:
+    """The same JSON value with `uid_of` each name in the place of that name; with `texts`, also in texts."""
+    if is_reference(value):
         return {**value, "ref": uid_of(value["ref"])}
     if isinstance(value, dict):
-        return value if value.keys() == {"literal"} else {key: renamed(item, uid_of) for key, item in value.items()}
-    return [renamed(item, uid_of) for item in value] if isinstance(value, list | tuple) else value
+        literal = value.keys() == {"literal"}
+        return value if literal else {key: renamed(item, uid_of, texts=texts) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [renamed(item, uid_of, texts=texts) for item in value]
+    return _IN_TEXT.sub(lambda found: _renamed(found, uid_of), value) if texts and isinstance(value, str) else value
+
+
+def _renamed(found: re.Match[str], uid_of: Callable[[str], str]) -> str:
+    if _is_escaped(found):
+        return found.group()
+    return f"{{ref:{uid_of(_reference(found)['ref'])}{found.group(2) or ''}}}"
 
 
 def resolve(value: Any, task_named: Callable[[str], Task]) -> Any:
-    """The value with a task, or a Part of one, in the place of each reference.
+    """The value with a task, or a Part of one, in the place of each reference, also in a Text.
 
     Raises InvalidTask for a path that leads nowhere in a result that is there already.
     """
-    if _is_reference(value):
+    if is_reference(value):
         task = task_named(value["ref"])
         return task if value.get("path") is None else _part(task, value["path"])
     if isinstance(value, dict):
         if value.keys() == {"literal"}:
             return value["literal"]
         return {key: resolve(item, task_named) for key, item in value.items()}
+    if isinstance(value, Text):
+        return Text(*resolve(value.parts, task_named))
     return [resolve(item, task_named) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _is_reference(value: Any) -> bool:
+def is_reference(value: Any) -> bool:
     return isinstance(value, dict) and "ref" in value and value.keys() in _SHAPES
 
 

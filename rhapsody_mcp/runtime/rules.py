@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, LimitExceeded
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec
 from rhapsody_mcp.model.states import Cause
+from rhapsody_mcp.model.values import Ref
 from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.settings import Settings
 
@@ -37,7 +38,7 @@ class Taken:
         self.open += 1
         self.held_bytes += _spec_bytes(spec)
         if isinstance(spec.work, Completion):
-            self.prompts += len(spec.work.prompts)
+            self.prompts += _answers(spec.work)
             self.tokens += _tokens(spec.work)
         elif isinstance(spec.work, Call) and spec.work.code is not self._code:  # tasks of one for_each share theirs
             self._code = spec.work.code
@@ -72,12 +73,16 @@ class Rules:
         return replace(spec, timeout_s=self._timeout(spec.timeout_s))
 
     def _check_answer(self, work: Completion) -> None:
-        most = self.settings.max_answer_tokens
-        if most is not None and (work.max_tokens or 0) > most:
+        most, together = self.settings.max_answer_tokens, self.settings.max_session_tokens
+        limited = next((key for key in ("max_answer_tokens", "max_session_tokens") if getattr(self.settings, key)), "")
+        for field in ("max_tokens", "n"):
+            if limited and isinstance(getattr(work, field), Ref):
+                raise InvalidTask(f"{field} must be a number here, because tokens are limited ({_setting(limited)}).")
+        if most is not None and _number(work.max_tokens) > most:
             raise InvalidTask(
                 f"max_tokens is {work.max_tokens}; the most here is {most} ({_setting('max_answer_tokens')})."
             )
-        if work.max_tokens is None and self.settings.max_session_tokens is not None:
+        if work.max_tokens is None and together is not None:
             raise InvalidTask(
                 "max_tokens must be given here, because the tokens of a session are limited "
                 f"({_setting('max_session_tokens')})."
@@ -119,7 +124,7 @@ class Rules:
         self._refuse_full_disk()
         self.refuse_count(taken, len(specs))
         completions = [spec.work for spec in specs if isinstance(spec.work, Completion)]
-        prompts, tokens = sum(len(work.prompts) for work in completions), sum(map(_tokens, completions))
+        prompts, tokens = sum(map(_answers, completions)), sum(map(_tokens, completions))
         self._refuse("max_session_prompts", _SESSION, taken.prompts, prompts, "prompts")
         self._refuse("max_session_tokens", _SESSION, taken.tokens, tokens, "tokens of answers")
         held = sum(one.held_bytes for one in self._sessions())
@@ -177,8 +182,16 @@ def _setting(key: str) -> str:
 # --- what tasks take in memory
 
 
+def _answers(work: Completion) -> int:
+    return max(1, len(work.prompts)) * (_number(work.n) or 1)
+
+
 def _tokens(work: Completion) -> int:
-    return len(work.prompts) * (work.max_tokens or 0)
+    return _answers(work) * _number(work.max_tokens)
+
+
+def _number(given: int | Ref | None) -> int:
+    return given if isinstance(given, int) else 0
 
 
 def _spec_bytes(spec: TaskSpec) -> int:
@@ -186,8 +199,14 @@ def _spec_bytes(spec: TaskSpec) -> int:
     work = spec.work
     if isinstance(work, Call):
         return _FEW_BYTES + 2 * len(work.arguments)  # as objects, and as they are sent
-    texts = work.arguments if isinstance(work, Command) else work.prompts
-    return _FEW_BYTES + 2 * sum(len(text) for text in texts if isinstance(text, str))
+    if isinstance(work, Command):
+        return _FEW_BYTES + 2 * _chars(work.arguments)
+    contents = [*work.prompts, *(message.content for message in work.messages), work.system_prompt or ""]
+    return _FEW_BYTES + 2 * sum(_chars(each if isinstance(each, tuple) else (each,)) for each in contents)
+
+
+def _chars(parts: Iterable[str | Ref]) -> int:
+    return sum(len(part) for part in parts if isinstance(part, str))
 
 
 def _outcome_bytes(outcome: Outcome) -> int:

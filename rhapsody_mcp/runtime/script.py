@@ -32,7 +32,7 @@ from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_
 __all__ = ["Script", "draws_by_chance", "plain_url", "write_script"]
 
 _IMPORTS = ("asyncio", "json", "math", "os", "msgspec")
-_API = ("AITask", "ComputeTask", "ForEach", "Module", "Part", "Session", "Source")
+_API = ("AITask", "ComputeTask", "ForEach", "Module", "Part", "Session", "Source", "Text")
 _REPORT = '''\
 def report(task):
     """What came of a task, as plain data."""

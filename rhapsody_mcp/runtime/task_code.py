@@ -13,11 +13,11 @@ import msgspec
 
 from rhapsody_mcp.runtime.code import Code, write_call, write_value
 from rhapsody_mcp.runtime.encoding import Module, Source
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, Text
 
 __all__ = ["TaskCode", "looks_secret", "whole", "work_of"]
 
-_TEXTS = {"prompt", "system_prompt", "arguments", "task_backend_specific_kwargs"}
+_TEXTS = {"prompt", "messages", "system_prompt", "model", "arguments", "task_backend_specific_kwargs"}
 _SECRET_WORDS = {"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PASS", "PAT", "CREDENTIAL", "AUTH"}
 _SECRET_ENDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS")
 _KINDS: tuple[type[Task], ...] = (Task, ComputeTask, AITask)
@@ -127,6 +127,8 @@ class TaskCode:
         nothing = "'null'" if in_text else "None"
 
         def special(item: object) -> str | None:
+            if isinstance(item, Text):
+                return f"Text({', '.join(write_value(part, special) for part in item.parts)})"
             if isinstance(item, Task):
                 return self._result(item, "") or nothing
             if isinstance(item, Part) and item.task == _ITEM.task:

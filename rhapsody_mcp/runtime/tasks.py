@@ -12,9 +12,9 @@ import msgspec
 
 from rhapsody_mcp.backends.base import Kind
 from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, TaskCanceled, TaskFailed, nearest, refuse_unknown
-from rhapsody_mcp.model.json_schemas import encode_schema
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.specs import Call, Command, Completion, Layout, TaskSpec
+from rhapsody_mcp.model.sampling import SAMPLING, checked, whole
+from rhapsody_mcp.model.specs import Call, Command, Completion, Content, Layout, Message, Role, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.model.values import PLAIN, Ref, Value
@@ -29,10 +29,12 @@ __all__ = [
     "Part",
     "Rank",
     "Task",
+    "Text",
     "is_hidden",
     "kind_of",
     "leaves",
     "name_of",
+    "reference",
     "tasks_text",
     "with_children",
 ]
@@ -41,7 +43,6 @@ OnUpstreamFailure = Literal["cancel", "run"]
 
 _ON_UPSTREAM_FAILURE = get_args(OnUpstreamFailure)
 _uids = itertools.count(1)
-_MOST = 2**31 - 1  # what servers of models read
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -49,6 +50,19 @@ class Part(msgspec.Struct, frozen=True):
 
     task: Task
     path: str = ""
+
+
+class Text:
+    """A text for a language model that holds results: its parts, each a text, a task or a Part, become one text.
+
+    A result is in it as it is where it is a text, and else as JSON.
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __repr__(self) -> str:
+        return f"Text({', '.join(map(repr, self.parts))})"
 
 
 class Rank(msgspec.Struct, frozen=True):
@@ -97,7 +111,7 @@ class Task:
         self.name = name
         self.backend = backend
         self.after = _tasks_to_follow(after)
-        self.retries = _whole("retries", retries, least=0) or 0
+        self.retries = whole("retries", retries, least=0)
         self.retry_delay_s = _delay(retry_delay_s)
         if on_upstream_failure not in _ON_UPSTREAM_FAILURE:
             raise InvalidTask(f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".')
@@ -118,8 +132,9 @@ class Task:
         self._needs: Sequence[Task] | None = None
 
     kind: str
-    # Most tasks never have these. Python shares the names of up to 30 attributes between the objects of a class, as far
-    # as they are set when an object is made; one with others takes 1.3 KB more.
+    # Most tasks never have these, nor most of what an AITask may be given. Python shares the names of up to 30
+    # attributes between the objects of a class, as far as they are set when an object is made; one with others takes
+    # 1.3 KB more.
     last_failure = ""
     replaced_by: str | None = None
     raised: BaseException | None = None
@@ -210,7 +225,7 @@ class Task:
 
     def keys(self) -> list[str]:
         """The names of all that can be read of it, by `task[name]` as by `task.name`."""
-        return [*(name for name in vars(self) if not name.startswith("_")), *self._more_fields]
+        return list(dict.fromkeys([*(name for name in vars(self) if not name.startswith("_")), *self._more_fields]))
 
     def get(self, field: str, default: Any = None) -> Any:
         return getattr(self, field) if field in self else default
@@ -342,37 +357,48 @@ class ComputeTask(Task):
 
 
 class AITask(Task):
-    """A prompt, or a list of prompts, for a language model.
+    """A prompt, a list of prompts, or the messages of a conversation, for a language model.
 
-    prompt          a text or a list of texts; a task stands for its return value
+    prompt          a text or a list of texts; a task stands for its return value, and a Text holds some
+    messages        instead of prompt: dicts with role ("system", "user" or "assistant") and content, a text like prompt
     model           a name that the backend serves; default is the backend's own
     system_prompt   instructions that come before the prompt
     temperature     0.0 to 2.0        top_p   0.0 to 1.0        top_k   a positive number, or -1 for all
     max_tokens      the most tokens to generate for one prompt
     seed            a whole number: the same seed, prompt and server give the same answer
+    n               how many answers each prompt gets, up to 128
+    logprobs        with each token its log probability, and those of so many of the likeliest, up to 20
     stop_sequences  texts that end the answer and are not part of it
     json_schema     a JSON schema of an object, which the answer is held to
     task_backend_specific_kwargs   timeout in seconds
 
-    `return_value` and `response` are the answer: a text for one prompt, a list in order for a list. With json_schema
-    an answer is the object itself, as a dict; the task is FAILED where one was cut or does not fit.
+    From temperature to json_schema, a task or a Part stands for a value that is there, and looked at, when this one
+    starts.
+
+    `return_value` and `response` are the answer: a text for one prompt, a list in order for a list. With n above 1 an
+    answer is the list of them. With json_schema it is the object itself, as a dict; the task is FAILED where one was
+    cut or does not fit. With logprobs it is `{"text": ..., "logprobs": [{"token": ..., "logprob": ...,
+    "top_logprobs": [{"token": ..., "logprob": ...}, ...]}, ...]}`.
     """
 
     kind = "ai"
 
     def __init__(
         self,
-        prompt: Any,
+        prompt: Any = None,
         *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         model: str | None = None,
-        system_prompt: str | None = None,
-        temperature: float | None = None,
-        max_tokens: int | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop_sequences: Sequence[str] | None = None,
-        json_schema: dict[str, Any] | None = None,
+        system_prompt: str | Task | Part | Text | None = None,
+        temperature: float | Task | Part | None = None,
+        max_tokens: int | Task | Part | None = None,
+        top_p: float | Task | Part | None = None,
+        top_k: int | Task | Part | None = None,
+        seed: int | Task | Part | None = None,
+        n: int | Task | Part | None = None,
+        logprobs: int | Task | Part | None = None,
+        stop_sequences: Sequence[str] | Task | Part | None = None,
+        json_schema: dict[str, Any] | Task | Part | None = None,
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
         **common: Any,
     ) -> None:
@@ -380,39 +406,61 @@ class AITask(Task):
         super().__init__(**common)
         self.prompt = prompt
         self.model = model
-        self.system_prompt = system_prompt
-        self.temperature = _in_range("temperature", temperature, 0.0, 2.0)
-        self.max_tokens = _whole("max_tokens", max_tokens, least=1)
-        self.top_p = _in_range("top_p", top_p, 0.0, 1.0)
-        self.top_k = top_k if top_k == -1 else _whole("top_k", top_k, least=1)
-        self.seed = _whole("seed", seed, least=0)
-        if self.seed is not None and self.seed >= 2**63:
-            raise InvalidTask(f"seed is {seed}; valid is less than 2**63.")
-        self.stop_sequences = _texts("stop_sequences", stop_sequences)
-        self.json_schema = json_schema
+        asked: dict[str, Any] = {"messages": messages, "system_prompt": system_prompt, "temperature": temperature}
+        asked |= {"max_tokens": max_tokens, "top_p": top_p, "top_k": top_k, "seed": seed, "n": n, "logprobs": logprobs}
+        asked |= {"stop_sequences": stop_sequences, "json_schema": json_schema}
+        for field, value in asked.items():
+            if value is not None:
+                setattr(self, field, value)
         self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
         refuse_unknown(
             "key of an AITask's task_backend_specific_kwargs", self.task_backend_specific_kwargs, ["timeout"]
         )
         self._timeout_s = read_timeout(self.task_backend_specific_kwargs)
-        self._prompts = self._read_prompts()
-        self._schema = None if json_schema is None else encode_schema(json_schema)
+        if logprobs is not None and json_schema is not None:
+            raise InvalidTask("logprobs and json_schema contradict each other; give one of them.")
+        self._refuse_wrong_texts()
+        self._checked = {
+            field: checked(field, value) for field, value in self._sampling() if not isinstance(value, Task | Part)
+        }
 
-    def _read_prompts(self) -> tuple[str | Task | Part, ...]:
-        prompts = self.prompt if isinstance(self.prompt, list | tuple) else [self.prompt]
-        if not prompts:
+    messages: Sequence[Mapping[str, Any]] | None = None
+    system_prompt: str | Task | Part | Text | None = None
+    temperature: float | Task | Part | None = None
+    max_tokens: int | Task | Part | None = None
+    top_p: float | Task | Part | None = None
+    top_k: int | Task | Part | None = None
+    seed: int | Task | Part | None = None
+    n: int | Task | Part | None = None
+    logprobs: int | Task | Part | None = None
+    stop_sequences: Sequence[str] | Task | Part | None = None
+    json_schema: dict[str, Any] | Task | Part | None = None
+
+    def _sampling(self) -> Iterator[tuple[str, Any]]:
+        """What is given of it."""
+        return ((field, value) for field in SAMPLING if (value := getattr(self, field)) is not None)
+
+    def _refuse_wrong_texts(self) -> None:
+        if self.messages is not None:
+            for field in ("prompt", "system_prompt"):
+                if getattr(self, field) is not None:
+                    raise InvalidTask(f"messages and {field} contradict each other; write it as one of the messages.")
+            _refuse_messages(self.messages)
+            return
+        if not self._prompts:
             raise InvalidTask("prompt is an empty list; give a text or at least one text.")
-        for prompt in prompts:
-            if not isinstance(prompt, str | Task | Part):
-                messages = " Chat messages are not taken: give system_prompt and prompt." if _is_message(prompt) else ""
-                raise InvalidTask(
-                    f"prompt is a text, a task, or a list of these; got a {type(prompt).__name__}.{messages}"
-                )
-            if isinstance(prompt, str) and not prompt.strip():
-                raise InvalidTask("a prompt is empty; write what the model shall answer.")
-        return tuple(prompts)
+        for prompt in self._prompts:
+            if isinstance(prompt, dict) and "role" in prompt:
+                raise InvalidTask("prompt holds a message with a role; give the messages of a chat as messages.")
+            _refuse_content("prompt", prompt)
+        if self.system_prompt is not None:
+            _refuse_content("system_prompt", self.system_prompt)
 
-    _more_fields = (*Task._more_fields, "response")
+    @property
+    def _prompts(self) -> Sequence[Any]:
+        return self.prompt if isinstance(self.prompt, list | tuple) else [self.prompt]
+
+    _more_fields = (*Task._more_fields, "response", "messages", "system_prompt", *SAMPLING)
 
     @property
     def response(self) -> Any:
@@ -427,21 +475,18 @@ class AITask(Task):
         return isinstance(self.prompt, list | tuple)
 
     def _find_needs(self) -> Iterable[Task]:
-        return _tasks_in(self._prompts)
+        return _tasks_in([self.prompt, self.messages, self.system_prompt, *(value for _, value in self._sampling())])
 
     def spec(self, encoder: Encoder) -> TaskSpec:
+        referring = {field: ref for field, value in self._sampling() if (ref := reference(value)) is not None}
         work = Completion(
-            prompts=tuple(_argument(prompt) for prompt in self._prompts),
+            prompts=() if self.messages else tuple(map(_content, self._prompts)),
+            messages=tuple(Message(each["role"], _content(each["content"])) for each in self.messages or ()),
             many=self.many,
             model=self.model,
-            system_prompt=self.system_prompt,
-            temperature=self.temperature,
-            max_tokens=self.max_tokens,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-            stop_sequences=tuple(self.stop_sequences or ()),
-            json_schema=self._schema,
+            system_prompt=None if self.system_prompt is None else _content(self.system_prompt),
+            **self._checked,
+            **referring,
         )
         return TaskSpec(uid=self.uid, work=work, layout=Layout("native"), timeout_s=self._timeout_s)
 
@@ -465,10 +510,8 @@ def _refuse_foreign(fields: Iterable[str]) -> None:
 
 _COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure"}
 _COMPUTE_FIELDS = ("function", "executable", "args", "kwargs", "arguments", "task_backend_specific_kwargs")
-_AI_FIELDS = (
-    *("prompt", "model", "system_prompt", "temperature", "max_tokens", "top_p", "top_k", "seed", "stop_sequences"),
-    *("json_schema", "task_backend_specific_kwargs"),
-)
+_AI_FIELDS = ("prompt", "messages", "model", "system_prompt", *SAMPLING, "task_backend_specific_kwargs")
+_MESSAGES = 'valid is a list such as [{"role": "user", "content": "..."}]'
 
 
 def reference(item: object) -> Ref | None:
@@ -478,8 +521,35 @@ def reference(item: object) -> Ref | None:
     return Ref(item.task.uid, item.path) if isinstance(item, Part) else None
 
 
-def _is_message(prompt: object) -> bool:
-    return isinstance(prompt, dict) and "role" in prompt
+def _content(text: Any) -> Content:
+    """A text for a model, as a backend gets it."""
+    return tuple(map(_argument, text.parts)) if isinstance(text, Text) else _argument(text)
+
+
+def _refuse_messages(messages: object) -> None:
+    if not isinstance(messages, list | tuple) or not messages:
+        raise InvalidTask(f"messages is {messages!r}; {_MESSAGES}.")
+    for message in messages:
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise InvalidTask(f"messages holds {message!r}; {_MESSAGES}.")
+        if message["role"] not in get_args(Role):
+            raise InvalidTask(f'the role of a message is {message["role"]!r}; valid: "system", "user", "assistant".')
+        _refuse_content("content", message["content"])
+
+
+def _refuse_content(field: str, text: object) -> None:
+    parts = text.parts if isinstance(text, Text) else (text,)
+    for part in parts:
+        if not isinstance(part, str | Task | Part):
+            raise InvalidTask(
+                f"{field} is a text, a task, or a Text with both{_OR_LIST.get(field, '')}; got a {type(part).__name__}."
+            )
+    if all(isinstance(part, str) and not part.strip() for part in parts):
+        raise InvalidTask(f"{_EMPTY.get(field, field)} is empty; write what the model shall read.")
+
+
+_OR_LIST = {"prompt": ", or a list of these"}
+_EMPTY = {"prompt": "a prompt", "content": "the content of a message"}
 
 
 def _argument(item: object) -> str | Ref:
@@ -497,6 +567,8 @@ def _tasks_in(value: object) -> Iterator[Task]:
             yield item.task
         elif isinstance(item, Task):
             yield item
+        elif isinstance(item, Text):
+            pending.extend(item.parts)
         elif isinstance(item, _CONTAINERS) and id(item) not in seen:
             seen.add(id(item))
             pending.extend(item.values() if isinstance(item, dict) else item)
@@ -618,28 +690,6 @@ def _delay(seconds: float) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 3600:
         raise InvalidTask(f"retry_delay_s is {seconds!r}; valid is a number of seconds from 0 to 3600.")
     return float(seconds)
-
-
-def _in_range(field: str, value: float | None, low: float, high: float) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InvalidTask(f"{field} is {value!r}; valid is a number from {low} to {high}.")
-    return float(value)
-
-
-def _whole(field: str, value: int | None, least: int) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST):
-        raise InvalidTask(f"{field} is {value!r}; valid is a whole number from {least} to {_MOST}.")
-    return value
-
-
-def _texts(field: str, value: Sequence[str] | None) -> list[str] | None:
-    if value is None:
-        return None
-    if isinstance(value, str) or not all(isinstance(text, str) and text for text in value):
-        raise InvalidTask(f"{field} is {value!r}; valid is a list of texts that are not empty.")
-    return list(value)
 
 
 def rank_of(outcome: RankOutcome, read: Callable[[Value], Any]) -> Rank:

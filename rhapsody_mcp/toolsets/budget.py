@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from mcp.server.mcpserver import Elicit
 
+from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.runtime.items import with_item
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.asking import Asking, Confirm, Desk, ask
-from rhapsody_mcp.toolsets.requests import TaskRequest
+from rhapsody_mcp.toolsets.requests import StandIn, TaskRequest
 from rhapsody_mcp.toolsets.submitting import check, submitted_before
 
 __all__ = ["Load", "ask_to_exceed", "asked_for", "excess"]
@@ -30,10 +32,26 @@ def asked_for(requests: Iterable[TaskRequest]) -> Load:
     load = Load(0, 0)
     for request in requests:
         each = request.for_each
-        times = len(each) if isinstance(each, list) else each if isinstance(each, int) else 1
-        prompts = len(request.prompt) if isinstance(request.prompt, list) else 1
-        load = load.and_(Load(times, times * prompts * (request.max_tokens or 0)))
+        items: Sequence[Any] = each if isinstance(each, list) else range(each) if isinstance(each, int) else [None]
+        load = load.and_(Load(len(items), _tokens(request, items)))
     return load
+
+
+def _tokens(request: TaskRequest, items: Sequence[Any]) -> int:
+    """The most that its answers may have; none of what an earlier result is to say."""
+    prompts = len(request.prompt) if isinstance(request.prompt, list) else 1
+    if isinstance(request.max_tokens, dict) or isinstance(request.n, dict):
+        return prompts * sum(_number(request.max_tokens, item) * (_number(request.n, item) or 1) for item in items)
+    return prompts * len(items) * (request.max_tokens or 0) * (request.n or 1)
+
+
+def _number(asked: int | StandIn | None, item: Any) -> int:
+    if isinstance(asked, dict):
+        try:
+            asked = with_item(asked, item).get("literal")
+        except InvalidTask:
+            asked = 0  # which its submission will refuse
+    return asked if isinstance(asked, int) else 0
 
 
 def excess(load: Load, settings: Settings) -> list[str]:

@@ -29,15 +29,15 @@ class SessionStatistics(Reply):
     total_tasks: Annotated[int, UNTOLD]
     counts: Annotated[dict[str, int], UNTOLD]
     ran: Annotated[int, UNTOLD]
-    times_s: Annotated[dict[str, dict[str, float]] | None, UNTOLD] = None
-    makespan_s: Annotated[float | None, UNTOLD] = None
+    times_s: SkipJsonSchema[dict[str, dict[str, float]] | None] = None
+    makespan_s: SkipJsonSchema[float | None] = None
     idle_s: SkipJsonSchema[float | None] = None
-    tasks_per_s: Annotated[float | None, UNTOLD] = None
-    tokens: Annotated[dict[str, float | None] | None, UNTOLD] = None
-    busy: Annotated[list[dict[str, Any]] | None, UNTOLD] = None
-    critical_path: Annotated[dict[str, Any] | None, UNTOLD] = None
+    tasks_per_s: SkipJsonSchema[float | None] = None
+    tokens: SkipJsonSchema[dict[str, float | None] | None] = None
+    busy: SkipJsonSchema[list[dict[str, Any]] | None] = None
+    critical_path: SkipJsonSchema[dict[str, Any] | None] = None
     groups: Annotated[dict[str, dict[str, Any]], UNTOLD]
-    groups_left_out: Annotated[int | None, UNTOLD] = None
+    groups_left_out: SkipJsonSchema[int | None] = None
     replaced: SkipJsonSchema[int | None] = None
 
 

@@ -15,9 +15,9 @@ from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.items import as_text, holds_item, with_item
 from rhapsody_mcp.runtime.open_sessions import OpenSession
-from rhapsody_mcp.runtime.references import resolve
+from rhapsody_mcp.runtime.references import resolve, with_parts
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, name_of
-from rhapsody_mcp.toolsets.requests import EVERYWHERE, FIELDS, TaskRequest
+from rhapsody_mcp.toolsets.requests import EVERYWHERE, FIELDS, IN_TEXTS, STANDING, TaskRequest, is_stand_in
 
 __all__ = ["ItemMaker", "kind_of_request", "label_of", "make_task", "make_tasks"]
 
@@ -164,12 +164,12 @@ def make_task(request: TaskRequest, uid: str, task_named: TaskNamed, function_na
         "on_upstream_failure": request.on_upstream_failure,
     }
     if request.for_each is None:
-        if holds_item([getattr(request, field) for field in _WITH_ITEMS]):
+        fields, form = _fields(request), _form(request)
+        if any(_holds_item(field, fields[field]) for field in (*_WITH_ITEMS, *STANDING)):
             raise InvalidTask(
                 '{item} and {"item": true} stand for an item of for_each, which is not given; what is data goes in as '
                 '{"literal": ...}.'
             )
-        form, fields = _form(request), dict(request)
         return _make_work(form, fields, _kwargs(form, fields), task_named, _function(request, function_named), flow)
     uses = [task_named(name) for name in request.model_copy(update={"for_each": None}).references()]
     maker = ItemMaker(request, task_named, _function(request, function_named))
@@ -182,12 +182,16 @@ class ItemMaker:
     def __init__(self, request: TaskRequest, task_named: TaskNamed, function: Source | Module | None) -> None:
         self.request = request.model_copy(update={"for_each": None})
         self._task_named, self._function = task_named, function
-        self._form, self._fields = _form(self.request), dict(self.request)
-        self._places = {field: value for field in _WITH_ITEMS if (value := self._fields[field]) is not None}
-        if not isinstance(request.for_each, int) and not holds_item(self._places):
+        self._form, self._fields = _form(self.request), _fields(self.request)
+        self._places = {
+            field: value
+            for field in (*_WITH_ITEMS, *STANDING)
+            if (value := self._fields[field]) is not None and (field not in STANDING or _holds_item(field, value))
+        }
+        if not isinstance(request.for_each, int) and not any(_holds_item(*place) for place in self._places.items()):
             raise InvalidTask(
-                'for_each is given, and nothing stands for the item. Put {"item": true} into args, kwargs, arguments '
-                "or prompt, or {item} into a text there."
+                'for_each is given, and nothing stands for the item. Put {"item": true} into args, kwargs, arguments, '
+                "prompt or a field of its sampling, or {item} into a text there."
             )
         if request.process_templates and holds_item([group.template for group in request.process_templates]):
             raise InvalidTask("process_templates hold no {item}; give the task ranks, env and cwd.")
@@ -195,7 +199,7 @@ class ItemMaker:
 
     def __call__(self, item: Any, number: int) -> ComputeTask | AITask:
         places = {field: with_item(value, item) for field, value in self._places.items()}
-        for field in ("arguments", "prompt"):
+        for field in ("arguments", "prompt", "messages"):
             if field in places:
                 places[field] = _told(places[field])
         fields = {**self._fields, **places}
@@ -203,18 +207,34 @@ class ItemMaker:
         return _make_work(self._form, fields, kwargs, self._task_named, self._function, {})
 
 
+def _fields(request: TaskRequest) -> dict[str, Any]:
+    """With the references in texts apart from what an item may bring into them."""
+    return {field: with_parts(value) if field in IN_TEXTS else value for field, value in request}
+
+
 def _told(value: Any) -> Any:
     """Items as texts, where a program or a model gets them."""
     if isinstance(value, list):
         return [_told(part) for part in value]
-    if not isinstance(value, dict) or value.keys() != {"literal"}:
+    if not isinstance(value, dict):
         return value
+    if value.keys() != {"literal"}:
+        return {key: _told(part) for key, part in value.items()}
     item = value["literal"]
     return value if isinstance(item, Task | Part) else as_text(item)
 
 
-_SAMPLING = FIELDS["prompt"] - {"prompt"} - EVERYWHERE
-_WITH_ITEMS = ("args", "kwargs", "executable", "arguments", "prompt", "system_prompt", "env", "cwd")
+def _holds_item(field: str, value: Any) -> bool:
+    """Only as a whole a field of the sampling stands for an item: a JSON schema may have a property of that name."""
+    if field in STANDING and field != "stop_sequences":
+        return is_stand_in(value) and "item" in value
+    return holds_item(value)
+
+
+_OF_A_MODEL = FIELDS["prompt"] - EVERYWHERE | {"messages"}
+_WITH_ITEMS = (
+    *("args", "kwargs", "executable", "arguments", "prompt", "messages", "system_prompt", "model", "env", "cwd"),
+)
 
 
 def _items(request: TaskRequest, task_named: TaskNamed) -> Any:
@@ -235,10 +255,9 @@ def _make_work(
     flow: Mapping[str, Any],
 ) -> ComputeTask | AITask:
     """`fields` are those of a request, with an item in its places, and `asked` what the backend is told."""
-    if form == "prompt":
-        sampling = {field: fields[field] for field in _SAMPLING}
-        prompt = resolve(fields["prompt"], task_named)
-        return AITask(prompt, **sampling, **flow, task_backend_specific_kwargs=asked)
+    if form in ("prompt", "messages"):
+        given = {field: _resolved(field, fields[field], task_named) for field in _OF_A_MODEL}
+        return AITask(**given, **flow, task_backend_specific_kwargs=asked)
     if form == "executable":
         arguments = [_argument(argument) for argument in resolve(fields["arguments"] or [], task_named)]
         return ComputeTask(
@@ -248,6 +267,11 @@ def _make_work(
     if not isinstance(kwargs, dict | Task | Part):
         raise InvalidTask(f"kwargs is an object with the function's arguments by name, not {kwargs!r}.")
     return ComputeTask(function, args=args, kwargs=kwargs, **flow, task_backend_specific_kwargs=asked)
+
+
+def _resolved(field: str, value: Any, task_named: TaskNamed) -> Any:
+    stands = is_stand_in(value) or (isinstance(value, dict) and value.keys() == {"literal"})
+    return resolve(value, task_named) if field in IN_TEXTS or (field in STANDING and stands) else value
 
 
 def _function(request: TaskRequest, function_named: FunctionNamed) -> Source | Module | None:
@@ -263,6 +287,7 @@ _KINDS: dict[str, Kind] = {
     "function": "function",
     "executable": "executable",
     "prompt": "prompt",
+    "messages": "prompt",
 }
 
 
@@ -286,7 +311,7 @@ def _form(request: TaskRequest) -> str:
 def _kwargs(form: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The time and the processes that are asked for, in the words of `task_backend_specific_kwargs`."""
     timeout = {"timeout": fields["timeout_s"]} if fields["timeout_s"] is not None else {}
-    return timeout if form == "prompt" else {**timeout, **_layout(fields)}
+    return timeout if form in ("prompt", "messages") else {**timeout, **_layout(fields)}
 
 
 def _layout(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,11 +11,9 @@ from rhapsody_mcp.runtime.open_sessions import OpenSession
 from rhapsody_mcp.runtime.references import renamed
 from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.toolsets.making import make_task
-from rhapsody_mcp.toolsets.requests import TaskRequest
+from rhapsody_mcp.toolsets.requests import IN_TEXTS, REFERRING, STANDING, TaskRequest, is_stand_in
 
 __all__ = ["read_recipe", "write_recipes"]
-
-_IN_DATA = ("args", "kwargs", "arguments", "prompt", "for_each")
 
 
 class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -37,8 +35,10 @@ def write_recipes(requests: Sequence[TaskRequest], made: Sequence[Task], opened:
 
 def _recipe(request: TaskRequest, uid_of: Callable[[str], str], opened: OpenSession) -> Recipe:
     data = request.model_dump(mode="json", exclude_defaults=True)
-    for field in _IN_DATA:
-        if field in data:
+    for field in (REFERRING | IN_TEXTS) & data.keys():
+        data[field] = renamed(data[field], uid_of, texts=field in IN_TEXTS)
+    for field in STANDING & data.keys():
+        if is_stand_in(data[field]):
             data[field] = renamed(data[field], uid_of)
     if "after" in data:
         data["after"] = [uid_of(name) for name in data["after"]]

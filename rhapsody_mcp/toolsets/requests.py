@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from rhapsody_mcp.runtime.references import names_in
+from rhapsody_mcp.model.sampling import MOST_ANSWERS, MOST_LOGPROBS, SAMPLING
+from rhapsody_mcp.runtime.references import names_in, with_parts
 from rhapsody_mcp.toolsets.schemas import Name
 
-__all__ = ["EVERYWHERE", "FIELDS", "Env", "RankGroup", "TaskRequest"]
+__all__ = [
+    *("EVERYWHERE", "FIELDS", "IN_TEXTS", "REFERRING", "STANDING", "Env", "RankGroup", "StandIn", "TaskRequest"),
+    "is_stand_in",
+]
 
 
 class _Closed(BaseModel):
@@ -27,9 +31,24 @@ Env = Annotated[dict[str, str | None], BeforeValidator(_with_texts)]
 """Of a variable that is null there is none."""
 
 
-class RankGroup(_Closed):
-    """Ranks started alike."""
+def is_stand_in(value: object) -> bool:
+    """Whether it is an object that refers to a result, or stands for an item."""
+    keys = value.keys() - {"path"} if isinstance(value, dict) else None
+    return keys == {"ref"} or keys == {"item"}
 
+
+_T = TypeVar("_T")
+StandIn = dict[str, Any]
+OrStandIn = Annotated[
+    Annotated[_T, Tag("value")] | Annotated[StandIn, Tag("stand-in")],
+    Discriminator(lambda value: "stand-in" if is_stand_in(value) else "value"),
+]
+"""For a field whose value may also be an object that stands for one."""
+Count = Annotated[int, Field(ge=1)]
+
+
+class RankGroup(_Closed):
+    # ranks started alike; no docstring: it would go into the tool's schema
     ranks: Annotated[int, Field(ge=1)]
     env: Env | None = None
     cwd: str | None = None
@@ -44,8 +63,7 @@ class RankGroup(_Closed):
 
 
 class TaskRequest(_Closed):
-    """One task: exactly one of source, function, executable and prompt."""
-
+    # one task: exactly one of source, function, executable, prompt and messages; the card says so
     name: Annotated[Name | None, Field(description='How references and later calls name it, e.g. "train".')] = None
     source: Annotated[
         str | None,
@@ -69,19 +87,36 @@ class TaskRequest(_Closed):
         str | list[Any] | dict[str, Any] | None,
         Field(description="Text, list of texts (the result is a list), or reference."),
     ] = None
+    messages: Annotated[
+        list[dict[str, Any]] | None,
+        Field(description='A chat, e.g. [{"role": "user", "content": "Explain {ref:train/loss}."}].'),
+    ] = None
     system_prompt: Annotated[str | None, Field(description="Instructions that come before prompt.")] = None
     model: Annotated[str | None, Field(description="Default is the backend's own.")] = None
     temperature: Annotated[
-        float | None, Field(ge=0, le=2, description="Of prompt: randomness, 0 to 2; default: the model's, mostly 1.")
+        OrStandIn[Annotated[float, Field(ge=0, le=2)]] | None,
+        Field(description="Randomness; default: the model's, mostly 1."),
     ] = None
-    max_tokens: Annotated[int | None, Field(ge=1, description="Of prompt: most tokens of one answer.")] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1, description="Of prompt: nucleus sampling, 0 to 1.")] = None
-    top_k: Annotated[int | None, Field(ge=-1, description="Of prompt: candidate tokens; -1 for all.")] = None
-    seed: Annotated[int | None, Field(ge=0, description="Of prompt: repeats its answer.")] = None
-    stop_sequences: Annotated[list[str] | None, Field(description="Of prompt: texts that end an answer.")] = None
+    max_tokens: Annotated[OrStandIn[Count] | None, Field(description="Most tokens of one answer.")] = None
+    top_p: Annotated[OrStandIn[Annotated[float, Field(ge=0, le=1)]] | None, Field(description="Nucleus sampling.")] = (
+        None
+    )
+    top_k: Annotated[
+        OrStandIn[Annotated[int, Field(ge=-1)]] | None, Field(description="Candidate tokens; -1 for all.")
+    ] = None
+    seed: Annotated[OrStandIn[Annotated[int, Field(ge=0)]] | None, Field(description="Repeats its answer.")] = None
+    n: Annotated[
+        OrStandIn[Annotated[int, Field(ge=1, le=MOST_ANSWERS)]] | None,
+        Field(description="Answers to each prompt, as a list."),
+    ] = None
+    logprobs: Annotated[
+        OrStandIn[Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]] | None,
+        Field(description="Tokens too, with so many likely ones each."),
+    ] = None
+    stop_sequences: Annotated[OrStandIn[list[str]] | None, Field(description="Texts that end an answer.")] = None
     json_schema: Annotated[
         dict[str, Any] | None,
-        Field(description="Of prompt: JSON schema of the answer, which is then an object."),
+        Field(description="JSON schema of the answer, which is then an object."),
     ] = None
     backend: Annotated[str | None, Field(description="Default is the session's first that can run it.")] = None
     process: Annotated[bool, Field(description="true gives a function a process of its own.")] = False
@@ -102,10 +137,7 @@ class TaskRequest(_Closed):
     timeout_s: Annotated[float | None, Field(gt=0, description="FAILED after this many seconds of running.")] = None
     for_each: Annotated[
         list[Any] | dict[str, Any] | Annotated[int, Field(ge=1, le=100_000, strict=True)] | None,
-        Field(
-            description='Run it for each item of a list, or of a reference to one, or so many times; {"item": true}, '
-            "or {item} in a text, is the item. The result is a list."
-        ),
+        Field(description='Items to run it for, each {"item": true}: a list, a reference to one, or a number.'),
     ] = None
     after: Annotated[
         list[str] | None, Field(description="Tasks that must be DONE first, besides those it refers to.")
@@ -126,22 +158,27 @@ class TaskRequest(_Closed):
 
     def references(self) -> set[str]:
         """The names of the tasks whose results this one needs."""
-        in_data = [self.args or [], self.kwargs or {}, self.arguments or [], self.prompt, self.for_each]
-        return set(names_in(in_data))
+        in_data = [getattr(self, field) for field in REFERRING]
+        in_data += [value for field in STANDING if is_stand_in(value := getattr(self, field))]
+        return set(names_in([*in_data, *(with_parts(getattr(self, field)) for field in IN_TEXTS)]))
 
 
+REFERRING = frozenset({"args", "kwargs", "arguments", "for_each"})
+"""Fields in which a reference may stand at any depth."""
+IN_TEXTS = frozenset({"prompt", "messages", "system_prompt"})
+"""Such fields that have references also in their texts."""
+STANDING = frozenset(SAMPLING)
+"""Fields whose whole value may be a reference, or stand for an item."""
 _FLOW = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure"}
 EVERYWHERE = {"name", "backend", "timeout_s", *_FLOW}
 """Fields that every task has."""
 _PROCESSES = {"process", "ranks", "mpi", "process_templates", "env", "cwd"}
+_MODEL = {"system_prompt", "model", *SAMPLING, *EVERYWHERE}
 FIELDS = {
     "source": {"source", "entry", "args", "kwargs", *_PROCESSES, *EVERYWHERE},
     "function": {"function", "args", "kwargs", *_PROCESSES, *EVERYWHERE},
     "executable": {"executable", "arguments", *_PROCESSES, *EVERYWHERE},
-    "prompt": {
-        *("prompt", "system_prompt", "model", "temperature", "max_tokens", "top_p", "top_k", "seed", "stop_sequences"),
-        "json_schema",
-        *EVERYWHERE,
-    },
+    "prompt": {"prompt", *_MODEL},
+    "messages": {"messages", *_MODEL - {"system_prompt"}},
 }
 """Which fields a task has, by the one that says what it runs."""

@@ -61,7 +61,7 @@ def as_meant(schema: Schema, value: Any) -> Any:
     null is absent, a lone text or object stands for a list of one, a choice may be in any letter case, and lists and
     objects that came as texts of JSON, as some hosts send them, are read. What the schema says nothing of stays.
     """
-    if schema.get("type") in ("array", "object"):
+    if (types := _types(schema)) & {"array", "object"} and "string" not in types:
         value = _listed(schema, _read_text(value))
     if isinstance(value, list) and "items" in schema:
         return [as_meant(schema["items"], item) for item in value]
@@ -70,6 +70,11 @@ def as_meant(schema: Schema, value: Any) -> Any:
     if isinstance(value, str) and value not in (choices := schema.get("enum", [value])):
         return next((choice for choice in choices if choice.casefold() == value.casefold()), value)
     return value
+
+
+def _types(schema: Schema) -> set[str]:
+    kind = schema.get("type", ())
+    return {kind} if isinstance(kind, str) else set(kind)
 
 
 def _read_text(value: Any) -> Any:
@@ -91,7 +96,7 @@ def _flat_node(node: Schema, definitions: Schema) -> Schema:
     if "$ref" in node:
         named = definitions[node["$ref"].rpartition("/")[2]]
         node = {**named, **{key: value for key, value in node.items() if key != "$ref"}}
-    node = _without_null(node)
+    node = _with_types(_without_null(node))
     return {
         key: _flat_value(key, value, definitions)
         for key, value in node.items()
@@ -110,6 +115,18 @@ def _without_null(node: Schema) -> Schema:
     left = [choice for choice in choices if choice != _NULL]
     rest = {key: value for key, value in node.items() if key != "anyOf"}
     return {**left[0], **rest} if len(left) == 1 else {**rest, "anyOf": left}
+
+
+def _with_types(node: Schema) -> Schema:
+    """With a list of types in the place of choices that differ in their type: fewer words for the same."""
+    name = "oneOf" if "oneOf" in node else "anyOf"
+    choices = node.get(name, [])
+    types = [choice.get("type") for choice in choices]
+    if not choices or not all(isinstance(kind, str) for kind in types) or len(set(types)) < len(types):
+        return node
+    rest = {key: value for key, value in node.items() if key != name}
+    limits = {key: value for choice in choices for key, value in choice.items()}
+    return {**rest, **limits, "type": types}
 
 
 def _flat_value(key: str, value: Any, definitions: Schema) -> Any:

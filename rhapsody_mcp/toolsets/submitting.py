@@ -33,12 +33,12 @@ _LOOKED_AT_CHARS = 64 * 1024
 
 
 class Submitted(Reply):
-    """`repeated`: by an earlier call with the same key. `graph` and `problems` come with a dry run, of which nothing
-    is submitted: the ids are those that the tasks would get."""
+    """`repeated`: by an earlier call with the same key. A dry run gives `graph` and `problems`, and the ids that tasks
+    would get."""
 
     session: str
     submitted: int
-    first: Annotated[str, Field(description="Id of the first task; the others count on in order.")]
+    first: Annotated[str, Field(description="Id; the others count on in order.")]
     last: str
     names: Annotated[dict[str, str], UNTOLD]
     counts: Annotated[dict[str, int], UNTOLD]
@@ -146,21 +146,27 @@ def _suspects(requests: Sequence[TaskRequest], opened: OpenSession, made: Sequen
     named = {task.name for task in made}
     told = []
     for index, request in enumerate(requests):
-        texts = " ".join(_texts_in([request.args, request.kwargs, request.arguments, request.prompt]))[
-            :_LOOKED_AT_CHARS
-        ]
-        written = ((match.group(), next(filter(None, match.groups()))) for match in _REFERENCE_IN_TEXT.finditer(texts))
-        found = next(((text, name) for text, name in written if name in named or opened.named(name)), None)
-        if found is not None:
-            text, name = found
-            told.append(
-                f"{label_of(index, request)}: the text {text} stays as it is; {name}'s result is the value "
-                f'{{"ref": "{name}"}}'
-            )
+        found = _suspect(
+            [request.args, request.kwargs, request.arguments], named, opened, '{{"ref": "{}"}}', "the value "
+        ) or _suspect([request.prompt, request.system_prompt, request.messages], named, opened, "{{ref:{}}}", "")
+        if found:
+            told.append(f"{label_of(index, request)}: {found}")
     return told
 
 
-_REFERENCE_IN_TEXT = re.compile(r'\{([A-Za-z][\w.-]{0,63})\}|\$([A-Za-z][\w-]{0,63})|"ref": ?"([^"]{1,64})"')
+def _suspect(data: list[Any], named: Collection[str | None], opened: OpenSession, right: str, what: str) -> str:
+    """What is wrong with the first text in it that seems to refer to a task, and `right` with its name; or nothing."""
+    texts = " ".join(_texts_in(data))[:_LOOKED_AT_CHARS]
+    for match in _REFERENCE_IN_TEXT.finditer(texts):
+        name = next(filter(None, match.groups()))
+        if (name in named or opened.named(name)) and match.group() != right.format(name):
+            return f"the text {match.group()} stays as it is; {name}'s result is {what}{right.format(name)}"
+    return ""
+
+
+_REFERENCE_IN_TEXT = re.compile(
+    r'\{([A-Za-z][\w.-]{0,63})\}|\{ref:([A-Za-z][\w.-]{0,63})\}|\$([A-Za-z][\w-]{0,63})|"ref": ?"([^"]{1,64})"'
+)
 
 
 def _left_canceled(opened: OpenSession, replaced: Collection[Task]) -> str:

@@ -33,6 +33,7 @@ class StandIn:
         self.answer: Answer = lambda prompt: f"answer to {prompt}"
         self.models = ["tiny", "other"]
         self.no_batches: int | None = None
+        self.gives_logprobs = True
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.at_work: list[str] = []
@@ -90,7 +91,11 @@ class StandIn:
             texts = [self.answer(prompt) for prompt in prompts]
         except Refusal as refusal:
             return JSONResponse({"error": {"message": str(refusal)}}, refusal.status)
-        return JSONResponse(_completion(texts, prompts, body.get("max_tokens")))
+        reply = _completion([text for text in texts for _ in range(body.get("n", 1))], prompts, body.get("max_tokens"))
+        if body.get("logprobs") and self.gives_logprobs:
+            for choice in reply["choices"]:
+                choice["logprobs"] = {"content": [_token(letter, body) for letter in choice["message"]["content"]]}
+        return JSONResponse(reply)
 
 
 def conversations(body: dict[str, Any]) -> list[list[dict[str, str]]]:
@@ -112,6 +117,11 @@ def _completion(texts: list[str], prompts: list[str], most_tokens: int | None) -
     ]
     usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": sum(map(len, written))}
     return {"choices": choices, "usage": usage}
+
+
+def _token(letter: str, body: dict[str, Any]) -> dict[str, Any]:
+    likely = [{"token": letter, "logprob": -0.5, "bytes": None}, {"token": "?", "logprob": -1.5, "bytes": None}]
+    return {**likely[0], "top_logprobs": likely[: body["top_logprobs"]]}
 
 
 async def _gone(request: Request) -> None:

@@ -178,6 +178,15 @@ OVER = [
         "and its budget is 200 (budget_tokens in the server's settings).",
         id="for each",
     ),
+    pytest.param(
+        Settings(budget_tokens=200),
+        [
+            {"prompt": "x", "max_tokens": {"item": True}, "n": 2, "for_each": [10, 20]},
+            {"prompt": ["x", "y"], "max_tokens": 30, "n": 3},
+        ],
+        "gives session-1 240 tokens of answers, and its budget is 200 (budget_tokens in the server's settings).",
+        id="several answers",
+    ),
 ]
 
 

@@ -99,6 +99,25 @@ async def test_prompts_keep_every_parameter(agent: Agent, tmp_path: Path) -> Non
     assert fixed["sampling"] == {"model": "the backend's own", "temperature": 0.0, "seeded": True}
 
 
+async def test_chats_and_texts_with_results_are_written(agent: Agent, tmp_path: Path) -> None:
+    message = {"role": "user", "content": "{item/who}: {ref:numbers/0}"}
+    drawn = {"messages": [message], "temperature": {"item": True, "path": "/t"}, "n": 2, "model": "{item/who}"}
+    await submit(
+        agent,
+        {"name": "numbers", "source": "def numbers():\n    return [1, 2]"},
+        {"name": "told", "prompt": "{{item}} {ref:numbers}", "seed": {"ref": "numbers", "path": "/1"}, "for_each": 2},
+        {"name": "drawn", **drawn, "for_each": [{"who": "m", "t": 0.5}]},
+    )
+    script, record = await export(agent, tmp_path)
+    assert "AITask(Text('{item} ', numbers_), seed=Part(numbers_, '/1'))" in script
+    chat = "{'role': 'user', 'content': Text(text(part(item, '/who')) + ': ', Part(numbers_, '/0'))}"
+    assert f"messages=[{chat}],\n" in script and "temperature=part(item, '/t'),\n" in script
+    assert "model=text(part(item, '/who')),\n" in script and "n=2,\n" in script
+    rows = {row["name"]: row.get("sampling") for row in record["tasks"]}
+    assert rows["drawn[0]"] == {"model": "m", "temperature": 0.5, "n": 2, "seeded": False}
+    assert rows["told[0]"]["seed"] == {"result_of": "task.000001", "path": "/1"}
+
+
 async def test_a_for_each_is_written_with_its_items_and_the_task_for_one(agent: Agent, tmp_path: Path) -> None:
     await submit(
         agent,

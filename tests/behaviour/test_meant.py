@@ -114,7 +114,9 @@ async def test_the_valid_fields_are_listed_once(agent: Agent) -> None:
     assert "have no field 'depends_on' (did you mean 'after'?). Valid: name, source, entry, function, " in text
     assert text.count("Valid: ") == 1
     idle = await refusal(agent, *({"source": DOUBLE, "args": [1], "temperature": 1} for _ in range(3)))
-    assert idle.count("temperature has no effect on a task with source; it belongs to one with prompt.") == 3
+    assert (
+        idle.count("temperature has no effect on a task with source; it belongs to one with prompt or messages.") == 3
+    )
 
 
 async def test_args_as_an_object_leads_to_kwargs(agent: Agent) -> None:

@@ -127,6 +127,24 @@ async def test_one_that_was_lost_can_be_submitted_again_under_its_name(life: Lif
         assert (await waited(agent))["counts"] == {"DONE": 1} and await result(agent, "sum") == 3
 
 
+async def test_a_prompt_keeps_the_results_in_its_text_when_their_names_are_anothers(life: Life) -> None:
+    told = {"name": "told", "prompt": "{{ref:sum}} is {ref:sum}", "retries": 1}
+    drawn = {
+        "name": "drawn",
+        "messages": [{"role": "user", "content": "{ref:sum}"}],
+        "seed": {"ref": "sum"},
+        "retries": 1,
+    }
+    async with life(backend=never_ending("task.000002", "task.000003")) as agent:
+        await agent.session()
+        await submit(agent, {"name": "sum", "source": ADD, "args": [1, 2]}, told, drawn)
+        await until(agent, DONE=1, RUNNING=2)
+    async with life() as agent:
+        assert (await waited(agent))["counts"] == {"DONE": 3}
+        assert await result(agent, "told") == "answer to {ref:sum} is 3"
+        assert await result(agent, "drawn") == "answer to 3"
+
+
 async def test_a_sweep_goes_on_where_it_was(life: Life) -> None:
     items = [1, 2, 3]
     sweep = {"name": "sweep", "source": SCALE, "args": [{"item": True}], "for_each": items, "retries": 1}

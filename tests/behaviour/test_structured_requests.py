@@ -24,8 +24,8 @@ async def test_an_agents_schema_reaches_the_backend() -> None:
 
 def schema_of(agent: Agent, number: int) -> object:
     work = agent.backend.received[number].spec.work
-    assert isinstance(work, Completion)
-    return json.loads(work.json_schema or b"null")
+    assert isinstance(work, Completion) and isinstance(work.json_schema, bytes)
+    return json.loads(work.json_schema)
 
 
 async def test_a_wrong_schema_is_refused_with_the_name_of_its_task() -> None:

@@ -131,7 +131,9 @@ async def test_a_literal_is_passed_as_it_is(agent: Agent) -> None:
             id="an unknown field",
         ),
         pytest.param(
-            [{"name": "a"}], ["exactly one of source, function, executable, prompt; it has none"], id="no kind"
+            [{"name": "a"}],
+            ["exactly one of source, function, executable, prompt, messages; it has none"],
+            id="no kind",
         ),
         pytest.param([{"source": DOUBLE, "prompt": "x"}], ["it has source and prompt"], id="two kinds"),
         pytest.param(

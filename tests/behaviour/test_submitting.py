@@ -146,7 +146,12 @@ async def test_a_submission_notes_such_texts_too() -> None:
         await agent.call("submit_tasks", session=session, tasks=[HELLO])
         await agent.call("submit_tasks", session=session, tasks=[{"prompt": "Summarise: {hello}"}])
         assert "Note: tasks[0]: the text {hello} stays as it is" in agent.texts[-1]
-        reply = await agent.call("submit_tasks", session=session, tasks=[{"prompt": "A {word} in braces."}])
+        assert "hello's result is {ref:hello}" in agent.texts[-1]
+        await agent.call("submit_tasks", session=session, tasks=[{"executable": "ls", "arguments": ["{ref:hello}"]}])
+        assert (
+            """the text {ref:hello} stays as it is; hello's result is the value {"ref": "hello"}""" in agent.texts[-1]
+        )
+        reply = await agent.call("submit_tasks", session=session, tasks=[{"prompt": "{ref:hello} in {word}s."}])
         assert "Note" not in agent.texts[-1] and "problems" not in reply
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from rhapsody_mcp.api import AITask, Session
+from rhapsody_mcp.api import AITask, Session, Text
 from rhapsody_mcp.backends import DragonVllmInferenceBackend
 from rhapsody_mcp.bench.measuring import measure
 from rhapsody_mcp.bench.prompts import rows_on
@@ -150,6 +150,39 @@ async def test_the_files_defaults_reach_the_engine(session: Session, backend: Dr
     view = request_about(backend, "Write a sample for defaults.")
     assert "repetition_penalty=1.01" in view
     assert "Always answer." in view
+
+
+async def test_a_conversation_has_the_default_system_prompt_unless_it_brings_its_own(
+    session: Session, backend: DragonVllmInferenceBackend
+) -> None:
+    sample = AITask("Sample of a chat.", max_tokens=8)
+    asked = [{"role": "user", "content": Text("Chat one, ", sample)}]
+    own = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Chat two."}]
+    answers = [
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "C"},
+    ]
+    await run(session, sample, *(AITask(messages=messages, max_tokens=8) for messages in (asked, own, answers)))
+    assert "Always answer." in (view := request_about(backend, "Chat one, ")) and sample.return_value[:5] in view
+    assert "Mine." in (view := request_about(backend, "Chat two.")) and "Always answer." not in view
+
+
+async def test_several_answers_are_drawn_one_by_one_and_a_seed_repeats_them(session: Session) -> None:
+    drawn = [AITask("Several.", n=3, temperature=1.5, seed=seed, max_tokens=30) for seed in (1, 1, 2)]
+    await run(session, *drawn)
+    first, again, other = (task.return_value for task in drawn)
+    assert len(set(first)) > 1 and first == again != other
+
+
+async def test_tokens_come_with_their_log_probabilities(session: Session) -> None:
+    plain, likely = AITask("Tokens.", logprobs=0, max_tokens=5), AITask(["Tokens."], logprobs=3, n=2, max_tokens=5)
+    await run(session, plain, likely)
+    (several,) = likely.return_value
+    for answer, most in ((plain.return_value, 0), *((one, 3) for one in several)):
+        assert "".join(token["token"] for token in answer["logprobs"]) == answer["text"] != ""
+        assert all(token["logprob"] <= 0 for token in answer["logprobs"])
+        assert {len(token["top_logprobs"]) for token in answer["logprobs"]} == {most}
 
 
 def request_about(backend: DragonVllmInferenceBackend, prompt: str) -> str:

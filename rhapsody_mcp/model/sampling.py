@@ -1,0 +1,69 @@
+"""What a prompt says of how its answers are drawn, and which values are valid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.json_schemas import encode_schema
+
+__all__ = ["MOST_ANSWERS", "MOST_LOGPROBS", "SAMPLING", "checked", "whole"]
+
+MOST_ANSWERS = 128
+"""OpenAI's API takes no more either."""
+MOST_LOGPROBS = 20
+"""What OpenAI's API, and vLLM's max_logprobs unless it is set, give."""
+_MOST = 2**31 - 1  # what servers of models read
+_MOST_SEED = 2**63 - 1
+_MOST_STOPS = 4
+
+
+def checked(field: str, value: Any) -> Any:
+    """The value as a server gets it; of `json_schema` as JSON. Raises InvalidTask."""
+    return None if value is None else SAMPLING[field](field, value)
+
+
+def whole(field: str, value: Any, least: int, most: int = _MOST) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InvalidTask(f"{field} is {value!r}; valid is a whole number from {least} to {most}.")
+    return value
+
+
+def _number(low: float, high: float) -> Callable[[str, Any], float]:
+    def check(field: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise InvalidTask(f"{field} is {value!r}; valid is a number from {low} to {high}.")
+        return float(value)
+
+    return check
+
+
+def _whole(least: int, most: int = _MOST) -> Callable[[str, Any], int]:
+    return lambda field, value: whole(field, value, least, most)
+
+
+def _top_k(field: str, value: Any) -> int:
+    return -1 if value == -1 else whole(field, value, least=1)
+
+
+def _texts(field: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) and text for text in value):
+        raise InvalidTask(f"{field} is {value!r}; valid is a list of texts that are not empty.")
+    if len(value) > _MOST_STOPS:
+        raise InvalidTask(f"it has {len(value)} {field}; a model server takes {_MOST_STOPS} at most.")
+    return tuple(value)
+
+
+SAMPLING: dict[str, Callable[[str, Any], Any]] = {
+    "temperature": _number(0.0, 2.0),
+    "max_tokens": _whole(1),
+    "top_p": _number(0.0, 1.0),
+    "top_k": _top_k,
+    "seed": _whole(0, _MOST_SEED),
+    "n": _whole(1, MOST_ANSWERS),
+    "logprobs": _whole(0, MOST_LOGPROBS),
+    "stop_sequences": _texts,
+    "json_schema": lambda _, value: encode_schema(value),
+}
+"""By field, what looks at a value of it."""
