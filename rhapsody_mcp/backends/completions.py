@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -29,6 +29,7 @@ __all__ = ["Completions", "Defaults", "check_prompts"]
 _LEAST_TOP_P = 1e-6
 """Stands for a top_p of 0, which vLLM refuses: of any likelihood that a 32-bit float can tell, only the greatest."""
 _NOT_THE_TASKS_FAULT = (408, 425, 429)
+_MANY_PARTS = 1000
 _TOKEN_CHARS = 100
 """About what a token with the likeliest in its place takes."""
 _ON_CUT = "Raise max_tokens, or let json_schema bound what can be long, with maxLength and maxItems."
@@ -122,6 +123,8 @@ class _Job:
         self.order, self.report, self.read = order, report, read
         self.dispatcher, self.checks, self.defaults, self.servers = dispatcher, checks, defaults, servers
         self.work = _work(order)
+        self.values: dict[str, Any] = {}
+        """What the Refs that were read stand for, by uid."""
         self.started: float | None = None
         self.time_limit = asyncio.timeout(None)
 
@@ -129,7 +132,8 @@ class _Job:
         timeout_s = self.order.spec.timeout_s
         try:
             self.work = _with_values(self.work, self._value_of)
-            conversations, many = self._conversations()
+            long = sum(map(len, filter(_has_parts, self._contents()))) > _MANY_PARTS
+            conversations, many = await asyncio.to_thread(self._conversations) if long else self._conversations()
             answers = await self._ask(self._prompts(conversations))
             return await self._done(answers, many)
         except InvalidTask as error:
@@ -153,6 +157,10 @@ class _Job:
         texts, many = self._texts()
         return [[*before, {"role": "user", "content": text}] for text in texts], many
 
+    def _contents(self) -> Iterator[Content]:
+        yield from self.work.prompts
+        yield from (message.content for message in self.work.messages)
+
     def _texts(self) -> tuple[list[str], bool]:
         first = self.work.prompts[0]
         if isinstance(first, Ref) and not self.work.many:
@@ -167,7 +175,11 @@ class _Job:
         return "".join(part if isinstance(part, str) else _as_text(self._value_of(part)) for part in parts)
 
     def _value_of(self, ref: Ref) -> Any:
-        return _value(ref, self.order.bindings, self.read)
+        if self.order.bindings.get(ref.uid) == NOTHING:
+            return None
+        if ref.uid not in self.values:
+            self.values[ref.uid] = _value(ref.uid, self.order.bindings, self.read)
+        return follow(self.values[ref.uid], ref.path)
 
     def _prompts(self, conversations: list[Conversation]) -> list[Prompt]:
         parameters = _parameters(self.work, self.defaults)
@@ -307,18 +319,19 @@ def _with_values(work: Completion, value_of: Callable[[Ref], Any]) -> Completion
     return msgspec.structs.replace(work, **{field: checked(field, value) for field, value in given.items()})
 
 
-def _value(ref: Ref, bindings: Mapping[str, Value], read: Reader) -> Any:
-    if ref.uid not in bindings:
-        raise InvalidTask(f"{ref.uid} has no result that a prompt could hold.")
-    if bindings[ref.uid] == NOTHING:
-        return None
+def _value(uid: str, bindings: Mapping[str, Value], read: Reader) -> Any:
+    if uid not in bindings:
+        raise InvalidTask(f"{uid} has no result that a prompt could hold.")
     try:
-        value = read(bindings[ref.uid])
+        return read(bindings[uid])
     except InvalidTask as error:
-        raise InvalidTask(f"{ref.uid} cannot be part of a prompt: {error}") from error
+        raise InvalidTask(f"{uid} cannot be part of a prompt: {error}") from error
     except Exception as error:  # unpickling runs the user's own code
-        raise InvalidTask(f"the result of {ref.uid} cannot be read: {type(error).__name__}: {error}") from error
-    return follow(value, ref.path)
+        raise InvalidTask(f"the result of {uid} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _has_parts(content: Content) -> TypeGuard[tuple[str | Ref, ...]]:
+    return isinstance(content, tuple)
 
 
 def _as_text(value: Any) -> str:

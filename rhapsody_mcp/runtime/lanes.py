@@ -20,6 +20,8 @@ __all__ = ["Lane", "Later", "Notice", "later"]
 _log = logging.getLogger(__name__)
 _RESTARTS = 5
 _FIRST_DELAY_S = 1.0
+_AT_ONCE = 250
+"""So many orders are handed over in one step of the event loop."""
 _NO_SIGN_OF_LIFE = (Cause.LOST, Cause.CANCELED, Cause.INVALID)
 """A task may end so without an engine."""
 
@@ -88,7 +90,7 @@ class Lane:
     def take(self, orders: Collection[Order]) -> None:
         """Run these; each ends with an Ended that is reported, whatever happens to the engine."""
         self._stay_awake()
-        if self._ready:
+        if self._ready and not self._pending:
             try:
                 self._submit(orders)
                 return
@@ -179,9 +181,13 @@ class Lane:
     async def _start(self) -> None:
         """Have the backend take what is pending, or end that."""
         try:
-            while self._pending and not self._ready:
-                await self._rested()
-                await self._try_to_start()
+            while self._pending:
+                if self._ready:
+                    self._hand_over()
+                    await asyncio.sleep(0)
+                else:
+                    await self._rested()
+                    await self._try_to_start()
         except RhapsodyError as error:
             cause = Cause.LOST if isinstance(error, BackendError) else Cause.INVALID
             self._refuse(cause, f"backend {self.backend.name!r} did not start: {error}")
@@ -209,13 +215,13 @@ class Lane:
                 raise
             self._fail(str(error))
         else:
+            self._ready = True
             self._hand_over()
             if again and self._ready:
                 self._say(f"backend {self.backend.name!r} runs again, at attempt {again} of {_RESTARTS}")
 
     def _hand_over(self) -> None:
-        orders, self._pending = self._pending, []
-        self._ready = True
+        orders, self._pending = self._pending[:_AT_ONCE], self._pending[_AT_ONCE:]
         try:
             self._submit(orders)
         except BaseException as error:

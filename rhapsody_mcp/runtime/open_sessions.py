@@ -30,7 +30,7 @@ from rhapsody_mcp.runtime.reaping import reap
 from rhapsody_mcp.runtime.recording import Recorder, Submission
 from rhapsody_mcp.runtime.restoring import Records, restore
 from rhapsody_mcp.runtime.rules import Rules, Taken
-from rhapsody_mcp.runtime.session import Session
+from rhapsody_mcp.runtime.session import Accepted, Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, with_children
 from rhapsody_mcp.settings import Settings
 
@@ -110,17 +110,20 @@ class OpenSession:
         return self.recorder.trouble if self.recorder is not None else ""
 
     async def submit(
-        self, tasks: Sequence[Task], recipes: Sequence[bytes] = (), submission: Submission | None = None
+        self,
+        tasks: Sequence[Task],
+        accepted: list[Accepted],
+        recipes: Sequence[bytes] = (),
+        submission: Submission | None = None,
     ) -> None:
-        """Take them, written down with their recipes first where there is a ledger. Nothing is taken where this
-        raises: what `Session.submit_tasks` does, or LedgerUnavailable."""
-        accepted = self.session.accept(tasks)
+        """Take what its session accepted, written down with their recipes first where there is a ledger. Nothing is
+        taken where this raises: SessionClosed, or LedgerUnavailable."""
         now = time.time()
         for task in with_children(tasks):
             task.submitted = now
         if self.recorder is not None:
             await self.recorder.submit(tasks, recipes, submission)
-        self.session.take(tasks, accepted)
+        await self.session.take(tasks, accepted)
         if submission is not None:
             self.submissions[submission.key] = submission
         self.have(tasks)
@@ -266,7 +269,7 @@ class OpenSessions:
         )
 
     def _taken(self) -> list[Taken]:
-        return [opened.session.taken for opened in self._sessions.values()]
+        return [opened.session.taken for opened in self.all()]
 
     def all(self) -> list[OpenSession]:
         """Oldest first."""

@@ -7,9 +7,9 @@ import logging
 import pickle
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from msgspec.structs import replace
 
@@ -51,9 +51,13 @@ from rhapsody_mcp.runtime.tasks import (
 
 __all__ = ["Accepted", "Session"]
 
+_T = TypeVar("_T")
+
 _log = logging.getLogger(__name__)
 _LONGEST_DELAY_S = 60.0
 _MOST_NOTICES = 100
+_AT_ONCE = 250
+"""So many tasks are taken, queued or ended in one step of a service's event loop, which serves others in between."""
 
 
 class Session:
@@ -93,6 +97,8 @@ class Session:
         self._retrying: dict[str, asyncio.TimerHandle] = {}
         self._fan_outs: dict[str, asyncio.Task[None]] = {}
         self._hidden = 0
+        self._taking = asyncio.Lock()
+        """Held while tasks are taken step by step: who cancels them waits until all are here."""
         self._rules, self.taken = rules, Taken()
         self._folder = folder.absolute() if folder is not None else None
         if folder is not None:
@@ -180,7 +186,8 @@ class Session:
         """
         self._refuse_other_loop()
         batch = [tasks] if isinstance(tasks, Task) else list(tasks)
-        self.take(batch, self.accept(batch))
+        self._take(self.accept(batch))
+        self._submitted += batch
         return [task.future for task in batch]
 
     def accept(self, tasks: Sequence[Task]) -> list[Accepted]:
@@ -196,11 +203,24 @@ class Session:
         if self._rules is not None:
             self._rules.refuse_count(self.taken, count)
 
-    def take(self, tasks: Sequence[Task], accepted: list[Accepted]) -> None:
-        """Take what was accepted. In between, nothing else may be taken; raises SessionClosed."""
-        self._refuse_closed()
-        self._take(accepted)
-        self._submitted += tasks
+    async def take(self, tasks: Sequence[Task], accepted: Sequence[Accepted]) -> None:
+        """Take what was accepted, step by step; it is whole when this returns, and is not to be cancelled.
+
+        In between, nothing else may be submitted. Raises SessionClosed, with nothing taken.
+        """
+        async with self._taking:
+            self._refuse_closed()
+            self._submitted += tasks
+            await self._take_in_steps(accepted)
+
+    async def _take_in_steps(self, accepted: Sequence[Accepted]) -> None:
+        now = time.time()
+        for task, _, _ in accepted:
+            task.state, task.submitted = TaskState.WAITING, task.submitted or now
+        children_last = sorted(accepted, key=lambda one: not isinstance(one[0], ForEach))
+        for lot in _lots(children_last):
+            self._take(lot)
+            await asyncio.sleep(0)
 
     def _refuse_closed(self) -> None:
         if self.closed:
@@ -261,7 +281,7 @@ class Session:
         for source in task.needs():
             source.passed_on = True
 
-    def _take(self, accepted: list[Accepted]) -> None:
+    def _take(self, accepted: Sequence[Accepted]) -> None:
         for task, lane, spec in accepted:
             self._register(task, lane, spec)
         self._queue([task for task, _, _ in accepted if self._is_ready(task)])
@@ -281,7 +301,8 @@ class Session:
         try:
             await asyncio.wait([task.future])
         except asyncio.CancelledError:
-            self._cancel([task], "nobody waits for it")
+            for one, _ in self._withdraw([task]):
+                self._end(one, _canceled(Cause.CANCELED, "nobody waits for it"))
             raise
         return task
 
@@ -351,8 +372,19 @@ class Session:
 
     # --- from task to task
 
-    def _queue(self, tasks: Iterable[Task]) -> None:
-        """Hand tasks whose sources have ended to their backends."""
+    def _queue(self, tasks: Sequence[Task]) -> None:
+        """Hand tasks whose sources have ended to their backends; of many, the first at once."""
+        self._hand_over(tasks[:_AT_ONCE])
+        if len(tasks) > _AT_ONCE:
+            self._spawn(self._queue_later(tasks[_AT_ONCE:]))
+
+    async def _queue_later(self, tasks: Sequence[Task]) -> None:
+        for lot in _lots(tasks):
+            await asyncio.sleep(0)
+            if not self.closed:
+                self._hand_over([task for task in lot if not task.state.final])
+
+    def _hand_over(self, tasks: Sequence[Task]) -> None:
         by_lane: dict[str, list[Order]] = {}
         folder = str(self.folder)
         for task in tasks:
@@ -413,27 +445,30 @@ class Session:
     async def _make_children(self, parent: ForEach) -> None:
         try:
             items = await self._items_of(parent)
-            self.refuse_count(len(items))
-            parent.make_children(items)
-            encoder = Encoder(reference)
-            specs = [(child, _specify(child, encoder)) for child in parent.children]
-            for source in {source.uid: source for child in parent.children for source in child.sources()}.values():
-                if (source.uid not in self._tasks and not is_hidden(source)) or leads_to(source, parent):
-                    raise InvalidTask(
-                        f"its tasks need {name_of(source)}, which is not in this session or waits for it."
-                    )
-            accepted = [self._checked(child, spec) for child, spec in specs]
-            if self._rules is not None:
-                self._rules.refuse_tasks(self.taken, [spec for _, _, spec in accepted if spec is not None])
+            async with self._taking:
+                if parent.state.final:
+                    return
+                many = len(items) > _AT_ONCE and not self._opens_results
+                make = self._accept_children  # in a service what makes them is its own
+                accepted = await asyncio.to_thread(make, parent, items) if many else make(parent, items)
+                self._watch_children(parent)
+                await self._take_in_steps(accepted)
         except (RhapsodyError, OSError) as error:
             parent.children = []
             self._end(parent, Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=str(error)))
-            return
-        if parent.state.final:
-            parent.children = []
-            return
-        self._watch_children(parent)
-        self._take(accepted)
+
+    def _accept_children(self, parent: ForEach, items: Sequence[Any]) -> list[Accepted]:
+        self.refuse_count(len(items))
+        parent.make_children(items)
+        encoder = Encoder(reference)
+        specs = [(child, _specify(child, encoder)) for child in parent.children]
+        for source in {source.uid: source for child in parent.children for source in child.sources()}.values():
+            if (source.uid not in self._tasks and not is_hidden(source)) or leads_to(source, parent):
+                raise InvalidTask(f"its tasks need {name_of(source)}, which is not in this session or waits for it.")
+        accepted = [self._checked(child, spec) for child, spec in specs]
+        if self._rules is not None:
+            self._rules.refuse_tasks(self.taken, [spec for _, _, spec in accepted if spec is not None])
+        return accepted
 
     async def _items_of(self, parent: ForEach) -> Sequence[Any]:
         source = parent.source
@@ -616,30 +651,42 @@ class Session:
         for task in batch:
             if task.uid not in self._tasks:
                 raise UnknownName("task", task.uid, self._tasks)
-        self._cancel([*leaves(batch), *batch], "canceled on request")
+        await asyncio.shield(self._spawn(self._cancel([*leaves(batch), *batch], "canceled on request")))
         return await self.wait_tasks(batch)
 
-    def _cancel(self, tasks: Collection[Task], message: str) -> None:
+    async def _cancel(self, tasks: Collection[Task], message: str) -> None:
+        """Nothing of these starts any more from the first step on; what waited is ended step by step."""
+        async with self._taking:
+            while tasks:
+                moved: list[Task] = []
+                for lot in _lots(self._withdraw(tasks)):
+                    for task, state in lot:
+                        if task.state is state:
+                            self._end(task, _canceled(Cause.CANCELED, message))
+                        else:
+                            moved.append(task)
+                    await asyncio.sleep(0)
+                tasks = moved
+
+    def _withdraw(self, tasks: Collection[Task]) -> list[tuple[Task, TaskState]]:
+        """Cancel these where they are; what is nowhere is given back, to be ended if this is its state still."""
+        ending: list[Task] = []
         by_lane: dict[str, set[str]] = {}
         for task in tasks:
             if isinstance(task, ForEach):
-                self._cancel_for_each(task, message)
+                if not self._unfinished.get(task.uid):  # one that has children ends when they have
+                    ending.append(task)
             elif (timer := self._retrying.pop(task.uid, None)) is not None:
                 timer.cancel()
-                self._end(task, _canceled(Cause.CANCELED, message))
+                ending.append(task)
             else:
                 by_lane.setdefault(task.backend or "", set()).add(task.uid)
         for name, uids in by_lane.items():
             held = self._lanes[name].withdraw(uids)
-            for uid in uids:
-                if uid in held or self._tasks[uid].state is TaskState.WAITING:
-                    self._end(self._tasks[uid], _canceled(Cause.CANCELED, message))
+            there = [self._tasks[uid] for uid in uids]
+            ending += [task for task in there if task.uid in held or task.state is TaskState.WAITING]
             self._lanes[name].cancel(uids)
-
-    def _cancel_for_each(self, parent: ForEach, message: str) -> None:
-        """One that has children ends when they have."""
-        if not self._unfinished.get(parent.uid):
-            self._end(parent, _canceled(Cause.CANCELED, message))
+        return [(task, task.state) for task in ending if not task.state.final]
 
     async def close(self) -> None:
         """Cancel what has not ended, stop the backends, and delete the session's files.
@@ -654,7 +701,7 @@ class Session:
 
     async def _close(self) -> None:
         message = "its session was closed"
-        self._cancel(list(self._going.values()), message)
+        await self._cancel(list(self._going.values()), message)
         failures = await asyncio.gather(*(lane.close() for lane in self._lanes.values()), return_exceptions=True)
         await asyncio.gather(*self._background, return_exceptions=True)
         for task in list(self._going.values()):
@@ -676,6 +723,11 @@ class Session:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task
+
+
+def _lots(many: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """In their order, so many as one step takes."""
+    return (many[start : start + _AT_ONCE] for start in range(0, len(many), _AT_ONCE))
 
 
 def _is_json(value: Value | None) -> bool:

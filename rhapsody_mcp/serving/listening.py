@@ -44,6 +44,9 @@ def listen_on_host(host: str, port: int) -> Iterator[Listener]:
         )
         raise InvalidSettings(f"{host} port {port} cannot be listened on: {error.strerror}. {advice}") from error
     with opened:
+        # Connections inherit it. asyncio sets it on sockets of protocol TCP alone, which create_server's do not name; a
+        # reply in two pieces would wait 40 ms for the client's acknowledgement of the first.
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         number = ipaddress.ip_address(str(address[0]).partition("%")[0])
         local = number.is_loopback
         names = () if number.is_unspecified else (host, str(number), *(_HERE if local else ()))

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.text import Card
+from rhapsody_mcp.toolsets.aside import aside, look_at_size
 from rhapsody_mcp.toolsets.refusals import (
     refuse_answer,
     refuse_arguments,
@@ -28,35 +29,48 @@ from rhapsody_mcp.toolsets.schemas import as_meant, flat
 __all__ = ["CardTool", "make_tools"]
 
 
+class _Valid(dict[str, Any]):
+    """Arguments that were validated."""
+
+
 class _AsTheyAre(FuncMetadata):
     """Takes arguments as they are; the one that it replaces takes a text such as `null` or `[a]` for JSON."""
 
     def pre_parse_json(self, data: dict[str, Any]) -> dict[str, Any]:
         return data
 
+    def validate_arguments(self, arguments_to_validate: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(arguments_to_validate, _Valid):
+            return arguments_to_validate
+        return super().validate_arguments(arguments_to_validate)
+
 
 class CardTool(Tool):
     """A tool whose every refusal is a text that the model can act on."""
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
+        look_at_size(arguments)
+        valid = await aside(self._validated, arguments)
+        try:
+            return await super().run(valid, context, convert_result)
+        except ToolError as error:
+            raise self._refusal(error) from error.__cause__
+
+    def _validated(self, arguments: dict[str, Any]) -> _Valid:
         read = as_meant(self.parameters, arguments)
-        if refused := refuse_unknown_arguments(read, self.parameters, self.name):
-            raise ToolError(refused)
-        if refused := refuse_unreadable(read, self.name):
+        if refused := refuse_unknown_arguments(read, self.parameters, self.name) or refuse_unreadable(read, self.name):
             raise ToolError(refused)
         try:
-            return await super().run(read, context, convert_result)
-        except ToolError as error:
-            raise self._refusal(error, read) from error.__cause__
+            return _Valid(self.fn_metadata.validate_arguments(read))
+        except ValidationError as error:
+            raise ToolError(refuse_arguments(error, self.parameters, read, self.name)) from error
 
-    def _refusal(self, error: ToolError, arguments: dict[str, Any]) -> ToolError:
+    def _refusal(self, error: ToolError) -> ToolError:
         match error.__cause__:
             case RhapsodyError() as cause:
                 return ToolError(refuse_call(cause, self.name))
             case ToolError():
                 return ToolError(refuse_answer(self.name))
-            case ValidationError() as cause if not isinstance(error, UnexpectedToolError):
-                return ToolError(refuse_arguments(cause, self.parameters, arguments, self.name))
         return UnexpectedToolError(refuse_crash(self.name))
 
 

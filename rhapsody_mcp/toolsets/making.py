@@ -165,7 +165,7 @@ def make_task(request: TaskRequest, uid: str, task_named: TaskNamed, function_na
     }
     if request.for_each is None:
         fields, form = _fields(request), _form(request)
-        if any(_holds_item(field, fields[field]) for field in (*_WITH_ITEMS, *STANDING)):
+        if any(_holds_item(field, value) for field in _PLACES if (value := fields[field]) is not None):
             raise InvalidTask(
                 '{item} and {"item": true} stand for an item of for_each, which is not given; what is data goes in as '
                 '{"literal": ...}.'
@@ -185,7 +185,7 @@ class ItemMaker:
         self._form, self._fields = _form(self.request), _fields(self.request)
         self._places = {
             field: value
-            for field in (*_WITH_ITEMS, *STANDING)
+            for field in _PLACES
             if (value := self._fields[field]) is not None and (field not in STANDING or _holds_item(field, value))
         }
         if not isinstance(request.for_each, int) and not any(_holds_item(*place) for place in self._places.items()):
@@ -209,7 +209,8 @@ class ItemMaker:
 
 def _fields(request: TaskRequest) -> dict[str, Any]:
     """With the references in texts apart from what an item may bring into them."""
-    return {field: with_parts(value) if field in IN_TEXTS else value for field, value in request}
+    fields = dict(request)
+    return fields | {field: with_parts(value) for field in IN_TEXTS if (value := fields[field]) is not None}
 
 
 def _told(value: Any) -> Any:
@@ -232,9 +233,11 @@ def _holds_item(field: str, value: Any) -> bool:
 
 
 _OF_A_MODEL = FIELDS["prompt"] - EVERYWHERE | {"messages"}
-_WITH_ITEMS = (
+_PLACES = (
     *("args", "kwargs", "executable", "arguments", "prompt", "messages", "system_prompt", "model", "env", "cwd"),
+    *STANDING,
 )
+"""Where an item may stand."""
 
 
 def _items(request: TaskRequest, task_named: TaskNamed) -> Any:
@@ -256,7 +259,8 @@ def _make_work(
 ) -> ComputeTask | AITask:
     """`fields` are those of a request, with an item in its places, and `asked` what the backend is told."""
     if form in ("prompt", "messages"):
-        given = {field: _resolved(field, fields[field], task_named) for field in _OF_A_MODEL}
+        asked_for = ((field, value) for field in _OF_A_MODEL if (value := fields[field]) is not None)
+        given = {field: _resolved(field, value, task_named) for field, value in asked_for}
         return AITask(**given, **flow, task_backend_specific_kwargs=asked)
     if form == "executable":
         arguments = [_argument(argument) for argument in resolve(fields["arguments"] or [], task_named)]

@@ -18,6 +18,7 @@ from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.open_sessions import OpenSession, Submission
 from rhapsody_mcp.runtime.planning import Step, misfits, steps_of
 from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves, name_of, tasks_text
+from rhapsody_mcp.toolsets.aside import aside
 from rhapsody_mcp.toolsets.making import ItemMaker, kind_of_request, label_of, make_tasks
 from rhapsody_mcp.toolsets.recipes import write_recipes
 from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
@@ -60,16 +61,17 @@ async def _submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str
     async with opened.submitting:
         if (before := submitted_before(opened, requests, key)) is not None:
             return before
-        made = make_tasks(requests, opened)
+        made = await aside(make_tasks, requests, opened)
         replaced = [earlier for request in requests if request.name and (earlier := opened.named(request.name))]
-        submission = None if key is None else Submission(key, _digest(requests), tuple(made))
+        submission = None if key is None else Submission(key, await aside(_digest, requests), tuple(made))
+        recipes = await aside(write_recipes, requests, made, opened) if opened.recorder else ()
         try:
-            recipes = write_recipes(requests, made, opened) if opened.recorder else ()
-            await opened.submit(made, recipes, submission)
+            accepted = await aside(opened.session.accept, made)
+            await opened.submit(made, accepted, recipes, submission)
         except InvalidTask as error:
             raise _by_place(error, requests, made) from error
     await opened.session.fanned_out(made)
-    suspects = _suspects(requests, opened, made)[:_SUSPECTS_SHOWN]
+    suspects = (await aside(_suspects, requests, opened, made))[:_SUSPECTS_SHOWN]
     data = Submitted(**_told(opened, made), problems=suspects or None)
     notes = [f"Note: {suspect}." for suspect in suspects]
     if replaced and (left := _left_canceled(opened, replaced)):

@@ -17,6 +17,7 @@ from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.open_sessions import OpenSessions
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.aside import aside
 from rhapsody_mcp.toolsets.asking import Answer, Force, refuse_unless
 from rhapsody_mcp.toolsets.budget import ask_to_exceed
 from rhapsody_mcp.toolsets.canceling import CancelReport, ask_to_cancel, canceled_with, chosen_tasks, report_canceled
@@ -67,7 +68,7 @@ class Tasks:
         refuse_unless(answer)
         opened = self._sessions.get(session)
         if dry_run:
-            return plan(opened, tasks, look())
+            return await aside(plan, opened, tasks, look())
         return await submit(opened, tasks, idempotency_key)
 
     async def wait_tasks(

@@ -242,6 +242,13 @@ def test_a_port_that_is_in_use_is_refused(capsys: pytest.CaptureFixture[str]) ->
     assert "Another program listens there: choose another --port" in capsys.readouterr().err
 
 
+def test_a_reply_in_two_pieces_does_not_wait_for_an_acknowledgement() -> None:
+    with listen_on_host("127.0.0.1", 0) as here, socket.create_connection(here.socket.getsockname()):
+        accepted, _ = here.socket.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 @pytest.mark.parametrize(
     ("text", "mode", "reason"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -11,12 +12,14 @@ from typing import Any, TypeVarTuple
 
 import pytest
 
+from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import Agent, Refused, open_agent
 
 Ts = TypeVarTuple("Ts")
 
 pytestmark = pytest.mark.anyio
 
+SOURCE_OF = "def made():\n    return {0}"
 LONG = 100_000
 """Characters, or a tenth as many parts. What takes linear time takes a few milliseconds for these, and what takes its
 square seconds."""
@@ -118,10 +121,16 @@ def task(**fields: Any) -> dict[str, Any]:
     ],
 )
 async def test_no_step_of_the_loop_takes_long(tool: str, arguments: dict[str, Any]) -> None:
+    await watch(tool, arguments)
+
+
+async def watch(tool: str, arguments: dict[str, Any]) -> None:
+    """Call it, and fail where a step of the loop took long."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, WatchedLoop)
     async with open_agent() as agent:
         await with_a_task(agent)
+        gc.freeze()  # what other tests left is not to be looked through here
         before_s = known_work_s()
         loop.longest_s = 0.0
         try:
@@ -130,7 +139,45 @@ async def test_no_step_of_the_loop_takes_long(tool: str, arguments: dict[str, An
             assert not str(refused).startswith("internal_error")
         longest_s = loop.longest_s
         after_s = known_work_s()
+        gc.unfreeze()
     assert longest_s < MOST * max(before_s, after_s)
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        pytest.param([{"name": f"n{n}", "source": SOURCE_OF.format(n)} for n in range(10_000)], id="tasks"),
+        pytest.param([{"function": "math:gcd", "args": [1] * 500_000}], id="arguments"),
+        pytest.param([{"function": "math:gcd", "args": [{"ref": "made"}] * 100_000}], id="references"),
+        pytest.param([{"function": "math:gcd", "args": [{"a": n} for n in range(200_000)]}], id="objects"),
+        pytest.param([{"prompt": "{item}" * 600_000, "for_each": ["a"]}], id="places of an item"),
+        pytest.param([{"prompt": "{ref:made}" * 300_000}], id="places of a result"),
+        pytest.param([{"prompt": "{item}", "for_each": 40_000}], id="items"),
+    ],
+)
+async def test_no_step_of_the_largest_calls_takes_long(tasks: list[dict[str, Any]]) -> None:
+    """Of as many bytes as a request may have, which took seconds in one step."""
+    await watch("submit_tasks", {"tasks": tasks, "dry_run": True, "force": True})
+
+
+async def test_what_takes_many_tasks_and_cancels_them_does_so_in_steps() -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, WatchedLoop)
+    backend = ScriptedBackend(lambda spec, values: asyncio.Event().wait())
+    async with open_agent(backend=backend) as agent:
+        session = await agent.session()
+        each = {"name": "each", "prompt": "{item}", "for_each": 20_000}
+        tasks = [each, {"name": "last", "prompt": "x", "after": ["each"]}]
+        gc.freeze()  # what other tests left is not to be looked through here
+        before_s = known_work_s()
+        loop.longest_s = 0.0
+        await agent.call("submit_tasks", session=session, tasks=tasks, force=True)
+        await agent.call("cancel_tasks", session=session, all_open=True, force=True)
+        longest_s = loop.longest_s
+        counts = agent.sessions.get(session).session.counts
+        after_s = known_work_s()
+        gc.unfreeze()
+    assert counts == {"CANCELED": 20_001} and longest_s < MOST * max(before_s, after_s)
 
 
 async def with_a_task(agent: Agent) -> None:
