@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 from functools import partial
+from operator import call, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from rhapsody_mcp.engine import library_state
@@ -50,7 +51,9 @@ class ProcessState:
         self._umask = os.umask(0o077)
         os.umask(self._umask)
         library_state.reseed()
-        self._saved = [(read, write, copy.copy(read())) for read, write in (*_PARTS, *library_state.PARTS)]
+        parts = (*_PARTS, *library_state.PARTS)
+        self._reads, self._writes = [read for read, _ in parts], [write for _, write in parts]
+        self._saved = [copy.copy(read()) for read in self._reads]
 
     def flush(self) -> None:
         """Write out what Python holds of what was printed."""
@@ -62,13 +65,22 @@ class ProcessState:
 
     def restore(self) -> bool:
         """Put everything back; False where that cannot be done, so that the process has to be replaced."""
-        _signal.setitimer(_signal.ITIMER_REAL, 0)
+        _signal.alarm(0)
         faulthandler.cancel_dump_traceback_later()
         os.umask(self._umask)
         library_state.reseed()
         _show_again()
         is_whole = self._restore_descriptors()
-        for read, write, saved in self._saved:
+        try:
+            if list(map(call, self._reads)) == self._saved:  # nearly always, and faster than one by one
+                return is_whole
+        except Exception:  # a closed stream
+            pass
+        return self._restore_parts() and is_whole
+
+    def _restore_parts(self) -> bool:
+        is_whole = True
+        for read, write, saved in zip(self._reads, self._writes, self._saved, strict=True):
             try:
                 if read() != saved:
                     write(saved)
@@ -81,8 +93,9 @@ class ProcessState:
         try:
             for number, kept in enumerate(self._descriptors):
                 os.dup2(kept, number)
-                if number and not os.get_blocking(number):
-                    os.set_blocking(number, True)
+            if not (os.get_blocking(1) and os.get_blocking(2)):
+                os.set_blocking(1, True)
+                os.set_blocking(2, True)
         except OSError:  # the function closed all that it could
             return False
         return True
@@ -143,22 +156,26 @@ def _set_handlers(saved: list[Any]) -> None:
             _signal.signal(number, handler)
 
 
-def _builtins() -> list[object]:
+def _builtins() -> tuple[int, object]:
     """Those in whose place a user may put something: to look at all takes 2 us."""
-    return [
-        *(len(vars(builtins)), print, open, input, __import__, sum, len, max, min, abs, round, sorted, range, zip, map),
-        *(filter, enumerate, any, all, isinstance, hash, id, repr, int, float, str, list, dict, set, tuple, exec, eval),
-    ]
+    return len(_BUILTINS), _replaceable(_BUILTINS)
+
+
+_BUILTINS = vars(builtins)
+_replaceable = itemgetter(
+    *("print", "open", "input", "__import__", "sum", "len", "max", "min", "abs", "round", "sorted", "range", "zip"),
+    *("map", "filter", "enumerate", "any", "all", "isinstance", "hash", "id", "repr", "int", "float", "str", "list"),
+    *("dict", "set", "tuple", "exec", "eval"),
+)
 
 
 def _set_builtins(_: object) -> None:
-    kept = vars(builtins)
-    for name in kept.keys() - _BUILTINS_AT_FIRST.keys():
-        del kept[name]
-    kept.update(_BUILTINS_AT_FIRST)
+    for name in _BUILTINS.keys() - _BUILTINS_AT_FIRST.keys():
+        del _BUILTINS[name]
+    _BUILTINS.update(_BUILTINS_AT_FIRST)
 
 
-_BUILTINS_AT_FIRST = vars(builtins).copy()
+_BUILTINS_AT_FIRST = _BUILTINS.copy()
 
 
 def _interpreter() -> list[Any]:
