@@ -53,7 +53,7 @@ from rhapsody_mcp.engine.wire import (
     ToBackend,
     Up,
 )
-from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Call, Caps, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -112,7 +112,6 @@ class ComputeBackend(Awaitable):
             raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number from 1 to {most}.")
         self.name, self.stall_s = name, stall_s
         self.cwd = ""
-        """Where tasks start; empty for the folder of this process."""
         self.environment, self.caps = read_environment(environment), caps or Caps()
         self.num_workers = num_workers or self._cores
         self.progress = "not started"
@@ -137,6 +136,18 @@ class ComputeBackend(Awaitable):
     def _host_environment(self, folder: Path, environment: dict[str, str]) -> dict[str, str]:
         """The environment of the host program, made of that of the tasks; `folder` is the engine's own."""
         return {**environment, "PATH": path_of_tasks(environment)}
+
+    def work_in(self, folder: str) -> None:
+        """Have tasks start in this folder, in the place of that of this process.
+
+        Raises InvalidRequest where they start elsewhere already.
+        """
+        if self._engine is not None and folder != self.cwd:
+            raise InvalidRequest(
+                f"backend {self.name!r} has started, and its tasks start in {self.cwd or os.getcwd()}; "
+                "give work_dir with a backend that has not been awaited."
+            )
+        self.cwd = folder
 
     async def start(self) -> None:
         if self._closing is not None:

@@ -64,7 +64,7 @@ def open_backends(wanted: Wanted, settings: Settings) -> list[Backend]:
     opened = [plan.open() for plan in plan_backends(wanted, settings)]
     for backend in opened:
         if isinstance(backend, ComputeBackend):
-            backend.cwd = wanted.folder
+            backend.work_in(wanted.folder)
     return opened
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import os
 import pickle
 import time
 from collections import Counter, deque
@@ -52,6 +54,7 @@ from rhapsody_mcp.runtime.tasks import (
 __all__ = ["Accepted", "Session"]
 
 _T = TypeVar("_T")
+_uids = itertools.count(1)
 
 _log = logging.getLogger(__name__)
 _LONGEST_DELAY_S = 60.0
@@ -69,13 +72,19 @@ class Session:
     def __init__(
         self,
         backends: Sequence[Backend] = (),
+        uid: str | None = None,
+        work_dir: str | os.PathLike[str] | None = None,
         *,
         opens_results: bool = True,
         engine_idle_s: float | None = None,
         folder: Path | None = None,
         rules: Rules | None = None,
     ) -> None:
-        """`opens_results=False` is for a process in which no user code may run: results stay encoded.
+        """`uid` is a name of its own, in place of one such as "session.0001". In `work_dir`, which is made where it is
+        not there, tasks start that have no cwd; default is the current directory. It is for backends that have not
+        started: InvalidRequest is raised for one that has.
+
+        `opens_results=False` is for a process in which no user code may run: results stay encoded.
 
         `folder` is where long results lie, in place of a temporary one; it outlives the session.
         With `engine_idle_s` a backend that has had no task for so long, and for which none waits, stops its engine
@@ -84,6 +93,13 @@ class Session:
         names = [backend.name for backend in backends]
         if twice := {name for name in names if names.count(name) > 1}:
             raise InvalidRequest(f"two backends are named {twice.pop()!r}; give one another name (name=...).")
+        self.uid = uid or f"session.{next(_uids):04d}"
+        self.work_dir = None if work_dir is None else os.path.abspath(work_dir)
+        if self.work_dir is not None:
+            os.makedirs(self.work_dir, exist_ok=True)
+            for backend in backends:
+                if hasattr(backend, "work_in"):
+                    backend.work_in(self.work_dir)
         self._read: Reader = load if opens_results else load_json
         self._lanes = {backend.name: self._lane(backend, engine_idle_s) for backend in backends}
         self._opens_results = opens_results

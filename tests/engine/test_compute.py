@@ -14,7 +14,7 @@ import pytest
 
 from rhapsody_mcp.api import AITask, ComputeTask, Module, Part, Session, Source, TaskCanceled, TaskFailed, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
-from rhapsody_mcp.model.errors import InvalidTask, UnknownName
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, UnknownName
 from rhapsody_mcp.model.states import Cause
 from tests.processes import FAMILY, dragon_files, family, wait_until
 
@@ -39,6 +39,21 @@ async def run(session: Session, *tasks: ComputeTask) -> list[ComputeTask]:
 
 async def run_one(session: Session, task: ComputeTask) -> ComputeTask:
     return (await run(session, task))[0]
+
+
+@pytest.mark.parametrize("backend", [DragonExecutionBackendV3, LocalExecutionBackend], ids=["dragon", "local"])
+async def test_tasks_start_in_the_work_dir_of_their_session(
+    backend: Callable[..., DragonExecutionBackendV3 | LocalExecutionBackend], tmp_path: Path
+) -> None:
+    folder, here = tmp_path / "new", tmp_path / "here"
+    here.mkdir()
+    async with Session([backend(num_workers=1)], uid="mine", work_dir=folder) as session:
+        own = ComputeTask(executable="pwd", task_backend_specific_kwargs={"process_template": {"cwd": str(here)}})
+        tasks = await run(session, ComputeTask(os.getcwd), ComputeTask(executable="pwd"), own)
+        assert [task.return_value for task in tasks] == [str(folder), str(folder), str(here)]
+        assert (session.uid, session.work_dir) == ("mine", str(folder))
+        with pytest.raises(InvalidRequest, match="has started, and its tasks start in"):
+            Session(session.backends, work_dir=here)
 
 
 # --- the functions that tasks run; imports inside, because only the function travels
