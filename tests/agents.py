@@ -147,15 +147,18 @@ def perform(spec: TaskSpec, values: list[Any]) -> Any:
         args, kwargs = _arguments(work, values)
         return _function(work)(*args, **kwargs)
     if isinstance(work, Command):
-        bound = _bound(refs_of(list(work.arguments)), values)
-        return " ".join([work.executable, *(_text(bound.get(item, item)) for item in work.arguments)])
+        arguments = [_parts(argument) for argument in work.arguments]
+        bound = _bound(refs_of([*chain.from_iterable(arguments)]), values)
+        joined = ("".join(_text(bound.get(part, part)) for part in parts) for parts in arguments)
+        return " ".join([work.executable, *joined])
     return _answers(work, values)
 
 
 def _answers(work: Completion, values: list[Any]) -> Any:
     """To each prompt, or to the last message."""
-    asked = [_parts(content) for content in work.prompts or (work.messages[-1].content,)]
-    told = [_parts(content) for content in (work.system_prompt or "", *(message.content for message in work.messages))]
+    messages = [message if isinstance(message, Ref) else message.content for message in work.messages]
+    asked = [_parts(content) for content in work.prompts or messages[-1:]]
+    told = [_parts(content) for content in (work.system_prompt or "", *messages)]
     stand_ins = [getattr(work, field) for field in SAMPLING]
     bound = _bound(refs_of([*chain.from_iterable([*asked, *told]), *stand_ins]), values)
     prompts = ["".join(_text(bound.get(part, part)) for part in parts) for parts in asked]

@@ -19,8 +19,8 @@ from rhapsody_mcp.engine.call import encode
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName
 from rhapsody_mcp.model.json_schemas import Unfit
 from rhapsody_mcp.model.outcome import Outcome, Usage
-from rhapsody_mcp.model.sampling import SAMPLING, checked
-from rhapsody_mcp.model.specs import Completion, Content, Order, TaskSpec
+from rhapsody_mcp.model.sampling import SAMPLING, checked, refuse_message
+from rhapsody_mcp.model.specs import Completion, Content, Message, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, Reader, Ref, Value, follow
 
@@ -152,14 +152,23 @@ class _Job:
         """What to send, and whether the result is a list: also where a lone Ref stands for a list of texts."""
         system = self.defaults.system_prompt if self.work.system_prompt is None else self._text(self.work.system_prompt)
         before = [{"role": "system", "content": system}] if system else []
-        if messages := [{"role": each.role, "content": self._text(each.content)} for each in self.work.messages]:
+        if messages := [message for each in self.work.messages for message in self._messages(each)]:
             return [messages if messages[0]["role"] == "system" else [*before, *messages]], False
         texts, many = self._texts()
         return [[*before, {"role": "user", "content": text}] for text in texts], many
 
+    def _messages(self, message: Message | Ref) -> Conversation:
+        if isinstance(message, Message):
+            return [{"role": message.role, "content": self._text(message.content)}]
+        value = self._value_of(message)
+        found = value if isinstance(value, list | tuple) else [value]
+        for one in found:
+            refuse_message(one)
+        return [{"role": one["role"], "content": _as_text(one["content"])} for one in found]
+
     def _contents(self) -> Iterator[Content]:
         yield from self.work.prompts
-        yield from (message.content for message in self.work.messages)
+        yield from (message.content for message in self.work.messages if isinstance(message, Message))
 
     def _texts(self) -> tuple[list[str], bool]:
         first = self.work.prompts[0]
@@ -179,7 +188,10 @@ class _Job:
             return None
         if ref.uid not in self.values:
             self.values[ref.uid] = _value(ref.uid, self.order.bindings, self.read)
-        return follow(self.values[ref.uid], ref.path)
+        try:
+            return follow(self.values[ref.uid], ref.path)
+        except InvalidTask as error:
+            raise InvalidTask(f"of the result of {ref.uid}, {error}") from error
 
     def _prompts(self, conversations: list[Conversation]) -> list[Prompt]:
         parameters = _parameters(self.work, self.defaults)
@@ -228,7 +240,7 @@ class _Job:
 
     def _value(self, answers: list[Answer], many: bool) -> Value:
         made = [[self._result(one) for one in answer.written] for answer in answers]
-        results = made if (self.work.n or 1) != 1 else [of_one for (of_one,) in made]
+        results = [of_one for (of_one,) in made] if self.work.n is None else made
         return encode(results if many else results[0], self.order.folder)
 
     def _result(self, written: Written) -> Any:
@@ -259,7 +271,7 @@ class _Job:
 
     def _explained(self, refusal: Refused) -> str:
         """The server's message, with what to do where that is known."""
-        model = self.work.model or self.defaults.model
+        model = self.work.model if isinstance(self.work.model, str) else self.defaults.model
         served = self.servers[0].models
         if refusal.status == 404 and served and model not in served:
             return f"{UnknownName('model', model, served)} The server says: {refusal}"
@@ -316,6 +328,9 @@ def _with_values(work: Completion, value_of: Callable[[Ref], Any]) -> Completion
     given = {field: value_of(value) for field in SAMPLING if isinstance(value := getattr(work, field), Ref)}
     if not given:
         return work
+    asked = given.get("max_tokens")
+    if work.most_tokens is not None and isinstance(asked, int) and asked > work.most_tokens:
+        raise InvalidTask(f"max_tokens is {asked}; the most here is {work.most_tokens} (setting max_answer_tokens).")
     return msgspec.structs.replace(work, **{field: checked(field, value) for field, value in given.items()})
 
 

@@ -61,6 +61,7 @@ from rhapsody_mcp.model.values import Reader, Stream
 
 __all__ = ["ComputeBackend", "path_of_tasks"]
 
+_AT_ONCE = 250
 _GAVE_UP = "leftover files in /dev/shm"
 """Dragon's launcher says it last of all; rarely, it stays after that."""
 _SHM_FILE = re.compile(r"DD\w+|\w*\d[DM]|warning: \d+ leftover files in /dev/shm: ?")
@@ -227,6 +228,16 @@ def path_of_tasks(environment: Mapping[str, str]) -> str:
     """The user's own, and last the folder of this Python: `python3` is the same program whatever runs the task."""
     folders = [*environment.get("PATH", os.defpath).split(os.pathsep), str(Path(sys.executable).parent)]
     return os.pathsep.join(dict.fromkeys(folders))
+
+
+def _taken_out(queue: deque[_Live]) -> list[_Live]:
+    """What is to be stopped, in order; it is not in the queue any more."""
+    stopped = [live for live in queue if live.stop is not None]
+    if stopped:
+        kept = [live for live in queue if live.stop is None]
+        queue.clear()
+        queue.extend(kept)
+    return stopped
 
 
 class _Live:
@@ -485,24 +496,31 @@ class _Engine:
 
     def stop_tasks(self, uids: Iterable[str], cause: Cause) -> None:
         """Ask for tasks to end, because they are canceled or their time is up."""
-        for uid in uids:
-            live = self._live.get(uid)
-            if live is None or live.stop is not None:
-                continue
+        stopping = [live for uid in uids if (live := self._live.get(uid)) is not None and live.stop is None]
+        for live in stopping:
             live.stop = cause
-            if live in self._queue:
-                self._queue.remove(live)
-                self._finish(live, _stopped(live))
-            elif live in self._process_queue:
-                self._process_queue.remove(live)
-                self._finish(live, _stopped(live))
-            elif live.worker is not None and not live.asked:
-                del live.worker.sent[uid]
-                self._finish(live, _stopped(live))
-            elif live.worker is not None:
-                self._interrupt(live, live.worker)
-            elif self._host is not None and live.asked:
-                self._host.send(Cancel(uid))
+        waiting = [live for queue in (self._queue, self._process_queue) for live in _taken_out(queue)]
+        self._finish_stopped(waiting)
+        stopped = {live.uid for live in stopping} - {live.uid for live in waiting}
+        for worker in self._workers.values():
+            for live in reversed([live for live in worker.sent.values() if live.uid in stopped]):
+                if live.asked:
+                    self._interrupt(
+                        live, worker
+                    )  # the one that runs comes last: none of the others starts in its place
+                else:
+                    del worker.sent[live.uid]
+                    self._finish(live, _stopped(live))
+        for live in stopping:
+            if live.uid in stopped and live.worker is None and live.asked and self._host is not None:
+                self._host.send(Cancel(live.uid))
+
+    def _finish_stopped(self, waiting: list[_Live]) -> None:
+        """Of many, the first now: others are served in between."""
+        for live in waiting[:_AT_ONCE]:
+            self._finish(live, _stopped(live))
+        if rest := waiting[_AT_ONCE:]:
+            asyncio.get_running_loop().call_soon(self._finish_stopped, rest)
 
     def _interrupt(self, live: _Live, worker: _Worker) -> None:
         """First an exception inside the function; where that does not help, its worker is replaced."""

@@ -151,7 +151,7 @@ class DragonVllmInferenceBackend(Awaitable):
     def check(self, spec: TaskSpec) -> None:
         check_prompts(spec)
         model, served = spec.work.model if isinstance(spec.work, Completion) else None, self._served()
-        if model is not None and served and model not in served:
+        if isinstance(model, str) and served and model not in served:
             raise InvalidTask(str(UnknownName("model", model, served)))
 
     def _served(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.specs import Command
+from rhapsody_mcp.model.specs import Command, Content
 from rhapsody_mcp.model.values import NOTHING, Reader, Ref, Value, follow
 
 __all__ = ["arguments_of"]
@@ -20,7 +20,12 @@ __all__ = ["arguments_of"]
 def arguments_of(work: Command, bindings: Mapping[str, Value], read: Reader) -> list[str]:
     """The program's name first. Raises InvalidTask where there is no such part of a result, or none that a program can
     get; `read` raises what it raises."""
-    return [work.executable, *(_text(argument, bindings, read) for argument in work.arguments)]
+    return [work.executable, *(_joined(argument, bindings, read) for argument in work.arguments)]
+
+
+def _joined(argument: Content, bindings: Mapping[str, Value], read: Reader) -> str:
+    parts = argument if isinstance(argument, tuple) else (argument,)
+    return "".join(_text(part, bindings, read) for part in parts)
 
 
 def _text(argument: str | Ref, bindings: Mapping[str, Value], read: Reader) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -249,7 +250,8 @@ class PlacedTask:
 
     def _are_plain(self, work: Command) -> bool:
         """Whether its arguments can be made here, where no user code may run and nothing long is read."""
-        used = (self.order.bindings[argument.uid] for argument in work.arguments if isinstance(argument, Ref))
+        parts = chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in work.arguments)
+        used = (self.order.bindings[part.uid] for part in parts if isinstance(part, Ref))
         return all(value.format == "json" and value.file is None for value in used)
 
     def _join(self) -> list[int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.json_schemas import encode_schema
+from rhapsody_mcp.model.specs import Role
 
-__all__ = ["MOST_ANSWERS", "MOST_LOGPROBS", "SAMPLING", "checked", "whole"]
+__all__ = ["MOST_ANSWERS", "MOST_LOGPROBS", "SAMPLING", "checked", "refuse_message", "whole"]
 
 MOST_ANSWERS = 128
 """OpenAI's API takes no more either."""
@@ -30,6 +31,21 @@ def whole(field: str, value: Any, least: int, most: int = _MOST) -> int:
     return value
 
 
+def refuse_message(message: object) -> None:
+    """Raise InvalidTask for what is no message of a conversation, whatever its content is."""
+    if not isinstance(message, dict):
+        raise InvalidTask(f"messages holds a {type(message).__name__}; valid is one such as {_MESSAGE}.")
+    if message.get("role") not in get_args(Role):
+        raise InvalidTask(f'the role of a message is {message.get("role")!r}; valid: "system", "user", "assistant".')
+    if other := next((key for key in message if key not in ("role", "content")), None):
+        raise InvalidTask(f"a message has {other!r}; it has role and content alone, as in {_MESSAGE}.")
+    if "content" not in message:
+        raise InvalidTask(f"a message has no content; valid is one such as {_MESSAGE}.")
+
+
+_MESSAGE = '{"role": "user", "content": "..."}'
+
+
 def _number(low: float, high: float) -> Callable[[str, Any], float]:
     def check(field: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -41,6 +57,12 @@ def _number(low: float, high: float) -> Callable[[str, Any], float]:
 
 def _whole(least: int, most: int = _MOST) -> Callable[[str, Any], int]:
     return lambda field, value: whole(field, value, least, most)
+
+
+def _text(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidTask(f"{field} is {value!r}; valid is a text.")
+    return value
 
 
 def _top_k(field: str, value: Any) -> int:
@@ -56,6 +78,7 @@ def _texts(field: str, value: Any) -> tuple[str, ...]:
 
 
 SAMPLING: dict[str, Callable[[str, Any], Any]] = {
+    "model": _text,
     "temperature": _number(0.0, 2.0),
     "max_tokens": _whole(1),
     "top_p": _number(0.0, 1.0),

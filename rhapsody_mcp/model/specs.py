@@ -30,18 +30,18 @@ class Call(msgspec.Struct, frozen=True, tag="call", gc=False):
     arguments: bytes = b""
 
 
+Content = str | Ref | tuple[str | Ref, ...]
+"""A text. A Ref stands for a result, as it is where that is a text, else as JSON; several parts are one text."""
+
+
 class Command(msgspec.Struct, frozen=True, tag="command", gc=False):
-    """A program and its arguments. A Ref stands for its result: text as it is, anything else as JSON."""
+    """A program and its arguments."""
 
     executable: str
-    arguments: tuple[str | Ref, ...] = ()
+    arguments: tuple[Content, ...] = ()
 
 
-Content = str | Ref | tuple[str | Ref, ...]
-"""A text for a language model. A Ref stands for a result, as a text or as JSON; several parts are one text."""
-
-
-class Message(msgspec.Struct, frozen=True, gc=False):
+class Message(msgspec.Struct, frozen=True, tag="message", gc=False):
     """One message of a conversation."""
 
     role: Role
@@ -52,15 +52,16 @@ class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True, gc
     """Prompts for a language model, or the messages of one conversation, all with the same parameters. None means the
     server's default, and a Ref the value that it stands for, which is looked at when the task starts.
 
+    A Ref among the messages stands for one, or for a list of them. `most_tokens` bounds a max_tokens that is a Ref.
     `many` says whether the result is a list (one answer a prompt, in order) or the single answer. A Ref as the only
     prompt may stand for a list of texts. With `json_schema`, a schema as JSON, an answer is the object that the model
-    wrote; with `logprobs` a text and its tokens; else it is a text. With `n` above 1 it is the list of `n` such.
+    wrote; with `logprobs` a text and its tokens; else it is a text. With `n` it is a list of so many.
     """
 
     prompts: tuple[Content, ...] = ()
-    messages: tuple[Message, ...] = ()
+    messages: tuple[Message | Ref, ...] = ()
     many: bool = False
-    model: str | None = None
+    model: str | Ref | None = None
     system_prompt: Content | None = None
     temperature: float | Ref | None = None
     max_tokens: int | Ref | None = None
@@ -71,6 +72,7 @@ class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True, gc
     logprobs: int | Ref | None = None
     stop_sequences: tuple[str, ...] | Ref | None = None
     json_schema: bytes | Ref | None = None
+    most_tokens: int | None = None
 
 
 class Template(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

@@ -123,5 +123,8 @@ def _checked(reference: Mapping[str, Any]) -> Mapping[str, Any]:
 def _part(task: Task, path: str) -> Part:
     value = task.outcome.value if task.outcome and task.state is TaskState.DONE else None
     if value is not None and value.data is not None and value.format == "json":
-        follow(load_json(value), path)
+        try:
+            follow(load_json(value), path)
+        except InvalidTask as error:
+            raise InvalidTask(f"of the result of {task.name or task.uid}, {error}") from error
     return Part(task, path)

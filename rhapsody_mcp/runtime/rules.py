@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, LimitExceeded
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec
+from rhapsody_mcp.model.specs import Call, Command, Completion, Content, TaskSpec
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Ref
 from rhapsody_mcp.runtime.policy import Policy
@@ -69,15 +69,17 @@ class Rules:
         except InvalidRequest as error:
             raise InvalidTask(str(error)) from error
         if isinstance(spec.work, Completion):
-            self._check_answer(spec.work)
+            spec = replace(spec, work=self._checked_answer(spec.work))
         return replace(spec, timeout_s=self._timeout(spec.timeout_s))
 
-    def _check_answer(self, work: Completion) -> None:
+    def _checked_answer(self, work: Completion) -> Completion:
         most, together = self.settings.max_answer_tokens, self.settings.max_session_tokens
-        limited = next((key for key in ("max_answer_tokens", "max_session_tokens") if getattr(self.settings, key)), "")
         for field in ("max_tokens", "n"):
-            if limited and isinstance(getattr(work, field), Ref):
-                raise InvalidTask(f"{field} must be a number here, because tokens are limited ({_setting(limited)}).")
+            if together is not None and isinstance(getattr(work, field), Ref):
+                raise InvalidTask(
+                    f"{field} must be a number here, because the tokens of a session are limited "
+                    f"({_setting('max_session_tokens')})."
+                )
         if most is not None and _number(work.max_tokens) > most:
             raise InvalidTask(
                 f"max_tokens is {work.max_tokens}; the most here is {most} ({_setting('max_answer_tokens')})."
@@ -87,6 +89,7 @@ class Rules:
                 "max_tokens must be given here, because the tokens of a session are limited "
                 f"({_setting('max_session_tokens')})."
             )
+        return replace(work, most_tokens=most) if isinstance(work.max_tokens, Ref) else work
 
     def _timeout(self, asked_s: float | None) -> float | None:
         most = self.settings.max_task_s
@@ -200,12 +203,13 @@ def _spec_bytes(spec: TaskSpec) -> int:
     if isinstance(work, Call):
         return _FEW_BYTES + 2 * len(work.arguments)  # as objects, and as they are sent
     if isinstance(work, Command):
-        return _FEW_BYTES + 2 * _chars(work.arguments)
-    contents = [*work.prompts, *(message.content for message in work.messages), work.system_prompt or ""]
-    return _FEW_BYTES + 2 * sum(_chars(each if isinstance(each, tuple) else (each,)) for each in contents)
+        return _FEW_BYTES + 2 * sum(map(_chars, work.arguments))
+    told = [message.content for message in work.messages if not isinstance(message, Ref)]
+    return _FEW_BYTES + 2 * sum(map(_chars, [*work.prompts, *told, work.system_prompt or ""]))
 
 
-def _chars(parts: Iterable[str | Ref]) -> int:
+def _chars(content: Content) -> int:
+    parts = content if isinstance(content, tuple) else (content,)
     return sum(len(part) for part in parts if isinstance(part, str))
 
 

@@ -13,8 +13,8 @@ import msgspec
 from rhapsody_mcp.backends.base import Kind
 from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, TaskCanceled, TaskFailed, nearest, refuse_unknown
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.sampling import SAMPLING, checked, whole
-from rhapsody_mcp.model.specs import Call, Command, Completion, Content, Layout, Message, Role, TaskSpec
+from rhapsody_mcp.model.sampling import SAMPLING, checked, refuse_message, whole
+from rhapsody_mcp.model.specs import Call, Command, Completion, Content, Layout, Message, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.model.values import PLAIN, Ref, Value
@@ -266,7 +266,7 @@ class ComputeTask(Task):
                   kwargs, for a dict of all of them
     executable    a path, or a name on PATH; `return_value` is its standard output without outer white space, or
                   its bytes where that is not UTF-8 text
-    arguments     its arguments; a task among them stands for its return value, as text or as JSON
+    arguments     its arguments; a task among them stands for its return value, as text or as JSON; a Text holds some
     task_backend_specific_kwargs
         process_template   a dict (env, cwd, policy): a process of its own
         process_templates  a list of (ranks, dict): a job of several processes
@@ -326,7 +326,7 @@ class ComputeTask(Task):
             raise InvalidTask(f"{with_nul[0][:80]!r} among arguments holds a NUL character, which no program can get.")
         if any(isinstance(item, bytes | bytearray) for item in self.arguments):
             raise InvalidTask("arguments holds bytes; valid is text, which a program gets as UTF-8, or a task.")
-        if any(any(_tasks_in(item)) for item in self.arguments if not isinstance(item, Task | Part)):
+        if any(any(_tasks_in(item)) for item in self.arguments if not isinstance(item, Task | Part | Text)):
             raise InvalidTask("arguments holds a task inside a list or a dict; a task is an argument of its own.")
         for field, text in (("executable", executable), *(("arguments", item) for item in self.arguments)):
             if isinstance(text, str):
@@ -352,7 +352,7 @@ class ComputeTask(Task):
         if self.function is not None:
             work = encoder.call(self.function, self.args, self.kwargs)
         else:
-            work = Command(self.executable or "", tuple(_argument(argument) for argument in self.arguments))
+            work = Command(self.executable or "", tuple(map(_content, self.arguments)))
         return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s)
 
 
@@ -360,23 +360,24 @@ class AITask(Task):
     """A prompt, a list of prompts, or the messages of a conversation, for a language model.
 
     prompt          a text or a list of texts; a task stands for its return value, and a Text holds some
-    messages        instead of prompt: dicts with role ("system", "user" or "assistant") and content, a text like prompt
+    messages        instead of prompt: dicts with role ("system", "user" or "assistant") and content, a text like
+                    prompt; a task stands for one or a list of them
     model           a name that the backend serves; default is the backend's own
     system_prompt   instructions that come before the prompt
     temperature     0.0 to 2.0        top_p   0.0 to 1.0        top_k   a positive number, or -1 for all
     max_tokens      the most tokens to generate for one prompt
     seed            a whole number: the same seed, prompt and server give the same answer
-    n               how many answers each prompt gets, up to 128
+    n               how many answers each prompt gets, up to 128, as a list
     logprobs        with each token its log probability, and those of so many of the likeliest, up to 20
     stop_sequences  texts that end the answer and are not part of it
     json_schema     a JSON schema of an object, which the answer is held to
     task_backend_specific_kwargs   timeout in seconds
 
-    From temperature to json_schema, a task or a Part stands for a value that is there, and looked at, when this one
-    starts.
+    From temperature to json_schema, and for model, a task or a Part stands for a value that is there, and looked at,
+    when this one starts.
 
-    `return_value` and `response` are the answer: a text for one prompt, a list in order for a list. With n above 1 an
-    answer is the list of them. With json_schema it is the object itself, as a dict; the task is FAILED where one was
+    `return_value` and `response` are the answer: a text for one prompt, a list in order for a list. With n an answer is
+    the list of them. With json_schema it is the object itself, as a dict; the task is FAILED where one was
     cut or does not fit. With logprobs it is `{"text": ..., "logprobs": [{"token": ..., "logprob": ...,
     "top_logprobs": [{"token": ..., "logprob": ...}, ...]}, ...]}`.
     """
@@ -387,8 +388,8 @@ class AITask(Task):
         self,
         prompt: Any = None,
         *,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        model: str | None = None,
+        messages: Sequence[Mapping[str, Any] | Task | Part] | Task | Part | None = None,
+        model: str | Task | Part | None = None,
         system_prompt: str | Task | Part | Text | None = None,
         temperature: float | Task | Part | None = None,
         max_tokens: int | Task | Part | None = None,
@@ -406,6 +407,7 @@ class AITask(Task):
         super().__init__(**common)
         self.prompt = prompt
         self.model = model
+        messages = [messages] if isinstance(messages, Task | Part) else messages
         asked: dict[str, Any] = {"messages": messages, "system_prompt": system_prompt, "temperature": temperature}
         asked |= {"max_tokens": max_tokens, "top_p": top_p, "top_k": top_k, "seed": seed, "n": n, "logprobs": logprobs}
         asked |= {"stop_sequences": stop_sequences, "json_schema": json_schema}
@@ -424,7 +426,7 @@ class AITask(Task):
             field: checked(field, value) for field, value in self._sampling() if not isinstance(value, Task | Part)
         }
 
-    messages: Sequence[Mapping[str, Any]] | None = None
+    messages: Sequence[Mapping[str, Any] | Task | Part] | None = None
     system_prompt: str | Task | Part | Text | None = None
     temperature: float | Task | Part | None = None
     max_tokens: int | Task | Part | None = None
@@ -468,7 +470,7 @@ class AITask(Task):
 
     @property
     def what(self) -> str:
-        return self.model or ""
+        return self.model if isinstance(self.model, str) else ""
 
     @property
     def many(self) -> bool:
@@ -478,12 +480,13 @@ class AITask(Task):
         return _tasks_in([self.prompt, self.messages, self.system_prompt, *(value for _, value in self._sampling())])
 
     def spec(self, encoder: Encoder) -> TaskSpec:
-        referring = {field: ref for field, value in self._sampling() if (ref := reference(value)) is not None}
+        referring: dict[str, Any] = {
+            field: ref for field, value in self._sampling() if (ref := reference(value)) is not None
+        }
         work = Completion(
             prompts=() if self.messages else tuple(map(_content, self._prompts)),
-            messages=tuple(Message(each["role"], _content(each["content"])) for each in self.messages or ()),
+            messages=tuple(map(_message, self.messages or ())),
             many=self.many,
-            model=self.model,
             system_prompt=None if self.system_prompt is None else _content(self.system_prompt),
             **self._checked,
             **referring,
@@ -510,8 +513,7 @@ def _refuse_foreign(fields: Iterable[str]) -> None:
 
 _COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure"}
 _COMPUTE_FIELDS = ("function", "executable", "args", "kwargs", "arguments", "task_backend_specific_kwargs")
-_AI_FIELDS = ("prompt", "messages", "model", "system_prompt", *SAMPLING, "task_backend_specific_kwargs")
-_MESSAGES = 'valid is a list such as [{"role": "user", "content": "..."}]'
+_AI_FIELDS = ("prompt", "messages", "system_prompt", *SAMPLING, "task_backend_specific_kwargs")
 
 
 def reference(item: object) -> Ref | None:
@@ -526,24 +528,25 @@ def _content(text: Any) -> Content:
     return tuple(map(_argument, text.parts)) if isinstance(text, Text) else _argument(text)
 
 
+def _message(message: Any) -> Message | Ref:
+    return reference(message) or Message(message["role"], _content(message["content"]))
+
+
 def _refuse_messages(messages: object) -> None:
     if not isinstance(messages, list | tuple) or not messages:
-        raise InvalidTask(f"messages is {messages!r}; {_MESSAGES}.")
+        raise InvalidTask(f'messages is {messages!r}; valid is a list such as [{{"role": "user", "content": "..."}}].')
     for message in messages:
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise InvalidTask(f"messages holds {message!r}; {_MESSAGES}.")
-        if message["role"] not in get_args(Role):
-            raise InvalidTask(f'the role of a message is {message["role"]!r}; valid: "system", "user", "assistant".')
-        _refuse_content("content", message["content"])
+        if not isinstance(message, Task | Part):
+            refuse_message(message)
+            _refuse_content("content", message["content"])
 
 
 def _refuse_content(field: str, text: object) -> None:
     parts = text.parts if isinstance(text, Text) else (text,)
     for part in parts:
         if not isinstance(part, str | Task | Part):
-            raise InvalidTask(
-                f"{field} is a text, a task, or a Text with both{_OR_LIST.get(field, '')}; got a {type(part).__name__}."
-            )
+            valid = f"a text, or a task that stands for its result{_OR_LIST.get(field, '')}"
+            raise InvalidTask(f"{field} is a {type(part).__name__}; valid is {valid}. Texts alone are taken.")
     if all(isinstance(part, str) and not part.strip() for part in parts):
         raise InvalidTask(f"{_EMPTY.get(field, field)} is empty; write what the model shall read.")
 

@@ -70,7 +70,7 @@ def report_canceled(ending: Sequence[Task], had_ended: int) -> CallToolResult:
     """What came of a cancel of these tasks, besides some that had ended before."""
     data = CancelReport(
         canceled=sum(task.state is TaskState.CANCELED for task in ending),
-        had_ended=had_ended,
+        had_ended=had_ended + sum(task.state.final and task.state is not TaskState.CANCELED for task in ending),
         still_ending=[name_of(task) for task in ending if not task.state.final][:_NAMES_SHOWN],
     )
     text = f"{data.canceled} canceled, {data.had_ended} had ended before."

@@ -16,7 +16,7 @@ from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.items import as_text, holds_item, with_item
 from rhapsody_mcp.runtime.open_sessions import OpenSession
 from rhapsody_mcp.runtime.references import resolve, with_parts
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, name_of
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, Text, name_of
 from rhapsody_mcp.toolsets.requests import EVERYWHERE, FIELDS, IN_TEXTS, STANDING, TaskRequest, is_stand_in
 
 __all__ = ["ItemMaker", "kind_of_request", "label_of", "make_task", "make_tasks"]
@@ -199,9 +199,11 @@ class ItemMaker:
 
     def __call__(self, item: Any, number: int) -> ComputeTask | AITask:
         places = {field: with_item(value, item) for field, value in self._places.items()}
-        for field in ("arguments", "prompt", "messages"):
+        for field in ("arguments", "prompt", "system_prompt"):
             if field in places:
                 places[field] = _told(places[field])
+        if "messages" in places:
+            places["messages"] = _joined(places["messages"])
         fields = {**self._fields, **places}
         kwargs = _kwargs(self._form, fields) if self._kwargs is None else self._kwargs
         return _make_work(self._form, fields, kwargs, self._task_named, self._function, {})
@@ -211,6 +213,19 @@ def _fields(request: TaskRequest) -> dict[str, Any]:
     """With the references in texts apart from what an item may bring into them."""
     fields = dict(request)
     return fields | {field: with_parts(value) for field in IN_TEXTS if (value := fields[field]) is not None}
+
+
+def _joined(messages: Sequence[Any]) -> list[Any]:
+    """With the messages of an item, which may be one or a list of them, in the place of what stands for it."""
+    joined: list[Any] = []
+    for message in messages:
+        if message.keys() != {"literal"}:
+            joined.append(_told(message))
+        elif isinstance(message["literal"], list):
+            joined += [{"literal": one} for one in message["literal"]]
+        else:
+            joined.append(message)
+    return joined
 
 
 def _told(value: Any) -> Any:
@@ -226,15 +241,15 @@ def _told(value: Any) -> Any:
 
 
 def _holds_item(field: str, value: Any) -> bool:
-    """Only as a whole a field of the sampling stands for an item: a JSON schema may have a property of that name."""
-    if field in STANDING and field != "stop_sequences":
+    """Only as a whole a JSON schema stands for an item: it may have a property of that name."""
+    if field == "json_schema":
         return is_stand_in(value) and "item" in value
     return holds_item(value)
 
 
 _OF_A_MODEL = FIELDS["prompt"] - EVERYWHERE | {"messages"}
 _PLACES = (
-    *("args", "kwargs", "executable", "arguments", "prompt", "messages", "system_prompt", "model", "env", "cwd"),
+    *("args", "kwargs", "executable", "arguments", "prompt", "messages", "system_prompt", "env", "cwd"),
     *STANDING,
 )
 """Where an item may stand."""
@@ -337,8 +352,8 @@ def _layout(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"process_template": template} if template or fields["process"] else {}
 
 
-def _argument(value: Any) -> str | Task | Part:
-    if isinstance(value, Task | Part):
+def _argument(value: Any) -> str | Task | Part | Text:
+    if isinstance(value, Task | Part | Text):
         return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise InvalidTask(f"{value!r} among arguments is a {type(value).__name__}; a program takes texts and numbers.")

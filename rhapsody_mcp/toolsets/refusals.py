@@ -177,7 +177,7 @@ def _is_broken(text: object) -> bool:
 
 def _place(problem: Problem, arguments: Mapping[str, Any]) -> Location:
     """What the problem is about: after it pydantic names the choices of a union."""
-    location: Location = problem["loc"]
+    location: Location = tuple(step for step in problem["loc"] if step not in ("value", "stand-in"))
     value: Any = arguments
     for depth, step in enumerate(location):
         if not isinstance(value, dict | list) or (isinstance(value, dict) and step not in value):
@@ -195,9 +195,14 @@ def _told(place: Location, problems: list[Problem], schema: dict[str, Any], argu
     near = nearest(str(first["input"]), _choices(first)) if first["type"] == "literal_error" else ""
     valid = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[:-1] else kinds)
     example = "" if "ctx" in first else _example(field)
+    if isinstance(first["input"], str) and "object" in field.get("type", ()):
+        example = "".join(f", or {stands}" for sign, stands in _STAND_INS.items() if sign in first["input"]) or example
     by_name = place[-1] == "args" and isinstance(first["input"], dict) and "ref" not in first["input"]
     kwargs = " Arguments by name go into kwargs." if by_name else ""
     return f"{where} must be {valid}{example}, not {_short(first['input'])}{near}.{kwargs}"
+
+
+_STAND_INS = {"{item": '{"item": true}', "{ref:": '{"ref": "name"}'}
 
 
 def _valid(problem: Problem, field: dict[str, Any]) -> str:
@@ -226,6 +231,8 @@ def _valid(problem: Problem, field: dict[str, Any]) -> str:
             return f"a finite number{_range(field)}"
         case "literal_error":
             return str(limits["expected"])
+        case "number":
+            return f"a number{_range(field)}"
     word = _KINDS.get(kind.partition("_")[0], "of another kind")
     return word + _range(field) if word.endswith("number") else word
 

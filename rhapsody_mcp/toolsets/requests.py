@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from rhapsody_mcp.model.sampling import MOST_ANSWERS, MOST_LOGPROBS, SAMPLING
 from rhapsody_mcp.runtime.references import names_in, with_parts
@@ -37,6 +38,13 @@ def is_stand_in(value: object) -> bool:
     return keys == {"ref"} or keys == {"item"}
 
 
+def _no_truth(value: Any) -> Any:
+    """Python takes true for 1; here it is a mistake."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "true and false are no numbers")
+    return value
+
+
 _T = TypeVar("_T")
 StandIn = dict[str, Any]
 OrStandIn = Annotated[
@@ -44,7 +52,7 @@ OrStandIn = Annotated[
     Discriminator(lambda value: "stand-in" if is_stand_in(value) else "value"),
 ]
 """For a field whose value may also be an object that stands for one."""
-Count = Annotated[int, Field(ge=1)]
+_NUMBER = BeforeValidator(_no_truth)
 
 
 class RankGroup(_Closed):
@@ -91,26 +99,32 @@ class TaskRequest(_Closed):
         list[dict[str, Any]] | None,
         Field(description='A chat, e.g. [{"role": "user", "content": "Explain {ref:train/loss}."}].'),
     ] = None
-    system_prompt: Annotated[str | None, Field(description="Instructions that come before prompt.")] = None
-    model: Annotated[str | None, Field(description="Default is the backend's own.")] = None
+    system_prompt: Annotated[
+        str | dict[str, Any] | None, Field(description="Instructions that come before prompt.")
+    ] = None
+    model: Annotated[OrStandIn[str] | None, Field(description="Default is the backend's own.")] = None
     temperature: Annotated[
-        OrStandIn[Annotated[float, Field(ge=0, le=2)]] | None,
+        OrStandIn[Annotated[float, Field(ge=0, le=2), _NUMBER]] | None,
         Field(description="Randomness; default: the model's, mostly 1."),
     ] = None
-    max_tokens: Annotated[OrStandIn[Count] | None, Field(description="Most tokens of one answer.")] = None
-    top_p: Annotated[OrStandIn[Annotated[float, Field(ge=0, le=1)]] | None, Field(description="Nucleus sampling.")] = (
-        None
-    )
-    top_k: Annotated[
-        OrStandIn[Annotated[int, Field(ge=-1)]] | None, Field(description="Candidate tokens; -1 for all.")
+    max_tokens: Annotated[
+        OrStandIn[Annotated[int, Field(ge=1), _NUMBER]] | None, Field(description="Most tokens of one answer.")
     ] = None
-    seed: Annotated[OrStandIn[Annotated[int, Field(ge=0)]] | None, Field(description="Repeats its answer.")] = None
+    top_p: Annotated[
+        OrStandIn[Annotated[float, Field(ge=0, le=1), _NUMBER]] | None, Field(description="Nucleus sampling.")
+    ] = None
+    top_k: Annotated[
+        OrStandIn[Annotated[int, Field(ge=-1), _NUMBER]] | None, Field(description="Candidate tokens; -1 for all.")
+    ] = None
+    seed: Annotated[
+        OrStandIn[Annotated[int, Field(ge=0), _NUMBER]] | None, Field(description="Repeats its answer.")
+    ] = None
     n: Annotated[
-        OrStandIn[Annotated[int, Field(ge=1, le=MOST_ANSWERS)]] | None,
+        OrStandIn[Annotated[int, Field(ge=1, le=MOST_ANSWERS), _NUMBER]] | None,
         Field(description="Answers to each prompt, as a list."),
     ] = None
     logprobs: Annotated[
-        OrStandIn[Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]] | None,
+        OrStandIn[Annotated[int, Field(ge=0, le=MOST_LOGPROBS), _NUMBER]] | None,
         Field(description="Tokens too, with so many likely ones each."),
     ] = None
     stop_sequences: Annotated[OrStandIn[list[str]] | None, Field(description="Texts that end an answer.")] = None
@@ -163,9 +177,9 @@ class TaskRequest(_Closed):
         return set(names_in([*in_data, *(with_parts(getattr(self, field)) for field in IN_TEXTS)]))
 
 
-REFERRING = frozenset({"args", "kwargs", "arguments", "for_each"})
+REFERRING = frozenset({"args", "kwargs", "for_each"})
 """Fields in which a reference may stand at any depth."""
-IN_TEXTS = frozenset({"prompt", "messages", "system_prompt"})
+IN_TEXTS = frozenset({"arguments", "prompt", "messages", "system_prompt"})
 """Such fields that have references also in their texts."""
 STANDING = frozenset(SAMPLING)
 """Fields whose whole value may be a reference, or stand for an item."""
@@ -173,7 +187,7 @@ _FLOW = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure"}
 EVERYWHERE = {"name", "backend", "timeout_s", *_FLOW}
 """Fields that every task has."""
 _PROCESSES = {"process", "ranks", "mpi", "process_templates", "env", "cwd"}
-_MODEL = {"system_prompt", "model", *SAMPLING, *EVERYWHERE}
+_MODEL = {"system_prompt", *SAMPLING, *EVERYWHERE}
 FIELDS = {
     "source": {"source", "entry", "args", "kwargs", *_PROCESSES, *EVERYWHERE},
     "function": {"function", "args", "kwargs", *_PROCESSES, *EVERYWHERE},

@@ -22,7 +22,7 @@ from rhapsody_mcp.toolsets.aside import aside
 from rhapsody_mcp.toolsets.making import ItemMaker, kind_of_request, label_of, make_tasks
 from rhapsody_mcp.toolsets.recipes import write_recipes
 from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
-from rhapsody_mcp.toolsets.requests import TaskRequest
+from rhapsody_mcp.toolsets.requests import IN_TEXTS, TaskRequest
 from rhapsody_mcp.toolsets.schemas import UNTOLD
 
 __all__ = ["Submitted", "check", "plan", "submit", "submitted_before"]
@@ -148,9 +148,10 @@ def _suspects(requests: Sequence[TaskRequest], opened: OpenSession, made: Sequen
     named = {task.name for task in made}
     told = []
     for index, request in enumerate(requests):
-        found = _suspect(
-            [request.args, request.kwargs, request.arguments], named, opened, '{{"ref": "{}"}}', "the value "
-        ) or _suspect([request.prompt, request.system_prompt, request.messages], named, opened, "{{ref:{}}}", "")
+        values = [request.args, request.kwargs, request.stop_sequences, request.model]
+        texts = [getattr(request, field) for field in IN_TEXTS]
+        found = _suspect(values, named, opened, '{{"ref": "{}"}}', "the value ")
+        found = found or _suspect(texts, named, opened, "{{ref:{}}}", "")
         if found:
             told.append(f"{label_of(index, request)}: {found}")
     return told
@@ -161,13 +162,15 @@ def _suspect(data: list[Any], named: Collection[str | None], opened: OpenSession
     texts = " ".join(_texts_in(data))[:_LOOKED_AT_CHARS]
     for match in _REFERENCE_IN_TEXT.finditer(texts):
         name = next(filter(None, match.groups()))
-        if (name in named or opened.named(name)) and match.group() != right.format(name):
+        is_meant = match.group().startswith("{ref:") and not right.startswith("{{ref:")
+        is_right = match.group().startswith("{ref:") and right.startswith("{{ref:")
+        if is_meant or ((name in named or opened.named(name)) and not is_right):
             return f"the text {match.group()} stays as it is; {name}'s result is {what}{right.format(name)}"
     return ""
 
 
 _REFERENCE_IN_TEXT = re.compile(
-    r'\{([A-Za-z][\w.-]{0,63})\}|\{ref:([A-Za-z][\w.-]{0,63})\}|\$([A-Za-z][\w-]{0,63})|"ref": ?"([^"]{1,64})"'
+    r'\{([A-Za-z][\w.-]{0,63})\}|\{ref: ?([\w.\[\]-]{1,64})[^{}]{0,64}\}|\$([A-Za-z][\w-]{0,63})|"ref": ?"([^"]{1,64})"'
 )
 
 

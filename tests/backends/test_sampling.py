@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -38,9 +39,9 @@ async def run(session: Session, *tasks: Task) -> list[Any]:
 # --- several answers
 
 
-async def test_n_above_1_gives_a_list_of_answers_to_each_prompt(session: Session, server: StandIn) -> None:
+async def test_with_n_each_prompt_has_a_list_of_answers(session: Session, server: StandIn) -> None:
     one, several, many = await run(session, AITask("a", n=1), AITask("a", n=3), AITask(["a", "b"], n=2))
-    assert (one, several) == ("answer to a", ["answer to a"] * 3)
+    assert (one, several) == (["answer to a"], ["answer to a"] * 3)
     assert many == [["answer to a"] * 2, ["answer to b"] * 2]
     assert [body.get("n") for body in server.bodies] == [None, 3, 2, 2]  # a request each: no batch takes an n
 
@@ -108,6 +109,17 @@ async def test_messages_are_sent_as_they_are_with_results_in_their_places(sessio
     assert answer == "answer to You said: answer to hi?"
 
 
+async def test_a_history_of_messages_can_be_a_result(session: Session, server: StandIn) -> None:
+    history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    server.answer = lambda prompt: json.dumps({"told": history, "one": history[0]}) if prompt == "tell" else prompt
+    told = AITask("tell", json_schema={"type": "object"})
+    last = {"role": "user", "content": "c"}
+    await run(session, told, AITask(messages=[Part(told, "/told"), Part(told, "/one"), last]))
+    assert server.bodies[-1]["messages"] == [*history, history[0], last]
+    with pytest.raises(TaskFailed, match="the role of a message is None; valid"):
+        await run(session, AITask(messages=told))
+
+
 async def test_results_in_a_text_are_text_or_json(session: Session, server: StandIn) -> None:
     server.answer = lambda prompt: '{"size": 3}' if prompt == "measure" else prompt
     sized = AITask("measure", json_schema=SCHEMA)
@@ -141,13 +153,22 @@ async def test_a_result_that_is_no_valid_value_fails_the_task_that_uses_it(sessi
         ({"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "messages and prompt contradict each other"),
         ({"system_prompt": "s", "messages": [{"role": "user", "content": "x"}]}, "messages and system_prompt"),
         ({"messages": []}, 'messages is []; valid is a list such as [{"role": "user", "content": "..."}]'),
-        ({"messages": [{"role": "user"}]}, "messages holds {'role': 'user'}; valid is a list such as"),
+        ({"messages": ["x"]}, 'messages holds a str; valid is one such as {"role": "user", "content": "..."}'),
+        ({"messages": [{"role": "user"}]}, "a message has no content; valid is one such as"),
+        (
+            {"messages": [{"role": "user", "content": "x", "name": "n"}]},
+            "a message has 'name'; it has role and content",
+        ),
+        ({"prompt": "x", "model": ""}, "model is ''; valid is a text"),
         ({"messages": [{"role": "me", "content": "x"}]}, 'role of a message is \'me\'; valid: "system", "user"'),
         ({"messages": [{"role": "user", "content": " "}]}, "the content of a message is empty"),
-        ({"messages": [{"role": "user", "content": 3}]}, "content is a text, a task, or a Text with both; got a int"),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            "content is a int; valid is a text, or a task that stands for its result. Texts alone",
+        ),
         ({"prompt": [{"role": "user", "content": "x"}]}, "give the messages of a chat as messages"),
-        ({"prompt": Text("a", 3)}, "prompt is a text, a task, or a Text with both, or a list of these; got a int"),
-        ({}, "prompt is a text, a task, or a Text with both, or a list of these; got a NoneType"),
+        ({"prompt": Text("a", 3)}, "prompt is a int; valid is a text, or a task that stands for its result, or a list"),
+        ({}, "prompt is a NoneType; valid is a text, or a task that stands for its result, or a list of these."),
     ],
 )
 async def test_what_cannot_be_asked_for_is_refused(fields: dict[str, Any], words: str) -> None:

@@ -116,7 +116,11 @@ async def test_a_schema_may_have_a_property_of_the_name_of_a_stand_in(agent: Age
         ({"prompt": "x", "n": 129}, "n must be at most 128"),
         ({"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "it has prompt and messages"),
         ({"messages": [{"role": "user", "content": "x"}], "system_prompt": "s"}, "it belongs to one with prompt"),
-        ({"messages": [{"role": "user", "text": "x"}]}, "messages holds {'role': 'user', 'text': 'x'}; valid is"),
+        ({"messages": [{"role": "user", "text": "x"}]}, "a message has 'text'; it has role and content alone"),
+        ({"prompt": "x", "logprobs": True}, "logprobs must be a number from 0 to 20, not true"),
+        ({"prompt": "x", "stop_sequences": ["a", 3]}, "stop_sequences[1] must be a text, not 3"),
+        ({"prompt": "x", "seed": "{item}", "for_each": [1]}, 'a whole number of at least 0, or {"item": true}, not'),
+        ({"prompt": "{ref:made/names/9}"}, "of the result of made, path '/names/9' leads nowhere"),
         ({"messages": [{"role": "User", "content": "x"}]}, 'valid: "system", "user", "assistant"'),
     ],
 )
@@ -130,12 +134,48 @@ async def test_texts_of_json_stay_prompts(agent: Agent) -> None:
     assert await result(agent, "told") == 'answer to ["a", "b"]'
 
 
+async def test_a_result_stands_in_the_texts_of_arguments_too(agent: Agent) -> None:
+    program = {"executable": "train", "arguments": ["--lr={ref:made/x}", "{{ref:made}}", "{item}:{ref:made/names}"]}
+    await submit(agent, MADE, {"name": "run", **program, "for_each": ["{ref:made}"]})
+    assert await result(agent, "run") == ['train --lr=0.5 {ref:made} {ref:made}:["a","b"]']
+
+
+@pytest.mark.parametrize("text", ["{ref:made/x}", "{ref:nobody}", "{ref: made/names/0}"])
+async def test_a_text_that_takes_no_result_is_told_of(agent: Agent, text: str) -> None:
+    for task in ({"function": "builtins:str", "args": [text]}, {"prompt": "x", "stop_sequences": [text]}):
+        reply = await agent.call("submit_tasks", session="session-1", tasks=[task], dry_run=True)
+        assert f"the text {text} stays as it is" in reply["problems"][0]
+
+
+async def test_an_item_can_be_a_model_a_system_prompt_and_the_messages(agent: Agent) -> None:
+    chats = [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        {"role": "user", "content": "c"},
+    ]
+    await submit(
+        agent,
+        {"prompt": "x", "model": {"item": True}, "system_prompt": {"ref": "first"}, "for_each": ["m1"]},
+        {"messages": {"item": True}, "for_each": chats},
+        {"name": "first", "prompt": "hi"},
+    )
+    works = {(work.model, work.system_prompt, work.messages) for work in asked(agent)}
+    assert ("m1", Ref("task.000003"), ()) in works
+    assert (None, None, (Message("user", "a"), Message("assistant", "b"))) in works
+    assert (None, None, (Message("user", "c"),)) in works
+
+
 async def test_where_tokens_are_limited_their_number_must_be_known() -> None:
+    by_a_result = {"prompt": "x", "max_tokens": {"ref": "made", "path": "/x"}, "n": {"ref": "made", "path": "/x"}}
+    async with open_agent(settings=Settings(max_session_tokens=100)) as agent:
+        await agent.session()
+        told = await refusal(agent, MADE, by_a_result)
+        assert (
+            "max_tokens must be a number here, because the tokens of a session are limited (max_session_tokens" in told
+        )
     async with open_agent(settings=Settings(max_answer_tokens=100)) as agent:
         await agent.session()
-        await submit(agent, MADE, {"prompt": "x", "max_tokens": {"item": True}, "for_each": [50, 100]})
-        told = await refusal(agent, {"prompt": "x", "max_tokens": {"ref": "made", "path": "/x"}})
-        assert "max_tokens must be a number here, because tokens are limited (max_answer_tokens" in told
+        await submit(agent, MADE, {"prompt": "x", "max_tokens": {"item": True}, "for_each": [50, 100]}, by_a_result)
+        assert asked(agent)[-1].most_tokens == 100 or asked(agent)[0].most_tokens == 100
         assert "max_tokens is 101; the most here is 100" in await refusal(
             agent, {"prompt": "x", "max_tokens": {"item": True}, "for_each": [101]}
         )

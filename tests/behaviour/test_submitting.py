@@ -136,7 +136,7 @@ async def test_a_dry_run_names_texts_that_seem_to_refer_to_a_task(text: str) -> 
         reply = await agent.call("submit_tasks", session=session, tasks=tasks, dry_run=True)
         (problem,) = reply["problems"]
         assert problem.startswith("tasks[1] ('echo'): the text ")
-        assert problem.endswith("""stays as it is; hello's result is the value {"ref": "hello"}""")
+        assert problem.endswith("stays as it is; hello's result is {ref:hello}")
         assert "Next: correct what does not fit, or the same call without dry_run." in agent.texts[-1]
 
 
@@ -147,7 +147,7 @@ async def test_a_submission_notes_such_texts_too() -> None:
         await agent.call("submit_tasks", session=session, tasks=[{"prompt": "Summarise: {hello}"}])
         assert "Note: tasks[0]: the text {hello} stays as it is" in agent.texts[-1]
         assert "hello's result is {ref:hello}" in agent.texts[-1]
-        await agent.call("submit_tasks", session=session, tasks=[{"executable": "ls", "arguments": ["{ref:hello}"]}])
+        await agent.call("submit_tasks", session=session, tasks=[{"function": "builtins:len", "args": ["{ref:hello}"]}])
         assert (
             """the text {ref:hello} stays as it is; hello's result is the value {"ref": "hello"}""" in agent.texts[-1]
         )

@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 
-from rhapsody_mcp.api import AITask, ComputeTask, Module, Part, Session, Source, TaskCanceled, TaskFailed, TaskState
+from rhapsody_mcp.api import (
+    AITask,
+    ComputeTask,
+    Module,
+    Part,
+    Session,
+    Source,
+    TaskCanceled,
+    TaskFailed,
+    TaskState,
+    Text,
+)
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, UnknownName
 from rhapsody_mcp.model.states import Cause
@@ -39,6 +50,17 @@ async def run(session: Session, *tasks: ComputeTask) -> list[ComputeTask]:
 
 async def run_one(session: Session, task: ComputeTask) -> ComputeTask:
     return (await run(session, task))[0]
+
+
+async def test_a_result_stands_in_the_text_of_an_argument(session: Session) -> None:
+    rate, names = ComputeTask(float, args=("0.5",)), ComputeTask(list, args=("ab",))
+    whole, part = Text("--lr=", rate, ":", names), Text(Part(names, "/1"), "\u00e9")
+    plain = ComputeTask(executable="echo", arguments=[whole, part])
+    ranks: dict[str, Any] = {"process_templates": [(2, {})]}
+    job = ComputeTask(executable="echo", arguments=[whole], task_backend_specific_kwargs=ranks)
+    await run(session, rate, names, plain, job)
+    assert plain.return_value == '--lr=0.5:["a","b"] b\u00e9'
+    assert [rank.stdout for rank in job.ranks] == ['--lr=0.5:["a","b"]\n'] * 2
 
 
 @pytest.mark.parametrize("backend", [DragonExecutionBackendV3, LocalExecutionBackend], ids=["dragon", "local"])

@@ -90,7 +90,7 @@ class World:
             await self.kill(*self._alive())
             await self.client.drop()
             for file in self._files():
-                os.unlink(file)
+                Path(file).unlink(missing_ok=True)  # of another program, which has just removed it
         finally:
             self._ground.__exit__(None, None, None)
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -251,7 +251,7 @@ def test_two_backends_of_one_name_are_refused() -> None:
         ({"prompt": "x", "max_tokens": True}, "max_tokens is True"),
         ({"prompt": "x", "stop_sequences": "\n"}, "list of texts"),
         ({"prompt": []}, "empty list"),
-        ({"prompt": ["x", 3]}, "got a int"),
+        ({"prompt": ["x", 3]}, "prompt is a int"),
         ({"prompt": " "}, "is empty"),
         ({"prompt": "x", "temprature": 1}, "unknown field of AITask 'temprature' (did you mean 'temperature'?)"),
         ({"prompt": "x", "task_backend_specific_kwargs": {"ranks": 2}}, "unknown key"),
