@@ -90,7 +90,8 @@ class World:
             await self.kill(*self._alive())
             await self.client.drop()
             for file in self._files():
-                Path(file).unlink(missing_ok=True)  # of another program, which has just removed it
+                with suppress(FileNotFoundError):  # of another program, which has just removed it
+                    os.unlink(file)
         finally:
             self._ground.__exit__(None, None, None)
             shutil.rmtree(self.folder, ignore_errors=True)
