@@ -150,22 +150,21 @@ def _suspects(requests: Sequence[TaskRequest], opened: OpenSession, made: Sequen
     for index, request in enumerate(requests):
         values = [request.args, request.kwargs, request.stop_sequences, request.model]
         texts = [getattr(request, field) for field in IN_TEXTS]
-        found = _suspect(values, named, opened, '{{"ref": "{}"}}', "the value ")
-        found = found or _suspect(texts, named, opened, "{{ref:{}}}", "")
+        found = _suspect(values, named, opened, in_texts=False) or _suspect(texts, named, opened, in_texts=True)
         if found:
             told.append(f"{label_of(index, request)}: {found}")
     return told
 
 
-def _suspect(data: list[Any], named: Collection[str | None], opened: OpenSession, right: str, what: str) -> str:
-    """What is wrong with the first text in it that seems to refer to a task, and `right` with its name; or nothing."""
+def _suspect(data: list[Any], named: Collection[str | None], opened: OpenSession, *, in_texts: bool) -> str:
+    """What is wrong with the first text in it that seems to refer to a task, in words; or nothing. `in_texts` where a
+    text can hold a result."""
+    right = "{{ref:{}}}" if in_texts else 'the value {{"ref": "{}"}}'
     texts = " ".join(_texts_in(data))[:_LOOKED_AT_CHARS]
     for match in _REFERENCE_IN_TEXT.finditer(texts):
         name = next(filter(None, match.groups()))
-        is_meant = match.group().startswith("{ref:") and not right.startswith("{{ref:")
-        is_right = match.group().startswith("{ref:") and right.startswith("{{ref:")
-        if is_meant or ((name in named or opened.named(name)) and not is_right):
-            return f"the text {match.group()} stays as it is; {name}'s result is {what}{right.format(name)}"
+        if not in_texts if match.group().startswith("{ref:") else name in named or opened.named(name):
+            return f"the text {match.group()} stays as it is; {name}'s result is {right.format(name)}"
     return ""
 
 
@@ -191,7 +190,7 @@ def _left_canceled(opened: OpenSession, replaced: Collection[Task]) -> str:
 def _texts_in(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
+    elif isinstance(value, dict | list) and not (isinstance(value, dict) and value.keys() == {"literal"}):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _texts_in(part)
 

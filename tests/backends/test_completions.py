@@ -31,12 +31,6 @@ WITHIN_S = 600  # every wait here is for an event; one that never comes fails th
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[StandIn]:
-    async with serve(StandIn()) as stand_in:
-        yield stand_in
-
-
-@pytest.fixture
 async def session(server: StandIn) -> AsyncIterator[Session]:
     async with Session([EndpointInferenceBackend(server.url, max_batch_wait_ms=LONG_MS)]) as opened:
         yield opened

@@ -13,16 +13,10 @@ from rhapsody_mcp.api import AITask, Part, Session, Text
 from rhapsody_mcp.backends.endpoint import EndpointInferenceBackend
 from rhapsody_mcp.model.errors import InvalidTask, TaskFailed
 from rhapsody_mcp.runtime.tasks import Task
-from tests.backends.openai_stand_in import StandIn, serve
+from tests.backends.openai_stand_in import StandIn
 
 pytestmark = pytest.mark.anyio
 SCHEMA = {"type": "object", "properties": {"size": {"type": "integer"}}, "required": ["size"]}
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[StandIn]:
-    async with serve(StandIn()) as stand_in:
-        yield stand_in
 
 
 @pytest.fixture

@@ -145,6 +145,8 @@ async def test_a_text_that_takes_no_result_is_told_of(agent: Agent, text: str) -
     for task in ({"function": "builtins:str", "args": [text]}, {"prompt": "x", "stop_sequences": [text]}):
         reply = await agent.call("submit_tasks", session="session-1", tasks=[task], dry_run=True)
         assert f"the text {text} stays as it is" in reply["problems"][0]
+    meant = {"function": "builtins:str", "args": [{"literal": text}]}
+    assert not (await agent.call("submit_tasks", session="session-1", tasks=[meant], dry_run=True))["problems"]
 
 
 async def test_an_item_can_be_a_model_a_system_prompt_and_the_messages(agent: Agent) -> None:
