@@ -21,7 +21,7 @@ from mcp.types import CallToolResult, TextContent
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.sampling import SAMPLING
-from rhapsody_mcp.model.specs import Call, Command, Completion, Content, TaskSpec
+from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec, parts_of
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Ref, follow
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
@@ -147,7 +147,7 @@ def perform(spec: TaskSpec, values: list[Any]) -> Any:
         args, kwargs = _arguments(work, values)
         return _function(work)(*args, **kwargs)
     if isinstance(work, Command):
-        arguments = [_parts(argument) for argument in work.arguments]
+        arguments = [parts_of(argument) for argument in work.arguments]
         bound = _bound(refs_of([*chain.from_iterable(arguments)]), values)
         joined = ("".join(_text(bound.get(part, part)) for part in parts) for parts in arguments)
         return " ".join([work.executable, *joined])
@@ -157,16 +157,12 @@ def perform(spec: TaskSpec, values: list[Any]) -> Any:
 def _answers(work: Completion, values: list[Any]) -> Any:
     """To each prompt, or to the last message."""
     messages = [message if isinstance(message, Ref) else message.content for message in work.messages]
-    asked = [_parts(content) for content in work.prompts or messages[-1:]]
-    told = [_parts(content) for content in (work.system_prompt or "", *messages)]
+    asked = [parts_of(content) for content in work.prompts or messages[-1:]]
+    told = [parts_of(content) for content in (work.system_prompt or "", *messages)]
     stand_ins = [getattr(work, field) for field in SAMPLING]
     bound = _bound(refs_of([*chain.from_iterable([*asked, *told]), *stand_ins]), values)
     prompts = ["".join(_text(bound.get(part, part)) for part in parts) for parts in asked]
     return [f"answer to {prompt}" for prompt in prompts] if work.many else f"answer to {prompts[0]}"
-
-
-def _parts(content: Content) -> Sequence[str | Ref]:
-    return content if isinstance(content, tuple) else (content,)
 
 
 def _function(work: Call) -> Callable[..., Any]:

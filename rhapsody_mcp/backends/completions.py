@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import msgspec
 
@@ -20,7 +20,7 @@ from rhapsody_mcp.model.errors import InvalidTask, UnknownName
 from rhapsody_mcp.model.json_schemas import Unfit
 from rhapsody_mcp.model.outcome import Outcome, Usage
 from rhapsody_mcp.model.sampling import SAMPLING, checked, refuse_message
-from rhapsody_mcp.model.specs import Completion, Content, Message, Order, TaskSpec
+from rhapsody_mcp.model.specs import Completion, Content, Message, Order, TaskSpec, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, Reader, Ref, Value, follow
 
@@ -132,7 +132,7 @@ class _Job:
         timeout_s = self.order.spec.timeout_s
         try:
             self.work = _with_values(self.work, self._value_of)
-            long = sum(map(len, filter(_has_parts, self._contents()))) > _MANY_PARTS
+            long = sum(len(each) for each in self._contents() if isinstance(each, tuple)) > _MANY_PARTS
             conversations, many = await asyncio.to_thread(self._conversations) if long else self._conversations()
             answers = await self._ask(self._prompts(conversations))
             return await self._done(answers, many)
@@ -180,7 +180,7 @@ class _Job:
         return [self._text(prompt) for prompt in self.work.prompts], self.work.many
 
     def _text(self, content: Content) -> str:
-        parts = content if isinstance(content, tuple) else (content,)
+        parts = parts_of(content)
         return "".join(part if isinstance(part, str) else _as_text(self._value_of(part)) for part in parts)
 
     def _value_of(self, ref: Ref) -> Any:
@@ -343,10 +343,6 @@ def _value(uid: str, bindings: Mapping[str, Value], read: Reader) -> Any:
         raise InvalidTask(f"{uid} cannot be part of a prompt: {error}") from error
     except Exception as error:  # unpickling runs the user's own code
         raise InvalidTask(f"the result of {uid} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _has_parts(content: Content) -> TypeGuard[tuple[str | Ref, ...]]:
-    return isinstance(content, tuple)
 
 
 def _as_text(value: Any) -> str:

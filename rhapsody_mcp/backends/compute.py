@@ -502,7 +502,7 @@ class _Engine:
         waiting = [live for queue in (self._queue, self._process_queue) for live in _taken_out(queue)]
         self._finish_stopped(waiting)
         stopped = {live.uid for live in stopping} - {live.uid for live in waiting}
-        for worker in self._workers.values():
+        for worker in dict.fromkeys(live.worker for live in stopping if live.worker is not None):
             for live in reversed([live for live in worker.sent.values() if live.uid in stopped]):
                 if live.asked:
                     self._interrupt(

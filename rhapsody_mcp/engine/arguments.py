@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.specs import Command, Content
+from rhapsody_mcp.model.specs import Command, Content, parts_of
 from rhapsody_mcp.model.values import NOTHING, Reader, Ref, Value, follow
 
 __all__ = ["arguments_of"]
@@ -24,8 +24,7 @@ def arguments_of(work: Command, bindings: Mapping[str, Value], read: Reader) -> 
 
 
 def _joined(argument: Content, bindings: Mapping[str, Value], read: Reader) -> str:
-    parts = argument if isinstance(argument, tuple) else (argument,)
-    return "".join(_text(part, bindings, read) for part in parts)
+    return "".join(_text(part, bindings, read) for part in parts_of(argument))
 
 
 def _text(argument: str | Ref, bindings: Mapping[str, Value], read: Reader) -> str:

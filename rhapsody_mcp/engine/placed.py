@@ -31,7 +31,7 @@ from rhapsody_mcp.engine.supervisor import GRACE_S, OWNER_GONE, command
 from rhapsody_mcp.engine.wire import Plan, RankConfig
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.specs import Command, Order, Template
+from rhapsody_mcp.model.specs import Command, Order, Template, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Ref, load_json
 
@@ -250,7 +250,7 @@ class PlacedTask:
 
     def _are_plain(self, work: Command) -> bool:
         """Whether its arguments can be made here, where no user code may run and nothing long is read."""
-        parts = chain.from_iterable(each if isinstance(each, tuple) else (each,) for each in work.arguments)
+        parts = chain.from_iterable(map(parts_of, work.arguments))
         used = (self.order.bindings[part.uid] for part in parts if isinstance(part, Ref))
         return all(value.format == "json" and value.file is None for value in used)
 

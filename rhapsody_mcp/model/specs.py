@@ -10,7 +10,7 @@ from rhapsody_mcp.model.values import Ref, Value
 
 __all__ = [
     *("Call", "Caps", "Command", "Completion", "Content", "Layout", "Message", "Mode", "Order", "RankGroup", "Role"),
-    *("TaskSpec", "Template"),
+    *("TaskSpec", "Template", "parts_of"),
 ]
 
 Mode = Literal["native", "process", "job"]
@@ -32,6 +32,10 @@ class Call(msgspec.Struct, frozen=True, tag="call", gc=False):
 
 Content = str | Ref | tuple[str | Ref, ...]
 """A text. A Ref stands for a result, as it is where that is a text, else as JSON; several parts are one text."""
+
+
+def parts_of(content: Content) -> tuple[str | Ref, ...]:
+    return content if isinstance(content, tuple) else (content,)
 
 
 class Command(msgspec.Struct, frozen=True, tag="command", gc=False):

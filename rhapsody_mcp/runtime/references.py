@@ -15,7 +15,7 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import follow, load_json, pointer_steps
 from rhapsody_mcp.runtime.tasks import Part, Task, Text
 
-__all__ = ["is_reference", "names_in", "renamed", "resolve", "with_parts"]
+__all__ = ["is_literal", "is_reference", "names_in", "renamed", "resolve", "with_parts"]
 
 _SHAPES = (frozenset({"ref"}), frozenset({"ref", "path"}))
 _IN_TEXT = re.compile(r"\{\{ref:[^{}]*\}\}|\{ref:([^{}/]*)(/[^{}]*)?\}")
@@ -26,7 +26,7 @@ def with_parts(value: Any) -> Any:
     if isinstance(value, str):
         return _parted(value) if "{ref:" in value else value
     if isinstance(value, dict):
-        as_it_is = value.keys() == {"literal"} or is_reference(value)
+        as_it_is = is_literal(value) or is_reference(value)
         return value if as_it_is else {key: with_parts(item) for key, item in value.items()}
     return [with_parts(item) for item in value] if isinstance(value, list | tuple) else value
 
@@ -58,7 +58,7 @@ def names_in(value: Any) -> Iterator[str]:
         value = value.parts
     if isinstance(value, dict) and "ref" in value:
         yield _checked(value)["ref"]
-    elif isinstance(value, dict) and value.keys() != {"literal"}:
+    elif isinstance(value, dict) and not is_literal(value):
         for item in value.values():
             yield from names_in(item)
     elif isinstance(value, list | tuple):
@@ -71,8 +71,7 @@ def renamed(value: Any, uid_of: Callable[[str], str], *, texts: bool = False) ->
     if is_reference(value):
         return {**value, "ref": uid_of(value["ref"])}
     if isinstance(value, dict):
-        literal = value.keys() == {"literal"}
-        return value if literal else {key: renamed(item, uid_of, texts=texts) for key, item in value.items()}
+        return value if is_literal(value) else {key: renamed(item, uid_of, texts=texts) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [renamed(item, uid_of, texts=texts) for item in value]
     return _IN_TEXT.sub(lambda found: _renamed(found, uid_of), value) if texts and isinstance(value, str) else value
@@ -93,12 +92,16 @@ def resolve(value: Any, task_named: Callable[[str], Task]) -> Any:
         task = task_named(value["ref"])
         return task if value.get("path") is None else _part(task, value["path"])
     if isinstance(value, dict):
-        if value.keys() == {"literal"}:
+        if is_literal(value):
             return value["literal"]
         return {key: resolve(item, task_named) for key, item in value.items()}
     if isinstance(value, Text):
         return Text(*resolve(value.parts, task_named))
     return [resolve(item, task_named) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_literal(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"literal"}
 
 
 def is_reference(value: Any) -> bool:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, LimitExceeded
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.specs import Call, Command, Completion, Content, TaskSpec
+from rhapsody_mcp.model.specs import Call, Command, Completion, Content, TaskSpec, parts_of
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Ref
 from rhapsody_mcp.runtime.policy import Policy
@@ -209,8 +209,7 @@ def _spec_bytes(spec: TaskSpec) -> int:
 
 
 def _chars(content: Content) -> int:
-    parts = content if isinstance(content, tuple) else (content,)
-    return sum(len(part) for part in parts if isinstance(part, str))
+    return sum(len(part) for part in parts_of(content) if isinstance(part, str))
 
 
 def _outcome_bytes(outcome: Outcome) -> int:

@@ -15,7 +15,7 @@ from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.encoding import Module, Source
 from rhapsody_mcp.runtime.items import as_text, holds_item, with_item
 from rhapsody_mcp.runtime.open_sessions import OpenSession
-from rhapsody_mcp.runtime.references import resolve, with_parts
+from rhapsody_mcp.runtime.references import is_literal, resolve, with_parts
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, Text, name_of
 from rhapsody_mcp.toolsets.requests import EVERYWHERE, FIELDS, IN_TEXTS, STANDING, TaskRequest, is_stand_in
 
@@ -219,7 +219,7 @@ def _joined(messages: Sequence[Any]) -> list[Any]:
     """With the messages of an item, which may be one or a list of them, in the place of what stands for it."""
     joined: list[Any] = []
     for message in messages:
-        if message.keys() != {"literal"}:
+        if not is_literal(message):
             joined.append(_told(message))
         elif isinstance(message["literal"], list):
             joined += [{"literal": one} for one in message["literal"]]
@@ -234,7 +234,7 @@ def _told(value: Any) -> Any:
         return [_told(part) for part in value]
     if not isinstance(value, dict):
         return value
-    if value.keys() != {"literal"}:
+    if not is_literal(value):
         return {key: _told(part) for key, part in value.items()}
     item = value["literal"]
     return value if isinstance(item, Task | Part) else as_text(item)
@@ -289,7 +289,7 @@ def _make_work(
 
 
 def _resolved(field: str, value: Any, task_named: TaskNamed) -> Any:
-    stands = is_stand_in(value) or (isinstance(value, dict) and value.keys() == {"literal"})
+    stands = is_stand_in(value) or is_literal(value)
     return resolve(value, task_named) if field in IN_TEXTS or (field in STANDING and stands) else value
 
 

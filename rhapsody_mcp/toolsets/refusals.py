@@ -25,7 +25,7 @@ from rhapsody_mcp.model.errors import (
 )
 from rhapsody_mcp.toolsets.meanings import in_our_words
 from rhapsody_mcp.toolsets.replies import one_line
-from rhapsody_mcp.toolsets.schemas import NAME_PATTERN, field_at, field_names
+from rhapsody_mcp.toolsets.schemas import CHOICES, NAME_PATTERN, field_at, field_names
 
 __all__ = [
     "refuse_answer",
@@ -177,7 +177,7 @@ def _is_broken(text: object) -> bool:
 
 def _place(problem: Problem, arguments: Mapping[str, Any]) -> Location:
     """What the problem is about: after it pydantic names the choices of a union."""
-    location: Location = tuple(step for step in problem["loc"] if step not in ("value", "stand-in"))
+    location: Location = tuple(step for step in problem["loc"] if step not in CHOICES)
     value: Any = arguments
     for depth, step in enumerate(location):
         if not isinstance(value, dict | list) or (isinstance(value, dict) and step not in value):

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from rhapsody_mcp.model.sampling import MOST_ANSWERS, MOST_LOGPROBS, SAMPLING
 from rhapsody_mcp.runtime.references import names_in, with_parts
-from rhapsody_mcp.toolsets.schemas import Name
+from rhapsody_mcp.toolsets.schemas import CHOICES, Name
 
 __all__ = [
     *("EVERYWHERE", "FIELDS", "IN_TEXTS", "REFERRING", "STANDING", "Env", "RankGroup", "StandIn", "TaskRequest"),
@@ -48,8 +48,8 @@ def _no_truth(value: Any) -> Any:
 _T = TypeVar("_T")
 StandIn = dict[str, Any]
 OrStandIn = Annotated[
-    Annotated[_T, Tag("value")] | Annotated[StandIn, Tag("stand-in")],
-    Discriminator(lambda value: "stand-in" if is_stand_in(value) else "value"),
+    Annotated[_T, Tag(CHOICES[0])] | Annotated[StandIn, Tag(CHOICES[1])],
+    Discriminator(lambda value: CHOICES[is_stand_in(value)]),
 ]
 """For a field whose value may also be an object that stands for one."""
 _NUMBER = BeforeValidator(_no_truth)

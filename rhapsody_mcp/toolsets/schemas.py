@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import GetJsonSchemaHandler, StringConstraints, WithJsonSchema
 from pydantic_core import CoreSchema
 
-__all__ = ["NAME_PATTERN", "UNTOLD", "Name", "as_meant", "field_at", "field_names", "flat"]
+__all__ = ["CHOICES", "NAME_PATTERN", "UNTOLD", "Name", "as_meant", "field_at", "field_names", "flat"]
 
 Schema = dict[str, Any]
 
@@ -18,6 +18,8 @@ class _Untold:
         return {"type": _without_null(handler(core))["type"]}
 
 
+CHOICES = ("(value)", "(stand-in)")
+"""How pydantic names, in the place of a problem, the two that some fields have the choice of: as no field is named."""
 UNTOLD = _Untold()
 """For a field of which the schema need only tell the outermost type: its name, the card and the text of the reply say
 the rest, and each word of a schema costs every agent."""

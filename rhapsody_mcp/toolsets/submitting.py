@@ -17,6 +17,7 @@ from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.open_sessions import OpenSession, Submission
 from rhapsody_mcp.runtime.planning import Step, misfits, steps_of
+from rhapsody_mcp.runtime.references import is_literal
 from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.aside import aside
 from rhapsody_mcp.toolsets.making import ItemMaker, kind_of_request, label_of, make_tasks
@@ -190,7 +191,7 @@ def _left_canceled(opened: OpenSession, replaced: Collection[Task]) -> str:
 def _texts_in(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list) and not (isinstance(value, dict) and value.keys() == {"literal"}):
+    elif isinstance(value, dict | list) and not is_literal(value):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _texts_in(part)
 

@@ -120,6 +120,8 @@ async def test_a_schema_may_have_a_property_of_the_name_of_a_stand_in(agent: Age
         ({"prompt": "x", "logprobs": True}, "logprobs must be a number from 0 to 20, not true"),
         ({"prompt": "x", "stop_sequences": ["a", 3]}, "stop_sequences[1] must be a text, not 3"),
         ({"prompt": "x", "seed": "{item}", "for_each": [1]}, 'a whole number of at least 0, or {"item": true}, not'),
+        ({"prompt": "x", "value": 3}, "tasks[0] has no field 'value'"),
+        ({"function": "math:sqrt", "env": {"value": []}}, "tasks[0].env.value must be a text"),
         ({"prompt": "{ref:made/names/9}"}, "of the result of made, path '/names/9' leads nowhere"),
         ({"messages": [{"role": "User", "content": "x"}]}, 'valid: "system", "user", "assistant"'),
     ],
