@@ -120,6 +120,7 @@ class _Supervisor:
         except (Impossible, OSError) as error:
             return self._leave("invalid", str(error))
         if self.plan["note"] is None:
+            self._report(f"{os.getpid()}")  # before the worker runs tasks: from now on the host sees a supervisor stop
             code, _ = self._watch(program, env)
             return code if code >= 0 else 128 - code
         try:
@@ -216,9 +217,14 @@ class _Supervisor:
         self.pid, self.started = pid, time.time()
         for output in self.outputs:
             output.started()
-        note, name = self.plan["note"], os.path.basename(self.path)
-        vital, uid = (f"{os.getpid()},{pid}", "") if note is None else (f"{os.getpid()}", note[1])
-        _tell(self.plan["started"], f"{name} {vital} {self.started} {uid}".encode())
+        if note := self.plan["note"]:
+            self._report(f"{os.getpid()}", note[1])
+        else:
+            self._report(f"{os.getpid()},{pid}")
+
+    def _report(self, vital: str, uid: str = "") -> None:
+        """Tell the host which processes must not stand still, and that the task of this uid, if any, has started."""
+        _tell(self.plan["started"], f"{os.path.basename(self.path)} {vital} {self.started} {uid}".encode())
 
     def _left_running(self) -> int:
         """How many processes the child left that are not about to end by themselves."""

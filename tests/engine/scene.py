@@ -26,7 +26,7 @@ def sleep_with_a_child(path: str) -> None:
     with open(path + ".part", "w") as file:
         file.write(str(os.getpid()))
     os.rename(path + ".part", path)
-    time.sleep(300)
+    time.sleep(3600)  # longer than any test waits
 
 
 def write_line(path: str) -> None:
