@@ -17,9 +17,9 @@ import rhapsody_mcp
 from rhapsody_mcp.model.errors import RhapsodyError, root_of
 
 if TYPE_CHECKING:
-    from rhapsody_mcp.serving.joining import Caller
-    from rhapsody_mcp.serving.places import Places
-    from rhapsody_mcp.serving.tokens import TokenFile
+    from rhapsody_mcp.serving.daemon.client import Caller
+    from rhapsody_mcp.serving.http.tokens import TokenFile
+    from rhapsody_mcp.serving.paths import Places
     from rhapsody_mcp.settings import Settings
 
 __all__ = ["main"]
@@ -205,7 +205,7 @@ def _samples(text: str) -> int:
 def _stdio(options: argparse.Namespace) -> int:
     if options.in_process:
         return _stdio_alone(options)
-    from rhapsody_mcp.serving.bridge import run_bridge
+    from rhapsody_mcp.serving.stdio.bridge import run_bridge
 
     return run_bridge(_caller(options, client=0), _given(options, "read_only", "toolsets"))
 
@@ -213,8 +213,8 @@ def _stdio(options: argparse.Namespace) -> int:
 def _stdio_alone(options: argparse.Namespace) -> int:
     import anyio
 
-    from rhapsody_mcp.serving.garbage import collect_less
-    from rhapsody_mcp.serving.stdio import serve_stdio
+    from rhapsody_mcp.serving.gc_tuning import collect_less
+    from rhapsody_mcp.serving.stdio.server import serve_stdio
 
     collect_less()
     anyio.run(serve_stdio, _settings(options))
@@ -224,7 +224,7 @@ def _stdio_alone(options: argparse.Namespace) -> int:
 def _http(options: argparse.Namespace) -> int:
     if options.in_process:
         return _http_alone(options)
-    from rhapsody_mcp.serving.control import listen
+    from rhapsody_mcp.serving.daemon.control_client import listen
 
     settings = _given(options, "read_only", "toolsets", "http_token_file", "http_allowed_hosts")
     if options.http_token_file:
@@ -237,9 +237,9 @@ def _http(options: argparse.Namespace) -> int:
 def _http_alone(options: argparse.Namespace) -> int:
     import anyio
 
-    from rhapsody_mcp.serving.garbage import collect_less
-    from rhapsody_mcp.serving.http import serve_http
-    from rhapsody_mcp.serving.listening import listen_on_host, listen_on_socket
+    from rhapsody_mcp.serving.gc_tuning import collect_less
+    from rhapsody_mcp.serving.http.listeners import listen_on_host, listen_on_socket
+    from rhapsody_mcp.serving.http.server import serve_http
 
     settings = _settings(options)
     listening = listen_on_socket(options.socket) if options.socket else listen_on_host(options.host, options.port)
@@ -253,13 +253,13 @@ _say = partial(print, flush=True)
 
 
 def _caller(options: argparse.Namespace, client: int | None = None) -> Caller:
-    from rhapsody_mcp.serving.joining import Caller
+    from rhapsody_mcp.serving.daemon.client import Caller
 
     return Caller(_places(options), vars(options).get("config"), client)
 
 
 def _places(options: argparse.Namespace) -> Places:
-    from rhapsody_mcp.serving.places import Places
+    from rhapsody_mcp.serving.paths import Places
 
     return Places(options.folder and options.folder.absolute())
 
@@ -270,35 +270,35 @@ def _given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def _service_start(options: argparse.Namespace) -> int:
-    from rhapsody_mcp.serving.control import start
+    from rhapsody_mcp.serving.daemon.control_client import start
 
     return start(_caller(options), _say)
 
 
 def _service_stop(options: argparse.Namespace) -> int:
-    from rhapsody_mcp.serving.control import stop
+    from rhapsody_mcp.serving.daemon.control_client import stop
 
     return stop(_caller(options), options.force, _say)
 
 
 def _service_status(options: argparse.Namespace) -> int:
-    from rhapsody_mcp.serving.control import status
+    from rhapsody_mcp.serving.daemon.control_client import status
 
     return status(_caller(options), options.json, _say)
 
 
 def _service_run(options: argparse.Namespace) -> int:
     """In the foreground. The lock comes first, and what takes long to load after it."""
-    from rhapsody_mcp.serving.door import Door, Taken
-    from rhapsody_mcp.serving.starting import Report
+    from rhapsody_mcp.serving.daemon.spawn import Report
+    from rhapsody_mcp.serving.daemon.unix_listener import Door, Taken
 
     report = Report(options.detached)
     try:
         with Door(_caller(options).places) as door:
             import anyio
 
-            from rhapsody_mcp.serving.garbage import collect_less
-            from rhapsody_mcp.serving.service import run_service
+            from rhapsody_mcp.serving.daemon.service import run_service
+            from rhapsody_mcp.serving.gc_tuning import collect_less
 
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
             logging.getLogger("rhapsody_mcp").setLevel(logging.INFO)
@@ -313,7 +313,7 @@ def _service_run(options: argparse.Namespace) -> int:
 
 
 def _token_file(options: argparse.Namespace) -> TokenFile:
-    from rhapsody_mcp.serving.tokens import TokenFile
+    from rhapsody_mcp.serving.http.tokens import TokenFile
 
     return TokenFile(_places(options).tokens)
 
@@ -360,7 +360,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _demo(options: argparse.Namespace) -> int:
     import anyio
 
-    from rhapsody_mcp.demo import run_demo
+    from rhapsody_mcp.demo.run import run_demo
 
     return anyio.run(run_demo, options.model, options.samples)
 
@@ -380,7 +380,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _init(options: argparse.Namespace) -> int:
-    from rhapsody_mcp.backends.vllm_config import sample_config
+    from rhapsody_mcp.backends.vllm.config import sample_config
 
     file = options.folder / "config.yaml"
     try:

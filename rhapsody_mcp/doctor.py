@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rhapsody_mcp.engine.folders import Folder
+from rhapsody_mcp.engine.process.run_dirs import Folder
+from rhapsody_mcp.ledger.inspection import Look
+from rhapsody_mcp.ledger.inspection import look as look_at_ledger
 from rhapsody_mcp.machine import Machine, Part, look
-from rhapsody_mcp.runtime.ledger.looking import Look
-from rhapsody_mcp.runtime.ledger.looking import look as look_at_ledger
-from rhapsody_mcp.serving.places import Places
+from rhapsody_mcp.serving.paths import Places
 from rhapsody_mcp.settings import settings_file
 from rhapsody_mcp.shipped_model import MODEL_DIR
 

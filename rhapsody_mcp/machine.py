@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from rhapsody_mcp.engine.placers import count_cores
+from rhapsody_mcp.engine.node.launchers import count_cores
 
 __all__ = ["Machine", "Part", "look"]
 

@@ -12,29 +12,29 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import CallToolResult, GetPromptResult, InputRequiredResult
 
 from rhapsody_mcp import __version__
+from rhapsody_mcp.cards import read_cards, read_prompt, read_prompts
+from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import UnknownName
 from rhapsody_mcp.protocol.audit import Audit, follow
 from rhapsody_mcp.protocol.completions import Completions
-from rhapsody_mcp.protocol.durable import durable_replies
-from rhapsody_mcp.protocol.notices import Notices
+from rhapsody_mcp.protocol.durability import durable_replies
 from rhapsody_mcp.protocol.prompts import make_prompt, refuse_prompt
+from rhapsody_mcp.protocol.resource_updates import Notices
 from rhapsody_mcp.protocol.resources import Resources, add_resources
 from rhapsody_mcp.protocol.subscriptions import Subscriptions
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.runtime.opening import open_backends
-from rhapsody_mcp.runtime.restoring import Records
+from rhapsody_mcp.runtime.backend_factory import open_backends
+from rhapsody_mcp.runtime.recovery.restore import Records
+from rhapsody_mcp.runtime.requests.stored_request import read_recipe
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.text import read_cards, read_prompt, read_prompts
-from rhapsody_mcp.toolsets.asking import Desk
-from rhapsody_mcp.toolsets.card_tool import make_tools
 from rhapsody_mcp.toolsets.functions import Functions
 from rhapsody_mcp.toolsets.insight import Insight
-from rhapsody_mcp.toolsets.offered import choose
-from rhapsody_mcp.toolsets.recipes import read_recipe
-from rhapsody_mcp.toolsets.refusals import refuse_call
 from rhapsody_mcp.toolsets.sessions import Sessions
 from rhapsody_mcp.toolsets.tasks import Tasks
+from rhapsody_mcp.toolsets.tooling.card_tool import make_tools
+from rhapsody_mcp.toolsets.tooling.confirmation import Desk
+from rhapsody_mcp.toolsets.tooling.errors import refuse_call
+from rhapsody_mcp.toolsets.tooling.selection import choose
 
 __all__ = ["Server", "build_server", "open_sessions"]
 

@@ -9,8 +9,8 @@ import platformdirs
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rhapsody_mcp.cards import toolsets
 from rhapsody_mcp.model.errors import InvalidSettings, UnknownName, nearest
-from rhapsody_mcp.text import toolsets
 
 __all__ = ["SECRETS", "Settings", "read_settings", "settings_file"]
 

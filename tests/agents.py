@@ -19,20 +19,20 @@ from mcp import Client
 from mcp.types import CallToolResult, TextContent
 
 from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.sampling import SAMPLING
 from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec, parts_of
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Ref, follow
+from rhapsody_mcp.protocol.task_store import HandlesInLedger
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.handles import HandlesInLedger
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.runtime.restoring import Records
+from rhapsody_mcp.runtime.recovery.restore import Records
+from rhapsody_mcp.runtime.requests.stored_request import read_recipe
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
-from rhapsody_mcp.toolsets.recipes import read_recipe
 
 ERAS = ["legacy", "auto"]
 """The handshake revisions of the protocol, and 2026-07-28."""

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rhapsody_mcp.ledger.records import PutTasks, SessionRow, TaskEnded, TaskRow
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Value
-from rhapsody_mcp.runtime.ledger.changes import PutTasks, SessionRow, TaskEnded, TaskRow
 
 __all__ = ["MKFS", "done", "ended", "file_system", "session", "task", "tasks"]
 

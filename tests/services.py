@@ -17,7 +17,7 @@ import anyio
 from anyio.abc import Process
 from mcp import Client, StdioServerParameters
 
-from rhapsody_mcp.serving.places import Places
+from rhapsody_mcp.serving.paths import Places
 
 __all__ = ["PROGRAM", "OwnService", "own_service"]
 

@@ -10,8 +10,8 @@ from rhapsody_mcp.model.errors import (
     UnknownName,
 )
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.runtime.encoding import Module, Source
-from rhapsody_mcp.runtime.session import Session
+from rhapsody_mcp.runtime.serialization import Module, Source
+from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Text
 
 __all__ = [

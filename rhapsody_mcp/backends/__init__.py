@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rhapsody_mcp.backends.dragon import DragonExecutionBackendV3
     from rhapsody_mcp.backends.endpoint import EndpointInferenceBackend
     from rhapsody_mcp.backends.local import LocalExecutionBackend
-    from rhapsody_mcp.backends.vllm import DragonVllmInferenceBackend
+    from rhapsody_mcp.backends.vllm.backend import DragonVllmInferenceBackend
 
 __all__ = [
     "BACKENDS",
@@ -30,7 +30,9 @@ BACKENDS = {
     "vllm": "DragonVllmInferenceBackend",
     "endpoint": "EndpointInferenceBackend",
 }
-"""The module of each backend, which is also its default name, and its class."""
+"""The class of each backend, by its default name."""
+_MODULES = {"vllm": "vllm.backend"}
+"""Where a class is in a module of another name than its backend's."""
 
 
 class _DragonContext(multiprocessing.context.SpawnContext):
@@ -44,7 +46,8 @@ _contexts.setdefault("dragon", _DragonContext())
 
 
 def __getattr__(name: str) -> Any:
-    for module, backend in BACKENDS.items():
-        if backend == name:
-            return getattr(import_module(f"rhapsody_mcp.backends.{module}"), name)
+    for backend, backend_class in BACKENDS.items():
+        if backend_class == name:
+            module = import_module(f"rhapsody_mcp.backends.{_MODULES.get(backend, backend)}")
+            return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

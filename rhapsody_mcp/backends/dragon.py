@@ -13,9 +13,9 @@ from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, Literal
 
-from rhapsody_mcp.backends.compute import ComputeBackend, path_of_tasks
-from rhapsody_mcp.engine.placers import TASK_VARIABLES
-from rhapsody_mcp.engine.pmi import lend_pmix
+from rhapsody_mcp.backends.compute.backend import ComputeBackend, path_of_tasks
+from rhapsody_mcp.engine.node.launchers import TASK_VARIABLES
+from rhapsody_mcp.engine.node.pmi import lend_pmix
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 from rhapsody_mcp.model.specs import Caps
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from rhapsody_mcp.backends.base import Awaitable, Kind, Report
-from rhapsody_mcp.backends.batches import read_limits
-from rhapsody_mcp.backends.chat import ChatServer, Lost, Refused
-from rhapsody_mcp.backends.completions import Completions, Defaults, check_prompts
+from rhapsody_mcp.backends.inference.batching import read_limits
+from rhapsody_mcp.backends.inference.openai_client import ChatServer, Lost, Refused
+from rhapsody_mcp.backends.inference.prompt_runner import Completions, Defaults, check_prompts
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 from rhapsody_mcp.model.specs import Order, TaskSpec
 from rhapsody_mcp.model.values import Reader

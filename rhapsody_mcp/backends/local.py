@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rhapsody_mcp.backends.compute import ComputeBackend
+from rhapsody_mcp.backends.compute.backend import ComputeBackend
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.specs import Caps, TaskSpec
 

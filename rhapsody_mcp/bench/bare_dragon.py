@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from rhapsody_mcp.engine.link import Link
+from rhapsody_mcp.engine.transport import Link
 
 __all__ = ["Took"]
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from rhapsody_mcp.api import AITask, ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3
-from rhapsody_mcp.backends.keeping import Keeper
+from rhapsody_mcp.backends.engine_process import Keeper
 from rhapsody_mcp.bench.bare import BareWorkers, no_op
 from rhapsody_mcp.bench.bare_dragon import Took
 from rhapsody_mcp.bench.measuring import Row
-from rhapsody_mcp.engine.folders import Folder
-from rhapsody_mcp.engine.link import Frames, frame
-from rhapsody_mcp.engine.placers import count_cores
+from rhapsody_mcp.engine.node.launchers import count_cores
+from rhapsody_mcp.engine.process.run_dirs import Folder
+from rhapsody_mcp.engine.transport import Frames, frame
 from rhapsody_mcp.model.errors import RhapsodyError
 
 __all__ = ["compute_rows", "dragon_ready", "functions", "run"]

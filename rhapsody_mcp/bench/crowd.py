@@ -24,9 +24,7 @@ from rhapsody_mcp.api import Session
 from rhapsody_mcp.backends import LocalExecutionBackend
 from rhapsody_mcp.bench.compute import functions
 from rhapsody_mcp.bench.measuring import Row
-from rhapsody_mcp.engine.link import Frames, frame
-from rhapsody_mcp.engine.processes import open_lifeline
-from rhapsody_mcp.engine.wire import (
+from rhapsody_mcp.engine.messages import (
     Finished,
     HostConfig,
     Listening,
@@ -41,6 +39,8 @@ from rhapsody_mcp.engine.wire import (
     ToWorker,
     Up,
 )
+from rhapsody_mcp.engine.process.tree import open_lifeline
+from rhapsody_mcp.engine.transport import Frames, frame
 from rhapsody_mcp.model.values import Value
 
 __all__ = ["crowd_row"]

@@ -21,18 +21,18 @@ from mcp import Client
 
 from rhapsody_mcp.backends.base import Awaitable, Ended, Kind, Report, Running
 from rhapsody_mcp.bench.measuring import Row, Shown
+from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Order, TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Reader, Value
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.runtime.restoring import Records
+from rhapsody_mcp.runtime.recovery.restore import Records
+from rhapsody_mcp.runtime.requests.stored_request import read_recipe
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.server import build_server
-from rhapsody_mcp.serving.garbage import collect_less
+from rhapsody_mcp.serving.gc_tuning import collect_less
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.recipes import read_recipe
 
 __all__ = ["Growth", "growth_rows"]
 

@@ -22,7 +22,7 @@ from rhapsody_mcp.api import Session
 from rhapsody_mcp.backends import DragonExecutionBackendV3
 from rhapsody_mcp.bench.compute import functions
 from rhapsody_mcp.bench.measuring import Row
-from rhapsody_mcp.engine.processes import descendants
+from rhapsody_mcp.engine.process.tree import descendants
 from rhapsody_mcp.model.errors import RhapsodyError
 
 __all__ = ["first_reply", "served_rows"]

@@ -13,9 +13,9 @@ import os
 import select
 import sys
 
-from rhapsody_mcp.engine.processes import adopt_orphans, descendants, end
-from rhapsody_mcp.engine.starts import NOT_STARTED
+from rhapsody_mcp.engine.process.tree import adopt_orphans, descendants, end
 from rhapsody_mcp.engine.supervisor import attend, finish, leave
+from rhapsody_mcp.engine.task.start_log import NOT_STARTED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -23,21 +23,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from rhapsody_mcp.engine.link import Link
-from rhapsody_mcp.engine.placed import PlacedProcess, PlacedTask
-from rhapsody_mcp.engine.placers import (
-    TASK_VARIABLES,
-    DragonPlacer,
-    ForkPlacer,
-    Placer,
-    count_cores,
-    count_gpus,
-)
-from rhapsody_mcp.engine.pmi import Prober
-from rhapsody_mcp.engine.processes import PLACE, adopt_orphans, descendants, end, marked, open_lifeline
-from rhapsody_mcp.engine.stalls import LOOKS, Stalls
-from rhapsody_mcp.engine.supervisor import OWNER_GONE
-from rhapsody_mcp.engine.wire import (
+from rhapsody_mcp.engine.messages import (
     Ask,
     Ended,
     Failed,
@@ -54,6 +40,20 @@ from rhapsody_mcp.engine.wire import (
     ToHost,
     WorkerConfig,
 )
+from rhapsody_mcp.engine.node.launchers import (
+    TASK_VARIABLES,
+    DragonPlacer,
+    ForkPlacer,
+    Placer,
+    count_cores,
+    count_gpus,
+)
+from rhapsody_mcp.engine.node.pmi import Prober
+from rhapsody_mcp.engine.node.task_processes import PlacedProcess, PlacedTask
+from rhapsody_mcp.engine.process.liveness import LOOKS, Stalls
+from rhapsody_mcp.engine.process.tree import PLACE, adopt_orphans, descendants, end, marked, open_lifeline
+from rhapsody_mcp.engine.supervisor import OWNER_GONE
+from rhapsody_mcp.engine.transport import Link
 from rhapsody_mcp.model.specs import Template
 
 __all__ = ["main"]
@@ -80,7 +80,7 @@ _JOIN_S = 3.0
 
 
 def _batch_placer() -> Placer:
-    from rhapsody_mcp.engine.batch import BatchPlacer
+    from rhapsody_mcp.engine.node.dragon_batch import BatchPlacer
 
     return BatchPlacer()
 

@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rhapsody_mcp.engine.folders import sweep
-from rhapsody_mcp.engine.processes import (
+from rhapsody_mcp.engine.process.cleanup import keep_note, noted_segments, write_launcher, write_segments
+from rhapsody_mcp.engine.process.run_dirs import sweep
+from rhapsody_mcp.engine.process.shared_memory import dragon_files, named_segments, segments_of, unlink_unused
+from rhapsody_mcp.engine.process.tree import (
     ENGINE,
     LIFELINE,
     adopt_orphans,
@@ -32,8 +34,6 @@ from rhapsody_mcp.engine.processes import (
     marked,
     outlives,
 )
-from rhapsody_mcp.engine.reaper import keep_note, noted_segments, write_launcher, write_segments
-from rhapsody_mcp.engine.shared_memory import dragon_files, named_segments, segments_of, unlink_unused
 
 _LOOK_S = 0.25
 _LOOKS = 4

@@ -17,14 +17,14 @@ from typing import NoReturn, TextIO
 
 import msgspec
 
-from rhapsody_mcp.engine import c_streams
-from rhapsody_mcp.engine.arguments import arguments_of
-from rhapsody_mcp.engine.call import perform
-from rhapsody_mcp.engine.edited_modules import keep_no_bytecode_of_new_files
-from rhapsody_mcp.engine.error_text import words
-from rhapsody_mcp.engine.sources import Sources
+from rhapsody_mcp.engine.isolation import c_streams
+from rhapsody_mcp.engine.isolation.edited_modules import keep_no_bytecode_of_new_files
+from rhapsody_mcp.engine.isolation.sources import Sources
+from rhapsody_mcp.engine.messages import RankConfig, Result
 from rhapsody_mcp.engine.supervisor import Impossible, execute, find_program
-from rhapsody_mcp.engine.wire import RankConfig, Result
+from rhapsody_mcp.engine.task.arguments import arguments_of
+from rhapsody_mcp.engine.task.error_text import words
+from rhapsody_mcp.engine.task.function_call import perform
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.specs import Call, Command, Order
 from rhapsody_mcp.model.states import Cause

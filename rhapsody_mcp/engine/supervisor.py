@@ -18,8 +18,7 @@ import os
 import sys
 import time
 
-from rhapsody_mcp.engine.printing import MOVES, STREAMS, Output, shared_count
-from rhapsody_mcp.engine.processes import (
+from rhapsody_mcp.engine.process.tree import (
     adopt_orphans,
     end,
     open_lifeline,
@@ -28,7 +27,8 @@ from rhapsody_mcp.engine.processes import (
     reap,
     send_signal,
 )
-from rhapsody_mcp.engine.starts import FOLDER_GONE, NOT_NOTED, NOT_STARTED, note_start
+from rhapsody_mcp.engine.task.output_files import MOVES, STREAMS, Output, shared_count
+from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_NOTED, NOT_STARTED, note_start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

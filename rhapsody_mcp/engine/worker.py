@@ -26,17 +26,11 @@ from typing import NoReturn
 import cloudpickle.cloudpickle
 import msgspec
 
-from rhapsody_mcp.engine import c_streams
-from rhapsody_mcp.engine.call import can_start_threads, perform
-from rhapsody_mcp.engine.edited_modules import EditedModules, keep_no_bytecode_of_new_files
-from rhapsody_mcp.engine.error_text import Interrupted
-from rhapsody_mcp.engine.link import Link
-from rhapsody_mcp.engine.printed import Printed
-from rhapsody_mcp.engine.process_state import ProcessState
-from rhapsody_mcp.engine.processes import adopt_orphans, arguments, end, has_children, own_descendants, reap
-from rhapsody_mcp.engine.sources import Sources
-from rhapsody_mcp.engine.starts import FOLDER_GONE, NOT_NOTED, note_start
-from rhapsody_mcp.engine.wire import (
+from rhapsody_mcp.engine.isolation import c_streams
+from rhapsody_mcp.engine.isolation.edited_modules import EditedModules, keep_no_bytecode_of_new_files
+from rhapsody_mcp.engine.isolation.process_state import ProcessState
+from rhapsody_mcp.engine.isolation.sources import Sources
+from rhapsody_mcp.engine.messages import (
     Finished,
     FromWorker,
     Interrupt,
@@ -48,6 +42,12 @@ from rhapsody_mcp.engine.wire import (
     Up,
     WorkerConfig,
 )
+from rhapsody_mcp.engine.process.tree import adopt_orphans, arguments, end, has_children, own_descendants, reap
+from rhapsody_mcp.engine.task.error_text import Interrupted
+from rhapsody_mcp.engine.task.function_call import can_start_threads, perform
+from rhapsody_mcp.engine.task.function_output import Printed
+from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_NOTED, note_start
+from rhapsody_mcp.engine.transport import Link
 from rhapsody_mcp.model.states import Cause
 
 __all__ = ["main"]

@@ -13,8 +13,8 @@ import msgspec
 
 from rhapsody_mcp.model.critical_path import CriticalPath, Sources, find_critical_path
 from rhapsody_mcp.model.errors import UnknownName
-from rhapsody_mcp.model.numbers import Numbers, Spread, spread
 from rhapsody_mcp.model.outcome import Usage
+from rhapsody_mcp.model.percentiles import Numbers, Spread, spread
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.timing import Timing
 

@@ -19,11 +19,11 @@ from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
 from mcp.server.mcpserver.exceptions import ToolError
 from pydantic import BaseModel
 
-from rhapsody_mcp.runtime.audit_file import AuditFile
-from rhapsody_mcp.runtime.caller import current_caller, current_peer
+from rhapsody_mcp.protocol.audit_log import AuditFile
+from rhapsody_mcp.runtime.call_context import current_caller, current_peer
 from rhapsody_mcp.runtime.redaction import redacted, summary
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.replies import one_line, shortened
+from rhapsody_mcp.toolsets.replies.base import one_line, shortened
 
 __all__ = ["Audit", "follow", "open_audit"]
 

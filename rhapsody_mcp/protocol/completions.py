@@ -17,11 +17,11 @@ from mcp.types import (
     ResourceTemplateReference,
 )
 
+from rhapsody_mcp.cards import PromptText
 from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
 from rhapsody_mcp.protocol.resources import TEMPLATES
-from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
+from rhapsody_mcp.runtime.session_registry import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.tasks import leaves
-from rhapsody_mcp.text import PromptText
 
 __all__ = ["Completions"]
 

@@ -12,10 +12,10 @@ from mcp.server.mcpserver.prompts import Prompt
 from mcp.server.mcpserver.prompts.base import Message, PromptArgument, UserMessage
 from mcp.types import INVALID_PARAMS
 
+from rhapsody_mcp.cards import PromptText
 from rhapsody_mcp.model.errors import InvalidRequest, RhapsodyError, UnknownName
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.text import PromptText
-from rhapsody_mcp.toolsets.refusals import refuse_call
+from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.toolsets.tooling.errors import refuse_call
 
 __all__ = ["make_prompt", "refuse_prompt"]
 

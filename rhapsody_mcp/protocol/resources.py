@@ -13,13 +13,13 @@ from mcp.shared.uri_template import UriTemplate
 from mcp.types import CallToolResult
 
 from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
-from rhapsody_mcp.protocol.notices import ROOT
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.protocol.resource_updates import ROOT
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.toolsets.insight import Insight
-from rhapsody_mcp.toolsets.outputs import tail
-from rhapsody_mcp.toolsets.refusals import refuse_call
+from rhapsody_mcp.toolsets.replies.output_excerpts import tail
 from rhapsody_mcp.toolsets.sessions import Sessions, session_row
 from rhapsody_mcp.toolsets.tasks import Tasks
+from rhapsody_mcp.toolsets.tooling.errors import refuse_call
 
 __all__ = ["TEMPLATES", "Resources", "add_resources"]
 

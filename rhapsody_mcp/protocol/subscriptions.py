@@ -22,7 +22,7 @@ from mcp.types import (
     UnsubscribeRequestParams,
 )
 
-from rhapsody_mcp.protocol.notices import Notices
+from rhapsody_mcp.protocol.resource_updates import Notices
 
 __all__ = ["Subscriptions"]
 

@@ -20,8 +20,8 @@ from mcp.server.mcpserver import Extension, MethodBinding, authenticated_princip
 from mcp.types import HEADER_MISMATCH, INTERNAL_ERROR, INVALID_PARAMS, CallToolRequestParams, RequestParams
 from pydantic import BaseModel
 
-from rhapsody_mcp.runtime.handles import Handle, HandlesInMemory, HandleStore
-from rhapsody_mcp.toolsets.deferring import LONGEST_WAIT_S, current_call
+from rhapsody_mcp.protocol.task_store import Handle, HandlesInMemory, HandleStore
+from rhapsody_mcp.toolsets.tooling.deferred import LONGEST_WAIT_S, current_call
 
 __all__ = ["TASKS", "TasksExtension"]
 

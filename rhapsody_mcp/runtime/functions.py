@@ -11,14 +11,14 @@ import msgspec
 from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, InvalidTask, SessionClosed, nearest
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import load_json
-from rhapsody_mcp.runtime.encoding import Module, Source
-from rhapsody_mcp.runtime.session import Session
+from rhapsody_mcp.runtime.serialization import Module, Source
+from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ComputeTask
 
 __all__ = ["Functions", "Registered"]
 
 _NAME = re.compile(r"[\w.-]{1,64}")
-_CHECK = Module("rhapsody_mcp.engine.checking:check")
+_CHECK = Module("rhapsody_mcp.engine.task.import_check:check")
 
 
 class Registered(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rhapsody_mcp.runtime.task_code import looks_secret
+from rhapsody_mcp.runtime.export.task_code import looks_secret
 
 __all__ = ["HIDDEN", "redacted", "summary"]
 

@@ -18,8 +18,8 @@ from rhapsody_mcp.model.specs import Call, Command, Completion, Content, Layout,
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.model.values import PLAIN, Ref, Value
-from rhapsody_mcp.runtime.encoding import Encoder, Module, Source, are_plain
-from rhapsody_mcp.runtime.layouts import read_layout, read_timeout, refuse_half_characters
+from rhapsody_mcp.runtime.process_layout import read_layout, read_timeout, refuse_half_characters
+from rhapsody_mcp.runtime.serialization import Encoder, Module, Source, are_plain
 
 __all__ = [
     "AITask",

@@ -8,12 +8,12 @@ from typing import Annotated
 from mcp.types import CallToolResult
 from pydantic import Field
 
-from rhapsody_mcp.runtime.encoding import Source
 from rhapsody_mcp.runtime.functions import Registered
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.toolsets.replies import Reply, duration, one_line, reply
-from rhapsody_mcp.toolsets.schemas import UNTOLD
+from rhapsody_mcp.runtime.serialization import Source
+from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.toolsets.replies.base import Reply, duration, one_line, reply
 from rhapsody_mcp.toolsets.sessions import SessionId
+from rhapsody_mcp.toolsets.tooling.schemas import UNTOLD
 
 __all__ = ["Functions"]
 

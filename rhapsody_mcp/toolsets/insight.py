@@ -10,16 +10,16 @@ from mcp.types import CallToolResult
 from pydantic import Field
 
 from rhapsody_mcp.backends.environment import Environment
-from rhapsody_mcp.backends.models import models_text, shipped_text
-from rhapsody_mcp.backends.vllm_config import SHIPPED
+from rhapsody_mcp.backends.local_models import models_text, shipped_text
+from rhapsody_mcp.backends.vllm.config import SHIPPED
 from rhapsody_mcp.machine import Machine, Part, look
-from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
+from rhapsody_mcp.runtime.session_registry import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.tasks import leaves
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.figures import SessionStatistics, figures_of, figures_text
-from rhapsody_mcp.toolsets.replies import Reply, reply
-from rhapsody_mcp.toolsets.schemas import UNTOLD
+from rhapsody_mcp.toolsets.replies.base import Reply, reply
+from rhapsody_mcp.toolsets.replies.statistics_report import SessionStatistics, figures_of, figures_text
 from rhapsody_mcp.toolsets.sessions import SessionId
+from rhapsody_mcp.toolsets.tooling.schemas import UNTOLD
 
 __all__ = ["Insight"]
 

@@ -13,21 +13,31 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.backends.environment import Environment, read_environment
-from rhapsody_mcp.backends.models import shipped_text
-from rhapsody_mcp.backends.vllm_config import Device
+from rhapsody_mcp.backends.local_models import shipped_text
+from rhapsody_mcp.backends.vllm.config import Device
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
-from rhapsody_mcp.runtime.caller import current_folder
-from rhapsody_mcp.runtime.export import export
-from rhapsody_mcp.runtime.open_sessions import OpenSession, OpenSessions
-from rhapsody_mcp.runtime.opening import BackendName, Wanted
-from rhapsody_mcp.runtime.script import Script
+from rhapsody_mcp.runtime.backend_factory import BackendName, Wanted
+from rhapsody_mcp.runtime.call_context import current_folder
+from rhapsody_mcp.runtime.export.export import export
+from rhapsody_mcp.runtime.export.script import Script
+from rhapsody_mcp.runtime.requests.field_types import Name
+from rhapsody_mcp.runtime.requests.task_request import Env
+from rhapsody_mcp.runtime.session_registry import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.tasks import Task, leaves, tasks_text
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.asking import Answer, Asking, Confirm, Desk, Force, Loss, ask_about, named_few, refuse_unless
-from rhapsody_mcp.toolsets.deferring import defer
-from rhapsody_mcp.toolsets.replies import Reply, counts_text, reply
-from rhapsody_mcp.toolsets.requests import Env
-from rhapsody_mcp.toolsets.schemas import Name
+from rhapsody_mcp.toolsets.replies.base import Reply, counts_text, reply
+from rhapsody_mcp.toolsets.tooling.confirmation import (
+    Answer,
+    Asking,
+    Confirm,
+    Desk,
+    Force,
+    Loss,
+    ask_about,
+    named_few,
+    refuse_unless,
+)
+from rhapsody_mcp.toolsets.tooling.deferred import defer
 
 __all__ = ["SessionId", "Sessions", "session_row"]
 

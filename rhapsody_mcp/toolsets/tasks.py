@@ -14,21 +14,21 @@ from pydantic import Field
 from rhapsody_mcp.machine import look
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.values import is_index
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.requests.task_request import TaskRequest
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.aside import aside
-from rhapsody_mcp.toolsets.asking import Answer, Force, refuse_unless
-from rhapsody_mcp.toolsets.budget import ask_to_exceed
-from rhapsody_mcp.toolsets.canceling import CancelReport, ask_to_cancel, canceled_with, chosen_tasks, report_canceled
-from rhapsody_mcp.toolsets.deferring import LONGEST_WAIT_S, defer
-from rhapsody_mcp.toolsets.outputs import How
-from rhapsody_mcp.toolsets.replies import Reply, TaskRows, call_text, reply, task_row
-from rhapsody_mcp.toolsets.requests import TaskRequest
-from rhapsody_mcp.toolsets.results import TaskResult, show_result
+from rhapsody_mcp.toolsets.cancellation import CancelReport, ask_to_cancel, canceled_with, chosen_tasks, report_canceled
+from rhapsody_mcp.toolsets.replies.base import Reply, TaskRows, call_text, reply, task_row
+from rhapsody_mcp.toolsets.replies.output_excerpts import How
+from rhapsody_mcp.toolsets.replies.task_result import TaskResult, show_result
 from rhapsody_mcp.toolsets.sessions import SessionId
-from rhapsody_mcp.toolsets.submitting import Submitted, plan, submit
-from rhapsody_mcp.toolsets.waiting import Bell, Questions, State, Waited, choose, progress_text, report, wait_for
+from rhapsody_mcp.toolsets.submission.budget import ask_to_exceed
+from rhapsody_mcp.toolsets.submission.submit import Submitted, plan, submit
+from rhapsody_mcp.toolsets.tooling.background import aside
+from rhapsody_mcp.toolsets.tooling.confirmation import Answer, Force, refuse_unless
+from rhapsody_mcp.toolsets.tooling.deferred import LONGEST_WAIT_S, defer
+from rhapsody_mcp.toolsets.waiting.wait import Bell, Questions, State, Waited, choose, progress_text, report, wait_for
 
 __all__ = ["Tasks"]
 

@@ -12,10 +12,10 @@ import pytest
 
 from rhapsody_mcp.api import AITask, ComputeTask, Session
 from rhapsody_mcp.backends.base import Ended, Event, Returned, Running
-from rhapsody_mcp.backends.batches import Limits
-from rhapsody_mcp.backends.chat import ChatServer
-from rhapsody_mcp.backends.completions import Completions, Defaults
 from rhapsody_mcp.backends.endpoint import EndpointInferenceBackend
+from rhapsody_mcp.backends.inference.batching import Limits
+from rhapsody_mcp.backends.inference.openai_client import ChatServer
+from rhapsody_mcp.backends.inference.prompt_runner import Completions, Defaults
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Completion, Layout, Order, TaskSpec

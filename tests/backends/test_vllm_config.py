@@ -13,8 +13,8 @@ import pytest
 
 from rhapsody_mcp.api import AITask, Session
 from rhapsody_mcp.backends import DragonVllmInferenceBackend
-from rhapsody_mcp.backends.vllm_config import VllmConfig, read_config, sample_config
-from rhapsody_mcp.backends.vllm_plan import Hardware, Plan, find_model, look_at_hardware, plan_servers
+from rhapsody_mcp.backends.vllm.config import VllmConfig, read_config, sample_config
+from rhapsody_mcp.backends.vllm.launch_plan import Hardware, Plan, find_model, look_at_hardware, plan_servers
 from rhapsody_mcp.engine import vllm_launcher
 from rhapsody_mcp.model.errors import InvalidSettings, InvalidTask
 from rhapsody_mcp.shipped_model import MODEL_DIR, MODEL_NAME
@@ -363,7 +363,7 @@ def test_a_hidden_library_looks_absent_and_the_environments_own_sitecustomize_st
 
 def test_neither_vllm_nor_torch_is_imported_with_the_backends() -> None:
     program = (
-        "import sys, rhapsody_mcp.backends.vllm, rhapsody_mcp.backends.endpoint;"
+        "import sys, rhapsody_mcp.backends.vllm.backend, rhapsody_mcp.backends.endpoint;"
         "print([name for name in ('vllm', 'torch', 'transformers', 'dragon') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"[]\n"

@@ -11,9 +11,9 @@ from rhapsody_mcp.model.errors import BackendError, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.encoding import Source
 from rhapsody_mcp.runtime.functions import Functions
-from rhapsody_mcp.runtime.session import Session
+from rhapsody_mcp.runtime.serialization import Source
+from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import Agent, open_agent, perform
 

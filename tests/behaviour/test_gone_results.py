@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from mcp import MCPError
 
-from rhapsody_mcp.engine.call import perform as perform_call
-from rhapsody_mcp.engine.sources import Sources
+from rhapsody_mcp.engine.isolation.sources import Sources
+from rhapsody_mcp.engine.task.function_call import perform as perform_call
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Call, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState

@@ -21,11 +21,11 @@ import pytest
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
+from rhapsody_mcp.cards import read_cards
 from rhapsody_mcp.cli import main
 from rhapsody_mcp.model.errors import InvalidSettings
-from rhapsody_mcp.serving.listening import listen_on_host, listen_on_socket
+from rhapsody_mcp.serving.http.listeners import listen_on_host, listen_on_socket
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.text import read_cards
 from tests.agents import ERAS, open_agent
 from tests.processes import FAMILY, family, wait_until
 from tests.services import PROGRAM, OwnService, own_service

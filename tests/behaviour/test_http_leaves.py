@@ -11,12 +11,12 @@ import pytest
 
 from rhapsody_mcp.protocol.audit import Audit
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.open_sessions import OpenSessions, Watcher
-from rhapsody_mcp.runtime.opening import Wanted
+from rhapsody_mcp.runtime.backend_factory import Wanted
+from rhapsody_mcp.runtime.session_registry import OpenSessions, Watcher
 from rhapsody_mcp.server import open_sessions
-from rhapsody_mcp.serving.http import serve_listener
-from rhapsody_mcp.serving.listening import listen_on_socket
-from rhapsody_mcp.serving.places import Places
+from rhapsody_mcp.serving.http.listeners import listen_on_socket
+from rhapsody_mcp.serving.http.server import serve_listener
+from rhapsody_mcp.serving.paths import Places
 from rhapsody_mcp.settings import Settings
 
 pytestmark = pytest.mark.anyio

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from rhapsody_mcp.backends.environment import Environment
-from rhapsody_mcp.runtime.opening import Wanted, plan_backends
-from rhapsody_mcp.runtime.script import write_script
+from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
+from rhapsody_mcp.runtime.export.script import write_script
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import Agent, open_agent, perform

@@ -22,19 +22,19 @@ from mcp import Client
 from mcp.types import CallToolResult, Tool
 
 from rhapsody_mcp.backends.base import Backend
-from rhapsody_mcp.backends.completions import check_prompts
+from rhapsody_mcp.backends.inference.prompt_runner import check_prompts
 from rhapsody_mcp.backends.local import LocalExecutionBackend
-from rhapsody_mcp.engine.link import frame
+from rhapsody_mcp.cards import read_cards
+from rhapsody_mcp.engine.transport import frame
 from rhapsody_mcp.model.specs import Call, Completion, TaskSpec
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.runtime.opening import Wanted, plan_backends
+from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
+from rhapsody_mcp.runtime.requests.task_request import FIELDS
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
-from rhapsody_mcp.text import read_cards
-from rhapsody_mcp.toolsets.replies import one_line
-from rhapsody_mcp.toolsets.requests import FIELDS
+from rhapsody_mcp.toolsets.replies.base import one_line
 from tests.agents import Agent, text_of
 from tests.services import own_service
 

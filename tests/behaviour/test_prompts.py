@@ -10,9 +10,9 @@ from mcp import MCPError
 from mcp.types import INVALID_PARAMS, PromptReference, ResourceTemplateReference, TextContent
 from pydantic import ValidationError
 
+from rhapsody_mcp.cards import Argument, PromptText, read_prompts
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.text import Argument, PromptText, read_prompts
 from tests.agents import Agent, open_agent
 
 pytestmark = pytest.mark.anyio

@@ -9,13 +9,13 @@ from typing import Any
 import anyio
 import pytest
 
+from rhapsody_mcp.ledger.ledger import Ledger
+from rhapsody_mcp.ledger.records import PutSession, PutTasks, SessionRow, TaskEnded, TaskRow, TaskStarted
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.lanes import Notice
-from rhapsody_mcp.runtime.ledger.changes import PutSession, PutTasks, SessionRow, TaskEnded, TaskRow, TaskStarted
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
-from rhapsody_mcp.runtime.opening import Wanted, plan_backends
+from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
+from rhapsody_mcp.runtime.session.managed_backend import Notice
 from rhapsody_mcp.settings import Settings
 from tests.agents import open_agent, outcome_of
 

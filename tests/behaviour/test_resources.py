@@ -18,10 +18,10 @@ from mcp.types import INVALID_PARAMS, ResourceUpdatedNotification, TextResourceC
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Stream, Value
-from rhapsody_mcp.protocol.notices import Notices
+from rhapsody_mcp.protocol.resource_updates import Notices
 from rhapsody_mcp.protocol.subscriptions import Subscriptions
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.runtime.opening import Wanted
+from rhapsody_mcp.runtime.backend_factory import Wanted
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import ERAS, Agent, open_agent, perform

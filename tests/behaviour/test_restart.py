@@ -15,11 +15,11 @@ from typing import Any
 import anyio
 import pytest
 
-from rhapsody_mcp.engine.starts import note_start
+from rhapsody_mcp.engine.task.start_log import note_start
+from rhapsody_mcp.ledger.records import PutSession, PutTasks, SessionRow, TaskRow, TaskStarted
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.runtime.handles import Handle, HandlesInLedger
-from rhapsody_mcp.runtime.ledger.changes import PutSession, PutTasks, SessionRow, TaskRow, TaskStarted
+from rhapsody_mcp.protocol.task_store import Handle, HandlesInLedger
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import ERAS, Agent, open_agent, open_ledger, perform
 

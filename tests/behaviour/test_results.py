@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcp.types import CallToolResult
 
-from rhapsody_mcp.engine.call import encode
-from rhapsody_mcp.engine.reading import view
+from rhapsody_mcp.engine.task.function_call import encode
+from rhapsody_mcp.engine.task.inspection import view
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome, Usage
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
-from rhapsody_mcp.toolsets.pages import page_of_value
-from rhapsody_mcp.toolsets.replies import REPLY_BYTES, size_of
+from rhapsody_mcp.toolsets.replies.base import REPLY_BYTES, size_of
+from rhapsody_mcp.toolsets.replies.pagination import page_of_value
 from tests.agents import Agent, open_agent, outcome_of, perform
 
 pytestmark = pytest.mark.anyio

@@ -11,7 +11,7 @@ import anyio
 import pytest
 from mcp import Client, StdioServerParameters
 
-from rhapsody_mcp.text import read_cards
+from rhapsody_mcp.cards import read_cards
 from tests.agents import ERAS, text_of
 from tests.bare_client import COMMAND, busy_server, call
 from tests.processes import FAMILY, family, wait_until

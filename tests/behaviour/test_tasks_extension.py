@@ -30,13 +30,13 @@ from pydantic import TypeAdapter
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp
 
+from rhapsody_mcp.protocol.task_store import HandlesInMemory, HandleStore
 from rhapsody_mcp.protocol.tasks_extension import TASKS, TasksExtension
-from rhapsody_mcp.runtime.handles import HandlesInMemory, HandleStore
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.server import Server, build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
-from rhapsody_mcp.toolsets.deferring import ask_later
+from rhapsody_mcp.toolsets.tooling.deferred import ask_later
 from tests.agents import perform, text_of
 
 pytestmark = pytest.mark.anyio

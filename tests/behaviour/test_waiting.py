@@ -19,7 +19,7 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader, Stream, Value
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
-from rhapsody_mcp.toolsets.replies import REPLY_BYTES, size_of
+from rhapsody_mcp.toolsets.replies.base import REPLY_BYTES, size_of
 from tests.agents import Agent, open_agent, outcome_of, perform
 
 pytestmark = pytest.mark.anyio

@@ -28,7 +28,7 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
-from rhapsody_mcp.engine.shared_memory import unlink_unused
+from rhapsody_mcp.engine.process.shared_memory import unlink_unused
 from tests.processes import dragon_files
 
 _RIVALS = Path(__file__).with_name("rivals")

@@ -9,10 +9,10 @@ import anyio
 from mcp.shared.exceptions import MCPDeprecationWarning
 
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.server import build_server
-from rhapsody_mcp.serving.http import checks, run_web_server, stop_on_signal
-from rhapsody_mcp.serving.listening import Listener, listen_on_host
+from rhapsody_mcp.serving.http.listeners import Listener, listen_on_host
+from rhapsody_mcp.serving.http.server import checks, run_web_server, stop_on_signal
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import perform

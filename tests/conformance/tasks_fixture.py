@@ -12,7 +12,7 @@ from mcp.types import INTERNAL_ERROR, ElicitRequest, ElicitRequestFormParams
 from pydantic import BaseModel
 
 from rhapsody_mcp.protocol.tasks_extension import TASKS
-from rhapsody_mcp.toolsets.deferring import ask_later, defer
+from rhapsody_mcp.toolsets.tooling.deferred import ask_later, defer
 
 __all__ = ["add_task_tools"]
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rhapsody_mcp.text import Card, read_cards
+from rhapsody_mcp.cards import Card, read_cards
 
 __all__ = ["count_tokens", "table", "tokens_of"]
 

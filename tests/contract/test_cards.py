@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from mcp.types import Tool
 
+from rhapsody_mcp.cards import Annotations, Card, read_cards, read_prompt
 from rhapsody_mcp.model.errors import RhapsodyError
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.text import Annotations, Card, read_cards, read_prompt
-from rhapsody_mcp.toolsets.card_tool import make_tools
+from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.toolsets.tooling.card_tool import make_tools
 from tests.agents import ERAS, open_agent, wire
 from tests.contract.count_tokens import count_tokens
 

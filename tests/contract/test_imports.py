@@ -10,13 +10,15 @@ PACKAGE = Path(__file__).parents[2] / "rhapsody_mcp"
 KNOWS: dict[str, set[str]] = {
     "model": set(),
     "engine": {"model"},
+    "ledger": {"model", "engine"},
     "backends": {"model", "engine", "shipped_model"},
-    "runtime": {"model", "engine", "backends", "machine", "settings"},
+    "runtime": {"model", "engine", "ledger", "backends", "machine", "settings"},
     "api": {"model", "runtime"},
-    "toolsets": {"model", "backends", "runtime", "machine", "settings", "text"},
-    "protocol": {"model", "runtime", "settings", "text", "toolsets"},
-    "bench": {"model", "engine", "backends", "runtime", "api", "settings", "server", "serving", "toolsets"},
-    "serving": {"model", "runtime", "settings", "text", "protocol", "server"},
+    "toolsets": {"model", "backends", "runtime", "machine", "settings", "cards"},
+    "protocol": {"model", "ledger", "runtime", "settings", "cards", "toolsets"},
+    "demo": {"model", "runtime", "api", "backends", "settings", "server", "serving", "shipped_model"},
+    "bench": {"model", "engine", "ledger", "backends", "runtime", "api", "settings", "server", "serving", "toolsets"},
+    "serving": {"model", "ledger", "runtime", "settings", "cards", "protocol", "server"},
 }
 ALONE = {"dragon": {"engine", "bench/bare_dragon.py"}, "vllm": {"engine"}}
 """Packages of others, and where alone they are imported."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from rhapsody_mcp.text import PromptText, read_prompts
+from rhapsody_mcp.cards import PromptText, read_prompts
 from tests.agents import ERAS, open_agent, wire
 from tests.contract.test_cards import VALUES, fields, names, offered
 

@@ -13,8 +13,8 @@ from typing import Literal
 
 from rhapsody_mcp.api import AITask, ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3, DragonVllmInferenceBackend, LocalExecutionBackend
-from rhapsody_mcp.runtime.ledger.changes import DropEngine, EngineRow, PutEngine
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
+from rhapsody_mcp.ledger.ledger import Ledger
+from rhapsody_mcp.ledger.records import DropEngine, EngineRow, PutEngine
 from tests.processes import wait_until
 
 PROGRAM = "env -i setsid sleep 300{stray} & touch {folder}/program; exec sleep 300"

@@ -9,9 +9,10 @@ from pathlib import Path
 import anyio
 import pytest
 
-from rhapsody_mcp.backends import LocalExecutionBackend, compute
+from rhapsody_mcp.backends import LocalExecutionBackend
+from rhapsody_mcp.backends.compute import backend as compute
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.runtime.session import Session
+from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ComputeTask
 
 pytestmark = pytest.mark.anyio

@@ -16,8 +16,8 @@ from mcp import Client
 
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import load
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
-from rhapsody_mcp.runtime.opening import open_backends
+from rhapsody_mcp.runtime.backend_factory import open_backends
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings

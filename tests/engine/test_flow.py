@@ -12,8 +12,8 @@ import pytest
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.encoding import Module
-from rhapsody_mcp.runtime.session import Session
+from rhapsody_mcp.runtime.serialization import Module
+from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Part, Task
 
 pytestmark = pytest.mark.anyio

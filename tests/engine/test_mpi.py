@@ -21,7 +21,7 @@ import pytest
 
 from rhapsody_mcp.api import ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
-from rhapsody_mcp.engine.pmi import lend_pmix
+from rhapsody_mcp.engine.node.pmi import lend_pmix
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.states import Cause
 from tests.processes import family, wait_until
@@ -36,7 +36,7 @@ def _missing() -> str:
     with tempfile.TemporaryDirectory() as folder:
         env = {**os.environ, **lend_pmix(Path(folder, "lib"), os.environ)}
         looked = subprocess.run(
-            [sys.executable, "-m", "rhapsody_mcp.engine.pmi", "look"], env=env, capture_output=True, check=True
+            [sys.executable, "-m", "rhapsody_mcp.engine.node.pmi", "look"], env=env, capture_output=True, check=True
         )
     problem: str = json.loads(looked.stdout)["problems"]["pmix"]
     return problem or ("" if find_spec("mpi4py") else "mpi4py is not installed")

@@ -20,12 +20,12 @@ import pytest
 
 from rhapsody_mcp.api import ComputeTask, Session
 from rhapsody_mcp.backends import LocalExecutionBackend
-from rhapsody_mcp.engine.folders import sweep
-from rhapsody_mcp.engine.processes import descendants, relatives, started_at
-from rhapsody_mcp.engine.shared_memory import segments_of
-from rhapsody_mcp.runtime.ledger.changes import EngineRow, PutEngine
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
-from rhapsody_mcp.runtime.reaping import reap
+from rhapsody_mcp.engine.process.run_dirs import sweep
+from rhapsody_mcp.engine.process.shared_memory import segments_of
+from rhapsody_mcp.engine.process.tree import descendants, relatives, started_at
+from rhapsody_mcp.ledger.ledger import Ledger
+from rhapsody_mcp.ledger.records import EngineRow, PutEngine
+from rhapsody_mcp.runtime.recovery.orphans import reap
 from tests.engine import vllm_stand_in
 from tests.processes import FAMILY, dragon_files, wait_until
 
@@ -256,7 +256,7 @@ async def test_all_of_a_real_vllm_server_killed_at_one_moment_leaves_nothing_aft
 
 
 MAKE_FOLDERS = """
-from rhapsody_mcp.engine.folders import Folder
+from rhapsody_mcp.engine.process.run_dirs import Folder
 for _ in range(100):
     folders = [Folder() for _ in range(3)]
     assert all((folder.path / "lock").exists() for folder in folders)

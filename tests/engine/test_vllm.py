@@ -21,7 +21,7 @@ from rhapsody_mcp.api import AITask, Session, Text
 from rhapsody_mcp.backends import DragonVllmInferenceBackend
 from rhapsody_mcp.bench.measuring import measure
 from rhapsody_mcp.bench.prompts import rows_on
-from rhapsody_mcp.engine.processes import descendants
+from rhapsody_mcp.engine.process.tree import descendants
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.states import Cause, TaskState
 

@@ -10,7 +10,7 @@ import pytest
 
 from rhapsody_mcp.api import AITask, Session
 from rhapsody_mcp.backends import DragonVllmInferenceBackend
-from rhapsody_mcp.engine.processes import descendants
+from rhapsody_mcp.engine.process.tree import descendants
 from rhapsody_mcp.model.states import Cause, TaskState
 from tests.engine import vllm_stand_in
 from tests.processes import wait_until

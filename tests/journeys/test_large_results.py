@@ -5,7 +5,7 @@ from __future__ import annotations
 import anyio
 import pytest
 
-from rhapsody_mcp.toolsets.replies import REPLY_BYTES, size_of
+from rhapsody_mcp.toolsets.replies.base import REPLY_BYTES, size_of
 from tests.journeys.travellers import IN_ONE_ERA, Traveller, rows_by_name
 
 pytestmark = [pytest.mark.anyio, IN_ONE_ERA]

@@ -9,7 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from rhapsody_mcp import demo_training
+from rhapsody_mcp.demo import training
 from rhapsody_mcp.machine import look
 from tests.journeys.travellers import IN_ONE_ERA, Traveller, rows_by_name
 
@@ -23,10 +23,10 @@ SAMPLE = (
     "Write one labelled sample as JSON: features f1 to f4, each between -3 and 3 with one decimal, and a label, which "
     "is 1 if their sum is positive, else 0. This is sample number {item}."
 )
-SAMPLES = {"prompt": SAMPLE, "temperature": 1.0, "max_tokens": 200, "json_schema": demo_training.SCHEMA}
+SAMPLES = {"prompt": SAMPLE, "temperature": 1.0, "max_tokens": 200, "json_schema": training.SCHEMA}
 PIPELINE: list[dict[str, Any]] = [
     {"name": "samples", **SAMPLES, "for_each": list(range(1, 201))},
-    {"name": "train", "source": inspect.getsource(demo_training), "entry": "train", "args": [{"ref": "samples"}]},
+    {"name": "train", "source": inspect.getsource(training), "entry": "train", "args": [{"ref": "samples"}]},
 ]
 
 

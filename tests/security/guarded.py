@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import httpx2
 
-from rhapsody_mcp.serving.places import Places
-from rhapsody_mcp.serving.tokens import TokenFile
+from rhapsody_mcp.serving.http.tokens import TokenFile
+from rhapsody_mcp.serving.paths import Places
 
 __all__ = ["OTHER_USER", "Guarded", "as_another_user", "call_body", "guarded", "name_of"]
 

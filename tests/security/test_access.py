@@ -14,10 +14,10 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 
+from rhapsody_mcp.cards import read_cards
 from rhapsody_mcp.model.errors import InvalidSettings, UnknownName
-from rhapsody_mcp.serving.places import Places
-from rhapsody_mcp.serving.tokens import TokenFile, Tokens, hash_of, plain_token
-from rhapsody_mcp.text import read_cards
+from rhapsody_mcp.serving.http.tokens import TokenFile, Tokens, hash_of, plain_token
+from rhapsody_mcp.serving.paths import Places
 from tests.agents import ERAS
 from tests.security.guarded import OTHER_USER, Guarded, as_another_user, call_body, guarded, name_of
 from tests.services import own_service

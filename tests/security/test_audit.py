@@ -18,11 +18,11 @@ from mcp import Client
 from mcp.shared.exceptions import MCPError
 
 from rhapsody_mcp.protocol.audit import Audit
+from rhapsody_mcp.protocol.audit_log import AuditFile
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.audit_file import AuditFile
-from rhapsody_mcp.runtime.caller import current_caller
-from rhapsody_mcp.runtime.open_sessions import OpenSessions
+from rhapsody_mcp.runtime.call_context import current_caller
 from rhapsody_mcp.runtime.redaction import redacted, summary
+from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend

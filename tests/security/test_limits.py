@@ -16,8 +16,8 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from starlette.types import Message, Receive, Scope, Send
 
-from rhapsody_mcp.serving.limits import BodyLimit, Buckets, RateLimit, SendLimit
-from rhapsody_mcp.serving.peers import Peer
+from rhapsody_mcp.serving.http.limits import BodyLimit, Buckets, RateLimit, SendLimit
+from rhapsody_mcp.serving.peer_credentials import Peer
 from tests.agents import ERAS
 from tests.bare_client import COMMAND
 from tests.security.guarded import Guarded, call_body, guarded
@@ -310,7 +310,7 @@ async def test_a_stream_ends_when_its_token_is_revoked() -> None:
 
 
 async def test_a_client_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rhapsody_mcp.serving.limits._STUCK_S", 0.01)
+    monkeypatch.setattr("rhapsody_mcp.serving.http.limits._STUCK_S", 0.01)
 
     async def never(message: Message) -> None:
         await anyio.sleep_forever()

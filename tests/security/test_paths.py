@@ -8,7 +8,7 @@ import pytest
 from mcp import MCPError
 
 from rhapsody_mcp.model.errors import InvalidRequest
-from rhapsody_mcp.runtime.opening import Wanted, plan_backends
+from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
 from rhapsody_mcp.settings import Settings
 from tests.agents import ERAS, open_agent
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rhapsody_mcp.cli import main
-from rhapsody_mcp.serving.places import Places
-from rhapsody_mcp.serving.tokens import TokenFile, hash_of
+from rhapsody_mcp.serving.http.tokens import TokenFile, hash_of
+from rhapsody_mcp.serving.paths import Places
 
 
 def test_a_token_is_printed_once_listed_without_itself_and_revoked(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rhapsody_mcp.cli import main
-from rhapsody_mcp.serving.places import Places
+from rhapsody_mcp.serving.paths import Places
 from tests.security.guarded import Guarded, call_body, guarded
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import rhapsody_mcp
-from rhapsody_mcp.serving.door import Door
+from rhapsody_mcp.serving.daemon.unix_listener import Door
 from tests.services import OwnService, own_service
 
 Script = Callable[[socket.socket, dict[str, Any]], None]
@@ -183,7 +183,7 @@ def test_a_path_that_is_too_long_for_a_socket_is_refused(tmp_path: Path) -> None
 
 def test_nothing_heavy_is_loaded_for_it() -> None:
     code = (
-        "import sys, rhapsody_mcp.serving.bridge\n"
+        "import sys, rhapsody_mcp.serving.stdio.bridge\n"
         "print([name for name in ('mcp', 'pydantic', 'anyio', 'asyncio', 'yaml') if name in sys.modules])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

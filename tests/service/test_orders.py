@@ -16,9 +16,9 @@ from typing import Any
 import anyio
 import pytest
 
-from rhapsody_mcp.serving.door import Door
-from rhapsody_mcp.serving.joining import Caller
-from rhapsody_mcp.serving.line import ServiceHangs
+from rhapsody_mcp.serving.daemon.client import Caller
+from rhapsody_mcp.serving.daemon.connection import ServiceHangs
+from rhapsody_mcp.serving.daemon.unix_listener import Door
 from tests.bare_client import call
 from tests.processes import wait_until
 from tests.service.test_life import start_tasks

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rhapsody_mcp.api import ComputeTask
-from rhapsody_mcp.engine.arguments import arguments_of
+from rhapsody_mcp.engine.task.arguments import arguments_of
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.specs import Command
 from rhapsody_mcp.model.values import NOTHING, Ref, Value, load

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 import rhapsody_mcp
-from rhapsody_mcp.backends.vllm_config import read_config
+from rhapsody_mcp.backends.vllm.config import read_config
 from rhapsody_mcp.cli import main
 from rhapsody_mcp.doctor import examine
 from rhapsody_mcp.machine import Part, look

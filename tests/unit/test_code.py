@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rhapsody_mcp.runtime.code import write_call, write_text, write_value
-from rhapsody_mcp.runtime.encoding import Source
-from rhapsody_mcp.runtime.readable import Sources
+from rhapsody_mcp.runtime.export.function_source import Sources
+from rhapsody_mcp.runtime.export.literals import write_call, write_text, write_value
+from rhapsody_mcp.runtime.serialization import Source
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rhapsody_mcp.demo_training import SCHEMA, train
+from rhapsody_mcp.demo.training import SCHEMA, train
 from rhapsody_mcp.model.json_schemas import encode_schema, read_answer
 
 

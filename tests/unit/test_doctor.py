@@ -9,11 +9,11 @@ from rich.console import Console
 
 from rhapsody_mcp.cli import main
 from rhapsody_mcp.doctor import Finding, examine, show
+from rhapsody_mcp.ledger.ledger import Ledger
+from rhapsody_mcp.ledger.records import PutSession
+from rhapsody_mcp.ledger.store import LEDGER
 from rhapsody_mcp.machine import look
-from rhapsody_mcp.runtime.ledger.changes import PutSession
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
-from rhapsody_mcp.runtime.ledger.store import LEDGER
-from rhapsody_mcp.serving.places import Places
+from rhapsody_mcp.serving.paths import Places
 from tests.ledgers import session
 
 pytestmark = pytest.mark.anyio

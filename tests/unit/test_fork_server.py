@@ -13,12 +13,13 @@ from typing import NoReturn
 import msgspec
 import pytest
 
-from rhapsody_mcp.engine import placers, supervisor
+from rhapsody_mcp.engine import supervisor
 from rhapsody_mcp.engine.fork_server import _ForkServer
-from rhapsody_mcp.engine.placers import ForkPlacer, Program
-from rhapsody_mcp.engine.processes import LIFELINE
-from rhapsody_mcp.engine.rank_end import rank_end
-from rhapsody_mcp.engine.wire import Plan
+from rhapsody_mcp.engine.messages import Plan
+from rhapsody_mcp.engine.node import launchers
+from rhapsody_mcp.engine.node.launchers import ForkPlacer, Program
+from rhapsody_mcp.engine.process.tree import LIFELINE
+from rhapsody_mcp.engine.task.rank_result import rank_end
 from rhapsody_mcp.model.specs import Command, Layout, Order, TaskSpec, Template
 from rhapsody_mcp.model.states import Cause
 
@@ -73,7 +74,7 @@ def test_it_keeps_no_more_supervisors_than_it_has_room_for(
 ) -> None:
     root = str(Path(supervisor.__file__).parents[2])
     program = [sys.executable, "-I", "-S", "-c", SERVER, root, str(most)]
-    monkeypatch.setattr(placers, "command", lambda _, *arguments: [*program, *arguments])
+    monkeypatch.setattr(launchers, "command", lambda _, *arguments: [*program, *arguments])
     monkeypatch.setenv(LIFELINE, str(tmp_path / "lifeline"))
     os.mkfifo(tmp_path / "lifeline")
     writer = os.open(tmp_path / "lifeline", os.O_RDWR)

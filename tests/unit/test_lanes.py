@@ -14,7 +14,7 @@ from rhapsody_mcp.model.errors import BackendUnavailable
 from rhapsody_mcp.model.specs import Call, Layout, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import load
-from rhapsody_mcp.runtime.lanes import Lane, Notice
+from rhapsody_mcp.runtime.session.managed_backend import Lane, Notice
 from rhapsody_mcp.testing import ScriptedBackend
 
 pytestmark = pytest.mark.anyio

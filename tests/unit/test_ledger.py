@@ -20,12 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rhapsody_mcp.engine.starts import note_start
-from rhapsody_mcp.model.errors import LedgerDamaged, LedgerInUse, LedgerTooNew, LedgerUnavailable
-from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.values import Stream, Value
-from rhapsody_mcp.runtime.ledger.changes import (
+from rhapsody_mcp.engine.task.start_log import note_start
+from rhapsody_mcp.ledger.file_system import file_system, is_network
+from rhapsody_mcp.ledger.inspection import look
+from rhapsody_mcp.ledger.ledger import LOCK, Ledger
+from rhapsody_mcp.ledger.lock import Holder, holder, start_time
+from rhapsody_mcp.ledger.records import (
     Change,
     CloseSession,
     DropEngine,
@@ -47,13 +47,13 @@ from rhapsody_mcp.runtime.ledger.changes import (
     TaskStarted,
     UseSession,
 )
-from rhapsody_mcp.runtime.ledger.file_system import file_system, is_network
-from rhapsody_mcp.runtime.ledger.ledger import LOCK, Ledger
-from rhapsody_mcp.runtime.ledger.lock import Holder, holder, start_time
-from rhapsody_mcp.runtime.ledger.looking import look
-from rhapsody_mcp.runtime.ledger.schema import STEPS, migrate
-from rhapsody_mcp.runtime.ledger.statements import run_all
-from rhapsody_mcp.runtime.ledger.store import LEDGER
+from rhapsody_mcp.ledger.schema import STEPS, migrate
+from rhapsody_mcp.ledger.sql import run_all
+from rhapsody_mcp.ledger.store import LEDGER
+from rhapsody_mcp.model.errors import LedgerDamaged, LedgerInUse, LedgerTooNew, LedgerUnavailable
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import Stream, Value
 from tests.ledgers import done, ended, session, task, tasks
 
 pytestmark = pytest.mark.anyio

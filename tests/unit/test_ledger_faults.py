@@ -19,12 +19,12 @@ from typing import IO
 
 import pytest
 
+from rhapsody_mcp.ledger.ledger import Ledger
+from rhapsody_mcp.ledger.records import PutNumber, PutSession, PutTasks, TaskEnded
+from rhapsody_mcp.ledger.store import LEDGER, Journal
+from rhapsody_mcp.ledger.writer import MOST_WAITING
 from rhapsody_mcp.model.errors import LedgerDamaged, LedgerError, LedgerUnavailable
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.runtime.ledger.changes import PutNumber, PutSession, PutTasks, TaskEnded
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
-from rhapsody_mcp.runtime.ledger.store import LEDGER, Journal
-from rhapsody_mcp.runtime.ledger.writer import MOST_WAITING
 from tests.ledgers import MKFS, done, ended, file_system, session, task, tasks
 from tests.processes import wait_until
 
@@ -237,8 +237,8 @@ async def test_what_is_written_into_a_deleted_file_is_not_taken_for_written(tmp_
 
 WITHOUT_LOCKS = """
 import asyncio, ctypes, pathlib, platform, struct, sys
-from rhapsody_mcp.runtime.ledger.changes import PutNumber
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
+from rhapsody_mcp.ledger.records import PutNumber
+from rhapsody_mcp.ledger.ledger import Ledger
 
 flock, fcntl = {"x86_64": (73, 72), "aarch64": (32, 25)}[platform.machine()]
 load, equal, at_least, more, end = 0x20, 0x15, 0x35, 0x25, 0x06
@@ -354,8 +354,8 @@ async def test_a_clock_that_jumps_forward_makes_no_session_old(tmp_path: Path, m
 
 WRITER = """
 import asyncio, pathlib, sys
-from rhapsody_mcp.runtime.ledger.changes import PutNumber, PutTasks
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
+from rhapsody_mcp.ledger.records import PutNumber, PutTasks
+from rhapsody_mcp.ledger.ledger import Ledger
 from tests.ledgers import ended, task
 
 async def main():
@@ -408,7 +408,7 @@ async def written_until_killed(folder: Path, journal: Journal, lines: int) -> se
 RACER = """
 import asyncio, pathlib, sys
 from rhapsody_mcp.model.errors import LedgerInUse
-from rhapsody_mcp.runtime.ledger.ledger import Ledger
+from rhapsody_mcp.ledger.ledger import Ledger
 
 for folder in sys.stdin:
     ledger = Ledger(pathlib.Path(folder.strip()))

@@ -10,8 +10,8 @@ import pytest
 
 from rhapsody_mcp.machine import Part, look
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest
-from rhapsody_mcp.runtime import opening
-from rhapsody_mcp.runtime.opening import Wanted, open_backends
+from rhapsody_mcp.runtime import backend_factory
+from rhapsody_mcp.runtime.backend_factory import Wanted, open_backends
 from rhapsody_mcp.settings import Settings
 
 URL = "http://127.0.0.1:8000/v1"
@@ -23,7 +23,7 @@ def on_machine(
     parts = {"dragon": Part("Dragon", dragon, "pip install dragon"), "vllm": Part("vLLM", vllm, "pip install vllm")}
     here = look()
     machine = msgspec.structs.replace(here, gpus=here.gpus if gpus is None else gpus, **parts)
-    monkeypatch.setattr(opening, "look", lambda: machine)
+    monkeypatch.setattr(backend_factory, "look", lambda: machine)
 
 
 def names(wanted: Wanted) -> list[str]:

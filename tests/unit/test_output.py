@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rhapsody_mcp.engine import printing
-from rhapsody_mcp.engine.output import collect, left_out, move_stream
-from rhapsody_mcp.engine.printing import Output
+from rhapsody_mcp.engine.task import output_files
+from rhapsody_mcp.engine.task.output import collect, left_out, move_stream
+from rhapsody_mcp.engine.task.output_files import Output
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.values import Stream
 
@@ -40,7 +40,7 @@ def write(file: int, megabytes: int) -> None:
 def test_the_middle_of_a_long_file_is_freed_while_it_is_written(file: int, tmp_path: Path) -> None:
     for megabytes in (5, 3):
         write(file, megabytes)
-        printing._trim(file, MOST)
+        output_files._trim(file, MOST)
         assert os.fstat(file).st_blocks * 512 <= MOST + 3 * 4096
     stream = collect(file, str(tmp_path), MOST)
     assert stream.left_out == 8 * MOST - MOST
@@ -101,9 +101,9 @@ def test_a_limit_that_is_smaller_than_a_message_holds_too(file: int, tmp_path: P
 
 
 def test_where_no_hole_can_be_made_the_file_is_cut(file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(printing, "_punch", lambda *_: False)  # as on a file system that cannot
+    monkeypatch.setattr(output_files, "_punch", lambda *_: False)  # as on a file system that cannot
     write(file, 3)
-    printing._trim(file, MOST)
+    output_files._trim(file, MOST)
     os.write(file, b"end")
     text = collect(file, str(tmp_path), MOST).read()
     assert text == "A" * (MOST // 2) + "\n[left out]\nend"

@@ -10,9 +10,9 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from rhapsody_mcp.backends.compute import _Peer
-from rhapsody_mcp.engine.link import frame
-from rhapsody_mcp.engine.wire import Started
+from rhapsody_mcp.backends.compute.backend import _Peer
+from rhapsody_mcp.engine.messages import Started
+from rhapsody_mcp.engine.transport import frame
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from rhapsody_mcp.engine.placed import in_time
+from rhapsody_mcp.engine.node.task_processes import in_time
 
 
 def test_what_comes_in_time_is_taken() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rhapsody_mcp.engine import pmi
-from rhapsody_mcp.engine.pmi import Prober
+from rhapsody_mcp.engine.node import pmi
+from rhapsody_mcp.engine.node.pmi import Prober
 
 
 def test_a_trial_that_took_too_long_does_not_condemn_later_jobs(

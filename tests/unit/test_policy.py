@@ -10,7 +10,7 @@ import pytest
 from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Call, Command, Layout, RankGroup, TaskSpec, Template
-from rhapsody_mcp.runtime.opening import Wanted, plan_backends
+from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
 from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.settings import SECRETS, Settings
 
@@ -92,7 +92,7 @@ def test_functions_are_imported_from_modules_that_may_be_imported() -> None:
     policy = Policy(source=False, modules=("math:*", "mysim.*"))
     policy.check(function("module", "math:sqrt"))
     policy.check(function("module", "mysim.run:main"))
-    policy.check(function("module", "rhapsody_mcp.engine.splitting:as_list"))
+    policy.check(function("module", "rhapsody_mcp.engine.task.inspection:as_list"))
     policy.check_module("mysim:run")
     policy.check_module("mysim.part:run")
     with pytest.raises(InvalidRequest, match=r"'os:system' is not allowed here: allowed_modules .* is math:\*, mysim"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rhapsody_mcp.engine.rank_end import rank_end
+from rhapsody_mcp.engine.task.rank_result import rank_end
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.specs import Command, Layout, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from rhapsody_mcp.api import ComputeTask
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.restoring import _give
+from rhapsody_mcp.runtime.recovery.restore import _give
 from tests.ledgers import task
 
 RAN = Outcome(state=TaskState.DONE, started=2.0, ended=3.0)

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rhapsody_mcp.model.errors import UnknownName
-from rhapsody_mcp.model.numbers import Numbers, spread
 from rhapsody_mcp.model.outcome import Outcome, Usage
+from rhapsody_mcp.model.percentiles import Numbers, spread
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.statistics import Row, Statistics, Tally
 from rhapsody_mcp.model.timing import Timing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from rhapsody_mcp.engine.wire import Interrupt
+from rhapsody_mcp.engine.messages import Interrupt
 from rhapsody_mcp.engine.worker import _Turn
 
 

@@ -10,7 +10,7 @@ import pytest
 from rhapsody_mcp.api import ComputeTask, Session
 from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.testing import ScriptedBackend
-from rhapsody_mcp.toolsets.waiting import wait_for
+from rhapsody_mcp.toolsets.waiting.wait import wait_for
 
 pytestmark = pytest.mark.anyio
 

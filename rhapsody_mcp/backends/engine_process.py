@@ -1,0 +1,82 @@
+"""An engine's keeper, as the engine's owner sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from rhapsody_mcp.backends.base import EngineBook
+from rhapsody_mcp.engine.process.cleanup import end_remains, was_killed
+from rhapsody_mcp.engine.process.tree import started_at
+
+__all__ = ["Keeper"]
+
+
+class Keeper:
+    """Keeps one engine from `start` until `wait` returns. Its processes carry `mark`, its files lie in `folder`."""
+
+    def __init__(
+        self, mark: str, kind: Literal["dragon", "local", "vllm"], folder: Path, book: EngineBook | None
+    ) -> None:
+        self._mark, self._kind, self._folder, self._book = mark, kind, folder, book
+        self._process: asyncio.subprocess.Process | None = None
+        self._end: asyncio.Task[int] | None = None
+
+    async def start(self, options: Sequence[str], command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start a keeper that starts `command`. Where this raises, nothing of it is left."""
+        try:
+            if self._book is not None:
+                await self._book.opened(self._mark, self._kind, str(self._folder))
+            process = self._process = await self._spawn(options, command, environment)
+        except BaseException:
+            await self._finish()
+            raise
+        if self._book is not None:
+            self._book.placed(self._mark, process.pid, started_at(process.pid))
+        self._end = asyncio.create_task(self._watch(process))
+
+    async def _spawn(
+        self, options: Sequence[str], command: Sequence[str], environment: Mapping[str, str]
+    ) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *[sys.executable, "-m", "rhapsody_mcp.engine.keeper", "--mark", self._mark, *options, "--", *command],
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "it was started"
+        return self._process.pid
+
+    async def wait(self) -> int:
+        """Its exit code, when nothing of the engine is left: where the keeper was killed, this ends the rest."""
+        assert self._end is not None, "it was started"
+        return await asyncio.shield(self._end)
+
+    def release(self) -> None:
+        """Let it stop the engine and end."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def kill(self) -> None:
+        """Do without it: `wait` ends the engine in its place."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> int:
+        code = await process.wait()
+        await self._finish()
+        return code
+
+    async def _finish(self) -> None:
+        if was_killed(self._folder, self._mark):
+            await asyncio.to_thread(end_remains, self._folder, [self._mark])
+        if self._book is not None:
+            self._book.closed(self._mark)

@@ -1,0 +1,1 @@
+"""Prompts, sent to OpenAI-compatible servers: what every inference backend shares."""

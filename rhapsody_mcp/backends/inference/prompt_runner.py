@@ -1,0 +1,363 @@
+"""Turns prompt tasks into chat requests, and the answers into outcomes: what every inference backend shares."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from rhapsody_mcp.backends.base import Ended, Report, Returned, Running
+from rhapsody_mcp.backends.inference.answer_checks import AnswerChecks
+from rhapsody_mcp.backends.inference.batching import Dispatcher, Limits, Prompt
+from rhapsody_mcp.backends.inference.openai_client import Answer, ChatServer, Conversation, Lost, Refused, Written
+from rhapsody_mcp.engine.task.function_call import encode
+from rhapsody_mcp.model.errors import InvalidTask, UnknownName
+from rhapsody_mcp.model.json_schemas import Unfit
+from rhapsody_mcp.model.outcome import Outcome, Usage
+from rhapsody_mcp.model.sampling import SAMPLING, checked, refuse_message
+from rhapsody_mcp.model.specs import Completion, Content, Message, Order, TaskSpec, parts_of
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, Reader, Ref, Value, follow
+
+__all__ = ["Completions", "Defaults", "check_prompts"]
+
+_LEAST_TOP_P = 1e-6
+"""Stands for a top_p of 0, which vLLM refuses: of any likelihood that a 32-bit float can tell, only the greatest."""
+_NOT_THE_TASKS_FAULT = (408, 425, 429)
+_MANY_PARTS = 1000
+_TOKEN_CHARS = 100
+"""About what a token with the likeliest in its place takes."""
+_ON_CUT = "Raise max_tokens, or let json_schema bound what can be long, with maxLength and maxItems."
+
+logger = logging.getLogger(__name__)
+
+
+class Defaults(msgspec.Struct, frozen=True):
+    """What a request has where its task says nothing. `parameters` are fields of the server's chat API,
+    `schema_options` what goes into a JSON schema besides what the task gives, and `note` what every answer says."""
+
+    model: str
+    parameters: dict[str, Any] = {}
+    system_prompt: str | None = None
+    schema_options: dict[str, Any] = {}
+    note: str = ""
+
+
+def check_prompts(spec: TaskSpec) -> None:
+    """Raise InvalidTask for a task that no server can answer."""
+    if not isinstance(spec.work, Completion):
+        raise InvalidTask("it is no prompt, and this backend only runs prompts; another backend runs functions.")
+
+
+class Completions:
+    """Answers orders with these servers. Close it before the servers."""
+
+    def __init__(self, servers: Iterable[ChatServer], defaults: Defaults, limits: Limits) -> None:
+        self._servers = list(servers)
+        self._defaults = defaults
+        self._dispatcher = Dispatcher(self._servers, limits)
+        self._checks = AnswerChecks()
+        self._jobs: dict[str, asyncio.Task[Outcome | Returned]] = {}
+
+    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+        for order in orders:
+            job = _Job(order, report, read, self._dispatcher, self._checks, self._defaults, self._servers)
+            task = asyncio.create_task(job.run())
+            self._jobs[order.spec.uid] = task
+            task.add_done_callback(partial(self._ended, job, report))
+
+    def _ended(self, job: _Job, report: Report, task: asyncio.Task[Outcome | Returned]) -> None:
+        uid = job.order.spec.uid
+        del self._jobs[uid]
+        outcome: Outcome | Returned
+        if task.cancelled():
+            outcome = job.failed(Cause.CANCELED, "canceled on request")
+        elif (error := task.exception()) is not None:
+            logger.error("prompt task %s broke off", uid, exc_info=error)
+            outcome = job.failed(Cause.ERROR, f"{type(error).__name__}: {error}")
+        else:
+            outcome = task.result()
+        report(outcome if isinstance(outcome, Returned) else Ended(uid, outcome))
+
+    def cancel(self, uids: Collection[str]) -> None:
+        for uid in uids:
+            if uid in self._jobs:
+                self._jobs[uid].cancel()
+
+    def lose(self, server: ChatServer, message: str) -> None:
+        """This server is gone, and so is what it was working on. After the last one, what was not sent is returned."""
+        self._dispatcher.lose(server, message)
+
+    def gain(self, server: ChatServer) -> None:
+        """Here is one more server."""
+        self._dispatcher.gain(server)
+
+    async def close(self) -> None:
+        """Cancel every task, and return when no server works on one."""
+        tasks = list(self._jobs.values())
+        self.cancel(list(self._jobs))
+        if tasks:
+            await asyncio.wait(tasks)
+        await self._checks.close()
+        await self._dispatcher.close()
+
+
+class _Job:
+    """One task on its way to its outcome."""
+
+    def __init__(
+        self,
+        order: Order,
+        report: Report,
+        read: Reader,
+        dispatcher: Dispatcher,
+        checks: AnswerChecks,
+        defaults: Defaults,
+        servers: Sequence[ChatServer],
+    ) -> None:
+        self.order, self.report, self.read = order, report, read
+        self.dispatcher, self.checks, self.defaults, self.servers = dispatcher, checks, defaults, servers
+        self.work = _work(order)
+        self.values: dict[str, Any] = {}
+        """What the Refs that were read stand for, by uid."""
+        self.started: float | None = None
+        self.time_limit = asyncio.timeout(None)
+
+    async def run(self) -> Outcome | Returned:
+        timeout_s = self.order.spec.timeout_s
+        try:
+            self.work = _with_values(self.work, self._value_of)
+            long = sum(len(each) for each in self._contents() if isinstance(each, tuple)) > _MANY_PARTS
+            conversations, many = await asyncio.to_thread(self._conversations) if long else self._conversations()
+            answers = await self._ask(self._prompts(conversations))
+            return await self._done(answers, many)
+        except InvalidTask as error:
+            return self.failed(Cause.INVALID, str(error))
+        except TimeoutError:
+            return self.failed(Cause.TIMEOUT, f"its time of {timeout_s} s was up")
+        except Refused as refusal:
+            server_fault = refusal.status >= 500 or refusal.status in _NOT_THE_TASKS_FAULT
+            return self.failed(Cause.ERROR if server_fault else Cause.INVALID, self._explained(refusal))
+        except Lost as lost:
+            if self.started is None:
+                return Returned(self.order.spec.uid, str(lost))
+            return self.failed(Cause.LOST, str(lost))
+
+    def _conversations(self) -> tuple[list[Conversation], bool]:
+        """What to send, and whether the result is a list: also where a lone Ref stands for a list of texts."""
+        system = self.defaults.system_prompt if self.work.system_prompt is None else self._text(self.work.system_prompt)
+        before = [{"role": "system", "content": system}] if system else []
+        if messages := [message for each in self.work.messages for message in self._messages(each)]:
+            return [messages if messages[0]["role"] == "system" else [*before, *messages]], False
+        texts, many = self._texts()
+        return [[*before, {"role": "user", "content": text}] for text in texts], many
+
+    def _messages(self, message: Message | Ref) -> Conversation:
+        if isinstance(message, Message):
+            return [{"role": message.role, "content": self._text(message.content)}]
+        value = self._value_of(message)
+        found = value if isinstance(value, list | tuple) else [value]
+        for one in found:
+            refuse_message(one)
+        return [{"role": one["role"], "content": _as_text(one["content"])} for one in found]
+
+    def _contents(self) -> Iterator[Content]:
+        yield from self.work.prompts
+        yield from (message.content for message in self.work.messages if isinstance(message, Message))
+
+    def _texts(self) -> tuple[list[str], bool]:
+        first = self.work.prompts[0]
+        if isinstance(first, Ref) and not self.work.many:
+            value = self._value_of(first)
+            if isinstance(value, list | tuple) and all(isinstance(text, str) for text in value):
+                return list(value), True
+            return [_as_text(value)], False
+        return [self._text(prompt) for prompt in self.work.prompts], self.work.many
+
+    def _text(self, content: Content) -> str:
+        parts = parts_of(content)
+        return "".join(part if isinstance(part, str) else _as_text(self._value_of(part)) for part in parts)
+
+    def _value_of(self, ref: Ref) -> Any:
+        if self.order.bindings.get(ref.uid) == NOTHING:
+            return None
+        if ref.uid not in self.values:
+            self.values[ref.uid] = _value(ref.uid, self.order.bindings, self.read)
+        try:
+            return follow(self.values[ref.uid], ref.path)
+        except InvalidTask as error:
+            raise InvalidTask(f"of the result of {ref.uid}, {error}") from error
+
+    def _prompts(self, conversations: list[Conversation]) -> list[Prompt]:
+        parameters = _parameters(self.work, self.defaults)
+        kin = msgspec.json.encode([parameters, self.order.spec.timeout_s])  # unsorted: a schema's order counts
+        return [Prompt(conversation, parameters, kin, self._sent) for conversation in conversations]
+
+    async def _ask(self, prompts: list[Prompt]) -> list[Answer]:
+        try:
+            async with self.time_limit:
+                self.dispatcher.ask(prompts)
+                return await asyncio.gather(*(prompt.answer for prompt in prompts))
+        except Refused as refusal:
+            if len(prompts) == 1:
+                raise
+            number = next(number for number, prompt in enumerate(prompts, 1) if prompt.has_failed)
+            raise Refused(refusal.status, f"prompt {number} of {len(prompts)}: {refusal}") from refusal
+        finally:
+            await self.dispatcher.withdraw(prompts)
+
+    def _sent(self) -> None:
+        """The task runs from when the first of its prompts goes out; so does its time."""
+        if self.started is None:
+            self.started = time.time()
+            if (timeout_s := self.order.spec.timeout_s) is not None:
+                self.time_limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+            self.report(Running(self.order.spec.uid, self.started))
+
+    async def _done(self, answers: list[Answer], many: bool) -> Outcome:
+        usage = _sum([answer.usage for answer in answers])
+        written = [one for answer in answers for one in answer.written]
+        length = sum(len(one.text) + _TOKEN_CHARS * len(one.logprobs or ()) for one in written)
+        try:
+            await self._check(answers)
+            if length > INLINE_BYTES // 4:  # a character is up to 4 bytes
+                value = await asyncio.to_thread(self._value, answers, many)
+            else:
+                value = self._value(answers, many)
+        except Unfit as unfit:
+            return self.failed(Cause.ERROR, str(unfit), usage)
+        cut = sum(one.cut for one in written)
+        told = f"{cut} of {len(written)} answers were cut off at max_tokens or the model's length" if cut else ""
+        notes = tuple(filter(None, (told, self.defaults.note)))
+        return Outcome(
+            state=TaskState.DONE, started=self.started, ended=time.time(), value=value, usage=usage, notes=notes
+        )
+
+    def _value(self, answers: list[Answer], many: bool) -> Value:
+        made = [[self._result(one) for one in answer.written] for answer in answers]
+        results = [of_one for (of_one,) in made] if self.work.n is None else made
+        return encode(results if many else results[0], self.order.folder)
+
+    def _result(self, written: Written) -> Any:
+        if self.work.json_schema is not None:
+            return msgspec.json.decode(written.text)
+        if self.work.logprobs is None:
+            return written.text
+        if written.logprobs is None:
+            raise Unfit("the server gave no logprobs; leave them out, or ask another server")
+        return {"text": written.text, "logprobs": msgspec.to_builtins(written.logprobs)}
+
+    async def _check(self, answers: list[Answer]) -> None:
+        """Raises Unfit for the first that was cut or does not fit the schema."""
+        if not isinstance(schema := self.work.json_schema, bytes):
+            return
+        written = [one for answer in answers for one in answer.written]
+        cut = next((index for index, one in enumerate(written) if one.cut), None)
+        if cut is not None:
+            said = f"was cut at {self._most_tokens()} before its object was whole. {_ON_CUT}"
+            raise Unfit(f"{_which(cut, answers)} {said}")
+        misfit = await self.checks.first_misfit(schema, [one.text for one in written])
+        if misfit is not None:
+            raise Unfit(f"{_which(misfit.index, answers)} {misfit.problem}")
+
+    def _most_tokens(self) -> str:
+        most = _parameters(self.work, self.defaults).get("max_tokens")
+        return "the model's length" if most is None else f"max_tokens ({most})"
+
+    def _explained(self, refusal: Refused) -> str:
+        """The server's message, with what to do where that is known."""
+        model = self.work.model if isinstance(self.work.model, str) else self.defaults.model
+        served = self.servers[0].models
+        if refusal.status == 404 and served and model not in served:
+            return f"{UnknownName('model', model, served)} The server says: {refusal}"
+        if refusal.status in (401, 403):
+            return f"{refusal}. Give the backend another api_key."
+        return str(refusal)
+
+    def failed(self, cause: Cause, message: str, usage: Usage | None = None) -> Outcome:
+        state = TaskState.CANCELED if cause is Cause.CANCELED else TaskState.FAILED
+        return Outcome(state=state, started=self.started, ended=time.time(), cause=cause, error=message, usage=usage)
+
+
+def _which(index: int, answers: Sequence[Answer]) -> str:
+    """Of all that was written, in order."""
+    of_each = len(answers[0].written)
+    one = f"answer {index % of_each + 1} of {of_each}" if of_each > 1 else "the answer"
+    return f"{one} to prompt {index // of_each + 1} of {len(answers)}" if len(answers) > 1 else one
+
+
+def _work(order: Order) -> Completion:
+    assert isinstance(order.spec.work, Completion), "the session routes by kind, and check_prompts looks again"
+    return order.spec.work
+
+
+def _parameters(work: Completion, defaults: Defaults) -> dict[str, Any]:
+    own = {
+        "model": work.model or defaults.model,
+        "temperature": work.temperature,
+        "max_tokens": work.max_tokens,
+        "top_p": work.top_p,
+        "top_k": work.top_k,
+        "seed": work.seed,
+        "n": None if work.n == 1 else work.n,
+        "logprobs": None if work.logprobs is None else True,
+        "top_logprobs": work.logprobs,
+        "stop": work.stop_sequences or None,
+        "response_format": _response_format(work.json_schema, defaults.schema_options),
+    }
+    parameters = {**defaults.parameters, **{name: value for name, value in own.items() if value is not None}}
+    if parameters.get("top_p") == 0.0:
+        parameters["top_p"] = _LEAST_TOP_P
+    return parameters
+
+
+def _response_format(schema: bytes | Ref | None, options: dict[str, Any]) -> dict[str, Any] | None:
+    if not isinstance(schema, bytes):
+        return None
+    asked = {**msgspec.json.decode(schema), **options}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked, "strict": True}}
+
+
+def _with_values(work: Completion, value_of: Callable[[Ref], Any]) -> Completion:
+    """With values that are looked at in the place of Refs. Raises InvalidTask."""
+    given = {field: value_of(value) for field in SAMPLING if isinstance(value := getattr(work, field), Ref)}
+    if not given:
+        return work
+    asked = given.get("max_tokens")
+    if work.most_tokens is not None and isinstance(asked, int) and asked > work.most_tokens:
+        raise InvalidTask(f"max_tokens is {asked}; the most here is {work.most_tokens} (setting max_answer_tokens).")
+    return msgspec.structs.replace(work, **{field: checked(field, value) for field, value in given.items()})
+
+
+def _value(uid: str, bindings: Mapping[str, Value], read: Reader) -> Any:
+    if uid not in bindings:
+        raise InvalidTask(f"{uid} has no result that a prompt could hold.")
+    try:
+        return read(bindings[uid])
+    except InvalidTask as error:
+        raise InvalidTask(f"{uid} cannot be part of a prompt: {error}") from error
+    except Exception as error:  # unpickling runs the user's own code
+        raise InvalidTask(f"the result of {uid} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.encode(value).decode()
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise InvalidTask(
+            f"a {type(value).__name__} cannot be part of a prompt: {error}. Return a text, or plain data as in JSON."
+        ) from error
+
+
+def _sum(usages: list[Usage | None]) -> Usage | None:
+    known = [usage for usage in usages if usage is not None]
+    if not known or len(known) < len(usages):
+        return None
+    return Usage(sum(usage.prompt_tokens for usage in known), sum(usage.completion_tokens for usage in known))

@@ -1,0 +1,45 @@
+"""Starts programs as functions of Dragon's Batch: its scheduler decides when and where."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+from rhapsody_mcp.engine.node.launchers import Marked, Placed, Program, Together
+from rhapsody_mcp.engine.process.tree import PLACE
+
+__all__ = ["BatchPlacer", "run_program"]
+
+
+def run_program(arguments: list[str], env: dict[str, str], cwd: str) -> int:
+    """Run a program to its end and give its exit code: the function that Batch runs.
+
+    User functions run in the program, because a Batch worker that a function ends, or whose value it cannot
+    pickle, blocks its Batch for ever.
+    """
+    import os
+    import subprocess
+
+    null = subprocess.DEVNULL
+    return subprocess.call(arguments, env={**os.environ, **env}, cwd=cwd, stdin=null, stdout=null, stderr=null)
+
+
+class BatchPlacer:
+    """One Batch, made with this object; that takes about four seconds."""
+
+    sets_affinity = True
+
+    def __init__(self) -> None:
+        from dragon.workflows.batch import Batch
+
+        self._batch = Batch(disable_telem=True)
+        self._submitting = threading.Lock()
+
+    def place(self, program: Program) -> Placed:
+        with self._submitting:
+            function = self._batch.options().function(run_program, program.arguments, program.env, os.getcwd())
+        return Marked(program.env[PLACE], function.get)
+
+    def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
+        raise NotImplementedError("jobs do not go through Batch")

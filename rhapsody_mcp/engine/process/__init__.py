@@ -1,0 +1,1 @@
+"""Processes of the operating system: found, ended and cleaned up after."""

@@ -1,0 +1,1 @@
+"""One task where it runs: its arguments, its function or program, its output and its result."""

@@ -1,0 +1,250 @@
+"""Makes plain data of a Python object, to look at: bounded, where user code may run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import reprlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from typing import Any
+
+import msgspec
+
+from rhapsody_mcp.engine.isolation.sources import MODULE_PREFIX
+from rhapsody_mcp.engine.task.error_text import Interrupted, bounded, sendable
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
+from rhapsody_mcp.model.values import Value, keys_text, load, pointer_steps
+
+__all__ = ["View", "as_list", "plain_text", "type_name", "view"]
+
+_DEPTH, _ITEMS, _ELEMENTS, _CHARS = 8, 100, 1000, 1000
+"""How much is shown of what lies inside: levels, items of one container, elements of an array, characters of a text."""
+_CONTAINERS: Any = Mapping | list | tuple | deque | set | frozenset
+_TYPE_CHARS = 200
+_BUILT_IN = frozenset({int, float, str, bool, bytes, type(None), list, dict, tuple})
+_REPR = reprlib.Repr()
+_REPR.maxother = _REPR.maxstring = _REPR.maxlong = _CHARS
+
+
+class View(msgspec.Struct, frozen=True):
+    """A run of what an object consists of, from `start` on, of `total` items or characters: a list, a dict, a text or
+    one single value, as plain data."""
+
+    type: str
+    plain: Any
+    total: int | None = None
+    start: int = 0
+
+
+def view(value: Value, path: str, start: int | None, limit: int | None, max_bytes: int) -> dict[str, Any]:
+    """A View, as a dict, of the part that a JSON Pointer names: at most `limit` items or characters, and what fits.
+
+    Raises InvalidTask for a path and InvalidRequest for a start that leads nowhere.
+    """
+    found = _follow(load(value), path)
+    return msgspec.structs.asdict(_view(found, start, limit, max_bytes))
+
+
+def plain_text(value: Any, max_bytes: int) -> str:
+    """The whole as JSON; empty where it is too long, or an object that says only what it is."""
+    whole = _Plain(max_bytes)
+    made = whole.of(value)
+    return (
+        "" if whole.is_cut or (isinstance(made, str) and not _is_scalar(value)) else msgspec.json.encode(made).decode()
+    )
+
+
+# --- a part of it
+
+
+def _follow(value: Any, path: str) -> Any:
+    for step in pointer_steps(path):
+        parts = _parts(value)
+        try:
+            if isinstance(parts, Mapping):
+                value = parts[step] if step in parts else {_key(key): part for key, part in parts.items()}[step]
+            else:
+                value = parts[int(step)]
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {_there(parts, step)}.") from error
+    return value
+
+
+def _there(parts: Any, step: str) -> str:
+    if isinstance(parts, Mapping):
+        return keys_text(step, parts)
+    return f"a list of length {_length(parts)}" if _length(parts) is not None else f"a {type(parts).__name__}"
+
+
+def _view(value: Any, start: int | None, limit: int | None, max_bytes: int) -> View:
+    parts = _parts(value)
+    total = _length(parts)
+    if total is None:
+        if start is not None or limit is not None:
+            raise InvalidRequest(f"this is one value of type {type_name(value)}: leave start and limit out.")
+        return View(type_name(value), _Plain(max_bytes, shows=max_bytes // 2).of(value))
+    first = max(0, (start or 0) + (total if start and start < 0 else 0))
+    if first and first >= total:
+        raise InvalidRequest(f"start {start} is past the end: there are {total}, counted from 0.")
+    last = total if limit is None else min(total, first + limit)
+    if isinstance(parts, str):
+        return View(type_name(value), _text(parts[first:last], max_bytes // 4), total, first)
+    plain = _Plain(max_bytes)
+    if isinstance(parts, Mapping):
+        entries = itertools.islice(parts.items(), first, last)
+        return View(type_name(value), {_key(key): part for key, part in plain.fitting(entries)}, total, first)
+    numbered = ((number, parts[number]) for number in range(first, last))
+    return View(type_name(value), [part for _, part in plain.fitting(numbered)], total, first)
+
+
+def _parts(value: Any) -> Any:
+    """What it consists of: a Mapping, or something with a length and numbers; itself where it is one value."""
+    if isinstance(value, Mapping):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return dict(zip(value._fields, value, strict=False))
+    return as_list(value) if isinstance(value, set | frozenset) else value
+
+
+def _length(parts: Any) -> int | None:
+    """None of what is shown as one value."""
+    shape = _shape(parts)
+    if shape is not None:
+        return shape[0] if shape else None
+    is_many = isinstance(parts, str | _CONTAINERS) and not isinstance(parts, Enum)
+    return len(parts) if is_many else None
+
+
+# --- as plain data
+
+
+class _Plain:
+    """Makes plain data until it is `left` bytes long; `is_cut` says whether something was left out."""
+
+    def __init__(self, max_bytes: int, shows: int = _CHARS) -> None:
+        self.left, self._shows, self.is_cut = max_bytes, shows, False
+
+    def fitting(self, parts: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """The first of these that fit, at least one."""
+        for number, (key, part) in enumerate(parts):
+            made = self.of(part, 1)
+            self.left -= len(_key(key)) + 4
+            if number and self.left < 0:
+                return
+            yield key, made
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        made = self._of(value, depth)
+        if not isinstance(made, list | dict):
+            self.left -= 5 if made is None or isinstance(made, bool) else len(str(made)) + 2
+        return made
+
+    def _of(self, value: Any, depth: int) -> Any:
+        if _is_scalar(value):
+            return self._scalar(value)
+        if (shape := _shape(value)) is not None:
+            if shape == () or math.prod(shape) <= _ELEMENTS:
+                return self.of(value.tolist(), depth)
+            return self._cut(f"{type_name(value)} of shape {shape}, dtype {getattr(value, 'dtype', '?')}")
+        parts = _parts(value)
+        if not isinstance(parts, _CONTAINERS):
+            return self._repr(value)
+        if depth >= _DEPTH or self.left < 0:
+            return self._cut(f"{type_name(value)} of {len(parts)} items")
+        if isinstance(parts, Mapping):
+            entries = {_key(key): self.of(part, depth + 1) for key, part in self._first(parts.items(), depth)}
+            more = len(parts) - len(entries)
+            return {**entries, "...": self._cut(f"and {more} more")} if more > 0 else entries
+        items = [self.of(part, depth + 1) for part in self._first(parts, depth)]
+        more = len(parts) - len(items)
+        return [*items, self._cut(f"... and {more} more")] if more > 0 else items
+
+    def _first(self, parts: Any, depth: int) -> Iterator[Any]:
+        for number, part in enumerate(parts):
+            if self.left < 0 or (depth and number >= _ITEMS):
+                return
+            self.left -= 2
+            yield part
+
+    def _scalar(self, value: Any) -> Any:
+        if isinstance(value, float):
+            return _number(float(value))
+        if isinstance(value, str):
+            text = _text(str(value), self._shows)
+            return text if len(text) == len(value) else self._cut(f"{text} ... ({len(value)} characters)")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return int(value) if -(2**63) <= value < 2**64 else self._repr(value)
+        return value
+
+    def _repr(self, value: Any) -> str:
+        if isinstance(value, bytes | bytearray | memoryview):
+            return f"binary, {len(value)} bytes"
+        try:
+            return _text(_REPR.repr(value), _CHARS)
+        except Interrupted:
+            raise
+        except BaseException:  # a __repr__ may raise anything
+            return type_name(value)
+
+    def _cut(self, told: str) -> str:
+        self.is_cut = True
+        return told
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, Enum))
+
+
+def _number(value: float) -> float | str:
+    if math.isnan(value):
+        return "NaN"
+    return value if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Of arrays and tensors, which can give their elements as lists."""
+    if isinstance(value, type) or not callable(getattr(value, "tolist", None)):
+        return None
+    shape = getattr(value, "shape", None)
+    return tuple(shape) if isinstance(shape, tuple) else None
+
+
+def _key(key: Any) -> str:
+    return _text(key, _CHARS) if isinstance(key, str) else _text(_REPR.repr(key), _CHARS)
+
+
+def _text(text: str, max_chars: int) -> str:
+    return sendable(text[:max_chars])
+
+
+def type_name(value: Any) -> str:
+    """With its module, but for what is built in or the user's own."""
+    kind = type(value)
+    if kind in _BUILT_IN:
+        return kind.__name__
+    module = str(kind.__module__)
+    is_users = module in ("builtins", "__main__") or module.startswith(MODULE_PREFIX)
+    return bounded(kind.__name__ if is_users else f"{module}.{kind.__name__}", _TYPE_CHARS)
+
+
+def as_list(value: Any) -> list[Any]:
+    """The items in order: of an array as plain numbers, of a set sorted where that is possible.
+
+    Raises TypeError for what is no list and nothing like one.
+    """
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(f"the result is of type {type(value).__name__}")
+    if hasattr(value, "tolist"):
+        listed = value.tolist()
+        return listed if isinstance(listed, list) else [listed]
+    if not isinstance(value, set | frozenset):
+        return list(value)
+    try:
+        return sorted(value)
+    except TypeError:
+        return list(value)

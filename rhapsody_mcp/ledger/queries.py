@@ -1,0 +1,211 @@
+"""What is read from a ledger: the rows as they are now, each put together from what was written at several times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
+
+import msgspec
+
+from rhapsody_mcp.engine.task.start_log import starts_in
+from rhapsody_mcp.ledger.records import (
+    Change,
+    DropSession,
+    EngineRow,
+    FunctionRow,
+    HandleRow,
+    SessionRow,
+    SubmissionRow,
+    TaskEnded,
+    TaskRequeued,
+    TaskRow,
+)
+from rhapsody_mcp.ledger.store import Store
+from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.states import Cause, TaskState
+
+__all__ = [
+    *("FIRST", "Place", "engines", "forget", "functions", "handles", "left_running", "number", "sessions"),
+    *("submissions", "tasks"),
+]
+
+Place: TypeAlias = tuple[int, int]
+FIRST: Place = (-1, -1)
+_AT_ONCE = 1000
+_SESSIONS = "SELECT id, created, used, wanted, client, folder, closing FROM sessions"
+
+
+def sessions(store: Store) -> list[SessionRow]:
+    return _sessions(store.read(f"{_SESSIONS} ORDER BY created, rowid"))
+
+
+def _sessions(rows: list[tuple[Any, ...]]) -> list[SessionRow]:
+    return [
+        SessionRow(id, created, used, wanted, client, folder, bool(closing))
+        for id, created, used, wanted, client, folder, closing in rows
+    ]
+
+
+def tasks(session: str, after: Place) -> Callable[[Store], tuple[list[TaskRow], Place | None]]:
+    """Some tasks, and after which place there are more; a long read lets what is to be written go first."""
+
+    def read(store: Store) -> tuple[list[TaskRow], Place | None]:
+        rows = store.read(_TASKS, session, *after, _AT_ONCE)
+        found = [_task(session, *fields) for _, *fields in rows]
+        return found, (found[-1].number, int(rows[-1][0])) if len(rows) == _AT_ONCE else None
+
+    return read
+
+
+_TASKS = """
+    SELECT t.rowid, t.uid, t.number, t.parent, t.recipe,
+        CASE WHEN e.uid IS NOT NULL THEN e.state WHEN s.started IS NOT NULL THEN 'RUNNING'
+            WHEN s.uid IS NOT NULL THEN 'QUEUED' ELSE t.state END,
+        t.submitted, s.started, coalesce(s.attempts, 0), t.retries, coalesce(s.last_failure, ''),
+        e.position, e.outcome, t.client
+    FROM tasks t LEFT JOIN starts s USING (session, uid) LEFT JOIN ends e USING (session, uid)
+    WHERE t.session = ? AND (t.number, t.rowid) > (?, ?) ORDER BY t.number, t.rowid LIMIT ?
+"""
+
+
+def _task(
+    session: str, uid: str, number: int, parent: str | None, recipe: bytes, state: str, submitted: float,
+    started: float | None, attempts: int, retries: int, last_failure: str, position: int | None,
+    outcome: bytes | None, client: str,
+) -> TaskRow:  # fmt: skip
+    return TaskRow(
+        session=session,
+        uid=uid,
+        number=number,
+        parent=parent,
+        recipe=recipe,
+        state=TaskState(state),
+        submitted=submitted,
+        started=started,
+        attempts=attempts,
+        retries=retries,
+        last_failure=last_failure,
+        position=position,
+        outcome=None if outcome is None else _outcome(outcome, state, submitted),
+        client=client,
+    )
+
+
+def _outcome(data: bytes, state: str, submitted: float) -> Outcome:
+    try:
+        return _OUTCOMES.decode(data)
+    except msgspec.MsgspecError as error:
+        told = f"this task ended {state}, but what came of it cannot be read from the ledger ({error})."
+        return Outcome(state=TaskState.FAILED, ended=submitted, cause=Cause.LOST, error=told)
+
+
+_OUTCOMES = msgspec.msgpack.Decoder(Outcome)
+
+
+def functions(session: str) -> Callable[[Store], list[FunctionRow]]:
+    sql = "SELECT * FROM functions WHERE session = ? ORDER BY number"
+    return lambda store: [FunctionRow(*fields) for fields in store.read(sql, session)]
+
+
+def submissions(session: str) -> Callable[[Store], list[SubmissionRow]]:
+    sql = "SELECT * FROM submissions WHERE session = ? ORDER BY rowid"
+    return lambda store: [_submission(*fields) for fields in store.read(sql, session)]
+
+
+def _submission(session: str, key: str, asked: bytes, uids: str, at: float, client: str) -> SubmissionRow:
+    return SubmissionRow(session, key, asked, tuple(msgspec.json.decode(uids, type=list[str])), at, client)
+
+
+def handles(store: Store) -> list[HandleRow]:
+    return [HandleRow(*fields) for fields in store.read("SELECT * FROM handles ORDER BY rowid")]
+
+
+def engines(store: Store) -> list[EngineRow]:
+    return [EngineRow(*fields) for fields in store.read("SELECT * FROM engines ORDER BY rowid")]
+
+
+def number(name: str) -> Callable[[Store], int]:
+    sql = "SELECT coalesce(max(value), 0) FROM numbers WHERE name = ?"
+    return lambda store: int(store.read(sql, name)[0][0])
+
+
+def left_running(now: float) -> Callable[[Store], list[Change]]:
+    """What is to be made of the tasks that were running when the ledger was last written, or may have been: of those
+    the notes in the session's folder tell."""
+
+    def read(store: Store) -> list[Change]:
+        ends: dict[str, int] = {}
+        starts = {folder: starts_in(folder) for (folder,) in store.read("SELECT folder FROM sessions")}
+        signs = _signs_of_life(store, now)
+        left = (
+            _left(ends, signs[session], starts.get(folder, ()), session, *fields)
+            for folder, session, *fields in store.read(_OPEN)
+        )
+        return [change for change in left if change is not None]
+
+    return read
+
+
+_OPEN = """
+    WITH parents AS (SELECT DISTINCT session, parent FROM tasks WHERE parent IS NOT NULL),
+        last AS (SELECT session, max(position) AS position FROM ends GROUP BY session)
+    SELECT sessions.folder, t.session, t.uid, s.started, coalesce(s.attempts, 0), coalesce(s.last_failure, ''),
+        t.retries, coalesce(last.position + 1, 0)
+    FROM tasks t LEFT JOIN starts s USING (session, uid) LEFT JOIN sessions ON sessions.id = t.session
+        LEFT JOIN last USING (session)
+    WHERE (t.session, t.uid) NOT IN parents
+        AND NOT EXISTS (SELECT 1 FROM ends e WHERE e.session = t.session AND e.uid = t.uid)
+    ORDER BY t.session, t.number, t.rowid
+"""
+
+
+def _signs_of_life(store: Store, now: float) -> dict[str, float]:
+    """When each session was last known to live: something of it was submitted, started, ended or asked for."""
+    return {
+        session: min(now, max(used, _outcome(outcome, state, 0.0).ended if outcome else 0.0))
+        for session, used, state, outcome in store.read(_SIGNS)
+    }
+
+
+_SIGNS = """
+    WITH lives AS (SELECT session, max(submitted) AS submitted FROM tasks GROUP BY session),
+        begun AS (SELECT session, max(started) AS started FROM starts GROUP BY session),
+        last AS (SELECT session, max(position), state, outcome FROM ends GROUP BY session)
+    SELECT lives.session, max(coalesce(sessions.used, 0), lives.submitted, coalesce(begun.started, 0)),
+        last.state, last.outcome
+    FROM lives LEFT JOIN sessions ON sessions.id = lives.session LEFT JOIN begun USING (session)
+        LEFT JOIN last USING (session)
+"""
+_LOST = "the service ended while this task was running, and what it did until then is not known"
+
+
+def _left(
+    ends: dict[str, int], alive: float, starts: Collection[tuple[str, int]], session: str, uid: str,
+    started: float | None, attempts: int, last_failure: str, retries: int, first: int,
+) -> Change | None:  # fmt: skip
+    """None for one that had not been sent anywhere."""
+    attempt = attempts + 1 if started is None else attempts
+    if not started and (uid, attempt) not in starts:
+        return None if started is None else TaskRequeued(session, uid, attempts - 1, last_failure)
+    if attempt <= retries:
+        return TaskRequeued(session, uid, attempt, f"{_LOST}.")
+    position = ends.setdefault(session, first)
+    ends[session] += 1
+    told = f"{_LOST}. Submit it again, with retries if it may be run twice."
+    ended = max(alive, started or alive)
+    outcome = Outcome(state=TaskState.FAILED, ended=ended, started=started or None, cause=Cause.LOST, error=told)
+    return TaskEnded(session, uid, position, outcome)
+
+
+def forget(before: float) -> Callable[[Store], list[SessionRow]]:
+    """Drops the sessions that were not used since then and all of whose tasks have ended, and gives them."""
+    sql = f"""{_SESSIONS} WHERE used < ? AND NOT EXISTS (SELECT 1 FROM tasks t WHERE t.session = id
+        AND NOT EXISTS (SELECT 1 FROM ends e WHERE e.session = t.session AND e.uid = t.uid)) ORDER BY created, rowid"""
+
+    def do(store: Store) -> list[SessionRow]:
+        old = _sessions(store.read(sql, before))
+        store.begin(DropSession(row.id) for row in old)
+        store.commit()
+        return old
+
+    return do

@@ -1,0 +1,289 @@
+"""The rows of a ledger and the changes to them, each of which knows its SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Literal
+
+import msgspec
+
+from rhapsody_mcp.ledger.sql import ENDS, STARTS, TASKS, Field, Statement
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.states import TaskState
+
+__all__ = [
+    *("Change", "CloseSession", "DropEngine", "DropHandles", "DropSession", "EngineRow", "FunctionRow", "HandleRow"),
+    *("PutEngine", "PutFunction", "PutHandle", "PutNumber", "PutSession", "PutSubmission", "PutTasks", "SessionRow"),
+    *("SubmissionRow", "TaskEnded", "TaskRequeued", "TaskRow", "TaskStarted", "UseSession"),
+]
+
+
+class SessionRow(msgspec.Struct, frozen=True):
+    """A session: when it was made and last used (seconds since the epoch), what was wanted of it, its folder."""
+
+    id: str
+    created: float
+    used: float
+    wanted: bytes
+    client: str
+    folder: str
+    closing: bool
+
+
+class TaskRow(msgspec.Struct, frozen=True):
+    """A task with what is known of it. `number` is its place in the order of submission, `position` that in the
+    order of ends; the recipe is empty where its parent's makes it. Times are seconds since the epoch."""
+
+    session: str
+    uid: str
+    number: int
+    parent: str | None
+    recipe: bytes
+    state: TaskState
+    submitted: float
+    started: float | None
+    attempts: int
+    retries: int
+    last_failure: str
+    position: int | None
+    outcome: Outcome | None
+    client: str
+
+
+class FunctionRow(msgspec.Struct, frozen=True):
+    """A function that a session keeps under a name; `number` counts the registrations of the session."""
+
+    session: str
+    number: int
+    name: str
+    source: str
+    entry: str
+    signature: str
+    docstring: str
+
+
+class SubmissionRow(msgspec.Struct, frozen=True):
+    """A call that gave an idempotency key, what it asked for, and the tasks that it made."""
+
+    session: str
+    key: str
+    asked: bytes
+    uids: tuple[str, ...]
+    at: float
+    client: str
+
+
+class HandleRow(msgspec.Struct, frozen=True):
+    """What an agent holds, as JSON, until it expires."""
+
+    task_id: str
+    data: bytes
+    expires: float
+
+
+class EngineRow(msgspec.Struct, frozen=True):
+    """An engine of ours. `started` is field 22 of /proc/PID/stat, and 0 as `pid` is until it has been started."""
+
+    mark: str
+    kind: Literal["dragon", "local", "vllm"]
+    session: str
+    pid: int
+    started: int
+    folder: str
+
+
+class Change(msgspec.Struct, frozen=True):
+    """Something to write."""
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        """What to run, and with which values."""
+        raise NotImplementedError
+
+    def files(self) -> Iterable[str]:
+        """Files that must be on disk before this is."""
+        return ()
+
+
+class PutSession(Change, frozen=True):
+    """A session that is new, or has changed."""
+
+    row: SessionRow
+    SQL: ClassVar = Statement("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)")
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield self.SQL, msgspec.structs.astuple(self.row)
+
+
+class UseSession(Change, frozen=True):
+    """A session was used. The latest use counts, whatever a clock that was set back says later."""
+
+    id: str
+    used: float
+    SQL: ClassVar = Statement("UPDATE sessions SET used = max(used, ?2) WHERE id = ?1")
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield self.SQL, (self.id, self.used)
+
+
+class CloseSession(Change, frozen=True):
+    """Marks a session as closing: it is not restored."""
+
+    id: str
+    SQL: ClassVar = Statement("UPDATE sessions SET closing = 1 WHERE id = ?")
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield self.SQL, (self.id,)
+
+
+class DropSession(Change, frozen=True):
+    """Forgets a session and all that belongs to it; what comes later for a task of it is ignored."""
+
+    id: str
+    SQL: ClassVar = (
+        Statement("DELETE FROM sessions WHERE id = ?"),
+        *(
+            Statement(f"DELETE FROM {table} WHERE session = ?")
+            for table in ("tasks", "starts", "ends", "functions", "submissions")
+        ),
+    )
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield from ((statement, (self.id,)) for statement in self.SQL)
+
+
+class PutTasks(Change, frozen=True):
+    """Tasks that are new. Of one that is there already the end is kept."""
+
+    tasks: tuple[TaskRow, ...]
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        for row in self.tasks:
+            fields = (row.session, row.uid, row.number, row.parent, row.recipe, row.state.value)
+            yield TASKS, (*fields, row.submitted, row.retries, row.client)
+            if row.attempts or row.started is not None or row.last_failure:
+                yield STARTS, (row.session, row.uid, row.started, row.attempts, row.last_failure)
+            if row.outcome is not None:
+                yield from TaskEnded(row.session, row.uid, row.position or 0, row.outcome).rows()
+
+    def files(self) -> Iterable[str]:
+        return [file for row in self.tasks if row.outcome is not None for file in _files(row.outcome)]
+
+
+class TaskStarted(Change, frozen=True):
+    """User code runs since `started`; 0, which earlier versions wrote, says that it may. `attempts` counts this start
+    too."""
+
+    session: str
+    uid: str
+    started: float
+    attempts: int
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield STARTS, (self.session, self.uid, self.started, self.attempts, None)
+
+
+class TaskRequeued(Change, frozen=True):
+    """It waits to be started again."""
+
+    session: str
+    uid: str
+    attempts: int
+    last_failure: str
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield STARTS, (self.session, self.uid, None, self.attempts, self.last_failure)
+
+
+class TaskEnded(Change, frozen=True):
+    """Its final state. Of several the first counts."""
+
+    session: str
+    uid: str
+    position: int
+    outcome: Outcome
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        state, outcome = self.outcome.state.value, msgspec.msgpack.encode(self.outcome)
+        yield ENDS, (self.session, self.uid, self.position, state, outcome)
+
+    def files(self) -> Iterable[str]:
+        return _files(self.outcome)
+
+
+class PutFunction(Change, frozen=True):
+    """A function that was registered."""
+
+    row: FunctionRow
+    SQL: ClassVar = Statement("INSERT OR REPLACE INTO functions VALUES (?, ?, ?, ?, ?, ?, ?)")
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield self.SQL, msgspec.structs.astuple(self.row)
+
+
+class PutSubmission(Change, frozen=True):
+    """A call that gave an idempotency key."""
+
+    row: SubmissionRow
+    SQL: ClassVar = Statement("INSERT OR REPLACE INTO submissions VALUES (?, ?, ?, ?, ?, ?)")
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        row = self.row
+        uids = msgspec.json.encode(row.uids).decode()
+        yield self.SQL, (row.session, row.key, row.asked, uids, row.at, row.client)
+
+
+class PutHandle(Change, frozen=True):
+    """What an agent holds."""
+
+    row: HandleRow
+    SQL: ClassVar = Statement("INSERT OR REPLACE INTO handles VALUES (?, ?, ?)")
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield self.SQL, msgspec.structs.astuple(self.row)
+
+
+class DropHandles(Change, frozen=True):
+    """Forgets the handles that expired before then."""
+
+    before: float
+    SQL: ClassVar = Statement("DELETE FROM handles WHERE expires < ?")
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield self.SQL, (self.before,)
+
+
+class PutEngine(Change, frozen=True):
+    """An engine that is about to be started, or was."""
+
+    row: EngineRow
+    SQL: ClassVar = Statement("INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?, ?, ?)")
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield self.SQL, msgspec.structs.astuple(self.row)
+
+
+class DropEngine(Change, frozen=True):
+    """An engine that has ended, with everything under it."""
+
+    mark: str
+    SQL: ClassVar = Statement("DELETE FROM engines WHERE mark = ?")
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield self.SQL, (self.mark,)
+
+
+class PutNumber(Change, frozen=True):
+    """A counter."""
+
+    name: str
+    value: int
+    SQL: ClassVar = Statement("INSERT OR REPLACE INTO numbers VALUES (?, ?)")
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield self.SQL, (self.name, self.value)
+
+
+def _files(outcome: Outcome) -> list[str]:
+    parts: tuple[Outcome | RankOutcome, ...] = (outcome, *outcome.ranks)
+    contents = [content for part in parts for content in (part.value, part.stdout, part.stderr)]
+    return [content.file for content in contents if content is not None and content.file is not None]

@@ -1,0 +1,107 @@
+"""What a ForEach is made of and what comes of it: items out of a result, and one list out of many results."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from rhapsody_mcp.engine.task.output import write_pieces
+from rhapsody_mcp.model.errors import InvalidTask, LimitExceeded
+from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, follow, load_json
+from rhapsody_mcp.runtime.tasks import ForEach, Part, Task, name_of
+
+__all__ = ["items_again", "join", "outcome_of", "read_items"]
+
+
+_LONGEST_BYTES = 32 * 1024**2
+"""As objects it takes about ten times as much in this process."""
+
+
+async def read_items(source: Part) -> list[Any]:
+    """The items of a list that is JSON. Raises InvalidTask where it is none."""
+    value = source.task.outcome.value if source.task.outcome else None
+    if value is None:
+        raise InvalidTask(f"for_each needs a list, and {name_of(source.task)} has no result.")
+    if value.size > _LONGEST_BYTES:
+        raise InvalidTask(
+            f"for_each needs a list, and the result of {name_of(source.task)} has {value.size:,} bytes; valid are up "
+            f"to {_LONGEST_BYTES:,}. Let it write its data into files, and return a list of their paths."
+        )
+    items = await asyncio.to_thread(_read, value, source.path) if value.file else _read(value, source.path)
+    if not isinstance(items, list):
+        at = f" at {source.path}" if source.path else ""
+        name, kind = name_of(source.task), type(items).__name__
+        raise InvalidTask(f"for_each needs a list, and the result of {name}{at} is of type {kind}.")
+    return items
+
+
+def items_again(source: Part, count: int) -> Sequence[Any]:
+    """As they were in an earlier life. Of what is no JSON, or is gone, each is a Part of the source: where that is no
+    list but a set, its order may differ now, and the Part leads nowhere."""
+    value = source.task.outcome.value if source.task.outcome else None
+    if value is not None and value.format == "json":
+        with suppress(OSError, InvalidTask):
+            items = _read(value, source.path)
+            if isinstance(items, list):
+                return items
+    return [Part(source.task, f"{source.path}/{number}") for number in range(count)]
+
+
+def _read(value: Value, path: str) -> Any:
+    return follow(load_json(value), path)
+
+
+async def join(values: Sequence[Value | None], folder: Path, most: int | None = None) -> Value:
+    """The list of these values, which are all JSON; null for None. Raises LimitExceeded for more than `most` bytes."""
+    size = sum(value.size for value in values if value)
+    if most is not None and size > most:
+        raise LimitExceeded(
+            f"they take {size:,} bytes together, and one result has {most:,} at most (max_result_bytes in the settings "
+            "of the server). Each is there under its own name; return less from each, such as the path of a file",
+            "max_result_bytes",
+        )
+    if any(value and value.file for value in values) or size > INLINE_BYTES:
+        return await asyncio.to_thread(_join, values, folder)
+    return _join(values, folder)
+
+
+def _join(values: Sequence[Value | None], folder: Path) -> Value:
+    if sum((value or NOTHING).size + 1 for value in values) < INLINE_BYTES:
+        data = b"".join(_list(values))
+        return Value("json", "list", len(data), data, length=len(values))
+    path = write_pieces(_list(values), str(folder))
+    with open(path, "rb") as file:
+        preview = file.read(PREVIEW_CHARS).decode("utf-8", "ignore")
+    return Value("json", "list", os.path.getsize(path), None, path, len(values), preview)
+
+
+def _list(values: Sequence[Value | None]) -> Iterator[bytes]:
+    """The list as JSON, piece by piece: all together may be more than is to be held at once."""
+    yield b"["
+    for number, value in enumerate(values):
+        yield b"," * (number > 0) + (value or NOTHING).read()
+    yield b"]"
+
+
+def outcome_of(task: ForEach, value: Value | None) -> Outcome:
+    """What came of it, all of its children having ended."""
+    outcomes = [child.outcome for child in task.children if child.outcome is not None]
+    started = min((outcome.started for outcome in outcomes if outcome.started is not None), default=None)
+    ended = max((outcome.ended for outcome in outcomes), default=time.time())
+    bad: list[Task] = [child for child in task.children if child.state is not TaskState.DONE]
+    if not bad:
+        return Outcome(state=TaskState.DONE, started=started, ended=ended, value=value)
+    first = next((child for child in bad if child.state is TaskState.FAILED), bad[0])
+    cause = first.cause or Cause.ERROR
+    states = Counter(child.state.value for child in bad)
+    told = " and ".join(f"{count} {state}" for state, count in states.items())
+    message = f"of {len(task.children)} tasks {told}; {first.name}: {first.outcome.error if first.outcome else ''}"
+    return Outcome(state=first.state, started=started, ended=ended, value=value, cause=cause, error=message)

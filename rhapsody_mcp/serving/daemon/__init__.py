@@ -1,0 +1,1 @@
+"""The service of a user, which lives on between clients, and how clients and commands reach it."""

@@ -1,0 +1,1 @@
+"""MCP on stdin and stdout."""

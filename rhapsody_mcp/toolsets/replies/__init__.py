@@ -1,0 +1,1 @@
+"""What replies are made of: results, pages, previews, excerpts of output, statistics."""

@@ -1,0 +1,1 @@
+"""The tool `submit_tasks`: the tasks of one call are checked, accepted once, and reported."""

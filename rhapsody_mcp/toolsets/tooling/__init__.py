@@ -1,0 +1,1 @@
+"""What turns methods into MCP tools: cards, schemas, errors, confirmations."""

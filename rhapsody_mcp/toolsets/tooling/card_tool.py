@@ -1,0 +1,117 @@
+"""Turns a toolset's methods into tools, each described by its card."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
+from mcp.server.mcpserver.tools import Tool
+from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata
+from mcp.types import ToolAnnotations
+from pydantic import ValidationError
+
+from rhapsody_mcp.cards import Card
+from rhapsody_mcp.model.errors import RhapsodyError
+from rhapsody_mcp.toolsets.tooling.background import aside, look_at_size
+from rhapsody_mcp.toolsets.tooling.errors import (
+    refuse_answer,
+    refuse_arguments,
+    refuse_call,
+    refuse_crash,
+    refuse_unknown_arguments,
+    refuse_unreadable,
+)
+from rhapsody_mcp.toolsets.tooling.schemas import as_meant, flat
+
+__all__ = ["CardTool", "make_tools"]
+
+
+class _Valid(dict[str, Any]):
+    """Arguments that were validated."""
+
+
+class _AsTheyAre(FuncMetadata):
+    """Takes arguments as they are; the one that it replaces takes a text such as `null` or `[a]` for JSON."""
+
+    def pre_parse_json(self, data: dict[str, Any]) -> dict[str, Any]:
+        return data
+
+    def validate_arguments(self, arguments_to_validate: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(arguments_to_validate, _Valid):
+            return arguments_to_validate
+        return super().validate_arguments(arguments_to_validate)
+
+
+class CardTool(Tool):
+    """A tool whose every refusal is a text that the model can act on."""
+
+    async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
+        look_at_size(arguments)
+        valid = await aside(self._validated, arguments)
+        try:
+            return await super().run(valid, context, convert_result)
+        except ToolError as error:
+            raise self._refusal(error) from error.__cause__
+
+    def _validated(self, arguments: dict[str, Any]) -> _Valid:
+        read = as_meant(self.parameters, arguments)
+        if refused := refuse_unknown_arguments(read, self.parameters, self.name) or refuse_unreadable(read, self.name):
+            raise ToolError(refused)
+        try:
+            return _Valid(self.fn_metadata.validate_arguments(read))
+        except ValidationError as error:
+            raise ToolError(refuse_arguments(error, self.parameters, read, self.name)) from error
+
+    def _refusal(self, error: ToolError) -> ToolError:
+        match error.__cause__:
+            case RhapsodyError() as cause:
+                return ToolError(refuse_call(cause, self.name))
+            case ToolError():
+                return ToolError(refuse_answer(self.name))
+        return UnexpectedToolError(refuse_crash(self.name))
+
+
+def make_tools(toolsets: Iterable[object], cards: Iterable[Card]) -> list[Tool]:
+    """A tool for each public method of each toolset, in the order of their definition.
+
+    Raises RhapsodyError where a method has no card or a card no method.
+    """
+    unused = {(card.toolset, card.name): card for card in cards}
+    tools: list[Tool] = []
+    for toolset in toolsets:
+        folder = type(toolset).__name__.lower()
+        for name in _methods(toolset):
+            card = unused.pop((folder, name), None)
+            if card is None:
+                raise RhapsodyError(f"the tool {name} has no card: write tools/{folder}/{name}.md.")
+            tools.append(_make_tool(getattr(toolset, name), card))
+    for folder, name in unused:
+        raise RhapsodyError(f"the card tools/{folder}/{name}.md has no tool: write the method, or delete the card.")
+    return tools
+
+
+def _methods(toolset: object) -> list[str]:
+    members = vars(type(toolset))
+    return [name for name in members if not name.startswith("_") and inspect.isfunction(members[name])]
+
+
+def _make_tool(method: Any, card: Card) -> Tool:
+    tool = CardTool.from_function(method, title=card.title, description=card.text, annotations=_annotations(card))
+    tool.fn_metadata = _AsTheyAre(**dict(tool.fn_metadata))
+    tool.parameters = {**flat(tool.parameters), "additionalProperties": False}
+    if tool.fn_metadata.output_schema is not None:
+        tool.fn_metadata.output_schema = flat(tool.fn_metadata.output_schema)
+    return tool
+
+
+def _annotations(card: Card) -> ToolAnnotations:
+    hints = card.annotations
+    return ToolAnnotations(
+        read_only_hint=hints.read_only,
+        destructive_hint=hints.destructive,
+        idempotent_hint=hints.idempotent,
+        open_world_hint=hints.open_world,
+    )
