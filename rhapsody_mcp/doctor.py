@@ -1,4 +1,4 @@
-"""Says what is there and what is missing on this machine, and how to get it."""
+"""The `doctor` command: what this machine has, what it lacks, and how to get it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from rhapsody_mcp.engine.process.run_dirs import Folder
-from rhapsody_mcp.ledger.inspection import Look
-from rhapsody_mcp.ledger.inspection import look as look_at_ledger
-from rhapsody_mcp.machine import Machine, Part, look
-from rhapsody_mcp.serving.paths import Places
+from rhapsody_mcp.ledger.inspection import LedgerInfo, inspect_ledger
+from rhapsody_mcp.machine import Dependency, Machine, inspect_machine
+from rhapsody_mcp.serving.paths import ServicePaths
 from rhapsody_mcp.settings import settings_file
 from rhapsody_mcp.shipped_model import MODEL_DIR
 
@@ -30,51 +29,52 @@ _LEAST_SHM_GIB = 1.0
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at. The demo needs what is `needed`."""
+    """The result of one check. The demo needs what is `needed`."""
 
     what: str
     verdict: Verdict
-    told: str
+    text: str
     needed: bool = False
 
 
-def run_doctor(places: Places) -> int:
-    """Print the findings, of the ledger at these places too; 0 where the demo can run."""
-    findings = list(examine(look(), places))
+def run_doctor(paths: ServicePaths) -> int:
+    """Print the findings; returns the exit code, 0 where the demo can run."""
+    findings = list(examine(inspect_machine(), paths))
     show(findings, console := Console(highlight=False))
-    lacking = [finding.what for finding in findings if finding.needed and finding.verdict == "missing"]
-    console.print(f"The demo cannot run without: {', '.join(lacking)}." if lacking else "Ready: rhapsody-mcp demo")
-    return 1 if lacking else 0
+    missing = [finding.what for finding in findings if finding.needed and finding.verdict == "missing"]
+    console.print(f"The demo cannot run without: {', '.join(missing)}." if missing else "Ready: rhapsody-mcp demo")
+    return 1 if missing else 0
 
 
 def show(findings: Iterable[Finding], console: Console) -> None:
     """As a table."""
     table = Table("", "what", "found", show_lines=False)
     for finding in findings:
-        table.add_row(_MARKS[finding.verdict], finding.what, escape(finding.told))
+        table.add_row(_MARKS[finding.verdict], finding.what, escape(finding.text))
     console.print(table)
 
 
-def examine(machine: Machine, places: Places | None = None) -> Iterator[Finding]:
-    """Look at everything that this package uses; starts nothing."""
+def examine(machine: Machine, paths: ServicePaths | None = None) -> Iterator[Finding]:
+    """Check all that this package uses; starts nothing."""
     memory = f", {machine.memory_gib:g} GiB memory" if machine.memory_gib else ""
     yield Finding("machine", "there", f"{machine.host}, {machine.system}, {machine.cores} cores{memory}")
     yield Finding("Python", "there", f"{machine.python} at {sys.executable}")
-    yield _part(machine.dragon, "note", "; until then sessions use the local backend")
-    yield _part(machine.vllm, "missing", "")
+    yield _dependency(machine.dragon, "note", "; until then sessions use the local backend")
+    yield _dependency(machine.vllm, "missing", "")
     yield _shipped_model()
     yield _gpus(machine)
     yield _pmi(machine)
     yield _temporary_folder()
     yield _shared_memory()
     yield _settings()
-    yield _ledger(look_at_ledger((places or Places()).state))
+    yield _ledger(inspect_ledger((paths or ServicePaths()).state))
 
 
-def _part(part: Part, without: Verdict, meanwhile: str) -> Finding:
-    if part.present:
-        return Finding(part.name, "there", part.version)
-    return Finding(part.name, without, f"not installed; get it with: {part.remedy}{meanwhile}", without == "missing")
+def _dependency(dependency: Dependency, verdict: Verdict, meanwhile: str) -> Finding:
+    if dependency.present:
+        return Finding(dependency.name, "there", dependency.version)
+    text = f"not installed; get it with: {dependency.remedy}{meanwhile}"
+    return Finding(dependency.name, verdict, text, needed=verdict == "missing")
 
 
 def _shipped_model() -> Finding:
@@ -91,7 +91,7 @@ def _gpus(machine: Machine) -> Finding:
 
 
 def _pmi(machine: Machine) -> Finding:
-    """Only a trial by the engine can tell that it works."""
+    """Only an engine can test whether the library works."""
     if machine.pmi:
         return Finding("MPI", "there", f"{machine.pmi}; the first MPI job tries whether it works")
     return Finding(
@@ -131,13 +131,12 @@ def _settings() -> Finding:
     )
 
 
-def _ledger(seen: Look) -> Finding:
-    """Also where another process holds it, which does not notice."""
-    kind = seen.file_system or "unknown"
-    log = "rollback journal: other machines may see it" if seen.network else "write-ahead log"
-    if not seen.bytes:
-        return Finding("ledger", "note", f"none yet at {seen.path} (file system {kind}, {log})")
-    sessions = f"not read: {seen.problem}" if seen.sessions is None else f"open sessions: {seen.sessions}"
-    held = f"held by process {seen.holder.pid}" if seen.holder else "held by no process"
-    told = f"{seen.path}, {seen.bytes / 1e6:.1f} MB (file system {kind}, {log}); {sessions}; {held}"
-    return Finding("ledger", "note" if seen.sessions is None else "there", told)
+def _ledger(ledger: LedgerInfo) -> Finding:
+    kind = ledger.file_system or "unknown"
+    log = "rollback journal: other machines may see it" if ledger.network else "write-ahead log"
+    if not ledger.bytes:
+        return Finding("ledger", "note", f"none yet at {ledger.path} (file system {kind}, {log})")
+    sessions = f"not read: {ledger.problem}" if ledger.sessions is None else f"open sessions: {ledger.sessions}"
+    held = f"held by process {ledger.holder.pid}" if ledger.holder else "held by no process"
+    text = f"{ledger.path}, {ledger.bytes / 1e6:.1f} MB (file system {kind}, {log}); {sessions}; {held}"
+    return Finding("ledger", "note" if ledger.sessions is None else "there", text)

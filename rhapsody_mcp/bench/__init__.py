@@ -1,1 +1,1 @@
-"""Measures this machine: what a task costs here, held against the barest program that does the same work."""
+"""The benchmark: the cost of tasks on this machine, compared with the simplest programs that do the same work."""

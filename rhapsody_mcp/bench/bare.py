@@ -1,4 +1,4 @@
-"""The barest worker loop: processes that are sent calls over a Unix socket, say that each started, and what it gave.
+"""A minimal worker pool: processes that get calls over a Unix socket and send back each start and each result.
 
 python -m rhapsody_mcp.bench.bare SOCKET
 """
@@ -30,7 +30,7 @@ def no_op(number: int) -> int:
 
 
 class BareWorkers:
-    """`count` processes. Leaving `with` ends them."""
+    """A pool of `count` processes, which end at the end of `with`."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -55,29 +55,29 @@ class BareWorkers:
         self._folder.cleanup()
 
     def run(self, count: int) -> float:
-        """The seconds that so many calls of `no_op` take, until their values are here."""
+        """The seconds of so many calls of `no_op`, until all results have arrived."""
         began, code = time.perf_counter(), pickle.dumps(no_op)
-        left, values = iter(range(count)), dict[int, int]()
+        unsent, values = iter(range(count)), dict[int, int]()
         open_calls = dict.fromkeys(self._buffers, 0)
 
-        def feed(connection: socket.socket) -> None:
+        def send_calls(connection: socket.socket) -> None:
             room = range(_WINDOW - open_calls[connection])
-            if calls := [(number, code, pickle.dumps((number,))) for _, number in zip(room, left, strict=False)]:
+            if calls := [(number, code, pickle.dumps((number,))) for _, number in zip(room, unsent, strict=False)]:
                 open_calls[connection] += len(calls)
                 _send(connection, calls)
 
         for connection in self._buffers:
-            feed(connection)
+            send_calls(connection)
         while len(values) < count:
             for connection in select.select(list(self._buffers), [], [])[0]:
-                for number, value in self._ended(connection):
+                for number, value in self._results(connection):
                     values[number] = value
                     open_calls[connection] -= 1
                 if open_calls[connection] <= _WINDOW // 2:
-                    feed(connection)
+                    send_calls(connection)
         return time.perf_counter() - began
 
-    def _ended(self, connection: socket.socket) -> Iterator[tuple[int, int]]:
+    def _results(self, connection: socket.socket) -> Iterator[tuple[int, int]]:
         buffer = self._buffers[connection]
         buffer += connection.recv(1 << 18)
         while len(buffer) >= (end := _HEADER + int.from_bytes(buffer[:_HEADER], "big")) > _HEADER:

@@ -1,4 +1,4 @@
-"""Dragon's own processes and groups without anything of ours around them, on order.
+"""Starts Dragon's own processes and process groups on request, without a rhapsody-mcp engine.
 
 dragon -s python -m rhapsody_mcp.bench.bare_dragon SOCKET
 """
@@ -16,23 +16,23 @@ from rhapsody_mcp.engine.transport import Link
 __all__ = ["Took"]
 
 Took = tuple[float, str]
-"""Seconds, and what went wrong."""
+"""The seconds, and an error text, which is empty on success."""
 
 
 def main() -> None:
     backend: Link[tuple[str, int]] = Link(sys.argv[1], tuple[str, int])
     with suppress(EOFError, ConnectionError):
         while True:
-            for what, count in backend.receive():
-                backend.send(_took(what, count))
+            for workload, count in backend.receive():
+                backend.send(_measure(workload, count))
     os._exit(0)
 
 
-def _took(what: str, count: int) -> Took:
+def _measure(workload: str, count: int) -> Took:
     began = time.perf_counter()
     try:
-        _WORKS[what](count)
-    except Exception as error:  # it is told to whoever asked
+        _WORKLOADS[workload](count)
+    except Exception as error:  # sent to the caller
         return 0.0, repr(error)
     return time.perf_counter() - began, ""
 
@@ -42,7 +42,7 @@ def _nothing(_: int) -> None:
 
 
 def _processes(count: int) -> None:
-    """All are started before the first is waited for."""
+    """Starts all processes before it waits for the first."""
     from dragon.native.process import Process
 
     processes: list[Any] = [Process(**_program(Process)) for _ in range(count)]
@@ -70,7 +70,7 @@ def _program(process: Any) -> dict[str, Any]:
     return {"target": "true", "args": [], "stdout": process.DEVNULL, "stderr": process.DEVNULL}
 
 
-_WORKS = {"nothing": _nothing, "processes": _processes, "group": _group}
+_WORKLOADS = {"nothing": _nothing, "processes": _processes, "group": _group}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a session costs as it grows: a server in one process, its ledger on, and a backend that ends each task at once.
+"""Measures a growing session: a server in one process, with a ledger and a backend that ends each task at once.
 
 python -m rhapsody_mcp.bench.growth COUNT
 """
@@ -20,7 +20,7 @@ import msgspec
 from mcp import Client
 
 from rhapsody_mcp.backends.base import Awaitable, Ended, Kind, Report, Running
-from rhapsody_mcp.bench.measuring import Row, Shown
+from rhapsody_mcp.bench.measuring import Row, Unit
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
@@ -36,13 +36,13 @@ from rhapsody_mcp.settings import Settings
 
 __all__ = ["Growth", "growth_rows"]
 
-_AT_ONCE = 500
-_MOST_AT_FIRST = 1000
-_LAST = 5000
+_BATCH_TASKS = 500
+_FIRST_TASKS = 1000
+_LAST_TASKS = 5000
 
 
 class Growth(msgspec.Struct, frozen=True):
-    """Of a session of `tasks` tasks that have ended. Seconds a task at the beginning and at the end, bytes a task in
+    """Measured on a session of `tasks` ended tasks: seconds a task among the first and the last ones, bytes a task in
     the server's memory, seconds for a page of list_tasks and for get_statistics."""
 
     tasks: int
@@ -55,7 +55,7 @@ class Growth(msgspec.Struct, frozen=True):
 
 @asynccontextmanager
 async def growth_rows(tasks: int) -> AsyncIterator[list[Row]]:
-    told: list[Growth] = []
+    runs: list[Growth] = []
 
     async def grow() -> Growth:
         process = await asyncio.create_subprocess_exec(
@@ -67,28 +67,28 @@ async def growth_rows(tasks: int) -> AsyncIterator[list[Row]]:
         return msgspec.json.decode(stdout, type=Growth)
 
     async def last_s() -> float:
-        told.append(await grow())
-        return told[-1].last_s
+        runs.append(await grow())
+        return runs[-1].last_s
 
-    async def of_each(field: str) -> float:
-        """Of the runs that the row before made, in turn."""
-        told.append(told.pop(0))
-        return cast(float, getattr(told[-1], field))
+    async def of_next_run(field: str) -> float:
+        """The value of the next run of the first row, in turn."""
+        runs.append(runs.pop(0))
+        return cast(float, getattr(runs[-1], field))
 
-    def of_each_row(name: str, field: str, shown: Shown = "time") -> Row:
-        return Row(name, partial(of_each, field), shown=shown, warm_up=False)
+    def row_of_runs(name: str, field: str, shown: Unit = "time") -> Row:
+        return Row(name, partial(of_next_run, field), shown=shown, warm_up=False)
 
-    first = partial(of_each, "first_s")
+    first = partial(of_next_run, "first_s")
     yield [
-        Row(f"a task in a session of {tasks:,}", last_s, first, bare=f"in one of {_MOST_AT_FIRST:,}", warm_up=False),
-        of_each_row("a page of list_tasks there", "page_s"),
-        of_each_row("get_statistics there", "statistics_s"),
-        of_each_row("a task that has ended, in memory", "task_bytes", "bytes"),
+        Row(f"a task in a session of {tasks:,}", last_s, first, bare=f"in one of {_FIRST_TASKS:,}", warm_up=False),
+        row_of_runs("a page of list_tasks there", "page_s"),
+        row_of_runs("get_statistics there", "statistics_s"),
+        row_of_runs("a task that has ended, in memory", "task_bytes", "bytes"),
     ]
 
 
-class _Instant(Awaitable):
-    """Ends each task as soon as the loop comes to it."""
+class _InstantBackend(Awaitable):
+    """Ends each task in the next turn of the event loop."""
 
     name = "instant"
     kinds: tuple[Kind, ...] = ("function",)
@@ -125,7 +125,7 @@ class _Client:
         self._client = client
 
     async def call(self, tool: str, **arguments: Any) -> tuple[dict[str, Any], float]:
-        """The structured reply, and the seconds until it is there."""
+        """The structured reply, and the seconds until it arrives."""
         began = time.perf_counter()
         result = await self._client.call_tool(tool, arguments)
         took = time.perf_counter() - began
@@ -134,10 +134,10 @@ class _Client:
         return cast(dict[str, Any], result.structured_content), took
 
     async def grow(self, session: str, count: int) -> float:
-        """Run so many tasks more; seconds a task."""
+        """Run `count` more tasks; returns the seconds for each task."""
         took = 0.0
-        for _ in range(0, count, _AT_ONCE):
-            request = [{"function": "operator:index", "args": [number]} for number in range(_AT_ONCE)]
+        for _ in range(0, count, _BATCH_TASKS):
+            request = [{"function": "operator:index", "args": [number]} for number in range(_BATCH_TASKS)]
             submitted, submit_s = await self.call("submit_tasks", session=session, tasks=request)
             waited, wait_s = await self.call("wait_tasks", session=session, tasks=[submitted["last"]])
             assert waited["ended"]
@@ -151,29 +151,29 @@ async def _measure(tasks: int) -> Growth:
         ledger = Ledger(Path(folder))
         ledger.open()
         try:
-            return await _grown(tasks, settings, Records(ledger, Path(folder), read_recipe))
+            return await _measure_session(tasks, settings, Records(ledger, Path(folder), read_recipe))
         finally:
             await ledger.close()
 
 
-async def _grown(tasks: int, settings: Settings, records: Records) -> Growth:
-    async with OpenSessions(lambda _: [_Instant()], records, settings=settings) as sessions:
+async def _measure_session(tasks: int, settings: Settings, records: Records) -> Growth:
+    async with OpenSessions(lambda _: [_InstantBackend()], records, settings=settings) as sessions:
         await sessions.restore()
         async with Client(build_server(settings, sessions)) as connected:
             client = _Client(connected)
             session = (await client.call("create_session"))[0]["session"]
-            await client.grow(session, _AT_ONCE)
-            first_s, before = await client.grow(session, _MOST_AT_FIRST - _AT_ONCE), _memory()
-            last = min(_LAST, tasks // 2)
-            await client.grow(session, tasks - _MOST_AT_FIRST - last)
+            await client.grow(session, _BATCH_TASKS)
+            first_s, before = await client.grow(session, _FIRST_TASKS - _BATCH_TASKS), _resident_bytes()
+            last = min(_LAST_TASKS, tasks // 2)
+            await client.grow(session, tasks - _FIRST_TASKS - last)
             last_s = await client.grow(session, last)
-            task_bytes = (_memory() - before) / (tasks - _MOST_AT_FIRST)
+            task_bytes = (_resident_bytes() - before) / (tasks - _FIRST_TASKS)
             page_s = (await client.call("list_tasks", session=session))[1]
             statistics_s = (await client.call("get_statistics", session=session))[1]
             return Growth(tasks, first_s, last_s, task_bytes, page_s, statistics_s)
 
 
-def _memory() -> int:
+def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

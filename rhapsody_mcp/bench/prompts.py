@@ -1,4 +1,4 @@
-"""The rows of prompts, on one vLLM server that both sides ask."""
+"""The rows of prompts. Both sides use the same vLLM server."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ async def prompt_rows(same: int, different: int) -> AsyncIterator[list[Row]]:
 async def rows_on(
     session: Session, backend: DragonVllmInferenceBackend, same: int, different: int
 ) -> AsyncIterator[list[Row]]:
-    """Of a session with this backend, which serves already."""
+    """The rows for a session with this backend, whose server is ready."""
     headers = {"Authorization": f"Bearer {backend.api_key}"}
     limits = httpx2.Limits(max_connections=different)
     async with httpx2.AsyncClient(base_url=backend.urls[0], headers=headers, timeout=None, limits=limits) as client:
         yield [
             Row(
                 f"{same:,} prompts, the same parameters",
-                partial(_list, session, same),
-                partial(_batches, client, same),
+                partial(_time_list, session, same),
+                partial(_time_batches, client, same),
                 same,
                 "rate",
                 f"the server's batch endpoint, {_BATCH} at a time",
             ),
             Row(
                 f"{different} prompts, all of other parameters",
-                partial(_singles, session, different),
-                partial(_requests, client, different),
+                partial(_time_singles, session, different),
+                partial(_time_requests, client, different),
                 different,
                 "rate",
                 "requests to the server, all at once",
             ),
             Row(
                 "one prompt",
-                partial(_singles, session, 1),
-                partial(_requests, client, 1),
+                partial(_time_singles, session, 1),
+                partial(_time_requests, client, 1),
                 bare="a request to the server",
             ),
         ]
@@ -68,33 +68,33 @@ def _prompt(number: int) -> str:
     return f"Write a labelled sample, number {number}."
 
 
-async def _list(session: Session, count: int) -> float:
+async def _time_list(session: Session, count: int) -> float:
     return await run(session, [AITask(list(map(_prompt, range(count))), max_tokens=_TOKENS, temperature=1.0)])
 
 
-async def _singles(session: Session, count: int) -> float:
+async def _time_singles(session: Session, count: int) -> float:
     tasks = [AITask(_prompt(number), max_tokens=_TOKENS, temperature=1.0, seed=number) for number in range(count)]
     return await run(session, tasks)
 
 
-async def _batches(client: httpx2.AsyncClient, count: int) -> float:
+async def _time_batches(client: httpx2.AsyncClient, count: int) -> float:
     began = time.perf_counter()
     for start in range(0, count, _BATCH):
         numbers = range(start, min(count, start + _BATCH))
-        await _ask(client, "chat/completions/batch", messages=[_messages(number) for number in numbers])
+        await _post(client, "chat/completions/batch", messages=[_messages(number) for number in numbers])
     return time.perf_counter() - began
 
 
-async def _requests(client: httpx2.AsyncClient, count: int) -> float:
+async def _time_requests(client: httpx2.AsyncClient, count: int) -> float:
     began = time.perf_counter()
     await asyncio.gather(
-        *(_ask(client, "chat/completions", messages=_messages(number), seed=number) for number in range(count))
+        *(_post(client, "chat/completions", messages=_messages(number), seed=number) for number in range(count))
     )
     return time.perf_counter() - began
 
 
-async def _ask(client: httpx2.AsyncClient, path: str, **asked: Any) -> None:
-    answer = await client.post(path, json={"max_tokens": _TOKENS, "temperature": 1.0, **asked})
+async def _post(client: httpx2.AsyncClient, path: str, **body: Any) -> None:
+    answer = await client.post(path, json={"max_tokens": _TOKENS, "temperature": 1.0, **body})
     if answer.is_error:
         raise RhapsodyError(f"the server itself answered with {answer.status_code}: {answer.text[:500]}")
     answer.json()

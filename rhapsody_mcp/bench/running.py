@@ -1,4 +1,4 @@
-"""Runs the benchmark, row by row, and reports it."""
+"""Runs the benchmark row by row and reports it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rhapsody_mcp import __version__
 from rhapsody_mcp.bench.compute import compute_rows, dragon_ready
 from rhapsody_mcp.bench.crowd import crowd_row
 from rhapsody_mcp.bench.growth import growth_rows
-from rhapsody_mcp.bench.measuring import Figure, Row, load_of_machine, measure
+from rhapsody_mcp.bench.measuring import Measurement, Row, load_of_machine, measure
 from rhapsody_mcp.bench.prompts import prompt_rows
 from rhapsody_mcp.bench.report import Report, draw, show, write_json
 from rhapsody_mcp.bench.served import first_reply, served_rows
@@ -27,7 +27,7 @@ __all__ = ["FULL", "QUICK", "Size", "run_bench"]
 
 @dataclass(frozen=True)
 class Size:
-    """How much of each work is done, and how often; without prompts no server is started for them."""
+    """The sizes of the workloads, and the number of runs. Without prompts no model server is started."""
 
     runs: int
     functions: int
@@ -41,7 +41,7 @@ class Size:
 
 FULL = Size(5, 10_000, 200, 1000, 256, 100_000, 1000, 10)
 QUICK = Size(5, 1000, 10, 32, 8, 2500, 100, 0.3)
-_WIDTH = 160  # of a table that goes into a file
+_FILE_WIDTH = 160  # of a table that is written to a file
 
 
 def _stages(size: Size) -> Sequence[AbstractAsyncContextManager[list[Row]]]:
@@ -59,8 +59,8 @@ def _stages(size: Size) -> Sequence[AbstractAsyncContextManager[list[Row]]]:
 
 
 async def run_bench(size: Size, json_file: Path | None, chart: Path | None) -> int:
-    """Give the exit code. Raises RhapsodyError where a work cannot be done here."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    """Returns the exit code. Raises RhapsodyError where a workload cannot run here."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
     if chart is not None and find_spec("matplotlib") is None:
         raise RhapsodyError("a chart needs matplotlib: pip install 'rhapsody-mcp[bench]'. Nothing was measured.")
     before = load_of_machine()
@@ -81,8 +81,8 @@ async def run_bench(size: Size, json_file: Path | None, chart: Path | None) -> i
     return 0
 
 
-async def _measure(size: Size, console: Console) -> Sequence[Figure]:
-    figures: list[Figure] = []
+async def _measure(size: Size, console: Console) -> Sequence[Measurement]:
+    figures: list[Measurement] = []
     with console.status("") as status:
         for stage in _stages(size):
             status.update("the next engines start")

@@ -1,4 +1,4 @@
-"""The rows of the service: the same work through an MCP client, the ledger on, and what the service itself takes."""
+"""The rows of the service: the same work through an MCP client with a ledger, and the service's own costs."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from rhapsody_mcp.model.errors import RhapsodyError
 __all__ = ["first_reply", "served_rows"]
 
 _PROGRAM = [sys.executable, "-m", "rhapsody_mcp"]
-_NO_OP = {"function": "rhapsody_mcp.bench.bare:no_op"}
+_NO_OP_TASK = {"function": "rhapsody_mcp.bench.bare:no_op"}
 _LARGE = f"{__name__}:large"
 _LARGE_BYTES = 100_000_000
-_BARE = "an empty MCP server"
-_EMPTY = "from mcp.server.mcpserver import MCPServer; MCPServer('empty').run()"
+_BARE_TEXT = "an empty MCP server"
+_EMPTY_SERVER = "from mcp.server.mcpserver import MCPServer; MCPServer('empty').run()"
 
 
 def large(size: int) -> bytes:
     return bytes(size)
 
 
-class _Agent:
-    """An MCP client before a service of its own, with an open session on Dragon."""
+class _BenchClient:
+    """An MCP client of a separate service, with an open session on Dragon."""
 
     def __init__(self, client: Client, folder: Path) -> None:
         self._client, self.folder = client, folder
@@ -57,92 +57,91 @@ class _Agent:
         return cast(dict[str, Any], result.structured_content)
 
     async def _run(self, *tasks: dict[str, Any]) -> float:
-        """The seconds from the submission until the client is told that all have ended."""
+        """The seconds from the submission until the client knows that all tasks have ended."""
         began = time.perf_counter()
         submitted = await self._call("submit_tasks", session=self._session, tasks=list(tasks))
         names = list({submitted["first"], submitted["last"]})
-        while not (told := await self._call("wait_tasks", session=self._session, tasks=names))["ended"]:
+        while not (reply := await self._call("wait_tasks", session=self._session, tasks=names))["ended"]:
             pass
         took = time.perf_counter() - began
-        if told["failures"]:
-            raise RhapsodyError(f"a task of the benchmark failed: {told['failures']}")
+        if reply["failures"]:
+            raise RhapsodyError(f"a task of the benchmark failed: {reply['failures']}")
         return took
 
     async def many(self, count: int) -> float:
-        return await self._run({**_NO_OP, "args": [{"item": True}], "for_each": list(range(count))})
+        return await self._run({**_NO_OP_TASK, "args": [{"item": True}], "for_each": list(range(count))})
 
     async def one(self) -> float:
-        return await self._run({**_NO_OP, "args": [1]})
+        return await self._run({**_NO_OP_TASK, "args": [1]})
 
     async def pass_on(self) -> float:
-        made = {"name": f"made-{time.time_ns()}", "function": _LARGE, "args": [_LARGE_BYTES]}
-        return await self._run(made, {"function": "builtins:len", "args": [{"ref": made["name"]}]})
+        producer = {"name": f"made-{time.time_ns()}", "function": _LARGE, "args": [_LARGE_BYTES]}
+        return await self._run(producer, {"function": "builtins:len", "args": [{"ref": producer["name"]}]})
 
-    def service(self) -> int:
-        """Its process."""
+    def service_pid(self) -> int:
         command = [*_PROGRAM, "service", "status", "--json", "--folder", str(self.folder)]
         return int(json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["pid"])
 
 
 @asynccontextmanager
-async def _agent() -> AsyncIterator[_Agent]:
+async def _open_client() -> AsyncIterator[_BenchClient]:
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
-        where = ["--folder", folder]
-        command = [*_PROGRAM, "stdio", "--config", _settings(folder), *where]
+        folder_option = ["--folder", folder]
+        command = [*_PROGRAM, "stdio", "--config", _settings(folder), *folder_option]
         server = StdioServerParameters(command=command[0], args=command[1:], env=dict(os.environ))
         try:
             async with Client(stdio_client(server)) as client:
-                yield _Agent(client, Path(folder))
+                yield _BenchClient(client, Path(folder))
         finally:
-            await _stop(where)
+            await _stop(folder_option)
 
 
 def _settings(folder: str) -> str:
-    """A file of them, under which nobody is asked before much is run."""
+    """The path of a settings file that allows many tasks without a confirmation."""
     file = Path(folder, "settings.yaml")
     file.write_text("budget_tasks: null\n")
     return str(file)
 
 
 @asynccontextmanager
-async def served_rows(many: int, idle_s: float) -> AsyncIterator[list[Row]]:
-    async with _agent() as agent, Session([await DragonExecutionBackendV3()]) as session:
-        await agent.open()
-        service = await asyncio.to_thread(agent.service)
+async def served_rows(count: int, idle_s: float) -> AsyncIterator[list[Row]]:
+    async with _open_client() as client, Session([await DragonExecutionBackendV3()]) as session:
+        await client.open()
+        service = await asyncio.to_thread(client.service_pid)
         before: list[int] = []
 
         async def pass_on() -> float:
-            before.append(_memory(service))
-            return await agent.pass_on()
+            before.append(_peak_memory(service))
+            return await client.pass_on()
 
-        async def grown() -> float:
-            return float(_memory(service) - before[0])
+        async def memory_growth() -> float:
+            return float(_peak_memory(service) - before[0])
 
         python = "the same from Python, without a ledger"
         yield [
             Row(
-                f"{many:,} functions in one call of submit_tasks",
-                partial(agent.many, many),
-                partial(functions, session, many),
-                many,
+                f"{count:,} functions in one call of submit_tasks",
+                partial(client.many, count),
+                partial(functions, session, count),
+                count,
                 "rate",
                 python,
             ),
             Row(
                 "one function: submit_tasks, then wait_tasks",
-                agent.one,
+                client.one,
                 partial(functions, session, 1),
                 bare=python,
             ),
             Row(
                 "100 MB from one task to the next",
                 pass_on,
-                partial(asyncio.to_thread, _write_and_read, agent.folder),
+                partial(asyncio.to_thread, _write_and_read, client.folder),
                 bare="a file written and read",
             ),
-            Row("what the service's memory grew by meanwhile", grown, shown="bytes", warm_up=False),
-            Row("the idle service", partial(_share, [service], idle_s), shown="share", warm_up=False),
-            Row("its idle Dragon", partial(_share, descendants(service), idle_s), shown="share", warm_up=False),
+            Row("what the service's memory grew by meanwhile", memory_growth, shown="bytes", warm_up=False),
+            Row("the idle service", partial(_cpu_share, [service], idle_s), shown="share", warm_up=False),
+            Row("its idle Dragon", partial(_cpu_share, descendants(service), idle_s), shown="share", warm_up=False),
         ]
 
 
@@ -158,14 +157,14 @@ def _write_and_read(folder: Path) -> float:
     return took
 
 
-def _memory(pid: int) -> int:
-    """The most that it ever had, in bytes."""
+def _peak_memory(pid: int) -> int:
+    """The peak resident memory, in bytes."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-async def _share(pids: Collection[int], seconds: float) -> float:
-    """Of one core, over so many seconds."""
+async def _cpu_share(pids: Collection[int], seconds: float) -> float:
+    """The share of one core that the processes use during so many seconds."""
     before, began = sum(map(_cpu_s, pids)), time.perf_counter()
     await asyncio.sleep(seconds)
     return (sum(map(_cpu_s, pids)) - before) / (time.perf_counter() - began)
@@ -182,20 +181,20 @@ def _cpu_s(pid: int) -> float:
 @asynccontextmanager
 async def first_reply() -> AsyncIterator[list[Row]]:
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
-        where = ["--folder", folder]
-        alone, there = [*_PROGRAM, "stdio", "--in-process"], [*_PROGRAM, "stdio", *where]
-        empty = partial(_first_reply, [sys.executable, "-c", _EMPTY])
+        folder_option = ["--folder", folder]
+        alone, there = [*_PROGRAM, "stdio", "--in-process"], [*_PROGRAM, "stdio", *folder_option]
+        empty = partial(_first_reply, [sys.executable, "-c", _EMPTY_SERVER])
         try:
             yield [
-                Row("first reply, --in-process", partial(_first_reply, alone), empty, bare=_BARE),
-                Row("first reply, where the service runs", partial(_first_reply, there), empty, bare=_BARE),
+                Row("first reply, --in-process", partial(_first_reply, alone), empty, bare=_BARE_TEXT),
+                Row("first reply, where the service runs", partial(_first_reply, there), empty, bare=_BARE_TEXT),
             ]
         finally:
-            await _stop(where)
+            await _stop(folder_option)
 
 
-async def _stop(where: Sequence[str]) -> None:
-    command = [*_PROGRAM, "service", "stop", "--force", *where]
+async def _stop(folder_option: Sequence[str]) -> None:
+    command = [*_PROGRAM, "service", "stop", "--force", *folder_option]
     await asyncio.to_thread(partial(subprocess.run, command, check=False, stdout=subprocess.DEVNULL))
 
 

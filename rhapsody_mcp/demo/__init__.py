@@ -1,1 +1,1 @@
-"""The demo: an MCP client has a language model write samples, and trains a classifier on them, in one submission."""
+"""The demo: one submission in which a language model writes samples and a classifier is trained on them."""

@@ -1,4 +1,4 @@
-"""The demo: an MCP client has a language model write samples and a classifier trained on them, in one submission."""
+"""Runs the demo as an MCP client of a server of its own."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ _LOG_LINES = 20
 
 
 class DemoFailed(RhapsodyError):
-    """A step of the demo did not end well; the text says which and why."""
+    """A step of the demo failed; the text says which step and why."""
 
 
 async def run_demo(model: str, samples: int) -> int:
-    """Run it and give the exit code. Everything that is printed comes from the server's replies."""
+    """Run the demo; returns the exit code. All printed facts come from the server's replies."""
     console = Console(highlight=False, soft_wrap=True)
     failures: list[Exception] = []
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         try:
-            async with _Steps.connected(console, log) as steps:
-                await _pipeline(steps, model, samples)
+            async with _DemoClient.connected(console, log) as client:
+                await _pipeline(client, model, samples)
         except* (DemoFailed, MCPError, OSError) as errors:
             failures.append(errors)
         for failure in failures:
-            _tell_failure(console, failure, log)
+            _print_failure(console, failure, log)
     return len(failures)
 
 
-async def _pipeline(steps: _Steps, model: str, samples: int) -> None:
-    session = (await steps.call("create_session", model=model))["session"]
-    steps.start_counting()
-    await steps.call("submit_tasks", session=session, tasks=_tasks(samples))
-    while not (waited := await steps.call("wait_tasks", session=session, timeout_s=55))["ended"]:
+async def _pipeline(client: _DemoClient, model: str, samples: int) -> None:
+    session = (await client.call("create_session", model=model))["session"]
+    client.start_counting()
+    await client.call("submit_tasks", session=session, tasks=_tasks(samples))
+    while not (waited := await client.call("wait_tasks", session=session, timeout_s=55))["ended"]:
         pass
     if waited["failures"]:
-        raise DemoFailed(_explained(waited["failures"]))
+        raise DemoFailed(_failures_text(waited["failures"]))
     result = next(row["result"] for row in waited["done"] if row["name"] == "train")
-    steps.show_result(result)
-    steps.show_statistics(await steps.call("get_statistics", session=session))
-    await steps.call("close_session", session=session)
+    client.show_result(result)
+    client.show_statistics(await client.call("get_statistics", session=session))
+    await client.call("close_session", session=session)
 
 
 def _tasks(samples: int) -> list[dict[str, Any]]:
@@ -76,8 +76,8 @@ def _tasks(samples: int) -> list[dict[str, Any]]:
     ]
 
 
-class _Steps:
-    """Calls the server's tools, shows what they do meanwhile, and counts them."""
+class _DemoClient:
+    """Calls the server's tools, shows their progress, and counts the calls."""
 
     def __init__(self, client: Client, console: Console) -> None:
         self._client, self._console = client, console
@@ -85,8 +85,8 @@ class _Steps:
 
     @classmethod
     @asynccontextmanager
-    async def connected(cls, console: Console, log: IO[str]) -> AsyncIterator[_Steps]:
-        """Before a server of its own, started as every MCP client starts it, whose log goes to `log`."""
+    async def connected(cls, console: Console, log: IO[str]) -> AsyncIterator[_DemoClient]:
+        """A client of a new server process, whose stderr goes to `log`."""
         command = ["-m", "rhapsody_mcp", "stdio", "--in-process"]
         server = StdioServerParameters(command=sys.executable, args=command, env=dict(os.environ))
         async with Client(stdio_client(server, errlog=cast(Any, log))) as client:
@@ -96,35 +96,35 @@ class _Steps:
         self._calls, self._began = 0, time.monotonic()
 
     async def call(self, tool: str, **arguments: Any) -> dict[str, Any]:
-        """The structured reply. Raises DemoFailed where the call is refused."""
+        """The structured reply. Raises DemoFailed where the server refuses the call."""
         self._calls += 1
-        with self._progress() as bars:
+        with self._progress_bars() as bars:
             bar = bars.add_task(tool, total=None)
 
-            async def tell(progress: float, total: float | None, message: str | None) -> None:
+            async def show_progress(progress: float, total: float | None, message: str | None) -> None:
                 bars.update(bar, description=f"{tool}  {message or ''}")
 
-            result = await self._client.call_tool(tool, arguments, progress_callback=tell)
+            result = await self._client.call_tool(tool, arguments, progress_callback=show_progress)
         if result.is_error:
-            raise DemoFailed(f"{tool} was refused. {_text(result)}")
+            raise DemoFailed(f"{tool} was refused. {_reply_text(result)}")
         self._console.print(f"[bold cyan]{tool}[/]", style="", end="  ")
-        self._console.print(_text(result).splitlines()[0], markup=False)
+        self._console.print(_reply_text(result).splitlines()[0], markup=False)
         return cast(dict[str, Any], result.structured_content)
 
-    def _progress(self) -> Progress:
+    def _progress_bars(self) -> Progress:
         columns = (SpinnerColumn(), BarColumn(bar_width=10), TimeElapsedColumn(), TextColumn("{task.description}"))
         return Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
 
     def show_result(self, result: dict[str, Any]) -> None:
-        """What the training task returned, and how many calls it took to get it."""
+        """Print the training task's result, and the number of calls."""
         elapsed = time.monotonic() - self._began
         self._console.print("\nThe model wrote, for example:")
         for example in result["examples"]:
-            self._console.print(f"  {_plain(example)}", markup=False)
+            self._console.print(f"  {_value_text(example)}", markup=False)
         self._console.print("\nThe classifier that was trained on it:")
         for name, value in result.items():
             if name != "examples":
-                self._console.print(f"  {name.replace('_', ' ')}: {_plain(value)}", markup=False)
+                self._console.print(f"  {name.replace('_', ' ')}: {_value_text(value)}", markup=False)
         self._console.print(
             f"\n{self._calls} tool calls from the open session to the trained result, in {elapsed:.1f} s, "
             "engines started on the way.\n"
@@ -138,23 +138,23 @@ class _Steps:
         self._console.print(table)
 
 
-def _text(result: CallToolResult) -> str:
+def _reply_text(result: CallToolResult) -> str:
     return "\n".join(block.text for block in result.content if isinstance(block, TextContent))
 
 
-def _plain(value: object) -> str:
+def _value_text(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
 
 
-def _explained(failures: list[dict[str, Any]]) -> str:
+def _failures_text(failures: list[dict[str, Any]]) -> str:
     return "; ".join(f"{', '.join(group['tasks'])} ended with {group['cause']}: {group['error']}" for group in failures)
 
 
-def _tell_failure(console: Console, failure: Exception, log: IO[str]) -> None:
+def _print_failure(console: Console, failure: Exception, log: IO[str]) -> None:
     while isinstance(failure, ExceptionGroup):
         failure = failure.exceptions[0]
     console.print(f"The demo failed: {failure}", markup=False)
     log.seek(0)
-    if last := log.read().splitlines()[-_LOG_LINES:]:
-        console.print("The server's last words:", *last, sep="\n  ", markup=False)
+    if last_lines := log.read().splitlines()[-_LOG_LINES:]:
+        console.print("The server's last words:", *last_lines, sep="\n  ", markup=False)
     console.print("`rhapsody-mcp doctor` says what is there and what is missing.", markup=False)

@@ -1,1 +1,1 @@
-"""The ledger: what the service must not forget, in a file that survives it."""
+"""The ledger: sessions, tasks and outcomes in an SQLite file that survives the service."""

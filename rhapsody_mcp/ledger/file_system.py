@@ -1,4 +1,4 @@
-"""Which kind of file system a folder is on, and what that means for a database in it."""
+"""The type of a folder's file system."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NamedTuple
 __all__ = ["file_system", "is_network"]
 
 _MOUNTS = Path("/proc/self/mountinfo")
-_NETWORK = frozenset(
+_NETWORK_TYPES = frozenset(
     "9p afpfs afs beegfs ceph cifs coda daos dvs fuse gfs2 glusterfs gpfs lustre ncpfs nfs nfs4 ocfs2 orangefs panfs "
     "pvfs2 smb2 smb3 smbfs vboxsf virtiofs wekafs".split()
 )
 
 
 def file_system(folder: Path) -> str:
-    """Its type, as in `ext4` or `nfs4`; empty where the system does not tell (anything but Linux)."""
+    """The type, as in `ext4` or `nfs4`; empty on other systems than Linux."""
     if not _MOUNTS.is_file():
         return ""
     mounts = _mounts()
@@ -25,13 +25,13 @@ def file_system(folder: Path) -> str:
 
 
 def is_network(kind: str) -> bool:
-    """Whether other machines may see this file system too; of FUSE (`fuse.sshfs`) nobody can say that they do not."""
-    return kind.partition(".")[0] in _NETWORK
+    """Whether other machines may use this file system too. FUSE (`fuse.sshfs`) counts as shared."""
+    return kind.partition(".")[0] in _NETWORK_TYPES
 
 
 class _Mount(NamedTuple):
     device: str
-    place: Path
+    path: Path
     kind: str
 
 
@@ -41,18 +41,18 @@ def _type_of_device(device: int, mounts: list[_Mount]) -> str:
 
 
 def _type_of_path(path: Path, mounts: list[_Mount]) -> str:
-    """Of the last mount on the longest way to it: some file systems (btrfs) show other numbers there."""
-    on_the_way = [mount for mount in mounts if path.is_relative_to(mount.place)]
-    return max(on_the_way[::-1], key=lambda mount: len(mount.place.parts)).kind if on_the_way else ""
+    """The type at the deepest mount point above the path, for file systems (btrfs) with device numbers of their own."""
+    above = [mount for mount in mounts if path.is_relative_to(mount.path)]
+    return max(above[::-1], key=lambda mount: len(mount.path.parts)).kind if above else ""
 
 
 def _mounts() -> list[_Mount]:
-    found = []
+    mounts = []
     for line in _MOUNTS.read_text(errors="surrogateescape").splitlines():
-        before, _, after = line.partition(" - ")
-        fields = before.split()
-        found.append(_Mount(fields[2], Path(_unescaped(fields[4])), after.split()[0]))
-    return found
+        mount_fields, _, file_system_fields = line.partition(" - ")
+        fields = mount_fields.split()
+        mounts.append(_Mount(fields[2], Path(_unescaped(fields[4])), file_system_fields.split()[0]))
+    return mounts
 
 
 def _unescaped(text: str) -> str:

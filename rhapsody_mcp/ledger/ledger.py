@@ -1,4 +1,4 @@
-"""The ledger as others see it: sessions and tasks with what came of them, engines and handles."""
+"""The interface of the ledger: sessions, tasks with their outcomes, engines and handles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from rhapsody_mcp.ledger import queries
-from rhapsody_mcp.ledger.fsync import Syncer
+from rhapsody_mcp.ledger.fsync import FsyncThread
 from rhapsody_mcp.ledger.lock import Lock
 from rhapsody_mcp.ledger.records import (
     Change,
@@ -27,125 +27,124 @@ from rhapsody_mcp.ledger.store import Journal, Store
 from rhapsody_mcp.ledger.writer import Writer
 from rhapsody_mcp.model.errors import LedgerError, LedgerUnavailable
 
-__all__ = ["LOCK", "Ledger"]
+__all__ = ["LOCK_FILE", "Ledger"]
 
 _log = logging.getLogger(__name__)
-LOCK = "lock"
-_CLOSING_S = 30.0
-_PRUNING_S = 10.0
+LOCK_FILE = "lock"
+_CLOSE_TIMEOUT_S = 30.0
+_PRUNE_TIMEOUT_S = 10.0
 
 
 class Ledger:
-    """One a folder, held by one process at a time.
+    """The ledger of a folder, open in one process at a time.
 
-    Changes are written by a thread of its own, in the order in which they were given, and the reading methods see
-    all that were given before, but for those that wait for result files to be on disk (`settled`). What is durable
-    survives the end of this process, however it ends, and a power cut.
-    Where the file cannot be written (`problem` says why), changes are kept and tried again twice a second; meanwhile
-    the reading methods see what is in the file. Once a part of it turns out damaged, nothing is written any more.
+    A thread writes changes in their order. Reading methods see all earlier changes, except those that wait until
+    result files are on the disk (see `flush`). Durable changes survive every end of this process, and a power cut.
+    While the file cannot be written (`problem` says why), changes stay in memory and are tried again twice a second;
+    the reading methods then see the content of the file. Once the file turns out damaged, nothing more is written.
     """
 
     def __init__(self, folder: Path, steps: Steps = STEPS, journal: Journal | None = None) -> None:
-        """Without a journal it is the one that the file system allows."""
+        """The default journal is the one that the file system allows."""
         self.folder = folder
-        self._lock = Lock(folder / LOCK)
+        self._lock = Lock(folder / LOCK_FILE)
         self._store = Store(folder, steps, journal)
         self._writer = Writer(self._store)
-        self._syncer = Syncer()
+        self._fsync = FsyncThread()
         self._open = False
-        self._booted = 0.0
+        self._boot_time = 0.0
 
     def open(self) -> None:
-        """Take hold of it, once; it is made where it is not there. Blocks. Raises LedgerInUse, LedgerTooNew,
-        LedgerDamaged and LedgerUnavailable, each with nothing changed."""
+        """Open the ledger, or make a new one. Blocks; call it once. Raises LedgerInUse, LedgerTooNew, LedgerDamaged
+        and LedgerUnavailable, with nothing changed."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock.take()
+            self._lock.acquire()
         except OSError as error:
             raise LedgerUnavailable(f"the ledger in {self.folder} cannot be opened: {error.strerror}.") from error
         try:
-            self._store.open(self._lock.known)
+            self._store.open(self._lock.is_supported)
         except BaseException:
-            self._lock.give_back()
+            self._lock.release()
             raise
         self._writer.start()
-        self._syncer.start()
-        self._open, self._booted = True, time.time() - _since_boot()
+        self._fsync.start()
+        self._open, self._boot_time = True, time.time() - _uptime_s()
 
     @property
     def problem(self) -> str:
-        """Empty, or why nothing can be written now."""
-        return self._writer.problem or self._syncer.problem
+        """Why nothing can be written now; else empty."""
+        return self._writer.problem or self._fsync.problem
 
     def write(self, *changes: Change) -> None:
-        """Soon, and together. Never blocks and never raises; a damaged or closed ledger takes nothing any more.
+        """Queue changes that are written together. Never blocks or raises; a damaged or closed ledger drops them.
 
-        What names files of results is written once these are on the disk: what is given later may be there earlier.
+        Changes that name result files are written once the files are on the disk, perhaps after later changes.
         """
         if files := _files(changes):
-            self._syncer.put(files, partial(self._writer.put, changes))
+            self._fsync.put(files, partial(self._writer.put, changes))
         else:
             self._writer.put(changes)
 
-    async def commit(self, *changes: Change, within_s: float = 10.0) -> None:
-        """Write them together and return when they, and all that were given before, are durable, except for what
-        still waits for files.
+    async def commit(self, *changes: Change, timeout_s: float = 10.0) -> None:
+        """Write changes together; returns when they and all earlier changes are durable, except earlier changes that
+        still wait for files.
 
-        Raises LedgerUnavailable and LedgerDamaged, with these changes withdrawn: when `within_s` is over (later where
-        the disk has begun with them), and at once while more than 100,000 calls wait to be written. Cancelled, they
-        are withdrawn too, unless the disk has begun with them: then they may be there.
+        Raises LedgerUnavailable and LedgerDamaged, with these changes withdrawn: when `timeout_s` is over (later if
+        their commit has begun), and at once while more than 100,000 writes are queued. Cancellation withdraws the
+        changes too; if their commit has begun, they may be written.
         """
-        if (files := _files(changes)) and not await self._syncer.done(files, within_s):
-            raise LedgerUnavailable(self.problem or f"{files[0]} did not reach the disk within {within_s:g} s.")
-        await self._writer.commit(changes, within_s)
+        if (files := _files(changes)) and not await self._fsync.sync(files, timeout_s):
+            raise LedgerUnavailable(self.problem or f"{files[0]} did not reach the disk within {timeout_s:g} s.")
+        await self._writer.commit(changes, timeout_s)
 
-    async def settled(self, within_s: float) -> bool:
-        """Whether all that was given so far became durable in that time."""
+    async def flush(self, timeout_s: float) -> bool:
+        """Whether all changes so far became durable in this time."""
         try:
-            async with asyncio.timeout(within_s):
-                await self._syncer.done((), within_s)
-                await self._writer.commit((), within_s)
+            async with asyncio.timeout(timeout_s):
+                await self._fsync.sync((), timeout_s)
+                await self._writer.commit((), timeout_s)
         except (LedgerError, TimeoutError):
             return False
         return True
 
     async def sessions(self) -> list[SessionRow]:
         """Oldest first."""
-        return await self._writer.do(queries.sessions)
+        return await self._writer.run(queries.sessions)
 
     async def tasks(self, session: str) -> list[TaskRow]:
-        """By number. Of one whose result cannot be read the outcome is FAILED with cause lost, which says so."""
-        found: list[TaskRow] = []
-        after: queries.Place | None = queries.FIRST
-        while after is not None:
-            rows, after = await self._writer.do(queries.tasks(session, after))
-            found += rows
-        return found
+        """By number. A task with an unreadable outcome gets the outcome FAILED with cause lost."""
+        tasks: list[TaskRow] = []
+        cursor: queries.Cursor | None = queries.START
+        while cursor is not None:
+            page, cursor = await self._writer.run(queries.tasks(session, cursor))
+            tasks += page
+        return tasks
 
     async def functions(self, session: str) -> list[FunctionRow]:
         """By number."""
-        return await self._writer.do(queries.functions(session))
+        return await self._writer.run(queries.functions(session))
 
     async def submissions(self, session: str) -> list[SubmissionRow]:
-        """In the order in which they were made."""
-        return await self._writer.do(queries.submissions(session))
+        """Oldest first."""
+        return await self._writer.run(queries.submissions(session))
 
     async def handles(self) -> list[HandleRow]:
-        return await self._writer.do(queries.handles)
+        return await self._writer.run(queries.handles)
 
     async def engines(self) -> list[EngineRow]:
-        return await self._writer.do(queries.engines)
+        return await self._writer.run(queries.engines)
 
     async def number(self, name: str) -> int:
-        """0 where it was never put."""
-        return await self._writer.do(queries.number(name))
+        """A counter's value; 0 for an unknown name."""
+        return await self._writer.run(queries.number(name))
 
     async def reconcile(self, now: float) -> int:
-        """For a start after a crash, once nothing of it runs any more: how many tasks ran, or were about to. Those that
-        had not started, and those with attempts left, are queued again; the others become FAILED with cause lost, after
-        all that ended. Tasks with children are left as they are: theirs is the end.
-        Raises what `commit` raises."""
-        changes = await self._writer.do(queries.left_running(now))
+        """Settle the tasks that a crash interrupted, once none of their processes runs. Tasks that had not started, and
+        those with attempts left, are queued again; the others become FAILED with cause lost, after all earlier ends.
+        Tasks with children stay as they are: their children determine their end.
+        Returns the number of interrupted tasks. Raises as `commit`."""
+        changes = await self._writer.run(queries.interrupted_tasks(now))
         await self.commit(*changes)
         if changes:
             lost = sum(isinstance(change, TaskEnded) for change in changes)
@@ -153,34 +152,34 @@ class Ledger:
         return len(changes)
 
     async def prune(self, before: float) -> list[SessionRow]:
-        """Forget the sessions that were not used since then and have no unfinished tasks, and give them back: their
-        files are the caller's. None are forgotten while nothing can be written. A clock that was set forward since
-        the ledger was opened makes none of them older."""
-        if not await self.settled(_PRUNING_S):
+        """Delete the sessions that were last used before this time and have no unfinished tasks, and return them; the
+        caller deletes their files. Deletes none while nothing can be written. A clock that was set forward since the
+        ledger was opened makes no session older."""
+        if not await self.flush(_PRUNE_TIMEOUT_S):
             return []
-        return await self._writer.do(queries.forget(before - self._set_forward()))
+        return await self._writer.run(queries.prune(before - self._clock_jump_s()))
 
     async def close(self) -> None:
-        """Write what is left and give the lock back. A second call does nothing. Raises LedgerUnavailable, after that,
-        where changes could not be written."""
+        """Write the queued changes and release the lock. A second call does nothing. Raises LedgerUnavailable, after
+        the release, where changes could not be written."""
         if not self._open:
             return
         self._open = False
-        await self._syncer.stop(_CLOSING_S)
-        if await self._writer.stop(_CLOSING_S):
-            self._lock.give_back()
-        if left := self._syncer.left + self._writer.left:
-            raise LedgerUnavailable(f"{left:,} changes could not be written before the end: {self.problem}")
+        await self._fsync.stop(_CLOSE_TIMEOUT_S)
+        if await self._writer.stop(_CLOSE_TIMEOUT_S):
+            self._lock.release()
+        if pending := self._fsync.pending + self._writer.pending:
+            raise LedgerUnavailable(f"{pending:,} changes could not be written before the end: {self.problem}")
 
-    def _set_forward(self) -> float:
-        """Seconds that the clock was set forward by since the ledger was opened."""
-        return max(0.0, time.time() - _since_boot() - self._booted)
+    def _clock_jump_s(self) -> float:
+        """How far the clock was set forward since the ledger was opened."""
+        return max(0.0, time.time() - _uptime_s() - self._boot_time)
 
 
 def _files(changes: Iterable[Change]) -> list[str]:
     return [file for change in changes for file in change.files()]
 
 
-def _since_boot() -> float:
-    """Goes on while the machine sleeps, where the system has such a clock."""
+def _uptime_s() -> float:
+    """Counts the time in which the machine sleeps, if the system has such a clock."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,4 +1,4 @@
-"""One process at a time: a lock file that says who holds it."""
+"""A lock file that names its holder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import msgspec
 
 from rhapsody_mcp.model.errors import LedgerInUse
 
-__all__ = ["Holder", "Lock", "holder", "start_time"]
+__all__ = ["Lock", "LockHolder", "process_start_time", "read_holder"]
 
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # of file systems without flock
+_UNSUPPORTED_ERRORS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # on file systems without flock
 
 
-class Holder(msgspec.Struct, frozen=True):
-    """A process that holds a lock. `started` is when the process was (field 22 of /proc/PID/stat), `since` when it
-    took the lock (seconds since the epoch)."""
+class LockHolder(msgspec.Struct, frozen=True):
+    """A process that holds a lock. `started` is its start time (field 22 of /proc/PID/stat), `since` the time at which
+    it acquired the lock (seconds since the epoch)."""
 
     host: str
     pid: int
@@ -29,22 +29,22 @@ class Holder(msgspec.Struct, frozen=True):
 
     @property
     def alive(self) -> bool:
-        """Whether that very process lives on this host: not another one that has got its pid since then."""
-        return self.host == socket.gethostname() and self.started > 0 and start_time(self.pid) == self.started
+        """Whether the process lives on this host; another process with the same pid does not count."""
+        return self.host == socket.gethostname() and self.started > 0 and process_start_time(self.pid) == self.started
 
 
 class Lock:
-    """The kernel takes it back from a process that ends, however it ends: what that wrote into it counts no more.
-    Where the file system knows no locks (`known` is False then), what is written there counts while that process
-    lives; two that take it in the same millisecond can both have it there."""
+    """The kernel releases the lock of a process that ends. On a file system without locks, `is_supported` becomes
+    False, and the holder in the file counts while its process lives; two processes that acquire the lock in the same
+    millisecond can then both have it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.known = True
+        self.is_supported = True
         self._file = -1
 
-    def take(self) -> None:
-        """Raises LedgerInUse, which says who holds it, and OSError where there can be no such file."""
+    def acquire(self) -> None:
+        """Raises LedgerInUse, which names the holder, and OSError where the file cannot be made."""
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             self._claim(file)
@@ -54,44 +54,44 @@ class Lock:
         self._file = file
 
     def _claim(self, file: int) -> None:
-        locked = self._lock(file)
-        there = holder(self.path)
-        if there is None or not there.alive:
-            there = Holder("", 0, 0, 0.0)
-        if not locked or there.pid not in (0, os.getpid()):
-            raise LedgerInUse(str(self.path.parent), there.host, there.pid, there.since)
-        _write(file, Holder(socket.gethostname(), os.getpid(), start_time(os.getpid()), time.time()))
+        locked = self._flock(file)
+        other = read_holder(self.path)
+        if other is None or not other.alive:
+            other = LockHolder("", 0, 0, 0.0)
+        if not locked or other.pid not in (0, os.getpid()):
+            raise LedgerInUse(str(self.path.parent), other.host, other.pid, other.since)
+        _write_holder(file, LockHolder(socket.gethostname(), os.getpid(), process_start_time(os.getpid()), time.time()))
 
-    def _lock(self, file: int) -> bool:
-        """False where another process has it."""
+    def _flock(self, file: int) -> bool:
+        """False where another process has the lock."""
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in _UNSUPPORTED_ERRORS:
                 raise
-            self.known = False
+            self.is_supported = False
         return True
 
-    def give_back(self) -> None:
-        """Another process can take it from now on. A second call does nothing."""
+    def release(self) -> None:
+        """A second call does nothing."""
         if self._file >= 0:
             os.ftruncate(self._file, 0)
             os.close(self._file)
             self._file = -1
 
 
-def holder(path: Path) -> Holder | None:
-    """Who wrote into a lock file that it holds it; it need not live any more. Takes no lock."""
+def read_holder(path: Path) -> LockHolder | None:
+    """The holder that a lock file names, which may have ended. Takes no lock."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Holder)
+        return msgspec.json.decode(path.read_bytes(), type=LockHolder)
     except (OSError, msgspec.DecodeError):
         return None
 
 
-def start_time(pid: int) -> int:
-    """When a process was started, in ticks since the machine was; 0 where no such process lives, or no /proc is."""
+def process_start_time(pid: int) -> int:
+    """A process's start time, in clock ticks since boot; 0 for a dead process and without /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -99,11 +99,11 @@ def start_time(pid: int) -> int:
     return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
-def _write(file: int, facts: Holder) -> None:
-    """On a full disk there may be no room for it; the lock holds nevertheless."""
+def _write_holder(file: int, holder: LockHolder) -> None:
+    """A full disk is ignored: the lock is held without the text."""
     try:
         os.ftruncate(file, 0)
-        os.pwrite(file, msgspec.json.encode(facts) + b"\n", 0)
+        os.pwrite(file, msgspec.json.encode(holder) + b"\n", 0)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

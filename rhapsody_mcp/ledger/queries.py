@@ -1,4 +1,4 @@
-"""What is read from a ledger: the rows as they are now, each put together from what was written at several times."""
+"""Queries of a ledger: functions of the store that join the rows of several tables."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
 
 __all__ = [
-    *("FIRST", "Place", "engines", "forget", "functions", "handles", "left_running", "number", "sessions"),
+    *("START", "Cursor", "engines", "functions", "handles", "interrupted_tasks", "number", "prune", "sessions"),
     *("submissions", "tasks"),
 ]
 
-Place: TypeAlias = tuple[int, int]
-FIRST: Place = (-1, -1)
-_AT_ONCE = 1000
+Cursor: TypeAlias = tuple[int, int]
+"""The number and the rowid of the last task of a page."""
+START: Cursor = (-1, -1)
+_PAGE_ROWS = 1000
 _SESSIONS = "SELECT id, created, used, wanted, client, folder, closing FROM sessions"
 
 
@@ -46,13 +47,13 @@ def _sessions(rows: list[tuple[Any, ...]]) -> list[SessionRow]:
     ]
 
 
-def tasks(session: str, after: Place) -> Callable[[Store], tuple[list[TaskRow], Place | None]]:
-    """Some tasks, and after which place there are more; a long read lets what is to be written go first."""
+def tasks(session: str, cursor: Cursor) -> Callable[[Store], tuple[list[TaskRow], Cursor | None]]:
+    """A page of tasks and the cursor of the next page, or None. Writes can run between the pages of a long read."""
 
-    def read(store: Store) -> tuple[list[TaskRow], Place | None]:
-        rows = store.read(_TASKS, session, *after, _AT_ONCE)
-        found = [_task(session, *fields) for _, *fields in rows]
-        return found, (found[-1].number, int(rows[-1][0])) if len(rows) == _AT_ONCE else None
+    def read(store: Store) -> tuple[list[TaskRow], Cursor | None]:
+        rows = store.read(_TASKS, session, *cursor, _PAGE_ROWS)
+        page = [_task(session, *fields) for _, *fields in rows]
+        return page, (page[-1].number, int(rows[-1][0])) if len(rows) == _PAGE_ROWS else None
 
     return read
 
@@ -95,8 +96,8 @@ def _outcome(data: bytes, state: str, submitted: float) -> Outcome:
     try:
         return _OUTCOMES.decode(data)
     except msgspec.MsgspecError as error:
-        told = f"this task ended {state}, but what came of it cannot be read from the ledger ({error})."
-        return Outcome(state=TaskState.FAILED, ended=submitted, cause=Cause.LOST, error=told)
+        message = f"this task ended {state}, but what came of it cannot be read from the ledger ({error})."
+        return Outcome(state=TaskState.FAILED, ended=submitted, cause=Cause.LOST, error=message)
 
 
 _OUTCOMES = msgspec.msgpack.Decoder(Outcome)
@@ -129,24 +130,24 @@ def number(name: str) -> Callable[[Store], int]:
     return lambda store: int(store.read(sql, name)[0][0])
 
 
-def left_running(now: float) -> Callable[[Store], list[Change]]:
-    """What is to be made of the tasks that were running when the ledger was last written, or may have been: of those
-    the notes in the session's folder tell."""
+def interrupted_tasks(now: float) -> Callable[[Store], list[Change]]:
+    """The changes that settle the tasks that ran, or may have run, at the last write. The start logs in the sessions'
+    folders tell of starts that the ledger misses."""
 
     def read(store: Store) -> list[Change]:
         ends: dict[str, int] = {}
         starts = {folder: starts_in(folder) for (folder,) in store.read("SELECT folder FROM sessions")}
-        signs = _signs_of_life(store, now)
-        left = (
-            _left(ends, signs[session], starts.get(folder, ()), session, *fields)
-            for folder, session, *fields in store.read(_OPEN)
+        last_signs = _last_signs_of_life(store, now)
+        changes = (
+            _settle(ends, last_signs[session], starts.get(folder, ()), session, *fields)
+            for folder, session, *fields in store.read(_OPEN_TASKS)
         )
-        return [change for change in left if change is not None]
+        return [change for change in changes if change is not None]
 
     return read
 
 
-_OPEN = """
+_OPEN_TASKS = """
     WITH parents AS (SELECT DISTINCT session, parent FROM tasks WHERE parent IS NOT NULL),
         last AS (SELECT session, max(position) AS position FROM ends GROUP BY session)
     SELECT sessions.folder, t.session, t.uid, s.started, coalesce(s.attempts, 0), coalesce(s.last_failure, ''),
@@ -159,15 +160,15 @@ _OPEN = """
 """
 
 
-def _signs_of_life(store: Store, now: float) -> dict[str, float]:
-    """When each session was last known to live: something of it was submitted, started, ended or asked for."""
+def _last_signs_of_life(store: Store, now: float) -> dict[str, float]:
+    """The latest time at which each session was known to live: of a submission, a start, an end or a use."""
     return {
         session: min(now, max(used, _outcome(outcome, state, 0.0).ended if outcome else 0.0))
-        for session, used, state, outcome in store.read(_SIGNS)
+        for session, used, state, outcome in store.read(_LAST_SIGNS)
     }
 
 
-_SIGNS = """
+_LAST_SIGNS = """
     WITH lives AS (SELECT session, max(submitted) AS submitted FROM tasks GROUP BY session),
         begun AS (SELECT session, max(started) AS started FROM starts GROUP BY session),
         last AS (SELECT session, max(position), state, outcome FROM ends GROUP BY session)
@@ -176,36 +177,36 @@ _SIGNS = """
     FROM lives LEFT JOIN sessions ON sessions.id = lives.session LEFT JOIN begun USING (session)
         LEFT JOIN last USING (session)
 """
-_LOST = "the service ended while this task was running, and what it did until then is not known"
+_LOST_TEXT = "the service ended while this task was running, and what it did until then is not known"
 
 
-def _left(
-    ends: dict[str, int], alive: float, starts: Collection[tuple[str, int]], session: str, uid: str,
+def _settle(
+    ends: dict[str, int], last_sign: float, starts: Collection[tuple[str, int]], session: str, uid: str,
     started: float | None, attempts: int, last_failure: str, retries: int, first: int,
 ) -> Change | None:  # fmt: skip
-    """None for one that had not been sent anywhere."""
+    """None for a task that was not sent to a backend. `ends` counts the new ends of each session."""
     attempt = attempts + 1 if started is None else attempts
     if not started and (uid, attempt) not in starts:
         return None if started is None else TaskRequeued(session, uid, attempts - 1, last_failure)
     if attempt <= retries:
-        return TaskRequeued(session, uid, attempt, f"{_LOST}.")
+        return TaskRequeued(session, uid, attempt, f"{_LOST_TEXT}.")
     position = ends.setdefault(session, first)
     ends[session] += 1
-    told = f"{_LOST}. Submit it again, with retries if it may be run twice."
-    ended = max(alive, started or alive)
-    outcome = Outcome(state=TaskState.FAILED, ended=ended, started=started or None, cause=Cause.LOST, error=told)
+    message = f"{_LOST_TEXT}. Submit it again, with retries if it may be run twice."
+    ended = max(last_sign, started or last_sign)
+    outcome = Outcome(state=TaskState.FAILED, ended=ended, started=started or None, cause=Cause.LOST, error=message)
     return TaskEnded(session, uid, position, outcome)
 
 
-def forget(before: float) -> Callable[[Store], list[SessionRow]]:
-    """Drops the sessions that were not used since then and all of whose tasks have ended, and gives them."""
+def prune(before: float) -> Callable[[Store], list[SessionRow]]:
+    """Delete and return the sessions that were last used before this time and whose tasks have all ended."""
     sql = f"""{_SESSIONS} WHERE used < ? AND NOT EXISTS (SELECT 1 FROM tasks t WHERE t.session = id
         AND NOT EXISTS (SELECT 1 FROM ends e WHERE e.session = t.session AND e.uid = t.uid)) ORDER BY created, rowid"""
 
-    def do(store: Store) -> list[SessionRow]:
-        old = _sessions(store.read(sql, before))
-        store.begin(DropSession(row.id) for row in old)
+    def delete(store: Store) -> list[SessionRow]:
+        unused = _sessions(store.read(sql, before))
+        store.begin(DropSession(row.id) for row in unused)
         store.commit()
-        return old
+        return unused
 
-    return do
+    return delete

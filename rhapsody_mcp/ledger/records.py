@@ -1,4 +1,4 @@
-"""The rows of a ledger and the changes to them, each of which knows its SQL."""
+"""The rows of a ledger, and the changes to them with their SQL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 
 
 class SessionRow(msgspec.Struct, frozen=True):
-    """A session: when it was made and last used (seconds since the epoch), what was wanted of it, its folder."""
+    """A session. `created` and `used` (the last use) are seconds since the epoch; `wanted` is the request as JSON."""
 
     id: str
     created: float
@@ -31,8 +31,8 @@ class SessionRow(msgspec.Struct, frozen=True):
 
 
 class TaskRow(msgspec.Struct, frozen=True):
-    """A task with what is known of it. `number` is its place in the order of submission, `position` that in the
-    order of ends; the recipe is empty where its parent's makes it. Times are seconds since the epoch."""
+    """A task. `number` counts submissions in the session, `position` counts ends. `recipe` is the stored request, empty
+    for a task that its parent's request makes. Times are seconds since the epoch."""
 
     session: str
     uid: str
@@ -51,7 +51,7 @@ class TaskRow(msgspec.Struct, frozen=True):
 
 
 class FunctionRow(msgspec.Struct, frozen=True):
-    """A function that a session keeps under a name; `number` counts the registrations of the session."""
+    """A registered function; `number` counts the registrations in the session."""
 
     session: str
     number: int
@@ -63,7 +63,7 @@ class FunctionRow(msgspec.Struct, frozen=True):
 
 
 class SubmissionRow(msgspec.Struct, frozen=True):
-    """A call that gave an idempotency key, what it asked for, and the tasks that it made."""
+    """A call with an idempotency key: its request (`asked`) and the uids of its tasks."""
 
     session: str
     key: str
@@ -74,7 +74,7 @@ class SubmissionRow(msgspec.Struct, frozen=True):
 
 
 class HandleRow(msgspec.Struct, frozen=True):
-    """What an agent holds, as JSON, until it expires."""
+    """The handle of a deferred call, as JSON, until it expires (seconds since the epoch)."""
 
     task_id: str
     data: bytes
@@ -82,7 +82,7 @@ class HandleRow(msgspec.Struct, frozen=True):
 
 
 class EngineRow(msgspec.Struct, frozen=True):
-    """An engine of ours. `started` is field 22 of /proc/PID/stat, and 0 as `pid` is until it has been started."""
+    """An engine process. `started` is field 22 of /proc/PID/stat; `pid` and `started` are 0 before the start."""
 
     mark: str
     kind: Literal["dragon", "local", "vllm"]
@@ -93,19 +93,19 @@ class EngineRow(msgspec.Struct, frozen=True):
 
 
 class Change(msgspec.Struct, frozen=True):
-    """Something to write."""
+    """A change of rows."""
 
     def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
-        """What to run, and with which values."""
+        """The statements, with their values."""
         raise NotImplementedError
 
     def files(self) -> Iterable[str]:
-        """Files that must be on disk before this is."""
+        """Files that must be on the disk before the change is written."""
         return ()
 
 
 class PutSession(Change, frozen=True):
-    """A session that is new, or has changed."""
+    """Writes a new or changed session."""
 
     row: SessionRow
     SQL: ClassVar = Statement("INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?)")
@@ -115,7 +115,7 @@ class PutSession(Change, frozen=True):
 
 
 class UseSession(Change, frozen=True):
-    """A session was used. The latest use counts, whatever a clock that was set back says later."""
+    """Notes a use of a session. The latest time counts, also after the clock was set back."""
 
     id: str
     used: float
@@ -126,7 +126,7 @@ class UseSession(Change, frozen=True):
 
 
 class CloseSession(Change, frozen=True):
-    """Marks a session as closing: it is not restored."""
+    """Marks a session as closing, so that it is not restored."""
 
     id: str
     SQL: ClassVar = Statement("UPDATE sessions SET closing = 1 WHERE id = ?")
@@ -136,7 +136,7 @@ class CloseSession(Change, frozen=True):
 
 
 class DropSession(Change, frozen=True):
-    """Forgets a session and all that belongs to it; what comes later for a task of it is ignored."""
+    """Deletes a session with all its rows; later changes of its tasks are ignored."""
 
     id: str
     SQL: ClassVar = (
@@ -152,7 +152,7 @@ class DropSession(Change, frozen=True):
 
 
 class PutTasks(Change, frozen=True):
-    """Tasks that are new. Of one that is there already the end is kept."""
+    """Writes new tasks. A task that exists is replaced, but keeps its end."""
 
     tasks: tuple[TaskRow, ...]
 
@@ -170,8 +170,8 @@ class PutTasks(Change, frozen=True):
 
 
 class TaskStarted(Change, frozen=True):
-    """User code runs since `started`; 0, which earlier versions wrote, says that it may. `attempts` counts this start
-    too."""
+    """User code runs since `started`; 0, which earlier versions wrote, says that it may run. `attempts` includes this
+    start."""
 
     session: str
     uid: str
@@ -183,7 +183,7 @@ class TaskStarted(Change, frozen=True):
 
 
 class TaskRequeued(Change, frozen=True):
-    """It waits to be started again."""
+    """The task waits for its next start."""
 
     session: str
     uid: str
@@ -195,7 +195,7 @@ class TaskRequeued(Change, frozen=True):
 
 
 class TaskEnded(Change, frozen=True):
-    """Its final state. Of several the first counts."""
+    """The task's outcome. A second outcome is ignored."""
 
     session: str
     uid: str
@@ -211,7 +211,7 @@ class TaskEnded(Change, frozen=True):
 
 
 class PutFunction(Change, frozen=True):
-    """A function that was registered."""
+    """Writes a registered function."""
 
     row: FunctionRow
     SQL: ClassVar = Statement("INSERT OR REPLACE INTO functions VALUES (?, ?, ?, ?, ?, ?, ?)")
@@ -221,7 +221,7 @@ class PutFunction(Change, frozen=True):
 
 
 class PutSubmission(Change, frozen=True):
-    """A call that gave an idempotency key."""
+    """Writes a call with an idempotency key."""
 
     row: SubmissionRow
     SQL: ClassVar = Statement("INSERT OR REPLACE INTO submissions VALUES (?, ?, ?, ?, ?, ?)")
@@ -233,7 +233,7 @@ class PutSubmission(Change, frozen=True):
 
 
 class PutHandle(Change, frozen=True):
-    """What an agent holds."""
+    """Writes a handle."""
 
     row: HandleRow
     SQL: ClassVar = Statement("INSERT OR REPLACE INTO handles VALUES (?, ?, ?)")
@@ -243,7 +243,7 @@ class PutHandle(Change, frozen=True):
 
 
 class DropHandles(Change, frozen=True):
-    """Forgets the handles that expired before then."""
+    """Deletes the handles that expired before this time."""
 
     before: float
     SQL: ClassVar = Statement("DELETE FROM handles WHERE expires < ?")
@@ -253,7 +253,7 @@ class DropHandles(Change, frozen=True):
 
 
 class PutEngine(Change, frozen=True):
-    """An engine that is about to be started, or was."""
+    """Writes an engine, before its start and after it."""
 
     row: EngineRow
     SQL: ClassVar = Statement("INSERT OR REPLACE INTO engines VALUES (?, ?, ?, ?, ?, ?)")
@@ -263,7 +263,7 @@ class PutEngine(Change, frozen=True):
 
 
 class DropEngine(Change, frozen=True):
-    """An engine that has ended, with everything under it."""
+    """Deletes an engine whose processes have all ended."""
 
     mark: str
     SQL: ClassVar = Statement("DELETE FROM engines WHERE mark = ?")
@@ -273,7 +273,7 @@ class DropEngine(Change, frozen=True):
 
 
 class PutNumber(Change, frozen=True):
-    """A counter."""
+    """Sets a counter."""
 
     name: str
     value: int

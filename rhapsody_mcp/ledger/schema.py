@@ -1,4 +1,4 @@
-"""The tables of a ledger, and the steps from each version of them to the next."""
+"""The tables of a ledger, and the migrations between their versions."""
 
 from __future__ import annotations
 
@@ -33,22 +33,23 @@ STEPS: Steps = (
         "CREATE TABLE numbers (name TEXT PRIMARY KEY, value INTEGER NOT NULL)",
     ),
 )
-"""What makes version N + 1 of version N, from an empty file on. What is here is in files: it only ever gets longer."""
+"""Step N makes version N + 1 of version N; step 0 starts from an empty file. Existing files were made with these
+steps, so that steps are only ever added."""
 
 
 def version_of(connection: sqlite3.Connection) -> int:
-    """Of the tables that are there; 0 where there are none yet."""
+    """The version of the tables; 0 for an empty file."""
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 def migrate(connection: sqlite3.Connection, steps: Steps) -> None:
-    """Take the tables to the newest version, in one transaction: whatever happens, there is the old or the new."""
-    there = version_of(connection)
-    if there == len(steps):
+    """Bring the tables to the newest version, in one transaction."""
+    version = version_of(connection)
+    if version == len(steps):
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
-        for step in steps[there:]:
+        for step in steps[version:]:
             for statement in step:
                 connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {len(steps)}")

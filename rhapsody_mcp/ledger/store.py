@@ -1,4 +1,4 @@
-"""The file of a ledger: opens it safely, writes transactions into it, and says in words what goes wrong."""
+"""The SQLite file of a ledger: safe opening, transactions, and SQLite's errors as ledger errors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from urllib.parse import quote
 from rhapsody_mcp.ledger.file_system import file_system, is_network
 from rhapsody_mcp.ledger.records import Change
 from rhapsody_mcp.ledger.schema import Steps, migrate, version_of
-from rhapsody_mcp.ledger.sql import run_all
+from rhapsody_mcp.ledger.sql import execute_all
 from rhapsody_mcp.model.errors import LedgerDamaged, LedgerError, LedgerTooNew, LedgerUnavailable
 
-__all__ = ["LEDGER", "Journal", "Store", "journal_for"]
+__all__ = ["LEDGER_FILE", "Journal", "Store", "journal_for"]
 
 Journal = Literal["WAL", "TRUNCATE"]
 
-LEDGER = "ledger.sqlite"
+LEDGER_FILE = "ledger.sqlite"
 _BUSY_S = 2.0
 _WAL_BYTES = 64 * 1024 * 1024
 _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
@@ -36,31 +36,31 @@ _UNAVAILABLE = {
     sqlite3.SQLITE_IOERR: "reading or writing it failed",
     sqlite3.SQLITE_NOMEM: "there is no memory left",
 }
-_CANNOT_LOOK = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
+_CANNOT_INSPECT = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
 
 
 class Store:
-    """For one thread at a time, in the process that holds the lock of the folder.
+    """For one thread at a time, in the process that holds the folder's lock.
 
-    A transaction that `commit` returned from survives the end of the process, however it ends, and a power cut, where
-    the disk keeps what fsync promises. That costs an fsync for each (0.2 ms on a local disk); without, a power cut
-    would take back what agents had been told of in the last seconds.
+    After `commit` returns, the transaction survives every end of the process, and a power cut if the disk keeps the
+    promise of fsync. Each commit costs an fsync (0.2 ms on a local disk): without it a power cut would take back
+    results that agents have seen.
     """
 
     def __init__(self, folder: Path, steps: Steps, journal: Journal | None = None) -> None:
-        self.path = folder / LEDGER
+        self.path = folder / LEDGER_FILE
         self._steps, self._journal = steps, journal
         self._options = ""
         self._connection: sqlite3.Connection
-        self._file: tuple[int, int]
+        self._file_id: tuple[int, int]
 
-    def open(self, locks: bool = True) -> None:
-        """Without `locks` none are asked of a file system that knows none.
+    def open(self, use_locks: bool = True) -> None:
+        """`use_locks` is False on a file system without locks.
 
         Raises LedgerTooNew and LedgerDamaged, with nothing changed, and LedgerUnavailable.
         """
-        with self._in_words():
-            self._options = "" if locks else "&nolock=1"
+        with self._ledger_errors():
+            self._options = "" if use_locks else "&nolock=1"
             known_good = self._inspect()
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
             self._connection = self._connect("mode=rw")
@@ -71,8 +71,8 @@ class Store:
                 raise
 
     def _inspect(self) -> bool:
-        """Whether it could be looked at without a change to it, and is good. What a crash left beside it is looked at
-        too, for which there must be room on the disk, and may have to be undone first."""
+        """Whether the file was examined without a change to it, with the log that a crash may have left. False if the
+        disk has no room for that, or the log must be rolled back first. Raises LedgerTooNew and LedgerDamaged."""
         if not self.path.exists() or not self.path.stat().st_size:
             return True
         mode = "mode=ro" if self._is_left_open() else "mode=ro&immutable=1"
@@ -80,7 +80,7 @@ class Store:
             with closing(self._connect(mode)) as connection:
                 self._examine(connection)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF in _CANNOT_LOOK:
+            if error.sqlite_errorcode & 0xFF in _CANNOT_INSPECT:
                 return False
             raise
         return True
@@ -100,9 +100,9 @@ class Store:
                 f"{version}, and this one knows {len(self._steps)}. Nothing was changed. Use the later version, or "
                 "another folder with --folder."
             )
-        found: str = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise self._damaged(found.splitlines()[-1])
+        finding: str = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if finding != "ok":
+            raise self._damaged(finding.splitlines()[-1])
         if version == 0 and connection.execute("SELECT 1 FROM sqlite_schema").fetchone():
             raise self._damaged("it holds tables of something else")
 
@@ -116,25 +116,25 @@ class Store:
         connection.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
         connection.execute("BEGIN EXCLUSIVE")
         connection.execute("COMMIT")
-        self.path.with_name(f"{self.path.name}-shm").unlink(missing_ok=True)  # of the look; nobody has it open now
+        self.path.with_name(f"{self.path.name}-shm").unlink(missing_ok=True)  # left by the inspection
         migrate(connection, self._steps)
-        at = os.stat(self.path)
-        self._file = at.st_dev, at.st_ino
+        info = os.stat(self.path)
+        self._file_id = info.st_dev, info.st_ino
 
     def begin(self, changes: Iterable[Change]) -> None:
-        """Run them, in a transaction that `commit` or `roll_back` ends.
+        """Execute the changes in a transaction that `commit` or `roll_back` ends.
 
-        Raises LedgerUnavailable and LedgerDamaged, and what a value raises that cannot be written at all; then
-        nothing of them is there.
+        Raises LedgerUnavailable and LedgerDamaged, and other errors for a value that SQLite does not take. An error
+        rolls the transaction back.
         """
-        with self._in_words(), self._undone_where_it_fails():
-            self._look_for_file()
+        with self._ledger_errors(), self._rolled_back_on_error():
+            self._check_file()
             self._connection.execute("BEGIN IMMEDIATE")
-            run_all(self._connection, (row for change in changes for row in change.rows()))
+            execute_all(self._connection, (row for change in changes for row in change.rows()))
 
     def commit(self) -> None:
-        """Raises LedgerUnavailable and LedgerDamaged; then nothing of it is there."""
-        with self._in_words(), self._undone_where_it_fails():
+        """Raises LedgerUnavailable and LedgerDamaged, with the transaction rolled back."""
+        with self._ledger_errors(), self._rolled_back_on_error():
             self._connection.execute("COMMIT")
 
     def roll_back(self) -> None:
@@ -143,30 +143,30 @@ class Store:
 
     def read(self, sql: str, *fields: str | float | int) -> list[tuple[Any, ...]]:
         """Raises LedgerDamaged and LedgerUnavailable."""
-        with self._in_words():
+        with self._ledger_errors():
             return self._connection.execute(sql, fields).fetchall()
 
-    def gather(self) -> None:
-        """Bring what is in the log into the one file, where there is room for it; the log gives its room back."""
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the main file if the disk has room, and truncate the log."""
         with suppress(sqlite3.Error):
             self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
-        """With all that was committed in the one file, where there is room for it."""
-        self.gather()
+        """Leaves all commits in the main file, if the disk has room."""
+        self.checkpoint()
         self._connection.close()
 
-    def _look_for_file(self) -> None:
-        """What is written into a file that has been deleted or moved away is lost, and no one would say so."""
+    def _check_file(self) -> None:
+        """SQLite would write into a deleted or moved file without an error."""
         try:
-            at = os.stat(self.path)
+            info = os.stat(self.path)
         except FileNotFoundError:
             raise self._unavailable("its file is gone") from None
-        if (at.st_dev, at.st_ino) != self._file:
+        if (info.st_dev, info.st_ino) != self._file_id:
             raise self._unavailable("another file has taken its place")
 
     @contextmanager
-    def _undone_where_it_fails(self) -> Iterator[None]:
+    def _rolled_back_on_error(self) -> Iterator[None]:
         try:
             yield
         except BaseException:
@@ -174,28 +174,28 @@ class Store:
             raise
 
     @contextmanager
-    def _in_words(self) -> Iterator[None]:
+    def _ledger_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            if (said := self._said(error)) is None:
+            if (translated := self._ledger_error(error)) is None:
                 raise
-            raise said from error
+            raise translated from error
         except OSError as error:
             raise self._unavailable(error.strerror or str(error)) from error
 
-    def _said(self, error: sqlite3.Error) -> LedgerError | None:
+    def _ledger_error(self, error: sqlite3.Error) -> LedgerError | None:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in _DAMAGED:
             return self._damaged(str(error))
         return self._unavailable(f"{_UNAVAILABLE[code]} ({error})") if code in _UNAVAILABLE else None
 
     def _damaged(self, why: str) -> LedgerDamaged:
-        there, away = shlex.quote(str(self.path)), shlex.quote(str(self.path.with_name("damaged")))
+        path, target = shlex.quote(str(self.path)), shlex.quote(str(self.path.with_name("damaged")))
         return LedgerDamaged(
             f"the ledger {self.path} is damaged: {why}. Nothing is written into it. To go on without what is in it, "
-            f"move it away: mkdir {away} && mv {there}* {away}. What can still be read of it is shown by: sqlite3 "
-            f"{there} .recover"
+            f"move it away: mkdir {target} && mv {path}* {target}. What can still be read of it is shown by: sqlite3 "
+            f"{path} .recover"
         )
 
     def _unavailable(self, why: str) -> LedgerUnavailable:
@@ -203,5 +203,5 @@ class Store:
 
 
 def journal_for(folder: Path) -> Journal:
-    """For a ledger in this folder: a write-ahead log needs what network file systems do not promise."""
+    """The journal mode for a ledger in this folder: a write-ahead log does not work on network file systems."""
     return "TRUNCATE" if is_network(file_system(folder)) else "WAL"

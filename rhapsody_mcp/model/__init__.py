@@ -1,1 +1,1 @@
-"""Values: what a task is asked to do, what came of it, and what can go wrong. Imports nothing of ours."""
+"""Values: task specs, outcomes, statistics and errors. Imports no other package of rhapsody-mcp."""

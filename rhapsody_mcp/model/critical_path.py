@@ -1,4 +1,4 @@
-"""Which chain of tasks, each waiting for the one before, a run took its time for."""
+"""The critical path of a run: the chain of dependent tasks that determined its duration."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from rhapsody_mcp.model.timing import Timing
 __all__ = ["CriticalPath", "Sources", "Step", "Timings", "find_critical_path"]
 
 Sources = Callable[[str], Iterable[str]]
-"""The uids of the tasks that the one of this uid waited for."""
+"""Gives the uids of the tasks for which the task of this uid waited."""
 Timings = Callable[[str], Timing | None]
-"""When the task of this uid ran; None where it does not count."""
+"""Gives the timing of the task of this uid; None for a task that does not count."""
 
 
 class Step(TypedDict):
-    """A task of the path, in seconds.
+    """A task of the path, with times in seconds.
 
-    `queue` counts from the end of the step before, or from its own submission where that came later; then
-    `unsubmitted` is the time in between, in which nobody had asked for it yet.
+    `queue` counts from the end of the step before, or from the task's submission if that came later; `unsubmitted` is
+    the time between the two.
     """
 
     task: str
@@ -29,7 +29,7 @@ class Step(TypedDict):
 
 
 class CriticalPath(TypedDict):
-    """`seconds` is from the first step's submission to the last one's end: the sum of all that its steps took."""
+    """`seconds` is the time from the first submission to the last end: the sum of all times of the steps."""
 
     seconds: float
     steps: list[Step]
@@ -45,16 +45,16 @@ class _Ended(NamedTuple):
 def find_critical_path(
     last: str | None, timing: Timings, names: Callable[[str], str], sources: Sources
 ) -> CriticalPath:
-    """From the task that ended last, always back to the source that ended last; empty where none ran."""
+    """The path that ends with the task `last`, which ended last; before each step comes the latest of its sources."""
     chain = _chain(last, timing, sources)
     steps: list[Step] = []
     now = chain[0].submitted if chain else 0.0
-    for one in chain:
-        ready = max(now, one.submitted)
-        started = max(ready, one.ended if one.started is None else one.started)
-        end = max(started, one.ended)
+    for task in chain:
+        ready = max(now, task.submitted)
+        started = max(ready, task.ended if task.started is None else task.started)
+        end = max(started, task.ended)
         steps.append(
-            {"task": names(one.uid), "unsubmitted": ready - now, "queue": started - ready, "execution": end - started}
+            {"task": names(task.uid), "unsubmitted": ready - now, "queue": started - ready, "execution": end - started}
         )
         now = end
     return {"seconds": now - chain[0].submitted if chain else 0.0, "steps": steps}
@@ -62,20 +62,20 @@ def find_critical_path(
 
 def _chain(last: str | None, timing: Timings, sources: Sources) -> list[_Ended]:
     """First to last."""
-    found = _last_ended(timing, () if last is None else (last,))
+    task = _last_ended(timing, () if last is None else (last,))
     chain: list[_Ended] = []
-    while found is not None:
-        chain.append(found)
-        found = _last_ended(timing, sources(found.uid))
+    while task is not None:
+        chain.append(task)
+        task = _last_ended(timing, sources(task.uid))
     return chain[::-1]
 
 
 def _last_ended(timing: Timings, uids: Iterable[str]) -> _Ended | None:
     last: _Ended | None = None
     for uid in uids:
-        found = timing(uid)
-        if found is None or found.submitted is None or found.ended is None:
+        times = timing(uid)
+        if times is None or times.submitted is None or times.ended is None:
             continue
-        if last is None or found.ended > last.ended:
-            last = _Ended(uid, found.submitted, found.started, found.ended)
+        if last is None or times.ended > last.ended:
+            last = _Ended(uid, times.submitted, times.started, times.ended)
     return last

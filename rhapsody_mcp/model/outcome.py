@@ -1,4 +1,4 @@
-"""What came of a task."""
+"""The outcome of a task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Outcome", "RankOutcome", "Usage"]
 
 
 class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """One rank of a job. A negative `exit_code` is the signal that ended it."""
+    """The outcome of one rank of a job. A negative `exit_code` is the signal that ended the process."""
 
     rank: int
     host: str = ""
@@ -27,17 +27,17 @@ class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of a prompt's request, as the server counted them."""
+    """The tokens of a prompt, as the model server counted them."""
 
     prompt_tokens: int
     completion_tokens: int
 
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
-    """A final state with everything that belongs to it. `started` and `ended` are seconds since the epoch.
+    """A final state with its result and its errors. `started` and `ended` are seconds since the epoch.
 
-    `started` is None where user code never ran. `exception` is what a function raised, pickled, where that is sent:
-    to be opened where user code may run. `notes` are sentences about how it ran ("8 ranks on 2 cores").
+    `started` is None if user code never ran. `exception` is the pickled exception of a function, or empty; unpickle it
+    only where user code may run. `notes` are sentences about the run ("8 ranks on 2 cores").
     """
 
     state: TaskState

@@ -1,4 +1,4 @@
-"""Numbers that come in batches, and of which any percentile is known at once, however many there are."""
+"""Mean and percentiles of numbers that arrive in batches, without a sort of all numbers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import TypedDict
 
-__all__ = ["Numbers", "Spread", "spread"]
+__all__ = ["Distribution", "Spread", "spread_of"]
 
 
 class Spread(TypedDict):
-    """Of numbers; all 0.0 where there are none.
+    """The spread of a distribution; all 0.0 without numbers.
 
     Percentiles are by nearest rank: p95 is the least of the numbers that at least 95 % of them do not exceed.
     """
@@ -24,8 +24,8 @@ class Spread(TypedDict):
     max: float
 
 
-class Numbers:
-    """Kept in sorted runs, each at least twice as long as the next: 8 bytes a number."""
+class Distribution:
+    """Numbers in sorted runs, each at least twice as long as the next; takes 8 bytes a number."""
 
     def __init__(self) -> None:
         self.runs: list[array[float]] = []
@@ -35,14 +35,14 @@ class Numbers:
         run = sorted(numbers)
         self.sum += math.fsum(run)
         while self.runs and len(self.runs[-1]) < 2 * len(run):
-            run = sorted([*self.runs.pop(), *run])  # two runs: a merge
+            run = sorted([*self.runs.pop(), *run])  # sorted() merges two sorted runs
         if run:
             self.runs.append(array("d", run))
 
 
-def spread(parts: Sequence[Numbers]) -> Spread:
-    """Of all these numbers together."""
-    runs = [run for part in parts for run in part.runs]
+def spread_of(distributions: Sequence[Distribution]) -> Spread:
+    """The spread of the numbers of all distributions together."""
+    runs = [run for one in distributions for run in one.runs]
     count = sum(map(len, runs))
     if not count:
         return {"mean": 0.0, "p50": 0.0, "p95": 0.0, "p99": 0.0, "max": 0.0}
@@ -51,7 +51,7 @@ def spread(parts: Sequence[Numbers]) -> Spread:
         return _ranked(runs, math.ceil(percent * count / 100) - 1)
 
     return {
-        "mean": math.fsum(part.sum for part in parts) / count,
+        "mean": math.fsum(one.sum for one in distributions) / count,
         "p50": percentile(50),
         "p95": percentile(95),
         "p99": percentile(99),
@@ -60,7 +60,7 @@ def spread(parts: Sequence[Numbers]) -> Spread:
 
 
 def _ranked(runs: Sequence[array[float]], rank: int) -> float:
-    """The number that `rank` of all these numbers come before; each step halves what is left of the longest run."""
+    """The number at this rank (from 0) of all runs together. Each step halves the remaining part of the longest run."""
     bounds = [(0, len(run)) for run in runs]
     while True:
         low, high, run = max(((low, high, run) for (low, high), run in zip(bounds, runs, strict=True)), key=_length)

@@ -1,4 +1,4 @@
-"""What a prompt says of how its answers are drawn, and which values are valid."""
+"""Checks of a prompt's sampling parameters and messages."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.json_schemas import encode_schema
 from rhapsody_mcp.model.specs import Role
 
-__all__ = ["MOST_ANSWERS", "MOST_LOGPROBS", "SAMPLING", "checked", "refuse_message", "whole"]
+__all__ = ["MAX_ANSWERS", "MAX_LOGPROBS", "SAMPLING", "check_integer", "check_message", "check_parameter"]
 
-MOST_ANSWERS = 128
-"""OpenAI's API takes no more either."""
-MOST_LOGPROBS = 20
-"""What OpenAI's API, and vLLM's max_logprobs unless it is set, give."""
-_MOST = 2**31 - 1  # what servers of models read
-_MOST_SEED = 2**63 - 1
-_MOST_STOPS = 4
+MAX_ANSWERS = 128
+"""The limit of OpenAI's API."""
+MAX_LOGPROBS = 20
+"""The limit of OpenAI's API, and vLLM's default max_logprobs."""
+_MAX_INTEGER = 2**31 - 1  # the limit of model servers
+_MAX_SEED = 2**63 - 1
+_MAX_STOP_SEQUENCES = 4
 
 
-def checked(field: str, value: Any) -> Any:
-    """The value as a server gets it; of `json_schema` as JSON. Raises InvalidTask."""
+def check_parameter(field: str, value: Any) -> Any:
+    """The value in the form for a model server; `json_schema` as JSON bytes. Raises InvalidTask."""
     return None if value is None else SAMPLING[field](field, value)
 
 
-def whole(field: str, value: Any, least: int, most: int = _MOST) -> int:
+def check_integer(field: str, value: Any, least: int, most: int = _MAX_INTEGER) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise InvalidTask(f"{field} is {value!r}; valid is a whole number from {least} to {most}.")
     return value
 
 
-def refuse_message(message: object) -> None:
-    """Raise InvalidTask for what is no message of a conversation, whatever its content is."""
+def check_message(message: object) -> None:
+    """Raise InvalidTask for an invalid chat message; its content is not checked."""
     if not isinstance(message, dict):
         raise InvalidTask(f"messages holds a {type(message).__name__}; valid is one such as {_MESSAGE}.")
     if message.get("role") not in get_args(Role):
@@ -55,8 +55,8 @@ def _number(low: float, high: float) -> Callable[[str, Any], float]:
     return check
 
 
-def _whole(least: int, most: int = _MOST) -> Callable[[str, Any], int]:
-    return lambda field, value: whole(field, value, least, most)
+def _integer(least: int, most: int = _MAX_INTEGER) -> Callable[[str, Any], int]:
+    return lambda field, value: check_integer(field, value, least, most)
 
 
 def _text(field: str, value: Any) -> str:
@@ -66,27 +66,27 @@ def _text(field: str, value: Any) -> str:
 
 
 def _top_k(field: str, value: Any) -> int:
-    return -1 if value == -1 else whole(field, value, least=1)
+    return -1 if value == -1 else check_integer(field, value, least=1)
 
 
 def _texts(field: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) and text for text in value):
         raise InvalidTask(f"{field} is {value!r}; valid is a list of texts that are not empty.")
-    if len(value) > _MOST_STOPS:
-        raise InvalidTask(f"it has {len(value)} {field}; a model server takes {_MOST_STOPS} at most.")
+    if len(value) > _MAX_STOP_SEQUENCES:
+        raise InvalidTask(f"it has {len(value)} {field}; a model server takes {_MAX_STOP_SEQUENCES} at most.")
     return tuple(value)
 
 
 SAMPLING: dict[str, Callable[[str, Any], Any]] = {
     "model": _text,
     "temperature": _number(0.0, 2.0),
-    "max_tokens": _whole(1),
+    "max_tokens": _integer(1),
     "top_p": _number(0.0, 1.0),
     "top_k": _top_k,
-    "seed": _whole(0, _MOST_SEED),
-    "n": _whole(1, MOST_ANSWERS),
-    "logprobs": _whole(0, MOST_LOGPROBS),
+    "seed": _integer(0, _MAX_SEED),
+    "n": _integer(1, MAX_ANSWERS),
+    "logprobs": _integer(0, MAX_LOGPROBS),
     "stop_sequences": _texts,
     "json_schema": lambda _, value: encode_schema(value),
 }
-"""By field, what looks at a value of it."""
+"""The check of each parameter, by field."""

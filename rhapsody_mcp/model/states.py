@@ -8,15 +8,15 @@ __all__ = ["Cause", "TaskState"]
 
 
 class TaskState(StrEnum):
-    """Prints as its bare name. Exactly one of the final states is reached, once."""
+    """A task's state, which prints as its name. A task reaches exactly one final state, once."""
 
     NEW = "NEW"  #: not submitted yet
-    WAITING = "WAITING"  #: waits for the results of other tasks
+    WAITING = "WAITING"  #: waits for other tasks
     QUEUED = "QUEUED"  #: can run as soon as there is room
     RUNNING = "RUNNING"  #: user code has started
     DONE = "DONE"  #: ended well
-    FAILED = "FAILED"  #: ended badly; `Cause` says how
-    CANCELED = "CANCELED"  #: ended before it could end by itself
+    FAILED = "FAILED"  #: ended with an error; `Cause` says why
+    CANCELED = "CANCELED"  #: ended on request
 
     @property
     def final(self) -> bool:
@@ -30,10 +30,10 @@ class Cause(StrEnum):
     """Why a task did not end DONE."""
 
     ERROR = "error"  #: the function raised, or its result could not be sent back
-    INVALID = "invalid"  #: could not start as asked: no such executable, module, GPU, ...
+    INVALID = "invalid"  #: could not start: no such executable, module, GPU, ...
     EXIT_CODE = "exit_code"  #: the program ended with an exit code other than 0
-    TIMEOUT = "timeout"  #: its time was up
+    TIMEOUT = "timeout"  #: reached its time limit
     CRASHED = "crashed"  #: its process died: a signal, no memory, os._exit
-    LOST = "lost"  #: the engine that ran it is gone
-    UPSTREAM = "upstream"  #: a task whose result it needs did not end DONE
-    CANCELED = "canceled"  #: somebody asked for it, or the session closed
+    LOST = "lost"  #: its engine ended
+    UPSTREAM = "upstream"  #: a task that it depends on did not end DONE
+    CANCELED = "canceled"  #: a request, or the session was closed

@@ -1,4 +1,4 @@
-"""Counts, times and rates of a set of tasks, and of the groups that they fall into."""
+"""Statistics of a set of tasks and of its groups: counts, times and rates."""
 
 from __future__ import annotations
 
@@ -7,41 +7,22 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal, Self, TypedDict
-
-import msgspec
+from typing import Literal, TypedDict
 
 from rhapsody_mcp.model.critical_path import CriticalPath, Sources, find_critical_path
 from rhapsody_mcp.model.errors import UnknownName
-from rhapsody_mcp.model.outcome import Usage
-from rhapsody_mcp.model.percentiles import Numbers, Spread, spread
+from rhapsody_mcp.model.percentiles import Spread, spread_of
 from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.model.task_totals import BusyTime, Row, TokenTotals, Totals, merge_intervals
 from rhapsody_mcp.model.timing import Timing
 
-__all__ = ["Busy", "Measures", "Row", "Spread", "Statistics", "Summary", "Tally", "Times", "Tokens"]
+__all__ = ["Busy", "Measures", "Spread", "Statistics", "Summary", "Tally", "Times", "Tokens"]
 
 _NUMBERED = re.compile(r"(.*?)[-_. \[]*\d+\]?")
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A task as statistics see it.
-
-    `for_each` names the ForEach that made it; `ranks` counts the processes of its own, 0 for what runs in a worker.
-    """
-
-    uid: str
-    kind: str
-    state: TaskState
-    timing: Timing
-    name: str | None = None
-    for_each: str | None = None
-    backend: str = ""
-    ranks: int = 0
-    usage: Usage | None = None
-
-
 class Summary(TypedDict):
-    """Averages in seconds over the tasks that ran and have ended, 0.0 where none has.
+    """Averages in seconds over the tasks that ran and have ended; 0.0 without such tasks.
 
     avg_total = avg_queue + avg_execution.
     """
@@ -53,7 +34,8 @@ class Summary(TypedDict):
 
 
 class Times(TypedDict):
-    """In seconds. Each task's total is its queue plus its execution; so is the mean's, but no percentile's."""
+    """Times in seconds. Each task's total is the sum of its queue and its execution. The means add up in this way,
+    the percentiles do not."""
 
     queue: Spread
     execution: Spread
@@ -61,7 +43,7 @@ class Times(TypedDict):
 
 
 class Tokens(TypedDict):
-    """Of prompts: into the model and out of it, and how many a second of the time in which at least one ran."""
+    """Tokens of prompts into and out of the model; the rates count the time in which at least one prompt ran."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -72,9 +54,9 @@ class Tokens(TypedDict):
 class Measures(TypedDict):
     """`counts` has only the states that occur.
 
-    `ran` is the number of tasks that started and have ended, the failed ones too: `times` are theirs, and
-    `throughput` is how many of them there were a second, from the first start to the last end. A rate is None where
-    no time has passed, `tokens` where no server counted any.
+    `ran` is the number of tasks that started and have ended, the failed ones too. `times` are the times of these tasks,
+    `throughput` is their number a second from the first start to the last end. A rate is None where no time has passed,
+    `tokens` is None where no server counted tokens.
     """
 
     counts: dict[str, int]
@@ -85,10 +67,10 @@ class Measures(TypedDict):
 
 
 class Busy(TypedDict):
-    """The `share` of a backend's `places` that tasks took, on average from their first start to their last end, without
-    the time in which nothing was submitted that had not ended.
+    """The average `share` of a backend's `places` that tasks used, from the first start to the last end, without the
+    time in which no submitted task was left.
 
-    A native function takes a worker, a process a slot, and a job a slot for each rank.
+    A native function uses a worker, a process uses a process slot, and a job uses one slot for each rank.
     """
 
     backend: str
@@ -98,10 +80,10 @@ class Busy(TypedDict):
 
 
 class Statistics(Measures):
-    """`makespan` is in seconds, from the first submission to the last end of the tasks that ran; `idle` are those of it
-    between an end and the next submission, with nothing to do.
+    """`makespan` is the time in seconds from the first submission to the last end of the tasks that ran; `idle` is the
+    part of it in which no submitted task was left.
 
-    `groups` are by name, that of the most execution time first.
+    `groups` are by name, the one with the most execution time first.
     """
 
     summary: Summary
@@ -113,20 +95,22 @@ class Statistics(Measures):
 
 
 class Tally:
-    """Adds tasks up as they end, so that statistics of many take no longer than of few.
+    """Adds tasks up as they end, so that statistics of many tasks take no longer than of few.
 
-    A group is what one ForEach made, by its name; tasks whose names differ in a number at the end alone, by what
-    comes before it (sim-1 and sim-2 are "sim"); and the rest by kind, as in "function tasks".
+    The groups are: the tasks of one ForEach, by its name; tasks whose names differ only in a number at the end, by the
+    common stem ("sim" of sim-1 and sim-2); and the other tasks by kind, as in "function tasks".
     """
 
     def __init__(self, stems: Iterable[str] = ()) -> None:
-        self._sums: dict[str, _Sum] = {}
+        self._totals: dict[str, Totals] = {}
+        """By group."""
         self._stems = set(stems)
-        self._alone: dict[str, Row] = {}
-        """By its stem, each task whose name differs from no other's in a number alone."""
+        """The stems with at least two tasks."""
+        self._single: dict[str, Row] = {}
+        """By stem, each task that is so far the only one with this stem."""
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Tasks that have ended, each once."""
+        """Add tasks that have ended, each once."""
         groups: dict[str, list[Row]] = {}
         for row in rows:
             stem = _stem(row)
@@ -134,13 +118,13 @@ class Tally:
                 groups.setdefault(row.for_each or _kind_group(row), []).append(row)
             elif stem in self._stems:
                 groups.setdefault(stem, []).append(row)
-            elif (first := self._alone.pop(stem, None)) is not None:
+            elif (first := self._single.pop(stem, None)) is not None:
                 self._stems.add(stem)
                 groups.setdefault(stem, []).extend((first, row))
             else:
-                self._alone[stem] = row
+                self._single[stem] = row
         for name, members in groups.items():
-            self._sums.setdefault(name, _Sum()).add(members)
+            self._totals.setdefault(name, Totals()).add(members)
 
     def statistics(
         self,
@@ -150,20 +134,14 @@ class Tally:
         workers: Mapping[str, int],
         group: str | None = None,
     ) -> Statistics:
-        """Statistics of all that was added and of `others`, such as those that have not ended; or of one group.
+        """Statistics of all added tasks and of `others`, such as those that have not ended; or of one group.
 
-        `find` gives any of them by its uid, and None for another task's; `workers` is the number of workers by backend.
-        Raises UnknownName where there is no such group.
+        `find` returns the row of a uid, None for a task that does not count; `workers` is the number of workers by
+        backend. Raises UnknownName for an unknown group.
         """
         rest = Tally(self._stems)
-        rest.add([*self._alone.values(), *others])
-        single: dict[str, list[Row]] = {}
-        for row in rest._alone.values():
-            single.setdefault(_kind_group(row), []).append(row)
-        groups: dict[str, list[_Sum]] = {}
-        for sums in (self._sums, rest._sums, {name: _Sum.of(rows) for name, rows in single.items()}):
-            for name, one in sums.items():
-                groups.setdefault(name, []).append(one)
+        rest.add([*self._single.values(), *others])
+        groups = self._groups(rest)
         if group is not None:
             if group not in groups:
                 raise UnknownName("group", group, groups)
@@ -174,33 +152,44 @@ class Tally:
             counts = row is not None and (group is None or self._group_of(row, rest) == group)
             return row.timing if row is not None and counts else None
 
-        def called(uid: str) -> str:
+        def name_of(uid: str) -> str:
             row = find(uid)
             return row.name or uid if row is not None else uid
 
-        chosen = [one for sums in groups.values() for one in sums]
-        last = max((one.last for one in chosen if one.last is not None), default=None)
-        measures = _measure(chosen)
-        gaps = _gaps(chosen)
+        parts = [totals for group_parts in groups.values() for totals in group_parts]
+        last = max((totals.last for totals in parts if totals.last is not None), default=None)
+        measures = _measures(parts)
+        gaps = _gaps(parts)
         return {
             "summary": _summary(sum(measures["counts"].values()), measures["times"]),
             **measures,
-            "makespan": _between((one.submitted for one in chosen), (one.ended for one in chosen)),
+            "makespan": _span((totals.submitted for totals in parts), (totals.ended for totals in parts)),
             "idle": sum(end - start for start, end in gaps),
-            "busy": _busy(chosen, workers, gaps),
-            "critical_path": find_critical_path(last[2] if last else None, timing, called, sources),
+            "busy": _busy(parts, workers, gaps),
+            "critical_path": find_critical_path(last[2] if last else None, timing, name_of, sources),
             "groups": _slowest_first(groups) if len(groups) > 1 else dict.fromkeys(groups, measures),
         }
 
+    def _groups(self, rest: Tally) -> dict[str, list[Totals]]:
+        """The totals of each group, in up to three parts: added tasks, other tasks, and tasks with single names."""
+        single: dict[str, list[Row]] = {}
+        for row in rest._single.values():
+            single.setdefault(_kind_group(row), []).append(row)
+        groups: dict[str, list[Totals]] = {}
+        for parts in (self._totals, rest._totals, {name: Totals.of(rows) for name, rows in single.items()}):
+            for name, totals in parts.items():
+                groups.setdefault(name, []).append(totals)
+        return groups
+
     def _group_of(self, row: Row, rest: Tally) -> str:
         stem = _stem(row)
-        return row.for_each or (stem if stem and stem not in rest._alone else _kind_group(row))
+        return row.for_each or (stem if stem and stem not in rest._single else _kind_group(row))
 
 
 def _stem(row: Row) -> str:
-    """What comes before the number at the end of its name; empty where there is none."""
-    found = None if row.for_each or not row.name else _NUMBERED.fullmatch(row.name)
-    return found[1] if found else ""
+    """The name without the number at its end; empty for a name without a number, and for a task of a ForEach."""
+    match = None if row.for_each or not row.name else _NUMBERED.fullmatch(row.name)
+    return match[1] if match else ""
 
 
 def _kind_group(row: Row) -> str:
@@ -216,194 +205,79 @@ def _summary(tasks: int, times: Times) -> Summary:
     }
 
 
-def _slowest_first(groups: Mapping[str, Sequence[_Sum]]) -> dict[str, Measures]:
-    measured = {name: _measure(sums) for name, sums in groups.items()}
+def _slowest_first(groups: Mapping[str, Sequence[Totals]]) -> dict[str, Measures]:
+    measures = {name: _measures(parts) for name, parts in groups.items()}
 
-    def seconds(name: str) -> float:
-        return measured[name]["times"]["execution"]["mean"] * measured[name]["ran"]
+    def execution_s(name: str) -> float:
+        return measures[name]["times"]["execution"]["mean"] * measures[name]["ran"]
 
-    return {name: measured[name] for name in sorted(measured, key=seconds, reverse=True)}
-
-
-# --- sums
+    return {name: measures[name] for name in sorted(measures, key=execution_s, reverse=True)}
 
 
-class _Sum:
-    """What statistics need of tasks, whose number it does not grow with but for 24 bytes each."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[TaskState] = Counter()
-        self.ran = 0
-        self.queue, self.execution, self.total = Numbers(), Numbers(), Numbers()
-        self.submitted = self.started = math.inf
-        self.ended = -math.inf
-        self.last: tuple[float, int, str] | None = None
-        """Of the task that ended last, and of several the first: its end, minus its number, and its uid."""
-        self.places: dict[tuple[str, int], _Taken] = {}
-        """By backend and ranks."""
-        self.prompts = _Prompts()
-        self.present = _Stretches()
-        """In which at least one task was submitted and had not ended."""
-
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> Self:
-        made = cls()
-        made.add(rows)
-        return made
-
-    def add(self, rows: Sequence[Row]) -> None:
-        self.counts.update(row.state for row in rows)
-        self.present.add(
-            (timing.submitted, math.inf if timing.ended is None else timing.ended)
-            for row in rows
-            if (timing := row.timing).submitted is not None
-        )
-        runs = [
-            (row, timing.submitted, timing.started, timing.ended)
-            for row in rows
-            if (timing := row.timing).submitted is not None and timing.started is not None and timing.ended is not None
-        ]
-        if not runs:
-            return
-        queue = [started - submitted for _, submitted, started, _ in runs]
-        execution = [ended - started for _, _, started, ended in runs]
-        self.queue.add(queue)
-        self.execution.add(execution)
-        self.total.add([waited + ran for waited, ran in zip(queue, execution, strict=True)])
-        self.submitted = min(self.submitted, min(submitted for _, submitted, _, _ in runs))
-        self.started = min(self.started, min(started for _, _, started, _ in runs))
-        self.ended = max(self.ended, max(ended for _, _, _, ended in runs))
-        for number, (row, _, started, ended) in enumerate(runs, self.ran):
-            if self.last is None or ended > self.last[0]:
-                self.last = ended, -number, row.uid
-            if row.kind in ("function", "executable"):
-                place = row.backend, row.ranks
-                if place not in self.places:
-                    self.places[place] = _Taken()
-                self.places[place].add(started, ended)
-        self.ran += len(runs)
-        self.prompts.add([(row, started, ended) for row, _, started, ended in runs if row.kind == "prompt"])
-
-
-class _Taken:
-    """How long places were taken, and from when to when."""
-
-    def __init__(self) -> None:
-        self.seconds, self.started, self.ended = 0.0, math.inf, -math.inf
-
-    def add(self, started: float, ended: float) -> None:
-        self.seconds += ended - started
-        if started < self.started:
-            self.started = started
-        if ended > self.ended:
-            self.ended = ended
-
-
-class _Stretches:
-    """Stretches of time, in order, with those that overlap in one."""
-
-    def __init__(self) -> None:
-        self.joined: list[tuple[float, float]] = []
-
-    def add(self, stretches: Iterable[tuple[float, float]]) -> None:
-        if new := list(stretches):
-            first = min(start for start, _ in new)
-            while self.joined and self.joined[-1][1] >= first:
-                new.append(self.joined.pop())
-            self.joined += _joined(new)
-
-
-class _Prompts:
-    """Tokens, and the stretches of time in which at least one prompt ran."""
-
-    def __init__(self) -> None:
-        self.counted = self.into = self.out = 0
-        self.stretches = _Stretches()
-
-    def add(self, runs: Sequence[tuple[Row, float, float]]) -> None:
-        usages = [row.usage for row, _, _ in runs if row.usage is not None]
-        self.counted += len(usages)
-        self.into += sum(usage.prompt_tokens for usage in usages)
-        self.out += sum(usage.completion_tokens for usage in usages)
-        self.stretches.add((started, ended) for _, started, ended in runs)
-
-
-def _joined(stretches: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """In order, with those that overlap in one."""
-    joined: list[tuple[float, float]] = []
-    for start, end in sorted(stretches):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(joined[-1][1], end)
-        else:
-            joined.append((start, end))
-    return joined
-
-
-# --- numbers
-
-
-def _measure(sums: Sequence[_Sum]) -> Measures:
+def _measures(parts: Sequence[Totals]) -> Measures:
     counts: Counter[TaskState] = Counter()
-    for one in sums:
-        counts.update(one.counts)
-    ran = sum(one.ran for one in sums)
-    seconds = _between((one.started for one in sums), (one.ended for one in sums))
+    for totals in parts:
+        counts.update(totals.counts)
+    ran = sum(totals.ran for totals in parts)
+    seconds = _span((totals.started for totals in parts), (totals.ended for totals in parts))
     return {
         "counts": {state.value: count for state, count in counts.items()},
         "ran": ran,
-        "times": _times(sums),
+        "times": _times(parts),
         "throughput": _rate(ran, seconds),
-        "tokens": _tokens([one.prompts for one in sums]),
+        "tokens": _tokens([totals.prompts for totals in parts]),
     }
 
 
-def _times(sums: Sequence[_Sum]) -> Times:
+def _times(parts: Sequence[Totals]) -> Times:
     times: Times = {
-        "queue": spread([one.queue for one in sums]),
-        "execution": spread([one.execution for one in sums]),
-        "total": spread([one.total for one in sums]),
+        "queue": spread_of([totals.queue for totals in parts]),
+        "execution": spread_of([totals.execution for totals in parts]),
+        "total": spread_of([totals.total for totals in parts]),
     }
     times["total"]["mean"] = times["queue"]["mean"] + times["execution"]["mean"]
     return times
 
 
-def _between(firsts: Iterable[float], lasts: Iterable[float]) -> float:
-    """Seconds from the first to the last; 0.0 where there is none."""
-    return max(0.0, max(lasts, default=0.0) - min(firsts, default=0.0))
+def _span(starts: Iterable[float], ends: Iterable[float]) -> float:
+    """Seconds from the first start to the last end; 0.0 without any."""
+    return max(0.0, max(ends, default=0.0) - min(starts, default=0.0))
 
 
 def _rate(count: float, seconds: float) -> float | None:
     return count / seconds if seconds > 0 else None
 
 
-def _tokens(prompts: Sequence[_Prompts]) -> Tokens | None:
-    if not any(one.counted for one in prompts):
+def _tokens(parts: Sequence[TokenTotals]) -> Tokens | None:
+    if not any(totals.counted for totals in parts):
         return None
-    into, out = sum(one.into for one in prompts), sum(one.out for one in prompts)
-    seconds = sum(end - start for start, end in _joined(one for some in prompts for one in some.stretches.joined))
+    prompt_tokens = sum(totals.prompt_tokens for totals in parts)
+    completion_tokens = sum(totals.completion_tokens for totals in parts)
+    running = merge_intervals(interval for totals in parts for interval in totals.running.intervals)
+    seconds = sum(end - start for start, end in running)
     return {
-        "prompt_tokens": into,
-        "completion_tokens": out,
-        "in_per_s": _rate(into, seconds),
-        "out_per_s": _rate(out, seconds),
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "in_per_s": _rate(prompt_tokens, seconds),
+        "out_per_s": _rate(completion_tokens, seconds),
     }
 
 
-def _gaps(sums: Sequence[_Sum]) -> list[tuple[float, float]]:
-    """Between tasks that ran, where none was there."""
-    joined = _joined(stretch for one in sums for stretch in one.present.joined)
-    last = max((one.ended for one in sums), default=-math.inf)
-    gaps = ((end, start) for (_, end), (start, _) in pairwise(joined))
-    return [(start, min(end, last)) for start, end in gaps if start < last]
+def _gaps(parts: Sequence[Totals]) -> list[tuple[float, float]]:
+    """The intervals, before the last end, in which no submitted task was left."""
+    present = merge_intervals(interval for totals in parts for interval in totals.present.intervals)
+    last_end = max((totals.ended for totals in parts), default=-math.inf)
+    gaps = ((end, start) for (_, end), (start, _) in pairwise(present))
+    return [(start, min(end, last_end)) for start, end in gaps if start < last_end]
 
 
-def _busy(sums: Sequence[_Sum], workers: Mapping[str, int], gaps: Sequence[tuple[float, float]]) -> list[Busy]:
-    places: dict[tuple[str, Literal["workers", "process slots"]], list[tuple[int, _Taken]]] = {}
-    for one in sums:
-        for (backend, ranks), taken in one.places.items():
+def _busy(parts: Sequence[Totals], workers: Mapping[str, int], gaps: Sequence[tuple[float, float]]) -> list[Busy]:
+    used: dict[tuple[str, Literal["workers", "process slots"]], list[tuple[int, BusyTime]]] = {}
+    for totals in parts:
+        for (backend, ranks), busy_time in totals.busy.items():
             if backend in workers:
-                places.setdefault((backend, "process slots" if ranks else "workers"), []).append((ranks, taken))
-    shares = ((backend, of, _share(taking, workers[backend], gaps)) for (backend, of), taking in places.items())
+                used.setdefault((backend, "process slots" if ranks else "workers"), []).append((ranks, busy_time))
+    shares = ((backend, of, _share(uses, workers[backend], gaps)) for (backend, of), uses in used.items())
     return [
         {"backend": backend, "of": of, "places": workers[backend], "share": share}
         for backend, of, share in shares
@@ -411,9 +285,9 @@ def _busy(sums: Sequence[_Sum], workers: Mapping[str, int], gaps: Sequence[tuple
     ]
 
 
-def _share(taking: Sequence[tuple[int, _Taken]], places: int, gaps: Sequence[tuple[float, float]]) -> float | None:
-    """None where no time has passed."""
-    first, last = min(taken.started for _, taken in taking), max(taken.ended for _, taken in taking)
+def _share(uses: Sequence[tuple[int, BusyTime]], places: int, gaps: Sequence[tuple[float, float]]) -> float | None:
+    """The used share of the places, from busy times by ranks; None where no time has passed."""
+    first, last = min(busy.started for _, busy in uses), max(busy.ended for _, busy in uses)
     seconds = last - first - sum(max(0.0, min(end, last) - max(start, first)) for start, end in gaps)
-    taken_s = sum(taken.seconds * min(max(ranks, 1), places) for ranks, taken in taking)
-    return taken_s / (places * seconds) if seconds > 0 else None
+    busy_s = sum(busy.seconds * min(max(ranks, 1), places) for ranks, busy in uses)
+    return busy_s / (places * seconds) if seconds > 0 else None

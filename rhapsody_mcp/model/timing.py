@@ -1,4 +1,4 @@
-"""When a task was submitted, started and ended."""
+"""The times of a task: submission, start and end."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["Timing"]
 class Timing(msgspec.Struct, frozen=True, gc=False):
     """Seconds since the epoch, in this order; all None until the task has ended.
 
-    `started` is None where user code never ran: then all of its time is queue time. Of a task that was tried several
-    times it is the last start: what went before is queue time too.
+    `started` is None if user code never ran: then the total time is queue time. After retries `started` is the last
+    start: the earlier attempts are queue time too.
     """
 
     submitted: float | None = None
@@ -22,7 +22,7 @@ class Timing(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, submitted: float | None, started: float | None, ended: float | None) -> Self:
-        """What clocks said, which may disagree: a task starts within the time from its submission to its end."""
+        """A timing from clocks that may disagree: the start is moved between submission and end."""
         if submitted is None or ended is None:
             return cls()
         ended = max(ended, submitted)
@@ -42,6 +42,6 @@ class Timing(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def total_s(self) -> float | None:
-        """The sum of the two others, exactly."""
+        """Exactly the sum of `queue_s` and `execution_s`."""
         queue_s, execution_s = self.queue_s, self.execution_s
         return None if queue_s is None or execution_s is None else queue_s + execution_s

@@ -1,41 +1,39 @@
-"""A task's result as it travels: encoded once by whoever made it, opened only where user code may run."""
+"""Encoded results: encoded once, in the process of the task, and decoded only where user code may run."""
 
 from __future__ import annotations
 
-import itertools
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import msgspec
 
-from rhapsody_mcp.model.errors import InvalidTask, ResultGone, nearest
+from rhapsody_mcp.model.errors import InvalidTask, ResultGone
 
 __all__ = [
     *("INLINE_BYTES", "NOTHING", "PLAIN", "PREVIEW_CHARS", "Ref", "Stream", "Value"),
-    *("follow", "is_index", "keys_text", "load", "load_json"),
+    *("is_index", "load", "load_json"),
 ]
 
 PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
-"""The types of values that hold nothing else."""
+"""The types of values without parts."""
 INLINE_BYTES = 64 * 1024
-"""A longer value, and a longer stdout or stderr, is a file; messages stay small."""
+"""A larger value, stdout or stderr is stored in a file, so that messages stay small."""
 PREVIEW_CHARS = 8 * 1024
 
 
 class Ref(msgspec.Struct, frozen=True, tag="ref", gc=False):
-    """The result of another task, or the part of it that `path` (a JSON Pointer, RFC 6901) names."""
+    """The result of another task, or the part of the result at `path`, a JSON Pointer (RFC 6901)."""
 
     uid: str
     path: str = ""
 
 
 class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """An encoded result: JSON where that round-trips exactly, else a pickle.
+    """An encoded result: JSON if that round-trips exactly, else a pickle.
 
-    Exactly one of `data` and `file` is set. `size` is in bytes. `preview` is empty where the data itself is
-    short JSON.
+    Exactly one of `data` and `file` is set. `size` is in bytes. `preview` is empty for short JSON data.
     """
 
     format: Literal["json", "pickle"]
@@ -47,14 +45,14 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     preview: str = ""
 
     def read(self) -> bytes:
-        """The encoded bytes. Raises ResultGone where the file is not there any more."""
+        """The encoded bytes. Raises ResultGone where the file no longer exists."""
         if self.data is not None:
             return self.data
         with self.open() as file:
             return file.read()
 
     def open(self) -> BinaryIO:
-        """Its file. Raises ResultGone where that is not there any more."""
+        """The open file. Raises ResultGone where the file no longer exists."""
         try:
             return Path(self.file or "").open("rb")
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -62,13 +60,13 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 NOTHING = Value("json", "nothing", 4, b"null")
-"""Stands for the result of a task that ended without one: null, and so is every part of it."""
+"""The result of a task that ended without one: null, as is each part of it."""
 
 
 class Stream(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """What a program printed: `text`, or the whole in `file` where it is long (`text` is then its end).
+    """The output of a program: `text`, or for long output the whole in `file` and its end in `text`.
 
-    `left_out` counts the bytes that were printed in its middle and are not there, because it was too long.
+    `left_out` counts the bytes that were dropped from the middle of output over the limit.
     """
 
     text: str = ""
@@ -86,17 +84,17 @@ Reader = Callable[[Value], Any]
 
 
 def load(value: Value) -> Any:
-    """The value itself. Unpickles: only for values that this user's own tasks made, in this user's process."""
+    """Decode a value. Unpickles: only for values of the user's own tasks, in the user's process."""
     if value.format == "json":
         return msgspec.json.decode(value.read())
     if value.file is None:
         return pickle.loads(value.read())
     with value.open() as file:
-        return pickle.load(file)  # what is long in it is read into its place, not copied there
+        return pickle.load(file)  # reads large buffers in place, without a copy
 
 
 def load_json(value: Value) -> Any:
-    """The value itself if it is JSON; a pickle is refused, because opening one runs code."""
+    """Decode a JSON value. Raises InvalidTask for a pickle, because unpickling runs code."""
     if value.format != "json":
         raise InvalidTask(
             f"this result is a Python object of type {value.type}, which only another function can read. "
@@ -105,40 +103,6 @@ def load_json(value: Value) -> Any:
     return msgspec.json.decode(value.read())
 
 
-def follow(value: Any, path: str) -> Any:
-    """The part of `value` that a JSON Pointer names; raises InvalidTask with what is there instead."""
-    for step in pointer_steps(path):
-        try:
-            value = _item(value, step)
-        except (KeyError, IndexError, ValueError, TypeError) as error:
-            there = keys_text(step, value) if isinstance(value, dict) else f"a {type(value).__name__}"
-            if isinstance(value, Sized) and not isinstance(value, dict | str | bytes):
-                there += f" of length {len(value)}"
-            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {there}.") from error
-    return value
-
-
-def _item(value: Any, step: str) -> Any:
-    if isinstance(value, Mapping):
-        return value[step] if step in value else {str(key): part for key, part in value.items()}[step]
-    if isinstance(value, str | bytes):
-        raise TypeError("a text has no parts")
-    return value[int(step)]
-
-
-def keys_text(step: str, keys: Iterable[Any]) -> str:
-    """What there is of keys where `step` is none of them; the nearest is looked for among the first thousand."""
-    known = list(itertools.islice(keys, 1000))
-    return f"a dict with keys {known[:10]}{nearest(step, map(str, known))}"
-
-
 def is_index(text: str) -> bool:
-    """Whether it is a number that something may have; Python refuses to read very long ones."""
+    """Whether the text is a decimal number of at most 18 digits; int() refuses very long ones."""
     return text.isdecimal() and len(text) <= 18
-
-
-def pointer_steps(path: str) -> list[str]:
-    """A JSON Pointer's steps, unescaped; raises InvalidTask where the path does not start with '/'."""
-    if path and not path.startswith("/"):
-        raise InvalidTask(f"path {path!r} is not a JSON Pointer: it starts with '/', as in '/0/label'.")
-    return [step.replace("~1", "/").replace("~0", "~") for step in path.split("/")[1:]]

@@ -1,1 +1,1 @@
-"""What the protocol has besides tools: resources and their changes, prompts, completions, calls as tasks."""
+"""MCP features besides tools: resources, subscriptions, prompts, completions, the Tasks extension, and the audit."""

@@ -1,4 +1,4 @@
-"""Appends what happened to a log file that rotates."""
+"""Appends audit entries to a log file with rotation."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from typing import Any
 
 __all__ = ["AuditFile"]
 
-_WAITING = 10_000
+_MAX_QUEUED = 10_000
 
 
 class AuditFile:
-    """Each entry is a line of JSON, in ASCII, in a file of mode 0600; a thread of its own writes it.
+    """A file of mode 0600 with one entry a line, as ASCII JSON, written by a thread.
 
-    An entry that cannot be written, as on a full disk, is dropped and counted; the next that can says how many.
+    An entry that cannot be written, as on a full disk, is dropped; the next written entry has the number of dropped
+    ones.
     """
 
     def __init__(self, file: Path, max_bytes: int, files: int) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(_WAITING)
-        self._handler = _Rotated(file, max_bytes, files)
+        self._queue: queue.Queue[Any] = queue.Queue(_MAX_QUEUED)
+        self._handler = _SharedRotatingHandler(file, max_bytes, files)
         self._listener = QueueListener(self._queue, self._handler)
         self._closed = False
         self._listener.start()
 
     @property
     def dropped(self) -> int:
-        """How many entries no entry in the file has told of yet."""
+        """How many entries were dropped since the last written one."""
         return self._handler.dropped
 
     def write(self, entry: Mapping[str, Any]) -> None:
@@ -43,20 +44,20 @@ class AuditFile:
             self._handler.dropped += 1
 
     def close(self) -> None:
-        """What was given before is written first; nothing is written after it."""
+        """Write the queued entries and close the file. Later entries are ignored."""
         if not self._closed:
             self._closed = True
             self._listener.stop()
             self._handler.close()
 
 
-class _Rotated(RotatingFileHandler):
-    """Several processes may write the same file: each finds it again where another has rotated it."""
+class _SharedRotatingHandler(RotatingFileHandler):
+    """Several processes may write the same file: each opens the file again after another has rotated it."""
 
     def __init__(self, file: Path, max_bytes: int, files: int) -> None:
         super().__init__(file, maxBytes=max_bytes, backupCount=files, encoding="utf-8", delay=True)
         self.dropped = 0
-        self._tell = 0
+        self._reported = 0
 
     def _open(self) -> TextIOWrapper:
         os.makedirs(os.path.dirname(self.baseFilename), 0o700, exist_ok=True)
@@ -64,26 +65,26 @@ class _Rotated(RotatingFileHandler):
         opened = open(self.baseFilename, "a+", encoding="utf-8", opener=lambda path, _: os.open(path, flags, 0o600))
         size = os.fstat(opened.fileno()).st_size
         if size and os.pread(opened.fileno(), 1, size - 1) != b"\n":
-            opened.write("\n")  # after the half of a line that was written as the disk got full
+            opened.write("\n")  # ends a line that a full disk cut off
         return opened
 
     def format(self, record: logging.LogRecord) -> str:
-        told = {"dropped_before": self._tell} if self._tell else {}
-        return json.dumps({**record.msg, **told}, default=str)  # type: ignore[dict-item]
+        dropped = {"dropped_before": self._reported} if self._reported else {}
+        return json.dumps({**record.msg, **dropped}, default=str)  # type: ignore[dict-item]
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._tell = before = self.dropped
+        self._reported = before = self.dropped
         super().emit(record)
         if self.dropped == before:
-            self.dropped -= self._tell
+            self.dropped -= self._reported
 
     def shouldRollover(self, record: logging.LogRecord) -> int:
-        if self.stream is not None and not self._has(self.stream):
-            self._let_go()
+        if self.stream is not None and not self._is_current(self.stream):
+            self._close_stream()
         return super().shouldRollover(record)
 
-    def _has(self, opened: TextIOWrapper) -> bool:
-        """Whether it is still what is at our path."""
+    def _is_current(self, opened: TextIOWrapper) -> bool:
+        """Whether the open file is still the one at the path."""
         try:
             return os.path.samestat(os.stat(self.baseFilename), os.fstat(opened.fileno()))
         except OSError:
@@ -91,9 +92,9 @@ class _Rotated(RotatingFileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.dropped += 1
-        self._let_go()
+        self._close_stream()
 
-    def _let_go(self) -> None:
+    def _close_stream(self) -> None:
         opened, self.stream = self.stream, None
         try:
             if opened is not None:

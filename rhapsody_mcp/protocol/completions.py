@@ -1,4 +1,4 @@
-"""Completes the ids of sessions and the names of tasks, where a template or a prompt asks for one."""
+"""Completes session ids and task names in arguments of prompts and resource templates."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from rhapsody_mcp.runtime.tasks import leaves
 
 __all__ = ["Completions"]
 
-_MOST = 100
-"""The protocol allows no more in one answer."""
+_MAX_VALUES = 100
+"""The protocol's limit for one reply."""
 
 
 class Completions:
@@ -43,11 +43,11 @@ class Completions:
             self._check(params.ref, params.argument.name)
         except UnknownName as error:
             raise MCPError(INVALID_PARAMS, str(error)) from error
-        given = (params.context and params.context.arguments) or {}
-        return CompleteResult(completion=_completion(self._names(params.argument.name, given), params.argument.value))
+        others = (params.context and params.context.arguments) or {}
+        return CompleteResult(completion=_completion(self._names(params.argument.name, others), params.argument.value))
 
     def _check(self, ref: PromptReference | ResourceTemplateReference, argument: str) -> None:
-        """Raises UnknownName where there is no such prompt, template or argument."""
+        """Raises UnknownName for an unknown prompt, template or argument."""
         if isinstance(ref, PromptReference):
             kind, name, known = "prompt", ref.name, self._arguments
         else:
@@ -58,33 +58,33 @@ class Completions:
         if argument not in known[name]:
             raise UnknownName("argument", argument, known[name])
 
-    def _names(self, argument: str, given: Mapping[str, str]) -> list[str]:
-        """Of no other argument is known what it may be."""
+    def _names(self, argument: str, others: Mapping[str, str]) -> list[str]:
+        """The valid values of `session` and `task`; none for other arguments, which are free text."""
         if argument == "session":
             return [opened.id for opened in self._sessions.all()]
-        return self._task_names(given) if argument == "task" else []
+        return self._task_names(others) if argument == "task" else []
 
-    def _task_names(self, given: Mapping[str, str]) -> list[str]:
-        """Of the session that was given, or of the only one that is open."""
-        opened = self._session(given)
+    def _task_names(self, arguments: Mapping[str, str]) -> list[str]:
+        opened = self._session(arguments)
         if opened is None:
             return []
         tasks = opened.session.tasks
-        both = [*tasks, *(child for child in leaves(tasks) if child.parent is not None)]
-        return [*(task.name for task in both if task.name), *(task.uid for task in both)]
+        with_children = [*tasks, *(child for child in leaves(tasks) if child.parent is not None)]
+        return [*(task.name for task in with_children if task.name), *(task.uid for task in with_children)]
 
-    def _session(self, given: Mapping[str, str]) -> OpenSession | None:
-        if "session" not in given:
+    def _session(self, arguments: Mapping[str, str]) -> OpenSession | None:
+        """The session that the arguments name, or the only open one."""
+        if "session" not in arguments:
             return self._sessions.all()[0] if len(self._sessions.all()) == 1 else None
         try:
-            return self._sessions.get(given["session"])
+            return self._sessions.get(arguments["session"])
         except RhapsodyError:
             return None
 
 
 def _completion(names: Iterable[str], typed: str) -> Completion:
-    """Those that begin with what was typed, then those that have it elsewhere."""
+    """The names that begin with the typed text, then those that contain it."""
     part = typed.lower()
-    fitting = [name for name in dict.fromkeys(names) if part in name.lower()]
-    fitting.sort(key=lambda name: not name.lower().startswith(part))
-    return Completion(values=fitting[:_MOST], total=len(fitting), has_more=len(fitting) > _MOST)
+    matches = [name for name in dict.fromkeys(names) if part in name.lower()]
+    matches.sort(key=lambda name: not name.lower().startswith(part))
+    return Completion(values=matches[:_MAX_VALUES], total=len(matches), has_more=len(matches) > _MAX_VALUES)

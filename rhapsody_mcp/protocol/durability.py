@@ -1,4 +1,4 @@
-"""Lets no reply say what the next life of the service would not know."""
+"""Makes the facts of a reply durable before the reply is sent."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from rhapsody_mcp.runtime.session_registry import OpenSessions
 
 __all__ = ["durable_replies"]
 
-_WITHIN_S = 1.0
-_TELLING = ("tools/call", "resources/read", "resources/subscribe", "prompts/get", "completion/complete", "tasks/get")
+_FLUSH_TIMEOUT_S = 1.0
+_METHODS = ("tools/call", "resources/read", "resources/subscribe", "prompts/get", "completion/complete", "tasks/get")
 
 
 def durable_replies(sessions: OpenSessions) -> ServerMiddleware[Any]:
-    """Requests wait until the sessions of an earlier life are here. A reply waits until what it may tell is in the
-    ledger, but not for a ledger that cannot be written: what ends meanwhile is told, and the session says so."""
+    """Middleware: a request waits until the sessions of the ledger are restored, and a reply until the ledger holds all
+    that happened before it. A reply does not wait for a ledger that cannot be written; sessions then say so."""
 
     async def middleware(ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
-        if ctx.method not in _TELLING:
+        if ctx.method not in _METHODS:
             return await call_next(ctx)
         await sessions.restored.wait()
         result = await call_next(ctx)
         if sessions.ledger is not None and not sessions.ledger.problem:
-            await sessions.ledger.settled(_WITHIN_S)
+            await sessions.ledger.flush(_FLUSH_TIMEOUT_S)
         return result
 
     return middleware

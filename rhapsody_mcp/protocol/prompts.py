@@ -1,4 +1,4 @@
-"""Makes MCP prompts of the texts in prompts/."""
+"""MCP prompts from the texts in prompts/."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["make_prompt", "refuse_prompt"]
 
 
 class TextPrompt(Prompt):
-    """A prompt whose every refusal is a text that a person can act on."""
+    """A prompt that refuses wrong arguments with a text for people."""
 
     async def render(self, arguments: dict[str, Any] | None, context: Context[Any, Any]) -> list[Message]:
         try:
@@ -31,7 +31,7 @@ class TextPrompt(Prompt):
 
 
 def make_prompt(prompt: PromptText, sessions: OpenSessions) -> Prompt:
-    """Its arguments `session` and `task` must name what there is."""
+    """A prompt; values of its arguments `session` and `task` must exist."""
     return TextPrompt(
         name=prompt.name,
         title=prompt.title,
@@ -49,15 +49,15 @@ def refuse_prompt(error: RhapsodyError) -> MCPError:
     return MCPError(INVALID_PARAMS, refuse_call(error, "prompts/get"))
 
 
-def _fill(prompt: PromptText, sessions: OpenSessions, given: Mapping[str, str]) -> str:
+def _fill(prompt: PromptText, sessions: OpenSessions, values: Mapping[str, str]) -> str:
     known = [argument.name for argument in prompt.arguments]
-    for name in given:
+    for name in values:
         if name not in known:
             raise UnknownName("argument", name, known)
     for argument in prompt.arguments:
-        if argument.required and not given.get(argument.name, "").strip():
+        if argument.required and not values.get(argument.name, "").strip():
             raise InvalidRequest(f"{prompt.name} needs {argument.name}: {argument.description}")
-    if session := given.get("session"):
+    if session := values.get("session"):
         opened = sessions.get(session)
-        opened.tasks([task] if (task := given.get("task")) else [])
-    return prompt.filled(given)
+        opened.tasks([task] if (task := values.get("task")) else [])
+    return prompt.filled(values)

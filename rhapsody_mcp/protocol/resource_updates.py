@@ -1,4 +1,4 @@
-"""Tells which resources changed, and each of them not too often."""
+"""Publishes updates of resources, at a limited rate for each resource."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
 from rhapsody_mcp.runtime.session_registry import OpenSession
 from rhapsody_mcp.runtime.tasks import Task
 
-__all__ = ["ROOT", "Notices"]
+__all__ = ["ROOT", "ResourceUpdates"]
 
 ROOT = "rhapsody://sessions"
 _LOGS = ("stdout", "stderr")
 
 
-class Notices:
-    """Publishes on `bus` that a resource changed: at once, and then at most once in `interval_s` for each resource.
+class ResourceUpdates:
+    """Publishes an update on `bus` at a resource's first change, and then at most once in `interval_s`.
 
-    Only resources that somebody watches are told of; while nobody watches any, a change costs next to nothing.
+    Only watched resources are published; without watchers a change costs next to nothing.
     """
 
     def __init__(self, interval_s: float) -> None:
@@ -29,7 +29,7 @@ class Notices:
         self._interval_s = interval_s
         self._watchers: Counter[str] = Counter()
         self._changed: dict[tuple[str, Task | None], None] = {}
-        self._telling: asyncio.Task[None] | None = None
+        self._publishing: asyncio.Task[None] | None = None
 
     @property
     def watched(self) -> set[str]:
@@ -39,33 +39,33 @@ class Notices:
         self._watchers[uri] += 1
 
     def unwatch(self, uri: str) -> None:
-        """As often as it was watched."""
+        """Undo one `watch`."""
         self._watchers[uri] -= 1
         if not self._watchers[uri]:
             del self._watchers[uri]
 
-    def changed(self, session: OpenSession, task: Task | None) -> None:
-        """A task of the session changed its state, or the session was opened or closed."""
+    def note_change(self, session: OpenSession, task: Task | None) -> None:
+        """A task of the session changed its state; or, with no task, the session was opened or closed."""
         if self._watchers:
             self._changed[session.id, task] = None
-            if self._telling is None:
-                self._telling = asyncio.create_task(self._tell())
+            if self._publishing is None:
+                self._publishing = asyncio.create_task(self._publish())
 
-    async def _tell(self) -> None:
-        """Ends when nothing has changed for `interval_s`."""
+    async def _publish(self) -> None:
+        """Returns when nothing has changed for `interval_s`."""
         try:
             while self._changed:
                 changed, self._changed = self._changed, {}
-                touched = (uri for session, task in changed for uri in _touched(session, task))
-                for uri in dict.fromkeys(uri for uri in touched if uri in self._watchers):
+                uris = (uri for session, task in changed for uri in _uris_of(session, task))
+                for uri in dict.fromkeys(uri for uri in uris if uri in self._watchers):
                     await self.bus.publish(ResourceUpdated(uri))
                 await asyncio.sleep(self._interval_s)
         finally:
-            self._telling = None
+            self._publishing = None
 
 
-def _touched(session: str, task: Task | None) -> Iterator[str]:
-    """The addresses of all that shows a change."""
+def _uris_of(session: str, task: Task | None) -> Iterator[str]:
+    """The URIs of all resources that show the change."""
     home = f"{ROOT}/{session}"
     yield from (ROOT, home, f"{home}/statistics")
     if task is None:

@@ -1,4 +1,4 @@
-"""Lets clients subscribe to resources, in both eras of the protocol."""
+"""Subscriptions to resources, for protocol revisions before and since 2026-07-28."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from mcp.types import (
     UnsubscribeRequestParams,
 )
 
-from rhapsody_mcp.protocol.resource_updates import Notices
+from rhapsody_mcp.protocol.resource_updates import ResourceUpdates
 
 __all__ = ["Subscriptions"]
 
-Handling = ServerRequestContext[Any, Any]
-_MOST = 1000
-_KEY = "rhapsody_mcp.subscriber"
+Context = ServerRequestContext[Any, Any]
+_MAX_RESOURCES = 1000
+_STATE_KEY = "rhapsody_mcp.subscriber"
 
 
 class Subscriptions:
     """`subscriptions/listen` of 2026-07-28; `resources/subscribe` and `unsubscribe` of the revisions before it.
 
-    `check` raises ResourceNotFoundError for an address that is not in the server's list and where nothing is. A stream
-    may name what is not there yet.
+    `resources/subscribe` accepts a URI of the server's list, or one for which `check` does not raise
+    ResourceNotFoundError. `subscriptions/listen` also accepts URIs of resources that do not exist yet.
     """
 
-    def __init__(self, server: MCPServer[Any], notices: Notices, check: Callable[[str], None]) -> None:
-        self._server, self._notices, self._check = server, notices, check
-        self._listen = ListenHandler(notices.bus)
+    def __init__(self, server: MCPServer[Any], updates: ResourceUpdates, check: Callable[[str], None]) -> None:
+        self._server, self._updates, self._check = server, updates, check
+        self._listen = ListenHandler(updates.bus)
 
     def serve(self) -> None:
         low_level = self._server._lowlevel_server  # MCPServer itself takes no handlers
@@ -48,20 +48,18 @@ class Subscriptions:
         low_level.add_request_handler("resources/subscribe", SubscribeRequestParams, self._on_subscribe)
         low_level.add_request_handler("resources/unsubscribe", UnsubscribeRequestParams, self._on_unsubscribe)
 
-    async def _on_listen(
-        self, context: Handling, params: SubscriptionsListenRequestParams
-    ) -> SubscriptionsListenResult:
+    async def _on_listen(self, context: Context, params: SubscriptionsListenRequestParams) -> SubscriptionsListenResult:
         uris = set(params.notifications.resource_subscriptions or ())
-        _refuse_more_than_most(len(uris))
+        _check_count(len(uris))
         for uri in uris:
-            self._notices.watch(uri)
+            self._updates.watch(uri)
         try:
             return await self._listen(context, params)
         finally:
             for uri in uris:
-                self._notices.unwatch(uri)
+                self._updates.unwatch(uri)
 
-    async def _on_subscribe(self, context: Handling, params: SubscribeRequestParams) -> EmptyResult:
+    async def _on_subscribe(self, context: Context, params: SubscribeRequestParams) -> EmptyResult:
         if params.uri not in [resource.uri for resource in await self._server.list_resources()]:
             try:
                 self._check(params.uri)
@@ -70,50 +68,50 @@ class Subscriptions:
         self._subscriber(context).subscribe(params.uri)
         return EmptyResult()
 
-    async def _on_unsubscribe(self, context: Handling, params: UnsubscribeRequestParams) -> EmptyResult:
+    async def _on_unsubscribe(self, context: Context, params: UnsubscribeRequestParams) -> EmptyResult:
         self._subscriber(context).unsubscribe(params.uri)
         return EmptyResult()
 
-    def _subscriber(self, context: Handling) -> _Subscriber:
-        connection = context.session._connection  # the only way from a request to what outlives it
-        if _KEY not in connection.state:
-            connection.state[_KEY] = subscriber = _Subscriber(connection, self._notices)
+    def _subscriber(self, context: Context) -> _Subscriber:
+        connection = context.session._connection  # the SDK has no public way from a request to its connection
+        if _STATE_KEY not in connection.state:
+            connection.state[_STATE_KEY] = subscriber = _Subscriber(connection, self._updates)
             connection.exit_stack.push_async_callback(subscriber.leave)
-        found: _Subscriber = connection.state[_KEY]
-        return found
+        existing: _Subscriber = connection.state[_STATE_KEY]
+        return existing
 
 
 class _Subscriber:
-    """A connection with the resources that it subscribed to. One that does not read holds up nobody else."""
+    """The subscriptions of one connection. A client that does not read delays no other client."""
 
-    def __init__(self, connection: Connection, notices: Notices) -> None:
-        self._connection, self._notices = connection, notices
+    def __init__(self, connection: Connection, updates: ResourceUpdates) -> None:
+        self._connection, self._updates = connection, updates
         self._uris: set[str] = set()
         self._changed: dict[str, None] = {}
         self._wake = asyncio.Event()
-        self._forget = notices.bus.subscribe(self._take)
+        self._unsubscribe_bus = updates.bus.subscribe(self._queue)
         self._sending = asyncio.create_task(self._send())
 
     def subscribe(self, uri: str) -> None:
         if uri not in self._uris:
-            _refuse_more_than_most(len(self._uris) + 1)
+            _check_count(len(self._uris) + 1)
             self._uris.add(uri)
-            self._notices.watch(uri)
+            self._updates.watch(uri)
 
     def unsubscribe(self, uri: str) -> None:
         if uri in self._uris:
             self._uris.remove(uri)
-            self._notices.unwatch(uri)
+            self._updates.unwatch(uri)
 
     async def leave(self) -> None:
-        self._forget()
+        self._unsubscribe_bus()
         for uri in list(self._uris):
             self.unsubscribe(uri)
         self._sending.cancel()
         with suppress(asyncio.CancelledError):
             await self._sending
 
-    def _take(self, event: ServerEvent) -> None:
+    def _queue(self, event: ServerEvent) -> None:
         if isinstance(event, ResourceUpdated) and event.uri in self._uris:
             self._changed[event.uri] = None
             self._wake.set()
@@ -126,7 +124,9 @@ class _Subscriber:
                 await self._connection.notify("notifications/resources/updated", {"uri": uri})
 
 
-def _refuse_more_than_most(count: int) -> None:
-    if count > _MOST:
-        message = f"a client subscribes to {_MOST} resources at most; subscribe to a session in place of its tasks."
+def _check_count(count: int) -> None:
+    if count > _MAX_RESOURCES:
+        message = (
+            f"a client subscribes to {_MAX_RESOURCES} resources at most; subscribe to a session in place of its tasks."
+        )
         raise MCPError(INVALID_PARAMS, message)

@@ -1,4 +1,4 @@
-"""Handles of calls that were answered before they ended: what came of each, for its owner, until it expires."""
+"""Stores the handles of calls that were answered before they ended."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from pydantic.alias_generators import to_camel
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import DropHandles, HandleRow, PutHandle
 
-__all__ = ["Handle", "HandleStore", "HandlesInLedger", "HandlesInMemory", "Status"]
+__all__ = ["Handle", "HandleStore", "InMemoryHandleStore", "LedgerHandleStore", "Status"]
 
 Status = Literal["working", "input_required", "completed", "failed", "cancelled"]
 
 
 class Handle(BaseModel):
-    """A call as the Tasks extension of MCP shows it, where it is named a task."""
+    """A deferred call, which MCP's Tasks extension names a task."""
 
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, populate_by_name=True)
 
     task_id: str
     owner: str | None
-    """Who made the call: the only one who is told of it. None for everybody who needs no token."""
+    """The caller, who alone may read the handle; None for all callers without a token."""
     status: Status = "working"
     status_message: str | None = None
     created_at: datetime
     last_updated_at: datetime
     ttl_ms: int
-    """It expires so long after `created_at`."""
+    """The handle expires this long after `created_at`."""
     poll_interval_ms: int = 1000
     input_requests: dict[str, Any] | None = None
-    """What it waits to be told, where its status is input_required."""
+    """The questions that await answers, while the status is input_required."""
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
 
@@ -45,22 +45,22 @@ class Handle(BaseModel):
 
 
 class HandleStore(Protocol):
-    """Keeps handles; it knows nothing of the calls that are in progress."""
+    """Keeps handles, and knows nothing of calls in progress."""
 
     def put(self, handle: Handle) -> None:
-        """Keep it, in the place of an earlier one with its id. `get` finds it from then on."""
+        """Store a handle; replaces one with the same id. `get` finds the handle at once."""
 
     def get(self, task_id: str) -> Handle | None: ...
 
     def count(self, owner: str | None) -> int:
-        """How many are kept for this owner."""
+        """How many handles this owner has."""
         ...
 
     def drop_expired(self, now: datetime) -> None: ...
 
 
-class HandlesInMemory:
-    """A HandleStore that ends with the process."""
+class InMemoryHandleStore:
+    """A HandleStore in memory."""
 
     def __init__(self) -> None:
         self._handles: dict[str, Handle] = {}
@@ -78,20 +78,24 @@ class HandlesInMemory:
         self._handles = {id: handle for id, handle in self._handles.items() if handle.expires_at > now}
 
 
-class HandlesInLedger(HandlesInMemory):
-    """A HandleStore that the next life of the service reads again with `load`."""
+class LedgerHandleStore(InMemoryHandleStore):
+    """A HandleStore that a restarted service reads again with `load`."""
 
     def __init__(self, ledger: Ledger) -> None:
         super().__init__()
         self._ledger = ledger
 
     async def load(self) -> None:
-        """Have the handles of the earlier life. A call that was working then has failed."""
+        """Read the handles of the ledger. Calls that were in progress when the service ended are failed."""
         now = datetime.now(UTC)
         for row in await self._ledger.handles():
             handle = Handle.model_validate_json(row.data)
             if handle.status in ("working", "input_required"):
-                fields = {"status": "failed", "status_message": _ENDED, "error": {"code": _INTERNAL, "message": _ENDED}}
+                fields = {
+                    "status": "failed",
+                    "status_message": _SERVICE_ENDED,
+                    "error": {"code": _INTERNAL_ERROR, "message": _SERVICE_ENDED},
+                }
                 self.put(handle.model_copy(update={**fields, "input_requests": None, "last_updated_at": now}))
             else:
                 super().put(handle)
@@ -109,5 +113,5 @@ class HandlesInLedger(HandlesInMemory):
             self._ledger.write(DropHandles(now.timestamp()))
 
 
-_INTERNAL = -32603  # JSON-RPC's internal error
-_ENDED = "The service ended while this call was working, and has started again since. Call the tool again."
+_INTERNAL_ERROR = -32603  # JSON-RPC's internal error
+_SERVICE_ENDED = "The service ended while this call was working, and has started again since. Call the tool again."

@@ -1,6 +1,6 @@
-"""The Tasks extension of MCP: a client that declares it gets a handle for a call that waits, and polls for the result.
+"""MCP's Tasks extension: a client that declares the extension gets a handle for a long call, and polls for the result.
 
-A task in the sense of the extension is a call of a tool, not a task of a session.
+A task of the extension is a tool call, not a task of a session.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from mcp.server.mcpserver import Extension, MethodBinding, authenticated_princip
 from mcp.types import HEADER_MISMATCH, INTERNAL_ERROR, INVALID_PARAMS, CallToolRequestParams, RequestParams
 from pydantic import BaseModel
 
-from rhapsody_mcp.protocol.task_store import Handle, HandlesInMemory, HandleStore
+from rhapsody_mcp.protocol.task_store import Handle, HandleStore, InMemoryHandleStore
 from rhapsody_mcp.toolsets.tooling.deferred import LONGEST_WAIT_S, current_call
 
 __all__ = ["TASKS", "TasksExtension"]
 
 TASKS = "io.modelcontextprotocol/tasks"
 _VERSIONS = frozenset({"2026-07-28"})
-_KEPT_S = 3600.0
-"""How long a result is kept for its owner."""
-_HANDLES_PER_OWNER = 200
+_RESULT_LIFETIME_S = 3600.0
+"""How long a result is kept after the end of its call."""
+_MAX_HANDLES_PER_OWNER = 200
 
 _log = logging.getLogger(__name__)
 _Context = ServerRequestContext[Any, Any]
@@ -44,10 +44,11 @@ class _UpdateParams(_TaskParams):
 
 
 class TasksExtension(Extension):
-    """Lives as long as the process, not as a connection. Leaving `async with` ends the waits, and nothing else.
+    """Lives as long as the process, longer than a connection. Leaving `async with` ends calls in progress, but no task
+    of a session.
 
-    A call is answered with a handle where its tool lets the client go (`deferring.defer`); every other call, and
-    every call of a client that does not declare the extension, is answered with its result.
+    A call is answered with a handle when its tool calls `defer` (in `toolsets.tooling.deferred`). All other calls, and
+    all calls of clients that do not declare the extension, are answered with their results.
     """
 
     identifier = TASKS
@@ -55,9 +56,9 @@ class TasksExtension(Extension):
     def __init__(
         self, store: HandleStore | None = None, now: Callable[[], datetime] = lambda: datetime.now(UTC)
     ) -> None:
-        self._store: HandleStore = store or HandlesInMemory()
+        self._store: HandleStore = store or InMemoryHandleStore()
         self._now = now
-        self._running: dict[str, _Call] = {}
+        self._running: dict[str, _DeferrableCall] = {}
         self._group: anyio.abc.TaskGroup
 
     async def __aenter__(self) -> Self:
@@ -71,7 +72,7 @@ class TasksExtension(Extension):
         self._group.cancel_scope.cancel()
         return await self._group.__aexit__(kind, error, trace)
 
-    # --- what the protocol calls
+    # --- for the SDK
 
     def methods(self) -> Sequence[MethodBinding]:
         return [
@@ -83,9 +84,9 @@ class TasksExtension(Extension):
     async def intercept_tool_call(
         self, params: CallToolRequestParams, ctx: _Context, call_next: CallNext
     ) -> HandlerResult:
-        if not _can_come_back(ctx):
+        if not _supports_tasks(ctx):
             return await call_next(ctx)
-        call = _Call(self, authenticated_principal(ctx))
+        call = _DeferrableCall(self, authenticated_principal(ctx))
         self._group.start_soon(call.run, call_next, ctx)
         return await call.answer()
 
@@ -95,7 +96,7 @@ class TasksExtension(Extension):
     async def _update(self, ctx: _Context, params: _UpdateParams) -> HandlerResult:
         handle = self._find(ctx, params.task_id)
         if (call := self._running.get(handle.task_id)) is not None:
-            call.take(params.input_responses)
+            call.accept_answers(params.input_responses)
         return {"resultType": "complete"}
 
     async def _cancel(self, ctx: _Context, params: _TaskParams) -> HandlerResult:
@@ -105,7 +106,7 @@ class TasksExtension(Extension):
         return {"resultType": "complete"}
 
     def _find(self, ctx: _Context, task_id: str) -> Handle:
-        """Raises MCPError where there is none, and in the same words where it is another's."""
+        """Raises MCPError; the text is the same for an unknown handle and for one of another owner."""
         require_client_extension(ctx, TASKS)
         headers = getattr(ctx.request, "headers", None)
         if headers is not None and headers.get("mcp-name") != task_id:
@@ -116,20 +117,20 @@ class TasksExtension(Extension):
             raise MCPError(code=INVALID_PARAMS, message="Failed to retrieve task: Task not found")
         return handle
 
-    # --- what the calls in progress call
+    # --- for calls in progress
 
-    def issue(self, call: _Call) -> Handle | None:
-        """A new handle for it, which can be got from now on; None where its owner has too many."""
+    def issue(self, call: _DeferrableCall) -> Handle | None:
+        """A new, stored handle for the call; None where its owner has too many handles."""
         now = self._now()
         self._store.drop_expired(now)
-        if self._store.count(call.owner) >= _HANDLES_PER_OWNER:
+        if self._store.count(call.owner) >= _MAX_HANDLES_PER_OWNER:
             return None
         handle = Handle(
             task_id=secrets.token_urlsafe(24),
             owner=call.owner,
             created_at=now,
             last_updated_at=now,
-            ttl_ms=round((LONGEST_WAIT_S + _KEPT_S) * 1000),
+            ttl_ms=round((LONGEST_WAIT_S + _RESULT_LIFETIME_S) * 1000),
         )
         self._store.put(handle)
         self._running[handle.task_id] = call
@@ -141,36 +142,36 @@ class TasksExtension(Extension):
         return changed
 
     def end(self, handle: Handle, **fields: Any) -> None:
-        """From now on it is kept for its owner, and then expires."""
+        """Store the end of the call; the lifetime of its result begins."""
         del self._running[handle.task_id]
-        lived = self._now() - handle.created_at + timedelta(seconds=_KEPT_S)
-        self.change(handle, **fields, input_requests=None, ttl_ms=round(lived.total_seconds() * 1000))
+        lifetime = self._now() - handle.created_at + timedelta(seconds=_RESULT_LIFETIME_S)
+        self.change(handle, **fields, input_requests=None, ttl_ms=round(lifetime.total_seconds() * 1000))
 
 
-class _Call:
-    """A call in progress. Its client is answered when it ends, or before, with a handle."""
+class _DeferrableCall:
+    """A call in progress. Its client is answered with the result, or earlier with a handle."""
 
     def __init__(self, extension: TasksExtension, owner: str | None) -> None:
         self.owner = owner
         self._extension = extension
         self._scope = anyio.CancelScope()
         self._answered = anyio.Event()
-        self._first: Handle | None = None
+        self._handle_sent: Handle | None = None
         self._handle: Handle | None = None
         self._result: HandlerResult = None
         self._error: Exception | None = None
         self._answers: dict[str, Any] = {}
-        self._told = anyio.Event()
+        self._all_answered = anyio.Event()
 
     async def answer(self) -> HandlerResult:
-        """The result, or a handle. Whoever cancels this cancels the call."""
+        """Wait for the reply: the result or a handle. Cancellation of this wait cancels the call."""
         try:
             await self._answered.wait()
         except anyio.get_cancelled_exc_class():
             self.cancel()
             raise
-        if self._first is not None:
-            return {"resultType": "task", **self._first.wire()}
+        if self._handle_sent is not None:
+            return {"resultType": "task", **self._handle_sent.wire()}
         if self._error is not None:
             raise self._error
         return self._result
@@ -194,20 +195,20 @@ class _Call:
         if self._scope.cancelled_caught:
             return {"status": "cancelled"}
         if self._error is None:
-            return {"status": "completed", "result": _plain(self._result)}
+            return {"status": "completed", "result": _wire_form(self._result)}
         if isinstance(self._error, MCPError):
             error = self._error.error
         else:
             _log.error("a call that was answered with a handle failed", exc_info=self._error)
             error = MCPError(code=INTERNAL_ERROR, message="Internal error").error
-        return {"status": "failed", "status_message": error.message, "error": _plain(error)}
+        return {"status": "failed", "status_message": error.message, "error": _wire_form(error)}
 
     def cancel(self) -> None:
         self._scope.cancel()
 
     def defer(self) -> bool:
         if self._handle is None:
-            self._first = self._handle = self._extension.issue(self)
+            self._handle_sent = self._handle = self._extension.issue(self)
         if self._handle is not None:
             self._scope.deadline = min(self._scope.deadline, anyio.current_time() + LONGEST_WAIT_S)
             self._answered.set()
@@ -215,35 +216,37 @@ class _Call:
 
     async def ask(self, requests: Mapping[str, Any]) -> dict[str, Any]:
         assert self._handle is not None, "a call asks once it is deferred"
-        self._answers, self._told = {}, anyio.Event()
+        self._answers, self._all_answered = {}, anyio.Event()
         self._handle = self._extension.change(
-            self._handle, status="input_required", input_requests={key: _plain(one) for key, one in requests.items()}
+            self._handle,
+            status="input_required",
+            input_requests={key: _wire_form(request) for key, request in requests.items()},
         )
-        await self._told.wait()
+        await self._all_answered.wait()
         return self._answers
 
-    def take(self, answers: Mapping[str, Any]) -> None:
-        """Answers to nothing that was asked are passed over."""
-        assert self._handle is not None, "who knows its handle"
-        asked = self._handle.input_requests or {}
-        self._answers |= {key: answer for key, answer in answers.items() if key in asked}
-        if not asked:
+    def accept_answers(self, answers: Mapping[str, Any]) -> None:
+        """Ignores answers to unknown questions."""
+        assert self._handle is not None, "the client knows the handle"
+        questions = self._handle.input_requests or {}
+        self._answers |= {key: answer for key, answer in answers.items() if key in questions}
+        if not questions:
             return
-        if left := {key: request for key, request in asked.items() if key not in self._answers}:
-            self._handle = self._extension.change(self._handle, input_requests=left)
+        if open_questions := {key: one for key, one in questions.items() if key not in self._answers}:
+            self._handle = self._extension.change(self._handle, input_requests=open_questions)
         else:
             self._handle = self._extension.change(self._handle, status="working", input_requests=None)
-            self._told.set()
+            self._all_answered.set()
 
 
-def _can_come_back(ctx: _Context) -> bool:
+def _supports_tasks(ctx: _Context) -> bool:
     capabilities = ctx.session.client_capabilities
     declared = capabilities.extensions if capabilities else None
     return ctx.protocol_version in _VERSIONS and TASKS in (declared or {})
 
 
-def _plain(value: object) -> dict[str, Any]:
-    """As it goes over the wire."""
+def _wire_form(value: object) -> dict[str, Any]:
+    """The JSON form of a result or an error."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", by_alias=True, exclude_none=True)
     return dict(cast(Mapping[str, Any], value or {}))

@@ -17,7 +17,7 @@ from rhapsody_mcp.backends.compute.backend import ComputeBackend
 from rhapsody_mcp.backends.environment import Environment
 from rhapsody_mcp.backends.vllm.config import SHIPPED, Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm.launch_plan import find_model, interpreter
-from rhapsody_mcp.machine import Machine, Part, look
+from rhapsody_mcp.machine import Dependency, Machine, inspect_machine
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Caps
 from rhapsody_mcp.runtime.policy import Policy
@@ -73,7 +73,7 @@ def plan_backends(wanted: Wanted, settings: Settings) -> list[Plan]:
 
     Raises InvalidRequest where a wish is wrong or contradicts another, BackendUnavailable where a program is missing.
     """
-    machine = look()
+    machine = inspect_machine()
     names = wanted.backends or _defaults(wanted, machine)
     if len(set(names)) < len(names):
         raise InvalidRequest(f"backends is {list(names)}; name each backend once.")
@@ -199,6 +199,6 @@ def _is_address(url: str) -> bool:
         return False
 
 
-def _need(part: Part, instead: str) -> None:
+def _need(part: Dependency, instead: str) -> None:
     if not part.present:
         raise BackendUnavailable(f"{part.name} is not installed here. Get it with: {part.remedy}; or {instead}.")

@@ -13,7 +13,7 @@ import msgspec
 from rhapsody_mcp.backends.base import Kind
 from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, TaskCanceled, TaskFailed, nearest, refuse_unknown
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.sampling import SAMPLING, checked, refuse_message, whole
+from rhapsody_mcp.model.sampling import SAMPLING, check_integer, check_message, check_parameter
 from rhapsody_mcp.model.specs import Call, Command, Completion, Content, Layout, Message, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.timing import Timing
@@ -111,7 +111,7 @@ class Task:
         self.name = name
         self.backend = backend
         self.after = _tasks_to_follow(after)
-        self.retries = whole("retries", retries, least=0)
+        self.retries = check_integer("retries", retries, least=0)
         self.retry_delay_s = _delay(retry_delay_s)
         if on_upstream_failure not in _ON_UPSTREAM_FAILURE:
             raise InvalidTask(f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".')
@@ -423,7 +423,9 @@ class AITask(Task):
             raise InvalidTask("logprobs and json_schema contradict each other; give one of them.")
         self._refuse_wrong_texts()
         self._checked = {
-            field: checked(field, value) for field, value in self._sampling() if not isinstance(value, Task | Part)
+            field: check_parameter(field, value)
+            for field, value in self._sampling()
+            if not isinstance(value, Task | Part)
         }
 
     messages: Sequence[Mapping[str, Any] | Task | Part] | None = None
@@ -537,7 +539,7 @@ def _refuse_messages(messages: object) -> None:
         raise InvalidTask(f'messages is {messages!r}; valid is a list such as [{{"role": "user", "content": "..."}}].')
     for message in messages:
         if not isinstance(message, Task | Part):
-            refuse_message(message)
+            check_message(message)
             _refuse_content("content", message["content"])
 
 

@@ -1,4 +1,4 @@
-"""Where the service of a user is on this machine: its socket, its state and its log."""
+"""Paths of a user's service on this machine: socket, lock, state folder and logs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 
 from rhapsody_mcp.model.errors import InvalidSettings
 
-__all__ = ["Places"]
+__all__ = ["ServicePaths"]
 
-_LONGEST_SOCKET = 100
-"""Bytes of a path; a Unix socket's has at most 107, and the one that is bound before it is renamed is longer."""
+_MAX_SOCKET_PATH_BYTES = 100
+"""The kernel's limit is 107 bytes; the socket is first bound under a longer name and then renamed."""
 
 
 @dataclass(frozen=True)
-class Places:
-    """Without a `folder`: the one service of this user, found from the user's id and the host alone, whatever the
-    environment of whoever looks for it. With one: a service of its own, which has everything in it."""
+class ServicePaths:
+    """Paths of one service. Without `folder` this is the user's default service, whose paths depend on the uid and the
+    host name alone, not on environment variables. With `folder` it is a separate service with all its files there."""
 
     folder: Path | None = None
 
@@ -31,22 +31,22 @@ class Places:
         return re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname())[:64]
 
     @property
-    def meeting(self) -> Path:
-        """The folder of the socket: on a disk of this machine, and nobody else's."""
+    def socket_folder(self) -> Path:
+        """On a local disk, and private to the user."""
         return self.folder or Path(f"/tmp/rhapsody-mcp-{os.geteuid()}")
 
     @property
     def socket(self) -> Path:
-        return self.meeting / f"{self.host}.sock"
+        return self.socket_folder / f"{self.host}.sock"
 
     @property
     def lock(self) -> Path:
-        """Held by the service for as long as it lives."""
-        return self.meeting / f"{self.host}.lock"
+        """The service holds this lock from start to end."""
+        return self.socket_folder / f"{self.host}.lock"
 
     @property
-    def serves(self) -> bool:
-        """Whether the service, if one runs, answers at once: it neither starts nor ends, as far as it has said."""
+    def answers_at_once(self) -> bool:
+        """False while the service says in its lock file that it starts or ends."""
         try:
             return bool(json.loads(self.lock.read_bytes())["state"] == "serves")
         except (OSError, ValueError, KeyError, TypeError):
@@ -54,7 +54,7 @@ class Places:
 
     @property
     def state(self) -> Path:
-        """The folder of the ledger; the user's home may be shared between hosts, so each has its own."""
+        """The folder of the ledger and the logs. Each host has its own, because hosts may share the home folder."""
         return (self.folder or _user_state()) / self.host
 
     @property
@@ -67,18 +67,17 @@ class Places:
 
     @property
     def tokens(self) -> Path:
-        """The hashes of the bearer tokens for HTTP."""
+        """The file with the hashes of the bearer tokens for HTTP."""
         return self.state / "tokens.json"
 
     @property
-    def option(self) -> str:
-        """What a command line needs in order to name this service."""
+    def command_option(self) -> str:
+        """The option with which a command line selects this service."""
         return f" --folder {shlex.quote(str(self.folder))}" if self.folder else ""
 
-    def make(self) -> None:
-        """Make the folders where they are not there. Raises InvalidSettings where they cannot be made, or where
-        somebody else could put a socket in the place of ours."""
-        for folder in (self.meeting, self.state):
+    def make_folders(self) -> None:
+        """Make missing folders. Raises InvalidSettings where that fails, and as `check` does."""
+        for folder in (self.socket_folder, self.state):
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:
@@ -86,34 +85,35 @@ class Places:
         self.check()
 
     def check(self) -> None:
-        """What is there is ours alone; what is not there is passed over. Raises InvalidSettings."""
-        if len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
+        """Raises InvalidSettings where an existing file or folder belongs to another user, where another user could
+        replace the socket, and where the socket's path is too long."""
+        if len(os.fsencode(self.socket)) > _MAX_SOCKET_PATH_BYTES:
             raise InvalidSettings(
-                f"the path of the socket {self.socket} is longer than the {_LONGEST_SOCKET} bytes that it may have. "
-                "Name a shorter --folder."
+                f"the path of the socket {self.socket} is longer than the {_MAX_SOCKET_PATH_BYTES} bytes that it may "
+                "have. Name a shorter --folder."
             )
-        for place in (self.meeting, self.socket, self.state):
-            _check_owner(place)
-        if self.meeting.exists() and stat.S_IMODE(self.meeting.stat().st_mode) & 0o022:
+        for path in (self.socket_folder, self.socket, self.state):
+            _check_owner(path)
+        if self.socket_folder.exists() and stat.S_IMODE(self.socket_folder.stat().st_mode) & 0o022:
             raise InvalidSettings(
-                f"others can write in the folder {self.meeting}, and put a socket of theirs in the place of ours: "
-                f"chmod 700 {self.meeting}, or name another --folder."
+                f"others can write in the folder {self.socket_folder}, and put a socket of theirs in the place of "
+                f"ours: chmod 700 {self.socket_folder}, or name another --folder."
             )
 
 
 _ADVICE = "Name another --folder."
 
 
-def _check_owner(place: Path) -> None:
+def _check_owner(path: Path) -> None:
     try:
-        owner = place.lstat().st_uid
+        owner = path.lstat().st_uid
     except FileNotFoundError:
         return
     except OSError as error:
-        raise InvalidSettings(f"{place} cannot be looked at: {error.strerror}. {_ADVICE}") from error
+        raise InvalidSettings(f"{path} cannot be looked at: {error.strerror}. {_ADVICE}") from error
     if owner != os.geteuid():
         raise InvalidSettings(
-            f"{place} belongs to another user (uid {owner}), who could read what is sent to it. "
+            f"{path} belongs to another user (uid {owner}), who could read what is sent to it. "
             f"Have it removed, or name another --folder."
         )
 

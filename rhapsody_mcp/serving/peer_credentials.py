@@ -1,4 +1,4 @@
-"""Finds out who is at the other end of a connection, from the operating system alone."""
+"""Identifies the peer of a connection with the operating system's own means."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-__all__ = ["Peer", "credentials"]
+__all__ = ["Peer", "peer_pid_and_uid"]
 
 _ESTABLISHED = "01"
 
 
-def credentials(connection: socket.socket) -> tuple[int | None, int]:
-    """The pid and the uid of the process that connected to this Unix socket, when it did.
+def peer_pid_and_uid(connection: socket.socket) -> tuple[int | None, int]:
+    """The pid and the uid of the process that connected to this Unix socket, at the time of the connection.
 
-    Where the system does not tell them: no pid and our own uid, since the mode of the socket lets in nobody else.
+    Without SO_PEERCRED: no pid and this process's uid, because the socket's mode admits no other user.
     """
     if not hasattr(socket, "SO_PEERCRED"):
         return None, os.geteuid()
@@ -30,53 +30,56 @@ def credentials(connection: socket.socket) -> tuple[int | None, int]:
 
 @dataclass(frozen=True)
 class Peer:
-    """The other end of a connection: its address, or of a Unix socket its process."""
+    """The other end of a connection: a network address, or the process at a Unix socket."""
 
-    here: tuple[str, int] | None
-    there: tuple[str, int] | None
+    local_address: tuple[str, int] | None
+    remote_address: tuple[str, int] | None
     pid: int | None = None
-    known_uid: int | None = None
+    socket_uid: int | None = None
+    """The uid of the process at a Unix socket."""
 
     @classmethod
     def of(cls, connection: socket.socket) -> Peer:
         if connection.family == socket.AF_UNIX:
-            pid, uid = credentials(connection)
+            pid, uid = peer_pid_and_uid(connection)
             return cls(None, None, pid, uid)
         return cls(connection.getsockname()[:2], connection.getpeername()[:2])
 
     @cached_property
     def uid(self) -> int | None:
-        """The user at the other end, where that is on this machine and the connection stands.
+        """The user at the other end, if the peer is on this machine and still connected.
 
-        None where it is not, and where the system has no /proc: then who connects to a port must send a token.
+        None for a peer on another machine, and on systems without /proc: such a client must send a token.
         """
-        if self.known_uid is not None or self.here is None or self.there is None:
-            return self.known_uid
-        return _owner(_hex(*self.there), _hex(*self.here))
+        if self.socket_uid is not None or self.local_address is None or self.remote_address is None:
+            return self.socket_uid
+        return _socket_owner(_kernel_address(*self.remote_address), _kernel_address(*self.local_address))
 
     @property
-    def is_us(self) -> bool:
-        """Whether it is the user that this process runs as: anybody on this machine can connect to a local port."""
+    def is_same_user(self) -> bool:
+        """Whether the peer runs as this process's user; every local user can connect to a local port."""
         return self.uid == os.geteuid()
 
     @property
     def host(self) -> str:
-        return self.there[0] if self.there else f"uid {self.uid}"
+        return self.remote_address[0] if self.remote_address else f"uid {self.uid}"
 
     def __str__(self) -> str:
-        return f"{self.there[0]} port {self.there[1]}" if self.there else f"uid {self.uid}, pid {self.pid}"
+        if self.remote_address:
+            return f"{self.remote_address[0]} port {self.remote_address[1]}"
+        return f"uid {self.uid}, pid {self.pid}"
 
 
-def _owner(local: str, remote: str) -> int | None:
-    """Whose socket has these ends. One that its process has closed counts as root's, so it must be connected still."""
-    for line in _sockets():
-        _, at, to, state, _, _, _, uid, *_ = line.split()
-        if at == local and to == remote and state == _ESTABLISHED:
+def _socket_owner(local: str, remote: str) -> int | None:
+    """The uid that owns the established socket with these two addresses; a closed socket would count as root's."""
+    for line in _socket_table():
+        _, local_address, remote_address, state, _, _, _, uid, *_ = line.split()
+        if local_address == local and remote_address == remote and state == _ESTABLISHED:
             return int(uid)
     return None
 
 
-def _sockets() -> Iterator[str]:
+def _socket_table() -> Iterator[str]:
     for table in ("tcp", "tcp6"):
         try:
             yield from Path("/proc/net", table).read_text(encoding="ascii").splitlines()[1:]
@@ -84,8 +87,8 @@ def _sockets() -> Iterator[str]:
             continue
 
 
-def _hex(host: str, port: int) -> str:
-    """An address as the kernel writes it in /proc/net/tcp: words of 32 bits, each in the byte order of the machine."""
+def _kernel_address(host: str, port: int) -> str:
+    """An address in the form of /proc/net/tcp: 32-bit words in hexadecimal, each in the machine's byte order."""
     packed = ipaddress.ip_address(host.partition("%")[0]).packed
     words = struct.unpack(f"={len(packed) // 4}I", packed)
     return "".join(f"{word:08X}" for word in words) + f":{port:04X}"

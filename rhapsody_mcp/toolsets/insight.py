@@ -12,7 +12,7 @@ from pydantic import Field
 from rhapsody_mcp.backends.environment import Environment
 from rhapsody_mcp.backends.local_models import models_text, shipped_text
 from rhapsody_mcp.backends.vllm.config import SHIPPED
-from rhapsody_mcp.machine import Machine, Part, look
+from rhapsody_mcp.machine import Dependency, Machine, inspect_machine
 from rhapsody_mcp.runtime.session_registry import OpenSession, OpenSessions
 from rhapsody_mcp.runtime.tasks import leaves
 from rhapsody_mcp.settings import Settings
@@ -69,7 +69,7 @@ class Insight:
         return reply(figures_text(*told), figures_of(*told))
 
     async def describe_system(self) -> Annotated[CallToolResult, System]:
-        data = _system(look(), self._settings, self._sessions.all())
+        data = _system(inspect_machine(), self._settings, self._sessions.all())
         return reply(_system_text(data, self._settings), data)
 
 
@@ -117,7 +117,7 @@ def _mpi(machine: Machine) -> str:
     return f"MPI jobs may run here, on dragon: {machine.pmi} is here, and the first one tries whether it works"
 
 
-def _backend(name: str, runs: str, part: Part) -> BackendHere:
+def _backend(name: str, runs: str, part: Dependency) -> BackendHere:
     missing = None if part.present else f"{part.name} is not installed. Get it with: {part.remedy}."
     return BackendHere(name=name, works=part.present, version=part.version or None, runs=runs, missing=missing)
 

@@ -11,7 +11,7 @@ from mcp.server.mcpserver import Context, Resolve
 from mcp.types import CallToolResult
 from pydantic import Field
 
-from rhapsody_mcp.machine import look
+from rhapsody_mcp.machine import inspect_machine
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.requests.task_request import TaskRequest
@@ -68,7 +68,7 @@ class Tasks:
         refuse_unless(answer)
         opened = self._sessions.get(session)
         if dry_run:
-            return await aside(plan, opened, tasks, look())
+            return await aside(plan, opened, tasks, inspect_machine())
         return await submit(opened, tasks, idempotency_key)
 
     async def wait_tasks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from rhapsody_mcp.machine import Machine, look
+from rhapsody_mcp.machine import Machine, inspect_machine
 from rhapsody_mcp.model.errors import nearest
 
 __all__ = ["in_our_words"]
@@ -44,7 +44,7 @@ def in_our_words(name: str, known: Iterable[str]) -> str:
         if ours in valid and word in others.split():
             return f" (did you mean {ours!r}?)"
     help = next((help for words, help in _HELP if word in words.split()), None)
-    return nearest(name, valid) if help is None else f": {help(look())}"
+    return nearest(name, valid) if help is None else f": {help(inspect_machine())}"
 
 
 def _nodes(machine: Machine) -> str:

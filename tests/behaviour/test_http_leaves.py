@@ -16,7 +16,7 @@ from rhapsody_mcp.runtime.session_registry import OpenSessions, Watcher
 from rhapsody_mcp.server import open_sessions
 from rhapsody_mcp.serving.http.listeners import listen_on_socket
 from rhapsody_mcp.serving.http.server import serve_listener
-from rhapsody_mcp.serving.paths import Places
+from rhapsody_mcp.serving.paths import ServicePaths
 from rhapsody_mcp.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -43,7 +43,7 @@ async def test_a_listener_that_has_ended_hears_no_more_of_the_sessions_and_silen
     with anyio.fail_after(600):
         async with Counted(lambda wanted: []) as sessions, TasksExtension() as tasks:
             with listen_on_socket(tmp_path / "socket") as listener:
-                made = sessions, tasks, lambda words: stop.set(), stop, Places(tmp_path), Audit()
+                made = sessions, tasks, lambda words: stop.set(), stop, ServicePaths(tmp_path), Audit()
                 await serve_listener(Settings(), listener, *made)
             assert sessions.ever and not sessions.now
     assert logging.getLogger("uvicorn.error").level == logging.WARNING

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from rhapsody_mcp.machine import look
+from rhapsody_mcp.machine import inspect_machine
 from rhapsody_mcp.model.specs import Call, Command
 from tests.agents import Agent, open_agent
 
 pytestmark = pytest.mark.anyio
 SESSION = {"session": "session-1"}
+MACHINE = inspect_machine()
 DOUBLE = "def double(number):\n    return 2 * number"
 
 
@@ -89,7 +90,10 @@ async def test_arguments_of_other_words_lead_to_ours(agent: Agent) -> None:
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ("nodes", f"tasks run on this one machine, {look().host}, which has {look().cores} cores; ranks"),
+        (
+            "nodes",
+            f"tasks run on this one machine, {MACHINE.host}, which has {MACHINE.cores} cores; ranks",
+        ),
         ("memory_gb", "tasks share "),
         ("partition", "there is no batch system here"),
     ],
@@ -104,8 +108,8 @@ async def test_what_there_is_not_names_what_there_is_and_who_can_help(asked: str
 
 async def test_gpus_lead_to_a_policy_or_to_who_has_some(agent: Agent) -> None:
     text = await refusal(agent, {"executable": "/bin/echo", "gpus": 2})
-    told = "gpu_affinity" if look().gpus else "this machine has no GPU. Prompts can go to an endpoint"
-    assert f"'gpus': this machine has {len(look().gpus)}" in text or told in text
+    told = "gpu_affinity" if MACHINE.gpus else "this machine has no GPU. Prompts can go to an endpoint"
+    assert f"'gpus': this machine has {len(MACHINE.gpus)}" in text or told in text
 
 
 async def test_the_valid_fields_are_listed_once(agent: Agent) -> None:

@@ -18,7 +18,7 @@ from mcp.types import INVALID_PARAMS, ResourceUpdatedNotification, TextResourceC
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Stream, Value
-from rhapsody_mcp.protocol.resource_updates import Notices
+from rhapsody_mcp.protocol.resource_updates import ResourceUpdates
 from rhapsody_mcp.protocol.subscriptions import Subscriptions
 from rhapsody_mcp.runtime.backend_factory import Wanted
 from rhapsody_mcp.runtime.session_registry import OpenSessions
@@ -245,26 +245,26 @@ async def test_the_last_of_many_changes_is_not_lost(era: str, ears: Ears) -> Non
 @pytest.mark.parametrize("leaves", ["says so", "just goes"])
 @pytest.mark.parametrize("era", ERAS)
 async def test_a_subscription_ends_with_its_connection(era: str, leaves: str) -> None:
-    notices = Notices(0)
-    server = MCPServer("any", subscriptions=notices.bus)
-    Subscriptions(server, notices, lambda uri: None).serve()
+    updates = ResourceUpdates(0)
+    server = MCPServer("any", subscriptions=updates.bus)
+    Subscriptions(server, updates, lambda uri: None).serve()
     async with Client(server, mode=cast(Any, era)) as client:
         if era == "legacy" and leaves == "just goes":
             await subscribe(client, ROOT)
-            assert notices.watched == {ROOT}
+            assert updates.watched == {ROOT}
         else:
             async with subscribed(client, ROOT):
-                assert notices.watched == {ROOT}
+                assert updates.watched == {ROOT}
             await client.list_tools()
-            assert notices.watched == set()
-    assert notices.watched == set()
+            assert updates.watched == set()
+    assert updates.watched == set()
 
 
 @pytest.mark.parametrize("era", ERAS)
 async def test_each_client_hears_of_what_it_subscribed_to(era: str, ears: Ears) -> None:
-    notices, other = Notices(0), Ears()
-    server = MCPServer("any", subscriptions=notices.bus)
-    Subscriptions(server, notices, lambda uri: None).serve()
+    updates, other = ResourceUpdates(0), Ears()
+    server = MCPServer("any", subscriptions=updates.bus)
+    Subscriptions(server, updates, lambda uri: None).serve()
     mode = cast(Any, era)
     with anyio.fail_after(600):
         async with (
@@ -272,7 +272,7 @@ async def test_each_client_hears_of_what_it_subscribed_to(era: str, ears: Ears) 
             Client(server, mode=mode, message_handler=ears) as one,
             Client(server, mode=mode, message_handler=other) as two,
         ):
-            sessions.watch(notices.changed)
+            sessions.watch(updates.note_change)
             async with subscribed(one, HOME), subscribed(two, ROOT):
                 await sessions.open(Wanted())
                 await ears.until(HOME)

@@ -19,7 +19,7 @@ from rhapsody_mcp.engine.task.start_log import note_start
 from rhapsody_mcp.ledger.records import PutSession, PutTasks, SessionRow, TaskRow, TaskStarted
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.protocol.task_store import Handle, HandlesInLedger
+from rhapsody_mcp.protocol.task_store import Handle, LedgerHandleStore
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import ERAS, Agent, open_agent, open_ledger, perform
 
@@ -261,13 +261,13 @@ async def test_a_call_that_was_working_has_failed_and_one_that_was_done_is_still
     times: dict[str, Any] = {"created_at": now, "last_updated_at": now, "ttl_ms": 60_000}
     done = Handle(task_id="done", owner="me", status="completed", result={"content": []}, **times)
     async with open_ledger(tmp_path) as ledger:
-        handles = HandlesInLedger(ledger)
+        handles = LedgerHandleStore(ledger)
         handles.put(done)
         handles.put(Handle(task_id="working", owner="me", **times))
         handles.put(Handle(task_id="asked", owner=None, status="input_required", input_requests={"a": {}}, **times))
         handles.put(Handle(task_id="old", owner="me", **{**times, "ttl_ms": 0}))
     async with open_ledger(tmp_path) as ledger:
-        handles = HandlesInLedger(ledger)
+        handles = LedgerHandleStore(ledger)
         await handles.load()
         assert handles.get("done") == done and handles.get("old") is None
         for id, owner in (("working", "me"), ("asked", None)):

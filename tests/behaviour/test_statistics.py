@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rhapsody_mcp.api import AITask, ComputeTask, Session
-from rhapsody_mcp.machine import look
+from rhapsody_mcp.machine import inspect_machine
 from rhapsody_mcp.model.outcome import Outcome, Usage
 from rhapsody_mcp.model.specs import Call, Command, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -237,7 +237,7 @@ async def test_a_python_user_gets_the_same_under_the_keys_of_the_tutorial_and_mo
 async def test_the_system_is_described_in_plain_words(era: str) -> None:
     async with open_agent(era) as agent:
         reply = await agent.call("describe_system")
-    machine, text = look(), agent.texts[-1]
+    machine, text = inspect_machine(), agent.texts[-1]
     assert reply["cores"] == machine.cores and f"{machine.cores} cores" in text
     assert [backend["name"] for backend in reply["backends"]] == ["dragon", "local", "vllm", "endpoint"]
     assert all(backend["works"] or backend["missing"] in text for backend in reply["backends"])

@@ -30,7 +30,7 @@ from pydantic import TypeAdapter
 from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp
 
-from rhapsody_mcp.protocol.task_store import HandlesInMemory, HandleStore
+from rhapsody_mcp.protocol.task_store import HandleStore, InMemoryHandleStore
 from rhapsody_mcp.protocol.tasks_extension import TASKS, TasksExtension
 from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.server import Server, build_server
@@ -351,7 +351,7 @@ async def test_a_handle_expires_an_hour_after_its_call_ended() -> None:
         assert await waits.refusal("tasks/get", handle.task_id) == INVALID_PARAMS
 
 
-class Full(HandlesInMemory):
+class Full(InMemoryHandleStore):
     def count(self, owner: str | None) -> int:
         return 1_000_000
 
@@ -364,7 +364,7 @@ async def test_one_who_holds_too_many_handles_waits_like_any_other() -> None:
 
 
 async def test_a_server_that_stops_ends_the_waits() -> None:
-    store = HandlesInMemory()
+    store = InMemoryHandleStore()
     async with open_house(store=store) as house:
         client = await house.client(declares=Polls())
         handle = await created(client, "wait_tasks", **SESSION)

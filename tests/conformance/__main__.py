@@ -12,7 +12,7 @@ from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.serving.http.listeners import Listener, listen_on_host
-from rhapsody_mcp.serving.http.server import checks, run_web_server, stop_on_signal
+from rhapsody_mcp.serving.http.server import host_checks, run_web_server, stop_on_signal
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import perform
@@ -27,7 +27,7 @@ async def serve(listener: Listener) -> None:
         add_content(server)
         add_asking(server)
         add_task_tools(server)
-        app = server.streamable_http_app(transport_security=checks(listener, ()))
+        app = server.streamable_http_app(transport_security=host_checks(listener, ()))
         stop = anyio.Event()
         async with anyio.create_task_group() as group:
             await group.start(stop_on_signal, sessions, stop)

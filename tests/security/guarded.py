@@ -15,7 +15,7 @@ from typing import Any, cast
 import httpx2
 
 from rhapsody_mcp.serving.http.tokens import TokenFile
-from rhapsody_mcp.serving.paths import Places
+from rhapsody_mcp.serving.paths import ServicePaths
 
 __all__ = ["OTHER_USER", "Guarded", "as_another_user", "call_body", "guarded", "name_of"]
 
@@ -31,7 +31,7 @@ class Guarded:
         self.folder, self.process = folder, process
         assert process.stdout
         self.address = process.stdout.readline().strip().removeprefix("Listening on ")
-        self.state = folder / "rhapsody-mcp" / Places().host
+        self.state = folder / "rhapsody-mcp" / ServicePaths().host
         self.tokens = TokenFile(self.state / "tokens.json")
 
     @property

@@ -16,8 +16,8 @@ from mcp.shared.exceptions import MCPError
 
 from rhapsody_mcp.cards import read_cards
 from rhapsody_mcp.model.errors import InvalidSettings, UnknownName
-from rhapsody_mcp.serving.http.tokens import TokenFile, Tokens, hash_of, plain_token
-from rhapsody_mcp.serving.paths import Places
+from rhapsody_mcp.serving.http.tokens import TokenFile, TokenVerifier, read_plain_token, token_hash
+from rhapsody_mcp.serving.paths import ServicePaths
 from tests.agents import ERAS
 from tests.security.guarded import OTHER_USER, Guarded, as_another_user, call_body, guarded, name_of
 from tests.services import own_service
@@ -139,7 +139,7 @@ def test_a_server_whose_token_file_is_opened_to_others_or_damaged_takes_no_token
 def test_no_token_is_in_the_file_and_nobody_else_reads_it(tmp_path: Path) -> None:
     file = TokenFile(tmp_path / "state" / "tokens.json")
     token = file.create("laptop", days=1)
-    assert token not in file.file.read_text() and hash_of(token) in file.file.read_text()
+    assert token not in file.file.read_text() and token_hash(token) in file.file.read_text()
     assert file.file.stat().st_mode & 0o777 == 0o600
     assert token not in file.table() and "laptop" in file.table()
 
@@ -157,10 +157,10 @@ def test_every_token_is_compared_whichever_is_right(tmp_path: Path, monkeypatch:
         return real(one, other)
 
     monkeypatch.setattr("hmac.compare_digest", counting)
-    tokens = Tokens(file, "a plain token of the user's")
+    tokens = TokenVerifier(file, "a plain token of the user's")
     for token in (made[0], made[-1], "wrong"):
         compared.clear()
-        found = tokens.find(hash_of(token))
+        found = tokens.find(token_hash(token))
         assert (found is None) == (token == "wrong")
         assert len(compared) == 6 and all(len(one) == 64 for one in compared)
 
@@ -192,7 +192,9 @@ def test_a_plain_token_of_the_users_is_compared_by_its_hash(tmp_path: Path) -> N
     file = tmp_path / "token"
     file.touch(0o600)
     file.write_text("one-of-my-own-making\n")
-    found = Tokens(TokenFile(tmp_path / "none.json"), plain_token(file)).find(hash_of("one-of-my-own-making"))
+    found = TokenVerifier(TokenFile(tmp_path / "none.json"), read_plain_token(file)).find(
+        token_hash("one-of-my-own-making")
+    )
     assert found is not None and found.name == "token-file" and "run" in found.scopes
 
 
@@ -217,13 +219,13 @@ def test_another_user_cannot_connect_to_the_service(tmp_path: Path) -> None:
     code = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(1000))"
     with own_service() as service:
         assert service.run("service", "start").returncode == 0
-        where = str(service.places.socket)
+        where = str(service.paths.socket)
         closed = as_another_user("/usr/bin/env", "python3", "-c", code, where)
         assert "PermissionError" in closed.stderr
-        service.places.meeting.chmod(0o755)
-        service.places.socket.chmod(0o666)
+        service.paths.socket_folder.chmod(0o755)
+        service.paths.socket.chmod(0o666)
         opened = as_another_user("/usr/bin/env", "python3", "-c", code, where)
-        service.places.meeting.chmod(0o700)
+        service.paths.socket_folder.chmod(0o700)
         assert "is that of uid 0 alone" in opened.stdout + opened.stderr
 
 
@@ -233,7 +235,7 @@ def test_a_socket_that_another_user_has_made_in_our_place_is_not_spoken_to(tmp_p
     folder = Path("/tmp") / f"rhapsody-test-{os.getpid()}"
     folder.mkdir(mode=0o700)
     try:
-        places = Places(folder)
+        places = ServicePaths(folder)
         with socket.socket(socket.AF_UNIX) as other:
             other.bind(str(places.socket))
             os.chown(places.socket, OTHER_USER, OTHER_USER)

@@ -138,7 +138,7 @@ async def test_on_the_socket_of_a_service_the_process_at_the_other_end_is_named(
         async with service.client() as client:
             await client.call_tool("list_sessions", {})
         assert service.run("service", "stop").returncode == 0
-        lines = (service.places.state / "audit.jsonl").read_text().splitlines()
+        lines = (service.paths.state / "audit.jsonl").read_text().splitlines()
     (entry,) = (one for line in lines if (one := json.loads(line)).get("tool") == "list_sessions")
     assert entry["transport"] == "socket" and entry["peer"].startswith(f"uid {os.geteuid()}, pid ")
 

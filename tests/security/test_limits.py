@@ -16,7 +16,7 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from starlette.types import Message, Receive, Scope, Send
 
-from rhapsody_mcp.serving.http.limits import BodyLimit, Buckets, RateLimit, SendLimit
+from rhapsody_mcp.serving.http.limits import BodyLimit, RateLimit, SendLimit, TokenBuckets
 from rhapsody_mcp.serving.peer_credentials import Peer
 from tests.agents import ERAS
 from tests.bare_client import COMMAND
@@ -191,7 +191,7 @@ def test_who_sends_too_many_requests_is_told_when_to_go_on_and_others_are_served
 
 def test_a_bucket_fills_again_and_never_beyond_its_size() -> None:
     time = [0.0]
-    buckets = Buckets(per_s=2, most=3, now=lambda: time[0])
+    buckets = TokenBuckets(per_s=2, capacity=3, now=lambda: time[0])
     assert [buckets.take("a") for _ in range(3)] == [0, 0, 0]
     assert buckets.take("a") == 0.5
     time[0] = 0.5
@@ -202,7 +202,7 @@ def test_a_bucket_fills_again_and_never_beyond_its_size() -> None:
 
 
 def test_a_flood_of_names_does_not_fill_the_memory() -> None:
-    buckets = Buckets(per_s=1, most=1)
+    buckets = TokenBuckets(per_s=1, capacity=1)
     for number in range(30_000):
         buckets.take(f"fe80::{number:x}")
     assert len(buckets._levels) == 10_000
@@ -310,7 +310,7 @@ async def test_a_stream_ends_when_its_token_is_revoked() -> None:
 
 
 async def test_a_client_that_takes_nothing_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rhapsody_mcp.serving.http.limits._STUCK_S", 0.01)
+    monkeypatch.setattr("rhapsody_mcp.serving.http.limits._SEND_TIMEOUT_S", 0.01)
 
     async def never(message: Message) -> None:
         await anyio.sleep_forever()

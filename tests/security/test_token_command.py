@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rhapsody_mcp.cli import main
-from rhapsody_mcp.serving.http.tokens import TokenFile, hash_of
-from rhapsody_mcp.serving.paths import Places
+from rhapsody_mcp.serving.http.tokens import TokenFile, token_hash
+from rhapsody_mcp.serving.paths import ServicePaths
 
 
 def test_a_token_is_printed_once_listed_without_itself_and_revoked(
@@ -20,8 +20,8 @@ def test_a_token_is_printed_once_listed_without_itself_and_revoked(
     made = capsys.readouterr()
     token = made.out.strip()
     assert re.fullmatch(r"rh_[\w-]{43}", token) and "shown only now" in made.err and token not in made.err
-    (kept,) = TokenFile(Places(tmp_path).tokens).read()
-    assert (kept.name, kept.scopes, kept.hash) == ("laptop", ("read",), hash_of(token))
+    (kept,) = TokenFile(ServicePaths(tmp_path).tokens).read()
+    assert (kept.name, kept.scopes, kept.hash) == ("laptop", ("read",), token_hash(token))
     assert kept.expires is not None and 29.9 < (kept.expires - kept.created) / 86_400 < 30.1
     assert main(["token", "list", *where]) == 0
     listed = capsys.readouterr().out

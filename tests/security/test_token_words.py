@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rhapsody_mcp.cli import main
-from rhapsody_mcp.serving.paths import Places
+from rhapsody_mcp.serving.paths import ServicePaths
 from tests.security.guarded import Guarded, call_body, guarded
 
 
@@ -48,7 +48,7 @@ def test_a_token_without_an_end_is_listed_so(tmp_path: Path, capsys: pytest.Capt
 def test_what_is_made_for_tokens_is_open_to_us_alone(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     assert main(["token", "create", "laptop", "--folder", str(folder)]) == 0
-    tokens = Places(folder).tokens
+    tokens = ServicePaths(folder).tokens
     for made, mode in ((tmp_path / "new", 0o700), (folder, 0o700), (tokens.parent, 0o700), (tokens, 0o600)):
         assert stat.S_IMODE(made.stat().st_mode) == mode
     assert stat.S_IMODE(tokens.with_suffix(".lock").stat().st_mode) == 0o600
@@ -57,7 +57,7 @@ def test_what_is_made_for_tokens_is_open_to_us_alone(tmp_path: Path) -> None:
 def test_tokens_that_are_made_and_revoked_are_in_the_audit_log(tmp_path: Path) -> None:
     for action in ("create", "revoke"):
         assert main(["token", action, "laptop", "--folder", str(tmp_path)]) == 0
-    lines = Places(tmp_path).audit.read_text().splitlines()
+    lines = ServicePaths(tmp_path).audit.read_text().splitlines()
     assert [(entry["method"], entry["token"]) for entry in map(json.loads, lines)] == [
         ("token create", "laptop"),
         ("token revoke", "laptop"),

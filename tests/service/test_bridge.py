@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import rhapsody_mcp
-from rhapsody_mcp.serving.daemon.unix_listener import Door
+from rhapsody_mcp.serving.daemon.unix_listener import UnixListener
 from tests.services import OwnService, own_service
 
 Script = Callable[[socket.socket, dict[str, Any]], None]
@@ -38,7 +38,7 @@ def playing(stage: OwnService, script: Script, version: str = rhapsody_mcp.__ver
     def play() -> None:
         while True:
             try:
-                caller, _ = door.listener.accept()
+                caller, _ = listener.socket.accept()
             except OSError:
                 return
             with suppress(ConnectionError), caller, caller.makefile("rb") as heard:
@@ -46,14 +46,14 @@ def playing(stage: OwnService, script: Script, version: str = rhapsody_mcp.__ver
                 caller.sendall(json.dumps({"rhapsody": version, "pid": 1, "notes": ["a note"]}).encode() + b"\n")
                 script(caller, hello)
 
-    with Door(stage.places) as door:
-        door.listener.setblocking(True)
+    with UnixListener(stage.paths) as listener:
+        listener.socket.setblocking(True)
         thread = threading.Thread(target=play)
         thread.start()
         try:
             yield
         finally:
-            door.listener.shutdown(socket.SHUT_RDWR)
+            listener.socket.shutdown(socket.SHUT_RDWR)
             thread.join(10)
 
 
@@ -164,9 +164,9 @@ def test_the_socket_of_another_user_is_refused(stage: OwnService) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a socket to another user")
     with playing(stage, lambda caller, hello: None):
-        os.chown(stage.places.socket, 12345, -1)
+        os.chown(stage.paths.socket, 12345, -1)
         words = refused(stage)
-        os.chown(stage.places.socket, 0, -1)
+        os.chown(stage.paths.socket, 0, -1)
     assert "belongs to another user (uid 12345)" in words
 
 

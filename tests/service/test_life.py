@@ -37,8 +37,8 @@ async def start_tasks(own: OwnService) -> None:
 
 @pytest.mark.anyio
 async def test_a_ledger_that_cannot_be_read_reaches_the_client_and_its_user_in_words(own: OwnService) -> None:
-    own.places.make()
-    (own.places.state / "ledger.sqlite").write_bytes(b"not a ledger at all " * 1000)
+    own.paths.make_folders()
+    (own.paths.state / "ledger.sqlite").write_bytes(b"not a ledger at all " * 1000)
     with anyio.fail_after(600):
         with pytest.RaisesGroup(pytest.RaisesExc(MCPError, match="ledger.sqlite"), flatten_subgroups=True):
             async with own.client():
@@ -48,7 +48,7 @@ async def test_a_ledger_that_cannot_be_read_reaches_the_client_and_its_user_in_w
 
 
 def test_a_state_folder_that_cannot_be_made_is_told(own: OwnService) -> None:
-    own.places.state.write_text("a file")
+    own.paths.state.write_text("a file")
     ran = own.run("service", "start")
     assert ran.returncode == 1 and "cannot be made" in ran.stderr
 
@@ -82,7 +82,7 @@ def test_a_second_start_finds_the_first(shared: OwnService) -> None:
 
 @pytest.mark.anyio
 async def test_a_socket_that_was_removed_or_replaced_is_made_again_and_its_lock_too(own: OwnService) -> None:
-    socket, lock = own.places.socket, own.places.lock
+    socket, lock = own.paths.socket, own.paths.lock
 
     async def found_again(replaced_by: str = "", *also_lost: Path) -> None:
         before = socket.stat()
@@ -131,7 +131,7 @@ async def test_two_hundred_clients_are_served_at_once_though_few_files_may_be_op
 
     async def visit() -> None:
         nonlocal met
-        async with await anyio.connect_unix(own.places.socket) as stream:
+        async with await anyio.connect_unix(own.paths.socket) as stream:
             assert "pid" in await ask(stream, hello)
             assert (await ask(stream, listing))["result"]["tools"]
             met += 1
@@ -162,7 +162,7 @@ async def test_two_hundred_clients_are_served_at_once_though_few_files_may_be_op
 async def test_what_a_client_may_not_ask_for_is_refused(hello: dict[str, Any], words: str, shared: OwnService) -> None:
     with anyio.fail_after(600):
         await anyio.to_thread.run_sync(shared.run, "service", "start")
-        async with await anyio.connect_unix(shared.places.socket) as stream:
+        async with await anyio.connect_unix(shared.paths.socket) as stream:
             assert words in (await ask(stream, hello))["error"]
 
 
@@ -178,7 +178,7 @@ async def test_it_ends_by_itself_when_nobody_has_used_it_for_long(own: OwnServic
             await call(bridge, "close_session", session="used")
             pid = own.pid
         await wait_until(lambda: not Path(f"/proc/{pid}").exists())
-    assert not own.places.socket.exists()
+    assert not own.paths.socket.exists()
     assert own.run("service", "status").returncode == 1
 
 
@@ -236,7 +236,7 @@ async def test_a_session_that_nobody_has_used_for_long_is_forgotten_with_its_fil
             await call(bridge, "submit_tasks", session="old", tasks=[{"name": "t", "executable": "/bin/echo"}])
             await call(bridge, "wait_tasks", session="old")
         assert own.run("service", "stop").returncode == 0
-        assert list((own.places.state / "sessions").iterdir())
+        assert list((own.paths.state / "sessions").iterdir())
         assert own.run("service", "start", "--config", tmp_path / "settings.yaml").returncode == 0
-        await wait_until(lambda: not list((own.places.state / "sessions").iterdir()))
+        await wait_until(lambda: not list((own.paths.state / "sessions").iterdir()))
         assert own.status()["sessions"] == []

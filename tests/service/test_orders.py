@@ -16,9 +16,9 @@ from typing import Any
 import anyio
 import pytest
 
-from rhapsody_mcp.serving.daemon.client import Caller
+from rhapsody_mcp.serving.daemon.client import ServiceClient
 from rhapsody_mcp.serving.daemon.connection import ServiceHangs
-from rhapsody_mcp.serving.daemon.unix_listener import Door
+from rhapsody_mcp.serving.daemon.unix_listener import UnixListener
 from tests.bare_client import call
 from tests.processes import wait_until
 from tests.service.test_life import start_tasks
@@ -50,7 +50,7 @@ def test_orders_to_a_service_that_does_not_answer_say_so_and_only_force_ends_it(
             *runs, told = together.map(lambda order: own.run("service", *order), orders)
         for ran in runs:
             assert ran.returncode == 1 and re.match(NOT_ANSWERED.format(pid=pid, within=5), ran.stderr)
-            assert str(own.places.log) in ran.stderr and f"service stop --force --folder {own.folder}" in ran.stderr
+            assert str(own.paths.log) in ran.stderr and f"service stop --force --folder {own.folder}" in ran.stderr
         assert told.returncode == 1 and json.loads(told.stdout)["answers"] is False
         ended = own.run("service", "stop", "--force")
         assert ended.returncode == 0 and "It is ended with SIGKILL" in ended.stdout
@@ -72,16 +72,16 @@ async def test_a_client_of_a_service_that_does_not_answer_is_told(own: OwnServic
 
 
 def test_a_service_that_starts_or_ends_is_not_taken_for_one_that_hangs(own: OwnService) -> None:
-    with Door(own.places) as door:
-        told = [own.places.serves]
-        door.say("serves")
-        told.append(own.places.serves)
+    with UnixListener(own.paths) as listener:
+        told = [own.paths.answers_at_once]
+        listener.publish("serves")
+        told.append(own.paths.answers_at_once)
         with pytest.raises(ServiceHangs) as caught:
-            Caller(own.places).order()
+            ServiceClient(own.paths).connect_control()
         assert caught.value.pid == os.getpid()
-        caught.value.line.socket.close()
-        door.say("ends")
-        assert [*told, own.places.serves] == [False, True, False]
+        caught.value.connection.socket.close()
+        listener.publish("ends")
+        assert [*told, own.paths.answers_at_once] == [False, True, False]
 
 
 # --- by which settings it runs
@@ -125,7 +125,7 @@ async def test_it_counts_tasks_as_list_sessions_does(own: OwnService) -> None:
         assert own.status()["sessions"] == [{"session": "work", "running": 1, "queued": 0, "waiting": 4}]
         assert "Tasks have not ended in work (1 running, 0 queued, 4 waiting)." in own.run("service", "stop").stderr
         assert own.run("service", "stop", "--force").returncode == 0
-    assert re.search("it was told to stop with --force, which loses 1 task$", own.places.log.read_text(), re.M)
+    assert re.search("it was told to stop with --force, which loses 1 task$", own.paths.log.read_text(), re.M)
 
 
 # --- what its log says
@@ -146,7 +146,7 @@ async def test_its_log_tells_of_its_starts_ends_and_what_was_lost(own: OwnServic
             front.send_signal(signal.SIGTERM)
             assert await front.wait() == 0
         assert own.run("service", "stop", "--force").returncode == 0
-    log = own.places.log.read_text()
+    log = own.paths.log.read_text()
     for words in (
         rf"starts, process {pid}, settings of ",
         r"tasks that ran as it ended: 1 lost, 0 queued again",

@@ -13,7 +13,7 @@ import rhapsody_mcp
 from rhapsody_mcp.backends.vllm.config import read_config
 from rhapsody_mcp.cli import main
 from rhapsody_mcp.doctor import examine
-from rhapsody_mcp.machine import Part, look
+from rhapsody_mcp.machine import Dependency, inspect_machine
 
 
 def test_the_version_is_told_without_loading_anything_heavy() -> None:
@@ -61,15 +61,18 @@ def test_too_few_samples_for_the_demo_are_refused(capsys: pytest.CaptureFixture[
 
 def test_the_doctor_names_what_is_missing_and_how_to_get_it() -> None:
     bare = msgspec.structs.replace(
-        look(), dragon=Part("Dragon", "", "pip install dragon"), vllm=Part("vLLM", "", "pip install vllm"), gpus=()
+        inspect_machine(),
+        dragon=Dependency("Dragon", "", "pip install dragon"),
+        vllm=Dependency("vLLM", "", "pip install vllm"),
+        gpus=(),
     )
     found = {finding.what: finding for finding in examine(bare)}
-    assert found["vLLM"].needed and "pip install vllm" in found["vLLM"].told
-    assert not found["Dragon"].needed and "sessions use the local backend" in found["Dragon"].told
+    assert found["vLLM"].needed and "pip install vllm" in found["vLLM"].text
+    assert not found["Dragon"].needed and "sessions use the local backend" in found["Dragon"].text
     assert found["shipped model"].verdict == "there" and found["GPU"].verdict == "note"
 
 
 def test_the_doctor_passes_where_the_demo_can_run(capsys: pytest.CaptureFixture[str]) -> None:
-    ready = look().vllm.present
+    ready = inspect_machine().vllm.present
     assert main(["doctor"]) == (0 if ready else 1)
     assert ("Ready: rhapsody-mcp demo" in capsys.readouterr().out) is ready

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from rhapsody_mcp.engine.task.start_log import note_start
 from rhapsody_mcp.ledger.file_system import file_system, is_network
-from rhapsody_mcp.ledger.inspection import look
-from rhapsody_mcp.ledger.ledger import LOCK, Ledger
-from rhapsody_mcp.ledger.lock import Holder, holder, start_time
+from rhapsody_mcp.ledger.inspection import inspect_ledger
+from rhapsody_mcp.ledger.ledger import LOCK_FILE, Ledger
+from rhapsody_mcp.ledger.lock import LockHolder, process_start_time, read_holder
 from rhapsody_mcp.ledger.records import (
     Change,
     CloseSession,
@@ -48,8 +48,8 @@ from rhapsody_mcp.ledger.records import (
     UseSession,
 )
 from rhapsody_mcp.ledger.schema import STEPS, migrate
-from rhapsody_mcp.ledger.sql import run_all
-from rhapsody_mcp.ledger.store import LEDGER
+from rhapsody_mcp.ledger.sql import execute_all
+from rhapsody_mcp.ledger.store import LEDGER_FILE
 from rhapsody_mcp.model.errors import LedgerDamaged, LedgerInUse, LedgerTooNew, LedgerUnavailable
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -107,7 +107,7 @@ async def test_an_outcome_comes_back_whole(tmp_path: Path) -> None:
     )
     async with opened(tmp_path) as ledger:
         ledger.write(PutTasks((task(),)), TaskEnded("s", "task.000000", 4, outcome))
-        assert await ledger.settled(60)
+        assert await ledger.flush(60)
         (row,) = await ledger.tasks("s")
     assert (row.outcome, row.state, row.position) == (outcome, TaskState.FAILED, 4)
 
@@ -138,7 +138,7 @@ async def test_of_two_ends_of_a_task_the_first_counts(tmp_path: Path) -> None:
     late = Outcome(state=TaskState.FAILED, ended=9.0, cause=Cause.LOST)
     async with opened(tmp_path) as ledger:
         ledger.write(tasks(1), ended(0))
-        await ledger.settled(10)
+        await ledger.flush(10)
         ledger.write(TaskEnded("s", "task.000000", 7, late), TaskStarted("s", "task.000000", 8.0, 2), tasks(1))
         (row,) = await ledger.tasks("s")
     assert (row.state, row.outcome, row.position) == (TaskState.DONE, done(), 0)
@@ -162,7 +162,7 @@ async def test_a_dropped_session_leaves_nothing_and_takes_nothing_any_more(tmp_p
         assert await ledger.sessions() == [session("other")]
         assert [await ledger.tasks("s"), await ledger.functions("s"), await ledger.submissions("s")] == [[], [], []]
         assert len(await ledger.tasks("other")) == 1
-    with closing(sqlite3.connect(tmp_path / LEDGER)) as connection:
+    with closing(sqlite3.connect(tmp_path / LEDGER_FILE)) as connection:
         assert [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("starts", "ends")] == [
             0,
             0,
@@ -233,7 +233,7 @@ def copied_count(folder: Path, table: str) -> int:
     with TemporaryDirectory() as place:
         for file in folder.iterdir():
             shutil.copy(file, place)
-        with closing(sqlite3.connect(Path(place, LEDGER))) as connection:
+        with closing(sqlite3.connect(Path(place, LEDGER_FILE))) as connection:
             return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
@@ -272,7 +272,7 @@ def dumped(transactions: list[list[Change]]) -> list[str]:
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         migrate(connection, STEPS)
         for changes in transactions:
-            run_all(connection, (row for change in changes for row in change.rows()))
+            execute_all(connection, (row for change in changes for row in change.rows()))
         return list(connection.iterdump())
 
 
@@ -296,7 +296,7 @@ async def test_a_change_that_no_database_takes_is_refused_alone(
 async def test_a_record_that_cannot_be_read_spoils_no_other_and_says_so(tmp_path: Path) -> None:
     async with opened(tmp_path) as ledger:
         ledger.write(tasks(2), ended(0), ended(1))
-    with closing(sqlite3.connect(tmp_path / LEDGER)) as connection, connection:
+    with closing(sqlite3.connect(tmp_path / LEDGER_FILE)) as connection, connection:
         connection.execute("UPDATE ends SET outcome = x'81a5' WHERE uid = 'task.000000'")
     async with opened(tmp_path) as ledger:
         broken, whole = await ledger.tasks("s")
@@ -388,8 +388,8 @@ async def test_a_second_one_is_told_who_holds_it(tmp_path: Path) -> None:
 async def test_it_can_be_held_again_once_it_is_given_back(tmp_path: Path) -> None:
     for _ in range(3):
         async with opened(tmp_path):
-            assert holder(tmp_path / LOCK) is not None
-        assert holder(tmp_path / LOCK) is None
+            assert read_holder(tmp_path / LOCK_FILE) is not None
+        assert read_holder(tmp_path / LOCK_FILE) is None
 
 
 @contextmanager
@@ -402,25 +402,25 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.parametrize("left", ["a dead process", "another process of its pid", "half a word"])
 async def test_a_lock_that_was_left_is_taken_over(tmp_path: Path, left: str) -> None:
     with sleeper() as other:
-        started = start_time(other.pid)
+        started = process_start_time(other.pid)
         if left == "a dead process":
             other.kill()
             other.wait()
-        facts = Holder(socket.gethostname(), other.pid, started - (left == "another process of its pid"), 1.0)
+        facts = LockHolder(socket.gethostname(), other.pid, started - (left == "another process of its pid"), 1.0)
         text = b'{"host": "' if left == "half a word" else msgspec.json.encode(facts)
-        (tmp_path / LOCK).write_bytes(text)
+        (tmp_path / LOCK_FILE).write_bytes(text)
         async with opened(tmp_path):
-            now = holder(tmp_path / LOCK)
-    assert now is not None and now.pid == os.getpid() and now.started == start_time(os.getpid())
+            now = read_holder(tmp_path / LOCK_FILE)
+    assert now is not None and now.pid == os.getpid() and now.started == process_start_time(os.getpid())
 
 
 async def test_a_living_process_holds_it_even_where_the_file_system_knows_no_locks(tmp_path: Path) -> None:
     with sleeper() as other:
-        facts = Holder(socket.gethostname(), other.pid, start_time(other.pid), 5.0)
-        (tmp_path / LOCK).write_bytes(msgspec.json.encode(facts))
+        facts = LockHolder(socket.gethostname(), other.pid, process_start_time(other.pid), 5.0)
+        (tmp_path / LOCK_FILE).write_bytes(msgspec.json.encode(facts))
         with pytest.raises(LedgerInUse, match=f"process {other.pid}"):
             Ledger(tmp_path).open()
-    assert holder(tmp_path / LOCK) == facts
+    assert read_holder(tmp_path / LOCK_FILE) == facts
 
 
 # --- versions
@@ -436,7 +436,7 @@ async def test_an_older_version_is_taken_to_the_newest(tmp_path: Path) -> None:
     )
     async with opened(tmp_path, steps=later) as ledger:
         assert [row.state for row in await ledger.tasks("s")] == [TaskState.DONE, TaskState.WAITING]
-    with closing(sqlite3.connect(tmp_path / LEDGER)) as connection:
+    with closing(sqlite3.connect(tmp_path / LEDGER_FILE)) as connection:
         assert connection.execute("SELECT count(*) FROM later").fetchone() == (2,)
         assert connection.execute("PRAGMA user_version").fetchone() == (len(later),)
 
@@ -454,19 +454,19 @@ async def test_a_step_that_fails_leaves_the_older_version_as_it_was(tmp_path: Pa
 async def test_a_ledger_of_a_later_version_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
     async with opened(tmp_path) as ledger:
         ledger.write(PutSession(session()))
-    with closing(sqlite3.connect(tmp_path / LEDGER)) as connection:
+    with closing(sqlite3.connect(tmp_path / LEDGER_FILE)) as connection:
         connection.execute("PRAGMA user_version = 99")
-    before = (tmp_path / LEDGER).read_bytes()
+    before = (tmp_path / LEDGER_FILE).read_bytes()
     with pytest.raises(LedgerTooNew, match=r"version 99, and this one knows 1\. Nothing was changed"):
         Ledger(tmp_path).open()
-    assert (tmp_path / LEDGER).read_bytes() == before
+    assert (tmp_path / LEDGER_FILE).read_bytes() == before
 
 
 # --- damage
 
 
 def damage(folder: Path, how: str) -> None:
-    path = folder / LEDGER
+    path = folder / LEDGER_FILE
     data = path.read_bytes()
     if how == "a page":
         data = data[: 4 * 4096] + bytes(range(256)) * 16 + data[5 * 4096 :]
@@ -482,15 +482,15 @@ async def test_a_damaged_ledger_is_refused_and_stays_as_it_is(tmp_path: Path, ho
     async with opened(tmp_path) as ledger:
         ledger.write(PutSession(session()), tasks(1000), *(ended(number) for number in range(1000)))
     damage(tmp_path, how)
-    before = (tmp_path / LEDGER).read_bytes()
+    before = (tmp_path / LEDGER_FILE).read_bytes()
     for _ in range(2):
         with pytest.raises(LedgerDamaged, match=r"damaged: .* Nothing is written into it\. .*move it away: mkdir "):
             Ledger(tmp_path).open()
-    assert (tmp_path / LEDGER).read_bytes() == before
+    assert (tmp_path / LEDGER_FILE).read_bytes() == before
 
 
 async def test_a_database_of_something_else_is_no_ledger(tmp_path: Path) -> None:
-    with closing(sqlite3.connect(tmp_path / LEDGER)) as connection:
+    with closing(sqlite3.connect(tmp_path / LEDGER_FILE)) as connection:
         connection.execute("CREATE TABLE bookmarks (url TEXT)")
     with pytest.raises(LedgerDamaged, match="tables of something else"):
         Ledger(tmp_path).open()
@@ -524,20 +524,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 async def test_a_look_from_outside_counts_what_is_there_and_leaves_it_alone(tmp_path: Path) -> None:
-    assert look(tmp_path / "none").bytes == 0
+    assert inspect_ledger(tmp_path / "none").bytes == 0
     async with opened(tmp_path) as ledger:
         await ledger.commit(
             PutSession(session("a")), PutSession(session("b")), PutSession(session("c")), CloseSession("c")
         )
         before = contents(tmp_path)
-        seen = look(tmp_path)
+        seen = inspect_ledger(tmp_path)
         assert contents(tmp_path) == before
         assert (seen.sessions, seen.journal, seen.problem) == (2, "WAL", "")
         assert seen.holder is not None and seen.holder.pid == os.getpid()
         await ledger.commit(PutSession(session("d")))
-    assert look(tmp_path).holder is None and look(tmp_path).sessions == 3
-    (tmp_path / LEDGER).write_bytes(b"no database" * 100)
-    assert look(tmp_path).sessions is None and "not a database" in look(tmp_path).problem
+    assert inspect_ledger(tmp_path).holder is None and inspect_ledger(tmp_path).sessions == 3
+    (tmp_path / LEDGER_FILE).write_bytes(b"no database" * 100)
+    assert inspect_ledger(tmp_path).sessions is None and "not a database" in inspect_ledger(tmp_path).problem
 
 
 def test_errors_of_the_ledger_survive_pickling() -> None:

@@ -21,8 +21,8 @@ import pytest
 
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import PutNumber, PutSession, PutTasks, TaskEnded
-from rhapsody_mcp.ledger.store import LEDGER, Journal
-from rhapsody_mcp.ledger.writer import MOST_WAITING
+from rhapsody_mcp.ledger.store import LEDGER_FILE, Journal
+from rhapsody_mcp.ledger.writer import MAX_QUEUED
 from rhapsody_mcp.model.errors import LedgerDamaged, LedgerError, LedgerUnavailable
 from rhapsody_mcp.model.states import TaskState
 from tests.ledgers import MKFS, done, ended, file_system, session, task, tasks
@@ -78,12 +78,12 @@ async def test_on_a_full_disk_commits_are_refused_and_the_rest_is_written_once_t
         ballast = fill(small)
         ledger.write(*(ended(number, b"x" * 2000) for number in range(100)))
         with pytest.raises(LedgerUnavailable, match="the disk is full"):
-            await ledger.commit(PutNumber("withdrawn", 1), within_s=1.2)
+            await ledger.commit(PutNumber("withdrawn", 1), timeout_s=1.2)
         assert "the disk is full" in ledger.problem
         assert len(await ledger.tasks("s")) == 100  # what is there can be read
-        assert not await ledger.settled(0.1)
+        assert not await ledger.flush(0.1)
         ballast.unlink()
-        assert await ledger.settled(30)
+        assert await ledger.flush(30)
         assert not ledger.problem
         assert {row.state for row in await ledger.tasks("s")} == {TaskState.DONE}
         assert await ledger.number("withdrawn") == 0
@@ -110,7 +110,7 @@ async def test_while_a_disk_fills_and_empties_what_was_refused_is_not_there_and_
         for number in range(lane, 1000, 20):
             try:
                 new = PutTasks((task(number, recipe=b"x" * 200),)), ended(number)
-                await ledger.commit(*new, within_s=chance.choice((0.0, 0.002, 0.05, 0.3)))
+                await ledger.commit(*new, timeout_s=chance.choice((0.0, 0.002, 0.05, 0.3)))
                 taken.add(number)
             except LedgerUnavailable:
                 refused.add(number)
@@ -128,7 +128,7 @@ async def test_while_a_disk_fills_and_empties_what_was_refused_is_not_there_and_
         await asyncio.gather(*(submit(lane) for lane in range(20)))
         filling.cancel()
         (roomy / "ballast").unlink(missing_ok=True)
-        assert await ledger.settled(30)
+        assert await ledger.flush(30)
     async with opened(roomy / "state", journal) as ledger:
         assert {row.number for row in await ledger.tasks("s")} == taken
         assert len(taken) > 100 and len(refused) > 100
@@ -139,7 +139,7 @@ async def test_a_log_that_takes_all_the_room_is_brought_into_the_ledger(small: P
     async with opened(small / "state") as ledger:
         for _ in range(200):
             await ledger.commit(PutTasks((task(recipe=b"x" * 30_000),)))
-    assert (small / "state" / LEDGER).stat().st_size < 200_000
+    assert (small / "state" / LEDGER_FILE).stat().st_size < 200_000
 
 
 async def test_where_there_is_no_room_for_a_ledger_it_is_not_opened(small: Path) -> None:
@@ -170,14 +170,14 @@ async def test_too_long_a_backlog_refuses_commits_at_once(small: Path) -> None:
         ballast = fill(small)
         ledger.write(PutTasks((task(1, recipe=b"x" * 100_000),)))
         await wait_until(lambda: bool(ledger.problem))
-        for number in range(MOST_WAITING):
+        for number in range(MAX_QUEUED):
             ledger.write(PutNumber("n", number))
         async with asyncio.timeout(60):
             with pytest.raises(LedgerUnavailable, match="the disk is full"):
-                await ledger.commit(PutNumber("refused", 1), within_s=3600)
+                await ledger.commit(PutNumber("refused", 1), timeout_s=3600)
         ballast.unlink()
-        assert await ledger.settled(60)
-        assert (await ledger.number("n"), await ledger.number("refused")) == (MOST_WAITING - 1, 0)
+        assert await ledger.flush(60)
+        assert (await ledger.number("n"), await ledger.number("refused")) == (MAX_QUEUED - 1, 0)
 
 
 async def test_a_result_whose_file_cannot_be_seen_to_the_disk_is_not_recorded_until_it_is_there(
@@ -200,7 +200,7 @@ async def test_a_result_whose_file_cannot_be_seen_to_the_disk_is_not_recorded_un
             await ledger.commit(PutNumber("meanwhile", 1))
             assert [row.state for row in await ledger.tasks("s")] == [TaskState.WAITING]
             ballast.unlink()
-            assert await ledger.settled(30) and not ledger.problem
+            assert await ledger.flush(30) and not ledger.problem
             assert [row.state for row in await ledger.tasks("s")] == [TaskState.DONE]
         with file_system(thin, "-o", "loop", kind="ext4", what=str(image)):  # what is there after a power cut
             assert (thin / "value").read_bytes() == result and sorted(os.listdir(thin)) == ["lost+found", "value"]
@@ -224,13 +224,13 @@ async def test_a_ledger_on_a_read_only_disk_is_not_opened(tmp_path: Path) -> Non
 async def test_what_is_written_into_a_deleted_file_is_not_taken_for_written(tmp_path: Path, journal: Journal) -> None:
     async with opened(tmp_path, journal) as ledger:
         await ledger.commit(PutNumber("n", 1))
-        (tmp_path / LEDGER).rename(tmp_path / "away")
+        (tmp_path / LEDGER_FILE).rename(tmp_path / "away")
         with pytest.raises(LedgerUnavailable, match="its file is gone"):
-            await ledger.commit(PutNumber("n", 2), within_s=0.2)
-        (tmp_path / LEDGER).touch()
+            await ledger.commit(PutNumber("n", 2), timeout_s=0.2)
+        (tmp_path / LEDGER_FILE).touch()
         with pytest.raises(LedgerUnavailable, match="another file has taken its place"):
-            await ledger.commit(PutNumber("n", 3), within_s=0.8)
-        (tmp_path / "away").replace(tmp_path / LEDGER)
+            await ledger.commit(PutNumber("n", 3), timeout_s=0.8)
+        (tmp_path / "away").replace(tmp_path / LEDGER_FILE)
         await ledger.commit(PutNumber("n", 4))
         assert await ledger.number("n") == 4
 
@@ -255,7 +255,7 @@ async def main():
     ledger = Ledger(pathlib.Path(sys.argv[1]), journal="TRUNCATE")
     ledger.open()
     await ledger.commit(PutNumber("opened", await ledger.number("opened") + 1))
-    print(await ledger.number("opened"), ledger._lock.known, flush=True)
+    print(await ledger.number("opened"), ledger._lock.is_supported, flush=True)
     input()
 
 asyncio.run(main())
@@ -292,7 +292,7 @@ input()
 async def test_a_ledger_that_another_program_reads_is_left_to_it(tmp_path: Path) -> None:
     async with opened(tmp_path):
         pass
-    command = (sys.executable, "-c", READER, str(tmp_path / LEDGER))
+    command = (sys.executable, "-c", READER, str(tmp_path / LEDGER_FILE))
     reader = await asyncio.create_subprocess_exec(*command, stdin=-1, stdout=-1)
     assert reader.stdout is not None and await reader.stdout.readline() == b"reads\n"
     with pytest.raises(LedgerUnavailable, match="another program has it open"):
@@ -323,14 +323,14 @@ async def test_damage_that_is_found_later_stops_all_writing_and_is_told(
             PutSession(session()), PutTasks(tuple(task(number, recipe=b"x" * 5000) for number in range(1000)))
         )
     async with opened(tmp_path, journal) as ledger:
-        overwrite(tmp_path / LEDGER)
+        overwrite(tmp_path / LEDGER_FILE)
         with pytest.raises(LedgerDamaged):
             await (ledger.tasks("s") if found == "by a read" else ledger.commit(tasks(1000)))
         assert "damaged" in ledger.problem
         ledger.write(ended(1))
         with pytest.raises(LedgerDamaged, match="mv "):
             await ledger.commit(PutNumber("n", 1))
-        assert not await ledger.settled(1)
+        assert not await ledger.flush(1)
     with pytest.raises(LedgerDamaged):
         Ledger(tmp_path).open()
 
@@ -459,21 +459,21 @@ os._exit(0)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in (LEDGER, f"{LEDGER}-wal")}
+    return {name: (folder / name).read_bytes() for name in (LEDGER_FILE, f"{LEDGER_FILE}-wal")}
 
 
 async def test_a_ledger_of_a_later_version_stays_as_a_crash_left_it(tmp_path: Path) -> None:
     """With changes that are in its write-ahead log alone."""
     await written_until_killed(tmp_path, "WAL", lines=20)
-    subprocess.run([sys.executable, "-c", LATER, tmp_path / LEDGER], check=True)  # noqa: ASYNC221
+    subprocess.run([sys.executable, "-c", LATER, tmp_path / LEDGER_FILE], check=True)  # noqa: ASYNC221
     before = contents(tmp_path)
     with pytest.raises(LedgerError, match="version 9"):
         Ledger(tmp_path).open()
-    assert contents(tmp_path) == before and before[f"{LEDGER}-wal"]
+    assert contents(tmp_path) == before and before[f"{LEDGER_FILE}-wal"]
 
 
 async def test_what_a_kill_left_beside_it_is_gone_once_it_was_opened_and_closed(tmp_path: Path) -> None:
     await written_until_killed(tmp_path, "WAL", lines=20)
     async with opened(tmp_path):
         pass
-    assert sorted(os.listdir(tmp_path)) == [LEDGER, "lock"]
+    assert sorted(os.listdir(tmp_path)) == [LEDGER_FILE, "lock"]

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from rhapsody_mcp.machine import Part, look
+from rhapsody_mcp.machine import Dependency, inspect_machine
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest
 from rhapsody_mcp.runtime import backend_factory
 from rhapsody_mcp.runtime.backend_factory import Wanted, open_backends
@@ -20,10 +20,13 @@ URL = "http://127.0.0.1:8000/v1"
 def on_machine(
     monkeypatch: pytest.MonkeyPatch, *, dragon: str = "", vllm: str = "", gpus: tuple[str, ...] | None = None
 ) -> None:
-    parts = {"dragon": Part("Dragon", dragon, "pip install dragon"), "vllm": Part("vLLM", vllm, "pip install vllm")}
-    here = look()
+    parts = {
+        "dragon": Dependency("Dragon", dragon, "pip install dragon"),
+        "vllm": Dependency("vLLM", vllm, "pip install vllm"),
+    }
+    here = inspect_machine()
     machine = msgspec.structs.replace(here, gpus=here.gpus if gpus is None else gpus, **parts)
-    monkeypatch.setattr(backend_factory, "look", lambda: machine)
+    monkeypatch.setattr(backend_factory, "inspect_machine", lambda: machine)
 
 
 def names(wanted: Wanted) -> list[str]:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from rhapsody_mcp.model.errors import UnknownName
 from rhapsody_mcp.model.outcome import Outcome, Usage
-from rhapsody_mcp.model.percentiles import Numbers, spread
+from rhapsody_mcp.model.percentiles import Distribution, spread_of
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.model.statistics import Row, Statistics, Tally
+from rhapsody_mcp.model.statistics import Statistics, Tally
+from rhapsody_mcp.model.task_totals import Row
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.runtime.tasks import ComputeTask
 
@@ -256,11 +257,11 @@ def test_the_steps_of_a_path_add_up_and_do_not_exceed_the_makespan(
 
 @given(st.lists(st.lists(st.floats(-1e6, 1e6), max_size=40), max_size=12), st.integers(1, 3))
 def test_percentiles_of_many_batches_are_those_of_all_their_numbers(batches: list[list[float]], parts: int) -> None:
-    kept = [Numbers() for _ in range(parts)]
+    kept = [Distribution() for _ in range(parts)]
     for number, batch in enumerate(batches):
         kept[number % parts].add(batch)
     ordered = sorted(one for batch in batches for one in batch) or [0.0]
-    told = spread(kept)
+    told = spread_of(kept)
     for percent, value in ((50, told["p50"]), (95, told["p95"]), (99, told["p99"]), (100, told["max"])):
         assert value == ordered[math.ceil(percent * len(ordered) / 100) - 1]
     assert told["mean"] == pytest.approx(sum(ordered) / len(ordered), abs=1e-6)

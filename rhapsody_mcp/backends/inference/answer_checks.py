@@ -12,7 +12,7 @@ from typing import BinaryIO
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.json_schemas import Unfit, read_answer
+from rhapsody_mcp.model.json_schemas import SchemaMismatch, read_answer
 
 __all__ = ["AnswerChecks", "Misfit"]
 
@@ -102,7 +102,7 @@ def _first_misfit(question: _Asked) -> Misfit | None:
         signal.setitimer(signal.ITIMER_PROF, _MOST_CPU_S)
         try:
             read_answer(text, question.schema)
-        except Unfit as unfit:
+        except SchemaMismatch as unfit:
             return Misfit(index, str(unfit))
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)

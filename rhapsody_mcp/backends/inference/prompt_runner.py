@@ -17,12 +17,13 @@ from rhapsody_mcp.backends.inference.batching import Dispatcher, Limits, Prompt
 from rhapsody_mcp.backends.inference.openai_client import Answer, ChatServer, Conversation, Lost, Refused, Written
 from rhapsody_mcp.engine.task.function_call import encode
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName
-from rhapsody_mcp.model.json_schemas import Unfit
+from rhapsody_mcp.model.json_pointer import resolve_pointer
+from rhapsody_mcp.model.json_schemas import SchemaMismatch
 from rhapsody_mcp.model.outcome import Outcome, Usage
-from rhapsody_mcp.model.sampling import SAMPLING, checked, refuse_message
+from rhapsody_mcp.model.sampling import SAMPLING, check_message, check_parameter
 from rhapsody_mcp.model.specs import Completion, Content, Message, Order, TaskSpec, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, Reader, Ref, Value, follow
+from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, Reader, Ref, Value
 
 __all__ = ["Completions", "Defaults", "check_prompts"]
 
@@ -163,7 +164,7 @@ class _Job:
         value = self._value_of(message)
         found = value if isinstance(value, list | tuple) else [value]
         for one in found:
-            refuse_message(one)
+            check_message(one)
         return [{"role": one["role"], "content": _as_text(one["content"])} for one in found]
 
     def _contents(self) -> Iterator[Content]:
@@ -189,7 +190,7 @@ class _Job:
         if ref.uid not in self.values:
             self.values[ref.uid] = _value(ref.uid, self.order.bindings, self.read)
         try:
-            return follow(self.values[ref.uid], ref.path)
+            return resolve_pointer(self.values[ref.uid], ref.path)
         except InvalidTask as error:
             raise InvalidTask(f"of the result of {ref.uid}, {error}") from error
 
@@ -229,7 +230,7 @@ class _Job:
                 value = await asyncio.to_thread(self._value, answers, many)
             else:
                 value = self._value(answers, many)
-        except Unfit as unfit:
+        except SchemaMismatch as unfit:
             return self.failed(Cause.ERROR, str(unfit), usage)
         cut = sum(one.cut for one in written)
         told = f"{cut} of {len(written)} answers were cut off at max_tokens or the model's length" if cut else ""
@@ -249,21 +250,21 @@ class _Job:
         if self.work.logprobs is None:
             return written.text
         if written.logprobs is None:
-            raise Unfit("the server gave no logprobs; leave them out, or ask another server")
+            raise SchemaMismatch("the server gave no logprobs; leave them out, or ask another server")
         return {"text": written.text, "logprobs": msgspec.to_builtins(written.logprobs)}
 
     async def _check(self, answers: list[Answer]) -> None:
-        """Raises Unfit for the first that was cut or does not fit the schema."""
+        """Raises SchemaMismatch for the first that was cut or does not fit the schema."""
         if not isinstance(schema := self.work.json_schema, bytes):
             return
         written = [one for answer in answers for one in answer.written]
         cut = next((index for index, one in enumerate(written) if one.cut), None)
         if cut is not None:
             said = f"was cut at {self._most_tokens()} before its object was whole. {_ON_CUT}"
-            raise Unfit(f"{_which(cut, answers)} {said}")
+            raise SchemaMismatch(f"{_which(cut, answers)} {said}")
         misfit = await self.checks.first_misfit(schema, [one.text for one in written])
         if misfit is not None:
-            raise Unfit(f"{_which(misfit.index, answers)} {misfit.problem}")
+            raise SchemaMismatch(f"{_which(misfit.index, answers)} {misfit.problem}")
 
     def _most_tokens(self) -> str:
         most = _parameters(self.work, self.defaults).get("max_tokens")
@@ -331,7 +332,7 @@ def _with_values(work: Completion, value_of: Callable[[Ref], Any]) -> Completion
     asked = given.get("max_tokens")
     if work.most_tokens is not None and isinstance(asked, int) and asked > work.most_tokens:
         raise InvalidTask(f"max_tokens is {asked}; the most here is {work.most_tokens} (setting max_answer_tokens).")
-    return msgspec.structs.replace(work, **{field: checked(field, value) for field, value in given.items()})
+    return msgspec.structs.replace(work, **{field: check_parameter(field, value) for field, value in given.items()})
 
 
 def _value(uid: str, bindings: Mapping[str, Value], read: Reader) -> Any:

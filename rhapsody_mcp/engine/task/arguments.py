@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.specs import Command, Content, parts_of
-from rhapsody_mcp.model.values import NOTHING, Reader, Ref, Value, follow
+from rhapsody_mcp.model.values import NOTHING, Reader, Ref, Value
 
 __all__ = ["arguments_of"]
 
@@ -31,7 +32,7 @@ def _text(argument: str | Ref, bindings: Mapping[str, Value], read: Reader) -> s
     if isinstance(argument, str):
         return argument
     bound = bindings[argument.uid]
-    value = None if bound == NOTHING else follow(read(bound), argument.path)
+    value = None if bound == NOTHING else resolve_pointer(read(bound), argument.path)
     if isinstance(value, bytes):
         return os.fsdecode(value)
     if isinstance(value, str):

@@ -27,9 +27,10 @@ from rhapsody_mcp.engine.task.error_text import Interrupted, line_in, sendable, 
 from rhapsody_mcp.engine.task.inspection import plain_text, type_name
 from rhapsody_mcp.engine.task.output import end_part, open_part, write_file
 from rhapsody_mcp.model.errors import InvalidTask, nearest
+from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.specs import Call, Caps
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PLAIN, PREVIEW_CHARS, Value, follow, load
+from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PLAIN, PREVIEW_CHARS, Value, load
 
 __all__ = ["can_start_threads", "encode", "perform"]
 
@@ -237,7 +238,7 @@ class _Unpickler(pickle.Unpickler):
             return None
         if uid not in self._values:
             self._values[uid] = load(self._bindings[uid])
-        return follow(self._values[uid], path)
+        return resolve_pointer(self._values[uid], path)
 
 
 # --- the result

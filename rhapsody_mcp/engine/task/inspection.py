@@ -16,7 +16,8 @@ import msgspec
 from rhapsody_mcp.engine.isolation.sources import MODULE_PREFIX
 from rhapsody_mcp.engine.task.error_text import Interrupted, bounded, sendable
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
-from rhapsody_mcp.model.values import Value, keys_text, load, pointer_steps
+from rhapsody_mcp.model.json_pointer import describe_keys, split_pointer
+from rhapsody_mcp.model.values import Value, load
 
 __all__ = ["View", "as_list", "plain_text", "type_name", "view"]
 
@@ -61,7 +62,7 @@ def plain_text(value: Any, max_bytes: int) -> str:
 
 
 def _follow(value: Any, path: str) -> Any:
-    for step in pointer_steps(path):
+    for step in split_pointer(path):
         parts = _parts(value)
         try:
             if isinstance(parts, Mapping):
@@ -75,7 +76,7 @@ def _follow(value: Any, path: str) -> Any:
 
 def _there(parts: Any, step: str) -> str:
     if isinstance(parts, Mapping):
-        return keys_text(step, parts)
+        return describe_keys(step, parts)
     return f"a list of length {_length(parts)}" if _length(parts) is not None else f"a {type(parts).__name__}"
 
 

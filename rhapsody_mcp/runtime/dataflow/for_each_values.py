@@ -13,9 +13,10 @@ from typing import Any
 
 from rhapsody_mcp.engine.task.output import write_pieces
 from rhapsody_mcp.model.errors import InvalidTask, LimitExceeded
+from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, follow, load_json
+from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, load_json
 from rhapsody_mcp.runtime.tasks import ForEach, Part, Task, name_of
 
 __all__ = ["items_again", "join", "outcome_of", "read_items"]
@@ -56,7 +57,7 @@ def items_again(source: Part, count: int) -> Sequence[Any]:
 
 
 def _read(value: Value, path: str) -> Any:
-    return follow(load_json(value), path)
+    return resolve_pointer(load_json(value), path)
 
 
 async def join(values: Sequence[Value | None], folder: Path, most: int | None = None) -> Value:

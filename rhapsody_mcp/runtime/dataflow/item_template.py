@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.values import follow
+from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.runtime.tasks import Part, Task, Text
 
 __all__ = ["as_text", "holds_item", "with_item"]
@@ -95,4 +95,4 @@ def _part(item: Any, path: str) -> Any:
         return item
     if isinstance(item, Task):
         return Part(item, path)
-    return Part(item.task, item.path + path) if isinstance(item, Part) else follow(item, path)
+    return Part(item.task, item.path + path) if isinstance(item, Part) else resolve_pointer(item, path)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rhapsody_mcp.model.errors import InvalidTask, nearest
+from rhapsody_mcp.model.json_pointer import resolve_pointer, split_pointer
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.model.values import follow, load_json, pointer_steps
+from rhapsody_mcp.model.values import load_json
 from rhapsody_mcp.runtime.tasks import Part, Task, Text
 
 __all__ = ["is_literal", "is_reference", "names_in", "renamed", "resolve", "with_parts"]
@@ -119,7 +120,7 @@ def _checked(reference: Mapping[str, Any]) -> Mapping[str, Any]:
             f"{dict(reference)} is no reference: ref is a task's name, as in {{'ref': 'train'}}, and path a JSON "
             "Pointer, as in '/0/label'. Write {'literal': ...} around a dict that is data."
         )
-    pointer_steps(reference.get("path") or "")
+    split_pointer(reference.get("path") or "")
     return reference
 
 
@@ -127,7 +128,7 @@ def _part(task: Task, path: str) -> Part:
     value = task.outcome.value if task.outcome and task.state is TaskState.DONE else None
     if value is not None and value.data is not None and value.format == "json":
         try:
-            follow(load_json(value), path)
+            resolve_pointer(load_json(value), path)
         except InvalidTask as error:
             raise InvalidTask(f"of the result of {task.name or task.uid}, {error}") from error
     return Part(task, path)

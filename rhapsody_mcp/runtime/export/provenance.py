@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.backends.base import Backend
-from rhapsody_mcp.machine import look
+from rhapsody_mcp.machine import inspect_machine
 from rhapsody_mcp.model.sampling import SAMPLING
 from rhapsody_mcp.model.values import Value
 from rhapsody_mcp.runtime.export.script import draws_by_chance, plain_url
@@ -34,7 +34,7 @@ def describe_origin(id: str, tasks: Sequence[Task], backends: Sequence[Backend])
         "written": _time(datetime.now(UTC).timestamp()),
         "versions": {"python": platform.python_version()}
         | {name: found for name in _PACKAGES if (found := _version(name))},
-        "machine": msgspec.to_builtins(look()),
+        "machine": msgspec.to_builtins(inspect_machine()),
         "backends": [_backend(backend) for backend in backends],
         "tasks": [_task(task) for task in every],
     }

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
-from rhapsody_mcp.model.sampling import MOST_ANSWERS, MOST_LOGPROBS, SAMPLING
+from rhapsody_mcp.model.sampling import MAX_ANSWERS, MAX_LOGPROBS, SAMPLING
 from rhapsody_mcp.runtime.dataflow.references import names_in, with_parts
 from rhapsody_mcp.runtime.requests.field_types import CHOICES, Name
 
@@ -120,11 +120,11 @@ class TaskRequest(_Closed):
         OrStandIn[Annotated[int, Field(ge=0), _NUMBER]] | None, Field(description="Repeats its answer.")
     ] = None
     n: Annotated[
-        OrStandIn[Annotated[int, Field(ge=1, le=MOST_ANSWERS), _NUMBER]] | None,
+        OrStandIn[Annotated[int, Field(ge=1, le=MAX_ANSWERS), _NUMBER]] | None,
         Field(description="Answers to each prompt, as a list."),
     ] = None
     logprobs: Annotated[
-        OrStandIn[Annotated[int, Field(ge=0, le=MOST_LOGPROBS), _NUMBER]] | None,
+        OrStandIn[Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _NUMBER]] | None,
         Field(description="Tokens too, with so many likely ones each."),
     ] = None
     stop_sequences: Annotated[OrStandIn[list[str]] | None, Field(description="Texts that end an answer.")] = None

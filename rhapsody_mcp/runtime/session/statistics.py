@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rhapsody_mcp.backends.base import Backend
-from rhapsody_mcp.model.statistics import Row, Statistics, Tally
+from rhapsody_mcp.model.statistics import Statistics, Tally
+from rhapsody_mcp.model.task_totals import Row
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, is_hidden, kind_of, leaves, name_of
 
 __all__ = ["Account"]

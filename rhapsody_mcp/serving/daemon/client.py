@@ -1,4 +1,4 @@
-"""Finds the service of this user, starts it where there is none, and says who calls."""
+"""Connects to the user's service, and starts one where none runs."""
 
 from __future__ import annotations
 
@@ -12,141 +12,149 @@ from typing import Any
 
 import rhapsody_mcp
 from rhapsody_mcp.model.errors import RhapsodyError
-from rhapsody_mcp.serving.daemon.connection import PATIENCE_S, Line, ServiceHangs, ServiceUnavailable
-from rhapsody_mcp.serving.daemon.spawn import StartCutOff, start_service
-from rhapsody_mcp.serving.paths import Places
-from rhapsody_mcp.serving.peer_credentials import credentials
+from rhapsody_mcp.serving.daemon.connection import (
+    STARTUP_TIMEOUT_S,
+    ServiceConnection,
+    ServiceHangs,
+    ServiceUnavailable,
+)
+from rhapsody_mcp.serving.daemon.spawn import ServiceDied, start_service
+from rhapsody_mcp.serving.paths import ServicePaths
+from rhapsody_mcp.serving.peer_credentials import peer_pid_and_uid
 
-__all__ = ["Caller"]
+__all__ = ["ServiceClient"]
 
-_AGAIN_S = 0.05
-_STARTS = 3
-_ORDERED_S, _CLIENT_S = 5.0, 10.0
-"""How long a service that works may take for its first answer, to a person's order and to a client."""
+_RETRY_S = 0.05
+_MAX_STARTS = 3
+_COMMAND_TIMEOUT_S, _CLIENT_TIMEOUT_S = 5.0, 10.0
+"""How long a running service may take for its first reply, to a command of a person and to an MCP client."""
 
 
 @dataclass(frozen=True)
-class Caller:
-    """Who calls the service. `config` are the settings for one that must be started; `client` is as in Line."""
+class ServiceClient:
+    """Makes connections to the service at `paths`. `config` is the settings file of a service that must be started;
+    `client_fd` is as in ServiceConnection."""
 
-    places: Places
+    paths: ServicePaths
     config: Path | None = None
-    client: int | None = None
+    client_fd: int | None = None
 
-    def join(self, **wanted: Any) -> tuple[Line, dict[str, Any]]:
-        """A line to a service of this version, started where none runs, and its answer to `wanted`.
+    def connect(self, **hello: Any) -> tuple[ServiceConnection, dict[str, Any]]:
+        """A connection to a service of this version, started where none runs, and its reply to `hello`.
 
-        Raises ServiceHangs, ServiceUnavailable, and RhapsodyError in the words of a service that refuses.
+        Raises ServiceHangs, ServiceUnavailable, and RhapsodyError with the service's own words where it refuses.
         """
-        until, starts = time.monotonic() + PATIENCE_S, _STARTS
-        while time.monotonic() < until:
-            line = self._reach()
-            if line is None:
+        deadline, starts_left = time.monotonic() + STARTUP_TIMEOUT_S, _MAX_STARTS
+        while time.monotonic() < deadline:
+            connection = self._connect()
+            if connection is None:
                 try:
-                    if not start_service(self.places, self.config, self.client):
-                        time.sleep(_AGAIN_S)  # the other has not opened its socket yet, or has closed it already
-                except StartCutOff:
-                    if not (starts := starts - 1):
+                    if not start_service(self.paths, self.config, self.client_fd):
+                        time.sleep(_RETRY_S)  # another service has the lock, but its socket is not open
+                except ServiceDied:
+                    if not (starts_left := starts_left - 1):
                         raise
                 continue
-            answer = self._greet(line, wanted)
-            if answer is None or "ending" in answer:
-                line.wait_for_end(until - time.monotonic())
-            elif answer["rhapsody"] != rhapsody_mcp.__version__:
-                line.socket.close()
-                self._end_earlier(answer["rhapsody"])
+            reply = self._handshake(connection, hello)
+            if reply is None or "ending" in reply:
+                connection.wait_for_close(deadline - time.monotonic())
+            elif reply["rhapsody"] != rhapsody_mcp.__version__:
+                connection.socket.close()
+                self._stop_older(reply["rhapsody"])
             else:
-                _check(answer)
-                return line, answer
-        raise ServiceUnavailable(f"the service is not there after {PATIENCE_S:.0f} s. Its log is {self.places.log}.")
+                _raise_error(reply)
+                return connection, reply
+        raise ServiceUnavailable(
+            f"the service is not there after {STARTUP_TIMEOUT_S:.0f} s. Its log is {self.paths.log}."
+        )
 
-    def order(self) -> Line | None:
-        """A line for orders to the service that runs, of whatever version; None where none does. Raises ServiceHangs,
-        and as `join`."""
-        line = self._reach()
-        if line is None or (answer := self._greet(line, {"as": "control"})) is None:
+    def connect_control(self) -> ServiceConnection | None:
+        """A control connection to the running service of any version; None where none runs. Raises as `connect`."""
+        connection = self._connect()
+        if connection is None or (reply := self._handshake(connection, {"as": "control"})) is None:
             return None
-        _check(answer)
-        if "ending" in answer:
-            line.wait_for_end()
-            return self.order()
-        return line
+        _raise_error(reply)
+        if "ending" in reply:
+            connection.wait_for_close()
+            return self.connect_control()
+        return connection
 
-    def _reach(self) -> Line | None:
-        """Raises InvalidSettings where what is at the socket's place could be another user's."""
-        self.places.check()
-        opened = socket.socket(socket.AF_UNIX)
+    def _connect(self) -> ServiceConnection | None:
+        """None where no service listens. Raises InvalidSettings where the socket could be another user's."""
+        self.paths.check()
+        unconnected = socket.socket(socket.AF_UNIX)
         try:
-            opened.connect(str(self.places.socket))
+            unconnected.connect(str(self.paths.socket))
         except OSError as error:
-            opened.close()
+            unconnected.close()
             if isinstance(error, FileNotFoundError | ConnectionRefusedError):
                 return None
-            raise ServiceUnavailable(f"{self.places.socket} cannot be reached: {error.strerror}.") from error
-        return Line(opened, self.client)
+            raise ServiceUnavailable(f"{self.paths.socket} cannot be reached: {error.strerror}.") from error
+        return ServiceConnection(unconnected, self.client_fd)
 
-    def _greet(self, line: Line, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The answer to a hello, which a service that works gives at once; one that starts or ends is waited for."""
-        patience_s = _ORDERED_S if self.client is None else _CLIENT_S
-        until = time.monotonic() + PATIENCE_S
-        line.tell(self._hello(wanted))
+    def _handshake(self, connection: ServiceConnection, hello: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The reply to a hello. A running service replies at once; one that starts or ends is waited for."""
+        timeout_s = _COMMAND_TIMEOUT_S if self.client_fd is None else _CLIENT_TIMEOUT_S
+        deadline = time.monotonic() + STARTUP_TIMEOUT_S
+        connection.send({**self._common_fields(), **hello})
         while True:
-            served = self.places.serves
+            answered_at_once = self.paths.answers_at_once
             try:
-                return line.hear(patience_s)
+                return connection.receive(timeout_s)
             except ServiceUnavailable as error:
-                if served and self.places.serves:
-                    raise self._hanging(line, patience_s) from error
-                if time.monotonic() > until:
+                if answered_at_once and self.paths.answers_at_once:
+                    raise self._hanging(connection, timeout_s) from error
+                if time.monotonic() > deadline:
                     raise
 
-    def _hanging(self, line: Line, patience_s: float) -> ServiceHangs:
-        pid = credentials(line.socket)[0] or None
+    def _hanging(self, connection: ServiceConnection, timeout_s: float) -> ServiceHangs:
+        pid = peer_pid_and_uid(connection.socket)[0] or None
         process = f" (process {pid})" if pid else ""
         return ServiceHangs(
-            line,
+            connection,
             pid,
-            f"a service runs{process}, but it has not answered within {patience_s:.0f} s: it hangs, or somebody has "
-            f"stopped it (kill -STOP). Its log is {self.places.log}. Try again later. If it stays so, end it: "
-            f"rhapsody-mcp service stop --force{self.places.option}; what runs is lost then, and all else is kept.",
+            f"a service runs{process}, but it has not answered within {timeout_s:.0f} s: it hangs, or somebody has "
+            f"stopped it (kill -STOP). Its log is {self.paths.log}. Try again later. If it stays so, end it: "
+            f"rhapsody-mcp service stop --force{self.paths.command_option}; what runs is lost then, and all else is "
+            "kept.",
         )
 
-    def _hello(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    def _common_fields(self) -> dict[str, Any]:
         config = str(self.config.absolute()) if self.config else None
-        return {"rhapsody": rhapsody_mcp.__version__, "config": config, "cwd": _here(), **wanted}
+        return {"rhapsody": rhapsody_mcp.__version__, "config": config, "cwd": _current_folder()}
 
-    def _end_earlier(self, version: str) -> None:
-        """End a service of an earlier version that nobody uses, so that one of this version is started.
+    def _stop_older(self, version: str) -> None:
+        """Stop an unused service of an older version, so that one of this version can start.
 
-        Raises ServiceUnavailable where it is used, or later than this one.
+        Raises ServiceUnavailable where the service is in use, or newer than this version.
         """
-        here = rhapsody_mcp.__version__
+        own_version = rhapsody_mcp.__version__
         reason = "Use that version here too."
-        if _ordered(version) <= _ordered(here):
-            if (line := self.order()) is None:
+        if _version_numbers(version) <= _version_numbers(own_version):
+            if (connection := self.connect_control()) is None:
                 return
-            told = line.ask({"do": "stop", "if_idle": True}) or {}
-            if "refused" not in told:
-                line.wait_for_end()
+            reply = connection.request({"do": "stop", "if_idle": True}) or {}
+            if "refused" not in reply:
+                connection.wait_for_close()
                 return
-            reason = told["refused"]
+            reason = reply["refused"]
         raise ServiceUnavailable(
-            f"the service that runs here is version {version}, and this is version {here}. {reason} To change "
-            f"to version {here}: rhapsody-mcp service stop{self.places.option}, then connect again."
+            f"the service that runs here is version {version}, and this is version {own_version}. {reason} To change "
+            f"to version {own_version}: rhapsody-mcp service stop{self.paths.command_option}, then connect again."
         )
 
 
-def _check(answer: Mapping[str, Any]) -> None:
-    if "error" in answer:
-        raise RhapsodyError(answer["error"])
+def _raise_error(reply: Mapping[str, Any]) -> None:
+    if "error" in reply:
+        raise RhapsodyError(reply["error"])
 
 
-def _here() -> str:
+def _current_folder() -> str:
     try:
         return os.getcwd()
-    except OSError:  # it was removed
+    except OSError:  # the folder was removed
         return ""
 
 
-def _ordered(version: str) -> list[int]:
+def _version_numbers(version: str) -> list[int]:
     return [int(part) for part in version.split(".") if part.isdecimal()]

@@ -1,4 +1,4 @@
-"""A connection to the service, on which a message is a line of JSON until the protocol begins."""
+"""A client's connection to the service. Until MCP begins, each message is a line of JSON."""
 
 from __future__ import annotations
 
@@ -16,99 +16,104 @@ from typing import Any
 
 from rhapsody_mcp.model.errors import BackendUnavailable
 
-__all__ = ["PATIENCE_S", "ClientLeft", "Line", "ServiceHangs", "ServiceUnavailable", "has_left", "is_readable"]
+__all__ = [
+    *("HANGUP", "STARTUP_TIMEOUT_S", "ClientLeft", "ServiceConnection", "ServiceHangs", "ServiceUnavailable"),
+    *("is_readable",),
+]
 
-# Neither mcp, pydantic nor asyncio is imported here: whoever starts a client waits for it.
+# Imports neither mcp, pydantic nor asyncio: their import would delay the start of every client.
 
-PATIENCE_S = 45.0
-"""How long a service may take to be ready; MCP clients wait about 60 s for a first answer."""
+STARTUP_TIMEOUT_S = 45.0
+"""How long a service may take to be ready; MCP clients wait about 60 s for the first reply."""
 HANGUP = getattr(select, "POLLRDHUP", 0)
-_LONGEST_LINE = 1 << 20
+_MAX_LINE_BYTES = 1 << 20
 
 
 class ServiceUnavailable(BackendUnavailable):
-    """The service cannot be started or reached, or is of another version."""
+    """The service cannot be started or reached, or has another version."""
 
 
 class ServiceHangs(ServiceUnavailable):
-    """The service does not answer, though it neither starts nor ends. `line` leads to it; `pid` is None where the
-    system does not tell it."""
+    """The service neither starts nor ends, and does not answer on `connection`. `pid` is None if the system does not
+    give it."""
 
-    def __init__(self, line: Line, pid: int | None, words: str) -> None:
-        super().__init__(words)
-        self.line, self.pid = line, pid
+    def __init__(self, connection: ServiceConnection, pid: int | None, message: str) -> None:
+        super().__init__(message)
+        self.connection, self.pid = connection, pid
 
 
 class ClientLeft(Exception):
-    """The client on whose behalf this is done has closed its end, and nothing that it sent is left."""
+    """The MCP client on stdin has closed its end, and all that it sent has been read."""
 
 
-class Line:
-    """`client` is a descriptor; what is waited for is given up, with ClientLeft, when its other end is closed."""
+class ServiceConnection:
+    """With `client_fd`, a descriptor, every wait ends with ClientLeft when the client closes its end of it."""
 
-    def __init__(self, opened: socket.socket, client: int | None) -> None:
-        self.socket = opened
-        self._client = client
-        self._heard = b""
+    def __init__(self, connected: socket.socket, client_fd: int | None) -> None:
+        self.socket = connected
+        self._client_fd = client_fd
+        self._buffer = b""
 
-    def ask(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The answer; None where the service ended instead. Raises ServiceUnavailable where none comes."""
-        self.tell(message)
-        return self.hear()
+    def request(self, message: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Send the message and return the reply, or None if the service closed the connection. Raises
+        ServiceUnavailable if no reply comes."""
+        self.send(message)
+        return self.receive()
 
-    def tell(self, message: Mapping[str, Any]) -> None:
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Does nothing if the service has closed the connection: `receive` tells."""
         with suppress(ConnectionError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def hear(self, within_s: float = PATIENCE_S) -> dict[str, Any] | None:
-        """As `ask`."""
-        until = time.monotonic() + within_s
-        while b"\n" not in self._heard:
-            if len(self._heard) > _LONGEST_LINE or not is_readable(self.socket.fileno(), self._client, until):
-                raise ServiceUnavailable(f"the service does not answer within {within_s:.0f} s.")
-            if not (more := self._receive()):
+    def receive(self, timeout_s: float = STARTUP_TIMEOUT_S) -> dict[str, Any] | None:
+        """The next message; returns and raises as `request` does."""
+        deadline = time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            if len(self._buffer) > _MAX_LINE_BYTES or not is_readable(self.socket.fileno(), self._client_fd, deadline):
+                raise ServiceUnavailable(f"the service does not answer within {timeout_s:.0f} s.")
+            if not (data := self._read()):
                 return None
-            self._heard += more
-        line, _, self._heard = self._heard.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        message: dict[str, Any] = json.loads(line)
+        return message
 
-    def wait_for_end(self, within_s: float = PATIENCE_S) -> bool:
-        """Whether the other end is closed in this time."""
-        until = time.monotonic() + within_s
-        while is_readable(self.socket.fileno(), self._client, until):
-            if not self._receive():
+    def wait_for_close(self, timeout_s: float = STARTUP_TIMEOUT_S) -> bool:
+        """Whether the service closes the connection within this time."""
+        deadline = time.monotonic() + timeout_s
+        while is_readable(self.socket.fileno(), self._client_fd, deadline):
+            if not self._read():
                 return True
         return False
 
-    def _receive(self) -> bytes:
+    def _read(self) -> bytes:
         try:
             return self.socket.recv(65536)
         except ConnectionError:
             return b""
 
 
-def is_readable(source: int, client: int | None, until: float) -> bool:
-    """Whether there is something to read, or its end, before `until` of the monotonic clock. Raises ClientLeft."""
+def is_readable(source: int, client_fd: int | None, deadline: float) -> bool:
+    """Whether `source` has data or is at its end before `deadline` (of the monotonic clock). Raises ClientLeft."""
     poll = select.poll()
     poll.register(source, select.POLLIN)
-    if client is not None:
-        poll.register(client, HANGUP)
-    while (left := until - time.monotonic()) > 0:
-        ready = dict(poll.poll(None if left == math.inf else left * 1000))
+    if client_fd is not None:
+        poll.register(client_fd, HANGUP)
+    while (left_s := deadline - time.monotonic()) > 0:
+        ready = dict(poll.poll(None if left_s == math.inf else left_s * 1000))
         if source in ready:
             return True
-        if client is not None and client in ready:
-            if has_left(client):
+        if client_fd is not None and client_fd in ready:
+            if _is_drained(client_fd):
                 raise ClientLeft
-            poll.unregister(client)  # what it sent before it left is still to be done
+            poll.unregister(client_fd)  # what the client sent before it left is still to be forwarded
     return False
 
 
-def has_left(client: int) -> bool:
-    """Of one whose end is closed: whether everything that it sent has been read."""
+def _is_drained(client_fd: int) -> bool:
+    """Whether nothing is left to read from a descriptor whose other end is closed."""
     try:
-        (left,) = struct.unpack("i", fcntl.ioctl(client, termios.FIONREAD, bytes(4)))
+        (unread,) = struct.unpack("i", fcntl.ioctl(client_fd, termios.FIONREAD, bytes(4)))
     except OSError:
         return True
-    return not left
+    return not unread

@@ -1,4 +1,4 @@
-"""The commands that speak to the service: start, stop and status, and HTTP for as long as a command lives."""
+"""The commands that control the service: start, stop, status, and HTTP for as long as the command runs."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from rhapsody_mcp.model.errors import NotConfirmed, RhapsodyError
-from rhapsody_mcp.serving.daemon.client import Caller
-from rhapsody_mcp.serving.daemon.connection import Line, ServiceHangs, ServiceUnavailable
+from rhapsody_mcp.serving.daemon.client import ServiceClient
+from rhapsody_mcp.serving.daemon.connection import ServiceConnection, ServiceHangs, ServiceUnavailable
 
 __all__ = ["listen", "start", "status", "stop"]
 
-_ENDS_WITHIN_S = 120.0
-_CLOSES_WITHIN_S = 10.0
-_NONE = "No service runs here"
+_STOP_TIMEOUT_S = 120.0
+_CLOSE_TIMEOUT_S = 10.0
+_NOT_RUNNING = "No service runs here"
 _ENDED = "The service has ended; its sessions are kept."
 
 
-def start(caller: Caller, say: Callable[[str], None]) -> int:
-    """Raises RhapsodyError where it runs already with other settings than those that were named."""
-    line, answer = caller.join(**{"as": "control"})
-    if caller.config and answer["notes"]:
-        raise RhapsodyError(" ".join(answer["notes"]))
-    _warn(answer["notes"])
-    say(_headline(_told(line.ask({"do": "status"}))))
+def start(client: ServiceClient, say: Callable[[str], None]) -> int:
+    """Raises RhapsodyError where the service already runs with settings other than those of `client.config`."""
+    connection, reply = client.connect(**{"as": "control"})
+    if client.config and reply["notes"]:
+        raise RhapsodyError(" ".join(reply["notes"]))
+    _warn(reply["notes"])
+    say(_headline(_checked(connection.request({"do": "status"}))))
     return 0
 
 
@@ -39,129 +39,130 @@ def _warn(notes: Iterable[str]) -> None:
         sys.stderr.write(f"rhapsody-mcp: {note}\n")
 
 
-def stop(caller: Caller, force: bool, say: Callable[[str], None]) -> int:
-    """Returns when it has ended. Raises NotConfirmed where tasks have not ended and it is not forced, and ServiceHangs
-    where it does not answer and is not forced."""
+def stop(client: ServiceClient, force: bool, say: Callable[[str], None]) -> int:
+    """Returns when the service has ended. Without `force`, raises NotConfirmed while tasks have not ended, and
+    ServiceHangs where the service does not answer."""
     try:
-        line = caller.order()
+        connection = client.connect_control()
     except ServiceHangs as hanging:
         if not force or hanging.pid is None:
             raise
-        return _kill(hanging.line, hanging.pid, say)
-    if line is None:
-        say(f"{_NONE}.")
+        return _kill(hanging.connection, hanging.pid, say)
+    if connection is None:
+        say(f"{_NOT_RUNNING}.")
         return 0
-    answer = line.ask({"do": "stop", "force": force})
-    if answer is not None and "refused" in answer:
+    reply = connection.request({"do": "stop", "force": force})
+    if reply is not None and "refused" in reply:
         raise NotConfirmed(
-            f"{answer['refused']} Wait for them, or stop it now with --force: those that run are lost then, and "
+            f"{reply['refused']} Wait for them, or stop it now with --force: those that run are lost then, and "
             "those that wait go on when it starts again."
         )
-    if not line.wait_for_end(_ENDS_WITHIN_S):
-        raise ServiceUnavailable(f"it has not ended after {_ENDS_WITHIN_S:.0f} s; it goes on with that.")
+    if not connection.wait_for_close(_STOP_TIMEOUT_S):
+        raise ServiceUnavailable(f"it has not ended after {_STOP_TIMEOUT_S:.0f} s; it goes on with that.")
     say(_ENDED)
     return 0
 
 
-def _kill(line: Line, pid: int, say: Callable[[str], None]) -> int:
+def _kill(connection: ServiceConnection, pid: int, say: Callable[[str], None]) -> int:
     say(f"The service (process {pid}) does not answer. It is ended with SIGKILL; the keepers end its engines.")
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    if not line.wait_for_end(_CLOSES_WITHIN_S):
-        raise ServiceUnavailable(f"process {pid} has not ended {_CLOSES_WITHIN_S:.0f} s after SIGKILL.")
+    if not connection.wait_for_close(_CLOSE_TIMEOUT_S):
+        raise ServiceUnavailable(f"process {pid} has not ended {_CLOSE_TIMEOUT_S:.0f} s after SIGKILL.")
     say(_ENDED)
     return 0
 
 
-def status(caller: Caller, as_json: bool, say: Callable[[str], None]) -> int:
-    """0 where a service runs, else 1. Raises ServiceHangs where it does not answer, but for JSON, which says so."""
+def status(client: ServiceClient, as_json: bool, say: Callable[[str], None]) -> int:
+    """The exit code: 0 where a service runs, else 1. Raises ServiceHangs, but with `as_json` prints that instead."""
     try:
-        line = caller.order()
+        connection = client.connect_control()
     except ServiceHangs as hanging:
         if not as_json:
             raise
-        say(json.dumps({"running": True, "answers": False, "pid": hanging.pid, "log": str(caller.places.log)}))
+        say(json.dumps({"running": True, "answers": False, "pid": hanging.pid, "log": str(client.paths.log)}))
         return 1
-    told = line and line.ask({"do": "status"})
+    service = connection and connection.request({"do": "status"})
     if as_json:
-        say(json.dumps({"running": bool(told), **(told or {})}))
-    elif told:
-        say("\n".join([_headline(told), *_details(told)]))
+        say(json.dumps({"running": bool(service), **(service or {})}))
+    elif service:
+        say("\n".join([_headline(service), *_details(service)]))
     else:
-        say(f"{_NONE}: nothing answers on {caller.places.socket}. The first client starts one.")
-    return 0 if told else 1
+        say(f"{_NOT_RUNNING}: nothing answers on {client.paths.socket}. The first client starts one.")
+    return 0 if service else 1
 
 
-def _told(answer: dict[str, Any] | None) -> dict[str, Any]:
-    if answer is None:
+def _checked(reply: dict[str, Any] | None) -> dict[str, Any]:
+    if reply is None:
         raise ServiceUnavailable("the service went away.")
-    if "error" in answer:
-        raise RhapsodyError(answer["error"])
-    return answer
+    if "error" in reply:
+        raise RhapsodyError(reply["error"])
+    return reply
 
 
-def _headline(told: Mapping[str, Any]) -> str:
-    return f"The service runs: version {told['version']}, process {told['pid']}, for {_span(told['uptime_s'])}."
+def _headline(service: Mapping[str, Any]) -> str:
+    uptime = _duration(service["uptime_s"])
+    return f"The service runs: version {service['version']}, process {service['pid']}, for {uptime}."
 
 
-def _details(told: Mapping[str, Any]) -> Iterator[str]:
-    yield f"Socket: {told['socket']}"
-    yield f"State:  {told['state']}"
-    yield f"Ledger: {told['ledger_problem'] or 'written'}"
-    yield f"Clients: {told['connections']}" + "".join(f", and {address}" for address in told["listeners"])
-    yield f"Settings: {_settings(told)}"
-    yield f"Sessions: {len(told['sessions'])}"
-    for row in told["sessions"]:
+def _details(service: Mapping[str, Any]) -> Iterator[str]:
+    yield f"Socket: {service['socket']}"
+    yield f"State:  {service['state']}"
+    yield f"Ledger: {service['ledger_problem'] or 'written'}"
+    yield f"Clients: {service['connections']}" + "".join(f", and {address}" for address in service["listeners"])
+    yield f"Settings: {_settings(service)}"
+    yield f"Sessions: {len(service['sessions'])}"
+    for row in service["sessions"]:
         yield f"  {row['session']}: {row['running']} running, {row['queued']} queued, {row['waiting']} waiting"
 
 
-def _settings(told: Mapping[str, Any]) -> str:
-    file = told["settings_file"]
-    if changed := told["settings_changed"]:
+def _settings(service: Mapping[str, Any]) -> str:
+    file = service["settings_file"]
+    if changed := service["settings_changed"]:
         return f"{file}, which has changed since it started: {changed}"
     return file if os.path.exists(file) else f"there is no {file}; every default holds"
 
 
-def _span(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     minutes, hours = int(seconds) // 60, int(seconds) // 3600
     if minutes < 1:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if hours < 1 else f"{hours} h {minutes % 60} min"
 
 
-def listen(caller: Caller, order: Mapping[str, Any], say: Callable[[str], None]) -> int:
-    """Have the service listen on HTTP until SIGINT or SIGTERM, or the end of this process. Returns when its listener
-    is closed. Raises RhapsodyError in the service's words."""
-    line, answer = caller.join(**{"as": "control"})
-    _warn(answer["notes"])
-    with _signals():
+def listen(client: ServiceClient, options: Mapping[str, Any], say: Callable[[str], None]) -> int:
+    """Have the service listen on HTTP until this process gets SIGINT or SIGTERM, or ends. Returns when the listener is
+    closed. Raises RhapsodyError with the service's own words."""
+    connection, reply = client.connect(**{"as": "control"})
+    _warn(reply["notes"])
+    with _signals_raise():
         try:
-            say(_told(line.ask({"do": "listen", **order}))["said"])
-            line.wait_for_end(math.inf)
-        except _Asked:
-            return _leave(line)
-    raise ServiceUnavailable(f"the service went away. Its log is {caller.places.log}.")
+            say(_checked(connection.request({"do": "listen", **options}))["said"])
+            connection.wait_for_close(math.inf)
+        except _Interrupted:
+            return _close_listener(connection)
+    raise ServiceUnavailable(f"the service went away. Its log is {client.paths.log}.")
 
 
-class _Asked(BaseException):
-    """To end, by a signal."""
+class _Interrupted(BaseException):
+    """A signal asked this process to end."""
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    def ask(*_: object) -> None:
-        raise _Asked
+def _signals_raise() -> Iterator[None]:
+    def interrupt(*_: object) -> None:
+        raise _Interrupted
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _leave(line: Line) -> int:
+def _close_listener(connection: ServiceConnection) -> int:
     with suppress(OSError):
-        line.socket.shutdown(socket.SHUT_WR)
-    line.wait_for_end(_CLOSES_WITHIN_S)
+        connection.socket.shutdown(socket.SHUT_WR)
+    connection.wait_for_close(_CLOSE_TIMEOUT_S)
     return 0

@@ -1,4 +1,4 @@
-"""What the service does for whoever runs it: it says how it is, listens on HTTP, and ends."""
+"""The service's side of the control commands: status, stop, and listen on HTTP."""
 
 from __future__ import annotations
 
@@ -8,130 +8,135 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
+import anyio.to_thread
 
 from rhapsody_mcp import __version__
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.tasks import tasks_text
+from rhapsody_mcp.serving.daemon.client_settings import changed_settings, client_settings
+from rhapsody_mcp.serving.daemon.state import ServiceState
 from rhapsody_mcp.serving.http.listeners import Listener, listen_on_host, listen_on_socket
 from rhapsody_mcp.serving.http.server import serve_listener
-from rhapsody_mcp.serving.stream_server import Wire
+from rhapsody_mcp.serving.stream_server import LineStream
 from rhapsody_mcp.settings import Settings
 
-if TYPE_CHECKING:
-    from rhapsody_mcp.serving.daemon.service import Service
-
-__all__ = ["obey"]
+__all__ = ["ControlServer"]
 
 _log = logging.getLogger(__name__)
-_OPEN = (TaskState.RUNNING, TaskState.QUEUED, TaskState.WAITING)
+_OPEN_STATES = (TaskState.RUNNING, TaskState.QUEUED, TaskState.WAITING)
 
 
-async def obey(service: Service, wire: Wire) -> None:
-    """Follow the orders of one connection until it is closed, each a line, each answered by one."""
-    while order := await wire.hear():
-        match order.get("do"):
-            case "status":
-                changed = await anyio.to_thread.run_sync(service.settings_changed)
-                await wire.tell(**_status(service), settings_changed=changed)
-            case "stop":
-                await _stop(service, wire, order)
-            case "listen":
-                await _listen(service, wire, order)
-                return
-            case unknown:
-                await wire.tell(error=f"unknown order {unknown!r}. Valid: status, stop, listen.")
+class ControlServer:
+    """Executes the commands of one control connection; each command is a line, and so is each reply."""
 
+    def __init__(self, service: ServiceState, stream: LineStream) -> None:
+        self._service, self._stream = service, stream
 
-def _status(service: Service) -> dict[str, Any]:
-    ledger = service.sessions.ledger
-    return {
-        "version": __version__,
-        "pid": os.getpid(),
-        "uptime_s": round(time.time() - service.started, 1),
-        "socket": str(service.places.socket),
-        "state": str(service.places.state),
-        "connections": service.connections,
-        "listeners": service.listeners,
-        "settings_file": str(service.settings_file),
-        "sessions": _sessions(service),
-        "ledger_problem": ledger.problem if ledger else "there is none",
-    }
+    async def serve(self) -> None:
+        """Returns when the connection is closed, or after `listen`."""
+        while command := await self._stream.receive_message():
+            match command.get("do"):
+                case "status":
+                    await self._stream.send_message(**await self._status())
+                case "stop":
+                    await self._stop(command)
+                case "listen":
+                    await self._listen(command)
+                    return
+                case unknown:
+                    await self._stream.send_message(error=f"unknown order {unknown!r}. Valid: status, stop, listen.")
 
+    async def _status(self) -> dict[str, Any]:
+        service = self._service
+        ledger = service.sessions.ledger
+        changed = await anyio.to_thread.run_sync(changed_settings, service.settings, service.config)
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.time() - service.started, 1),
+            "socket": str(service.paths.socket),
+            "state": str(service.paths.state),
+            "connections": service.clients,
+            "listeners": service.http_addresses,
+            "settings_file": str(service.settings_file),
+            "sessions": self._session_rows(),
+            "ledger_problem": ledger.problem if ledger else "there is none",
+            "settings_changed": changed,
+        }
 
-def _sessions(service: Service) -> list[dict[str, Any]]:
-    """Each session with how many of its tasks run, are queued and wait, as list_sessions counts them."""
-    return [
-        {"session": opened.id, **{state.lower(): opened.session.counts.get(state, 0) for state in _OPEN}}
-        for opened in service.sessions.all()
-    ]
+    def _session_rows(self) -> list[dict[str, Any]]:
+        """Each session with its counts of running, queued and waiting tasks, as list_sessions counts them."""
+        return [
+            {"session": opened.id, **{state.lower(): opened.session.counts.get(state, 0) for state in _OPEN_STATES}}
+            for opened in self._service.sessions.all()
+        ]
 
+    async def _stop(self, command: dict[str, Any]) -> None:
+        """Request the service's end. The client learns of the end itself by the end of its connection."""
+        refusal = "" if command.get("force") else self._reason_to_refuse(bool(command.get("if_idle")))
+        if refusal:
+            await self._stream.send_message(refused=refusal)
+            return
+        lost = sum(row["running"] for row in self._session_rows())
+        _log.info("it was told to stop%s", f" with --force, which loses {tasks_text(lost)}" if lost else "")
+        self._service.descriptors_until_exit.append(self._stream.duplicate_descriptor())
+        await self._stream.send_message(stopping=True)
+        self._service.stop_requested.set()
 
-async def _stop(service: Service, wire: Wire, order: dict[str, Any]) -> None:
-    """That it has ended is told by the end of the connection."""
-    refusal = "" if order.get("force") else _reason_to_stay(service, bool(order.get("if_idle")))
-    if refusal:
-        await wire.tell(refused=refusal)
-        return
-    lost = sum(row["running"] for row in _sessions(service))
-    _log.info("it was told to stop%s", f" with --force, which loses {tasks_text(lost)}" if lost else "")
-    service.held.append(wire.held())
-    await wire.tell(stopping=True)
-    service.ending.set()
+    def _reason_to_refuse(self, only_if_idle: bool) -> str:
+        busy = [
+            f"{row['session']} ({row['running']} running, {row['queued']} queued, {row['waiting']} waiting)"
+            for row in self._session_rows()
+            if row["running"] or row["queued"] or row["waiting"]
+        ]
+        if busy:
+            return f"Tasks have not ended in {', '.join(busy[:10])}{', ...' if len(busy) > 10 else ''}."
+        if only_if_idle and not self._service.is_idle:
+            return (
+                f"It has {len(self._service.sessions.all())} open sessions and {self._service.clients} other clients."
+            )
+        return ""
 
+    async def _listen(self, command: dict[str, Any]) -> None:
+        """Serve HTTP until the connection is closed or the service stops. The sessions stay open."""
+        try:
+            settings = client_settings(self._service.settings, command["settings"])
+            path = command["socket"]
+            with listen_on_socket(Path(path)) if path else listen_on_host(command["host"], command["port"]) as listener:
+                await self._serve_http(listener, settings)
+        except RhapsodyError as error:
+            await self._stream.send_message(error=str(error))
 
-def _reason_to_stay(service: Service, unused: bool) -> str:
-    busy = [
-        f"{row['session']} ({row['running']} running, {row['queued']} queued, {row['waiting']} waiting)"
-        for row in _sessions(service)
-        if row["running"] or row["queued"] or row["waiting"]
-    ]
-    if busy:
-        return f"Tasks have not ended in {', '.join(busy[:10])}{', ...' if len(busy) > 10 else ''}."
-    if unused and not service.is_idle:
-        return f"It has {len(service.sessions.all())} open sessions and {service.connections} other clients."
-    return ""
+    async def _serve_http(self, listener: Listener, settings: Settings) -> None:
+        async def stop_after(event: Callable[[], Awaitable[None]]) -> None:
+            await event()
+            stop.set()
 
+        def say(text: str) -> None:
+            service.http_addresses.append(listener.address)
+            _log.info("it listens on %s", listener.address)
+            group.start_soon(partial(self._stream.send_message, said=text))
 
-async def _listen(service: Service, wire: Wire, order: dict[str, Any]) -> None:
-    """Until the connection is closed, or the service ends. The sessions go on."""
-    try:
-        settings = service.offer(order["settings"])
-        where = order["socket"]
-        with listen_on_socket(Path(where)) if where else listen_on_host(order["host"], order["port"]) as listener:
-            await _serve(service, wire, listener, settings)
-    except RhapsodyError as error:
-        await wire.tell(error=str(error))
-
-
-async def _serve(service: Service, wire: Wire, listener: Listener, settings: Settings) -> None:
-    async def end_after(end: Callable[[], Awaitable[None]]) -> None:
-        await end()
-        stop.set()
-
-    def say(words: str) -> None:
-        service.listeners.append(listener.address)
-        _log.info("it listens on %s", listener.address)
-        group.start_soon(partial(wire.tell, said=words))
-
-    stop, closed = anyio.Event(), anyio.Event()
-    service.fronts.add(closed)
-    try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(end_after, wire.wait_for_end)
-            group.start_soon(end_after, service.ending.wait)
-            made = service.sessions, service.tasks
-            try:
-                await serve_listener(settings, listener, *made, say, stop, service.places, service.audit)
-            except RhapsodyError as error:
-                await wire.tell(error=str(error))
-            group.cancel_scope.cancel()
-    finally:
-        if listener.address in service.listeners:
-            _log.info("it listens no more on %s", listener.address)
-        service.listeners = [address for address in service.listeners if address != listener.address]
-        service.fronts.discard(closed)
-        closed.set()
+        service = self._service
+        stop, closed = anyio.Event(), anyio.Event()
+        service.http_closed.add(closed)
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(stop_after, self._stream.wait_for_close)
+                group.start_soon(stop_after, service.stop_requested.wait)
+                shared = service.sessions, service.tasks
+                try:
+                    await serve_listener(settings, listener, *shared, say, stop, service.paths, service.audit)
+                except RhapsodyError as error:
+                    await self._stream.send_message(error=str(error))
+                group.cancel_scope.cancel()
+        finally:
+            if listener.address in service.http_addresses:
+                _log.info("it listens no more on %s", listener.address)
+                service.http_addresses = [one for one in service.http_addresses if one != listener.address]
+            service.http_closed.discard(closed)
+            closed.set()

@@ -1,4 +1,4 @@
-"""The service: it has the sessions and their ledger, and serves whoever of its user calls at its socket."""
+"""The service process: holds the sessions and their ledger, and accepts connections of its user."""
 
 from __future__ import annotations
 
@@ -15,318 +15,282 @@ from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.to_thread
 from anyio.abc import UNIXSocketStream
-from pydantic import ValidationError
 
 from rhapsody_mcp import __version__
 from rhapsody_mcp.ledger.ledger import Ledger
-from rhapsody_mcp.model.errors import InvalidSettings, RhapsodyError, refuse_unknown
-from rhapsody_mcp.protocol.audit import Audit, open_audit
-from rhapsody_mcp.protocol.task_store import HandlesInLedger
+from rhapsody_mcp.model.errors import InvalidSettings, RhapsodyError
+from rhapsody_mcp.protocol.audit import open_audit
+from rhapsody_mcp.protocol.task_store import LedgerHandleStore
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.call_context import current_folder, current_peer
-from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.server import Server, build_server, open_sessions
+from rhapsody_mcp.serving.daemon.client_settings import client_settings, differing_keys
 from rhapsody_mcp.serving.daemon.connection import ServiceUnavailable
-from rhapsody_mcp.serving.daemon.control_server import obey
-from rhapsody_mcp.serving.daemon.unix_listener import Door
+from rhapsody_mcp.serving.daemon.control_server import ControlServer
+from rhapsody_mcp.serving.daemon.state import ServiceState
+from rhapsody_mcp.serving.daemon.unix_listener import UnixListener
 from rhapsody_mcp.serving.peer_credentials import Peer
-from rhapsody_mcp.serving.stream_server import Wire, serve_client
+from rhapsody_mcp.serving.stream_server import LineStream, serve_client
 from rhapsody_mcp.settings import Settings, read_settings, settings_file
 
 __all__ = ["Service", "run_service"]
 
 _log = logging.getLogger(__name__)
-_LOOK_S = 1.0
-"""How often the service looks whether its socket can still be found."""
+_SOCKET_CHECK_S = 1.0
 _ALIVE_S = 1.0
-"""How often it is written down that sessions live: so wrong may be the end of what is lost with a crash."""
-_HELLO_S = 10.0
-_GRACE_S = 5.0
+"""How often the ledger gets the time until which sessions lived: the precision of the end of tasks lost in a crash."""
+_HELLO_TIMEOUT_S = 10.0
+_HTTP_CLOSE_TIMEOUT_S = 5.0
 _HOUR_S, _DAY_S = 3600.0, 86400.0
-_OFFERED = ("read_only", "toolsets", "http_token_file", "http_allowed_hosts")
-"""What a client decides for itself; all else is decided by whoever started the service."""
-_FILES = 8192
-"""Descriptors; a connection takes one, and what a session starts takes some. Its tasks inherit the limit."""
+_MAX_OPEN_FILES = 8192
+"""Each connection takes one descriptor, each session takes several. Tasks inherit the limit."""
 
 
-async def run_service(settings: Settings, door: Door, ready: Callable[[], None], file: Path | None = None) -> None:
-    """Returns once it was told to end, by SIGTERM, SIGINT or an order, or has long been idle, and nothing that it
-    started is left; its sessions are in the ledger. After SIGKILL the keepers of the engines see to that. `file` is
-    where the settings were read, None for the user's own.
+async def run_service(
+    settings: Settings, listener: UnixListener, ready: Callable[[], None], config: Path | None = None
+) -> None:
+    """Serve until SIGTERM, SIGINT, SIGHUP, a stop command or a long idle time. On return nothing that the service
+    started is left, and the ledger holds its sessions; after SIGKILL the keepers end the engines. `config` is the
+    file of the settings, None for the user's own.
 
-    Raises LedgerError where the ledger cannot be opened, before `ready` is called.
+    Raises LedgerError where the ledger cannot be opened, before it calls `ready`.
     """
-    _raise_limit()
-    ledger = Ledger(door.places.state)
+    _raise_file_limit()
+    ledger = Ledger(listener.paths.state)
     await anyio.to_thread.run_sync(ledger.open)
-    _log.info("version %s starts, process %d, settings of %s", __version__, os.getpid(), file or settings_file())
+    _log.info("version %s starts, process %d, settings of %s", __version__, os.getpid(), config or settings_file())
     try:
-        handles = HandlesInLedger(ledger)
+        handles = LedgerHandleStore(ledger)
         await handles.load()
-        with open_audit(door.places.audit, settings) as audit:
+        with open_audit(listener.paths.audit, settings) as audit:
             async with open_sessions(settings, ledger) as sessions, TasksExtension(handles) as tasks:
-                await Service(settings, door, sessions, tasks, audit, file).run(ready)
+                state = ServiceState(
+                    paths=listener.paths, settings=settings, config=config, sessions=sessions, tasks=tasks, audit=audit
+                )
+                await Service(state, listener).run(ready)
     finally:
-        door.say("ends")
+        listener.publish("ends")
         await ledger.close()
         _log.info("process %d ends", os.getpid())
 
 
-def _raise_limit() -> None:
+def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    target = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(_MAX_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 class Service:
-    """Serves sessions that outlive every connection to it."""
+    """Serves sessions that outlive the connections of clients."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        door: Door,
-        sessions: OpenSessions,
-        tasks: TasksExtension,
-        audit: Audit,
-        file: Path | None = None,
-    ) -> None:
-        self.settings, self.sessions, self.tasks, self.audit = settings, sessions, tasks, audit
-        self.places = door.places
-        self.settings_file = file or settings_file()
-        self._file = file
-        self.started = time.time()
-        self.ending = anyio.Event()
-        """Set where it shall end."""
-        self.connections = 0
-        """How many clients use its sessions now."""
-        self.listeners: list[str] = []
-        """Where it listens on HTTP."""
-        self._door = door
-        self._used = time.monotonic()
-        self._clients: set[anyio.CancelScope] = set()
-        self.fronts: set[anyio.Event] = set()
-        """Of each listener: set when it has closed."""
-        self.held: list[int] = []
-        """Descriptors that are open until this process ends."""
+    def __init__(self, state: ServiceState, listener: UnixListener) -> None:
+        self._state, self._listener = state, listener
+        self._settings, self._sessions = state.settings, state.sessions
+        self._last_use = time.monotonic()
+        self._client_scopes: set[anyio.CancelScope] = set()
         self._group: anyio.abc.TaskGroup
-        self._trouble = ""
+        self._restore_error = ""
         self._servers: dict[tuple[Any, ...], Server] = {}
-        sessions.watch(lambda opened, task: self._use())
+        state.sessions.watch(lambda opened, task: self._note_use())
 
-    def _use(self) -> None:
-        self._used = time.monotonic()
-
-    @property
-    def is_idle(self) -> bool:
-        """Nobody uses it, and there is nothing to keep."""
-        in_use = self.connections or self.fronts or self.sessions.all()
-        return not in_use and self.sessions.restored.is_set()
+    def _note_use(self) -> None:
+        self._last_use = time.monotonic()
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Until `ending`; then every client is cut off, and what the sessions started ends.
+        """Serve until `stop_requested`; then disconnect the clients and end all that the sessions started.
 
-        New callers are told that it ends, and hear of the end by the end of their connections."""
+        Clients that connect meanwhile are told that the service ends, and see its end as the end of their
+        connections."""
         async with anyio.create_task_group() as self._group:
-            await self._group.start(self._end_on_signal)
+            await self._group.start(self._stop_on_signal)
             self._group.start_soon(self._restore)
             self._group.start_soon(self._accept)
-            self._group.start_soon(self._keep_socket)
-            self._group.start_soon(self._end_when_idle)
-            self._group.start_soon(self._forget)
+            self._group.start_soon(self._watch_socket)
+            self._group.start_soon(self._stop_when_idle)
+            self._group.start_soon(self._prune_sessions)
             self._group.start_soon(self._note_life)
-            self._door.say("serves")
+            self._listener.publish("serves")
             ready()
-            await self.ending.wait()
-            self._door.say("ends")
-            self._cut_off()
-            await self.sessions.suspend()
-            with anyio.move_on_after(_GRACE_S):
-                for closed in list(self.fronts):
+            await self._state.stop_requested.wait()
+            self._listener.publish("ends")
+            self._disconnect_clients()
+            await self._sessions.suspend()
+            with anyio.move_on_after(_HTTP_CLOSE_TIMEOUT_S):
+                for closed in list(self._state.http_closed):
                     await closed.wait()
             self._group.cancel_scope.cancel()
 
     async def _restore(self) -> None:
-        """Where that fails nobody is served: what the ledger holds must not seem to be gone."""
+        """On an error no client is served: sessions of the ledger must not seem to be gone."""
         try:
-            await self.sessions.restore()
+            await self._sessions.restore()
         except Exception as error:
             _log.exception("the sessions of the ledger cannot be opened again")
-            self._trouble = f"the sessions of the ledger cannot be opened again: {error} (more in {self.places.log})."
-            self._cut_off()
+            log = self._state.paths.log
+            self._restore_error = f"the sessions of the ledger cannot be opened again: {error} (more in {log})."
+            self._disconnect_clients()
 
-    async def _forget(self) -> None:
-        """Sessions that nobody has used for long, now and every hour."""
-        await self.sessions.restored.wait()
+    async def _prune_sessions(self) -> None:
+        """Close sessions that have long been unused, at the start and then every hour."""
+        await self._sessions.restored.wait()
         while True:
             try:
-                await self.sessions.prune(time.time() - self.settings.keep_sessions_days * _DAY_S)
-            except Exception:  # nothing is lost where it is tried again later
+                await self._sessions.prune(time.time() - self._settings.keep_sessions_days * _DAY_S)
+            except Exception:  # the next try does the same work
                 _log.exception("old sessions cannot be forgotten")
             await anyio.sleep(_HOUR_S)
 
     async def _note_life(self) -> None:
         while True:
             await anyio.sleep(_ALIVE_S)
-            self.sessions.note_life()
+            self._sessions.note_life()
 
-    def _cut_off(self) -> None:
-        for scope in self._clients:
+    def _disconnect_clients(self) -> None:
+        for scope in self._client_scopes:
             scope.cancel()
 
-    async def _end_on_signal(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+    async def _stop_on_signal(self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
             task_status.started()
             async for number in signals:
                 _log.info("it was sent %s", signal.Signals(number).name)
-                self.ending.set()
+                self._state.stop_requested.set()
 
-    async def _end_when_idle(self) -> None:
+    async def _stop_when_idle(self) -> None:
         while True:
-            if not self.is_idle:
-                self._use()
-            left = self._used + self.settings.service_idle_s - time.monotonic()
-            if left <= 0:
-                _log.info("nobody has used it for %g s", self.settings.service_idle_s)
-                self.ending.set()
+            if not self._state.is_idle:
+                self._note_use()
+            left_s = self._last_use + self._settings.service_idle_s - time.monotonic()
+            if left_s <= 0:
+                _log.info("nobody has used it for %g s", self._settings.service_idle_s)
+                self._state.stop_requested.set()
                 return
-            await anyio.sleep(left)
+            await anyio.sleep(left_s)
 
-    # --- the socket
+    # --- connections
 
-    async def _keep_socket(self) -> None:
-        """Temporary folders are swept: whoever starts a client then must find this service, and not start another."""
-        troubled = False
+    async def _watch_socket(self) -> None:
+        """Repair the socket after a sweep of the temporary folder: a client that does not find it would start a second
+        service."""
+        failed = False
         while True:
-            await anyio.sleep(_LOOK_S)
+            await anyio.sleep(_SOCKET_CHECK_S)
+            path = self._state.paths.socket
             try:
-                gone = self._door.repair()
-                troubled = False
+                replaced = self._listener.repair()
+                failed = False
             except (OSError, RhapsodyError) as error:
-                if not troubled:
-                    _log.warning("the socket %s is gone and cannot be made again: %s", self.places.socket, error)
-                troubled = True
+                if not failed:
+                    _log.warning("the socket %s is gone and cannot be made again: %s", path, error)
+                failed = True
                 continue
-            if gone is not None:
-                _log.warning("the socket %s was gone or another's; it was made again", self.places.socket)
-                anyio.notify_closing(gone)
-                gone.close()
+            if replaced is not None:
+                _log.warning("the socket %s was gone or another's; it was made again", path)
+                anyio.notify_closing(replaced)
+                replaced.close()
 
     async def _accept(self) -> None:
         while True:
-            listener = self._door.listener
+            listening = self._listener.socket
             try:
-                await anyio.wait_readable(listener)
-                accepted, _ = listener.accept()
+                await anyio.wait_readable(listening)
+                accepted, _ = listening.accept()
             except (anyio.ClosedResourceError, BlockingIOError, ConnectionAbortedError):
-                continue  # another listener has its place, or who called has left
+                continue  # the socket was replaced, or the client has left
             except OSError as error:
                 _log.warning("a client cannot be let in: %s", error)
-                await anyio.sleep(_LOOK_S)
+                await anyio.sleep(_SOCKET_CHECK_S)
                 continue
-            self._group.start_soon(self._answer, accepted)
+            self._group.start_soon(self._handle_connection, accepted)
 
-    async def _answer(self, accepted: socket.socket) -> None:
+    async def _handle_connection(self, accepted: socket.socket) -> None:
         peer = Peer.of(accepted)
         current_peer.set(str(peer))
-        async with await UNIXSocketStream.from_socket(accepted) as stream:
-            wire = Wire(stream, self.settings.request_bytes)
+        async with await UNIXSocketStream.from_socket(accepted) as byte_stream:
+            stream = LineStream(byte_stream, self._settings.request_bytes)
             try:
-                await self._serve(wire, peer)
-            except Exception:  # one connection must not end the others
+                await self._handshake(stream, peer)
+            except Exception:  # other connections go on
                 _log.exception("a connection of %s failed", peer)
 
-    async def _serve(self, wire: Wire, peer: Peer) -> None:
-        if not peer.is_us:  # nothing of it is read
-            await wire.tell(rhapsody=__version__, error=f"this service is that of uid {os.geteuid()} alone.")
+    async def _handshake(self, stream: LineStream, peer: Peer) -> None:
+        if not peer.is_same_user:  # reads nothing from another user
+            await stream.send_message(rhapsody=__version__, error=f"this service is that of uid {os.geteuid()} alone.")
             return
         hello: dict[str, Any] = {}
-        with anyio.move_on_after(_HELLO_S):
-            hello = await wire.hear()
-        if self.ending.is_set():
-            self.held.append(wire.held())
-            await wire.tell(rhapsody=__version__, ending=True)
+        with anyio.move_on_after(_HELLO_TIMEOUT_S):
+            hello = await stream.receive_message()
+        if self._state.stop_requested.is_set():
+            self._state.descriptors_until_exit.append(stream.duplicate_descriptor())
+            await stream.send_message(rhapsody=__version__, ending=True)
         elif hello.get("as") not in ("mcp", "control"):
-            await wire.tell(rhapsody=__version__, error="no hello of rhapsody-mcp's: use `rhapsody-mcp stdio`.")
+            error = "no hello of rhapsody-mcp's: use `rhapsody-mcp stdio`."
+            await stream.send_message(rhapsody=__version__, error=error)
         else:
-            await self._greet(wire, hello)
+            await self._serve(stream, hello)
 
-    async def _greet(self, wire: Wire, hello: dict[str, Any]) -> None:
+    async def _serve(self, stream: LineStream, hello: dict[str, Any]) -> None:
         try:
-            server = self._server(self.offer(hello.get("offer", {}))) if hello["as"] == "mcp" else None
-            if server is not None and self._trouble:
-                raise ServiceUnavailable(self._trouble)
+            server = None
+            if hello["as"] == "mcp":
+                server = self._server(client_settings(self._settings, hello.get("offer", {})))
+                if self._restore_error:
+                    raise ServiceUnavailable(self._restore_error)
             notes = await anyio.to_thread.run_sync(self._notes, hello.get("config"))
         except RhapsodyError as error:
-            await wire.tell(rhapsody=__version__, error=str(error))
+            await stream.send_message(rhapsody=__version__, error=str(error))
             return
-        await wire.tell(rhapsody=__version__, pid=os.getpid(), notes=notes)
+        await stream.send_message(rhapsody=__version__, pid=os.getpid(), notes=notes)
         if server is None:
-            await obey(self, wire)
+            await ControlServer(self._state, stream).serve()
         else:
-            current_folder.set(_folder(hello))
-            with self._client():
-                await serve_client(server, wire, wire)
+            current_folder.set(_client_folder(hello))
+            with self._count_client():
+                await serve_client(server, stream, stream)
 
     @contextmanager
-    def _client(self) -> Iterator[None]:
-        """One more uses the sessions within this block, which is left when the service ends."""
-        self.connections += 1
+    def _count_client(self) -> Iterator[None]:
+        """Count one more client within the block. A stop of the service ends the block early."""
+        self._state.clients += 1
         with anyio.CancelScope() as scope:
-            self._clients.add(scope)
+            self._client_scopes.add(scope)
             try:
                 yield
             finally:
-                self._clients.discard(scope)
-                self.connections -= 1
-                self._use()
-
-    def offer(self, wanted: dict[str, Any]) -> Settings:
-        """The service's settings with what a client wants to be offered. Raises InvalidRequest."""
-        refuse_unknown("setting of a client", wanted, _OFFERED)
-        try:
-            return Settings(**{**dict(self.settings), **wanted})
-        except ValidationError as error:
-            raise InvalidSettings(f"the service cannot offer this: {error.errors()[0]['msg']}.") from error
+                self._client_scopes.discard(scope)
+                self._state.clients -= 1
+                self._note_use()
 
     def _server(self, settings: Settings) -> Server:
-        """One for all clients that are offered the same; making it takes longer than a client wants to wait."""
-        offered = (settings.read_only, settings.toolsets)
-        if (server := self._servers.get(offered)) is None:
-            server = self._servers[offered] = build_server(settings, self.sessions, [self.tasks], self.audit)
+        """One server for all clients with the same tools, because building one takes long."""
+        key = (settings.read_only, settings.toolsets)
+        if (server := self._servers.get(key)) is None:
+            server = build_server(settings, self._sessions, [self._state.tasks], self._state.audit)
+            self._servers[key] = server
         return server
 
     def _notes(self, config: str | None) -> list[str]:
-        """What a client should know: that its settings are not those by which it is served.
+        """Notes for a client whose settings differ from those of the service.
 
-        Raises InvalidSettings where a file that was named cannot be read."""
+        Raises InvalidSettings where a file that the client named cannot be read."""
         try:
-            wanted = read_settings(Path(config) if config else None)
+            requested = read_settings(Path(config) if config else None)
         except InvalidSettings as error:
             if config:
                 raise
             return [str(error)]
-        if not (differing := self._differing(wanted)):
+        if not (keys := differing_keys(self._settings, requested)):
             return []
         return [
-            f"the running service took its settings when it started; these differ: {differing}. It takes others when "
-            f"it starts again: first rhapsody-mcp service stop{self.places.option}."
+            f"the running service took its settings when it started; these differ: {keys}. It takes others when "
+            f"it starts again: first rhapsody-mcp service stop{self._state.paths.command_option}."
         ]
 
-    def _differing(self, wanted: Settings) -> str:
-        own, other = dict(self.settings), dict(wanted)
-        return ", ".join(key for key in own if own[key] != other[key])
 
-    def settings_changed(self) -> str:
-        """Which settings its file now gives another value, or why it cannot be read; empty where it is as it was."""
-        try:
-            return self._differing(read_settings(self._file))
-        except InvalidSettings as error:
-            return str(error)
-
-
-def _folder(hello: dict[str, Any]) -> str:
-    """Where the client is, if that is a folder on this host."""
+def _client_folder(hello: dict[str, Any]) -> str:
+    """The client's working folder; empty if there is no such folder on this host."""
     folder = str(hello.get("cwd", ""))
     return folder if os.path.isabs(folder) and os.path.isdir(folder) else ""

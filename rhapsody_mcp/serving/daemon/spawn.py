@@ -1,4 +1,4 @@
-"""Starts the service, detached from whoever needs it: the end of a chat, and of its terminal, is not the service's."""
+"""Starts the service as a detached process, which survives the client and its terminal."""
 
 from __future__ import annotations
 
@@ -13,61 +13,61 @@ from pathlib import Path
 from typing import Any
 
 from rhapsody_mcp.model.errors import InvalidSettings, RhapsodyError, root_of
-from rhapsody_mcp.serving.daemon.connection import PATIENCE_S, ServiceUnavailable, is_readable
-from rhapsody_mcp.serving.paths import Places
+from rhapsody_mcp.serving.daemon.connection import STARTUP_TIMEOUT_S, ServiceUnavailable, is_readable
+from rhapsody_mcp.serving.paths import ServicePaths
 
-__all__ = ["Report", "StartCutOff", "start_service"]
+__all__ = ["ServiceDied", "StartReport", "start_service"]
 
-_LOG_BYTES = 5_000_000
-_LAST_WORDS = 2000
+_MAX_LOG_BYTES = 5_000_000
+_LOG_END_BYTES = 2000
 
 
-class Report:
-    """What a service tells whoever started it: of a detached one a line of JSON on its stdout, once."""
+class StartReport:
+    """How the start of a service went, for its starter: one line of JSON on the stdout of a detached service."""
 
     def __init__(self, detached: bool) -> None:
         self._detached = detached
         if detached and os.fork():
-            os._exit(0)  # whoever started it shall not be its parent
+            os._exit(0)  # so that the starter is not the service's parent
 
     def ready(self) -> None:
-        self._tell("The service is ready.", ready=True)
+        self._send("The service is ready.", ready=True)
 
-    def taken(self) -> None:
-        self._tell("Another service runs here.", taken=True)
+    def already_running(self) -> None:
+        self._send("Another service runs here.", taken=True)
 
     def failed(self, error: Exception) -> None:
-        """Also where the error is one that nobody foresaw."""
+        """Also for an unexpected error."""
         root = root_of(error)
-        words = str(root) if isinstance(root, RhapsodyError) else f"the service failed: {root!r}."
-        self._tell("", error=words)
+        message = str(root) if isinstance(root, RhapsodyError) else f"the service failed: {root!r}."
+        self._send("", error=message)
 
-    def _tell(self, words: str, **said: Any) -> None:
-        """From then on stdout is the log, where stderr goes."""
+    def _send(self, text: str, **report: Any) -> None:
+        """Send the first report, and redirect stdout to the log, as stderr is."""
         detached, self._detached = self._detached, False
-        with suppress(OSError):  # whoever started it may have left
+        with suppress(OSError):  # the starter may have ended
             if detached:
-                os.write(1, json.dumps(said).encode() + b"\n")
+                os.write(1, json.dumps(report).encode() + b"\n")
                 os.dup2(2, 1)
-            elif words:
-                os.write(2, f"{words}\n".encode())
+            elif text:
+                os.write(2, f"{text}\n".encode())
 
 
-class StartCutOff(ServiceUnavailable):
-    """The service ended without a word to whoever started it, as when somebody killed it; another start may help."""
+class ServiceDied(ServiceUnavailable):
+    """The service ended without a report to its starter, as after SIGKILL. A second start may work."""
 
 
-def start_service(places: Places, config: Path | None, client: int | None = None) -> bool:
-    """Returns once a service is ready: whether it is this one, or another was there first.
+def start_service(paths: ServicePaths, config: Path | None, client_fd: int | None = None) -> bool:
+    """Returns once a service is ready: True for the new one, False if another one was running.
 
-    Raises RhapsodyError in the words of the service where it cannot start, StartCutOff, ClientLeft.
+    Raises ServiceDied, ClientLeft, and RhapsodyError with the service's own words where it cannot start.
     """
-    places.make()
+    paths.make_folders()
     options = ["--config", str(config.absolute())] if config else []
-    if places.folder:
-        options += ["--folder", str(places.folder.absolute())]
-    with _opened(places.log) as log:
-        began = log.tell()
+    if paths.folder:
+        options += ["--folder", str(paths.folder.absolute())]
+    with _open_log(paths.log) as log:
+        log_start = log.tell()
         with subprocess.Popen(
             [sys.executable, "-P", "-m", "rhapsody_mcp", "service", "run", "--detached", *options],
             stdin=subprocess.DEVNULL,
@@ -75,49 +75,50 @@ def start_service(places: Places, config: Path | None, client: int | None = None
             stderr=log,
             cwd=_home(),
             start_new_session=True,
-        ) as started:
-            assert started.stdout
-            told = _told(started.stdout.fileno(), client)
-    if not told:
-        raise StartCutOff(f"the service ended as it started. {_last_words(places.log, began)}")
-    if "error" in told:
-        raise RhapsodyError(told["error"])
-    return not told.get("taken")
+        ) as process:
+            assert process.stdout
+            report = _read_report(process.stdout.fileno(), client_fd)
+    if not report:
+        raise ServiceDied(f"the service ended as it started. {_last_log_line(paths.log, log_start)}")
+    if "error" in report:
+        raise RhapsodyError(report["error"])
+    return not report.get("taken")
 
 
-def _told(report: int, client: int | None) -> dict[str, Any]:
-    line, until = b"", time.monotonic() + PATIENCE_S
+def _read_report(pipe: int, client_fd: int | None) -> dict[str, Any]:
+    """Empty if the service ended before it reported."""
+    line, deadline = b"", time.monotonic() + STARTUP_TIMEOUT_S
     while not line.endswith(b"\n"):
-        if not is_readable(report, client, until):
-            raise ServiceUnavailable(f"the service is not ready after {PATIENCE_S:.0f} s; it goes on starting.")
-        if not (more := os.read(report, 65536)):
+        if not is_readable(pipe, client_fd, deadline):
+            raise ServiceUnavailable(f"the service is not ready after {STARTUP_TIMEOUT_S:.0f} s; it goes on starting.")
+        if not (data := os.read(pipe, 65536)):
             return {}
-        line += more
-    answer: dict[str, Any] = json.loads(line)
-    return answer
+        line += data
+    report: dict[str, Any] = json.loads(line)
+    return report
 
 
 @contextmanager
-def _opened(log: Path) -> Iterator[Any]:
-    """To write to its end. A long one is put aside first."""
+def _open_log(log: Path) -> Iterator[Any]:
+    """The log, open for appending. A long log is renamed first."""
     try:
-        if log.exists() and log.stat().st_size > _LOG_BYTES:
+        if log.exists() and log.stat().st_size > _MAX_LOG_BYTES:
             log.replace(log.with_suffix(".log.1"))
-        opened = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise InvalidSettings(
             f"the service cannot keep its state in {log.parent}: {error.strerror}. Name another --folder, or serve "
             "without a service and its ledger: --in-process."
         ) from error
-    with os.fdopen(opened, "ab") as file:
+    with os.fdopen(descriptor, "ab") as file:
         yield file
 
 
-def _last_words(log: Path, began: int) -> str:
+def _last_log_line(log: Path, start: int) -> str:
     with log.open("rb") as file:
-        file.seek(max(began, file.seek(0, os.SEEK_END) - _LAST_WORDS))
-        said = file.read().decode(errors="replace").strip().splitlines()
-    return f"Its last words: {said[-1]} (more in {log})" if said else f"Its log {log} says nothing of it."
+        file.seek(max(start, file.seek(0, os.SEEK_END) - _LOG_END_BYTES))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return f"Its last words: {lines[-1]} (more in {log})" if lines else f"Its log {log} says nothing of it."
 
 
 def _home() -> Path:

@@ -1,4 +1,4 @@
-"""The socket at which a service is called, and the lock that makes it the only one."""
+"""The service's Unix socket, and the lock that allows one service for each user and host."""
 
 from __future__ import annotations
 
@@ -12,104 +12,92 @@ from types import TracebackType
 from typing import Literal, Self
 
 from rhapsody_mcp.model.errors import InvalidSettings, RhapsodyError
-from rhapsody_mcp.serving.paths import Places
+from rhapsody_mcp.serving.paths import ServicePaths
+from rhapsody_mcp.serving.unix_sockets import bind_unix_socket, is_same_file
 
-__all__ = ["Door", "Taken"]
+__all__ = ["AlreadyRunning", "UnixListener"]
 
-_BACKLOG = 1024
-State = Literal["starts", "serves", "ends"]
-
-
-class Taken(RhapsodyError):
-    """Another service has the lock: it is there, it starts, or it ends."""
+Phase = Literal["starts", "serves", "ends"]
 
 
-class Door:
-    """Open within `with`. Of two services that open it at once one does, and the other raises Taken."""
+class AlreadyRunning(RhapsodyError):
+    """Another service holds the lock: it runs, starts or ends."""
 
-    def __init__(self, places: Places) -> None:
-        self.places = places
-        self.listener: socket.socket
+
+class UnixListener:
+    """Holds the lock and listens within `with`. Of two services that enter at once, one gets AlreadyRunning."""
+
+    def __init__(self, paths: ServicePaths) -> None:
+        self.paths = paths
+        self.socket: socket.socket
 
     def __enter__(self) -> Self:
-        """Raises InvalidSettings where the folders or the socket cannot be made, or are not ours alone."""
-        self.places.make()
+        """Raises InvalidSettings where folders or socket cannot be made, or are not private to this user."""
+        self.paths.make_folders()
         try:
-            self._lock = _locked(self.places.lock)
-            self.say("starts")
-            self.listener, self._made = _listening(self.places.socket)
+            self._lock = _locked(self.paths.lock)
+            self.publish("starts")
+            self.socket, self._socket_info = _listen(self.paths.socket)
         except OSError as error:
             raise InvalidSettings(
-                f"the socket {self.places.socket} cannot be made: {error.strerror or error}. Name another --folder."
+                f"the socket {self.paths.socket} cannot be made: {error.strerror or error}. Name another --folder."
             ) from error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nobody finds the socket any more once the lock is free."""
-        if _is_at(self.places.socket, self._made):
-            self.places.socket.unlink()
-        self.listener.close()
+        """Removes the socket before the lock is released."""
+        if is_same_file(self.paths.socket, self._socket_info):
+            self.paths.socket.unlink()
+        self.socket.close()
         os.close(self._lock)
 
-    def say(self, state: State) -> None:
-        """Let those know who wait for an answer: one that starts or ends takes its time, one that serves does not."""
-        self._state: State = state
-        told = json.dumps({"pid": os.getpid(), "state": state}).encode()
-        with suppress(OSError):  # a full disk; then it counts as one that serves
+    def publish(self, phase: Phase) -> None:
+        """Write the service's phase into the lock file: clients wait longer for one that starts or ends."""
+        self._phase: Phase = phase
+        content = json.dumps({"pid": os.getpid(), "state": phase}).encode()
+        with suppress(OSError):  # on a full disk the file stays empty, which counts as "serves"
             os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, told, 0)
+            os.pwrite(self._lock, content, 0)
 
     def repair(self) -> socket.socket | None:
-        """Where the socket or the lock is gone or has been replaced, make it again, and give the listener that nobody
-        finds any more. Raises OSError and RhapsodyError, with nothing changed, where that cannot be done now."""
-        locked = _is_at(self.places.lock, os.fstat(self._lock))
-        if locked and _is_at(self.places.socket, self._made):
+        """Make the socket and the lock file again where one was removed or replaced. Returns the old listening socket,
+        which clients can no longer find, or None. Raises OSError and RhapsodyError, with nothing changed."""
+        lock_is_there = is_same_file(self.paths.lock, os.fstat(self._lock))
+        if lock_is_there and is_same_file(self.paths.socket, self._socket_info):
             return None
-        self.places.make()
-        if not locked:
-            old, self._lock = self._lock, _locked(self.places.lock)
-            os.close(old)
-            self.say(self._state)
-        gone = self.listener
-        self.listener, self._made = _listening(self.places.socket)
-        return gone
+        self.paths.make_folders()
+        if not lock_is_there:
+            old_lock, self._lock = self._lock, _locked(self.paths.lock)
+            os.close(old_lock)
+            self.publish(self._phase)
+        old_socket = self.socket
+        self.socket, self._socket_info = _listen(self.paths.socket)
+        return old_socket
 
 
 def _locked(file: Path) -> int:
-    """A descriptor of the file, locked for as long as it is open; children do not inherit it."""
+    """A descriptor of the file, which is locked until the descriptor is closed. Child processes do not inherit it."""
     lock = os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise Taken("another service runs here.") from None
+        raise AlreadyRunning("another service runs here.") from None
     return lock
 
 
-def _listening(path: Path) -> tuple[socket.socket, os.stat_result]:
-    """What is at the path is replaced in one step: whoever finds the socket is heard."""
+def _listen(path: Path) -> tuple[socket.socket, os.stat_result]:
+    """A listening socket and its stat result. It replaces the file at the path in one step."""
     draft = path.with_suffix(".new")
     draft.unlink(missing_ok=True)
-    opened = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)
+    listener = bind_unix_socket(draft)
     try:
-        opened.bind(str(draft))
-        opened.listen(_BACKLOG)
-        opened.setblocking(False)
-        made = draft.stat()
+        listener.setblocking(False)
+        info = draft.stat()
         draft.rename(path)
     except OSError:
-        opened.close()
+        listener.close()
         raise
-    finally:
-        os.umask(before)
-    return opened, made
-
-
-def _is_at(path: Path, made: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(path.lstat(), made)
-    except OSError:
-        return False
+    return listener, info

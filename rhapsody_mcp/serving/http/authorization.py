@@ -1,4 +1,4 @@
-"""Lets in those who may call over HTTP, each to what they may call."""
+"""Authorizes HTTP requests by the scopes of their bearer tokens."""
 
 from __future__ import annotations
 
@@ -12,127 +12,136 @@ from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rhapsody_mcp.protocol.audit import Audit
-from rhapsody_mcp.serving.http.limits import BodyLimit, Buckets, RateLimit, SendLimit, caller_of, header, refuse
-from rhapsody_mcp.serving.http.tokens import Tokens
+from rhapsody_mcp.serving.http.limits import (
+    BodyLimit,
+    RateLimit,
+    SendLimit,
+    TokenBuckets,
+    caller_name,
+    header,
+    replay_body,
+    send_error,
+)
+from rhapsody_mcp.serving.http.tokens import TokenVerifier
 from rhapsody_mcp.serving.peer_credentials import Peer
 from rhapsody_mcp.settings import Settings
 
-__all__ = ["guard"]
+__all__ = ["authorized_app"]
 
-_RECORDED = {401, 403, 408, 413, 421, 429, 503}
-"""What is refused before it is a call: those are recorded where they are made."""
-_MAKE_ONE = "make one with: rhapsody-mcp token create NAME"
+_AUDITED_STATUSES = {401, 403, 408, 413, 421, 429, 503}
+"""Requests that are refused with these never become calls, so that the audit of calls does not record them."""
+_ADVICE = "make one with: rhapsody-mcp token create NAME"
 
 
-def guard(
-    everything: ASGIApp,
-    reading: ASGIApp,
-    withheld: Collection[str],
-    tokens: Tokens,
+def authorized_app(
+    full_app: ASGIApp,
+    read_only_app: ASGIApp,
+    withheld_tools: Collection[str],
+    verifier: TokenVerifier,
     settings: Settings,
     audit: Audit,
     *,
-    demanded: bool,
+    token_required: bool,
 ) -> ASGIApp:
-    """An application for `run_web_server` that lets through whom it may.
+    """An application for `run_web_server` that routes each request by its token.
 
-    A token with the scope `run` leads to `everything`, one with `read` alone to `reading`, which does not offer the
-    tools that are `withheld`. Who sends no token is let in to everything where it is not `demanded` and the
-    operating system says that it is the same user.
+    A token with the scope `run` gives access to `full_app`; one with `read` alone to `read_only_app`, which lacks the
+    `withheld_tools`. Without `token_required`, a client without a token has access to `full_app` if the operating
+    system says that the client is the same user.
     """
 
-    def valid(scope: Scope) -> bool:
+    def is_valid(scope: Scope) -> bool:
         user = scope.get("user")
-        return not isinstance(user, AuthenticatedUser) or tokens.find(user.access_token.token) is not None
+        return not isinstance(user, AuthenticatedUser) or verifier.find(user.access_token.token) is not None
 
-    def bounded(app: ASGIApp) -> ASGIApp:
+    def limited(app: ASGIApp) -> ASGIApp:
         return BodyLimit(AuthContextMiddleware(app), settings.request_bytes, settings.http_slow_s)
 
-    admission = _Admission(bounded(everything), bounded(_Reading(reading, withheld)), demanded)
-    limited = RateLimit(SendLimit(admission, valid), settings.http_requests_per_s, settings.http_connections // 2)
-    recorded = _Recorded(limited, audit)
-    return AuthenticationMiddleware(recorded, backend=BearerAuthBackend(tokens))
+    router = _ScopeRouter(limited(full_app), limited(_ScopeChallenge(read_only_app, withheld_tools)), token_required)
+    rate_limited = RateLimit(SendLimit(router, is_valid), settings.http_requests_per_s, settings.http_connections // 2)
+    return AuthenticationMiddleware(_RefusalAudit(rate_limited, audit), backend=BearerAuthBackend(verifier))
 
 
-class _Admission:
-    def __init__(self, everything: ASGIApp, reading: ASGIApp, demanded: bool) -> None:
-        self._everything, self._reading, self._demanded = everything, reading, demanded
+class _ScopeRouter:
+    """Passes a request on to the application that its token, or its user, may use."""
+
+    def __init__(self, full_app: ASGIApp, read_only_app: ASGIApp, token_required: bool) -> None:
+        self._full_app, self._read_only_app, self._token_required = full_app, read_only_app, token_required
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         user, peer = scope.get("user"), scope["state"]["peer"]
         assert isinstance(peer, Peer)
         if isinstance(user, AuthenticatedUser):
-            chosen = self._everything if "run" in user.scopes else self._reading
-        elif self._demanded or header(scope, b"authorization") is not None or not peer.is_us:
-            chosen = _refuse_caller
+            app = self._full_app if "run" in user.scopes else self._read_only_app
+        elif self._token_required or header(scope, b"authorization") is not None or not peer.is_same_user:
+            app = _send_unauthorized
         else:
-            chosen = self._everything
-        await chosen(scope, receive, send)
+            app = self._full_app
+        await app(scope, receive, send)
 
 
-async def _refuse_caller(scope: Scope, receive: Receive, send: Send) -> None:
-    """One text for every token that is not taken: whoever guesses learns nothing of those that there are."""
+async def _send_unauthorized(scope: Scope, receive: Receive, send: Send) -> None:
+    """The same text for every invalid token, so that it says nothing about existing tokens."""
     if header(scope, b"authorization") is None:
-        words, told = f"a bearer token is needed; {_MAKE_ONE}", 'Bearer realm="rhapsody-mcp"'
+        message, challenge = f"a bearer token is needed; {_ADVICE}", 'Bearer realm="rhapsody-mcp"'
     else:
-        words = f"the token is not known here, was revoked or has expired; {_MAKE_ONE}"
-        told = f'Bearer realm="rhapsody-mcp", error="invalid_token", error_description="{words}"'
-    await refuse(send, 401, words, www_authenticate=told)
+        message = f"the token is not known here, was revoked or has expired; {_ADVICE}"
+        challenge = f'Bearer realm="rhapsody-mcp", error="invalid_token", error_description="{message}"'
+    await send_error(send, 401, message, www_authenticate=challenge)
 
 
-class _Reading:
-    """Answers calls that need the scope `run` as MCP's authorization asks; the server behind it has no such tool."""
+class _ScopeChallenge:
+    """Answers calls of withheld tools with the challenge that MCP's authorization specifies; `app` lacks the tools.
 
-    def __init__(self, app: ASGIApp, withheld: Collection[str]) -> None:
-        self._app, self._withheld = app, withheld
+    Gets the body whole, from BodyLimit.
+    """
+
+    def __init__(self, app: ASGIApp, withheld_tools: Collection[str]) -> None:
+        self._app, self._withheld_tools = app, withheld_tools
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        whole = await receive()
-        asked = _object(whole.get("body", b""))
-        params = asked.get("params")
+        body = (await receive()).get("body", b"")
+        request = _json_object(body)
+        params = request.get("params")
         name = params.get("name") if isinstance(params, dict) else None
-        if asked.get("method") == "tools/call" and isinstance(name, str) and name in self._withheld:
-            told = 'Bearer error="insufficient_scope", scope="run", error_description="this token may only read"'
-            words = f"{name} needs a token with the scope run; this one may only read."
-            await refuse(send, 403, words, id=asked.get("id"), www_authenticate=told)
+        if request.get("method") == "tools/call" and isinstance(name, str) and name in self._withheld_tools:
+            challenge = 'Bearer error="insufficient_scope", scope="run", error_description="this token may only read"'
+            message = f"{name} needs a token with the scope run; this one may only read."
+            await send_error(send, 403, message, id=request.get("id"), www_authenticate=challenge)
             return
-        messages = [whole]
-
-        async def next_message() -> Message:
-            return messages.pop() if messages else await receive()
-
-        await self._app(scope, next_message, send)
+        await self._app(scope, replay_body(body, receive), send)
 
 
-def _object(body: bytes) -> dict[str, object]:
+def _json_object(body: bytes) -> dict[str, object]:
+    """Empty where the body is no JSON object."""
     try:
-        read = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError):
         return {}
-    return read if isinstance(read, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-class _Recorded:
-    """Writes down what is refused before it is a call. Of a flood of one caller, one in a while, with how many."""
+class _RefusalAudit:
+    """Records refused requests in the audit log. Of one caller's flood, one in 10 s, with the number left out."""
 
     def __init__(self, app: ASGIApp, audit: Audit) -> None:
         self._app, self._audit = app, audit
-        self._room = Buckets(per_s=0.1, most=20)
-        self._unsaid: Counter[str] = Counter()
+        self._buckets = TokenBuckets(per_s=0.1, capacity=20)
+        self._unrecorded: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def heard(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] in _RECORDED:
+        async def audited_send(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in _AUDITED_STATUSES:
                 self._record(scope, message["status"])
             await send(message)
 
-        await self._app(scope, receive, heard)
+        await self._app(scope, receive, audited_send)
 
     def _record(self, scope: Scope, status: int) -> None:
-        caller = caller_of(scope)
-        if self._room.take(caller):
-            self._unsaid[caller] += 1
+        caller = caller_name(scope)
+        if self._buckets.take(caller):
+            self._unrecorded[caller] += 1
             return
-        asked = f"{scope['method']} {scope['path']}"
-        more = {"unsaid_before": before} if (before := self._unsaid.pop(caller, 0)) else {}
-        self._audit.refused(caller, str(scope["state"]["peer"]), asked, status, **more)
+        request = f"{scope['method']} {scope['path']}"
+        more = {"unsaid_before": count} if (count := self._unrecorded.pop(caller, 0)) else {}
+        self._audit.refused(caller, str(scope["state"]["peer"]), request, status, **more)

@@ -1,4 +1,4 @@
-"""Opens the socket that an HTTP server listens on."""
+"""Opens the listening socket of an HTTP server."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from rhapsody_mcp.model.errors import InvalidSettings
+from rhapsody_mcp.serving.unix_sockets import bind_unix_socket, is_same_file
 
 __all__ = ["Listener", "listen_on_host", "listen_on_socket"]
 
-_HERE = ("localhost", "127.0.0.1", "::1")
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
 class Listener:
-    """`private` where the operating system lets in this machine or this user alone; `names` are what clients may
-    call the host; a wildcard address has none."""
+    """A listening socket. `private` says that the operating system admits only this machine, or only this user;
+    `names` are the host names that clients may use, none for a wildcard address."""
 
     socket: socket.socket
     address: str
@@ -33,25 +34,25 @@ class Listener:
 
 @contextmanager
 def listen_on_host(host: str, port: int) -> Iterator[Listener]:
-    """Listens until the end of the block; port 0 takes a free one. Raises InvalidSettings where it cannot."""
+    """Listen until the end of the block; port 0 takes a free port. Raises InvalidSettings where that fails."""
     family, address = _resolve(host, port)
     try:
-        opened = socket.create_server(address, family=family)
+        listening = socket.create_server(address, family=family)
     except OSError as error:
-        taken = error.errno == errno.EADDRINUSE
+        in_use = error.errno == errno.EADDRINUSE
         advice = (
-            "Another program listens there: choose another --port." if taken else "Choose another --host or --port."
+            "Another program listens there: choose another --port." if in_use else "Choose another --host or --port."
         )
         raise InvalidSettings(f"{host} port {port} cannot be listened on: {error.strerror}. {advice}") from error
-    with opened:
-        # Connections inherit it. asyncio sets it on sockets of protocol TCP alone, which create_server's do not name; a
-        # reply in two pieces would wait 40 ms for the client's acknowledgement of the first.
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        number = ipaddress.ip_address(str(address[0]).partition("%")[0])
-        local = number.is_loopback
-        names = () if number.is_unspecified else (host, str(number), *(_HERE if local else ()))
+    with listening:
+        # Connections inherit TCP_NODELAY. asyncio does not set it, because create_server's sockets have protocol 0;
+        # without it a reply in two pieces waits 40 ms for the client's acknowledgement of the first.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        ip_address = ipaddress.ip_address(str(address[0]).partition("%")[0])
+        is_local = ip_address.is_loopback
+        names = () if ip_address.is_unspecified else (host, str(ip_address), *(_LOCAL_NAMES if is_local else ()))
         shown = f"[{host}]" if ":" in host else host
-        yield Listener(opened, f"http://{shown}:{opened.getsockname()[1]}/mcp", names, local)
+        yield Listener(listening, f"http://{shown}:{listening.getsockname()[1]}/mcp", names, is_local)
 
 
 def _resolve(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
@@ -68,59 +69,46 @@ def _resolve(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
 
 @contextmanager
 def listen_on_socket(path: Path) -> Iterator[Listener]:
-    """A Unix socket of mode 0600, removed at the end of the block. One that a killed server left is replaced.
+    """Listen on a Unix socket of mode 0600 until the end of the block, which removes the socket. Replaces the socket
+    of a server that was killed.
 
-    Raises InvalidSettings where another server listens, or where somebody else could put a socket in its place.
+    Raises InvalidSettings where another server listens, and where another user could replace the socket.
     """
     try:
         _check_folder(path.parent)
-        _clear(path)
-        opened = _bind(path)
+        _remove_stale(path)
+        listening = bind_unix_socket(path)
     except OSError as error:
-        reason = error.strerror or str(error)  # of a path that is too long, the text alone
+        reason = error.strerror or str(error)  # a path that is too long has no strerror
         raise InvalidSettings(f"the socket {path} cannot be made: {reason}. Choose another --socket.") from error
-    made = path.stat()
+    info = path.lstat()
     try:
-        with opened:
-            yield Listener(opened, f"http://localhost/mcp on the socket {path}", _HERE, True)
+        with listening:
+            yield Listener(listening, f"http://localhost/mcp on the socket {path}", _LOCAL_NAMES, True)
     finally:
-        with suppress(OSError):
-            if os.path.samestat(path.stat(), made):
+        if is_same_file(path, info):
+            with suppress(OSError):
                 path.unlink()
 
 
 def _check_folder(folder: Path) -> None:
     info = folder.stat()
-    mine = info.st_uid in (0, os.geteuid())
-    shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not info.st_mode & stat.S_ISVTX
-    if not mine or shared:
+    is_trusted = info.st_uid in (0, os.geteuid())
+    is_shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not info.st_mode & stat.S_ISVTX
+    if not is_trusted or is_shared:
         raise InvalidSettings(
             f"others can replace a socket in {folder}. Choose a --socket in a folder that only you can write."
         )
 
 
-def _clear(path: Path) -> None:
-    """Removes what no server listens on any more; a file that is no socket stays, and binding to it fails."""
+def _remove_stale(path: Path) -> None:
+    """Remove a socket without a server. A file of another kind stays, so that binding fails."""
     if not path.is_socket():
         return
-    with socket.socket(socket.AF_UNIX) as caller:
+    with socket.socket(socket.AF_UNIX) as probe:
         try:
-            caller.connect(str(path))
+            probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink()
         else:
             raise InvalidSettings(f"a server listens on the socket {path} already. Choose another --socket.")
-
-
-def _bind(path: Path) -> socket.socket:
-    opened = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)
-    try:
-        opened.bind(str(path))
-        opened.listen()
-    except OSError:
-        opened.close()
-        raise
-    finally:
-        os.umask(before)
-    return opened

@@ -1,4 +1,4 @@
-"""Serves many clients over HTTP, who share one set of sessions."""
+"""Serves MCP over HTTP to many clients, which share one set of sessions."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from rhapsody_mcp.protocol.audit import Audit, open_audit
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.session_registry import OpenSessions
 from rhapsody_mcp.server import Server, build_server, open_sessions
-from rhapsody_mcp.serving.http.authorization import guard
+from rhapsody_mcp.serving.http.authorization import authorized_app
 from rhapsody_mcp.serving.http.listeners import Listener
-from rhapsody_mcp.serving.http.tokens import TokenFile, Tokens, plain_token
-from rhapsody_mcp.serving.http.uvicorn_protocol import connections
-from rhapsody_mcp.serving.paths import Places
+from rhapsody_mcp.serving.http.tokens import TokenFile, TokenVerifier, read_plain_token
+from rhapsody_mcp.serving.http.uvicorn_protocol import connection_class
+from rhapsody_mcp.serving.paths import ServicePaths
 from rhapsody_mcp.settings import Settings
 
-__all__ = ["checks", "run_web_server", "serve_http", "serve_listener", "stop_on_signal"]
+__all__ = ["host_checks", "run_web_server", "serve_http", "serve_listener", "stop_on_signal"]
 
-_errors = logging.getLogger("uvicorn.error")
-_SESSIONS = 1000
-"""Clients of the revisions before 2026-07-28 that may be connected; each takes memory until it was idle for 30 min."""
+_uvicorn_log = logging.getLogger("uvicorn.error")
+_MAX_SESSIONS = 1000
+"""MCP sessions of protocol revisions before 2026-07-28; each takes memory until it was idle for 30 min."""
 _GRACE_S = 1
-"""How long a stream that a client holds open may last once everything else has ended."""
+"""How long open streams may last once all other requests have ended."""
 
 
 async def serve_http(settings: Settings, listener: Listener, say: Callable[[str], None]) -> None:
-    """Serve sessions of this process alone. Returns after SIGTERM or SIGINT, when nothing is left running; after
-    SIGKILL the keepers of the engines see to that. Raises as `serve_listener`."""
+    """Serve with sessions of this process alone. Returns after SIGTERM or SIGINT, when nothing is left running; after
+    SIGKILL the keepers end the engines. Raises as `serve_listener`."""
     stop = anyio.Event()
     async with open_sessions(settings) as sessions, TasksExtension() as tasks, anyio.create_task_group() as group:
         await group.start(stop_on_signal, sessions, stop)
-        with open_audit(Places().audit, settings) as audit:
-            await serve_listener(settings, listener, sessions, tasks, say, stop, Places(), audit)
+        paths = ServicePaths()
+        with open_audit(paths.audit, settings) as audit:
+            await serve_listener(settings, listener, sessions, tasks, say, stop, paths, audit)
         group.cancel_scope.cancel()
 
 
@@ -53,56 +54,62 @@ async def serve_listener(
     tasks: TasksExtension,
     say: Callable[[str], None],
     stop: anyio.Event,
-    places: Places,
+    paths: ServicePaths,
     audit: Audit,
 ) -> None:
-    """Serve these sessions at this listener until `stop`; the sessions go on. `say` is told the address, and of a
-    first token that is made for it: nowhere else is that token to be read.
+    """Serve these sessions at this listener until `stop`; the sessions stay open. `say` gets the address, and the
+    first token where one is made: the token is shown nowhere else.
 
-    Raises InvalidSettings where a token file cannot be used, or a name for the host is needed and is not there.
+    Raises InvalidSettings where a token file cannot be used, or the listener needs a host name and has none.
     """
-    security = checks(listener, settings.http_allowed_hosts)
-    file = TokenFile(places.tokens)
-    plain = plain_token(settings.http_token_file) if settings.http_token_file else None
-    first = None if listener.private or plain else file.create_first()
-    if first is not None:
+    checks = host_checks(listener, settings.http_allowed_hosts)
+    file = TokenFile(paths.tokens)
+    plain_token = read_plain_token(settings.http_token_file) if settings.http_token_file else None
+    first_token = None if listener.private or plain_token else file.create_first()
+    if first_token is not None:
         audit.token("create", file.read()[-1].name)
     server = build_server(settings, sessions, [tasks], audit)
-    reading = build_server(settings.model_copy(update={"read_only": True}), sessions, [tasks], audit)
-    whole, part = (_app(one, security, settings) for one in (server, reading))
-    writing = await _names(server) - await _names(reading)
-    demanded = not listener.private or plain is not None
-    app = guard(whole, part, writing, Tokens(file, plain), settings, audit, demanded=demanded)
-    kind = connections(settings.http_slow_s, settings.http_connections)
-    told = f"Listening on {listener.address}" + (f"\n{_about_token(first, settings)}" if demanded else "")
+    read_only_server = build_server(settings.model_copy(update={"read_only": True}), sessions, [tasks], audit)
+    full_app, read_only_app = (_app(one, checks, settings) for one in (server, read_only_server))
+    withheld_tools = await _tool_names(server) - await _tool_names(read_only_server)
+    token_required = not listener.private or plain_token is not None
+    verifier = TokenVerifier(file, plain_token)
+    app = authorized_app(
+        full_app, read_only_app, withheld_tools, verifier, settings, audit, token_required=token_required
+    )
+    protocol = connection_class(settings.http_slow_s, settings.http_connections)
+    greeting = f"Listening on {listener.address}"
+    if token_required:
+        greeting += f"\n{_token_hint(first_token, settings)}"
     try:
-        async with reading.session_manager.run():
-            await run_web_server(server, app, listener, stop, lambda: say(told), kind)
+        async with read_only_server.session_manager.run():
+            await run_web_server(server, app, listener, stop, lambda: say(greeting), protocol)
     finally:
-        for one in (server, reading):
-            one.leave()
+        for one in (server, read_only_server):
+            one.detach()
 
 
-def _about_token(first: str | None, settings: Settings) -> str:
+def _token_hint(first_token: str | None, settings: Settings) -> str:
     if settings.http_token_file is not None:
         return f"Bearer token: in {settings.http_token_file}, or one of `rhapsody-mcp token list`"
-    if first is not None:
-        return f"Bearer token, shown only now: {first}"
+    if first_token is not None:
+        return f"Bearer token, shown only now: {first_token}"
     return "Bearer token: one of `rhapsody-mcp token list`, or a new one of `rhapsody-mcp token create NAME`"
 
 
-async def _names(server: Server) -> set[str]:
+async def _tool_names(server: Server) -> set[str]:
     return {tool.name for tool in await server.list_tools()}
 
 
-def _app(server: Server, security: TransportSecuritySettings, settings: Settings) -> ASGIApp:
+def _app(server: Server, checks: TransportSecuritySettings, settings: Settings) -> ASGIApp:
     return server.streamable_http_app(
-        transport_security=security, max_request_body_size=settings.request_bytes, max_sessions=_SESSIONS
+        transport_security=checks, max_request_body_size=settings.request_bytes, max_sessions=_MAX_SESSIONS
     )
 
 
-def checks(listener: Listener, allowed_hosts: Sequence[str]) -> TransportSecuritySettings:
-    """Which Host and Origin headers are taken: a page that a browser shows cannot reach us under a name of its own."""
+def host_checks(listener: Listener, allowed_hosts: Sequence[str]) -> TransportSecuritySettings:
+    """The accepted Host and Origin headers, against DNS rebinding: a web page cannot reach the server under its own
+    host name. Raises InvalidSettings."""
     for host in allowed_hosts:
         if "/" in host or not host:
             raise InvalidSettings(
@@ -127,14 +134,14 @@ async def run_web_server(
     listener: Listener,
     stop: anyio.Event,
     ready: Callable[[], None],
-    kind: type[asyncio.Protocol] | None = None,
+    protocol: type[asyncio.Protocol] | None = None,
 ) -> None:
-    """Serve until `stop` is set, and those who are being served a moment longer."""
+    """Serve until `stop` is set; open requests then have a moment to end."""
     web = _WebServer(
         uvicorn.Config(
             app,
-            http=kind or connections(),  # of h11: httptools leaves the blanks at the end of a header's value in it
-            lifespan="off",  # entered here, where it surrounds the stop
+            http=protocol or connection_class(),  # of h11: httptools keeps trailing blanks of header values
+            lifespan="off",  # the session manager is entered below
             ws="none",
             log_config=None,
             log_level="warning",
@@ -145,25 +152,25 @@ async def run_web_server(
         )
     )
     async with server.session_manager.run(), anyio.create_task_group() as group:
-        group.start_soon(_end, web, stop)
+        group.start_soon(_exit_on_stop, web, stop)
         ready()
         try:
             await web.serve([listener.socket])
         finally:
-            _errors.setLevel(logging.WARNING)
+            _uvicorn_log.setLevel(logging.WARNING)
         group.cancel_scope.cancel()
 
 
-async def _end(web: _WebServer, stop: anyio.Event) -> None:
+async def _exit_on_stop(web: _WebServer, stop: anyio.Event) -> None:
     await stop.wait()
-    _errors.setLevel(logging.CRITICAL)  # a traceback for each stream that ends now
+    _uvicorn_log.setLevel(logging.CRITICAL)  # hides a traceback for each stream that ends now
     web.should_exit = True
 
 
 async def stop_on_signal(
     sessions: OpenSessions, stop: anyio.Event, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
-    """The sessions are closed first, so that waiting calls are answered."""
+    """Closes the sessions before it sets `stop`, so that waiting calls are answered."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()
         async for _ in signals:
@@ -172,7 +179,7 @@ async def stop_on_signal(
 
 
 class _WebServer(uvicorn.Server):
-    """Leaves the signals to us: uvicorn would raise them again once it has stopped, before the sessions are closed."""
+    """Without uvicorn's signal handlers, which raise the signal again before the sessions are closed."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The bearer tokens of an HTTP server: a file that holds their hashes, and what each may do."""
+"""Bearer tokens for HTTP: a file with their hashes and scopes, and their verification."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from mcp.server.auth.provider import AccessToken
 
 from rhapsody_mcp.model.errors import InvalidSettings, UnknownName
 
-__all__ = ["SCOPES", "Token", "TokenFile", "Tokens", "plain_token"]
+__all__ = ["SCOPES", "Token", "TokenFile", "TokenVerifier", "read_plain_token"]
 
 SCOPES = ("read", "run")
-"""`read`: the tools that change nothing, resources and prompts. `run`: everything."""
+"""`read` covers resources, prompts and the tools that change nothing; `run` covers everything."""
 _DAY_S = 86400.0
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
-_PLAIN = re.compile(r"[A-Za-z0-9._~+/-]{16,4096}=*")
+_PLAIN_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,4096}=*")
 _log = logging.getLogger(__name__)
 
 
 class Token(msgspec.Struct, frozen=True):
-    """What is kept of a token: not itself. `created` and `expires` are seconds since 1970."""
+    """A token's entry in the file: its hash, not the token. `created` and `expires` are seconds since the epoch."""
 
     name: str
     hash: str
@@ -41,21 +41,21 @@ class Token(msgspec.Struct, frozen=True):
     created: float
     expires: float | None = None
 
-    def is_over(self, now: float) -> bool:
+    def is_expired(self, now: float) -> bool:
         return self.expires is not None and self.expires <= now
 
 
 class TokenFile:
-    """The tokens of a service, in a file of mode 0600 that holds their hashes. Each method reads it again.
+    """The tokens of a service, in a file of mode 0600. Each method reads the file again.
 
-    Every method raises InvalidSettings where the file cannot be used, or somebody else can read or write it.
+    Each method raises InvalidSettings where the file cannot be used, or another user can read or write it.
     """
 
     def __init__(self, file: Path, now: Callable[[], float] = time.time) -> None:
         self.file, self.now = file, now
 
     def read(self) -> list[Token]:
-        """Every token, expired ones too; none where there is no file."""
+        """All tokens, with the expired ones; none where the file does not exist."""
         try:
             with self.file.open("rb") as opened:
                 _check_private(self.file, os.fstat(opened.fileno()))
@@ -71,50 +71,52 @@ class TokenFile:
             ) from error
 
     def table(self) -> str:
-        """A line for each token, for people."""
-        rows = [(one.name, ",".join(one.scopes), _day(one.created), _until(one, self.now())) for one in self.read()]
+        """A text table with one token a line."""
+        rows = [
+            (one.name, ",".join(one.scopes), _date(one.created), _valid_until(one, self.now())) for one in self.read()
+        ]
         head = ("NAME", "SCOPES", "CREATED", "VALID UNTIL")
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (head, *rows)]
         return "\n".join(lines if rows else ["There is no token. Make one: rhapsody-mcp token create NAME"])
 
     def create(self, name: str, scopes: Sequence[str] = SCOPES, days: float | None = None) -> str:
-        """A new token, which nothing but this reply holds. Raises InvalidSettings where the name or a scope is wrong,
-        or another token has the name."""
-        _check(name, scopes)
+        """A new token, which is stored nowhere. Raises InvalidSettings where the name is invalid or in use, or a scope
+        is invalid."""
+        _check_new(name, scopes)
         token = f"rh_{secrets.token_urlsafe(32)}"
         now = self.now()
-        with self._changed() as tokens:
+        with self._edit() as tokens:
             if any(one.name == name for one in tokens):
                 raise InvalidSettings(
                     f"there is a token {name!r}. Choose another name, or first `rhapsody-mcp token revoke {name}`."
                 )
             expires = None if days is None else now + days * _DAY_S
-            tokens.append(Token(name, hash_of(token), tuple(scopes), now, expires))
+            tokens.append(Token(name, token_hash(token), tuple(scopes), now, expires))
         return token
 
     def create_first(self) -> str | None:
-        """A token for everything where none is valid, so that a first start needs no other command; else None."""
-        if any(not token.is_over(self.now()) for token in self.read()):
+        """A token with all scopes if no token is valid, so that the first start needs no other command; else None."""
+        if any(not token.is_expired(self.now()) for token in self.read()):
             return None
-        taken = {token.name for token in self.read()}
-        names = ("first", *(f"first-{number}" for number in range(2, len(taken) + 3)))
-        return self.create(next(name for name in names if name not in taken))
+        used_names = {token.name for token in self.read()}
+        names = ("first", *(f"first-{number}" for number in range(2, len(used_names) + 3)))
+        return self.create(next(name for name in names if name not in used_names))
 
     def revoke(self, name: str) -> None:
-        """Servers that run take it no longer. Raises UnknownName."""
-        with self._changed() as tokens:
+        """Remove a token; running servers refuse it from now on. Raises UnknownName."""
+        with self._edit() as tokens:
             left = [token for token in tokens if token.name != name]
             if len(left) == len(tokens):
                 raise UnknownName("token", name, [token.name for token in tokens])
             tokens[:] = left
 
     @contextmanager
-    def _changed(self) -> Iterator[list[Token]]:
-        """The tokens, to be changed in place; written at the end of the block, and not where it raises."""
+    def _edit(self) -> Iterator[list[Token]]:
+        """The tokens, to be changed in place. The end of the block writes them, unless the block raises."""
         try:
-            _make(self.file.parent)
-            with open(self.file.with_suffix(".lock"), "a", opener=_for_us_alone) as lock:
+            _make_private(self.file.parent)
+            with open(self.file.with_suffix(".lock"), "a", opener=_open_private) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 tokens = self.read()
                 yield tokens
@@ -123,7 +125,7 @@ class TokenFile:
             raise InvalidSettings(f"the token file {self.file} cannot be written: {error.strerror}.") from error
 
     def _write(self, tokens: list[Token]) -> None:
-        """It is never there half written, and never open to others."""
+        """Replaces the file in one step; it is private from the start."""
         handle, draft = tempfile.mkstemp(dir=self.file.parent)
         try:
             with os.fdopen(handle, "wb") as opened:
@@ -136,66 +138,65 @@ class TokenFile:
             raise
 
 
-class Tokens:
-    """A token verifier, as the SDK calls it: it knows the tokens of a file as it is now, and a plain one of the user's.
+class TokenVerifier:
+    """Verifies tokens, as the SDK's protocol of this name: those of a file, and a plain token of the user.
 
-    A file that cannot be used any more lets in nobody who needs it.
+    Notices changes of the file. While the file cannot be used, its tokens are invalid.
     """
 
-    def __init__(self, file: TokenFile, plain: str | None = None) -> None:
+    def __init__(self, file: TokenFile, plain_token: str | None = None) -> None:
         self._file = file
-        self._plain = [] if plain is None else [Token("token-file", hash_of(plain), SCOPES, 0.0)]
-        self._seen: tuple[int, ...] = ()
-        self._read: list[Token] = []
+        self._plain = [] if plain_token is None else [Token("token-file", token_hash(plain_token), SCOPES, 0.0)]
+        self._file_version: tuple[int, ...] = ()
+        self._file_tokens: list[Token] = []
 
     async def verify_token(self, token: str) -> AccessToken | None:
-        """Whoever takes the AccessToken gets the hash in the place of the token."""
-        found = self.find(hash_of(token))
-        if found is None:
+        """The AccessToken has the hash in place of the token."""
+        valid = self.find(token_hash(token))
+        if valid is None:
             return None
-        expires = None if found.expires is None else int(found.expires)
-        return AccessToken(token=found.hash, client_id=found.name, scopes=list(found.scopes), expires_at=expires)
+        expires = None if valid.expires is None else int(valid.expires)
+        return AccessToken(token=valid.hash, client_id=valid.name, scopes=list(valid.scopes), expires_at=expires)
 
     def find(self, hash: str) -> Token | None:
-        """The valid token with this hash. Every one is compared, each in constant time, whichever it is."""
+        """The valid token with this hash. Compares all tokens, each in constant time, so that timing says nothing."""
         now = self._file.now()
-        equal = [token for token in (*self._plain, *self._tokens()) if hmac.compare_digest(token.hash, hash)]
-        return next((token for token in equal if not token.is_over(now)), None)
+        equal = [token for token in (*self._plain, *self._current_tokens()) if hmac.compare_digest(token.hash, hash)]
+        return next((token for token in equal if not token.is_expired(now)), None)
 
-    def _tokens(self) -> list[Token]:
-        """Read again where the file has changed."""
-        seen = _version(self._file.file)
-        if seen != self._seen:
-            self._seen, self._read = seen, []
+    def _current_tokens(self) -> list[Token]:
+        version = _version(self._file.file)
+        if version != self._file_version:
+            self._file_version, self._file_tokens = version, []
             try:
-                self._read = self._file.read()
+                self._file_tokens = self._file.read()
             except InvalidSettings as error:
                 _log.warning("no token is taken: %s", error)
-        return self._read
+        return self._file_tokens
 
 
-def _make(folder: Path) -> None:
-    """With the folders above it that are not there; each is ours alone."""
+def _make_private(folder: Path) -> None:
+    """Make the folder and its missing parents, each private to this user."""
     for missing in reversed([one for one in (folder, *folder.parents) if not one.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)
 
 
-def _for_us_alone(file: str, flags: int) -> int:
+def _open_private(file: str, flags: int) -> int:
     return os.open(file, flags, 0o600)
 
 
-def _day(seconds: float) -> str:
+def _date(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def _until(token: Token, now: float) -> str:
+def _valid_until(token: Token, now: float) -> str:
     if token.expires is None:
         return "no end"
-    return _day(token.expires) + (" (expired)" if token.is_over(now) else "")
+    return _date(token.expires) + (" (expired)" if token.is_expired(now) else "")
 
 
 def _version(file: Path) -> tuple[int, ...]:
-    """Another one where the file is another or was changed; empty where there is none."""
+    """Differs after every change of the file; empty where there is no file."""
     try:
         info = file.stat()
     except OSError:
@@ -203,14 +204,14 @@ def _version(file: Path) -> tuple[int, ...]:
     return info.st_mtime_ns, info.st_ino, info.st_size, info.st_mode, info.st_uid
 
 
-def hash_of(token: str) -> str:
-    """SHA-256 alone: a token is 256 random bits, so there is no list of likely ones for salt and slowness to defeat."""
+def token_hash(token: str) -> str:
+    """SHA-256 without salt: a token has 256 random bits, so a dictionary of likely tokens is impossible."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def plain_token(file: Path) -> str:
-    """The token in a file that the user wrote. Raises InvalidSettings where it cannot be used, or somebody else can
-    read or write it."""
+def read_plain_token(file: Path) -> str:
+    """The token in a file that the user wrote. Raises InvalidSettings where the file cannot be used, or another user
+    can read or write it."""
     file = file.expanduser()
     try:
         with file.open(encoding="ascii", errors="replace") as opened:
@@ -221,7 +222,7 @@ def plain_token(file: Path) -> str:
             f"the token file {file} cannot be read: {error.strerror}. Write a token of your own into it, with mode "
             "0600; or leave it out, and make one with `rhapsody-mcp token create NAME`."
         ) from error
-    if not _PLAIN.fullmatch(token):
+    if not _PLAIN_TOKEN.fullmatch(token):
         raise InvalidSettings(
             f"the token file {file} holds no token. Valid: one line of at least 16 letters, digits or ._~+/-, "
             "random ones: nothing slows down whoever guesses."
@@ -229,7 +230,7 @@ def plain_token(file: Path) -> str:
     return token
 
 
-def _check(name: str, scopes: Sequence[str]) -> None:
+def _check_new(name: str, scopes: Sequence[str]) -> None:
     if not _NAME.fullmatch(name):
         raise InvalidSettings(
             f"{name!r} is no name for a token. Valid: at most 64 letters, digits or ._@-, as in laptop."

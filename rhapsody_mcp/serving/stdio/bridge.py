@@ -1,4 +1,4 @@
-"""Copies bytes between an MCP client on stdin and stdout and the service, which lives on when the client leaves."""
+"""Copies bytes between an MCP client on stdin and stdout and the service, which survives the client."""
 
 from __future__ import annotations
 
@@ -13,145 +13,149 @@ from contextlib import suppress
 from typing import Any
 
 from rhapsody_mcp.model.errors import RhapsodyError
-from rhapsody_mcp.serving.daemon.client import Caller
+from rhapsody_mcp.serving.daemon.client import ServiceClient
 from rhapsody_mcp.serving.daemon.connection import HANGUP, ClientLeft
 
 __all__ = ["run_bridge"]
 
-_LEAVING_S = 0.7
-"""How long answers are awaited once the client has left; MCP clients give 2 s before they use force."""
-_READ, _WRITTEN = 1 << 16, 4096
-"""Bytes at once; a pipe that is ready takes as many as are written without a wait."""
+_DRAIN_S = 0.7
+"""How long replies are forwarded after the client has left; MCP clients kill the process after 2 s."""
+_READ_BYTES, _WRITE_BYTES = 1 << 16, 4096
+"""For one call. A pipe that is ready takes 4096 bytes (PIPE_BUF) without blocking."""
 _INTERNAL_ERROR = -32603
 
 
-def run_bridge(caller: Caller, offer: dict[str, Any]) -> int:
-    """Returns the exit code: 0 within 1 s of the end of stdin, 1 where the service cannot be had or goes away."""
+def run_bridge(client: ServiceClient, settings: dict[str, Any]) -> int:
+    """Returns the exit code: 0 within 1 s of the end of stdin, 1 where the service cannot be reached or ends.
+    `settings` are those that a client may choose."""
     try:
-        line, answer = caller.join(**{"as": "mcp", "offer": offer})
+        connection, reply = client.connect(**{"as": "mcp", "offer": settings})
     except ClientLeft:
         return 0
     except RhapsodyError as error:
-        _say(str(error))
-        _refuse_all(str(error))
+        _warn(str(error))
+        _refuse_requests(str(error))
         return 1
-    for note in answer["notes"]:
-        _say(note)
-    if _Bridge(line.socket).run():
+    for note in reply["notes"]:
+        _warn(note)
+    if _Bridge(connection.socket).run():
         return 0
-    _say(
+    _warn(
         "the service went away: it was stopped, or it was killed. What its ledger holds is there again when a client "
-        f"connects. Its log is {caller.places.log}."
+        f"connects. Its log is {client.paths.log}."
     )
     return 1
 
 
-def _say(words: str) -> None:
+def _warn(text: str) -> None:
     with suppress(OSError):
-        sys.stderr.write(f"rhapsody-mcp: {words}\n")
+        sys.stderr.write(f"rhapsody-mcp: {text}\n")
         sys.stderr.flush()
 
 
-def _refuse_all(words: str) -> None:
-    """Answer each request with what is wrong, until the client leaves: most show no more of a server than that."""
+def _refuse_requests(text: str) -> None:
+    """Answer each request with an error until the client leaves: most clients show nothing else of a failed server."""
     if sys.stdin is None or sys.stdin.isatty():
         return
     for line in sys.stdin.buffer:
         with suppress(ValueError, OSError):
             message = json.loads(line)
             if isinstance(message, dict) and "method" in message and "id" in message:
-                error = {"code": _INTERNAL_ERROR, "message": words}
-                answer = {"jsonrpc": "2.0", "id": message["id"], "error": error}
-                os.write(1, json.dumps(answer).encode() + b"\n")
+                error = {"code": _INTERNAL_ERROR, "message": text}
+                reply = {"jsonrpc": "2.0", "id": message["id"], "error": error}
+                os.write(1, json.dumps(reply).encode() + b"\n")
 
 
-class _Flow:
-    """Bytes on their way from one descriptor to another; no more are read before the last are written."""
+class _Copier:
+    """Copies bytes from one descriptor to another; reads no more before all that it read is written."""
 
     def __init__(self, source: int, sink: int) -> None:
         self.source, self.sink = source, sink
-        self.left = memoryview(b"")
+        self.unwritten = memoryview(b"")
         self.ended = False
-        """Nothing more can be read, or nobody takes it."""
+        """The source is at its end, or the sink is closed."""
 
     @property
-    def next(self) -> tuple[int, int]:
-        """What `move` waits for: a descriptor, and what it must be ready for."""
-        return (self.sink, select.POLLOUT) if self.left else (self.source, 0 if self.ended else select.POLLIN)
+    def awaited(self) -> tuple[int, int]:
+        """The descriptor and the poll event that `step` needs next; event 0 at the end."""
+        if self.unwritten:
+            return self.sink, select.POLLOUT
+        return self.source, 0 if self.ended else select.POLLIN
 
-    def is_in(self, ready: Container[int]) -> bool:
-        descriptor, event = self.next
+    def can_step(self, ready: Container[int]) -> bool:
+        descriptor, event = self.awaited
         return bool(event) and descriptor in ready
 
-    def move(self) -> None:
-        """Read or write, whichever is next. Raises BrokenPipeError where nobody takes what is written."""
+    def step(self) -> None:
+        """Read once or write once. Raises BrokenPipeError where the sink is closed."""
         with suppress(BlockingIOError):
-            if self.left:
-                self.left = self.left[os.write(self.sink, self.left[:_WRITTEN]) :]
+            if self.unwritten:
+                self.unwritten = self.unwritten[os.write(self.sink, self.unwritten[:_WRITE_BYTES]) :]
             else:
-                self.left = memoryview(self._read())
-                self.ended = not self.left
+                self.unwritten = memoryview(self._read())
+                self.ended = not self.unwritten
 
     def _read(self) -> bytes:
         try:
-            return os.read(self.source, _READ)
+            return os.read(self.source, _READ_BYTES)
         except ConnectionResetError:
             return b""
 
-    def give_up(self) -> None:
-        self.left, self.ended = memoryview(b""), True
+    def abandon(self) -> None:
+        self.unwritten, self.ended = memoryview(b""), True
 
 
 class _Bridge:
     def __init__(self, service: socket.socket) -> None:
         service.setblocking(False)
         self._service = service
-        self._out, self._back = _Flow(0, service.fileno()), _Flow(service.fileno(), 1)
-        self._leaves_by: float | None = None
+        self._requests, self._replies = _Copier(0, service.fileno()), _Copier(service.fileno(), 1)
+        self._drain_deadline: float | None = None
+        """Set once the client has left."""
 
     def run(self) -> bool:
-        """Whether it was the client who left."""
+        """True if the client left, False if the service ended first."""
         try:
-            while not self._back.ended and self._has_time():
-                self._turn()
+            while not self._replies.ended and self._has_time():
+                self._step()
         except BrokenPipeError:
             return True
-        return self._leaves_by is not None
+        return self._drain_deadline is not None
 
     def _has_time(self) -> bool:
-        return self._leaves_by is None or time.monotonic() < self._leaves_by
+        return self._drain_deadline is None or time.monotonic() < self._drain_deadline
 
-    def _turn(self) -> None:
-        ready = self._ready()
-        if self._out.is_in(ready):
-            self._send()
-        if self._back.is_in(ready):
-            self._back.move()
+    def _step(self) -> None:
+        ready = self._poll()
+        if self._requests.can_step(ready):
+            self._forward_requests()
+        if self._replies.can_step(ready):
+            self._replies.step()
         if ready.get(0, 0) & (HANGUP | select.POLLHUP):
-            self._leave()
+            self._start_draining()
 
-    def _send(self) -> None:
+    def _forward_requests(self) -> None:
         try:
-            self._out.move()
+            self._requests.step()
         except BrokenPipeError:
-            self._out.give_up()  # the service is gone; what it said before is still read
+            self._requests.abandon()  # the service has ended; its last replies are still read
             return
-        if self._out.ended:
-            self._leave()
+        if self._requests.ended:
+            self._start_draining()
             with suppress(OSError):
                 self._service.shutdown(socket.SHUT_WR)
 
-    def _leave(self) -> None:
-        """The client has closed its end; what it sent before is on its way, and so may answers be."""
-        self._leaves_by = self._leaves_by or time.monotonic() + _LEAVING_S
+    def _start_draining(self) -> None:
+        """The client has left; its last requests and their replies are still forwarded."""
+        self._drain_deadline = self._drain_deadline or time.monotonic() + _DRAIN_S
 
-    def _ready(self) -> dict[int, int]:
-        """What can be read or written now, and on descriptor 0 whether the client has left."""
-        wanted = {} if self._leaves_by else {0: HANGUP}
-        for descriptor, event in (self._out.next, self._back.next):
+    def _poll(self) -> dict[int, int]:
+        """The events that occurred, by descriptor; with those of the client's hangup on descriptor 0."""
+        awaited = {} if self._drain_deadline else {0: HANGUP}
+        for descriptor, event in (self._requests.awaited, self._replies.awaited):
             if event:
-                wanted[descriptor] = wanted.get(descriptor, 0) | event
+                awaited[descriptor] = awaited.get(descriptor, 0) | event
         poll = select.poll()
-        for descriptor, events in wanted.items():
+        for descriptor, events in awaited.items():
             poll.register(descriptor, events)
-        return dict(poll.poll(self._leaves_by and max(0.0, self._leaves_by - time.monotonic()) * 1000))
+        return dict(poll.poll(self._drain_deadline and max(0.0, self._drain_deadline - time.monotonic()) * 1000))

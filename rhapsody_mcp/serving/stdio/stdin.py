@@ -1,4 +1,4 @@
-"""Reads what this process is told on stdin."""
+"""Stdin as a byte stream."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import anyio
 import anyio.to_thread
 from anyio.abc import ByteStream
 
-__all__ = ["Stdin"]
+__all__ = ["StdinStream"]
 
 
-class Stdin(ByteStream):
-    """Until it is closed, nobody else finds anything on stdin: neither what runs here nor what it starts."""
+class StdinStream(ByteStream):
+    """While the stream is open, descriptor 0 is /dev/null: neither other code nor child processes can read stdin."""
 
     def __init__(self) -> None:
-        self._told = os.dup(0)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
+        self._stdin = os.dup(0)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        if not (heard := await anyio.to_thread.run_sync(os.read, self._told, max_bytes)):
+        if not (data := await anyio.to_thread.run_sync(os.read, self._stdin, max_bytes)):
             raise anyio.EndOfStream
-        return heard
+        return data
 
     async def send(self, item: bytes) -> None:
         raise NotImplementedError("nothing is said on stdin")
@@ -32,5 +32,5 @@ class Stdin(ByteStream):
         raise NotImplementedError("nothing is said on stdin")
 
     async def aclose(self) -> None:
-        os.dup2(self._told, 0)
-        os.close(self._told)
+        os.dup2(self._stdin, 0)
+        os.close(self._stdin)

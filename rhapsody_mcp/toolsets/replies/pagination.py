@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
-from rhapsody_mcp.model.values import Value, keys_text, pointer_steps
+from rhapsody_mcp.model.json_pointer import describe_keys, split_pointer
+from rhapsody_mcp.model.values import Value
 
 __all__ = ["Page", "cut", "first_of", "page_of_items", "page_of_value"]
 
@@ -146,7 +147,7 @@ def _mapped(value: Value) -> mmap.mmap:
 def _find(data: Data, path: str) -> int:
     """Where the part starts that a JSON Pointer names."""
     at = 0
-    for step in pointer_steps(path):
+    for step in split_pointer(path):
         found = _entry(data, at, step) if data[at : at + 1] == b"{" else _item(data, at, step)
         if found is None:
             raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {_there(data, at, step)}.")
@@ -231,7 +232,7 @@ def _broken_text() -> InvalidTask:
 def _there(data: Data, at: int, step: str) -> str:
     kind = data[at : at + 1]
     if kind == b"{":
-        return keys_text(step, (msgspec.json.decode(key) for _, key in _keys(data, at + 1)))
+        return describe_keys(step, (msgspec.json.decode(key) for _, key in _keys(data, at + 1)))
     if kind == b"[":
         return f"a list of length {_skip(data, at + 1, sys.maxsize)[1]}"
     return "a single value"

@@ -10,9 +10,10 @@ from pydantic import Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
+from rhapsody_mcp.model.json_pointer import split_pointer
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import Value, is_index, pointer_steps
+from rhapsody_mcp.model.values import Value, is_index
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, name_of
 from rhapsody_mcp.toolsets.replies.base import (
@@ -195,7 +196,7 @@ def _page_of_children(task: ForEach, start: int | None, limit: int | None, max_b
 
 def _value_of_child(task: ForEach, path: str) -> tuple[Value, str]:
     """Its Value, and the path into that."""
-    step = pointer_steps(path)[0]
+    step = split_pointer(path)[0]
     if not is_index(step) or int(step) >= len(task.children):
         raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is a list of length {len(task.children)}.")
     child = task.children[int(step)]

@@ -1,0 +1,47 @@
+"""JSON Pointers (RFC 6901) into results."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any
+
+from rhapsody_mcp.model.errors import InvalidTask, nearest
+
+__all__ = ["describe_keys", "resolve_pointer", "split_pointer"]
+
+_MAX_KEYS = 1000
+
+
+def resolve_pointer(value: Any, path: str) -> Any:
+    """The part of `value` at the path. Raises InvalidTask, which describes the last part that exists."""
+    for step in split_pointer(path):
+        try:
+            value = _part(value, step)
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            there = describe_keys(step, value) if isinstance(value, dict) else f"a {type(value).__name__}"
+            if isinstance(value, Sized) and not isinstance(value, dict | str | bytes):
+                there += f" of length {len(value)}"
+            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {there}.") from error
+    return value
+
+
+def _part(value: Any, step: str) -> Any:
+    if isinstance(value, Mapping):
+        return value[step] if step in value else {str(key): part for key, part in value.items()}[step]
+    if isinstance(value, str | bytes):
+        raise TypeError("a text has no parts")
+    return value[int(step)]
+
+
+def describe_keys(step: str, keys: Iterable[Any]) -> str:
+    """Describes a dict that lacks the key `step`, with the nearest of its first thousand keys."""
+    first_keys = list(itertools.islice(keys, _MAX_KEYS))
+    return f"a dict with keys {first_keys[:10]}{nearest(step, map(str, first_keys))}"
+
+
+def split_pointer(path: str) -> list[str]:
+    """The pointer's steps, unescaped. Raises InvalidTask where a path that is not empty does not start with '/'."""
+    if path and not path.startswith("/"):
+        raise InvalidTask(f"path {path!r} is not a JSON Pointer: it starts with '/', as in '/0/label'.")
+    return [step.replace("~1", "/").replace("~0", "~") for step in path.split("/")[1:]]
