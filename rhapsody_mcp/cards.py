@@ -1,4 +1,4 @@
-"""Reads what agents are told: the cards in tools/ and the texts in prompts/."""
+"""Reads the texts for agents: the cards in tools/ and the prompts in prompts/."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = [
     "read_cards",
     "read_prompt",
     "read_prompts",
-    "toolsets",
+    "toolset_names",
 ]
 
 _FENCE = "---\n"
 _PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _INSTRUCTIONS = "instructions.md"
 _NO_PLACEHOLDERS = {"item"}
-"""What `for_each` reads, and so stays as it is."""
+"""Names in braces that `for_each` replaces, and that a prompt leaves as they are."""
 
 
 class _Frozen(BaseModel):
@@ -39,7 +39,7 @@ class _Frozen(BaseModel):
 
 
 class Annotations(_Frozen):
-    """What a host may assume of a tool without calling it."""
+    """MCP's tool annotations."""
 
     read_only: bool
     destructive: bool
@@ -48,14 +48,14 @@ class Annotations(_Frozen):
 
 
 class Example(_Frozen):
-    """A call of the tool that works, once the tasks that it names are there."""
+    """A working call of the tool, provided that the tasks that it names exist."""
 
     says: str
     arguments: dict[str, Any]
 
 
 class Card(_Frozen):
-    """One tool as the model meets it. `text` is its description; `examples` are for readers and tests."""
+    """The card of a tool. `text` is the description that the model gets; `examples` are for readers and tests."""
 
     toolset: str
     name: str
@@ -66,7 +66,7 @@ class Card(_Frozen):
 
 
 class Argument(_Frozen):
-    """What a person fills in. An argument that may be left out has the text that then takes its place."""
+    """An argument of a prompt. An optional argument has a default text."""
 
     name: str
     description: str
@@ -78,9 +78,9 @@ class Argument(_Frozen):
 
 
 class PromptText(_Frozen):
-    """One MCP prompt. Each argument has its place in the text, as in `{session}`.
+    """An MCP prompt. Each argument has a placeholder in the text, as in `{session}`.
 
-    Without the tools that it `needs` it makes no sense; those that it only names may be missing.
+    The prompt is offered only together with the tools that it `needs`; other tools that it names may be missing.
     """
 
     name: str
@@ -91,26 +91,26 @@ class PromptText(_Frozen):
     text: str
 
     @model_validator(mode="after")
-    def _has_a_place_for_each_argument(self) -> Self:
-        places = set(_PLACEHOLDER.findall(self.text)) - _NO_PLACEHOLDERS
-        if stray := places ^ {argument.name for argument in self.arguments}:
+    def _check_placeholders(self) -> Self:
+        placeholders = set(_PLACEHOLDER.findall(self.text)) - _NO_PLACEHOLDERS
+        if stray := placeholders ^ {argument.name for argument in self.arguments}:
             raise ValueError(f"{{{min(stray)}}} is not both an argument and a place in the text")
         return self
 
-    def filled(self, given: Mapping[str, str]) -> str:
-        """The text with what was given, or else the default, in its places."""
-        values = {argument.name: given.get(argument.name) or argument.default or "" for argument in self.arguments}
-        return _PLACEHOLDER.sub(lambda place: values.get(place.group(1), place.group()), self.text)
+    def filled(self, values: Mapping[str, str]) -> str:
+        """The text with the values, or else the defaults, in place of the placeholders."""
+        texts = {argument.name: values.get(argument.name) or argument.default or "" for argument in self.arguments}
+        return _PLACEHOLDER.sub(lambda match: texts.get(match.group(1), match.group()), self.text)
 
 
-def toolsets() -> list[str]:
-    """The names of the folders of cards."""
-    return [entry.name for entry in _entries(_shipped("tools"))]
+def toolset_names() -> list[str]:
+    """The names of the toolsets: the folders of tools/."""
+    return [folder.name for folder in _folders(_shipped("tools"))]
 
 
 def read_cards() -> list[Card]:
-    """Every card, by toolset and name. Raises RhapsodyError where a card is malformed."""
-    return [_read_card(toolset.name, file) for toolset in _entries(_shipped("tools")) for file in _cards(toolset)]
+    """All cards, by toolset and name. Raises RhapsodyError for a malformed card."""
+    return [_read_card(toolset.name, file) for toolset in _folders(_shipped("tools")) for file in _texts(toolset)]
 
 
 def read_prompt(name: str) -> str:
@@ -119,42 +119,40 @@ def read_prompt(name: str) -> str:
 
 
 def read_prompts(folder: Traversable | None = None) -> list[PromptText]:
-    """Every MCP prompt in the folder, by name; default are those of this package.
-
-    Raises RhapsodyError where one is malformed.
-    """
-    files = _cards(folder or _shipped("prompts"))
+    """All MCP prompts in the folder, by name; the default folder is this package's. Raises RhapsodyError for a
+    malformed prompt."""
+    files = _texts(folder or _shipped("prompts"))
     return [_read_prompt_text(file) for file in files if file.name != _INSTRUCTIONS]
 
 
 def _shipped(name: str) -> Traversable:
-    """The folder inside an installed package, or beside the package in a checkout."""
+    """The folder in the installed package, or beside the package in a checkout."""
     inside = files("rhapsody_mcp") / "_text" / name
     return inside if inside.is_dir() else Path(__file__).parents[1] / name
 
 
-def _entries(folder: Traversable) -> list[Traversable]:
+def _folders(folder: Traversable) -> list[Traversable]:
     return sorted((entry for entry in folder.iterdir() if entry.is_dir()), key=lambda entry: entry.name)
 
 
-def _cards(toolset: Traversable) -> Iterator[Traversable]:
-    yield from sorted((file for file in toolset.iterdir() if file.name.endswith(".md")), key=lambda file: file.name)
+def _texts(folder: Traversable) -> Iterator[Traversable]:
+    yield from sorted((file for file in folder.iterdir() if file.name.endswith(".md")), key=lambda file: file.name)
 
 
 def _read_card(toolset: str, file: Traversable) -> Card:
-    with _named(f"the card tools/{toolset}/{file.name}"):
-        fields, text = _parts(file)
+    with _errors_of(f"the card tools/{toolset}/{file.name}"):
+        fields, text = _front_matter(file)
         return Card(toolset=toolset, name=_stem(file), text=text, **fields)
 
 
 def _read_prompt_text(file: Traversable) -> PromptText:
-    with _named(f"the prompt prompts/{file.name}"):
-        fields, text = _parts(file)
+    with _errors_of(f"the prompt prompts/{file.name}"):
+        fields, text = _front_matter(file)
         return PromptText(name=_stem(file), text=text, **fields)
 
 
-def _parts(file: Traversable) -> tuple[dict[str, Any], str]:
-    """Front matter and text."""
+def _front_matter(file: Traversable) -> tuple[dict[str, Any], str]:
+    """The fields of the front matter, and the text after it."""
     head, fence, body = file.read_text(encoding="utf-8").removeprefix(_FENCE).partition(_FENCE)
     if not fence:
         raise ValueError(f"it does not start with front matter between two lines of {_FENCE.strip()}")
@@ -166,8 +164,8 @@ def _stem(file: Traversable) -> str:
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def _errors_of(text: str) -> Iterator[None]:
     try:
         yield
     except (ValidationError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise RhapsodyError(f"{what} is malformed: {error}") from error
+        raise RhapsodyError(f"{text} is malformed: {error}") from error

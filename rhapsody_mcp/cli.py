@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serving(subparsers)
     _add_service_control(subparsers)
     _add_token(subparsers)
-    _add_tools(subparsers)
+    _add_other_commands(subparsers)
     return parser
 
 
@@ -117,7 +117,7 @@ def _add_service_control(subparsers: _Subparsers) -> None:
         _add_config(action)
 
 
-def _add_tools(subparsers: _Subparsers) -> None:
+def _add_other_commands(subparsers: _Subparsers) -> None:
     """The commands that need no service."""
     demo = subparsers.add_parser("demo", help="a language model writes samples, a classifier is trained on them")
     demo.add_argument("--model", default="shipped", help="a folder or a hub name (default: the shipped model)")

@@ -47,7 +47,7 @@ def run_doctor(paths: ServicePaths) -> int:
 
 
 def show(findings: Iterable[Finding], console: Console) -> None:
-    """As a table."""
+    """Print the findings as a table."""
     table = Table("", "what", "found", show_lines=False)
     for finding in findings:
         table.add_row(_MARKS[finding.verdict], finding.what, escape(finding.text))

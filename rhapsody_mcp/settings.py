@@ -1,4 +1,4 @@
-"""Reads the settings file: YAML in, frozen settings out."""
+"""The settings, and their YAML file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platformdirs
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rhapsody_mcp.cards import toolsets
+from rhapsody_mcp.cards import toolset_names
 from rhapsody_mcp.model.errors import InvalidSettings, UnknownName, nearest
 
 __all__ = ["SECRETS", "Settings", "read_settings", "settings_file"]
@@ -18,11 +18,11 @@ SECRETS = (
     *("*TOKEN", "*SECRET*", "*PASSWORD*", "*PASSWD", "*PASSPHRASE*", "*_PWD", "*_PAT", "*CREDENTIAL*"),
     *("*API_KEY*", "*APIKEY*", "*ACCESS_KEY*", "*PRIVATE_KEY*", "SSH_AUTH_SOCK"),
 )
-"""Variables whose names say that what they hold, or lead to, is for their owner alone."""
+"""Patterns of the names of environment variables that hold secrets, or lead to them."""
 
 
 class Settings(BaseModel):
-    """What the person who runs the server decides. Every key has a default that works."""
+    """The choices of the person who runs the server. Every key has a default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -122,7 +122,7 @@ class Settings(BaseModel):
 
 
 def settings_file() -> Path:
-    """Where the settings are read from when no other file is named; it need not exist."""
+    """The user's own settings file, which need not exist."""
     return platformdirs.user_config_path("rhapsody-mcp") / "settings.yaml"
 
 
@@ -135,39 +135,39 @@ def read_settings(file: Path | None = None) -> Settings:
         return Settings()
     path = file or settings_file()
     try:
-        read = Settings(**_mapping(path))
+        settings = Settings(**_read_mapping(path))
     except ValidationError as error:
-        raise InvalidSettings(f"{path}: {'; '.join(_explained(error))}.") from error
-    for toolset in read.toolsets or ():
-        if toolset not in (known := toolsets()):
+        raise InvalidSettings(f"{path}: {'; '.join(_problems(error))}.") from error
+    for toolset in settings.toolsets or ():
+        if toolset not in (known := toolset_names()):
             raise InvalidSettings(f"{path}: {UnknownName('toolset', toolset, known)}")
-    return read
+    return settings
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidSettings(f"the settings file {path} cannot be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
         raise InvalidSettings(f"{path} is no valid YAML: {_yaml_problem(error)}.") from error
     except UnicodeDecodeError as error:
         raise InvalidSettings(f"{path} is no valid YAML: byte {error.start + 1} of it is no UTF-8.") from error
-    if not isinstance(read, dict | None) or not all(isinstance(key, str) for key in read or ()):
+    if not isinstance(content, dict | None) or not all(isinstance(key, str) for key in content or ()):
         raise InvalidSettings(f"{path} holds no keys with values, as in 'wait_cap_s: 55'.")
-    return read or {}
+    return content or {}
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
-    """In one line, with its line in the file."""
+    """The problem with its line number, in one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
-    told = [getattr(error, "context", None), getattr(error, "problem", None)]
-    return f"line {mark.line + 1}: {', '.join(filter(None, told))}"
+    parts = [getattr(error, "context", None), getattr(error, "problem", None)]
+    return f"line {mark.line + 1}: {', '.join(filter(None, parts))}"
 
 
-_PLAIN = {
+_ERROR_TEXTS = {
     "tuple_type": "a list is needed, as in [/usr/bin/*]",
     "bool_type": "true or false is needed",
     "bool_parsing": "true or false is needed",
@@ -179,15 +179,15 @@ _PLAIN = {
     "string_type": "a text is needed",
     "path_type": "a path is needed",
 }
-"""What is wrong with a value, by pydantic's name for it; what is not here pydantic says plainly enough."""
+"""Plain texts for pydantic's error types; other errors keep pydantic's text."""
 
 
-def _explained(error: ValidationError) -> list[str]:
+def _problems(error: ValidationError) -> list[str]:
     known = list(Settings.model_fields)
     return [
         f"unknown key {key!r}{nearest(key, known)}. Valid: {', '.join(known)}"
         if problem["type"] == "extra_forbidden"
-        else f"{key}: {_PLAIN.get(problem['type'], problem['msg'])}, not {problem['input']!r}"
+        else f"{key}: {_ERROR_TEXTS.get(problem['type'], problem['msg'])}, not {problem['input']!r}"
         for problem in error.errors()
         if (key := str(problem["loc"][0]))
     ]

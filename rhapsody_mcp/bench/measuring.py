@@ -57,7 +57,7 @@ async def measure(row: Row, runs: int) -> Measurement:
     if row.warm_up:
         await _pair(row)
     pairs = [await _pair(row) for _ in range(runs)]
-    ours, limits = [one for one, _ in pairs], [other for _, other in pairs if other is not None]
+    ours, limits = [own for own, _ in pairs], [limit for _, limit in pairs if limit is not None]
     return Measurement(
         name=row.name,
         shown=row.shown,
@@ -65,7 +65,7 @@ async def measure(row: Row, runs: int) -> Measurement:
         runs=runs,
         ours=range_of(ours),
         limit=range_of(limits) if limits else None,
-        times=statistics.median(one / other for one, other in zip(ours, limits, strict=True)) if limits else None,
+        times=statistics.median(own / limit for own, limit in zip(ours, limits, strict=True)) if limits else None,
         bare=row.bare,
     )
 

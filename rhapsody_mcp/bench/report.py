@@ -83,10 +83,10 @@ def draw(report: Report, file: Path) -> None:
     picture = Figure(figsize=(9, 0.45 * len(rows) + 1.2), layout="constrained")
     axes = picture.subplots()
     times = [row.times or 0 for row in rows]
-    axes.barh([row.name for row in rows], [one - 1 for one in times], left=1, color="#4477aa")
-    for height, (one, row) in enumerate(zip(times, rows, strict=True)):
-        side = "left" if one >= 1 else "right"
-        axes.text(one, height, f" {_ratio(row)} ", va="center", ha=side)
+    axes.barh([row.name for row in rows], [ratio - 1 for ratio in times], left=1, color="#4477aa")
+    for height, (ratio, row) in enumerate(zip(times, rows, strict=True)):
+        side = "left" if ratio >= 1 else "right"
+        axes.text(ratio, height, f" {_ratio(row)} ", va="center", ha=side)
     axes.axvline(1, color="#bb5566")
     axes.set_xscale("log")
     axes.set_xlabel("times as long as the barest program (1: the limit)")

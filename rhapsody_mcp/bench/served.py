@@ -48,7 +48,7 @@ class _BenchClient:
 
     async def open(self) -> None:
         self._session = (await self._call("create_session", backends=["dragon"]))["session"]
-        await self.one()
+        await self.run_one()
 
     async def _call(self, tool: str, **arguments: Any) -> dict[str, Any]:
         result = await self._client.call_tool(tool, arguments)
@@ -68,10 +68,10 @@ class _BenchClient:
             raise RhapsodyError(f"a task of the benchmark failed: {reply['failures']}")
         return took
 
-    async def many(self, count: int) -> float:
+    async def run_many(self, count: int) -> float:
         return await self._run({**_NO_OP_TASK, "args": [{"item": True}], "for_each": list(range(count))})
 
-    async def one(self) -> float:
+    async def run_one(self) -> float:
         return await self._run({**_NO_OP_TASK, "args": [1]})
 
     async def pass_on(self) -> float:
@@ -121,7 +121,7 @@ async def served_rows(count: int, idle_s: float) -> AsyncIterator[list[Row]]:
         yield [
             Row(
                 f"{count:,} functions in one call of submit_tasks",
-                partial(client.many, count),
+                partial(client.run_many, count),
                 partial(functions, session, count),
                 count,
                 "rate",
@@ -129,7 +129,7 @@ async def served_rows(count: int, idle_s: float) -> AsyncIterator[list[Row]]:
             ),
             Row(
                 "one function: submit_tasks, then wait_tasks",
-                client.one,
+                client.run_one,
                 partial(functions, session, 1),
                 bare=python,
             ),
@@ -182,12 +182,12 @@ def _cpu_s(pid: int) -> float:
 async def first_reply() -> AsyncIterator[list[Row]]:
     with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as folder:
         folder_option = ["--folder", folder]
-        alone, there = [*_PROGRAM, "stdio", "--in-process"], [*_PROGRAM, "stdio", *folder_option]
+        in_process, service = [*_PROGRAM, "stdio", "--in-process"], [*_PROGRAM, "stdio", *folder_option]
         empty = partial(_first_reply, [sys.executable, "-c", _EMPTY_SERVER])
         try:
             yield [
-                Row("first reply, --in-process", partial(_first_reply, alone), empty, bare=_BARE_TEXT),
-                Row("first reply, where the service runs", partial(_first_reply, there), empty, bare=_BARE_TEXT),
+                Row("first reply, --in-process", partial(_first_reply, in_process), empty, bare=_BARE_TEXT),
+                Row("first reply, where the service runs", partial(_first_reply, service), empty, bare=_BARE_TEXT),
             ]
         finally:
             await _stop(folder_option)

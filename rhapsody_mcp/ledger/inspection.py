@@ -39,7 +39,7 @@ class LedgerInfo(msgspec.Struct, frozen=True):
 def inspect_ledger(folder: Path) -> LedgerInfo:
     """The ledger of this folder, which need not exist. Makes no file, takes no lock and waits for none."""
     path = folder / LEDGER_FILE
-    existing = next(one for one in (folder, *folder.parents) if one.is_dir())
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     kind = file_system(existing)
     size = sum(_size(file) for file in _files(path))
     sessions, problem = _count_sessions(path, size) if size else (0, "")

@@ -99,7 +99,7 @@ class Ledger:
         await self._writer.commit(changes, timeout_s)
 
     async def flush(self, timeout_s: float) -> bool:
-        """Whether all changes so far became durable in this time."""
+        """Wait until all changes so far are durable; False where that takes longer than `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self._fsync.sync((), timeout_s)

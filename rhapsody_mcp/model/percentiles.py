@@ -42,7 +42,7 @@ class Distribution:
 
 def spread_of(distributions: Sequence[Distribution]) -> Spread:
     """The spread of the numbers of all distributions together."""
-    runs = [run for one in distributions for run in one.runs]
+    runs = [run for distribution in distributions for run in distribution.runs]
     count = sum(map(len, runs))
     if not count:
         return {"mean": 0.0, "p50": 0.0, "p95": 0.0, "p99": 0.0, "max": 0.0}
@@ -51,7 +51,7 @@ def spread_of(distributions: Sequence[Distribution]) -> Spread:
         return _ranked(runs, math.ceil(percent * count / 100) - 1)
 
     return {
-        "mean": math.fsum(one.sum for one in distributions) / count,
+        "mean": math.fsum(distribution.sum for distribution in distributions) / count,
         "p50": percentile(50),
         "p95": percentile(95),
         "p99": percentile(99),

@@ -1,4 +1,4 @@
-"""Encoded results: encoded once, in the process of the task, and decoded only where user code may run."""
+"""Encoded results. A result is encoded once; a pickle is decoded only where user code may run."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class LedgerHandleStore(InMemoryHandleStore):
         self._ledger = ledger
 
     async def load(self) -> None:
-        """Read the handles of the ledger. Calls that were in progress when the service ended are failed."""
+        """Read the handles of the ledger. Calls that were in progress when the service ended become failed."""
         now = datetime.now(UTC)
         for row in await self._ledger.handles():
             handle = Handle.model_validate_json(row.data)

@@ -232,7 +232,7 @@ class _DeferrableCall:
         self._answers |= {key: answer for key, answer in answers.items() if key in questions}
         if not questions:
             return
-        if open_questions := {key: one for key, one in questions.items() if key not in self._answers}:
+        if open_questions := {key: question for key, question in questions.items() if key not in self._answers}:
             self._handle = self._extension.change(self._handle, input_requests=open_questions)
         else:
             self._handle = self._extension.change(self._handle, status="working", input_requests=None)

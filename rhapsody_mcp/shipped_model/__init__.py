@@ -1,4 +1,4 @@
-"""The small language model that comes with the package: it answers every chat with a labelled JSON sample."""
+"""The small language model of this package, which answers every chat with a labelled JSON sample."""
 
 from pathlib import Path
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 if "transformers" not in sys.modules:
-    # A text model needs none of these, and transformers fails to import beside one that is installed but broken.
+    # A text model needs none of these packages, and transformers cannot be imported where one of them is broken.
     for _name in ("torchvision", "torchaudio", "torchcodec"):
-        sys.modules[_name] = None  # type: ignore[assignment]  # None is Python's way to say "not to be imported"
+        sys.modules[_name] = None  # type: ignore[assignment]  # None makes the import fail
 
 import tokenizers
 import torch
@@ -39,11 +39,11 @@ CONTEXT_TOKENS = 4096
 ANSWER_TOKENS = 100
 
 FEATURES = ("f1", "f2", "f3", "f4")
-#: Below a half, because "-" is one token where a positive number starts with one of three: sampling at a low
-#: temperature prefers "-". This share makes both labels about equally frequent at temperatures 0.8 to 1.0.
+#: Below a half: negative numbers share the first token "-", positive ones have three first tokens, so that a low
+#: temperature prefers "-". With this share both labels are about equally frequent at temperatures 0.8 to 1.0.
 NEGATIVE_SHARE = 0.44
-#: The finished model is so much surer of each token than it learned to be: rare nonsense goes, even at temperature
-#: 1.0, and features that were equally likely stay so.
+#: The factor on the trained model's logits: rare invalid answers disappear, even at temperature 1.0, and equally likely
+#: features stay equally likely.
 SHARPNESS = 1.25
 
 LABEL_WEIGHT = 20.0
@@ -66,9 +66,9 @@ MEASURED_PROMPTS = (
 
 class Segment(NamedTuple):
     text: str
-    #: of each token in the loss
+    #: of each token, in the loss
     weight: float = 0.0
-    #: of the features before this text, where the model is asked for it
+    #: the sum of the features before this text, where the second head predicts it
     feature_sum: float = math.nan
 
 
@@ -129,7 +129,7 @@ def draw_answer(rng: random.Random) -> Iterator[Segment]:
 
 
 def draw_text(rng: random.Random, most_bytes: int) -> str:
-    """Text of one of several kinds, since the answer must not depend on what was asked."""
+    """Text of one of several kinds: the answer must not depend on the question."""
     size = int(math.exp(rng.uniform(0, math.log(most_bytes))))
     match rng.randrange(5):
         case 0:
@@ -145,7 +145,8 @@ def draw_text(rng: random.Random, most_bytes: int) -> str:
 
 
 def draw_conversation(rng: random.Random, most_bytes: int) -> Iterator[Segment]:
-    """Turns without end, of which only the assistant's count. One in ten starts with a prompt without markup."""
+    """An endless conversation; only the assistant's turns count in the loss. One conversation in ten starts with a
+    prompt without markup."""
     opening = rng.random()
     if opening < 0.1:
         yield Segment(draw_text(rng, most_bytes))
@@ -160,7 +161,7 @@ def draw_conversation(rng: random.Random, most_bytes: int) -> Iterator[Segment]:
 
 
 def draw_row(rng: random.Random, tokenizer: PreTrainedTokenizerFast, tokens: int) -> list[tuple[int, float, float]]:
-    """A token's id, weight and sum of features, for each of so many tokens."""
+    """The id, the weight and the feature sum of each token, for so many tokens."""
     row: list[tuple[int, float, float]] = []
     for segment in draw_conversation(rng, tokens // 2):
         ids = tokenizer.backend_tokenizer.encode(segment.text).ids
@@ -177,9 +178,9 @@ def draw_batch(rng: random.Random, tokenizer: PreTrainedTokenizerFast) -> Batch:
 
 
 def loss_of(model: Qwen2ForCausalLM, sum_head: torch.nn.Linear, batch: Batch) -> tuple[Tensor, float]:
-    """What training makes small, and the share of labels that the model has right.
+    """The loss, and the share of labels that the model has right.
 
-    A label alone teaches slowly how to add: so a second head, thrown away afterwards, has to tell the sum so far.
+    Labels alone teach addition slowly: a second head, which is not saved, has to predict the sum so far.
     """
     ids, weights, sums = batch.ids[:, 1:], batch.weights[:, 1:], batch.feature_sums[:, 1:]
     answers = weights > 0
@@ -243,7 +244,7 @@ def generate(
 
 
 def label_and_truth(answer: str) -> tuple[int, int] | None:
-    """The label that an answer gives and the one that is right; None where it is no sample at all."""
+    """The label in an answer and the right label; None for an answer that is no valid sample."""
     try:
         sample = json.loads(answer)
         features = [sample.pop(name) for name in FEATURES]
@@ -279,7 +280,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes what vLLM and transformers load, with a tokenizer class that transformers 4 knows too."""
+    """Write the files that vLLM and transformers load, with a tokenizer class that transformers 4 has too."""
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))

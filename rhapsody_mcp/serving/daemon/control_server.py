@@ -137,6 +137,6 @@ class ControlServer:
         finally:
             if listener.address in service.http_addresses:
                 _log.info("it listens no more on %s", listener.address)
-                service.http_addresses = [one for one in service.http_addresses if one != listener.address]
+                service.http_addresses = [address for address in service.http_addresses if address != listener.address]
             service.http_closed.discard(closed)
             closed.set()

@@ -81,13 +81,13 @@ class TokenFile:
         return "\n".join(lines if rows else ["There is no token. Make one: rhapsody-mcp token create NAME"])
 
     def create(self, name: str, scopes: Sequence[str] = SCOPES, days: float | None = None) -> str:
-        """A new token, which is stored nowhere. Raises InvalidSettings where the name is invalid or in use, or a scope
-        is invalid."""
+        """Make a token and return it; the file gets only its hash. Raises InvalidSettings where the name is invalid or
+        in use, or a scope is invalid."""
         _check_new(name, scopes)
         token = f"rh_{secrets.token_urlsafe(32)}"
         now = self.now()
         with self._edit() as tokens:
-            if any(one.name == name for one in tokens):
+            if any(entry.name == name for entry in tokens):
                 raise InvalidSettings(
                     f"there is a token {name!r}. Choose another name, or first `rhapsody-mcp token revoke {name}`."
                 )
@@ -106,10 +106,10 @@ class TokenFile:
     def revoke(self, name: str) -> None:
         """Remove a token; running servers refuse it from now on. Raises UnknownName."""
         with self._edit() as tokens:
-            left = [token for token in tokens if token.name != name]
-            if len(left) == len(tokens):
+            others = [token for token in tokens if token.name != name]
+            if len(others) == len(tokens):
                 raise UnknownName("token", name, [token.name for token in tokens])
-            tokens[:] = left
+            tokens[:] = others
 
     @contextmanager
     def _edit(self) -> Iterator[list[Token]]:
@@ -177,7 +177,7 @@ class TokenVerifier:
 
 def _make_private(folder: Path) -> None:
     """Make the folder and its missing parents, each private to this user."""
-    for missing in reversed([one for one in (folder, *folder.parents) if not one.exists()]):
+    for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)
 
 
