@@ -6,7 +6,7 @@ from typing import Any
 
 from mcp.server.context import CallNext, HandlerResult, ServerMiddleware, ServerRequestContext
 
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 
 __all__ = ["durable_replies"]
 
@@ -14,7 +14,7 @@ _WITHIN_S = 1.0
 _TELLING = ("tools/call", "resources/read", "resources/subscribe", "prompts/get", "completion/complete", "tasks/get")
 
 
-def durable_replies(sessions: OpenSessions) -> ServerMiddleware[Any]:
+def durable_replies(sessions: SessionRegistry) -> ServerMiddleware[Any]:
     """Requests wait until the sessions of an earlier life are here. A reply waits until what it may tell is in the
     ledger, but not for a ledger that cannot be written: what ends meanwhile is told, and the session says so."""
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, Self, get_args
 import msgspec
 
 from rhapsody_mcp.backends.base import Kind
-from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, TaskCanceled, TaskFailed, nearest, refuse_unknown
-from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, nearest, refuse_unknown
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome, TaskCanceled, TaskFailed
 from rhapsody_mcp.model.sampling import SAMPLING, checked, refuse_message, whole
 from rhapsody_mcp.model.specs import Call, Command, Completion, Content, Layout, Message, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState

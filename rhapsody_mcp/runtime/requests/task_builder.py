@@ -14,9 +14,9 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.dataflow.item_template import as_text, holds_item, with_item
 from rhapsody_mcp.runtime.dataflow.references import is_literal, resolve, with_parts
+from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.task_request import EVERYWHERE, FIELDS, IN_TEXTS, STANDING, TaskRequest, is_stand_in
 from rhapsody_mcp.runtime.serialization import Module, Source
-from rhapsody_mcp.runtime.session_registry import OpenSession
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, Text, name_of
 
 __all__ = ["ItemMaker", "kind_of_request", "label_of", "make_task", "make_tasks"]

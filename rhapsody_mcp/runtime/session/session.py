@@ -23,10 +23,9 @@ from rhapsody_mcp.model.errors import (
     LimitExceeded,
     RhapsodyError,
     SessionClosed,
-    TaskFailed,
     UnknownName,
 )
-from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.outcome import Outcome, TaskFailed
 from rhapsody_mcp.model.specs import Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.statistics import Statistics

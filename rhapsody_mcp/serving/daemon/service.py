@@ -25,7 +25,7 @@ from rhapsody_mcp.protocol.audit import Audit, open_audit
 from rhapsody_mcp.protocol.task_store import HandlesInLedger
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.call_context import current_folder, current_peer
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import Server, build_server, open_sessions
 from rhapsody_mcp.serving.daemon.connection import ServiceUnavailable
 from rhapsody_mcp.serving.daemon.control_server import obey
@@ -87,7 +87,7 @@ class Service:
         self,
         settings: Settings,
         door: Door,
-        sessions: OpenSessions,
+        sessions: SessionRegistry,
         tasks: TasksExtension,
         audit: Audit,
         file: Path | None = None,

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from rhapsody_mcp.model.errors import InvalidSettings
 from rhapsody_mcp.protocol.audit import Audit, open_audit
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import Server, build_server, open_sessions
 from rhapsody_mcp.serving.http.authorization import guard
 from rhapsody_mcp.serving.http.listeners import Listener
@@ -49,7 +49,7 @@ async def serve_http(settings: Settings, listener: Listener, say: Callable[[str]
 async def serve_listener(
     settings: Settings,
     listener: Listener,
-    sessions: OpenSessions,
+    sessions: SessionRegistry,
     tasks: TasksExtension,
     say: Callable[[str], None],
     stop: anyio.Event,
@@ -161,7 +161,7 @@ async def _end(web: _WebServer, stop: anyio.Event) -> None:
 
 
 async def stop_on_signal(
-    sessions: OpenSessions, stop: anyio.Event, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    sessions: SessionRegistry, stop: anyio.Event, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
     """The sessions are closed first, so that waiting calls are answered."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

@@ -17,10 +17,11 @@ from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.dataflow.references import is_literal
 from rhapsody_mcp.runtime.dry_run import Step, misfits, steps_of
-from rhapsody_mcp.runtime.requests.stored_request import write_recipes
+from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.runtime.recovery.recorder import Submission
+from rhapsody_mcp.runtime.requests.stored_request import store_requests
 from rhapsody_mcp.runtime.requests.task_builder import ItemMaker, kind_of_request, label_of, make_tasks
 from rhapsody_mcp.runtime.requests.task_request import IN_TEXTS, TaskRequest
-from rhapsody_mcp.runtime.session_registry import OpenSession, Submission
 from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.replies.base import Reply, counts_text, reply
 from rhapsody_mcp.toolsets.tooling.background import aside
@@ -65,10 +66,10 @@ async def _submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str
         made = await aside(make_tasks, requests, opened)
         replaced = [earlier for request in requests if request.name and (earlier := opened.named(request.name))]
         submission = None if key is None else Submission(key, await aside(_digest, requests), tuple(made))
-        recipes = await aside(write_recipes, requests, made, opened) if opened.recorder else ()
+        stored = await aside(store_requests, requests, made, opened) if opened.recorder else ()
         try:
             accepted = await aside(opened.session.accept, made)
-            await opened.submit(made, accepted, recipes, submission)
+            await opened.submit(made, accepted, stored, submission)
         except InvalidTask as error:
             raise _by_place(error, requests, made) from error
     await opened.session.fanned_out(made)
