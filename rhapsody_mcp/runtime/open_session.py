@@ -14,7 +14,8 @@ from rhapsody_mcp.runtime.backend_factory import Wanted
 from rhapsody_mcp.runtime.functions import Functions, Registered
 from rhapsody_mcp.runtime.recovery.recorder import Recorder, Submission
 from rhapsody_mcp.runtime.serialization import Source
-from rhapsody_mcp.runtime.session.session import Accepted, Session
+from rhapsody_mcp.runtime.session.acceptance import Accepted
+from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task, with_children
 
 __all__ = ["OpenSession"]

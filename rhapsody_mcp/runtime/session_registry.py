@@ -21,7 +21,7 @@ from rhapsody_mcp.ledger.records import CloseSession, DropSession, PutNumber, Pu
 from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
 from rhapsody_mcp.runtime.backend_factory import OpenBackends, Wanted
 from rhapsody_mcp.runtime.call_context import current_caller
-from rhapsody_mcp.runtime.limits import Rules, Taken
+from rhapsody_mcp.runtime.limits import Limits, SessionUsage
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.recovery.orphans import reap
 from rhapsody_mcp.runtime.recovery.recorder import Recorder, Storage
@@ -56,7 +56,7 @@ class SessionRegistry:
         self._storage, self._engine_idle_s = storage, engine_idle_s
         self._sessions: dict[str, OpenSession] = {}
         self._closing: set[OpenSession] = set()
-        self.rules = Rules(settings or Settings(), self._taken, storage.folder if storage else None)
+        self.limits = Limits(settings or Settings(), self._usages, storage.folder if storage else None)
         self._opened = 0
         self._watchers: list[Watcher] = []
         self.restored = asyncio.Event()
@@ -77,7 +77,7 @@ class SessionRegistry:
         """Write down that sessions with something to do live now: if this process is killed, what they ran is taken to
         have ended soon after."""
         for opened in self._sessions.values():
-            if opened.recorder is not None and opened.session.taken.open:
+            if opened.recorder is not None and opened.session.usage.open:
                 opened.recorder.write(UseSession(opened.recorder.key, time.time()))
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
@@ -100,7 +100,7 @@ class SessionRegistry:
         """
         if id in self._sessions:
             raise InvalidRequest(f"a session named {id!r} is open already; use it, or take another name.")
-        self.rules.refuse_session()
+        self.limits.refuse_session()
         backends = self._open_backends(wanted)
         id = id or self._next_id()
         opened = self._make(f"{id}.{time.time_ns():x}", wanted, backends)
@@ -134,7 +134,7 @@ class SessionRegistry:
         id, storage = key.rpartition(".")[0], self._storage
         folder = storage and storage.folder / "sessions" / key
         session = Session(
-            backends, opens_results=False, engine_idle_s=self._engine_idle_s, folder=folder, rules=self.rules
+            backends, opens_results=False, engine_idle_s=self._engine_idle_s, folder=folder, limits=self.limits
         )
         recorder = storage and Recorder(storage.ledger, key, session)
         for backend in backends:
@@ -159,8 +159,8 @@ class SessionRegistry:
             closing=False,
         )
 
-    def _taken(self) -> list[Taken]:
-        return [opened.session.taken for opened in self.all()]
+    def _usages(self) -> list[SessionUsage]:
+        return [opened.session.usage for opened in self.all()]
 
     def all(self) -> list[OpenSession]:
         """Oldest first."""

@@ -37,7 +37,7 @@ class Functions:
         name: Annotated[str | None, Field(description="Default: the function's.")] = None,
         entry: Annotated[str | None, Field(description="Which function of source; default: the last.")] = None,
     ) -> Annotated[CallToolResult, Kept]:
-        self._sessions.rules.policy.check_source("register_function")
+        self._sessions.limits.policy.check_source("register_function")
         opened = self._sessions.get(session)
         functions = opened.functions
         before, began = functions.names, monotonic()
