@@ -67,7 +67,8 @@ class ForEachRunner:
         if not self._unfinished[parent.uid]:
             self._owner.spawn(self._join(parent))
 
-    def child_has_ended(self, parent: ForEach) -> None:
+    def child_has_ended(self, parent: Task) -> None:
+        assert isinstance(parent, ForEach), "no other task has children"
         self._unfinished[parent.uid] -= 1
         if not self._unfinished[parent.uid] and not self._owner.closed:
             self._owner.spawn(self._join(parent))
