@@ -23,9 +23,8 @@ from rhapsody_mcp.protocol.resource_updates import ResourceUpdates
 from rhapsody_mcp.protocol.resources import Resources, add_resources
 from rhapsody_mcp.protocol.subscriptions import Subscriptions
 from rhapsody_mcp.runtime.backend_factory import open_backends
-from rhapsody_mcp.runtime.recovery.restore import Records
-from rhapsody_mcp.runtime.requests.stored_request import read_recipe
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.recovery.recorder import Storage
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.functions import Functions
 from rhapsody_mcp.toolsets.insight import Insight
@@ -67,14 +66,14 @@ class Server(MCPServer):
         return await super().get_prompt(name, arguments, context)
 
 
-def open_sessions(settings: Settings, ledger: Ledger | None = None) -> OpenSessions:
+def open_sessions(settings: Settings, ledger: Ledger | None = None) -> SessionRegistry:
     """A registry without sessions. With a ledger, its `restore` opens the sessions of the ledger."""
-    records = Records(ledger, ledger.folder, read_recipe) if ledger is not None else None
-    return OpenSessions(partial(open_backends, settings=settings), records, settings.engine_idle_s, settings)
+    storage = Storage(ledger, ledger.folder) if ledger is not None else None
+    return SessionRegistry(partial(open_backends, settings=settings), storage, settings.engine_idle_s, settings)
 
 
 def build_server(
-    settings: Settings, sessions: OpenSessions, extensions: Sequence[Extension] = (), audit: Audit | None = None
+    settings: Settings, sessions: SessionRegistry, extensions: Sequence[Extension] = (), audit: Audit | None = None
 ) -> Server:
     """A server with tools for these sessions. The caller keeps ownership of sessions, extensions and audit.
 

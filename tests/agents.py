@@ -28,9 +28,8 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Ref
 from rhapsody_mcp.protocol.task_store import LedgerHandleStore
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.recovery.restore import Records
-from rhapsody_mcp.runtime.requests.stored_request import read_recipe
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.recovery.recorder import Storage
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
@@ -81,7 +80,7 @@ class Caller:
 class Agent(Caller):
     """Before sessions of this process, which run on `backend`."""
 
-    def __init__(self, client: Client, backend: ScriptedBackend, sessions: OpenSessions) -> None:
+    def __init__(self, client: Client, backend: ScriptedBackend, sessions: SessionRegistry) -> None:
         super().__init__(client)
         self.backend, self.sessions = backend, sessions
 
@@ -107,12 +106,12 @@ async def open_agent(
         return [scripted]
 
     async with AsyncExitStack() as stack:
-        records, store = None, None
+        storage, store = None, None
         if ledger is not None:
             opened = await stack.enter_async_context(open_ledger(ledger))
-            records, store = Records(opened, ledger, read_recipe), LedgerHandleStore(opened)
+            storage, store = Storage(opened, ledger), LedgerHandleStore(opened)
             await store.load()
-        sessions = await stack.enter_async_context(OpenSessions(open_backends, records, settings=settings))
+        sessions = await stack.enter_async_context(SessionRegistry(open_backends, storage, settings=settings))
         await sessions.restore()
         tasks = await stack.enter_async_context(TasksExtension(store))
         server = build_server(settings or Settings(), sessions, [tasks])

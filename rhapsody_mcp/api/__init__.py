@@ -1,14 +1,7 @@
 """The face for Python users: tasks, sessions, and what they raise."""
 
-from rhapsody_mcp.model.errors import (
-    BackendUnavailable,
-    InvalidTask,
-    RhapsodyError,
-    SessionClosed,
-    TaskCanceled,
-    TaskFailed,
-    UnknownName,
-)
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidTask, RhapsodyError, SessionClosed, UnknownName
+from rhapsody_mcp.model.outcome import TaskCanceled, TaskFailed
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.session.session import Session

@@ -27,9 +27,8 @@ from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Order, TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Reader, Value
-from rhapsody_mcp.runtime.recovery.restore import Records
-from rhapsody_mcp.runtime.requests.stored_request import read_recipe
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.recovery.recorder import Storage
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.serving.gc_tuning import collect_less
 from rhapsody_mcp.settings import Settings
@@ -151,13 +150,13 @@ async def _measure(tasks: int) -> Growth:
         ledger = Ledger(Path(folder))
         ledger.open()
         try:
-            return await _measure_session(tasks, settings, Records(ledger, Path(folder), read_recipe))
+            return await _measure_session(tasks, settings, Storage(ledger, Path(folder)))
         finally:
             await ledger.close()
 
 
-async def _measure_session(tasks: int, settings: Settings, records: Records) -> Growth:
-    async with OpenSessions(lambda _: [_InstantBackend()], records, settings=settings) as sessions:
+async def _measure_session(tasks: int, settings: Settings, storage: Storage) -> Growth:
+    async with SessionRegistry(lambda _: [_InstantBackend()], storage, settings=settings) as sessions:
         await sessions.restore()
         async with Client(build_server(settings, sessions)) as connected:
             client = _Client(connected)

@@ -1,4 +1,5 @@
-"""Everything that this package raises.
+"""The errors that this package raises. Each has a stable `code`, and where they apply the id of the task that the error
+is about in `uid`, and the name of the field in `field`.
 
 RhapsodyError
 ├── InvalidRequest          what was asked for cannot be done; asking again changes nothing
@@ -17,7 +18,7 @@ RhapsodyError
 ├── SessionClosed           the session takes no more tasks
 ├── NotConfirmed            what would be lost or exceeded was not agreed to; nothing was changed
 │   └── NeedsForce          nobody could be asked whether they agree
-└── TaskFailed              a task ran and failed, or never could
+└── TaskFailed              a task ran and failed, or never could (in `model/outcome.py`)
     └── TaskCanceled        a task was canceled before it ended
 """
 
@@ -26,11 +27,9 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Iterable
+from copy import copy
 from itertools import islice
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rhapsody_mcp.model.outcome import Outcome
+from typing import Self
 
 __all__ = [
     "BackendError",
@@ -49,8 +48,6 @@ __all__ = [
     "ResultGone",
     "RhapsodyError",
     "SessionClosed",
-    "TaskCanceled",
-    "TaskFailed",
     "UnknownName",
     "nearest",
     "refuse_unknown",
@@ -59,34 +56,68 @@ __all__ = [
 
 
 class RhapsodyError(Exception):
-    """Any error of this package. Its text says what was wrong, what is valid and what to do next."""
+    """Any error of this package. The text says what was wrong, what is valid and what to do next; programs read `code`,
+    which stays the same from version to version, and never the text.
+
+    `uid` is the id of the task, and `field` the name of the field, that the error is about; empty where there is none.
+    """
+
+    code = "failed"
+    uid = ""
+    field = ""
+
+    def __init__(self, message: str, *, uid: str = "", field: str = "") -> None:
+        super().__init__(message)
+        self.reason = message
+        """The text without the name of the task."""
+        if uid:
+            self.uid = uid
+        if field:
+            self.field = field
+
+    def of_task(self, label: str, uid: str = "") -> Self:
+        """The same error, whose text begins with the name of the task that it is about."""
+        named = copy(self)
+        named.args = (f"{label}: {self.reason}",)
+        named.uid = uid or self.uid
+        return named
 
 
 class InvalidRequest(RhapsodyError, ValueError):
     """The request is wrong and would fail again."""
 
+    code = "invalid_request"
+
 
 class InvalidTask(InvalidRequest):
     """A task's fields contradict each other or are out of range; nothing of the submission was taken."""
+
+    code = "invalid_task"
 
 
 class ResultGone(InvalidTask):
     """The file of a result is not there any more, as where somebody cleaned up; only its task can make it again."""
 
+    code = "result_gone"
+
 
 class InvalidSettings(InvalidRequest):
     """A settings file or a backend's parameter is wrong."""
+
+    code = "invalid_settings"
 
 
 class UnknownName(InvalidRequest):
     """There is nothing of that kind with that name.
 
-    `kind`, `name`, `known` (every valid name) and `valid` (said in their place) are attributes.
+    `kind`, `name`, `known` (every valid name) and `valid` (the words in their place) are attributes. The code is
+    "unknown_" and the kind, as in "unknown_task".
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], valid: str = "") -> None:
         self.kind, self.name, self.known, self.valid = kind, name, sorted(known), valid
         super().__init__(f"unknown {kind} {name!r}{nearest(name, self.known)}. Valid: {valid or _listed(self.known)}.")
+        self.code = f"unknown_{kind.replace(' ', '_')}"
 
     def __reduce__(self) -> tuple[type[UnknownName], tuple[str, str, list[str], str]]:
         return type(self), (self.kind, self.name, self.known, self.valid)
@@ -95,17 +126,25 @@ class UnknownName(InvalidRequest):
 class BackendError(RhapsodyError):
     """A backend could not do its part now; another time it may."""
 
+    code = "backend_failed"
+
 
 class BackendUnavailable(BackendError):
     """A backend's program is not installed, did not start, or is gone."""
+
+    code = "backend_unavailable"
 
 
 class LedgerError(RhapsodyError):
     """The ledger, which holds what must not be forgotten, cannot be read or written."""
 
+    code = "ledger_failed"
+
 
 class LedgerInUse(LedgerError):
     """Another process holds the ledger: `pid` on `host`, since `since` (seconds since the epoch; 0 where unknown)."""
+
+    code = "ledger_in_use"
 
     def __init__(self, path: str, host: str, pid: int, since: float) -> None:
         self.path, self.host, self.pid, self.since = path, host, pid, since
@@ -123,56 +162,47 @@ class LedgerInUse(LedgerError):
 class LedgerTooNew(LedgerError):
     """A later version of this program wrote the ledger; nothing was changed."""
 
+    code = "ledger_too_new"
+
 
 class LedgerDamaged(LedgerError):
     """The ledger's file is not what was written, or no ledger; nothing was changed."""
+
+    code = "ledger_damaged"
 
 
 class LedgerUnavailable(LedgerError):
     """The ledger could not be written now, and what was to be written is withdrawn; another time it may work."""
 
+    code = "ledger_unavailable"
+
 
 class LimitExceeded(RhapsodyError):
-    """It would exceed what the server's settings allow: `limit` is the key of the setting. Nothing was taken."""
+    """The request exceeds what the server's settings allow: `limit` is the key of the setting. Nothing was taken."""
 
-    def __init__(self, message: str, limit: str = "") -> None:
-        super().__init__(message)
+    code = "limit_exceeded"
+
+    def __init__(self, message: str, limit: str = "", *, uid: str = "", field: str = "") -> None:
+        super().__init__(message, uid=uid, field=field)
         self.limit = limit
-
-    def __reduce__(self) -> tuple[type[LimitExceeded], tuple[str, str]]:
-        return type(self), (str(self), self.limit)
 
 
 class SessionClosed(RhapsodyError):
     """The session is closed and takes no more tasks; open another one."""
 
+    code = "session_closed"
+
 
 class NotConfirmed(RhapsodyError):
     """A person was asked whether to go on and did not agree; nothing was changed."""
+
+    code = "not_confirmed"
 
 
 class NeedsForce(NotConfirmed):
     """A person must agree to this, and the client cannot ask one; nothing was changed."""
 
-
-class TaskFailed(RhapsodyError):
-    """A task ended FAILED. `task` is the task, `uid` its id, `outcome` what came of it; the text holds the original
-    message. `__cause__` is what its function raised, where that could be sent and opened here."""
-
-    def __init__(self, message: str, outcome: Outcome | None = None, task: object = None, uid: str = "") -> None:
-        super().__init__(message)
-        self.outcome, self.task, self.uid = outcome, task, uid
-
-    @property
-    def exit_code(self) -> int | None:
-        return self.outcome.exit_code if self.outcome else None
-
-    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, Outcome | None, None, str]]:
-        return type(self), (str(self), self.outcome, None, self.uid)
-
-
-class TaskCanceled(TaskFailed):
-    """A task was canceled: by a person, because its session closed, or because a task that it needs failed."""
+    code = "needs_force"
 
 
 def root_of(error: BaseException) -> BaseException:
@@ -202,7 +232,8 @@ def refuse_unknown(kind: str, given: Iterable[str], known: Iterable[str]) -> Non
     valid = sorted(known)
     for name in given:
         if name not in valid:
-            raise InvalidTask(f"unknown {kind} {name!r}{nearest(str(name), valid)}. Valid: {_listed(valid)}.")
+            wrong = f"unknown {kind} {name!r}{nearest(str(name), valid)}. Valid: {_listed(valid)}."
+            raise InvalidTask(wrong, field=str(name))
 
 
 def _listed(names: list[str]) -> str:

@@ -1,13 +1,14 @@
-"""The outcome of a task."""
+"""The outcome of a task, and the errors that awaiting a task raises."""
 
 from __future__ import annotations
 
 import msgspec
 
+from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
 
-__all__ = ["Outcome", "RankOutcome", "Usage"]
+__all__ = ["Outcome", "RankOutcome", "TaskCanceled", "TaskFailed", "Usage"]
 
 
 class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -54,3 +55,27 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
     notes: tuple[str, ...] = ()
     usage: Usage | None = None
     exception: bytes = b""
+
+
+class TaskFailed(RhapsodyError):
+    """A task ended FAILED. `task` is the task, `uid` its id, `outcome` what came of it; the text holds the original
+    message. `__cause__` is what its function raised, where that could be sent and opened here."""
+
+    code = "task_failed"
+
+    def __init__(self, message: str, outcome: Outcome | None = None, task: object = None, uid: str = "") -> None:
+        super().__init__(message, uid=uid)
+        self.outcome, self.task = outcome, task
+
+    @property
+    def exit_code(self) -> int | None:
+        return self.outcome.exit_code if self.outcome else None
+
+    def __reduce__(self) -> tuple[type[TaskFailed], tuple[str, Outcome | None, None, str]]:
+        return type(self), (str(self), self.outcome, None, self.uid)
+
+
+class TaskCanceled(TaskFailed):
+    """A task was canceled: by a person, because its session closed, or because a task that it needs failed."""
+
+    code = "task_canceled"

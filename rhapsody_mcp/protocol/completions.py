@@ -20,7 +20,8 @@ from mcp.types import (
 from rhapsody_mcp.cards import PromptText
 from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
 from rhapsody_mcp.protocol.resources import TEMPLATES
-from rhapsody_mcp.runtime.session_registry import OpenSession, OpenSessions
+from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import leaves
 
 __all__ = ["Completions"]
@@ -30,7 +31,7 @@ _MAX_VALUES = 100
 
 
 class Completions:
-    def __init__(self, sessions: OpenSessions, prompts: Sequence[PromptText]) -> None:
+    def __init__(self, sessions: SessionRegistry, prompts: Sequence[PromptText]) -> None:
         self._sessions = sessions
         self._arguments = {prompt.name: [argument.name for argument in prompt.arguments] for prompt in prompts}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mcp.server.context import CallNext, HandlerResult, ServerMiddleware, ServerRequestContext
 
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 
 __all__ = ["durable_replies"]
 
@@ -14,7 +14,7 @@ _FLUSH_TIMEOUT_S = 1.0
 _METHODS = ("tools/call", "resources/read", "resources/subscribe", "prompts/get", "completion/complete", "tasks/get")
 
 
-def durable_replies(sessions: OpenSessions) -> ServerMiddleware[Any]:
+def durable_replies(sessions: SessionRegistry) -> ServerMiddleware[Any]:
     """Middleware: a request waits until the sessions of the ledger are restored, and a reply until the ledger holds all
     that happened before it. A reply does not wait for a ledger that cannot be written; sessions then say so."""
 

@@ -14,7 +14,7 @@ from mcp.types import INVALID_PARAMS
 
 from rhapsody_mcp.cards import PromptText
 from rhapsody_mcp.model.errors import InvalidRequest, RhapsodyError, UnknownName
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.toolsets.tooling.errors import refuse_call
 
 __all__ = ["make_prompt", "refuse_prompt"]
@@ -30,7 +30,7 @@ class TextPrompt(Prompt):
             raise refuse_prompt(error) from error
 
 
-def make_prompt(prompt: PromptText, sessions: OpenSessions) -> Prompt:
+def make_prompt(prompt: PromptText, sessions: SessionRegistry) -> Prompt:
     """A prompt; values of its arguments `session` and `task` must exist."""
     return TextPrompt(
         name=prompt.name,
@@ -49,7 +49,7 @@ def refuse_prompt(error: RhapsodyError) -> MCPError:
     return MCPError(INVALID_PARAMS, refuse_call(error, "prompts/get"))
 
 
-def _fill(prompt: PromptText, sessions: OpenSessions, values: Mapping[str, str]) -> str:
+def _fill(prompt: PromptText, sessions: SessionRegistry, values: Mapping[str, str]) -> str:
     known = [argument.name for argument in prompt.arguments]
     for name in values:
         if name not in known:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
 
-from rhapsody_mcp.runtime.session_registry import OpenSession
+from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import Task
 
 __all__ = ["ROOT", "ResourceUpdates"]

@@ -14,7 +14,7 @@ from mcp.types import CallToolResult
 
 from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
 from rhapsody_mcp.protocol.resource_updates import ROOT
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.toolsets.insight import Insight
 from rhapsody_mcp.toolsets.replies.output_excerpts import tail
 from rhapsody_mcp.toolsets.sessions import Sessions, session_row
@@ -37,7 +37,7 @@ class Resources:
     """Reads each resource: the same JSON as the reading tools, or the end of an output stream."""
 
     def __init__(
-        self, sessions: OpenSessions, session_tools: Sessions, task_tools: Tasks, insight_tools: Insight
+        self, sessions: SessionRegistry, session_tools: Sessions, task_tools: Tasks, insight_tools: Insight
     ) -> None:
         self._sessions = sessions
         self._session_tools, self._task_tools, self._insight_tools = session_tools, task_tools, insight_tools

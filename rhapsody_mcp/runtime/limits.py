@@ -19,13 +19,13 @@ from rhapsody_mcp.model.values import Ref
 from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.settings import Settings
 
-__all__ = ["Rules", "Taken"]
+__all__ = ["Limits", "SessionUsage"]
 
 _FEW_BYTES = 2048
 """What a task takes in memory besides what it says."""
 
 
-class Taken:
+class SessionUsage:
     """What the tasks of a session come to, each one of a for_each being one; `held_bytes` is about what they take in
     this process."""
 
@@ -49,13 +49,13 @@ class Taken:
         self.held_bytes += _outcome_bytes(outcome)
 
 
-class Rules:
+class Limits:
     """Of all sessions of a server together; `sessions` gives those that are open, and `folder` is where results lie."""
 
     def __init__(
         self,
         settings: Settings,
-        sessions: Callable[[], Sequence[Taken]] = lambda: (),
+        sessions: Callable[[], Sequence[SessionUsage]] = lambda: (),
         folder: Path | None = None,
     ) -> None:
         self.settings, self.policy = settings, Policy.of(settings)
@@ -122,22 +122,22 @@ class Rules:
                 "max_sessions",
             )
 
-    def refuse_tasks(self, taken: Taken, specs: Sequence[TaskSpec]) -> None:
+    def refuse_tasks(self, usage: SessionUsage, specs: Sequence[TaskSpec]) -> None:
         """Raise LimitExceeded where these tasks are more than a session may take now, which has taken so much."""
         self._refuse_full_disk()
-        self.refuse_count(taken, len(specs))
+        self.refuse_count(usage, len(specs))
         completions = [spec.work for spec in specs if isinstance(spec.work, Completion)]
         prompts, tokens = sum(map(_answers, completions)), sum(map(_tokens, completions))
-        self._refuse("max_session_prompts", _SESSION, taken.prompts, prompts, "prompts")
-        self._refuse("max_session_tokens", _SESSION, taken.tokens, tokens, "tokens of answers")
+        self._refuse("max_session_prompts", _SESSION, usage.prompts, prompts, "prompts")
+        self._refuse("max_session_tokens", _SESSION, usage.tokens, tokens, "tokens of answers")
         held = sum(one.held_bytes for one in self._sessions())
         codes = {id(spec.work.code): len(spec.work.code) for spec in specs if isinstance(spec.work, Call)}
         more = sum(codes.values()) + sum(map(_spec_bytes, specs))
         self._refuse("max_held_bytes", _ALL, held, more, "bytes in memory")
 
-    def refuse_count(self, taken: Taken, count: int) -> None:
+    def refuse_count(self, usage: SessionUsage, count: int) -> None:
         """The same of so many tasks, of which nothing else is known yet."""
-        self._refuse("max_session_tasks", _SESSION, taken.tasks, count, "tasks")
+        self._refuse("max_session_tasks", _SESSION, usage.tasks, count, "tasks")
         self._refuse(
             "max_open_tasks", _ALL, sum(one.open for one in self._sessions()), count, "tasks that have not ended"
         )

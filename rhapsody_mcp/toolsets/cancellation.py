@@ -9,7 +9,7 @@ from mcp.types import CallToolResult
 
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.runtime.session_registry import OpenSession
+from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 from rhapsody_mcp.toolsets.replies.base import Reply, reply
 from rhapsody_mcp.toolsets.tooling.confirmation import Asking, Confirm, Desk, Loss, ask_about, named_few

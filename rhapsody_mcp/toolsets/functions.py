@@ -10,7 +10,7 @@ from pydantic import Field
 
 from rhapsody_mcp.runtime.functions import Registered
 from rhapsody_mcp.runtime.serialization import Source
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.toolsets.replies.base import Reply, duration, one_line, reply
 from rhapsody_mcp.toolsets.sessions import SessionId
 from rhapsody_mcp.toolsets.tooling.schemas import UNTOLD
@@ -27,7 +27,7 @@ class Kept(Reply):
 
 
 class Functions:
-    def __init__(self, sessions: OpenSessions) -> None:
+    def __init__(self, sessions: SessionRegistry) -> None:
         self._sessions = sessions
 
     async def register_function(
@@ -37,7 +37,7 @@ class Functions:
         name: Annotated[str | None, Field(description="Default: the function's.")] = None,
         entry: Annotated[str | None, Field(description="Which function of source; default: the last.")] = None,
     ) -> Annotated[CallToolResult, Kept]:
-        self._sessions.rules.policy.check_source("register_function")
+        self._sessions.limits.policy.check_source("register_function")
         opened = self._sessions.get(session)
         functions = opened.functions
         before, began = functions.names, monotonic()

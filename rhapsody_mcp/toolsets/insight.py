@@ -13,7 +13,8 @@ from rhapsody_mcp.backends.environment import Environment
 from rhapsody_mcp.backends.local_models import models_text, shipped_text
 from rhapsody_mcp.backends.vllm.config import SHIPPED
 from rhapsody_mcp.machine import Dependency, Machine, inspect_machine
-from rhapsody_mcp.runtime.session_registry import OpenSession, OpenSessions
+from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import leaves
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.replies.base import Reply, reply
@@ -54,7 +55,7 @@ class System(Reply):
 
 
 class Insight:
-    def __init__(self, sessions: OpenSessions, settings: Settings) -> None:
+    def __init__(self, sessions: SessionRegistry, settings: Settings) -> None:
         self._sessions, self._settings = sessions, settings
 
     async def get_statistics(

@@ -20,9 +20,10 @@ from rhapsody_mcp.runtime.backend_factory import BackendName, Wanted
 from rhapsody_mcp.runtime.call_context import current_folder
 from rhapsody_mcp.runtime.export.export import export
 from rhapsody_mcp.runtime.export.script import Script
+from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.field_types import Name
 from rhapsody_mcp.runtime.requests.task_request import Env
-from rhapsody_mcp.runtime.session_registry import OpenSession, OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import Task, leaves, tasks_text
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.replies.base import Reply, counts_text, reply
@@ -112,7 +113,7 @@ class ExportReport(Reply):
 
 
 class Sessions:
-    def __init__(self, sessions: OpenSessions, settings: Settings) -> None:
+    def __init__(self, sessions: SessionRegistry, settings: Settings) -> None:
         self._sessions, self._settings = sessions, settings
 
     async def create_session(

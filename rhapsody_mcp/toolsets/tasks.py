@@ -15,7 +15,7 @@ from rhapsody_mcp.machine import inspect_machine
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.requests.task_request import TaskRequest
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.cancellation import CancelReport, ask_to_cancel, canceled_with, chosen_tasks, report_canceled
@@ -45,7 +45,7 @@ class TaskPage(Reply):
 
 
 class Tasks:
-    def __init__(self, sessions: OpenSessions, settings: Settings) -> None:
+    def __init__(self, sessions: SessionRegistry, settings: Settings) -> None:
         self._sessions, self._settings = sessions, settings
         self._bell, self._questions = Bell(), Questions()
         self.leave = sessions.watch(self._bell.ring)

@@ -11,7 +11,8 @@ import pytest
 
 from rhapsody_mcp.api import AITask, Part, Session, Text
 from rhapsody_mcp.backends.endpoint import EndpointInferenceBackend
-from rhapsody_mcp.model.errors import InvalidTask, TaskFailed
+from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.outcome import TaskFailed
 from rhapsody_mcp.runtime.tasks import Task
 from tests.backends.openai_stand_in import StandIn
 

@@ -12,7 +12,7 @@ import pytest
 from rhapsody_mcp.protocol.audit import Audit
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.backend_factory import Wanted
-from rhapsody_mcp.runtime.session_registry import OpenSessions, Watcher
+from rhapsody_mcp.runtime.session_registry import SessionRegistry, Watcher
 from rhapsody_mcp.server import open_sessions
 from rhapsody_mcp.serving.http.listeners import listen_on_socket
 from rhapsody_mcp.serving.http.server import serve_listener
@@ -22,7 +22,7 @@ from rhapsody_mcp.settings import Settings
 pytestmark = pytest.mark.anyio
 
 
-class Counted(OpenSessions):
+class Counted(SessionRegistry):
     """Knows how many watch it, and how many have ever done so."""
 
     now = ever = 0

@@ -30,7 +30,7 @@ from rhapsody_mcp.model.specs import Call, Completion, TaskSpec
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
 from rhapsody_mcp.runtime.requests.task_request import FIELDS
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
@@ -76,7 +76,7 @@ def opened(wanted: Wanted) -> list[Backend]:
 
 @asynccontextmanager
 async def open_checked_agent() -> AsyncIterator[Agent]:
-    async with OpenSessions(opened) as sessions, TasksExtension() as tasks:
+    async with SessionRegistry(opened) as sessions, TasksExtension() as tasks:
         async with Client(build_server(QUICK, sessions, [tasks])) as client:
             yield Agent(client, CheckingBackend(), sessions)
 

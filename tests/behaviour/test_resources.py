@@ -21,7 +21,7 @@ from rhapsody_mcp.model.values import Stream, Value
 from rhapsody_mcp.protocol.resource_updates import ResourceUpdates
 from rhapsody_mcp.protocol.subscriptions import Subscriptions
 from rhapsody_mcp.runtime.backend_factory import Wanted
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.agents import ERAS, Agent, open_agent, perform
@@ -268,7 +268,7 @@ async def test_each_client_hears_of_what_it_subscribed_to(era: str, ears: Ears) 
     mode = cast(Any, era)
     with anyio.fail_after(600):
         async with (
-            OpenSessions(lambda _: [ScriptedBackend(perform)]) as sessions,
+            SessionRegistry(lambda _: [ScriptedBackend(perform)]) as sessions,
             Client(server, mode=mode, message_handler=ears) as one,
             Client(server, mode=mode, message_handler=other) as two,
         ):

@@ -20,8 +20,10 @@ from rhapsody_mcp.ledger.records import PutSession, PutTasks, SessionRow, TaskRo
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.protocol.task_store import Handle, LedgerHandleStore
+from rhapsody_mcp.runtime.requests import stored_request
+from rhapsody_mcp.runtime.requests.task_request import TaskRequest
 from rhapsody_mcp.testing import ScriptedBackend
-from tests.agents import ERAS, Agent, open_agent, open_ledger, perform
+from tests.agents import ERAS, Agent, Refused, open_agent, open_ledger, perform
 
 pytestmark = pytest.mark.anyio
 
@@ -348,3 +350,90 @@ async def test_a_session_whose_client_left_while_it_was_opened_is_there_whole_or
         there = [row["session"] for row in (await agent.call("list_sessions"))["sessions"]]
     async with life() as agent:
         assert [row["session"] for row in (await agent.call("list_sessions"))["sessions"]] == there
+
+
+# --- what earlier versions wrote
+
+OLD_LEDGER = Path(__file__).with_name("ledger_0_1.sql")
+"""Version 0.1 wrote it: `ready` had ended, `gate` ran and may be tried again, and each other task waited for `gate`."""
+
+
+@pytest.fixture
+def old_ledger(tmp_path: Path) -> Path:
+    (tmp_path / "sessions").mkdir()
+    with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as database:
+        database.executescript(OLD_LEDGER.read_text(encoding="utf-8").replace("@FOLDER@", str(tmp_path)))
+        database.execute("PRAGMA user_version = 1")
+    return tmp_path
+
+
+async def test_the_tasks_that_version_0_1_had_not_ended_run(life: Life, old_ledger: Path) -> None:
+    async with life() as agent:
+        ended = await waited(agent)
+        assert ended["counts"] == {"DONE": 22}, ended
+        expected = {
+            "sum": 42,
+            "scaled": 84,
+            "root": 4.0,
+            "echo": "echo -n 4 42 sum is 42",
+            "groups": "echo [1,2,3]",
+            "say": ["answer to 42 and {ref:sum}", "answer to 1"],
+            "chat": "answer to answer to 42 and {ref:sum}",
+            "several": "answer to hello [1,2,3]",
+            "form": "answer to [1,2,3]",
+            "sweep": [43, 44, 45],
+            "over": [2, 4, 6],
+            "numbered": ["answer to number 0", "answer to number 1", "answer to number 2"],
+            "literal": {"ref": "no"},
+            "total": 132,
+        }
+        assert {name: await result(agent, name) for name in expected} == expected
+        sampling = {order.spec.uid: order.spec.work for order in agent.backend.received}
+        assert getattr(sampling["task.000008"], "temperature", None) == 0.5
+
+
+async def test_a_call_that_version_0_1_answered_is_not_done_twice(life: Life, old_ledger: Path) -> None:
+    async with life() as agent:
+        with pytest.raises(Refused, match="invalid_request"):
+            await submit(agent, {"source": ADD, "args": [1, 2]}, idempotency_key="once")
+
+
+def test_the_fields_of_a_stored_request_are_those_of_its_version() -> None:
+    """A renamed or removed field needs a version of its own: see `VERSION`."""
+    assert (stored_request.VERSION, sorted(TaskRequest.model_fields)) == (1, FIELDS_OF_VERSION_1)
+
+
+FIELDS_OF_VERSION_1 = [
+    *("after", "args", "arguments", "backend", "cwd", "entry", "env", "executable", "for_each", "function"),
+    *("json_schema", "kwargs", "logprobs", "max_tokens", "messages", "model", "mpi", "n", "name"),
+    *("on_upstream_failure", "process", "process_templates", "prompt", "ranks", "retries", "retry_delay_s", "seed"),
+    *("source", "stop_sequences", "system_prompt", "temperature", "timeout_s", "top_k", "top_p"),
+]
+
+
+async def test_a_field_that_has_another_name_now_is_read_from_an_earlier_version(
+    life: Life, old_ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if version 1 had had `source` under the name `code`, and a later program had given it its present name."""
+    with closing(sqlite3.connect(old_ledger / "ledger.sqlite")) as database:
+        database.execute("UPDATE tasks SET recipe = CAST(replace(recipe, '\"source\":', '\"code\":') AS BLOB)")
+        database.commit()
+    monkeypatch.setattr(stored_request, "VERSION", 2)
+    monkeypatch.setitem(
+        stored_request.UPGRADES,
+        1,
+        lambda fields: {"source" if name == "code" else name: value for name, value in fields.items()},
+    )
+    async with life() as agent:
+        assert (await waited(agent))["counts"] == {"DONE": 22}
+
+
+async def test_a_task_of_a_later_version_fails_and_says_so(life: Life, old_ledger: Path) -> None:
+    with closing(sqlite3.connect(old_ledger / "ledger.sqlite")) as database:
+        later = b'{"request":{"source":"def f(): ..."},"version":99}'
+        database.execute("UPDATE tasks SET recipe = ? WHERE uid = 'task.000003'", [later])
+        database.commit()
+    async with life() as agent:
+        await waited(agent)
+        refused = await agent.call("get_result", session="session-1", task="task.000003")
+        assert refused["cause"] == "invalid" and "version 99" in refused["error"]

@@ -32,7 +32,7 @@ from starlette.types import ASGIApp
 
 from rhapsody_mcp.protocol.task_store import HandleStore, InMemoryHandleStore
 from rhapsody_mcp.protocol.tasks_extension import TASKS, TasksExtension
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import Server, build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
@@ -110,7 +110,7 @@ class Waits:
 class House:
     """A server on a scripted backend whose one session has a task that runs until the gate opens."""
 
-    def __init__(self, server: Server, sessions: OpenSessions, backend: ScriptedBackend) -> None:
+    def __init__(self, server: Server, sessions: SessionRegistry, backend: ScriptedBackend) -> None:
         self.server, self.sessions, self.backend = server, sessions, backend
         self.stack = AsyncExitStack()
 
@@ -142,7 +142,7 @@ class Clock:
 async def open_house(store: HandleStore | None = None, clock: Clock | None = None) -> AsyncIterator[House]:
     backend = ScriptedBackend(perform)
     backend.gate.clear()
-    async with OpenSessions(lambda _: [backend]) as sessions, TasksExtension(store, clock or Clock()) as tasks:
+    async with SessionRegistry(lambda _: [backend]) as sessions, TasksExtension(store, clock or Clock()) as tasks:
         async with House(build_server(Settings(wait_cap_s=0.01), sessions, [tasks]), sessions, backend) as house:
             plain = await house.client(declares=None)
             await plain.call_tool("create_session", {})

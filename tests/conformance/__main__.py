@@ -9,7 +9,7 @@ import anyio
 from mcp.shared.exceptions import MCPDeprecationWarning
 
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.serving.http.listeners import Listener, listen_on_host
 from rhapsody_mcp.serving.http.server import host_checks, run_web_server, stop_on_signal
@@ -22,7 +22,7 @@ from tests.conformance.tasks_fixture import add_task_tools
 
 
 async def serve(listener: Listener) -> None:
-    async with OpenSessions(lambda _: [ScriptedBackend(perform)]) as sessions, TasksExtension() as tasks:
+    async with SessionRegistry(lambda _: [ScriptedBackend(perform)]) as sessions, TasksExtension() as tasks:
         server = build_server(Settings(), sessions, [tasks])
         add_content(server)
         add_asking(server)

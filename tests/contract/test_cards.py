@@ -14,7 +14,7 @@ from mcp.types import Tool
 
 from rhapsody_mcp.cards import Annotations, Card, read_cards, read_prompt
 from rhapsody_mcp.model.errors import RhapsodyError
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.toolsets.tooling.card_tool import make_tools
 from tests.agents import ERAS, open_agent, wire
 from tests.contract.count_tokens import count_tokens
@@ -158,4 +158,4 @@ def test_a_card_without_a_method_stops_the_server() -> None:
 async def test_instructions_reach_the_client() -> None:
     async with open_agent("legacy") as agent:
         assert agent.client.instructions == read_prompt("instructions")
-        assert isinstance(agent.sessions, OpenSessions)
+        assert isinstance(agent.sessions, SessionRegistry)

@@ -13,7 +13,7 @@ import pytest
 
 from rhapsody_mcp.api import ComputeTask, Session
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
-from rhapsody_mcp.model.errors import TaskFailed
+from rhapsody_mcp.model.outcome import TaskFailed
 from rhapsody_mcp.model.specs import Caps
 from rhapsody_mcp.model.states import Cause, TaskState
 

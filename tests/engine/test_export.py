@@ -17,7 +17,7 @@ from mcp import Client
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import load
 from rhapsody_mcp.runtime.backend_factory import open_backends
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
@@ -33,7 +33,7 @@ KEY = "the-key"
 async def agent(request: pytest.FixtureRequest) -> AsyncIterator[Agent]:
     async with serve(StandIn()) as stand_in:
         settings = Settings(endpoint_url=stand_in.url, endpoint_api_key=KEY)
-        async with OpenSessions(partial(open_backends, settings=settings)) as sessions:
+        async with SessionRegistry(partial(open_backends, settings=settings)) as sessions:
             async with Client(build_server(settings, sessions)) as client:
                 agent = Agent(client, cast(Any, None), sessions)
                 await agent.call("create_session", backends=[request.param, "endpoint"], num_workers=2)

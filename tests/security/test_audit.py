@@ -22,7 +22,7 @@ from rhapsody_mcp.protocol.audit_log import AuditFile
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.call_context import current_caller
 from rhapsody_mcp.runtime.redaction import redacted, summary
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
@@ -57,7 +57,7 @@ async def recorded(
 ) -> AsyncIterator[Client]:
     """A client before a server that writes into the log."""
     scripted = backend or ScriptedBackend(perform)
-    async with OpenSessions(lambda _: [scripted]) as sessions, TasksExtension() as tasks:
+    async with SessionRegistry(lambda _: [scripted]) as sessions, TasksExtension() as tasks:
         server = build_server(Settings(), sessions, [tasks], Audit(log.file))
         async with Client(server, mode=cast(Any, era), **options) as client:
             yield client
@@ -125,7 +125,7 @@ async def test_who_calls_is_known_for_as_long_as_the_call_lasts() -> None:
     def hear(spec: Any, values: list[Any]) -> Any:
         raise NotImplementedError
 
-    async with OpenSessions(lambda _: [ScriptedBackend(hear)]) as sessions:
+    async with SessionRegistry(lambda _: [ScriptedBackend(hear)]) as sessions:
         sessions.watch(lambda opened, task: heard.append(current_caller.get()))
         async with Client(build_server(Settings(), sessions)) as client:
             await client.call_tool("create_session", {})

@@ -198,7 +198,7 @@ LOOP.args[0].append(LOOP)
     ("tasks", "words"),
     [
         ([ComputeTask(work, backend="scriptd")], "unknown backend 'scriptd' (did you mean 'scripted'?)"),
-        ([AITask("x", backend="compute")], "is a prompt, which backend 'compute' does not run; 'scripted' does"),
+        ([AITask("x", backend="compute")], "backend 'compute' runs no prompt. Valid: scripted."),
         ([ComputeTask(work, args=(ComputeTask(work),))], "is not in this session"),
         ([LOOP], "in a circle"),
         ([ComputeTask(work, args=(open,)), "task"], "not a str"),

@@ -198,7 +198,7 @@ class ComputeBackend(Awaitable):
 
     def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
         if self._engine is None or self._engine.lost is not None:
-            raise BackendUnavailable(self._engine.lost if self._engine else f"backend {self.name!r} is not started.")
+            raise BackendUnavailable((self._engine and self._engine.lost) or f"backend {self.name!r} is not started.")
         self._engine.submit(orders, report)
 
     def cancel(self, uids: Collection[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.runtime.tasks import Task
@@ -23,8 +24,9 @@ def leads_to(task: Task, sought: Task) -> bool:
     return False
 
 
-def refuse_cycles(batch: dict[str, Task]) -> None:
+def refuse_cycles(tasks: Sequence[Task]) -> None:
     """Raise InvalidTask where tasks of one submission wait for each other in a circle."""
+    batch = {task.uid: task for task in tasks}
     missing = {
         uid: inside
         for uid, task in batch.items()

@@ -15,8 +15,8 @@ from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.runtime.backend_factory import plan_backends
 from rhapsody_mcp.runtime.export.provenance import add_digests, describe_origin
 from rhapsody_mcp.runtime.export.script import Script, write_script
+from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.policy import Policy
-from rhapsody_mcp.runtime.session_registry import OpenSession
 from rhapsody_mcp.settings import Settings
 
 __all__ = ["Exported", "export"]

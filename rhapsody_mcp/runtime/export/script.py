@@ -282,7 +282,7 @@ class _Writer:
             yield str(task.name if named else task.uid), self._variables[task.uid]
 
     def _default_backend(self, task: Task) -> str | None:
-        kind = kind_of(task)
+        kind = kind_of(work_of(task))
         return next((backend.name for backend in self._backends if kind in backend.kinds), None)
 
     def _backend(self, plan: Plan) -> str:

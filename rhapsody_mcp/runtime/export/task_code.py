@@ -141,7 +141,7 @@ class TaskCode:
 
     def _result(self, task: Task, path: str) -> str | None:
         """What stands for a part of its result; None where it has no variable."""
-        if task.parent is not None:
+        if isinstance(task.parent, ForEach):
             number = [child.uid for child in task.parent.children].index(task.uid)
             path = f"/{number}{path}"
         variable = self._variables.get(whole(task).uid)

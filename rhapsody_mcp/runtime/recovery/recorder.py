@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from msgspec.structs import replace
@@ -31,10 +32,17 @@ from rhapsody_mcp.runtime.functions import Registered
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task
 
-__all__ = ["Engines", "Recorder", "Submission"]
+__all__ = ["Engines", "Recorder", "Storage", "Submission"]
 
 _AGAIN_S = 0.5
 _MADE_AT_ONCE = 500
+
+
+class Storage(NamedTuple):
+    """Where a service keeps its sessions: the ledger, and the folder for long results."""
+
+    ledger: Ledger
+    folder: Path
 
 
 class Submission(NamedTuple):

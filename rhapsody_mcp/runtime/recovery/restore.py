@@ -3,49 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
 
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import TaskRow
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.runtime.dataflow.for_each_values import items_again
 from rhapsody_mcp.runtime.functions import Registered
+from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.recovery.recorder import Submission
+from rhapsody_mcp.runtime.requests.stored_request import read_stored_request
 from rhapsody_mcp.runtime.serialization import Source
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, with_children
 
-if TYPE_CHECKING:
-    from rhapsody_mcp.runtime.session_registry import OpenSession
+__all__ = ["restore"]
 
-__all__ = ["ReadRecipe", "Records", "restore"]
-
-ReadRecipe = Callable[[bytes, str, "OpenSession"], Task]
-"""Makes the task of a recipe, under this uid; raises RhapsodyError where it cannot."""
 _AT_ONCE = 200
 
 
-class Records(NamedTuple):
-    """What sessions are written into: the ledger, a folder for long results, and how a task is read back."""
-
-    ledger: Ledger
-    folder: Path
-    read_recipe: ReadRecipe
-
-
-async def restore(opened: OpenSession, records: Records, key: str) -> None:
+async def restore(opened: OpenSession, ledger: Ledger, key: str) -> None:
     """Give a session that was just made everything that the ledger holds under this key, and run what had not ended."""
-    for kept in await records.ledger.functions(key):
+    for kept in await ledger.functions(key):
         source = Source(kept.source, kept.entry)
         opened.functions.keep(Registered(kept.number, kept.name, source, kept.signature, kept.docstring))
-    rows = await records.ledger.tasks(key)
+    rows = await ledger.tasks(key)
     children: dict[str, list[TaskRow]] = {}
     for row in rows:
         if row.parent is not None:
             children.setdefault(row.parent, []).append(row)
-    tasks, unreadable = await _make(opened, records, [row for row in rows if row.parent is None], children)
-    for submission in await records.ledger.submissions(key):
+    tasks, unreadable = await _make(opened, [row for row in rows if row.parent is None], children)
+    for submission in await ledger.submissions(key):
         made = tuple(opened.by_uid(uid) for uid in submission.uids)
         opened.submissions[submission.key] = Submission(submission.key, submission.asked, made)
     positions = {row.uid: row.position for row in rows if row.position is not None}
@@ -57,7 +44,7 @@ async def restore(opened: OpenSession, records: Records, key: str) -> None:
 
 
 async def _make(
-    opened: OpenSession, records: Records, rows: Sequence[TaskRow], children: dict[str, list[TaskRow]]
+    opened: OpenSession, rows: Sequence[TaskRow], children: dict[str, list[TaskRow]]
 ) -> tuple[list[Task], dict[str, str]]:
     """The tasks, and why those that cannot be made again cannot: these stand there as programs of no name, with the
     results that they had."""
@@ -65,7 +52,7 @@ async def _make(
     unreadable: dict[str, str] = {}
     for number, row in enumerate(rows):
         try:
-            task = records.read_recipe(row.recipe, row.uid, opened)
+            task = read_stored_request(row.recipe, row.uid, opened)
         except RhapsodyError as error:
             unreadable[row.uid] = f"it cannot be made again after the restart of the service: {error}"
             task = ComputeTask(executable="?", uid=row.uid)

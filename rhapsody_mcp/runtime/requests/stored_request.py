@@ -1,57 +1,77 @@
-"""What a session keeps of a request, and the task that it makes of that again in a later life."""
+"""Task requests as the ledger keeps them, and the tasks that a later life of the service makes of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.runtime.dataflow.references import renamed
+from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.task_builder import make_task
 from rhapsody_mcp.runtime.requests.task_request import IN_TEXTS, REFERRING, STANDING, TaskRequest, is_stand_in
-from rhapsody_mcp.runtime.session_registry import OpenSession
 from rhapsody_mcp.runtime.tasks import Task
 
-__all__ = ["read_recipe", "write_recipes"]
+__all__ = ["read_stored_request", "store_requests"]
+
+Fields: TypeAlias = dict[str, Any]
+VERSION = 1
+"""The version of the fields of a stored request. A field that is renamed, removed or given another meaning needs the
+next version, and a function in UPGRADES; a new field with a default needs neither."""
+UPGRADES: dict[int, Callable[[Fields], Fields]] = {}
+"""By version, what makes the fields of the next version."""
 
 
-class Recipe(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A request that names other tasks by their uids; `function` is the number of the registered one that it calls."""
+class StoredRequest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A request in which tasks are named by their uids. `function` is the number of the registered function that it
+    calls. Requests of version 1 do not name their version."""
 
-    request: dict[str, object]
+    request: Fields
     function: int | None = None
+    version: int = 1
 
 
-def write_recipes(requests: Sequence[TaskRequest], made: Sequence[Task], opened: OpenSession) -> list[bytes]:
-    """One for each task that was made of these requests."""
-    here = {task.name: task.uid for task in made if task.name} | {task.uid: task.uid for task in made}
+def store_requests(requests: Sequence[TaskRequest], tasks: Sequence[Task], session: OpenSession) -> list[bytes]:
+    """The stored form of each request; `tasks` are the tasks that were made of them, in the same order."""
+    uids = {task.name: task.uid for task in tasks if task.name} | {task.uid: task.uid for task in tasks}
 
     def uid_of(name: str) -> str:
-        return here.get(name) or opened.task(name).uid
+        return uids.get(name) or session.task(name).uid
 
-    return [msgspec.json.encode(_recipe(request, uid_of, opened)) for request in requests]
+    return [msgspec.json.encode(_stored(request, uid_of, session)) for request in requests]
 
 
-def _recipe(request: TaskRequest, uid_of: Callable[[str], str], opened: OpenSession) -> Recipe:
-    data = request.model_dump(mode="json", exclude_defaults=True)
-    for field in (REFERRING | IN_TEXTS) & data.keys():
-        data[field] = renamed(data[field], uid_of, texts=field in IN_TEXTS)
-    for field in STANDING & data.keys():
-        if is_stand_in(data[field]):
-            data[field] = renamed(data[field], uid_of)
-    if "after" in data:
-        data["after"] = [uid_of(name) for name in data["after"]]
+def _stored(request: TaskRequest, uid_of: Callable[[str], str], session: OpenSession) -> StoredRequest:
+    fields = request.model_dump(mode="json", exclude_defaults=True)
+    for field in (REFERRING | IN_TEXTS) & fields.keys():
+        fields[field] = renamed(fields[field], uid_of, texts=field in IN_TEXTS)
+    for field in STANDING & fields.keys():
+        if is_stand_in(fields[field]):
+            fields[field] = renamed(fields[field], uid_of)
+    if "after" in fields:
+        fields["after"] = [uid_of(name) for name in fields["after"]]
     registered = request.function is not None and ":" not in request.function
-    return Recipe(data, opened.functions.get(str(request.function)).number if registered else None)
+    number = session.functions.get(str(request.function)).number if registered else None
+    return StoredRequest(fields, number, VERSION)
 
 
-def read_recipe(recipe: bytes, uid: str, opened: OpenSession) -> Task:
-    """The task again. Raises InvalidRequest where this version cannot make it."""
+def read_stored_request(data: bytes, uid: str, session: OpenSession) -> Task:
+    """The task of a stored request, under this uid. Raises InvalidRequest where this version cannot make the task."""
     try:
-        read = msgspec.json.decode(recipe, type=Recipe)
-        request = TaskRequest.model_validate(read.request)
-        number = read.function
-        return make_task(request, uid, opened.by_uid, lambda name: opened.functions.numbered(number or 0).source)
+        stored = msgspec.json.decode(data, type=StoredRequest)
+        request = TaskRequest.model_validate(_upgraded(stored))
+        number = stored.function or 0
+        return make_task(request, uid, session.by_uid, lambda _: session.functions.numbered(number).source)
     except (ValueError, LookupError, msgspec.MsgspecError) as error:
         raise InvalidRequest(f"it was submitted to another version, and this one cannot read it: {error}") from error
+
+
+def _upgraded(stored: StoredRequest) -> Fields:
+    if stored.version > VERSION:
+        raise InvalidRequest(f"its stored form has version {stored.version}, and this program knows up to {VERSION}")
+    fields = stored.request
+    for version in range(stored.version, VERSION):
+        fields = UPGRADES[version](fields)
+    return fields

@@ -14,9 +14,10 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.dataflow.item_template import as_text, holds_item, with_item
 from rhapsody_mcp.runtime.dataflow.references import is_literal, resolve, with_parts
+from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.task_request import EVERYWHERE, FIELDS, IN_TEXTS, STANDING, TaskRequest, is_stand_in
 from rhapsody_mcp.runtime.serialization import Module, Source
-from rhapsody_mcp.runtime.session_registry import OpenSession
+from rhapsody_mcp.runtime.session.routing import NoBackend, route
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, Text, name_of
 
 __all__ = ["ItemMaker", "kind_of_request", "label_of", "make_task", "make_tasks"]
@@ -43,8 +44,9 @@ def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Ta
             continue
         try:
             with _named(index, requests[index]):
-                made.tasks[index] = make_task(requests[index], uids[index], made.task, session.functions.source)
-                _refuse_without_backend(requests[index], session)
+                task = make_task(requests[index], uids[index], made.task, session.functions.source)
+                _set_backend(task, _route(requests[index], session))
+                made.tasks[index] = task
         except InvalidTask as error:
             wrong[index] = str(error)
     _refuse_all([wrong[index] for index in sorted(wrong) if wrong[index]])
@@ -135,21 +137,18 @@ def _refuse_failed(task: Task) -> None:
         )
 
 
-def _refuse_without_backend(task: TaskRequest, session: OpenSession) -> None:
-    kind, backends = kind_of_request(task), session.session.backends
-    names = [backend.name for backend in backends]
-    able = [backend.name for backend in backends if kind in backend.kinds]
-    hint = "vllm or endpoint" if kind == "prompt" else "dragon or local"
-    if task.backend is not None and task.backend not in names:
-        near = nearest(task.backend, names)
-        wrong = f"unknown backend {task.backend!r}{near}. Valid: {', '.join(names)}."
-    elif not able:
-        wrong = f"no backend of this session runs a {kind} ({', '.join(names)})."
-    elif task.backend is not None and task.backend not in able:
-        raise InvalidTask(f"backend {task.backend!r} runs no {kind}. Valid: {', '.join(able)}.")
-    else:
-        return
-    raise InvalidTask(wrong if able else f"{wrong} For a {kind}: create_session with {hint} in backends.")
+def _route(request: TaskRequest, session: OpenSession) -> str:
+    backends = {backend.name: backend for backend in session.session.backends}
+    try:
+        return route(kind_of_request(request), request.backend, backends)
+    except NoBackend as error:
+        hint = "vllm or endpoint" if error.kind == "prompt" else "dragon or local"
+        raise InvalidTask(f"{error} For a {error.kind}: create_session with {hint} in backends.") from None
+
+
+def _set_backend(task: Task, backend: str) -> None:
+    for one in (task, *(task.children if isinstance(task, ForEach) else ())):
+        one.backend = backend
 
 
 def make_task(request: TaskRequest, uid: str, task_named: TaskNamed, function_named: FunctionNamed) -> Task:

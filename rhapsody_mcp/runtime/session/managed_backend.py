@@ -15,7 +15,7 @@ from rhapsody_mcp.model.specs import Order
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader
 
-__all__ = ["Lane", "Later", "Notice", "later"]
+__all__ = ["Later", "ManagedBackend", "Notice", "later"]
 
 _log = logging.getLogger(__name__)
 _RESTARTS = 5
@@ -45,7 +45,7 @@ def later(delay_s: float, call: Callable[[], object]) -> _Timer:
     return asyncio.get_running_loop().call_later(delay_s, call)
 
 
-class Lane:
+class ManagedBackend:
     """Takes a backend's orders at any time, and keeps those that it cannot have yet.
 
     An engine that dies is started again 1, 2, 4, 8 and 16 s later while orders wait for it. When five starts in a row

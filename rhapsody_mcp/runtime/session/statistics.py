@@ -51,7 +51,7 @@ class Account:
         """The uids of the tasks that it waited for, a ForEach by its children."""
         task = self._tasks[uid]
         parent = task.parent
-        waited = parent.sources() if parent is not None and parent.source is not None else ()
+        waited = parent.sources() if isinstance(parent, ForEach) and parent.source is not None else ()
         return [source.uid for source in leaves([*task.sources(), *waited])]
 
 

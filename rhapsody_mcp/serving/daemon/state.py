@@ -10,7 +10,7 @@ import anyio
 
 from rhapsody_mcp.protocol.audit import Audit
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.serving.paths import ServicePaths
 from rhapsody_mcp.settings import Settings, settings_file
 
@@ -25,7 +25,7 @@ class ServiceState:
     settings: Settings
     config: Path | None
     """The settings file that the service was started with; None for the user's own file."""
-    sessions: OpenSessions
+    sessions: SessionRegistry
     tasks: TasksExtension
     audit: Audit
     started: float = field(default_factory=time.time)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from rhapsody_mcp.model.errors import InvalidSettings
 from rhapsody_mcp.protocol.audit import Audit, open_audit
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import Server, build_server, open_sessions
 from rhapsody_mcp.serving.http.authorization import authorized_app
 from rhapsody_mcp.serving.http.listeners import Listener
@@ -50,7 +50,7 @@ async def serve_http(settings: Settings, listener: Listener, say: Callable[[str]
 async def serve_listener(
     settings: Settings,
     listener: Listener,
-    sessions: OpenSessions,
+    sessions: SessionRegistry,
     tasks: TasksExtension,
     say: Callable[[str], None],
     stop: anyio.Event,
@@ -168,7 +168,7 @@ async def _exit_on_stop(web: _WebServer, stop: anyio.Event) -> None:
 
 
 async def stop_on_signal(
-    sessions: OpenSessions, stop: anyio.Event, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    sessions: SessionRegistry, stop: anyio.Event, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
     """Closes the sessions before it sets `stop`, so that waiting calls are answered."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:

@@ -11,7 +11,7 @@ import anyio.abc
 
 from rhapsody_mcp.protocol.audit import open_audit
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.session_registry import OpenSessions
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import build_server, open_sessions
 from rhapsody_mcp.serving.paths import ServicePaths
 from rhapsody_mcp.serving.stdio.stdin import StdinStream
@@ -35,7 +35,7 @@ async def serve_stdio(settings: Settings) -> None:
 
 
 async def _stop_on_signal(
-    sessions: OpenSessions, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    sessions: SessionRegistry, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         task_status.started()

@@ -74,8 +74,8 @@ async def ask_to_exceed(
     opened = desk.sessions.get(session)
     if force or dry_run:
         return Confirm()
-    taken = opened.session.taken
-    over = excess(Load(taken.tasks, taken.tokens).and_(asked_for(tasks)), desk.settings)
+    usage = opened.session.usage
+    over = excess(Load(usage.tasks, usage.tokens).and_(asked_for(tasks)), desk.settings)
     if not over or submitted_before(opened, tasks, idempotency_key) is not None:
         return Confirm()
     check(opened, tasks)  # what will be refused is not asked about

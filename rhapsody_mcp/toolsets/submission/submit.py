@@ -17,11 +17,12 @@ from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.dataflow.references import is_literal
 from rhapsody_mcp.runtime.dry_run import Step, misfits, steps_of
-from rhapsody_mcp.runtime.requests.stored_request import write_recipes
-from rhapsody_mcp.runtime.requests.task_builder import ItemMaker, kind_of_request, label_of, make_tasks
+from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.runtime.recovery.recorder import Submission
+from rhapsody_mcp.runtime.requests.stored_request import store_requests
+from rhapsody_mcp.runtime.requests.task_builder import label_of, make_tasks
 from rhapsody_mcp.runtime.requests.task_request import IN_TEXTS, TaskRequest
-from rhapsody_mcp.runtime.session_registry import OpenSession, Submission
-from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves, name_of, tasks_text
+from rhapsody_mcp.runtime.tasks import Task, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.replies.base import Reply, counts_text, reply
 from rhapsody_mcp.toolsets.tooling.background import aside
 from rhapsody_mcp.toolsets.tooling.schemas import UNTOLD
@@ -65,10 +66,10 @@ async def _submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str
         made = await aside(make_tasks, requests, opened)
         replaced = [earlier for request in requests if request.name and (earlier := opened.named(request.name))]
         submission = None if key is None else Submission(key, await aside(_digest, requests), tuple(made))
-        recipes = await aside(write_recipes, requests, made, opened) if opened.recorder else ()
+        stored = await aside(store_requests, requests, made, opened) if opened.recorder else ()
         try:
             accepted = await aside(opened.session.accept, made)
-            await opened.submit(made, accepted, recipes, submission)
+            await opened.submit(made, accepted, stored, submission)
         except InvalidTask as error:
             raise _by_place(error, requests, made) from error
     await opened.session.fanned_out(made)
@@ -140,7 +141,7 @@ def _told(opened: OpenSession, made: Sequence[Task]) -> dict[str, Any]:
         "last": made[-1].uid,
         "names": named if len(named) <= _NAMES_SHOWN else {},  # of many it would be a long list of what is known
         "counts": dict(Counter(task.state.value for task in singles)),
-        "backends": dict(Counter(_backend_of(task, opened) for task in singles)),
+        "backends": dict(Counter(task.backend or "" for task in singles)),
     }
 
 
@@ -196,20 +197,11 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(part)
 
 
-def _backend_of(task: Task, opened: OpenSession) -> str:
-    kind = kind_of(task)
-    if isinstance(task, ForEach):
-        assert isinstance(task.make, ItemMaker), "all that agents submit are made here"
-        kind = kind_of_request(task.make.request)
-    return task.backend or next(backend.name for backend in opened.session.backends if kind in backend.kinds)
-
-
-def _by_place(error: InvalidTask, requests: Sequence[TaskRequest], made: Sequence[Task]) -> InvalidTask:
-    """A refusal names a task by its place in the call: its id is taken only by a submission that is."""
-    for index, task in enumerate(made):
-        told, named, rest = str(error).partition(f"{name_of(task)}: ")
-        if named and not told:
-            return InvalidTask(f"{label_of(index, requests[index])}: {rest}")
+def _by_place(error: InvalidTask, requests: Sequence[TaskRequest], tasks: Sequence[Task]) -> InvalidTask:
+    """The error with the place of the task in the call: the id of a task is taken only by a submission that is."""
+    for index, task in enumerate(tasks):
+        if error.uid in (task.uid, *(child.uid for child in leaves([task]))):
+            return error.of_task(label_of(index, requests[index]))
     return error
 
 

@@ -11,7 +11,8 @@ from mcp.server.mcpserver import AcceptedElicitation, Context, Elicit, Elicitati
 from pydantic import BaseModel, Field
 
 from rhapsody_mcp.model.errors import NeedsForce, NotConfirmed
-from rhapsody_mcp.runtime.session_registry import OpenSession, OpenSessions
+from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import Task, name_of
 from rhapsody_mcp.settings import Settings
 
@@ -43,7 +44,7 @@ class Loss(NamedTuple):
 class Desk:
     """What a question is about; every call of a server finds it in its lifespan context."""
 
-    sessions: OpenSessions
+    sessions: SessionRegistry
     settings: Settings
     asked: WeakKeyDictionary[OpenSession, dict[str, Loss]] = field(default_factory=WeakKeyDictionary)
     """The last question of each tool about a session."""

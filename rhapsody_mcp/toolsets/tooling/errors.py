@@ -9,20 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rhapsody_mcp.model.errors import (
-    BackendUnavailable,
-    InvalidRequest,
-    InvalidSettings,
-    InvalidTask,
-    LimitExceeded,
-    NeedsForce,
-    NotConfirmed,
-    ResultGone,
-    RhapsodyError,
-    SessionClosed,
-    UnknownName,
-    nearest,
-)
+from rhapsody_mcp.model.errors import RhapsodyError, nearest
 from rhapsody_mcp.runtime.requests.field_types import CHOICES, NAME_PATTERN
 from rhapsody_mcp.toolsets.replies.base import one_line
 from rhapsody_mcp.toolsets.tooling.schemas import field_at, field_names
@@ -44,17 +31,6 @@ _PROBLEMS_SHOWN, _OWNERS_SHOWN = 3, 2
 _SHOWN_CHARS, _EXAMPLE_CHARS = 80, 60
 _DEEPEST = 100
 _DECODER = json.JSONDecoder(strict=False)
-_CODES: dict[type[RhapsodyError], str] = {
-    SessionClosed: "session_closed",
-    LimitExceeded: "limit_exceeded",
-    NeedsForce: "needs_force",
-    NotConfirmed: "not_confirmed",
-    InvalidSettings: "invalid_settings",
-    ResultGone: "result_gone",
-    InvalidTask: "invalid_task",
-    InvalidRequest: "invalid_request",
-    BackendUnavailable: "backend_unavailable",
-}
 _NEXT = {
     "unknown_session": "Call list_sessions to see what is open, or create_session for a new one.",
     "unknown_task": "Call list_tasks to see the tasks of this session.",
@@ -71,8 +47,7 @@ _NEXT = {
 
 def refuse_call(error: RhapsodyError, tool: str) -> str:
     """For what the runtime refused."""
-    code = f"unknown_{error.kind}" if isinstance(error, UnknownName) else _code(error)
-    return _text(code, str(error), _NEXT.get(code, f"Correct it and call {tool} again."))
+    return _text(error.code, str(error), _NEXT.get(error.code, f"Correct it and call {tool} again."))
 
 
 def refuse_unknown_arguments(given: Iterable[str], schema: dict[str, Any], tool: str) -> str | None:
@@ -150,10 +125,6 @@ def refuse_crash(tool: str) -> str:
         f"{tool} failed inside the server; that is the server's mistake, not yours.",
         "Call list_sessions to see what is open; the server's log on stderr has the details.",
     )
-
-
-def _code(error: RhapsodyError) -> str:
-    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), "failed")
 
 
 def _parts(arguments: Mapping[str, Any]) -> Iterator[tuple[Location, Any]]:

@@ -19,7 +19,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.session_registry import OpenSession
+from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of, with_children
 from rhapsody_mcp.toolsets.replies.base import (
     Reply,

@@ -14,7 +14,7 @@ from rhapsody_mcp.model.errors import BackendUnavailable
 from rhapsody_mcp.model.specs import Call, Layout, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import load
-from rhapsody_mcp.runtime.session.managed_backend import Lane, Notice
+from rhapsody_mcp.runtime.session.managed_backend import ManagedBackend, Notice
 from rhapsody_mcp.testing import ScriptedBackend
 
 pytestmark = pytest.mark.anyio
@@ -63,7 +63,7 @@ class Watched:
         self.ended: dict[str, Ended] = {}
         self.began: list[str] = []
         self.needed = False
-        self.lane = Lane(
+        self.lane = ManagedBackend(
             self.backend,
             self.hear,
             load,
@@ -333,7 +333,7 @@ class Telling(ScriptedBackend):
 
 async def test_an_engine_that_ends_while_it_has_nothing_to_do_leaves_a_note_and_one_alone() -> None:
     backend, notices, ended = Telling(answer), list[Notice](), list[Running | Ended]()
-    lane = Lane(backend, ended.append, load, tell=notices.append, later=Clock().later)
+    lane = ManagedBackend(backend, ended.append, load, tell=notices.append, later=Clock().later)
     lane.take([order("a")])
     await all_is_still()
     backend.on_loss("signal 9 ended it")

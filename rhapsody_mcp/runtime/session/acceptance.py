@@ -1,0 +1,120 @@
+"""Checks the tasks of one submission, all of them or none: what a backend gets of each, and which backend that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.specs import TaskSpec
+from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.runtime.dataflow.graph import leads_to
+from rhapsody_mcp.runtime.limits import Limits, SessionUsage
+from rhapsody_mcp.runtime.serialization import Encoder
+from rhapsody_mcp.runtime.session.managed_backend import ManagedBackend
+from rhapsody_mcp.runtime.session.routing import route
+from rhapsody_mcp.runtime.tasks import ForEach, Part, Task, is_hidden, kind_of, name_of, reference, with_children
+
+__all__ = ["Acceptance", "Accepted"]
+
+
+class Accepted(NamedTuple):
+    """A task that was checked, with its backend and what the backend gets; a ForEach has neither."""
+
+    task: Task
+    backend: ManagedBackend | None = None
+    spec: TaskSpec | None = None
+
+
+class Acceptance:
+    """Checks tasks for one session, which has `tasks` already. Every method may run in a thread."""
+
+    def __init__(
+        self,
+        backends: Mapping[str, ManagedBackend],
+        tasks: Mapping[str, Task],
+        limits: Limits | None,
+        usage: SessionUsage,
+    ) -> None:
+        self._backends, self._tasks, self._limits, self._usage = backends, tasks, limits, usage
+        self._routes = {name: managed.backend for name, managed in backends.items()}
+
+    def accept(self, batch: Sequence[Task]) -> list[Accepted]:
+        """The tasks of a submission, a ForEach after its children. Raises InvalidTask, UnknownName, LimitExceeded."""
+        accepted = self.accept_hidden(batch)
+        self._refuse_over_limits(accepted)
+        return accepted
+
+    def accept_hidden(self, batch: Sequence[Task]) -> list[Accepted]:
+        """The same for tasks of this program's own, which no limit counts."""
+        uids: dict[str, Task] = {}
+        for task in batch:
+            if not isinstance(task, Task):
+                raise InvalidTask(f"submit_tasks takes ComputeTask and AITask objects, not a {type(task).__name__}.")
+            if task.state is not TaskState.NEW or task.uid in self._tasks or task.uid in uids:
+                raise InvalidTask(f"{task.uid} is submitted already; make a new task for a new run.", uid=task.uid)
+            uids[task.uid] = task
+        encoder = Encoder(reference)
+        specs = [(task, _specify(task, encoder)) for one in batch for task in with_children([one])]
+        for task in batch:
+            for source in task.sources():
+                if source.uid not in uids and source.uid not in self._tasks:
+                    raise InvalidTask(
+                        f"{task.uid} needs the result of {source.uid}, which is not in this session: "
+                        "submit both in one call, or that one first.",
+                        uid=task.uid,
+                    )
+        return [self._check(task, spec) for task, spec in specs]
+
+    def accept_children(self, parent: ForEach, items: Sequence[object]) -> list[Accepted]:
+        """Make the children of a ForEach for these items and check them. Raises what `accept` raises."""
+        self.refuse_count(len(items))
+        parent.make_children(items)
+        encoder = Encoder(reference)
+        specs = [(child, _specify(child, encoder)) for child in parent.children]
+        for source in {source.uid: source for child in parent.children for source in child.sources()}.values():
+            if (source.uid not in self._tasks and not is_hidden(source)) or leads_to(source, parent):
+                raise InvalidTask(f"its tasks need {name_of(source)}, which is not in this session or waits for it.")
+        accepted = [self._check(child, spec) for child, spec in specs]
+        self._refuse_over_limits(accepted)
+        return accepted
+
+    def accept_again(self, task: Task, encoder: Encoder) -> Accepted:
+        """A task of an earlier life of the session, which no limit refuses. Raises InvalidTask or UnknownName."""
+        return self._check(task, _specify(task, encoder))
+
+    def refuse_count(self, count: int) -> None:
+        """Raise LimitExceeded where so many more tasks are too many."""
+        if self._limits is not None:
+            self._limits.refuse_count(self._usage, count)
+
+    def _refuse_over_limits(self, accepted: Sequence[Accepted]) -> None:
+        if self._limits is not None:
+            self._limits.refuse_tasks(self._usage, [one.spec for one in accepted if one.spec is not None])
+
+    def _check(self, task: Task, spec: TaskSpec | None) -> Accepted:
+        if spec is None:
+            return Accepted(task)
+        try:
+            managed = self._backends[route(kind_of(task), task.backend, self._routes)]
+            if self._limits is not None and not is_hidden(task):
+                spec = self._limits.admit(spec)
+            managed.backend.check(spec)
+        except InvalidTask as error:
+            raise error.of_task(name_of(task), task.uid) from error
+        return Accepted(task, managed, spec)
+
+
+def _specify(task: Task, encoder: Encoder) -> TaskSpec | None:
+    """What a backend gets, None for a ForEach. Settles what the task needs, also what only a pickler finds in it."""
+    task.settle_needs()
+    if isinstance(task, ForEach):
+        return None
+    try:
+        spec = task.spec(encoder)
+    except InvalidTask as error:
+        raise error.of_task(name_of(task), task.uid) from error
+    if encoder.met:
+        task.settle_needs(item.task if isinstance(item, Part) else item for item in encoder.met)
+        encoder.met = []
+    return spec

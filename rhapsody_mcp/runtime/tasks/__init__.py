@@ -1,0 +1,36 @@
+"""The tasks that a user holds: thin handles over a spec and an outcome, updated in place."""
+
+from rhapsody_mcp.runtime.tasks.ai_task import AITask
+from rhapsody_mcp.runtime.tasks.compute_task import ComputeTask
+from rhapsody_mcp.runtime.tasks.for_each import ForEach, kind_of, leaves, with_children
+from rhapsody_mcp.runtime.tasks.task import (
+    OnUpstreamFailure,
+    Part,
+    Rank,
+    Task,
+    Text,
+    is_hidden,
+    name_of,
+    rank_of,
+    reference,
+    tasks_text,
+)
+
+__all__ = [
+    "AITask",
+    "ComputeTask",
+    "ForEach",
+    "OnUpstreamFailure",
+    "Part",
+    "Rank",
+    "Task",
+    "Text",
+    "is_hidden",
+    "kind_of",
+    "leaves",
+    "name_of",
+    "rank_of",
+    "reference",
+    "tasks_text",
+    "with_children",
+]

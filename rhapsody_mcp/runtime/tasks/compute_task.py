@@ -1,0 +1,131 @@
+"""A task that runs a function or a program."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
+from rhapsody_mcp.model.specs import Call, Command, TaskSpec
+from rhapsody_mcp.runtime.process_layout import read_layout, read_timeout, refuse_half_characters
+from rhapsody_mcp.runtime.serialization import Encoder, Module, Source, are_plain
+from rhapsody_mcp.runtime.tasks.task import COMMON_FIELDS, Part, Task, Text, content, tasks_in
+
+__all__ = ["ComputeTask"]
+
+_COMPUTE_FIELDS = ("function", "executable", "args", "kwargs", "arguments", "task_backend_specific_kwargs")
+_PLACES = {
+    "cwd": 'task_backend_specific_kwargs={"process_template": {"cwd": ...}}',
+    "env": 'task_backend_specific_kwargs={"process_template": {"env": {...}}}',
+    "timeout": 'task_backend_specific_kwargs={"timeout": seconds}',
+    "ranks": 'task_backend_specific_kwargs={"process_templates": [(ranks, {})]}',
+    "shell": 'executable="sh", arguments=["-c", "..."]',
+    "capture_stdio": "task.stdout and task.stderr, which are always kept",
+}
+"""What other libraries call it, and where it is here."""
+
+
+class ComputeTask(Task):
+    """A function or a program to run.
+
+    function      any callable, sync or async; it is run to completion and its value is `return_value`
+    args, kwargs  its arguments; a task among them, at any depth, stands for that task's return value; a task as
+                  kwargs, for a dict of all of them
+    executable    a path, or a name on PATH; `return_value` is its standard output without outer white space, or
+                  its bytes where that is not UTF-8 text
+    arguments     its arguments; a task among them stands for its return value, as text or as JSON; a Text holds some
+    task_backend_specific_kwargs
+        process_template   a dict (env, cwd, policy): a process of its own
+        process_templates  a list of (ranks, dict): a job of several processes
+        type, ranks        "mpi" and a number: a job whose ranks speak MPI; pmi: "auto", "pmix", "cray", "none"
+        timeout            seconds, in every mode
+    """
+
+    kind = "compute"
+
+    def __init__(
+        self,
+        function: Callable[..., Any] | Source | Module | None = None,
+        *,
+        executable: str | os.PathLike[str] | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | Task | Part | None = None,
+        arguments: Sequence[Any] = (),
+        task_backend_specific_kwargs: Mapping[str, Any] | None = None,
+        **common: Any,
+    ) -> None:
+        _refuse_foreign(common)
+        refuse_unknown("field of ComputeTask", common.keys() - COMMON_FIELDS, (*_COMPUTE_FIELDS, *COMMON_FIELDS))
+        super().__init__(**common)
+        self.function = function
+        self.executable = os.fspath(executable) if isinstance(executable, os.PathLike) else executable
+        self.args = tuple(args)
+        self.kwargs = kwargs if isinstance(kwargs, Task | Part) else dict(kwargs or {})
+        self.arguments = tuple(arguments)
+        self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
+        self.layout = read_layout(self.task_backend_specific_kwargs, native=function is not None)
+        self._timeout_s = read_timeout(self.task_backend_specific_kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if (self.function is None) == (self.executable is None):
+            raise InvalidTask("a ComputeTask has either function= or executable=, one of the two.")
+        if self.executable is None:
+            self._check_function()
+        else:
+            self._check_program(self.executable)
+
+    def _check_function(self) -> None:
+        if self.arguments:
+            raise InvalidTask("arguments= belongs to an executable; a function takes args= and kwargs=.")
+        if callable(self.function):
+            return
+        if not isinstance(self.function, Source | Module):
+            hint = ' A program goes in as executable="...", with arguments=[...].' * isinstance(self.function, str)
+            raise InvalidTask(f"function= is a {type(self.function).__name__}, which cannot be called.{hint}")
+        if isinstance(self.function, Source) and isinstance(self.kwargs, dict):
+            self.function.check_arguments(self.args, self.kwargs)
+
+    def _check_program(self, executable: str) -> None:
+        if not executable.strip() or "\0" in executable:
+            raise InvalidTask(f"executable is {executable!r}; valid is a path, or a name on PATH.")
+        if with_nul := [text for text in self.arguments if isinstance(text, str) and "\0" in text]:
+            raise InvalidTask(f"{with_nul[0][:80]!r} among arguments holds a NUL character, which no program can get.")
+        if any(isinstance(item, bytes | bytearray) for item in self.arguments):
+            raise InvalidTask("arguments holds bytes; valid is text, which a program gets as UTF-8, or a task.")
+        if any(any(tasks_in(item)) for item in self.arguments if not isinstance(item, Task | Part | Text)):
+            raise InvalidTask("arguments holds a task inside a list or a dict; a task is an argument of its own.")
+        for field, text in (("executable", executable), *(("arguments", item) for item in self.arguments)):
+            if isinstance(text, str):
+                refuse_half_characters(field, text)
+        if self.args or self.kwargs:
+            raise InvalidTask("args= and kwargs= belong to a function; an executable takes arguments=[...].")
+
+    @property
+    def what(self) -> str:
+        if self.executable is not None:
+            return self.executable
+        if isinstance(self.function, Source):
+            return self.function.function_name
+        return self.function.path if isinstance(self.function, Module) else getattr(self.function, "__name__", "")
+
+    def _find_needs(self) -> Iterable[Task]:
+        if not self.kwargs and not self.arguments and are_plain(self.args):
+            return ()
+        return itertools.chain.from_iterable(map(tasks_in, (self.args, self.kwargs, self.arguments)))
+
+    def spec(self, encoder: Encoder) -> TaskSpec:
+        work: Call | Command
+        if self.function is not None:
+            work = encoder.call(self.function, self.args, self.kwargs)
+        else:
+            work = Command(self.executable or "", tuple(map(content, self.arguments)))
+        return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s)
+
+
+def _refuse_foreign(fields: Iterable[str]) -> None:
+    for field in fields:
+        if field in _PLACES:
+            raise InvalidTask(f"ComputeTask has no field {field!r}; write it as {_PLACES[field]}.")

@@ -1,0 +1,104 @@
+"""The same task for each item of a list, and functions over tasks of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+from rhapsody_mcp.backends.base import Kind
+from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
+from rhapsody_mcp.model.specs import TaskSpec
+from rhapsody_mcp.runtime.serialization import Encoder
+from rhapsody_mcp.runtime.tasks.ai_task import AITask
+from rhapsody_mcp.runtime.tasks.compute_task import ComputeTask
+from rhapsody_mcp.runtime.tasks.task import COMMON_FIELDS, Part, Task, name_of, tasks_in
+
+__all__ = ["ForEach", "kind_of", "leaves", "with_children"]
+
+
+class ForEach(Task):
+    """The same task once for each item, side by side; its result is the list of their results, in order.
+
+    items         a list, or a task (or Part of one) whose result is a list
+    make          makes the task for one item: called with the item and its number. Of a result that is no JSON the
+                  item is a Part, which stands for it in arguments
+    uses          tasks whose results the made ones use, besides `items`: these must have ended first
+
+    `children` are the made tasks, named as in `sweep[0]`; those of a list are made at once. It is DONE when all of
+    them are, else FAILED (or CANCELED, where none of them FAILED) with None in the place of what is not there.
+    """
+
+    kind = "for_each"
+
+    def __init__(
+        self,
+        items: Sequence[Any] | Task | Part,
+        make: Callable[[Any, int], ComputeTask | AITask],
+        *,
+        uses: Sequence[Task] = (),
+        **common: Any,
+    ) -> None:
+        refuse_unknown("field of ForEach", common.keys() - COMMON_FIELDS, ("items", "make", "uses", *COMMON_FIELDS))
+        super().__init__(**common)
+        if not isinstance(items, Task | Part | list | tuple):
+            raise InvalidTask(f"items is a list, or a task whose result is one, not a {type(items).__name__}.")
+        self.items, self.make = items, make
+        self.children: list[ComputeTask | AITask] = []
+        if isinstance(items, list | tuple):
+            self.make_children(items)
+            uses = [*uses, *{source.uid: source for child in self.children for source in child.needs()}.values()]
+        self._uses = list(uses)
+
+    @property
+    def source(self) -> Part | None:
+        """What the items are a part of; None where they are a list."""
+        return (
+            Part(self.items) if isinstance(self.items, Task) else self.items if isinstance(self.items, Part) else None
+        )
+
+    def make_children(self, items: Sequence[Any]) -> None:
+        """Raises InvalidTask, which names the item, where `make` refuses one."""
+        self.children = [self._child(item, number) for number, item in enumerate(items)]
+
+    def _child(self, item: Any, number: int) -> ComputeTask | AITask:
+        try:
+            child = self.make(item, number)
+        except InvalidTask as error:
+            raise InvalidTask(f"item {number}: {error}") from error
+        child.uid, child.name = f"{self.uid}[{number}]", f"{name_of(self)}[{number}]"
+        child.backend = child.backend or self.backend
+        child.after, child.on_upstream_failure = self.after, self.on_upstream_failure
+        child.retries, child.retry_delay_s = self.retries, self.retry_delay_s
+        child.parent = self
+        return child
+
+    def _find_needs(self) -> Iterable[Task]:
+        return [*tasks_in([self.items]), *self._uses]
+
+    def spec(self, encoder: Encoder) -> TaskSpec:
+        raise NotImplementedError("its children are what backends get")
+
+
+def kind_of(task: Task) -> Kind | Literal["for_each"]:
+    """What a backend must be able to run for this task; a ForEach is run by the session."""
+    if isinstance(task, ForEach):
+        return "for_each"
+    if isinstance(task, AITask):
+        return "prompt"
+    return "function" if isinstance(task, ComputeTask) and task.function is not None else "executable"
+
+
+def leaves(tasks: Iterable[Task]) -> list[Task]:
+    """These tasks, with the children of a ForEach in its place where it has any."""
+    found: list[Task] = []
+    for task in tasks:
+        found += task.children if isinstance(task, ForEach) and task.children else [task]
+    return found
+
+
+def with_children(tasks: Iterable[Task]) -> Iterator[Task]:
+    """Each task, a ForEach after its children."""
+    for task in tasks:
+        if isinstance(task, ForEach):
+            yield from task.children
+        yield task

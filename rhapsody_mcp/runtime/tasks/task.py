@@ -1,0 +1,332 @@
+"""A task: what every kind of task has, its life after submission, and what stands for its result in others."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Literal, Self, get_args
+
+import msgspec
+
+from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, nearest
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome, TaskCanceled, TaskFailed
+from rhapsody_mcp.model.sampling import check_integer
+from rhapsody_mcp.model.specs import Content, TaskSpec
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.timing import Timing
+from rhapsody_mcp.model.values import PLAIN, Ref, Value
+from rhapsody_mcp.runtime.serialization import Encoder
+
+__all__ = [
+    "COMMON_FIELDS",
+    "OnUpstreamFailure",
+    "Part",
+    "Rank",
+    "Task",
+    "Text",
+    "content",
+    "is_hidden",
+    "name_of",
+    "rank_of",
+    "reference",
+    "tasks_in",
+    "tasks_text",
+]
+
+OnUpstreamFailure = Literal["cancel", "run"]
+_ON_UPSTREAM_FAILURE = get_args(OnUpstreamFailure)
+_uids = itertools.count(1)
+COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure"}
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A part of another task's result: in arguments and prompts it stands for `task`'s value at `path`."""
+
+    task: Task
+    path: str = ""
+
+
+class Text:
+    """A text for a language model that holds results: its parts, each a text, a task or a Part, become one text.
+
+    A result is in it as it is where it is a text, and else as JSON.
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __repr__(self) -> str:
+        return f"Text({', '.join(map(repr, self.parts))})"
+
+
+class Rank(msgspec.Struct, frozen=True):
+    """One rank of a job. A negative `exit_code` is the signal that ended it."""
+
+    rank: int
+    host: str
+    pid: int
+    exit_code: int | None
+    return_value: Any
+    stdout: str
+    stderr: str
+    error: str
+
+
+class Task:
+    """A unit of work. After submission the session updates it in place.
+
+    Awaiting it gives the task itself once it is DONE, raises TaskFailed once it is FAILED and TaskCanceled once
+    it is CANCELED. Cancelling whoever awaits it does not cancel the task.
+
+    backend       a backend's name; default is the session's first that runs such tasks
+    after         tasks that must be DONE before this one starts, besides those whose results it uses
+    retries       how often it is started again after it FAILED, `retry_delay_s` later, and twice as long each
+                  next time up to a minute; what could not start as asked (cause invalid) is not tried again
+    on_upstream_failure   "cancel" (default): it is CANCELED where a task that it waits for does not end DONE;
+                  "run": it runs nevertheless, with None in the place of a result that is not there
+
+    `attempts` counts how often it was started. `replaced_by` is the uid of a task that took its name after it FAILED or
+    was CANCELED. `passed_on` says whether another task uses its result, and
+    `position` how many of its session had ended before it.
+    """
+
+    def __init__(
+        self,
+        *,
+        backend: str | None = None,
+        name: str | None = None,
+        uid: str | None = None,
+        after: Sequence[Task] = (),
+        retries: int = 0,
+        retry_delay_s: float = 1.0,
+        on_upstream_failure: OnUpstreamFailure = "cancel",
+    ) -> None:
+        self.uid = uid or f"task.{next(_uids):06d}"
+        self.name = name
+        self.backend = backend
+        self.after = _tasks_to_follow(after)
+        self.retries = check_integer("retries", retries, least=0)
+        self.retry_delay_s = _delay(retry_delay_s)
+        if on_upstream_failure not in _ON_UPSTREAM_FAILURE:
+            raise InvalidTask(f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".')
+        self.on_upstream_failure = on_upstream_failure
+        self.attempts = 0
+        self.state = TaskState.NEW
+        self.submitted: float | None = None
+        self.started: float | None = None
+        self.outcome: Outcome | None = None
+        self.return_value: Any = None
+        self.stdout: str | None = None
+        self.stderr: str | None = None
+        self.ranks: Sequence[Rank] = ()
+        self.parent: Task | None = None
+        """The ForEach that made the task."""
+        self.passed_on = False
+        self.position: int | None = None
+        self._future: asyncio.Future[Self] | None = None
+        self._needs: Sequence[Task] | None = None
+
+    kind: str
+    # Most tasks never have these, nor most of what an AITask may be given. Python shares the names of up to 30
+    # attributes between the objects of a class, as far as they are set when an object is made; one with others takes
+    # 1.3 KB more.
+    last_failure = ""
+    replaced_by: str | None = None
+    raised: BaseException | None = None
+    """What its function raised, where that could be sent and opened in this process."""
+
+    def sources(self) -> Sequence[Task]:
+        """The tasks that must have ended before this one starts: those whose results it needs, and `after`."""
+        return [*self.needs(), *self.after] if self.after else self.needs()
+
+    def needs(self) -> Sequence[Task]:
+        """The tasks whose results this one uses."""
+        return list(self._find_needs()) if self._needs is None else self._needs
+
+    def settle_needs(self, more: Iterable[Task] = ()) -> None:
+        """Look for them once and for all: the session, which takes the task now, asks again and again. `more` were met
+        where only a pickler looks."""
+        self._needs = tuple({task.uid: task for task in (*self._find_needs(), *more)}.values())
+
+    def _find_needs(self) -> Iterable[Task]:
+        raise NotImplementedError
+
+    def spec(self, encoder: Encoder) -> TaskSpec:
+        """What a backend gets. Raises InvalidTask where a value cannot be sent."""
+        raise NotImplementedError
+
+    # --- what came of it
+
+    @property
+    def exit_code(self) -> int | None:
+        return self.outcome.exit_code if self.outcome else None
+
+    @property
+    def exception(self) -> TaskFailed | None:
+        """None, or what awaiting the task raises; its text holds the original message."""
+        if self.outcome is None or self.outcome.state is TaskState.DONE:
+            return None
+        kind = TaskCanceled if self.outcome.state is TaskState.CANCELED else TaskFailed
+        failure = kind(f"{self.uid}: {self.outcome.error}", self.outcome, self, self.uid)
+        failure.__cause__ = self.raised
+        return failure
+
+    @property
+    def cause(self) -> Cause | None:
+        return self.outcome.cause if self.outcome else None
+
+    @property
+    def traceback(self) -> str:
+        """The traceback where the function raised, as text; else empty."""
+        return self.outcome.traceback if self.outcome else ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about how it ran, such as "4 ranks share 2 cores"."""
+        return self.outcome.notes if self.outcome else ()
+
+    @property
+    def timing(self) -> Timing:
+        if self.outcome is None:
+            return Timing()
+        return Timing.of(self.submitted, self.outcome.started, self.outcome.ended)
+
+    # --- awaiting
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        return asyncio.shield(self.future).__await__()
+
+    @property
+    def future(self) -> asyncio.Future[Self]:
+        """Ends with the task. Raises RhapsodyError before submission."""
+        if self._future is None:
+            if self.state is TaskState.NEW:
+                raise RhapsodyError(f"{self.uid} is not submitted yet: call session.submit_tasks([task]) first.")
+            self._future = asyncio.get_running_loop().create_future()
+            self.settle()
+        return self._future
+
+    def settle(self: Self) -> None:
+        """End the future, if anybody has asked for it, once the task has ended."""
+        if self._future is None or self._future.done() or not self.state.final:
+            return
+        if (error := self.exception) is None:
+            self._future.set_result(self)
+        else:
+            self._future.set_exception(error)
+            self._future.exception()  # a failure that nobody awaits is no news: it stands in the task
+
+    # --- the dict face
+
+    def keys(self) -> list[str]:
+        """The names of all that can be read of it, by `task[name]` as by `task.name`."""
+        return list(dict.fromkeys([*(name for name in vars(self) if not name.startswith("_")), *self._more_fields]))
+
+    def get(self, field: str, default: Any = None) -> Any:
+        return getattr(self, field) if field in self else default
+
+    def __getitem__(self, field: str) -> Any:
+        if field not in self:
+            raise KeyError(f"{field}{nearest(str(field), self.keys())}")
+        return getattr(self, field)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __contains__(self, field: object) -> bool:
+        return field in self.keys()
+
+    _more_fields: Sequence[str] = (
+        *("exit_code", "exception", "cause", "traceback", "notes", "timing", "last_failure", "replaced_by", "raised"),
+    )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the future, which belongs to an event loop."""
+        return {**vars(self), "_future": None}
+
+    @property
+    def what(self) -> str:
+        """What it runs, in a few words."""
+        return ""
+
+    def __repr__(self) -> str:
+        return f"<{' '.join(filter(None, [type(self).__name__, self.uid, self.name, self.what, self.state]))}>"
+
+
+def _tasks_to_follow(after: object) -> tuple[Task, ...]:
+    if isinstance(after, Task) or not isinstance(after, Iterable) or not all(isinstance(task, Task) for task in after):
+        raise InvalidTask("after is a list of tasks, as in [first, second].")
+    return tuple(after)
+
+
+def _delay(seconds: float) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 3600:
+        raise InvalidTask(f"retry_delay_s is {seconds!r}; valid is a number of seconds from 0 to 3600.")
+    return float(seconds)
+
+
+def reference(item: object) -> Ref | None:
+    """The Ref that a task, or a part of one, stands for inside arguments and prompts; None for all else."""
+    if isinstance(item, Task):
+        return Ref(item.uid)
+    return Ref(item.task.uid, item.path) if isinstance(item, Part) else None
+
+
+def content(text: object) -> Content:
+    """A text as a backend gets it, with the results that it holds."""
+    return tuple(map(_argument, text.parts)) if isinstance(text, Text) else _argument(text)
+
+
+def _argument(item: object) -> str | Ref:
+    return reference(item) or str(item)
+
+
+def tasks_in(value: object) -> Iterator[Task]:
+    """Every task in lists, tuples, sets and dicts, at any depth."""
+    pending, seen = [value], set[int]()
+    while pending:
+        item = pending.pop()
+        if type(item) in PLAIN:
+            continue
+        if isinstance(item, Part):
+            yield item.task
+        elif isinstance(item, Task):
+            yield item
+        elif isinstance(item, Text):
+            pending.extend(item.parts)
+        elif isinstance(item, _CONTAINERS) and id(item) not in seen:
+            seen.add(id(item))
+            pending.extend(item.values() if isinstance(item, dict) else item)
+
+
+_CONTAINERS = (list, tuple, set, frozenset, dict)
+
+
+def name_of(task: Task) -> str:
+    """What a person calls it: its name, or its uid where it has none."""
+    return task.name or task.uid
+
+
+def is_hidden(task: Task) -> bool:
+    """Whether it is this program's own, which no list or count shows."""
+    return task.uid.startswith("~")
+
+
+def tasks_text(count: int) -> str:
+    """As in `1 task` and `3 tasks`."""
+    return "1 task" if count == 1 else f"{count} tasks"
+
+
+def rank_of(outcome: RankOutcome, read: Callable[[Value], Any]) -> Rank:
+    """A rank as users see it."""
+    return Rank(
+        outcome.rank,
+        outcome.host,
+        outcome.pid,
+        outcome.exit_code,
+        None if outcome.value is None else read(outcome.value),
+        outcome.stdout.read(),
+        outcome.stderr.read(),
+        outcome.error,
+    )
