@@ -12,9 +12,9 @@ from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import Task
 
-__all__ = ["ROOT", "ResourceUpdates"]
+__all__ = ["SESSIONS_URI", "ResourceUpdates"]
 
-ROOT = "rhapsody://sessions"
+SESSIONS_URI = "rhapsody://sessions"
 _LOGS = ("stdout", "stderr")
 
 
@@ -66,8 +66,8 @@ class ResourceUpdates:
 
 def _uris_of(session: str, task: Task | None) -> Iterator[str]:
     """The URIs of all resources that show the change."""
-    home = f"{ROOT}/{session}"
-    yield from (ROOT, home, f"{home}/statistics")
+    home = f"{SESSIONS_URI}/{session}"
+    yield from (SESSIONS_URI, home, f"{home}/statistics")
     if task is None:
         return
     for name in filter(None, (task.uid, task.name)):

@@ -13,7 +13,7 @@ from mcp.shared.uri_template import UriTemplate
 from mcp.types import CallToolResult
 
 from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
-from rhapsody_mcp.protocol.resource_updates import ROOT
+from rhapsody_mcp.protocol.resource_updates import SESSIONS_URI
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.toolsets.insight import Insight
 from rhapsody_mcp.toolsets.replies.output_excerpts import tail
@@ -23,7 +23,7 @@ from rhapsody_mcp.toolsets.tooling.errors import refuse_call
 
 __all__ = ["TEMPLATES", "Resources", "add_resources"]
 
-SESSION = f"{ROOT}/{{session}}"
+SESSION = f"{SESSIONS_URI}/{{session}}"
 STATISTICS = f"{SESSION}/statistics"
 TASK = f"{SESSION}/tasks/{{task}}"
 STDOUT, STDERR = f"{TASK}/stdout", f"{TASK}/stderr"
@@ -74,7 +74,7 @@ class Resources:
         matches = (template.match(uri) for template in TEMPLATES.values())
         names = next((match for match in matches if match), None)
         if names is None:
-            valid = ", ".join([ROOT, *TEMPLATES])
+            valid = ", ".join([SESSIONS_URI, *TEMPLATES])
             raise ResourceNotFoundError(f"there is no resource at {uri[:200]!r}. Valid: {valid}.")
         with _refusals():
             opened = self._sessions.get(str(names["session"]))
@@ -83,7 +83,7 @@ class Resources:
 
 def add_resources(server: MCPServer[Any], resources: Resources) -> None:
     server.resource(
-        ROOT,
+        SESSIONS_URI,
         name="sessions",
         title="Open sessions",
         description="The open sessions: id, backends, and how many tasks are in which state.",

@@ -40,7 +40,7 @@ class Handle(BaseModel):
     def expires_at(self) -> datetime:
         return self.created_at + timedelta(milliseconds=self.ttl_ms)
 
-    def wire(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"owner"})
 
 

@@ -91,7 +91,7 @@ class TasksExtension(Extension):
         return await call.answer()
 
     async def _get(self, ctx: _Context, params: _TaskParams) -> HandlerResult:
-        return {"resultType": "complete", **self._find(ctx, params.task_id).wire()}
+        return {"resultType": "complete", **self._find(ctx, params.task_id).as_json()}
 
     async def _update(self, ctx: _Context, params: _UpdateParams) -> HandlerResult:
         handle = self._find(ctx, params.task_id)
@@ -171,7 +171,7 @@ class _DeferrableCall:
             self.cancel()
             raise
         if self._handle_sent is not None:
-            return {"resultType": "task", **self._handle_sent.wire()}
+            return {"resultType": "task", **self._handle_sent.as_json()}
         if self._error is not None:
             raise self._error
         return self._result
@@ -195,13 +195,13 @@ class _DeferrableCall:
         if self._scope.cancelled_caught:
             return {"status": "cancelled"}
         if self._error is None:
-            return {"status": "completed", "result": _wire_form(self._result)}
+            return {"status": "completed", "result": _as_json(self._result)}
         if isinstance(self._error, MCPError):
             error = self._error.error
         else:
             _log.error("a call that was answered with a handle failed", exc_info=self._error)
             error = MCPError(code=INTERNAL_ERROR, message="Internal error").error
-        return {"status": "failed", "status_message": error.message, "error": _wire_form(error)}
+        return {"status": "failed", "status_message": error.message, "error": _as_json(error)}
 
     def cancel(self) -> None:
         self._scope.cancel()
@@ -220,7 +220,7 @@ class _DeferrableCall:
         self._handle = self._extension.change(
             self._handle,
             status="input_required",
-            input_requests={key: _wire_form(request) for key, request in requests.items()},
+            input_requests={key: _as_json(request) for key, request in requests.items()},
         )
         await self._all_answered.wait()
         return self._answers
@@ -245,7 +245,7 @@ def _supports_tasks(ctx: _Context) -> bool:
     return ctx.protocol_version in _VERSIONS and TASKS in (declared or {})
 
 
-def _wire_form(value: object) -> dict[str, Any]:
+def _as_json(value: object) -> dict[str, Any]:
     """The JSON form of a result or an error."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", by_alias=True, exclude_none=True)

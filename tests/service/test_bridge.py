@@ -137,8 +137,8 @@ def test_a_service_of_a_later_version_is_reported(stage: OwnService) -> None:
 def test_a_service_of_an_earlier_version_that_is_used_is_reported_with_what_runs_there(stage: OwnService) -> None:
     def script(caller: socket.socket, hello: dict[str, Any]) -> None:
         if hello["as"] == "control":
-            order = json.loads(caller.makefile("rb").readline())
-            assert order == {"do": "stop", "if_idle": True}
+            command = json.loads(caller.makefile("rb").readline())
+            assert command == {"do": "stop", "if_idle": True}
             caller.sendall(b'{"refused": "Tasks have not ended in sweep (3 running, 2 waiting)."}\n')
 
     with playing(stage, script, "0.0.1"):

@@ -43,11 +43,11 @@ def stopped(own: OwnService) -> Iterator[int]:
 # --- whether it answers
 
 
-def test_orders_to_a_service_that_does_not_answer_say_so_and_only_force_ends_it(own: OwnService) -> None:
+def test_commands_to_a_service_that_does_not_answer_say_so_and_only_force_ends_it(own: OwnService) -> None:
     with stopped(own) as pid:
         with ThreadPoolExecutor() as together:  # each waits for 5 s
-            orders = [("status",), ("start",), ("stop",), ("status", "--json")]
-            *runs, told = together.map(lambda order: own.run("service", *order), orders)
+            commands = [("status",), ("start",), ("stop",), ("status", "--json")]
+            *runs, told = together.map(lambda command: own.run("service", *command), commands)
         for ran in runs:
             assert ran.returncode == 1 and re.match(NOT_ANSWERED.format(pid=pid, within=5), ran.stderr)
             assert str(own.paths.log) in ran.stderr and f"service stop --force --folder {own.folder}" in ran.stderr
