@@ -186,7 +186,7 @@ def demo(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     import anyio
 
-    from rhapsody_mcp.bench.running import FULL, QUICK, run_bench
+    from rhapsody_mcp.bench.runner import FULL, QUICK, run_bench
 
     return anyio.run(run_bench, QUICK if options.quick else FULL, options.json, options.chart)
 

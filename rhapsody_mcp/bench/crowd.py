@@ -23,7 +23,7 @@ import msgspec
 from rhapsody_mcp.api import Session
 from rhapsody_mcp.backends import LocalExecutionBackend
 from rhapsody_mcp.bench.compute import functions
-from rhapsody_mcp.bench.measuring import Row
+from rhapsody_mcp.bench.measurement import Row
 from rhapsody_mcp.engine.messages import (
     Finished,
     HostConfig,

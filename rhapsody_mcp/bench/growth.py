@@ -20,7 +20,7 @@ import msgspec
 from mcp import Client
 
 from rhapsody_mcp.backends.base import Awaitable, Ended, Kind, Report, Running
-from rhapsody_mcp.bench.measuring import Row, Unit
+from rhapsody_mcp.bench.measurement import Row, Unit
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome

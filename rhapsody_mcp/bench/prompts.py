@@ -14,7 +14,7 @@ import httpx2
 from rhapsody_mcp.api import AITask, Session
 from rhapsody_mcp.backends import DragonVllmInferenceBackend
 from rhapsody_mcp.bench.compute import run
-from rhapsody_mcp.bench.measuring import Row
+from rhapsody_mcp.bench.measurement import Row
 from rhapsody_mcp.model.errors import RhapsodyError
 
 __all__ = ["prompt_rows", "rows_on"]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rhapsody_mcp.bench.measuring import Measurement, Range, Unit
+from rhapsody_mcp.bench.measurement import Measurement, Range, Unit
 
 __all__ = ["Report", "draw", "show", "write_json"]
 

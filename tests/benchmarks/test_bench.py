@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rhapsody_mcp.bench.running import Size, run_bench
+from rhapsody_mcp.bench.runner import Size, run_bench
 
 pytestmark = pytest.mark.anyio
 

@@ -19,7 +19,7 @@ import pytest
 
 from rhapsody_mcp.api import AITask, Session, Text
 from rhapsody_mcp.backends import DragonVllmInferenceBackend
-from rhapsody_mcp.bench.measuring import measure
+from rhapsody_mcp.bench.measurement import measure
 from rhapsody_mcp.bench.prompts import rows_on
 from rhapsody_mcp.engine.process.tree import descendants
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask

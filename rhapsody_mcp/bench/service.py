@@ -21,11 +21,11 @@ from mcp.client.stdio import stdio_client
 from rhapsody_mcp.api import Session
 from rhapsody_mcp.backends import DragonExecutionBackendV3
 from rhapsody_mcp.bench.compute import functions
-from rhapsody_mcp.bench.measuring import Row
+from rhapsody_mcp.bench.measurement import Row
 from rhapsody_mcp.engine.process.tree import descendants
 from rhapsody_mcp.model.errors import RhapsodyError
 
-__all__ = ["first_reply", "served_rows"]
+__all__ = ["first_reply", "service_rows"]
 
 _PROGRAM = [sys.executable, "-m", "rhapsody_mcp"]
 _NO_OP_TASK = {"function": "rhapsody_mcp.bench.bare:no_op"}
@@ -104,7 +104,7 @@ def _settings(folder: str) -> str:
 
 
 @asynccontextmanager
-async def served_rows(count: int, idle_s: float) -> AsyncIterator[list[Row]]:
+async def service_rows(count: int, idle_s: float) -> AsyncIterator[list[Row]]:
     async with _open_client() as client, Session([await DragonExecutionBackendV3()]) as session:
         await client.open()
         service = await asyncio.to_thread(client.service_pid)

@@ -16,10 +16,10 @@ from rhapsody_mcp import __version__
 from rhapsody_mcp.bench.compute import compute_rows, dragon_ready
 from rhapsody_mcp.bench.crowd import crowd_row
 from rhapsody_mcp.bench.growth import growth_rows
-from rhapsody_mcp.bench.measuring import Measurement, Row, load_of_machine, measure
+from rhapsody_mcp.bench.measurement import Measurement, Row, load_of_machine, measure
 from rhapsody_mcp.bench.prompts import prompt_rows
 from rhapsody_mcp.bench.report import Report, draw, show, write_json
-from rhapsody_mcp.bench.served import first_reply, served_rows
+from rhapsody_mcp.bench.service import first_reply, service_rows
 from rhapsody_mcp.model.errors import RhapsodyError
 
 __all__ = ["FULL", "QUICK", "Size", "run_bench"]
@@ -48,7 +48,7 @@ def _stages(size: Size) -> Sequence[AbstractAsyncContextManager[list[Row]]]:
     stages: list[AbstractAsyncContextManager[list[Row]]] = [
         compute_rows(size.functions, size.programs),
         dragon_ready(),
-        served_rows(size.functions, size.idle_s),
+        service_rows(size.functions, size.idle_s),
         first_reply(),
         growth_rows(size.tasks),
         crowd_row(size.workers, size.functions),
