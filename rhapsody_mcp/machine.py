@@ -47,11 +47,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     vllm: Part
     pmi: str
 
-    @property
-    def default_compute(self) -> str:
-        """The backend that runs functions and programs where nobody names one."""
-        return "dragon" if self.dragon.present else "local"
-
 
 def look() -> Machine:
     """This machine, now."""

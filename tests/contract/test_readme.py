@@ -67,6 +67,8 @@ def test_the_table_of_settings_says_what_is_so() -> None:
 
 
 def test_ci_runs_what_the_readme_says() -> None:
+    (torch,) = re.findall(r"pip install (--no-deps .*torch==\S+)", blocks("sh")[0])
+    assert f"pip install --quiet {torch}\n" in CI
     (test,) = [block for block in blocks("sh") if "pytest" in block]
     install, command = (part.replace(".venv/bin/", "").strip() for part in test.split("&&"))
     assert install.replace("-e", "--quiet --editable") in CI
