@@ -47,11 +47,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     vllm: Dependency
     pmi: str
 
-    @property
-    def default_compute(self) -> str:
-        """The default backend for functions and programs."""
-        return "dragon" if self.dragon.present else "local"
-
 
 def inspect_machine() -> Machine:
     """Inspect this machine."""

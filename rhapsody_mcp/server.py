@@ -52,7 +52,7 @@ class Server(MCPServer):
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
     ) -> CallToolResult | InputRequiredResult:
-        names = [tool.name for tool in self._tool_manager.list_tools()]
+        names = [tool.name for tool in await self.list_tools()]
         if name not in names:
             raise ToolError(refuse_call(UnknownName("tool", name, names), "one of these"))
         return await audit_deferred(super().call_tool(name, arguments, context))
@@ -60,7 +60,7 @@ class Server(MCPServer):
     async def get_prompt(
         self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None
     ) -> GetPromptResult | InputRequiredResult:
-        names = [prompt.name for prompt in self._prompt_manager.list_prompts()]
+        names = [prompt.name for prompt in await self.list_prompts()]
         if name not in names:
             raise refuse_prompt(UnknownName("prompt", name, names))
         return await super().get_prompt(name, arguments, context)

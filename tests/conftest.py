@@ -1,10 +1,18 @@
-"""Fixtures for every test."""
+"""Fixtures for every test, and the mark of those that need vLLM."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs vLLM: pip install rhapsody-mcp[cpu]"))
 
 
 @pytest.fixture(scope="session", autouse=True)

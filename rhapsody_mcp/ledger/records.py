@@ -119,10 +119,10 @@ class UseSession(Change, frozen=True):
 
     id: str
     used: float
-    SQL: ClassVar = Statement("UPDATE sessions SET used = max(used, ?2) WHERE id = ?1")
+    SQL: ClassVar = Statement("UPDATE sessions SET used = max(used, ?) WHERE id = ?")
 
     def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
-        yield self.SQL, (self.id, self.used)
+        yield self.SQL, (self.used, self.id)
 
 
 class CloseSession(Change, frozen=True):

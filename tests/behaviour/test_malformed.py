@@ -82,7 +82,7 @@ async def open_checked_agent() -> AsyncIterator[Agent]:
 
 
 def answer(spec: TaskSpec, _: list[Any]) -> Any:
-    checks = isinstance(spec.work, Call) and b"engine.checking" in spec.work.code
+    checks = isinstance(spec.work, Call) and b"import_check" in spec.work.code
     return [] if checks else [1, {"a": [2]}, "two"]
 
 

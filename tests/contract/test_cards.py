@@ -130,6 +130,7 @@ async def test_what_destroys_says_so_and_what_only_reads_says_so() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.vllm  # its tokenizer
 async def test_the_whole_list_stays_small() -> None:
     assert sum(count_tokens(tool.name) for tool in await offered()) < 6_000
 

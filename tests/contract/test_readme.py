@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.contract import settings_table
 from tests.contract.count_tokens import table
 
@@ -39,6 +41,7 @@ def test_the_example_of_a_sweep_runs(tmp_path: Path) -> None:
     assert run_example(blocks("python")[1], tmp_path) == "[0.04, 0.01, 0.0] 0.0 tidy\n"
 
 
+@pytest.mark.vllm
 def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rhapsody_mcp", "init", str(tmp_path), "--shipped-model"]
     subprocess.run(command, capture_output=True, check=True)
@@ -52,6 +55,7 @@ def test_the_settings_for_clients_are_json_that_names_the_command() -> None:
         assert (Path(server["command"]).name, server["args"]) == ("rhapsody-mcp", ["stdio"])
 
 
+@pytest.mark.vllm  # its tokenizer
 def test_the_table_of_tools_says_what_is_so() -> None:
     assert table() in README, f"python -m tests.contract.count_tokens prints it:\n{table()}"
 
@@ -63,6 +67,8 @@ def test_the_table_of_settings_says_what_is_so() -> None:
 
 
 def test_ci_runs_what_the_readme_says() -> None:
+    (torch,) = re.findall(r"pip install (--no-deps .*torch==\S+)", blocks("sh")[0])
+    assert f"pip install --quiet {torch}\n" in CI
     (test,) = [block for block in blocks("sh") if "pytest" in block]
     install, command = (part.replace(".venv/bin/", "").strip() for part in test.split("&&"))
     assert install.replace("-e", "--quiet --editable") in CI

