@@ -8,9 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rhapsody_mcp.runtime.export.task_code import looks_secret
-
-__all__ = ["HIDDEN", "redacted", "summary"]
+__all__ = ["HIDDEN", "looks_secret", "redacted", "summary"]
 
 HIDDEN = "(secret)"
 _TEXT_CHARS, _SHORT_CHARS, _LOOKED_AT = 200, 80, 600
@@ -18,6 +16,8 @@ _KEYS, _DEPTH = 12, 8
 _PUBLIC = {"idempotency_key"}
 _SOURCES = {"source", "prompt", "system_prompt", "content"}
 """Arguments that are told by length and hash alone: what two calls have in common shows, and no more."""
+_SECRET_WORDS = {"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PASS", "PAT", "CREDENTIAL", "AUTH"}
+_SECRET_ENDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS")
 _NAMES = r"[\w-]{0,40}(?:api[-_]?key|token|secret|password|passwd|passphrase|credentials?)"
 _PATTERNS = [
     (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/-]{8,}=*"), rf"\1 {HIDDEN}"),
@@ -30,6 +30,12 @@ _PATTERNS = [
     (re.compile(r"\b(?:rh_|sk-|hf_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA)[A-Za-z0-9_-]{12,}"), HIDDEN),
     (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S), HIDDEN),
 ]
+
+
+def looks_secret(variable: str) -> bool:
+    """Whether the name of an environment variable says that its value is nobody's business."""
+    words = variable.upper().split("_")
+    return bool(_SECRET_WORDS & set(words)) or words[-1].endswith(_SECRET_ENDS)
 
 
 def redacted(text: str) -> str:

@@ -14,6 +14,7 @@ import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.json_pointer import resolve_pointer
+from rhapsody_mcp.runtime.dataflow.references import is_literal
 from rhapsody_mcp.runtime.tasks import Part, Task, Text
 
 __all__ = ["as_text", "holds_item", "with_item"]
@@ -31,7 +32,7 @@ def holds_item(value: Any) -> bool:
 def _places(value: Any) -> Iterator[Any]:
     if _is_item(value) or (isinstance(value, str) and any(not _is_escaped(found) for found in _TOKEN.finditer(value))):
         yield value
-    elif isinstance(value, dict) and value.keys() != {"literal"}:
+    elif isinstance(value, dict) and not is_literal(value):
         for part in value.values():
             yield from _places(part)
     elif isinstance(value, Text):
@@ -57,7 +58,7 @@ def with_item(value: Any, item: Any) -> Any:
         return _TOKEN.sub(lambda found: _text(found, item), value)
     if isinstance(value, Text):
         return Text(*(with_item(part, item) for part in value.parts))
-    if isinstance(value, dict) and value.keys() != {"literal"}:
+    if isinstance(value, dict) and not is_literal(value):
         return {key: with_item(part, item) for key, part in value.items()}
     return [with_item(part, item) for part in value] if isinstance(value, list | tuple) else value
 

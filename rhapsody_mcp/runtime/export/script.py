@@ -7,11 +7,9 @@ import keyword
 import os
 import re
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from heapq import heapify, heappop, heappush
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from textwrap import wrap
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -24,55 +22,17 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.backend_factory import Plan
 from rhapsody_mcp.runtime.export.function_source import Sources
 from rhapsody_mcp.runtime.export.literals import write_call, write_value
-from rhapsody_mcp.runtime.export.task_code import TaskCode, looks_secret, whole, work_of
-from rhapsody_mcp.runtime.redaction import HIDDEN, redacted
+from rhapsody_mcp.runtime.export.script_functions import NEEDED_NAMES, SCRIPT_FUNCTIONS
+from rhapsody_mcp.runtime.export.task_code import TaskCode, work_of
+from rhapsody_mcp.runtime.export.task_selection import also_after, by_need, repeatable, submissions, unwritable
+from rhapsody_mcp.runtime.redaction import HIDDEN, looks_secret, redacted
 from rhapsody_mcp.runtime.serialization import Source
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, leaves, name_of, tasks_text
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Task, kind_of, leaves, name_of, tasks_text
 
 __all__ = ["Script", "draws_by_chance", "plain_url", "write_script"]
 
 _IMPORTS = ("asyncio", "json", "math", "os", "msgspec")
 _API = ("AITask", "ComputeTask", "ForEach", "Module", "Part", "Session", "Source", "Text")
-_REPORT = '''\
-def report(task):
-    """What came of a task, as plain data."""
-    if task.state == "DONE":
-        try:
-            return {"state": "DONE", "result": as_json(task.return_value)}
-        except Exception as error:  # a __repr__ may raise anything, and a list may hold itself
-            kind = type(task.return_value).__name__
-            return {"state": "DONE", "result": f"{kind}, which cannot be shown: {type(error).__name__}"}
-    return {"state": str(task.state), "error": str(task.exception)}'''
-_AS_JSON = '''\
-def as_json(value):
-    """What JSON can say of it: keys as text, NaN as "NaN", an array of up to 1000 elements as lists."""
-    if isinstance(value, dict):
-        return {key if isinstance(key, str) else repr(key): as_json(part) for key, part in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [as_json(part) for part in value]
-    if isinstance(value, float):
-        return {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}.get(str(float(value)), float(value))
-    if value is None or isinstance(value, int | str):
-        return value
-    shape = getattr(value, "shape", None)
-    if not isinstance(shape, tuple) or not hasattr(value, "tolist"):
-        return repr(value)
-    if math.prod(shape) <= 1000:
-        return as_json(value.tolist())
-    return f"{type(value).__name__} of shape {tuple(shape)}, dtype {getattr(value, 'dtype', '?')}"'''
-_TEXT = '''\
-def text(item):
-    """An item in a text: a text as it is, anything else as JSON."""
-    return item if isinstance(item, str | Part) else msgspec.json.encode(item).decode()'''
-_PART = '''\
-def part(item, path):
-    """What a path leads to in an item."""
-    if isinstance(item, Part):
-        return Part(item.task, item.path + path)
-    for step in path.split("/")[1:]:
-        step = step.replace("~1", "/").replace("~0", "~")
-        item = item[int(step)] if isinstance(item, list) else item[step]
-    return item'''
 _END = """\
 if __name__ == "__main__":
     print(json.dumps(asyncio.run(repeat()), indent=1))
@@ -125,19 +85,19 @@ class _Writer:
         self, id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan], folder: str
     ) -> None:
         self._id, self._backends, self._plans, self._folder = id, backends, plans, folder
-        repeatable = _repeatable(tasks)
-        kept = {task.uid for task in repeatable}
+        candidates = repeatable(tasks)
+        kept = {task.uid for task in candidates}
         self._replaced = sum(task.replaced_by is not None for task in tasks if task.uid not in kept)
-        self._left_out = len(tasks) - len(repeatable) - self._replaced
-        self._unwritable = _unwritable(repeatable)
-        self._tasks = [task for task in repeatable if task.uid not in self._unwritable]
+        self._left_out = len(tasks) - len(candidates) - self._replaced
+        self._unwritable = unwritable(candidates)
+        self._tasks = [task for task in candidates if task.uid not in self._unwritable]
         self._works = {task.uid: work_of(task) for task in self._tasks}
         self._classes = sorted({BACKENDS[plan.name] for plan in plans})
-        every_name = {*_IMPORTS, *_API, "text", "part", "report", "as_json"}
+        every_name = {*_IMPORTS, *_API, *SCRIPT_FUNCTIONS}
         self._sources = Sources(f"{self._beginning(every_name)}\n{_OWN_NAMES}\n")
         functions = {source: self._sources.write(source, tried=tried) for source, tried in self._every_source().items()}
         self._variables = self._name_tasks()
-        self._also_after = _also_after(tasks, set(self._variables))
+        self._also_after = also_after(tasks, set(self._variables))
         self._code = TaskCode(self._variables, functions, self._also_after)
         self._suspects: list[str] = []
 
@@ -220,15 +180,13 @@ class _Writer:
 
     def _beginning(self, used: set[str]) -> str:
         """Imports, and the functions of the script's own, as far as they are used."""
-        helpers = {"report": _REPORT, "text": _TEXT, "part": _PART, "as_json": _AS_JSON}
-        chosen = [code for name, code in helpers.items() if name in used]
-        needs = {"text": {"Part", "msgspec"}, "part": {"Part"}}
-        used = used.union({"Session"}, *(names for helper, names in needs.items() if helper in used))
+        functions = [code for name, code in SCRIPT_FUNCTIONS.items() if name in used]
+        used = used.union({"Session"}, *(names for name, names in NEEDED_NAMES.items() if name in used))
         standard = [f"import {name}" for name in _IMPORTS[:-1] if name in used]
         others = ["", "import msgspec"] if "msgspec" in used else []
         api = f"from rhapsody_mcp.api import {', '.join(name for name in _API if name in used)}"
         backends = f"from rhapsody_mcp.backends import {', '.join(self._classes)}"
-        return "\n\n\n".join(["\n".join([*standard, *others, "", api, backends]), *chosen])
+        return "\n\n\n".join(["\n".join([*standard, *others, "", api, backends]), *functions])
 
     # --- what is run
 
@@ -239,11 +197,11 @@ class _Writer:
         yield f"    async with Session([{', '.join(map(self._backend, self._plans))}]) as session:"
         yield from (f"        # {told}" for told in self._unwritable.values())
         not_awaited = 0
-        for before, tasks in _submissions(self._tasks):
+        for before, tasks in submissions(self._tasks):
             if before:
                 waited = "session.tasks" if len(before) == not_awaited else self._listed(before)
                 yield f"        await session.wait_tasks({waited})"
-            for task in _by_need(tasks, self._also_after):
+            for task in by_need(tasks, self._also_after):
                 yield f"        {self._variables[task.uid]} = {self._looked_at(task)}"
             yield f"        await session.submit_tasks({self._listed(tasks)})"
             not_awaited += len(tasks) - len(before)
@@ -307,101 +265,3 @@ def _wherever_it_runs(file: str) -> str:
     """A path from here as one from anywhere; what is no file is a name on a hub."""
     path = os.path.expanduser(file)
     return os.path.abspath(path) if os.path.exists(path) else file
-
-
-def _repeatable(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks without those that were canceled, and without replaced ones that none of the others uses."""
-    lost: set[str] = set()
-    ordered = list(_by_need(tasks))
-    for task in ordered:
-        without_items = isinstance(task, ForEach) and task.source is not None and task.source.task.uid in lost
-        if without_items or _was_canceled(task, lost):
-            lost.add(task.uid)
-    used: set[str] = set()
-    for task in reversed(ordered):
-        if task.replaced_by is not None and task.uid not in used:
-            lost.add(task.uid)
-        if task.uid not in lost:
-            used.update(whole(source).uid for source in task.sources())
-    return [task for task in tasks if task.uid not in lost]
-
-
-def _was_canceled(task: Task, lost: Collection[str]) -> bool:
-    """On request, or because of tasks that are not there again. Some of a for_each may have ended before that."""
-    if isinstance(task, ForEach) and any(child.state is TaskState.DONE for child in task.children):
-        return False
-    if task.cause is not Cause.UPSTREAM:
-        return task.cause is Cause.CANCELED
-    sources = [whole(source) for source in task.sources()]
-    return any(one.uid in lost or (one.replaced_by and one.state is not TaskState.DONE) for one in sources)
-
-
-def _also_after(tasks: Sequence[Task], kept: Collection[str]) -> dict[str, list[Task]]:
-    """By the uid of a task: those that it comes after because of what came in between and is not kept."""
-    behind: dict[str, list[Task]] = {}
-    for task in _by_need(tasks):
-        gone = [source for source in map(whole, task.sources()) if source.uid not in kept]
-        before = {one.uid: one for source in gone for one in behind.get(source.uid, ())}
-        if task.uid not in kept:
-            before |= {source.uid: source for source in map(whole, task.sources()) if source.uid in kept}
-        behind[task.uid] = list(before.values())
-    return {uid: before for uid, before in behind.items() if uid in kept and before}
-
-
-def _unwritable(tasks: Sequence[Task]) -> dict[str, str]:
-    """What cannot be written as code, and what needs such, by uid: with a sentence that says why."""
-    code = TaskCode({task.uid: "task" for task in tasks}, defaultdict(lambda: "function"))
-    told: dict[str, str] = {}
-    for task in _by_need(tasks):
-        name = name_of(task)
-        if lacking := [name_of(source) for source in map(whole, task.sources()) if source.uid in told]:
-            told[task.uid] = _one_line(f"{name} is left out: it needs {lacking[0]}")
-            continue
-        try:
-            code.write(task, None)
-        except Exception as error:  # one task must not take the script from the others
-            told[task.uid] = _one_line(f"{name} is left out, it cannot be written as code: {error}")
-    return told
-
-
-def _submissions(tasks: Sequence[Task]) -> Iterator[tuple[list[Task], list[Task]]]:
-    """The tasks in order, in lots; each with those of earlier lots that had ended when it was submitted."""
-    lot: list[Task] = []
-    before: list[Task] = []
-    ends: list[tuple[float, int]] = []
-    for number, task in enumerate(tasks):
-        ended = []
-        while ends and task.submitted is not None and ends[0][0] <= task.submitted:
-            ended.append(heappop(ends)[1])
-        if ended:
-            yield before, lot
-            before, lot = [tasks[index] for index in sorted(ended)], []
-        lot.append(task)
-        if task.outcome is not None:
-            heappush(ends, (task.outcome.ended, number))
-    if lot:
-        yield before, lot
-
-
-def _by_need(tasks: Sequence[Task], also_after: Mapping[str, Sequence[Task]] = MappingProxyType({})) -> Iterator[Task]:
-    """The tasks, each after those of them that it waits for, else in their order."""
-    index = {task.uid: number for number, task in enumerate(tasks)}
-    needs = [[*map(whole, task.sources()), *also_after.get(task.uid, ())] for task in tasks]
-    missing = [{index[source.uid] for source in sources if source.uid in index} for sources in needs]
-    needed_by: dict[int, list[int]] = {}
-    for number, sources in enumerate(missing):
-        for source in sources:
-            needed_by.setdefault(source, []).append(number)
-    ready = [number for number, sources in enumerate(missing) if not sources]
-    heapify(ready)
-    while ready:
-        done = heappop(ready)
-        yield tasks[done]
-        for number in needed_by.get(done, ()):
-            missing[number].discard(done)
-            if not missing[number]:
-                heappush(ready, number)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

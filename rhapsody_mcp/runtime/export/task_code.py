@@ -12,14 +12,13 @@ from typing import Any, cast
 import msgspec
 
 from rhapsody_mcp.runtime.export.literals import Code, write_call, write_value
+from rhapsody_mcp.runtime.redaction import looks_secret
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, Text
 
-__all__ = ["TaskCode", "looks_secret", "whole", "work_of"]
+__all__ = ["TaskCode", "whole", "work_of"]
 
 _TEXTS = {"prompt", "messages", "system_prompt", "model", "arguments", "task_backend_specific_kwargs"}
-_SECRET_WORDS = {"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PASS", "PAT", "CREDENTIAL", "AUTH"}
-_SECRET_ENDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS")
 _KINDS: tuple[type[Task], ...] = (Task, ComputeTask, AITask)
 _PARAMETERS = {kind: inspect.signature(kind).parameters for kind in _KINDS}
 _FIELDS = {
@@ -32,12 +31,6 @@ _MARK = f"<{secrets.token_hex(8)}>"
 _ITEM = Part(cast(Task, _MARK))
 """Stands for the item while the task for one is written, as do parts of it; in a text it stands as JSON."""
 _IN_TEXT = re.compile(rf'\{{"task":"{_MARK}","path":("(?:[^"\\]|\\.)*")\}}')
-
-
-def looks_secret(variable: str) -> bool:
-    """Whether the name of an environment variable says that its value is nobody's business."""
-    words = variable.upper().split("_")
-    return bool(_SECRET_WORDS & set(words)) or words[-1].endswith(_SECRET_ENDS)
 
 
 def work_of(task: Task) -> Task:

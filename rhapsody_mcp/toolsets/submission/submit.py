@@ -19,8 +19,8 @@ from rhapsody_mcp.runtime.dataflow.references import is_literal
 from rhapsody_mcp.runtime.dry_run import Step, misfits, steps_of
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.recovery.recorder import Submission
+from rhapsody_mcp.runtime.requests.request_batch import label_of, make_tasks
 from rhapsody_mcp.runtime.requests.stored_request import store_requests
-from rhapsody_mcp.runtime.requests.task_builder import label_of, make_tasks
 from rhapsody_mcp.runtime.requests.task_request import IN_TEXTS, TaskRequest
 from rhapsody_mcp.runtime.tasks import Task, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.replies.base import Reply, counts_text, reply
