@@ -92,7 +92,7 @@ def _system(machine: Machine, settings: Settings, sessions: Sequence[OpenSession
 def _environment(settings: Settings, sessions: Sequence[OpenSession]) -> dict[str, Any]:
     """What engines find: which variables of the server's own they lack, and what sessions gave them besides."""
     withheld = Environment(withheld=settings.withheld_variables)
-    given = {opened.id: opened.wanted.environment for opened in sessions if opened.wanted.environment is not None}
+    given = {opened.id: opened.config.environment for opened in sessions if opened.config.environment is not None}
     return {
         "withheld": sorted(name for name in os.environ if withheld.withholds(name)),
         "sessions": {id: {"variables": sorted(one.variables), "setup": list(one.setup)} for id, one in given.items()},

@@ -19,26 +19,26 @@ from rhapsody_mcp import __version__
 from rhapsody_mcp.backends import BACKENDS
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.backend_factory import Plan
-from rhapsody_mcp.runtime.export.function_source import Sources
+from rhapsody_mcp.runtime.backend_factory import BackendPlan
+from rhapsody_mcp.runtime.export.function_source import SourceWriter
 from rhapsody_mcp.runtime.export.literals import write_call, write_value
 from rhapsody_mcp.runtime.export.script_functions import NEEDED_NAMES, SCRIPT_FUNCTIONS
-from rhapsody_mcp.runtime.export.task_code import TaskCode, work_of
+from rhapsody_mcp.runtime.export.task_code import TaskCode, representative
 from rhapsody_mcp.runtime.export.task_selection import also_after, by_need, repeatable, submissions, unwritable
 from rhapsody_mcp.runtime.redaction import HIDDEN, looks_secret, redacted
 from rhapsody_mcp.runtime.serialization import Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Task, kind_of, leaves, name_of, tasks_text
 
-__all__ = ["Script", "draws_by_chance", "plain_url", "write_script"]
+__all__ = ["Script", "has_random_answers", "without_credentials", "write_script"]
 
 _IMPORTS = ("asyncio", "json", "math", "os", "msgspec")
 _API = ("AITask", "ComputeTask", "ForEach", "Module", "Part", "Session", "Source", "Text")
-_END = """\
+_MAIN = """\
 if __name__ == "__main__":
     print(json.dumps(asyncio.run(repeat()), indent=1))
 """
-_WIDTH, _SUSPECTS = 80, 10
-_BETWEEN = re.compile(r"[\"'],\s*[\"']")
+_WIDTH, _MAX_SUSPECTS = 80, 10
+_LIST_SEPARATOR = re.compile(r"[\"'],\s*[\"']")
 _OWN_NAMES = "repeat = session = results = item = task = label = _ = None"
 
 
@@ -56,7 +56,7 @@ class Script(msgspec.Struct, frozen=True):
 
 
 def write_script(
-    id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan], folder: str = ""
+    id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[BackendPlan], folder: str = ""
 ) -> Script:
     """A script that runs these tasks on backends that are made as planned, in `folder`, and prints what came of each as
     JSON.
@@ -66,23 +66,23 @@ def write_script(
     after it comes after what it had to wait for. What a failure before it had canceled is in it. What cannot be written
     as code is left out, and what another task of the same name replaced, unless a task that is in the script uses it.
     """
-    return _Writer(id, tasks, backends, plans, folder).write()
+    return _ScriptWriter(id, tasks, backends, plans, folder).write()
 
 
-def draws_by_chance(task: Task) -> bool:
+def has_random_answers(task: Task) -> bool:
     """Whether a model's answers to it may differ from run to run."""
     return isinstance(task, AITask) and task.temperature != 0 and task.seed is None
 
 
-def plain_url(url: str) -> str:
+def without_credentials(url: str) -> str:
     """Without a user name and a password."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-class _Writer:
+class _ScriptWriter:
     def __init__(
-        self, id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[Plan], folder: str
+        self, id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[BackendPlan], folder: str
     ) -> None:
         self._id, self._backends, self._plans, self._folder = id, backends, plans, folder
         candidates = repeatable(tasks)
@@ -91,29 +91,31 @@ class _Writer:
         self._left_out = len(tasks) - len(candidates) - self._replaced
         self._unwritable = unwritable(candidates)
         self._tasks = [task for task in candidates if task.uid not in self._unwritable]
-        self._works = {task.uid: work_of(task) for task in self._tasks}
+        self._representatives = {task.uid: representative(task) for task in self._tasks}
         self._classes = sorted({BACKENDS[plan.name] for plan in plans})
         every_name = {*_IMPORTS, *_API, *SCRIPT_FUNCTIONS}
-        self._sources = Sources(f"{self._beginning(every_name)}\n{_OWN_NAMES}\n")
-        functions = {source: self._sources.write(source, tried=tried) for source, tried in self._every_source().items()}
+        self._sources = SourceWriter(f"{self._preamble(every_name)}\n{_OWN_NAMES}\n")
+        functions = {
+            source: self._sources.write(source, proven=proven) for source, proven in self._source_functions().items()
+        }
         self._variables = self._name_tasks()
         self._also_after = also_after(tasks, set(self._variables))
         self._code = TaskCode(self._variables, functions, self._also_after)
         self._suspects: list[str] = []
 
-    def _every_source(self) -> dict[Source, bool]:
+    def _source_functions(self) -> dict[Source, bool]:
         """Each source, with whether a task has run it to its end."""
-        tried: dict[Source, bool] = {}
+        proven: dict[Source, bool] = {}
         for task in self._tasks:
-            function = work.function if isinstance(work := self._works[task.uid], ComputeTask) else None
+            function = work.function if isinstance(work := self._representatives[task.uid], ComputeTask) else None
             if isinstance(function, Source):
                 done = any(one.state is TaskState.DONE for one in leaves([task]))
-                tried[function] = tried.get(function, False) or done
-        return tried
+                proven[function] = proven.get(function, False) or done
+        return proven
 
     def _name_tasks(self) -> dict[str, str]:
         """A variable for each task, by its uid; one that was replaced has a number behind its name."""
-        taken = self._sources.names
+        used_names = self._sources.names
         variables: dict[str, str] = {}
         earlier: Counter[str] = Counter()
         for task in sorted(self._tasks, key=lambda task: task.replaced_by is not None):
@@ -121,10 +123,10 @@ class _Writer:
             if task.replaced_by is not None:
                 earlier[name] += 1
                 name = f"{name}_{earlier[name]}"
-            while name in taken or keyword.iskeyword(name):
+            while name in used_names or keyword.iskeyword(name):
                 name += "_"
             variables[task.uid] = name
-            taken.add(name)
+            used_names.add(name)
         return variables
 
     def write(self) -> Script:
@@ -137,8 +139,8 @@ class _Writer:
         }
         if any(map(self._looks_secret, self._sources.definitions)):
             self._suspects.append("the functions")
-        parts = [self._beginning(used), *self._sources.definitions, body, _END]
-        text = f"{self._head()}\n\n" + "\n\n\n".join(parts)
+        parts = [self._preamble(used), *self._sources.definitions, body, _MAIN]
+        text = f"{self._docstring()}\n\n" + "\n\n\n".join(parts)
         return Script(text, len(self._tasks), self._left_out, self._replaced, len(self._unwritable), self._secrets)
 
     @property
@@ -147,24 +149,24 @@ class _Writer:
 
     # --- what comes first
 
-    def _head(self) -> str:
+    def _docstring(self) -> str:
         first = (
             f"Repeats session {self._id} of rhapsody-mcp {__version__}, {tasks_text(len(self._tasks))}; prints JSON."
         )
-        return "\n".join([f'"""{first}', "", *(f"- {sentence}." for sentence in self._limits()), '"""'])
+        return "\n".join([f'"""{first}', "", *(f"- {sentence}." for sentence in self._notes()), '"""'])
 
-    def _limits(self) -> Iterator[str]:
+    def _notes(self) -> Iterator[str]:
         """How to run it, and how far the same comes out again."""
         yield f"Run it with a Python that has rhapsody-mcp, such as {sys.executable}"
         yield "Functions and programs repeat, unless they read a clock, chance, the network or files that change"
-        if any(isinstance(work, AITask) for work in self._works.values()):
+        if any(isinstance(work, AITask) for work in self._representatives.values()):
             yield "A model repeats its answers at temperature 0, with the same weights, versions and kind of device"
-        if chance := [work for work in self._works.values() if draws_by_chance(work)]:
-            yield f"{tasks_text(len(chance))} drew answers by chance and without a seed: those will differ"
+        if random := [work for work in self._representatives.values() if has_random_answers(work)]:
+            yield f"{tasks_text(len(random))} drew answers by chance and without a seed: those will differ"
         if still_open := [task for task in self._tasks if not task.state.final]:
             yield f"{tasks_text(len(still_open))} had not ended when this was written"
-        if again := [one for one in leaves(self._tasks) if one.cause is Cause.CANCELED]:
-            yield f"{tasks_text(len(again))} of a for_each had been canceled on request: here they run"
+        if canceled := [task for task in leaves(self._tasks) if task.cause is Cause.CANCELED]:
+            yield f"{tasks_text(len(canceled))} of a for_each had been canceled on request: here they run"
         if self._left_out:
             yield f"Left out: {self._left_out} that had been canceled on request, or needed such a task"
         if self._replaced:
@@ -175,10 +177,10 @@ class _Writer:
             yield f"Left out, by their names: secrets; set in the environment: {', '.join(self._secrets)}"
         yield "Sources, arguments, prompts and other values stand as they were given, and may hold secrets"
         if self._suspects:
-            shown = ", ".join(self._suspects[:_SUSPECTS]) + (", ..." if len(self._suspects) > _SUSPECTS else "")
+            shown = ", ".join(self._suspects[:_MAX_SUSPECTS]) + (", ..." if len(self._suspects) > _MAX_SUSPECTS else "")
             yield f"Look before you pass it on, some look like secrets: {shown}"
 
-    def _beginning(self, used: set[str]) -> str:
+    def _preamble(self, used: set[str]) -> str:
         """Imports, and the functions of the script's own, as far as they are used."""
         functions = [code for name, code in SCRIPT_FUNCTIONS.items() if name in used]
         used = used.union({"Session"}, *(names for name, names in NEEDED_NAMES.items() if name in used))
@@ -195,14 +197,14 @@ class _Writer:
         if self._folder:
             yield f"    os.chdir({self._folder!r})  # where the session's tasks started"
         yield f"    async with Session([{', '.join(map(self._backend, self._plans))}]) as session:"
-        yield from (f"        # {told}" for told in self._unwritable.values())
+        yield from (f"        # {sentence}" for sentence in self._unwritable.values())
         not_awaited = 0
         for before, tasks in submissions(self._tasks):
             if before:
-                waited = "session.tasks" if len(before) == not_awaited else self._listed(before)
-                yield f"        await session.wait_tasks({waited})"
+                sources = "session.tasks" if len(before) == not_awaited else self._listed(before)
+                yield f"        await session.wait_tasks({sources})"
             for task in by_need(tasks, self._also_after):
-                yield f"        {self._variables[task.uid]} = {self._looked_at(task)}"
+                yield f"        {self._variables[task.uid]} = {self._task_call(task)}"
             yield f"        await session.submit_tasks({self._listed(tasks)})"
             not_awaited += len(tasks) - len(before)
         yield "        results = {"
@@ -211,7 +213,7 @@ class _Writer:
         yield "        await session.wait_tasks(results.values())"
         yield "        return {label: report(task) for label, task in results.items()}"
 
-    def _looked_at(self, task: Task) -> str:
+    def _task_call(self, task: Task) -> str:
         """Its code; a task with what looks like a secret is noted."""
         code = self._code.write(task, self._default_backend(task))
         if self._looks_secret(code):
@@ -221,8 +223,8 @@ class _Writer:
     def _looks_secret(self, code: str) -> bool:
         for variable in self._secrets:
             code = code.replace(f'os.environ["{variable}"]', HIDDEN)
-        in_a_row = _BETWEEN.sub(" ", code)  # an option, and what follows it
-        return redacted(in_a_row) != in_a_row
+        joined = _LIST_SEPARATOR.sub(" ", code)  # an option, and what follows it
+        return redacted(joined) != joined
 
     def _listed(self, tasks: Sequence[Task]) -> str:
         """On one line where they are few."""
@@ -236,32 +238,32 @@ class _Writer:
         """A task's name where it alone has it, else its id; and its variable. What was replaced lost its name."""
         counts = Counter(task.name for task in self._tasks if task.replaced_by is None)
         for task in self._tasks:
-            named = task.name and counts[task.name] == 1 and task.replaced_by is None
-            yield str(task.name if named else task.uid), self._variables[task.uid]
+            is_unique = task.name and counts[task.name] == 1 and task.replaced_by is None
+            yield str(task.name if is_unique else task.uid), self._variables[task.uid]
 
     def _default_backend(self, task: Task) -> str | None:
-        kind = kind_of(work_of(task))
+        kind = kind_of(representative(task))
         return next((backend.name for backend in self._backends if kind in backend.kinds), None)
 
-    def _backend(self, plan: Plan) -> str:
-        given = {name: value for name, value in plan.arguments.items() if value is not None}
-        if "api_key" in given:
-            given["api_key"] = self._code.look_up("ENDPOINT_API_KEY")
-        if "url" in given:
-            given["url"] = plain_url(given["url"])
-        for name in {"config_file", "model"} & given.keys() if plan.name == "vllm" else ():
-            given[name] = _wherever_it_runs(given[name])
-        if "environment" in given:
-            given["environment"] = self._environment(given["environment"])
-        return write_call(BACKENDS[plan.name], [f"{name}={write_value(value)}" for name, value in given.items()], 1)
+    def _backend(self, plan: BackendPlan) -> str:
+        arguments = {name: value for name, value in plan.arguments.items() if value is not None}
+        if "api_key" in arguments:
+            arguments["api_key"] = self._code.look_up("ENDPOINT_API_KEY")
+        if "url" in arguments:
+            arguments["url"] = without_credentials(arguments["url"])
+        for name in {"config_file", "model"} & arguments.keys() if plan.name == "vllm" else ():
+            arguments[name] = _absolute_path(arguments[name])
+        if "environment" in arguments:
+            arguments["environment"] = self._environment(arguments["environment"])
+        return write_call(BACKENDS[plan.name], [f"{name}={write_value(value)}" for name, value in arguments.items()], 1)
 
-    def _environment(self, given: dict[str, Any]) -> dict[str, Any]:
-        variables = given.get("variables", {})
+    def _environment(self, environment: dict[str, Any]) -> dict[str, Any]:
+        variables = environment.get("variables", {})
         secret = {name: self._code.look_up(name) for name in variables if looks_secret(name)}
-        return {**given, **({"variables": {**variables, **secret}} if variables else {})}
+        return {**environment, **({"variables": {**variables, **secret}} if variables else {})}
 
 
-def _wherever_it_runs(file: str) -> str:
+def _absolute_path(file: str) -> str:
     """A path from here as one from anywhere; what is no file is a name on a hub."""
     path = os.path.expanduser(file)
     return os.path.abspath(path) if os.path.exists(path) else file

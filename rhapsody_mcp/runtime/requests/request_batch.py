@@ -21,7 +21,7 @@ __all__ = ["label_of", "make_tasks"]
 
 _NAMES_SHOWN = 20
 _REFUSALS_SHOWN = 3
-_ID = re.compile(r"task\.\d+(\[|$)")
+_TASK_ID = re.compile(r"task\.\d+(\[|$)")
 
 
 def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Task]:
@@ -29,36 +29,36 @@ def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Ta
 
     Raises InvalidTask, which names the tasks, for the first requests that cannot be met, and LimitExceeded.
     """
-    session.session.refuse_count(sum(_count(request) for request in requests))
+    session.session.refuse_count(sum(_task_count(request) for request in requests))
     uids = session.new_uids(len(requests))
-    made = _Batch(requests, uids, session)
-    wrong: dict[int, str] = {}
-    for index in made.order():
-        if made.needs[index] & wrong.keys():
-            wrong[index] = ""  # told by what it needs
+    batch = _RequestBatch(requests, uids, session)
+    errors: dict[int, str] = {}
+    for index in batch.order():
+        if batch.needs[index] & errors.keys():
+            errors[index] = ""  # told by what it needs
             continue
         try:
-            with _named(index, requests[index]):
-                task = make_task(requests[index], uids[index], made.task, session.functions.source)
+            with _naming_task(index, requests[index]):
+                task = make_task(requests[index], uids[index], batch.task, session.functions.source)
                 _set_backend(task, _route(requests[index], session))
-                made.tasks[index] = task
+                batch.tasks[index] = task
         except InvalidTask as error:
-            wrong[index] = str(error)
-    _refuse_all([wrong[index] for index in sorted(wrong) if wrong[index]])
-    return [made.tasks[index] for index in range(len(requests))]
+            errors[index] = str(error)
+    _raise_errors([errors[index] for index in sorted(errors) if errors[index]])
+    return [batch.tasks[index] for index in range(len(requests))]
 
 
-def _count(request: TaskRequest) -> int:
+def _task_count(request: TaskRequest) -> int:
     return len(request.for_each) if isinstance(request.for_each, list) else 1
 
 
-def _refuse_all(wrong: Sequence[str]) -> None:
+def _raise_errors(wrong: Sequence[str]) -> None:
     if wrong:
         more = f" And {len(wrong) - _REFUSALS_SHOWN} more tasks are wrong." if len(wrong) > _REFUSALS_SHOWN else ""
         raise InvalidTask(" ".join(wrong[:_REFUSALS_SHOWN]) + more)
 
 
-class _Batch:
+class _RequestBatch:
     """The requests of one call: who is named how, and who needs whom."""
 
     def __init__(self, requests: Sequence[TaskRequest], uids: Sequence[str], session: OpenSession) -> None:
@@ -66,14 +66,14 @@ class _Batch:
         self.tasks: dict[int, Task] = {}
         self._index = {uid: index for index, uid in enumerate(uids)}
         for index, request in enumerate(requests):
-            with _named(index, request):
+            with _naming_task(index, request):
                 self._take_name(request.name, index)
         self.needs = {index: self._needs(index, request) for index, request in enumerate(requests)}
 
     def _take_name(self, name: str | None, index: int) -> None:
         if name is None:
             return
-        if _ID.match(name):
+        if _TASK_ID.match(name):
             raise InvalidTask("names of this form are the ids that the server gives; give the task another name.")
         if (other := self._index.get(name)) is not None:
             raise InvalidTask(f"this is the name of tasks[{other}] of this call; give each its own.")
@@ -90,12 +90,12 @@ class _Batch:
             raise InvalidTask(f"these tasks wait for each other in a circle: {circle}. Remove a reference.") from None
 
     def _needs(self, index: int, request: TaskRequest) -> set[int]:
-        with _named(index, request):
+        with _naming_task(index, request):
             names = request.references() | set(request.after or ())
-            for name in names - (here := {name for name in names if name in self._index}):
+            for name in names - (in_batch := {name for name in names if name in self._index}):
                 if request.on_upstream_failure == "cancel":
-                    _refuse_failed(self._earlier(name, index))
-            if index in (needs := {self._index[name] for name in here}):
+                    _refuse_failed(self._session_task(name, index))
+            if index in (needs := {self._index[name] for name in in_batch}):
                 raise InvalidTask("it refers to its own result; refer to another task.")
         return needs
 
@@ -103,7 +103,7 @@ class _Batch:
         """The task of this call or of an earlier one; those of this call have been made by now."""
         return self.tasks[self._index[name]] if name in self._index else self.session.task(name)
 
-    def _earlier(self, name: str, index: int) -> Task:
+    def _session_task(self, name: str, index: int) -> Task:
         try:
             return self.session.task(name)
         except UnknownName as error:
@@ -113,16 +113,16 @@ class _Batch:
             if base in self._index and is_index(number):
                 part = f'{{"ref": "{base}", "path": "/{number}"}}'
                 raise InvalidTask(f"{name} is not there before {base} has started; refer to it as {part}.") from None
-            known = self._others(index)
+            known = self._valid_references(index)
             valid = ", ".join(known[:_NAMES_SHOWN]) or "no other task yet"
             more = f", and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""
             raise InvalidTask(f"unknown task {name!r}{nearest(name, known)}. Valid: {valid}{more}.") from None
 
-    def _others(self, index: int) -> list[str]:
+    def _valid_references(self, index: int) -> list[str]:
         """What the task of this index can refer to."""
-        here = [request.name for at, request in enumerate(self.requests) if request.name and at != index]
-        lost = (TaskState.FAILED, TaskState.CANCELED)
-        return here + [name_of(task) for task in self.session.session.tasks if task.state not in lost]
+        in_batch = [request.name for other, request in enumerate(self.requests) if request.name and other != index]
+        failed = (TaskState.FAILED, TaskState.CANCELED)
+        return in_batch + [name_of(task) for task in self.session.session.tasks if task.state not in failed]
 
 
 def _refuse_failed(task: Task) -> None:
@@ -142,12 +142,12 @@ def _route(request: TaskRequest, session: OpenSession) -> str:
 
 
 def _set_backend(task: Task, backend: str) -> None:
-    for one in (task, *(task.children if isinstance(task, ForEach) else ())):
-        one.backend = backend
+    for each in (task, *(task.children if isinstance(task, ForEach) else ())):
+        each.backend = backend
 
 
 @contextmanager
-def _named(index: int, request: TaskRequest) -> Iterator[None]:
+def _naming_task(index: int, request: TaskRequest) -> Iterator[None]:
     """Every refusal says which task it is about."""
     try:
         yield

@@ -7,8 +7,15 @@ from typing import Any
 
 from rhapsody_mcp.backends.base import Kind
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.runtime.dataflow.references import is_literal, resolve, with_parts
-from rhapsody_mcp.runtime.requests.task_request import EVERYWHERE, FIELDS, IN_TEXTS, STANDING, TaskRequest, is_stand_in
+from rhapsody_mcp.runtime.dataflow.references import is_literal, parse_texts, resolve
+from rhapsody_mcp.runtime.requests.task_request import (
+    COMMON_FIELDS,
+    FIELDS,
+    STAND_IN_FIELDS,
+    TEXT_FIELDS,
+    TaskRequest,
+    is_stand_in,
+)
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Part, Task, Text
 
@@ -19,36 +26,36 @@ __all__ = [
 
 TaskNamed = Callable[[str], Task]
 FunctionNamed = Callable[[str], Source]
-_OF_A_MODEL = FIELDS["prompt"] - EVERYWHERE | {"messages"}
+_PROMPT_FIELDS = FIELDS["prompt"] - COMMON_FIELDS | {"messages"}
 
 
 def make_single_task(
     form: str,
     fields: Mapping[str, Any],
-    asked: Mapping[str, Any],
+    specific_kwargs: Mapping[str, Any],
     task_named: TaskNamed,
     function: Source | Module | None,
-    flow: Mapping[str, Any],
+    common: Mapping[str, Any],
 ) -> ComputeTask | AITask:
     """`fields` are those of a request, with an item in its places, and `asked` what the backend is told."""
     if form in ("prompt", "messages"):
-        asked_for = ((field, value) for field in _OF_A_MODEL if (value := fields[field]) is not None)
-        given = {field: _resolved(field, value, task_named) for field, value in asked_for}
-        return AITask(**given, **flow, task_backend_specific_kwargs=asked)
+        present = ((field, value) for field in _PROMPT_FIELDS if (value := fields[field]) is not None)
+        parameters = {field: _resolved(field, value, task_named) for field, value in present}
+        return AITask(**parameters, **common, task_backend_specific_kwargs=specific_kwargs)
     if form == "executable":
         arguments = [_argument(argument) for argument in resolve(fields["arguments"] or [], task_named)]
         return ComputeTask(
-            executable=fields["executable"], arguments=arguments, **flow, task_backend_specific_kwargs=asked
+            executable=fields["executable"], arguments=arguments, **common, task_backend_specific_kwargs=specific_kwargs
         )
     args, kwargs = resolve(fields["args"] or [], task_named), resolve(fields["kwargs"] or {}, task_named)
     if not isinstance(kwargs, dict | Task | Part):
         raise InvalidTask(f"kwargs is an object with the function's arguments by name, not {kwargs!r}.")
-    return ComputeTask(function, args=args, kwargs=kwargs, **flow, task_backend_specific_kwargs=asked)
+    return ComputeTask(function, args=args, kwargs=kwargs, **common, task_backend_specific_kwargs=specific_kwargs)
 
 
 def _resolved(field: str, value: Any, task_named: TaskNamed) -> Any:
     stands = is_stand_in(value) or is_literal(value)
-    return resolve(value, task_named) if field in IN_TEXTS or (field in STANDING and stands) else value
+    return resolve(value, task_named) if field in TEXT_FIELDS or (field in STAND_IN_FIELDS and stands) else value
 
 
 def function_of(request: TaskRequest, function_named: FunctionNamed) -> Source | Module | None:
@@ -74,7 +81,7 @@ def kind_of_request(request: TaskRequest) -> Kind:
 
 def form_of(request: TaskRequest) -> str:
     """The one field that says what it runs."""
-    given = request.given()
+    given = request.given_fields()
     kinds = [kind for kind in FIELDS if kind in given]
     if len(kinds) != 1:
         found = f"it has {' and '.join(kinds)}" if kinds else "it has none"
@@ -121,4 +128,4 @@ def _argument(value: Any) -> str | Task | Part | Text:
 def fields_of(request: TaskRequest) -> dict[str, Any]:
     """With the references in texts apart from what an item may bring into them."""
     fields = dict(request)
-    return fields | {field: with_parts(value) for field in IN_TEXTS if (value := fields[field]) is not None}
+    return fields | {field: parse_texts(value) for field in TEXT_FIELDS if (value := fields[field]) is not None}

@@ -24,7 +24,7 @@ __all__ = ["make_task"]
 
 def make_task(request: TaskRequest, uid: str, task_named: TaskNamed, function_named: FunctionNamed) -> Task:
     """Raises InvalidTask."""
-    flow: dict[str, Any] = {
+    common: dict[str, Any] = {
         "uid": uid,
         "name": request.name,
         "backend": request.backend,
@@ -37,11 +37,11 @@ def make_task(request: TaskRequest, uid: str, task_named: TaskNamed, function_na
         fields, form = fields_of(request), form_of(request)
         refuse_item(fields)
         return make_single_task(
-            form, fields, backend_kwargs(form, fields), task_named, function_of(request, function_named), flow
+            form, fields, backend_kwargs(form, fields), task_named, function_of(request, function_named), common
         )
     uses = [task_named(name) for name in request.model_copy(update={"for_each": None}).references()]
-    maker = ItemTaskFactory(request, task_named, function_of(request, function_named))
-    return ForEach(_items(request, task_named), maker, uses=uses, **flow)
+    factory = ItemTaskFactory(request, task_named, function_of(request, function_named))
+    return ForEach(_items(request, task_named), factory, uses=uses, **common)
 
 
 def _items(request: TaskRequest, task_named: TaskNamed) -> Any:

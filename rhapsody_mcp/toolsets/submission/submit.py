@@ -16,12 +16,12 @@ from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.dataflow.references import is_literal
-from rhapsody_mcp.runtime.dry_run import Step, misfits, steps_of
+from rhapsody_mcp.runtime.dry_run import PlannedTask, plan_tasks, unmet_needs
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.recovery.recorder import Submission
 from rhapsody_mcp.runtime.requests.request_batch import label_of, make_tasks
 from rhapsody_mcp.runtime.requests.stored_request import store_requests
-from rhapsody_mcp.runtime.requests.task_request import IN_TEXTS, TaskRequest
+from rhapsody_mcp.runtime.requests.task_request import TEXT_FIELDS, TaskRequest
 from rhapsody_mcp.runtime.tasks import Task, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.replies.base import Reply, counts_text, reply
 from rhapsody_mcp.toolsets.tooling.background import aside
@@ -60,11 +60,11 @@ async def submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str 
 
 
 async def _submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str | None) -> CallToolResult:
-    async with opened.submitting:
+    async with opened.submission_lock:
         if (before := submitted_before(opened, requests, key)) is not None:
             return before
         made = await aside(make_tasks, requests, opened)
-        replaced = [earlier for request in requests if request.name and (earlier := opened.named(request.name))]
+        replaced = [earlier for request in requests if request.name and (earlier := opened.task_named(request.name))]
         submission = None if key is None else Submission(key, await aside(_digest, requests), tuple(made))
         stored = await aside(store_requests, requests, made, opened) if opened.recorder else ()
         try:
@@ -72,7 +72,7 @@ async def _submit(opened: OpenSession, requests: Sequence[TaskRequest], key: str
             await opened.submit(made, accepted, stored, submission)
         except InvalidTask as error:
             raise _by_place(error, requests, made) from error
-    await opened.session.fanned_out(made)
+    await opened.session.wait_expanded(made)
     suspects = (await aside(_suspects, requests, opened, made))[:_SUSPECTS_SHOWN]
     data = Submitted(**_told(opened, made), problems=suspects or None)
     notes = [f"Note: {suspect}." for suspect in suspects]
@@ -96,7 +96,7 @@ def submitted_before(opened: OpenSession, asked: Sequence[TaskRequest], key: str
     """
     if key is None or (earlier := opened.submissions.get(key)) is None:
         return None
-    if earlier.asked != _digest(asked):
+    if earlier.request_digest != _digest(asked):
         raise InvalidRequest(
             f"idempotency_key {key!r} belongs to a call with other tasks ({_span(earlier.tasks)}); "
             "repeat that call as it was, or take a new key."
@@ -119,9 +119,9 @@ def check(opened: OpenSession, requests: Sequence[TaskRequest]) -> list[Task]:
 def plan(opened: OpenSession, requests: Sequence[TaskRequest], machine: Machine) -> CallToolResult:
     """What would run where, and what does not fit; every refusal of a real submission comes here too."""
     made = check(opened, requests)
-    steps = steps_of(made, machine)
-    folder = opened.wanted.folder
-    problems = [f"{name_of(task)}: {wrong}" for task in made for wrong in misfits(task, machine, folder)]
+    steps = plan_tasks(made, machine)
+    folder = opened.config.folder
+    problems = [f"{name_of(task)}: {wrong}" for task in made for wrong in unmet_needs(task, machine, folder)]
     problems += _suspects(requests, opened, made)
     data = Submitted(
         **_told(opened, made) | {"submitted": 0, "counts": {}},
@@ -151,7 +151,7 @@ def _suspects(requests: Sequence[TaskRequest], opened: OpenSession, made: Sequen
     told = []
     for index, request in enumerate(requests):
         values = [request.args, request.kwargs, request.stop_sequences, request.model]
-        texts = [getattr(request, field) for field in IN_TEXTS]
+        texts = [getattr(request, field) for field in TEXT_FIELDS]
         found = _suspect(values, named, opened, in_texts=False) or _suspect(texts, named, opened, in_texts=True)
         if found:
             told.append(f"{label_of(index, request)}: {found}")
@@ -165,7 +165,7 @@ def _suspect(data: list[Any], named: Collection[str | None], opened: OpenSession
     texts = " ".join(_texts_in(data))[:_LOOKED_AT_CHARS]
     for match in _REFERENCE_IN_TEXT.finditer(texts):
         name = next(filter(None, match.groups()))
-        if not in_texts if match.group().startswith("{ref:") else name in named or opened.named(name):
+        if not in_texts if match.group().startswith("{ref:") else name in named or opened.task_named(name):
             return f"the text {match.group()} stays as it is; {name}'s result is {right.format(name)}"
     return ""
 
@@ -225,12 +225,12 @@ def _next(data: Submitted) -> str:
     return f'Next: wait_tasks(session="{data.session}").'
 
 
-def _row(step: Step) -> dict[str, Any]:
+def _row(step: PlannedTask) -> dict[str, Any]:
     row = {"task": name_of(step.task), "runs_as": step.runs_as, "level": step.level}
     return row | ({"waits_for": list(step.after)} if step.after else {})
 
 
-def _plan_text(data: Submitted, steps: Sequence[Step], problems: Sequence[str]) -> str:
+def _plan_text(data: Submitted, steps: Sequence[PlannedTask], problems: Sequence[str]) -> str:
     deepest = max(step.level for step in steps)
     levels = "1 level" if deepest == 1 else f"{deepest} levels"
     lines = [f"Dry run, nothing was submitted: {tasks_text(len(steps))} in {levels} ({_where(data.backends)})."]

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rhapsody_mcp.model.errors import RhapsodyError, nearest
-from rhapsody_mcp.runtime.requests.field_types import CHOICES, NAME_PATTERN
+from rhapsody_mcp.runtime.requests.field_types import NAME_PATTERN, UNION_TAGS
 from rhapsody_mcp.toolsets.replies.base import one_line
 from rhapsody_mcp.toolsets.tooling.schemas import field_at, field_names
 from rhapsody_mcp.toolsets.vocabulary import in_our_words
@@ -149,7 +149,7 @@ def _is_broken(text: object) -> bool:
 
 def _place(problem: Problem, arguments: Mapping[str, Any]) -> Location:
     """What the problem is about: after it pydantic names the choices of a union."""
-    location: Location = tuple(step for step in problem["loc"] if step not in CHOICES)
+    location: Location = tuple(step for step in problem["loc"] if step not in UNION_TAGS)
     value: Any = arguments
     for depth, step in enumerate(location):
         if not isinstance(value, dict | list) or (isinstance(value, dict) and step not in value):

@@ -363,7 +363,7 @@ def _of_the_service(opened: OpenSession, errors: Collection[str]) -> list[str]:
     last = {notice.text: now - notice.at for notice in opened.session.notices if notice.at > now - _LATELY_S}
     told = ((text, ago) for text, ago in last.items() if not any(text in error for error in errors))
     lately = [_aged(text, ago) for text, ago in sorted(told, key=itemgetter(1), reverse=True)]
-    return [*lately[-_NOTICES:], *([opened.trouble] if opened.trouble else [])]
+    return [*lately[-_NOTICES:], *([opened.durability_warning] if opened.durability_warning else [])]
 
 
 def _aged(text: str, ago_s: float) -> str:
