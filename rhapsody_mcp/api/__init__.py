@@ -1,4 +1,4 @@
-"""The face for Python users: tasks, sessions, and what they raise."""
+"""The Python API: tasks, sessions and their exceptions."""
 
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidTask, RhapsodyError, SessionClosed, UnknownName
 from rhapsody_mcp.model.outcome import TaskCanceled, TaskFailed

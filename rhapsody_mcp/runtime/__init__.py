@@ -1,1 +1,1 @@
-"""Sessions: they route tasks to backends, pass results from task to task, and keep account."""
+"""Sessions: they send tasks to backends, pass results between tasks, and count what was used."""

@@ -1,4 +1,4 @@
-"""Works out and makes the backends that a session asks for; none of them is started here."""
+"""Plans and makes the backends of a session, without starting them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ BackendName = Literal["dragon", "local", "vllm", "endpoint"]
 
 
 class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a session shall have. Without `backends`: what runs functions here, and what answers prompts here."""
+    """The arguments of `create_session`. Without `backends`, the session gets the default backends of this machine.
+
+    The ledger stores a config as JSON: a renamed field makes stored sessions unreadable.
+    """
 
     backends: tuple[BackendName, ...] = ()
     num_workers: int | None = None
@@ -40,15 +43,17 @@ class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
     endpoint_model: str | None = None
     environment: Environment | None = None
     folder: str = ""
-    """Where its tasks start; empty for the folder of this process."""
+    """The working directory of the tasks; empty for the working directory of this process."""
 
 
 OpenBackends = Callable[[SessionConfig], Sequence[Backend]]
 
 
 class BackendPlan(msgspec.Struct, frozen=True):
-    """A backend before it is made: its name, and the arguments of its class. Those in `of_server` are as the server's
-    settings say; who makes it again elsewhere leaves them out."""
+    """The name of a backend, and the arguments of its class.
+
+    `server_arguments` come from the settings of the server; an exported script does not repeat them.
+    """
 
     name: BackendName
     arguments: dict[str, Any]
@@ -62,7 +67,7 @@ class BackendPlan(msgspec.Struct, frozen=True):
 
 
 def open_backends(config: SessionConfig, settings: Settings) -> list[Backend]:
-    """The backends of a session on this machine; raises what `plan_backends` raises."""
+    """The backends of a new session, not started. Raises what `plan_backends` raises."""
     opened = [plan.open() for plan in plan_backends(config, settings)]
     for backend in opened:
         if isinstance(backend, ComputeBackend):
@@ -71,9 +76,10 @@ def open_backends(config: SessionConfig, settings: Settings) -> list[Backend]:
 
 
 def plan_backends(config: SessionConfig, settings: Settings) -> list[BackendPlan]:
-    """What a session gets on this machine; what is not wished for is as the settings say.
+    """The plans of a session's backends. The settings fill in what the config leaves open.
 
-    Raises InvalidRequest where a wish is wrong or contradicts another, BackendUnavailable where a program is missing.
+    Raises InvalidRequest where fields are wrong or contradict each other, InvalidSettings where a model or device
+    cannot be used here, and BackendUnavailable where a package is missing.
     """
     machine = inspect_machine()
     names = config.backends or _default_backends(config, machine)
@@ -122,7 +128,7 @@ def _default_backends(config: SessionConfig, machine: Machine) -> tuple[BackendN
 
 
 def _refuse_unused_fields(config: SessionConfig, names: Sequence[BackendName]) -> None:
-    """Refuse a wish that none of the session's backends would hear."""
+    """Raise InvalidRequest for a field that no backend of the session uses."""
     users: dict[str, tuple[object, tuple[BackendName, ...]]] = {
         "num_workers": (config.num_workers, ("dragon", "local")),
         "model": (config.model, ("vllm",)),
@@ -163,7 +169,7 @@ def _backend_arguments(
 
 
 def _check_model(config_file: str | None, model: str | None) -> None:
-    """Raise InvalidSettings where the settings of the vllm backend, or the model that they name, cannot work here."""
+    """Raise InvalidSettings for a config file that is wrong, or a model that is not there."""
     find_model(*_vllm_config(config_file, model))
 
 
@@ -177,7 +183,7 @@ def _check_device(config: SessionConfig, machine: Machine) -> None:
 
 
 def _vllm_config(config_file: str | None, model: str | None) -> tuple[VllmConfig, list[Path]]:
-    """With the folders in which a relative path to a model may begin."""
+    """The settings of the vllm backend, and the folders in which a relative path to a model is looked for."""
     path = Path(os.path.expanduser(config_file)).absolute() if config_file else None
     config = read_config(path, {"server": {"model": model}})
     return config, [Path.cwd(), *([path.parent] if path else [])]
@@ -190,7 +196,7 @@ def _endpoint_arguments(config: SessionConfig, settings: Settings) -> dict[str, 
         raise InvalidRequest(
             f'endpoint_url is {url!r}; valid is the address of an HTTP server, as in "http://127.0.0.1:8000/v1".'
         )
-    is_from_settings = url == settings.endpoint_url  # the key goes to its own address and to no other
+    is_from_settings = url == settings.endpoint_url  # the API key is sent to no other address
     model = config.endpoint_model or (settings.endpoint_model if is_from_settings else None)
     return {"url": url, "model": model, "api_key": settings.endpoint_api_key if is_from_settings else None}
 
@@ -199,7 +205,7 @@ def _is_http_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # no port, or a bracket that is not closed
+    except ValueError:  # an invalid port, or a bracket that is not closed
         return False
 
 

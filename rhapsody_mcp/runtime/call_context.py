@@ -1,4 +1,4 @@
-"""Who makes the call that is being served."""
+"""The client of the current call."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from contextvars import ContextVar
 __all__ = ["current_caller", "current_folder", "current_peer"]
 
 current_caller: ContextVar[str] = ContextVar("current_caller", default="")
-"""As in `claude-code 2.1 over stdio`, or `token laptop: claude-code 2.1 over http`; empty outside a call."""
+"""For example `claude-code 2.1 over stdio`, or `token laptop: claude-code 2.1 over http`; empty outside a call."""
 
 current_peer: ContextVar[str] = ContextVar("current_peer", default="")
-"""What the system knows of the other end, as in `uid 1000, pid 4242`; whoever accepts a connection sets it."""
+"""The process at the other end of the connection, for example `uid 1000, pid 4242`. Set by the server that accepts the
+connection."""
 
 current_folder: ContextVar[str] = ContextVar("current_folder", default="")
-"""Where the caller is, and its relative paths begin; empty for the folder of this process."""
+"""The working directory of the client, from which relative paths start; empty for that of this process."""

@@ -1,4 +1,4 @@
-"""Says what would run where, and what this machine cannot give, before anything runs."""
+"""Plans tasks without running them, and lists what this machine lacks for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ __all__ = ["PlannedTask", "plan_tasks", "unmet_needs"]
 
 
 class PlannedTask(msgspec.Struct, frozen=True):
-    """A task of a plan. `level` is 1 where it can start at once, else one more than the highest that it waits for."""
+    """A task of a plan.
+
+    `after` are the names of the tasks that it waits for. `level` is 1 for a task that can start at once, else 1 more
+    than the highest level among the tasks that it waits for.
+    """
 
     task: Task
     runs_as: str
@@ -32,7 +36,7 @@ class PlannedTask(msgspec.Struct, frozen=True):
 
 
 def plan_tasks(tasks: Sequence[Task], machine: Machine) -> list[PlannedTask]:
-    """The tasks of one submission, in order; it has no circles."""
+    """The plan of one submission, in its order. The tasks must have no cycle."""
     uids = {task.uid for task in tasks}
     sources = {task.uid: {source.uid for source in task.sources()} & uids for task in tasks}
     levels: dict[str, int] = {}
@@ -69,8 +73,10 @@ _LAYOUTS = {
 
 
 def unmet_needs(task: Task, machine: Machine, folder: str = "") -> Iterator[str]:
-    """What of a task of a session in `folder` this machine has not, in words. Nothing of the user's runs and nothing is
-    imported."""
+    """Sentences about what a task needs and this machine lacks; `folder` is the working directory of the session.
+
+    No user code runs, and no module is imported.
+    """
     if isinstance(task, ForEach):
         yield from unmet_needs(task.children[0], machine, folder) if task.children else ()
     elif isinstance(task, ComputeTask):
@@ -104,7 +110,7 @@ def _unmet_program_needs(executable: str, layout: Layout, folder: str) -> Iterat
 
 
 def _imported_packages(task: ComputeTask) -> list[str]:
-    """The top-level packages that its function imports, as far as the text says it."""
+    """The top-level packages that the import statements of the function name."""
     if isinstance(task.function, Module):
         return [task.function.path.partition(":")[0].partition(".")[0]]
     if not isinstance(task.function, Source):
@@ -121,5 +127,5 @@ def _imported_packages(task: ComputeTask) -> list[str]:
 def _is_importable(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except (ImportError, ValueError):  # ValueError: a module that has no spec, such as __main__
+    except (ImportError, ValueError):  # ValueError: a module without a spec, such as __main__
         return True

@@ -1,4 +1,4 @@
-"""The functions that a session keeps by name, each checked on a worker before it is taken."""
+"""The functions that are registered in a session, each checked on a worker first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHECK = Module("rhapsody_mcp.engine.task.import_check:check")
 
 
 class RegisteredFunction(msgspec.Struct, frozen=True):
-    """A function under a name that tasks use in place of its source."""
+    """A function with a name that tasks use in place of its source. `number` counts registrations, from 1."""
 
     number: int
     name: str
@@ -32,7 +32,7 @@ class RegisteredFunction(msgspec.Struct, frozen=True):
 
 
 class FunctionRegistry:
-    """By name; the last one that was registered under a name has it."""
+    """The registered functions of one session. The latest registration of a name replaces earlier ones."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -45,21 +45,21 @@ class FunctionRegistry:
         return list(self._by_name)
 
     def add(self, function: RegisteredFunction) -> None:
-        """From now on its name is its own; tasks find an earlier one of this name by its number."""
+        """Give the function its name. An earlier function of this name is still found by its number."""
         self._by_name.pop(function.name, None)
         self._by_name[function.name] = self._by_number[function.number] = function
         self._last_number = max(self._last_number, function.number)
 
     def source(self, name: str) -> Source:
-        """Raises what `get` raises."""
+        """The source of a function. Raises what `get` raises."""
         return self.get(name).source
 
     def by_number(self, number: int) -> RegisteredFunction:
-        """The one that was the so manieth to be registered, from 1 on."""
+        """The function with this number. Raises KeyError."""
         return self._by_number[number]
 
     def get(self, name: str) -> RegisteredFunction:
-        """Raises InvalidTask, which names what there is."""
+        """The latest function of this name. Raises InvalidTask, which lists the registered names."""
         if (function := self._by_name.get(name)) is None:
             known = f" Registered: {', '.join(self.names)}." if self._by_name else ""
             raise InvalidTask(
@@ -69,9 +69,10 @@ class FunctionRegistry:
         return function
 
     async def check(self, source: Source, name: str | None, timeout_s: float) -> RegisteredFunction:
-        """What `keep` takes, once a worker has executed the source and found every module that it imports.
+        """The function for `add`, once a worker has executed the source and found every module that it imports.
 
-        Raises InvalidTask where it cannot run there, BackendError where no worker could look in time.
+        Raises InvalidTask where the source cannot run on a worker, BackendError where no worker was free in time,
+        BackendUnavailable where the engine ended, and SessionClosed.
         """
         function = RegisteredFunction(0, name or source.function_name, source, source.signature, source.docstring)
         if not _NAME.fullmatch(function.name):

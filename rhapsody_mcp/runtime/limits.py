@@ -1,4 +1,4 @@
-"""Holds the sessions of a server to its settings: how much they may take, and what they may run."""
+"""Checks tasks and sessions against the limits in the settings of a server."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ from rhapsody_mcp.settings import Settings
 __all__ = ["Limits", "SessionUsage"]
 
 _TASK_OVERHEAD_BYTES = 2048
-"""What a task takes in memory besides what it says."""
+"""The memory that this process needs for a task, without arguments, output and result."""
 
 
 class SessionUsage:
-    """What the tasks of a session come to, each one of a for_each being one; `held_bytes` is about what they take in
-    this process."""
+    """What the tasks of a session use of its limits; each task of a for_each counts.
+
+    `open` counts the tasks that have not ended. `held_bytes` estimates the memory of all tasks in this process.
+    """
 
     def __init__(self) -> None:
         self.tasks = self.open = self.prompts = self.tokens = self.held_bytes = 0
@@ -40,7 +42,7 @@ class SessionUsage:
         if isinstance(spec.work, Completion):
             self.prompts += _answers(spec.work)
             self.tokens += _tokens(spec.work)
-        elif isinstance(spec.work, Call) and spec.work.code is not self._code:  # tasks of one for_each share theirs
+        elif isinstance(spec.work, Call) and spec.work.code is not self._code:  # a for_each shares its code
             self._code = spec.work.code
             self.held_bytes += len(self._code)
 
@@ -50,7 +52,7 @@ class SessionUsage:
 
 
 class Limits:
-    """Of all sessions of a server together; `sessions` gives those that are open, and `folder` is where results lie."""
+    """The limits of a server. `sessions` returns the usage of each open session; `folder` holds long results."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class Limits:
         self._folders = [folder or platformdirs.user_state_path("rhapsody-mcp"), Path(tempfile.gettempdir())]
 
     def admit(self, spec: TaskSpec) -> TaskSpec:
-        """The task as it may run. Raises InvalidTask for one that may not."""
+        """The spec with the server's limits in it. Raises InvalidTask for a task that may not run."""
         try:
             spec = self.policy.check(spec)
         except InvalidRequest as error:
@@ -98,14 +100,14 @@ class Limits:
         return requested_s or self._default_timeout()[0]
 
     def _default_timeout(self) -> tuple[float | None, _TimeSetting]:
-        """How long a task runs that does not say it, and the setting that says so."""
+        """The timeout in seconds of a task that names none, and the setting that gives this timeout."""
         default, longest = self.settings.default_task_s, self.settings.max_task_s
         if default is None or (longest is not None and longest < default):
             return longest, "max_task_s"
         return default, "default_task_s"
 
     def explain_timeout(self, outcome: Outcome, requested_s: float | None) -> Outcome:
-        """The outcome of a task; where its time was up that it had not asked for, with what had set that."""
+        """The outcome; where the task ended by a timeout that it did not request, the error names the setting."""
         if outcome.cause is not Cause.TIMEOUT or requested_s is not None:
             return outcome
         return replace(outcome, error=f"{outcome.error} ({_setting(self._default_timeout()[1])}; it had no timeout_s)")
@@ -113,7 +115,7 @@ class Limits:
     # --- how much
 
     def refuse_session(self) -> None:
-        """Raise LimitExceeded where no more session may be opened."""
+        """Raise LimitExceeded where no further session may be opened."""
         count, most = len(self._sessions()), self.settings.max_sessions
         if most is not None and count >= most:
             raise LimitExceeded(
@@ -123,7 +125,7 @@ class Limits:
             )
 
     def refuse_tasks(self, usage: SessionUsage, specs: Sequence[TaskSpec]) -> None:
-        """Raise LimitExceeded where these tasks are more than a session may take now, which has taken so much."""
+        """Raise LimitExceeded where these tasks are too many for a session with this usage, or the disk is full."""
         self._refuse_full_disk()
         self.refuse_count(usage, len(specs))
         completions = [spec.work for spec in specs if isinstance(spec.work, Completion)]
@@ -136,7 +138,7 @@ class Limits:
         self._refuse("max_held_bytes", _ALL_SESSIONS, held, added, "bytes in memory")
 
     def refuse_count(self, usage: SessionUsage, count: int) -> None:
-        """The same of so many tasks, of which nothing else is known yet."""
+        """Raise LimitExceeded where `count` further tasks are too many for a session with this usage."""
         self._refuse("max_session_tasks", _THIS_SESSION, usage.tasks, count, "tasks")
         self._refuse(
             "max_open_tasks",
@@ -188,7 +190,7 @@ def _setting(key: str) -> str:
     return f"{key} in the settings of this server"
 
 
-# --- what tasks take in memory
+# --- memory of tasks
 
 
 def _answers(work: Completion) -> int:
@@ -204,10 +206,10 @@ def _number(value: int | Ref | None) -> int:
 
 
 def _spec_bytes(spec: TaskSpec) -> int:
-    """Without its code."""
+    """The memory of a task, without its code."""
     work = spec.work
     if isinstance(work, Call):
-        return _TASK_OVERHEAD_BYTES + 2 * len(work.arguments)  # as objects, and as they are sent
+        return _TASK_OVERHEAD_BYTES + 2 * len(work.arguments)  # as objects, and as messages
     if isinstance(work, Command):
         return _TASK_OVERHEAD_BYTES + 2 * sum(map(_chars, work.arguments))
     contents = [message.content for message in work.messages if not isinstance(message, Ref)]

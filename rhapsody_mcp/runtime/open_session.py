@@ -1,4 +1,4 @@
-"""An open session of a server: its tasks by name and id, its functions, and what is written down of it."""
+"""An open session of a server: its tasks by name and uid, its functions and its recorder."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ __all__ = ["OpenSession"]
 
 
 class OpenSession:
-    """A session whose tasks are spoken of by name or uid; results stay encoded in it.
+    """A session whose tasks are found by name or uid. Results stay encoded.
 
-    A name belongs to the last task that took it; it is free again once that task ended FAILED or CANCELED.
+    A name belongs to the latest task that has it. A later task may take the name once that task has ended FAILED or
+    CANCELED.
     """
 
     def __init__(self, id: str, session: Session, config: SessionConfig, recorder: Recorder | None = None) -> None:
@@ -35,23 +36,26 @@ class OpenSession:
         self._tasks: dict[str, Task] = {}
         self._named: dict[str, Task] = {}
         self.submissions: dict[str, Submission] = {}
-        """By idempotency key."""
+        """The submissions that have an idempotency key, by this key."""
         self.submission_lock = asyncio.Lock()
-        """Held from the choice of uids and names until `submit` has returned."""
+        """Held from the choice of uids and names until `submit` returns."""
 
     def new_uids(self, count: int) -> list[str]:
-        """The next uids; they are taken only by a submission that is."""
+        """The next uids. Only a submission that succeeds uses them up."""
         taken = len(self._tasks)
         return [f"task.{taken + number:06d}" for number in range(1, count + 1)]
 
     def task(self, name: str) -> Task:
-        """Also one of a for_each, as in `sweep[3]`. Raises UnknownName, which knows the names that there are."""
+        """The task with this name or uid, or the child of a for_each, for example `sweep[3]`.
+
+        Raises UnknownName, which lists the valid names.
+        """
         if (task := self._named.get(name) or self._tasks.get(name) or self._child(name)) is None:
             raise UnknownName("task", name, self._named or self._tasks)
         return task
 
     def by_uid(self, uid: str) -> Task:
-        """Whatever has this uid for its name. Raises UnknownName."""
+        """The task with this uid, also where another task has this uid as its name. Raises UnknownName."""
         if (task := self._tasks.get(uid) or self._child(uid)) is None:
             raise UnknownName("task", uid, self._tasks)
         return task
@@ -75,22 +79,22 @@ class OpenSession:
         return [self.task(name) for name in dict.fromkeys(names)]
 
     def task_named(self, name: str) -> Task | None:
-        """The task that has this name."""
+        """The latest task that has this name."""
         return self._named.get(name)
 
     def has_name(self, name: str) -> bool:
-        """Whether the name is taken by a task that has not failed."""
+        """Whether a task that did not end FAILED or CANCELED has this name."""
         task = self._named.get(name)
         return task is not None and task.state not in (TaskState.FAILED, TaskState.CANCELED)
 
     @property
     def cwd(self) -> str:
-        """Where its tasks start."""
+        """The working directory of the tasks."""
         return self.config.folder or os.getcwd()
 
     @property
     def durability_warning(self) -> str:
-        """Why what ends now could be lost, in a sentence; empty where it could not."""
+        """A sentence about why outcomes may not survive a crash now; empty where they do."""
         return self.recorder.durability_warning if self.recorder is not None else ""
 
     async def submit(
@@ -100,8 +104,10 @@ class OpenSession:
         stored_requests: Sequence[bytes] = (),
         submission: Submission | None = None,
     ) -> None:
-        """Take what its session accepted, written down with their recipes first where there is a ledger. Nothing is
-        taken where this raises: SessionClosed, or LedgerUnavailable."""
+        """Submit tasks that the session has accepted. With a ledger, their stored requests are durable first.
+
+        Raises SessionClosed or LedgerUnavailable, with no task submitted.
+        """
         now = time.time()
         for task in with_children(tasks):
             task.submitted = now
@@ -113,7 +119,7 @@ class OpenSession:
         self.add_tasks(tasks)
 
     def add_tasks(self, tasks: Sequence[Task]) -> None:
-        """Find them by uid and name from now on."""
+        """Make the tasks known by uid and name."""
         for task in tasks:
             if task.name and (earlier := self._named.get(task.name)):
                 self.session.replace(earlier, task.uid)
@@ -122,7 +128,7 @@ class OpenSession:
                 self._named[task.name] = task
 
     async def register(self, source: Source, name: str | None, timeout_s: float) -> RegisteredFunction:
-        """Keep a function for tasks to name. Raises what `Functions.check` does, and LedgerUnavailable."""
+        """Register a function. Raises what `FunctionRegistry.check` raises, and LedgerUnavailable."""
         function = await self.functions.check(source, name, timeout_s)
         if self.recorder is not None:
             await self.recorder.record_function(function)

@@ -1,7 +1,6 @@
-"""What agents may run and name on this machine: data from the settings, and the checks of it.
+"""The policy of a server: what agents may run and which paths they may name.
 
-It keeps an agent from mistakes and from what its person does not want; it is no sandbox: a program that may run can do
-all that its user can.
+The policy prevents mistakes. It is no sandbox: an allowed program can do everything that its user can do.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _OWN_MODULES = "rhapsody_mcp.engine."
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """None stands for all. Paths are compared after their links were followed, so none leads out of a folder."""
+    """None allows everything. Symbolic links are resolved before a path is compared with the allowed folders."""
 
     source: bool = True
     executables: tuple[str, ...] | None = None
@@ -39,9 +38,10 @@ class Policy(msgspec.Struct, frozen=True):
         )
 
     def check(self, spec: TaskSpec) -> TaskSpec:
-        """The task, with the full path of its program where programs are restricted: elsewhere PATH may differ.
+        """The spec. Where programs are restricted, the full path of the program replaces its name, because the PATH of
+        the process may differ.
 
-        Raises InvalidRequest, which names the setting, for what it may not run or name, as the other checks do.
+        Raises InvalidRequest, which names the setting, for what is not allowed. The other checks raise the same.
         """
         templates = [group.template for group in spec.layout.groups]
         for template in templates:
@@ -112,7 +112,7 @@ class Policy(msgspec.Struct, frozen=True):
             )
 
     def check_setup(self) -> None:
-        """Setup lines can run anything."""
+        """Refuse setup lines, which can run anything, where something is restricted."""
         for key, forbids in (("allow_source", not self.source), ("allowed_executables", self.executables is not None)):
             if forbids:
                 raise InvalidRequest(
@@ -122,7 +122,7 @@ class Policy(msgspec.Struct, frozen=True):
 
 
 def _find_program(name: str, template: Template) -> str | None:
-    """The path of a program, as the process that runs it looks for it."""
+    """The path of a program, found in the way of the process that will run the program; None where there is none."""
     if os.sep in name:
         return path if os.path.isabs(path := os.path.join(template.cwd or "", name)) else None
     return shutil.which(name, path=template.env.get("PATH"))

@@ -19,7 +19,7 @@ _EXAMPLE = "[(2, {}), (2, {})]"
 
 
 def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
-    """The layout that these kwargs ask for; without any, a function is `native` and a program a process."""
+    """The layout that the kwargs request. Without kwargs, a function is `native` and a program is a process."""
     if not kwargs:
         return _NATIVE if native else _FORKED
     refuse_unknown("key of task_backend_specific_kwargs", kwargs, _KEYS)
@@ -42,7 +42,7 @@ _FORKED = Layout("process", (RankGroup(1, Template()),), forked=True)
 
 
 def read_timeout(kwargs: Mapping[str, Any]) -> float | None:
-    """The timeout in seconds, or None."""
+    """The timeout in seconds, or None for no timeout."""
     value = kwargs.get("timeout")
     if value is None:
         return None
@@ -104,7 +104,7 @@ def _template(fields: Any) -> Template:
 
 
 def _plain_policy(policy: Any) -> Any:
-    """The fields of Dragon's own Policy; anything else as it is."""
+    """The fields of a Dragon Policy as a dict; another value unchanged."""
     if isinstance(policy, Mapping) or not all(hasattr(policy, key) for key in _POLICY_KEYS):
         return policy
     return {key: value for key in _POLICY_KEYS if (value := getattr(policy, key))}
@@ -123,7 +123,7 @@ def _env(env: Any) -> dict[str, str | None]:
 
 
 def refuse_half_characters(field: str, text: str) -> None:
-    """Raise InvalidTask for what no message can hold: the name of a file that is not UTF-8, for one."""
+    """Raise InvalidTask for a text with lone surrogates, such as a file name that is not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Takes secrets out of what is written down, and cuts it to a bounded size."""
+"""Removes secrets from texts and arguments that are logged, and limits their size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN_CHARS, _ARGUMENT_CHARS, _SCANNED_CHARS = 200, 80, 600
 _MIN_KEYS, _MAX_DEPTH = 12, 8
 _NOT_SECRET = {"idempotency_key"}
 _HASHED = {"source", "prompt", "system_prompt", "content"}
-"""Arguments that are told by length and hash alone: what two calls have in common shows, and no more."""
+"""Arguments that a summary shows as length and hash, so that equal values can be recognised."""
 _SECRET_WORDS = {"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PASS", "PAT", "CREDENTIAL", "AUTH"}
 _SECRET_ENDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS")
 _SECRET_NAMES = r"[\w-]{0,40}(?:api[-_]?key|token|secret|password|passwd|passphrase|credentials?)"
@@ -33,21 +33,23 @@ _PATTERNS = [
 
 
 def looks_secret(variable: str) -> bool:
-    """Whether the name of an environment variable says that its value is nobody's business."""
+    """Whether the name of an environment variable suggests that its value is a secret."""
     words = variable.upper().split("_")
     return bool(_SECRET_WORDS & set(words)) or words[-1].endswith(_SECRET_ENDS)
 
 
 def redacted(text: str) -> str:
-    """Without what looks like a token, a password, a key or the credentials in an address."""
+    """The text with HIDDEN in the place of tokens, passwords, keys and credentials in URLs."""
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def summary(arguments: Mapping[str, Any], max_chars: int = 2000) -> dict[str, Any]:
-    """Arguments of a call as they may be written down: no secrets, long texts cut, code by its hash, the first of
-    many items, and as JSON about `max_chars` at most, or else each argument by its hash and length."""
+    """The arguments of a call for a log: no secrets, long texts cut, code as a hash, only the first items of lists.
+
+    Where the JSON form is longer than `max_chars`, each long argument is replaced by its length and hash.
+    """
     for max_items in (20, 5, 1):
         shortened: dict[str, Any] = _plain(arguments, max_items)
         if len(json.dumps(shortened)) <= max_chars:
@@ -77,7 +79,7 @@ def _plain(value: Any, max_items: int, depth: int = 0, key: str = "") -> Any:
 
 
 def _plain_list(items: Sequence[Any], max_items: int, depth: int) -> list[Any]:
-    """What follows an option such as `--api-key` is as secret as what it is the name of."""
+    """A list without secrets. The item after an option such as `--api-key` is a secret."""
     shown = [
         HIDDEN if isinstance(item, str) and _is_secret_option(before) else _plain(item, max_items, depth + 1)
         for before, item in zip(["", *items[:max_items]], items[:max_items], strict=False)
@@ -90,7 +92,7 @@ def _is_secret_option(item: Any) -> bool:
 
 
 def _cut_text(text: str) -> str:
-    """Redacted before it is cut: half a token is not seen to be one."""
+    """The first characters of a text, redacted before the cut: the pattern of a token does not match half a token."""
     shown = redacted(text[:_SCANNED_CHARS])
     is_complete = len(text) <= _SCANNED_CHARS and len(shown) <= _SHOWN_CHARS
     return shown if is_complete else f"{shown[:_SHOWN_CHARS]} ... ({_identity(text)})"

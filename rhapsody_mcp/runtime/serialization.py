@@ -1,4 +1,4 @@
-"""Functions and their arguments on the way to a backend."""
+"""Encodes functions and their arguments for a backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_CHARS = 32 * 1024
 
 
 class Module(msgspec.Struct, frozen=True):
-    """A function by its import path, "module:function"; imported where it runs, never here."""
+    """A function by its import path, "module:function". The worker imports the module; this process never does."""
 
     path: str
 
@@ -35,12 +35,12 @@ class Module(msgspec.Struct, frozen=True):
 
 
 class Source(msgspec.Struct, frozen=True):
-    """A function as source text. `entry` names it; without one, it is the only function, or the last one.
+    """A function as source text. `entry` is the name of the function; without a name, the last function is used.
 
-    A fence of ``` around the whole text is taken off.
+    A fence of ``` around the whole text is removed.
 
-    Raises InvalidTask where the text does not compile (with line and message), is too long to be compiled in the
-    service's event loop, or has no such function.
+    Raises InvalidTask where the text does not compile (with line and message), is too long to compile in the event
+    loop of the service, or has no function of this name.
     """
 
     text: str
@@ -66,7 +66,7 @@ class Source(msgspec.Struct, frozen=True):
 
     @property
     def signature(self) -> str:
-        """As it is written, as in `add(a, b=2) -> int`."""
+        """As in the source, for example `add(a, b=2) -> int`."""
         definition = self._functions()[self.function_name]
         kind = "async " if isinstance(definition, ast.AsyncFunctionDef) else ""
         returns = f" -> {ast.unparse(definition.returns)}" if definition.returns else ""
@@ -74,7 +74,7 @@ class Source(msgspec.Struct, frozen=True):
 
     @property
     def docstring(self) -> str:
-        """Empty where it has none."""
+        """Empty for a function without a docstring."""
         return ast.get_docstring(self._functions()[self.function_name]) or ""
 
     def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -116,10 +116,10 @@ def _functions_in(text: str) -> Mapping[str, ast.FunctionDef | ast.AsyncFunction
 
 
 class Encoder:
-    """Encodes the calls of one submission; a function that many of its tasks share is encoded once.
+    """Encodes the calls of one submission. A function that several tasks share is encoded once.
 
-    `reference` gives the Ref that an object stands for, or None. `met` are such objects, wherever they were in the last
-    call: in its arguments, and in what its function holds.
+    `reference` returns the Ref of an object that stands for a result, and None for other objects. `referring_objects`
+    are the objects with a Ref that the last call holds, in its arguments or in the closure of its function.
     """
 
     def __init__(self, reference: Callable[[object], Ref | None]) -> None:
@@ -155,7 +155,7 @@ class Encoder:
         buffer = io.BytesIO()
         try:
             _Pickler(buffer, self._reference, referring).dump(value)
-        except Exception as error:  # a pickler raises whatever a __reduce__ raises
+        except Exception as error:  # a __reduce__ may raise any exception
             raise InvalidTask(
                 f"{what} cannot be sent to another process: {type(error).__name__}: {error}. "
                 "Open files, locks and connections inside the function, and pass plain data."
@@ -164,7 +164,7 @@ class Encoder:
 
 
 def are_plain(args: Iterable[object]) -> bool:
-    """Whether there is no reference in them, and nothing to tell cloudpickle of."""
+    """Whether plain pickle can encode the arguments: no references, and nothing that only cloudpickle handles."""
     return PLAIN.issuperset(map(type, args))
 
 
@@ -181,7 +181,7 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
         return ref.uid, ref.path
 
     def reducer_override(self, item: Any) -> Any:
-        """A function of __main__ with a cache travels with it empty: cloudpickle takes it for one that is imported."""
+        """Send a cached function of __main__ with an empty cache. Cloudpickle alone would send an import path."""
         if isinstance(item, functools._lru_cache_wrapper) and item.__module__ == "__main__":
             limits = item.cache_parameters()
             arguments = (item.__wrapped__, limits["maxsize"], limits["typed"], _CACHE_INFO)
@@ -193,7 +193,7 @@ _CACHE_INFO = functools._CacheInfo
 
 
 def _signature(arguments: ast.arguments) -> inspect.Signature:
-    """The signature that a definition's arguments make; defaults are present but have no value."""
+    """The signature of a definition. Each default is None."""
     kinds = inspect.Parameter
     positional = [*arguments.posonlyargs, *arguments.args]
     without_default = len(positional) - len(arguments.defaults)

@@ -1,4 +1,4 @@
-"""The sessions that a server holds open for its agents, each by its id."""
+"""The open sessions of a server, by id."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ Watcher = Callable[[OpenSession, Task | None], None]
 
 
 class SessionRegistry:
-    """Leaving `async with` ends everything that they started. With storage, the sessions go on in the next life:
-    tasks that had not started are still queued, and those that ran are lost. Without, they are closed."""
+    """Opens, restores and closes sessions. Leaving `async with` ends every process of the sessions.
+
+    With storage, the next run of the server restores the sessions: tasks that had not started run then, and tasks that
+    were running end with cause lost. Without storage, the sessions are closed.
+    """
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class SessionRegistry:
         engine_idle_s: float | None = None,
         settings: Settings | None = None,
     ) -> None:
-        """`settings` hold the sessions to their limits and policy."""
+        """`settings` are the limits and the policy of all sessions."""
         self._open_backends = open_backends
         self._storage, self._engine_idle_s = storage, engine_idle_s
         self._sessions: dict[str, OpenSession] = {}
@@ -60,7 +63,7 @@ class SessionRegistry:
         self._last_number = 0
         self._watchers: list[Watcher] = []
         self.restored = asyncio.Event()
-        """Set once the sessions of the earlier life are here."""
+        """Set once the sessions of the previous run are restored."""
         if storage is None:
             self.restored.set()
 
@@ -70,19 +73,23 @@ class SessionRegistry:
 
     @property
     def state_folder(self) -> Path:
-        """Where the ledger is, or would be."""
+        """The folder of the ledger. Without storage, the folder in which a ledger would be."""
         return self._storage.folder if self._storage else platformdirs.user_state_path("rhapsody-mcp")
 
     def write_heartbeats(self) -> None:
-        """Write down that sessions with something to do live now: if this process is killed, what they ran is taken to
-        have ended soon after."""
+        """Write the current time for each session that has unfinished tasks.
+
+        If this process is killed, tasks that were running are taken to have ended shortly after this time.
+        """
         for opened in self._sessions.values():
             if opened.recorder is not None and opened.session.usage.open:
                 opened.recorder.write(UseSession(opened.recorder.key, time.time()))
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
-        """Call it after each change of a task of any session, and with no task when a session was opened or closed,
-        until what this gives back is called."""
+        """Call the watcher after each change of a task, and with None for the task after a session is opened or closed.
+
+        Calling the returned function ends this.
+        """
         self._watchers.append(watcher)
         return partial(self._watchers.remove, watcher)
 
@@ -93,10 +100,10 @@ class SessionRegistry:
             watcher(opened, task)
 
     async def open(self, config: SessionConfig, id: str | None = None) -> OpenSession:
-        """A new session; its engines start when its first tasks need them. Without an id it is session-N.
+        """Open a session. Its engines start when its first tasks need them. The default id is session-N.
 
-        Raises InvalidRequest where there is one of this id, LimitExceeded, what the backends refuse, and
-        LedgerUnavailable.
+        Raises InvalidRequest where an open session has this id, LimitExceeded, LedgerUnavailable, and what
+        `plan_backends` raises.
         """
         if id in self._sessions:
             raise InvalidRequest(f"a session named {id!r} is open already; use it, or take another name.")
@@ -113,7 +120,7 @@ class SessionRegistry:
         return opened
 
     async def _record_opening(self, opened: OpenSession) -> None:
-        """Nothing of it is left where this raises, as it does when whoever asked for the session has gone."""
+        """Make the session durable. Where this raises or is cancelled, nothing of the session is left on the disk."""
         if opened.recorder is None or self._storage is None:
             return
         try:
@@ -132,7 +139,7 @@ class SessionRegistry:
                 return id
 
     def _create(self, key: str, config: SessionConfig, backends: Sequence[Backend]) -> OpenSession:
-        """`key` is the id with what tells it from others of that id: one may be open while another one closes."""
+        """`key` is the id with a unique suffix: a new session may have the id of a session that is still closing."""
         id, storage = key.rpartition(".")[0], self._storage
         folder = storage and storage.folder / "sessions" / key
         session = Session(
@@ -165,7 +172,7 @@ class SessionRegistry:
         return [opened.session.usage for opened in self.all()]
 
     def all(self) -> list[OpenSession]:
-        """Oldest first."""
+        """The open sessions, oldest first."""
         return list(self._sessions.values())
 
     def get(self, id: str) -> OpenSession:
@@ -176,11 +183,13 @@ class SessionRegistry:
             opened.recorder.write(UseSession(opened.recorder.key, now))
         return opened
 
-    # --- the earlier life
+    # --- restoring
 
     async def restore(self) -> None:
-        """Have the sessions of the earlier life again, and run what had not ended. Raises nothing for one session:
-        what of it cannot be had is told in the log, and stays in the ledger."""
+        """Restore the sessions of the previous run, and run their unfinished tasks.
+
+        A session that cannot be restored is logged and stays in the ledger; nothing is raised for a single session.
+        """
         if self._storage is None:
             return
         try:
@@ -209,12 +218,15 @@ class SessionRegistry:
             opened = self._create(row.id, config, self._open_backends(config))
             await restore(opened, storage.ledger, row.id)
             self._notify(opened)
-        except Exception:  # one session that cannot be read must not keep the others away
+        except Exception:  # a session that cannot be read must not prevent the others
             self._sessions.pop(row.id.rpartition(".")[0], None)
             _log.exception("session %r of an earlier life cannot be opened again", row.id)
 
     async def prune(self, before: float) -> None:
-        """Forget sessions that nobody has used since then, their results too; not those that have tasks to do."""
+        """Delete sessions that were last used before this time (seconds since the epoch), with their results.
+
+        Sessions with unfinished tasks stay.
+        """
         if self._storage is None:
             return
         for row in await self._storage.ledger.prune(before):
@@ -228,7 +240,7 @@ class SessionRegistry:
     # --- closing
 
     async def close(self, id: str) -> OpenSession:
-        """Close one and give it back. Its id is free at once; that it ends does not hang on the caller."""
+        """Close a session and return it. Its id is free at once. A cancelled caller does not leave it half closed."""
         closing = self.get(id)
         del self._sessions[id]
         if closing.recorder is not None:
@@ -246,13 +258,13 @@ class SessionRegistry:
         self._closing.discard(closing)
 
     async def close_all(self) -> None:
-        """Close every session, those whose closing was given up too, and return when nothing is left of them."""
+        """Close every session, also those whose `close` was cancelled. Returns when nothing of them is left."""
         sessions = {*self._sessions.values(), *self._closing}
         self._sessions.clear()
         await _run_all(self._close(opened) for opened in sessions)
 
     async def suspend(self) -> None:
-        """End everything that they started, and keep them in the ledger as they were."""
+        """End every process of the sessions, and leave the sessions in the ledger as they are."""
         self.write_heartbeats()
         suspended = list(self._sessions.values())
         self._sessions.clear()
@@ -270,7 +282,7 @@ class SessionRegistry:
 
 
 async def _run_all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run these to their ends, whatever becomes of the caller; raise the first error of them."""
+    """Run the coroutines to their ends, also where the caller is cancelled. Raises the first of their errors."""
     with anyio.CancelScope(shield=True):
         results = await asyncio.gather(*coroutines, return_exceptions=True)
     for error in results:

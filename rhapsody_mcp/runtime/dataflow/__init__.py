@@ -1,1 +1,1 @@
-"""Which tasks take the results of which, and in what places of a task."""
+"""References between tasks: results, and items of for_each, that stand in the fields of other tasks."""

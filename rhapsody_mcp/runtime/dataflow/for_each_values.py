@@ -1,4 +1,4 @@
-"""What a ForEach is made of and what comes of it: items out of a result, and one list out of many results."""
+"""The values of a ForEach: reads its items from a result, and joins the results of its children."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["join", "outcome_of", "read_items", "restored_items"]
 
 
 _MAX_BYTES = 32 * 1024**2
-"""As objects it takes about ten times as much in this process."""
+"""The largest result that items are read from. Decoded, it takes about ten times as much memory."""
 
 
 async def read_items(source: Part) -> list[Any]:
-    """The items of a list that is JSON. Raises InvalidTask where it is none."""
+    """The items of a JSON list. Raises InvalidTask for another result, or one that is too large."""
     value = source.task.outcome.value if source.task.outcome else None
     if value is None:
         raise InvalidTask(f"for_each needs a list, and {name_of(source.task)} has no result.")
@@ -45,8 +45,10 @@ async def read_items(source: Part) -> list[Any]:
 
 
 def restored_items(source: Part, count: int) -> Sequence[Any]:
-    """As they were in an earlier life. Of what is no JSON, or is gone, each is a Part of the source: where that is no
-    list but a set, its order may differ now, and the Part leads nowhere."""
+    """The items of a restored ForEach. Where the result is no JSON or is unreadable, each item is a Part of the source.
+
+    Where the source is a set, its order may differ now, and a Part of it cannot be resolved.
+    """
     value = source.task.outcome.value if source.task.outcome else None
     if value is not None and value.format == "json":
         with suppress(OSError, InvalidTask):
@@ -61,7 +63,7 @@ def _read(value: Value, path: str) -> Any:
 
 
 async def join(values: Sequence[Value | None], folder: Path, max_bytes: int | None = None) -> Value:
-    """The list of these values, which are all JSON; null for None. Raises LimitExceeded for more than `most` bytes."""
+    """The list of JSON values, with null for None. Raises LimitExceeded for more than `max_bytes` bytes."""
     size = sum(value.size for value in values if value)
     if max_bytes is not None and size > max_bytes:
         raise LimitExceeded(
@@ -86,7 +88,7 @@ def _join_now(values: Sequence[Value | None], folder: Path) -> Value:
 
 
 def _json_pieces(values: Sequence[Value | None]) -> Iterator[bytes]:
-    """The list as JSON, piece by piece: all together may be more than is to be held at once."""
+    """The list as JSON, in pieces: the whole list may be too large for memory."""
     yield b"["
     for number, value in enumerate(values):
         yield b"," * (number > 0) + (value or NOTHING).read()
@@ -94,7 +96,7 @@ def _json_pieces(values: Sequence[Value | None]) -> Iterator[bytes]:
 
 
 def outcome_of(task: ForEach, value: Value | None) -> Outcome:
-    """What came of it, all of its children having ended."""
+    """The outcome of a ForEach whose children have all ended."""
     outcomes = [child.outcome for child in task.children if child.outcome is not None]
     started = min((outcome.started for outcome in outcomes if outcome.started is not None), default=None)
     ended = max((outcome.ended for outcome in outcomes), default=time.time())

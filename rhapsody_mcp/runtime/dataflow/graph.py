@@ -1,4 +1,4 @@
-"""Which tasks wait for which."""
+"""The graph of tasks that wait for each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["depends_on", "refuse_cycles"]
 
 
 def depends_on(task: Task, source: Task) -> bool:
-    """Whether `task` waits for the sought one, or is it."""
+    """Whether `task` waits for `source`, also through other tasks, or is the same task."""
     pending, seen = [task], set[str]()
     while pending:
         current = pending.pop()
@@ -25,7 +25,7 @@ def depends_on(task: Task, source: Task) -> bool:
 
 
 def refuse_cycles(tasks: Sequence[Task]) -> None:
-    """Raise InvalidTask where tasks of one submission wait for each other in a circle."""
+    """Raise InvalidTask where tasks of one submission wait for each other in a cycle."""
     batch = {task.uid: task for task in tasks}
     missing = {
         uid: inside

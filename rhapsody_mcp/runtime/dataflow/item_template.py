@@ -1,7 +1,7 @@
-"""What stands for an item in a task that runs once for each: `{item}` in a text, `{"item": true}` as a value.
+"""Placeholders for the item of a for_each: `{item}` in a text, `{"item": true}` as a value.
 
-`{"item": true, "path": pointer}` and `{item/pointer}` are a part of the item, and `{{item}}` in a text is `{item}` as
-it is.
+`{"item": true, "path": pointer}` and `{item/pointer}` stand for a part of the item. `{{item}}` in a text is the literal
+`{item}`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PLACEHOLDER_KEYS = (frozenset({"item"}), frozenset({"item", "path"}))
 
 
 def has_placeholder(value: Any) -> bool:
-    """Whether something in it stands for the item."""
+    """Whether the value holds a placeholder, at any depth."""
     return any(True for _ in _placeholders(value))
 
 
@@ -45,10 +45,10 @@ def _placeholders(value: Any) -> Iterator[Any]:
 
 
 def with_item(value: Any, item: Any) -> Any:
-    """The value with the item in its places; as a literal, so that nothing in the item is read as a reference.
+    """The value with the item in the place of each placeholder.
 
-    Raises InvalidTask for a path that leads nowhere in it, and where a text would need an item that only workers can
-    read.
+    The item becomes a literal, so that nothing in the item is read as a reference. Raises InvalidTask for a path that
+    the item does not have, and for a text whose item only workers can read.
     """
     if _is_item(value):
         return {"literal": _part(item, value.get("path") or "")}
@@ -74,7 +74,7 @@ def _replacement(match: re.Match[str], item: Any) -> str:
 
 
 def as_text(item: Any) -> str:
-    """A text as it is, anything else as JSON."""
+    """A text unchanged, another value as JSON. Raises InvalidTask for a value that JSON cannot hold."""
     if isinstance(item, str):
         return item
     try:

@@ -1,7 +1,7 @@
 """References in JSON: `{"ref": name}` and `{"ref": name, "path": pointer}` stand for another task's result.
 
-`{"literal": X}` stands for X as it is. In a text for a model `{ref:name}` and `{ref:name/pointer}` stand for a result
-as text, and `{{ref:name}}` for `{ref:name}` as it is.
+`{"literal": X}` stands for X, in which nothing is a reference. In a text for a model, `{ref:name}` and
+`{ref:name/pointer}` stand for a result as text, and `{{ref:name}}` is the literal `{ref:name}`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TEXT_REFERENCE = re.compile(r"\{\{ref:[^{}]*\}\}|\{ref:([^{}/]*)(/[^{}]*)?\}")
 
 
 def parse_texts(value: Any) -> Any:
-    """The same JSON value with a Text of texts and references in the place of each text that holds references."""
+    """The JSON value with a Text in the place of each text that holds references."""
     if isinstance(value, str):
         return _parse_text(value) if "{ref:" in value else value
     if isinstance(value, dict):
@@ -54,7 +54,7 @@ def _parse_match(match: re.Match[str]) -> dict[str, str]:
 
 
 def referenced_names(value: Any) -> Iterator[str]:
-    """Every name that is referred to in a JSON value. Raises InvalidTask for a malformed reference."""
+    """The names in the references of a JSON value. Raises InvalidTask for a malformed reference."""
     if isinstance(value, Text):
         value = value.parts
     if isinstance(value, dict) and "ref" in value:
@@ -68,7 +68,7 @@ def referenced_names(value: Any) -> Iterator[str]:
 
 
 def rename_references(value: Any, uid_of: Callable[[str], str], *, texts: bool = False) -> Any:
-    """The same JSON value with `uid_of` each name in the place of that name; with `texts`, also in texts."""
+    """The JSON value with `uid_of(name)` in the place of each referenced name; with `texts`, also in texts."""
     if is_reference(value):
         return {**value, "ref": uid_of(value["ref"])}
     if isinstance(value, dict):
@@ -89,9 +89,9 @@ def _rename_match(match: re.Match[str], uid_of: Callable[[str], str]) -> str:
 
 
 def resolve(value: Any, task_named: Callable[[str], Task]) -> Any:
-    """The value with a task, or a Part of one, in the place of each reference, also in a Text.
+    """The value with a task, or a Part of a task, in the place of each reference, also in a Text.
 
-    Raises InvalidTask for a path that leads nowhere in a result that is there already.
+    Raises InvalidTask for a path that an available result does not have.
     """
     if is_reference(value):
         task = task_named(value["ref"])

@@ -1,1 +1,1 @@
-"""Scripts, recipes and provenance: what lets a person repeat a session without the server."""
+"""The export of a session: a script that repeats the session without the server, and a provenance record."""

@@ -1,4 +1,4 @@
-"""Writes the files by which a person can repeat a session, and see where its results come from."""
+"""Writes the script that repeats a session, and the provenance record of its results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["ExportedFiles", "export"]
 
 
 class ExportedFiles(msgspec.Struct, frozen=True):
-    """The two files, which only their owner can read."""
+    """The two exported files, which only their owner can read."""
 
     script: Script
     script_file: Path
@@ -33,9 +33,9 @@ class ExportedFiles(msgspec.Struct, frozen=True):
 async def export(
     opened: OpenSession, settings: Settings, state_folder: Path, folder: str | None = None
 ) -> ExportedFiles:
-    """Write script and provenance record of the session as it is now; nothing that is there is overwritten.
+    """Write the script and the provenance record of the session as it is now. No file is overwritten.
 
-    Without a folder they go to `exports` in the state folder. Raises InvalidRequest where it cannot be written.
+    The default folder is `exports` in the state folder. Raises InvalidRequest where the folder cannot be written.
     """
     target = _target_folder(folder, state_folder)
     if folder is not None:
@@ -71,7 +71,7 @@ def _write(folder: Path, id: str, script: Script, record: dict[str, Any]) -> tup
 
 
 def _record_text(record: dict[str, Any]) -> bytes:
-    """Each task on a line."""
+    """The record as JSON, with each task on a line."""
     head = {name: value for name, value in record.items() if name != "tasks"}
     lines = b",\n".join(b"  " + msgspec.json.encode(task) for task in record["tasks"])
     text = msgspec.json.format(msgspec.json.encode(head), indent=1)
@@ -79,7 +79,7 @@ def _record_text(record: dict[str, Any]) -> bytes:
 
 
 def _write_new(folder: Path, name: str, data: bytes) -> Path:
-    """Into the first file NAME.py, NAME-2.py, ... that is not there yet."""
+    """Write the first of NAME.py, NAME-2.py, ... that does not exist yet, and return its path."""
     number = 1
     while True:
         file = folder / f"{name}{f'-{number}' if number > 1 else ''}.py"

@@ -1,4 +1,4 @@
-"""Decides which source texts can stand in a script as functions, and which must be kept as texts."""
+"""Writes source texts into a script: as functions where this is safe, else as texts."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _INTROSPECTION = {
 
 
 class SourceWriter:
-    """The functions of one script. A text becomes functions of the script where they mean the same there.
+    """Collects the definitions of one script. A source becomes functions of the script where they mean the same there.
 
-    That is so where it holds only imports, constants and undecorated functions, where these need no other names,
-    and where no other text of the script, nor the script's own `beginning`, has the same names for something else.
-    What is not `tried`, because no task has run it to its end, must not be able to fail where the script begins.
+    This is so where the source has only imports, constants and undecorated functions, uses no other names, and defines
+    no name that another source or the `preamble` of the script defines differently. A source that is not `proven`,
+    because no task with it ended DONE, must also have definitions that cannot fail.
     """
 
     def __init__(self, preamble: str) -> None:
@@ -42,11 +42,11 @@ class SourceWriter:
 
     @property
     def names(self) -> set[str]:
-        """Every name that the script has at its top level by now."""
+        """Every name that the script has at its top level so far."""
         return set(self._meanings)
 
     def write(self, source: Source, *, proven: bool = True) -> str:
-        """The expression for this function; its definition is in `definitions` then."""
+        """The expression for a function. Adds the definition to `definitions`, once."""
         if source.text not in self._defined and source.text not in self._text_variables:
             self._define(source.text, proven)
         if source.text in self._defined:
@@ -75,7 +75,7 @@ class SourceWriter:
 
 
 def _meanings(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Each name that the text's top level gives, with what it stands for there."""
+    """Each name that a module defines at its top level, with a text that is equal for equal meanings."""
     for statement in tree.body:
         if isinstance(statement, ast.Import):
             for alias in statement.names:
@@ -95,14 +95,14 @@ def _meanings(tree: ast.Module) -> Iterator[tuple[str, str]]:
 def _is_self_contained(tree: ast.Module, meanings: dict[str, str]) -> bool:
     nodes = list(ast.walk(tree))
     if not all(map(_is_plain, tree.body)) or any(isinstance(node, ast.Global) for node in nodes):
-        return False  # what changes globals: each function of a script takes its own copy of them along
+        return False  # in a script each function is sent with a copy of its globals, so that changes are lost
     used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     known = _BUILTINS - _INTROSPECTION | meanings.keys() | set(_local_names(nodes))
     return used <= known and not meanings.keys() & _BUILTINS
 
 
 def _cannot_fail(tree: ast.Module) -> bool:
-    """Whether defining its functions imports and calculates nothing."""
+    """Whether the definitions run no import and no calculation."""
     imports = any(isinstance(statement, ast.Import | ast.ImportFrom) for statement in tree.body)
     arguments = [
         statement.args for statement in tree.body if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -127,7 +127,7 @@ def _is_plain(statement: ast.stmt) -> bool:
 
 
 def _is_constant(value: ast.expr) -> bool:
-    """A number, a text, or a tuple of such: nothing that a function could change."""
+    """Whether a value is a number, a text or a tuple of these, which no function can change."""
     if isinstance(value, ast.UnaryOp):
         return _is_constant(value.operand)
     return isinstance(value, ast.Constant) or (isinstance(value, ast.Tuple) and all(map(_is_constant, value.elts)))

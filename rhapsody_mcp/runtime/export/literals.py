@@ -1,4 +1,4 @@
-"""Writes values and calls as Python code that gives them back."""
+"""Writes values and calls as Python code."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _INDENT = "    "
 
 
 class Code(msgspec.Struct, frozen=True):
-    """An expression that is written as it is."""
+    """An expression that is written unchanged."""
 
     text: str
 
 
 def write_value(value: object, special: Callable[[object], str | None] = lambda _: None) -> str:
-    """An expression for plain data; `special` writes what it knows better, at any depth, and gives None for the rest.
+    """An expression for plain data. At any depth, `special` may return another expression for a value, or None.
 
-    Raises TypeError for what is no plain data.
+    Raises TypeError for other values.
     """
     if isinstance(value, Code):
         return value.text
@@ -45,7 +45,7 @@ def write_value(value: object, special: Callable[[object], str | None] = lambda 
 
 
 def write_text(text: str) -> str:
-    """A text of several lines as a person would write it, if that gives it back; else as one line."""
+    """A text as a literal: of several lines where this evaluates to the same text, else of one line."""
     if "\n" in text:
         for quotes in ('"""', "'''"):
             written = f"r{quotes}{text}{quotes}" if "\\" in text else f"{quotes}\\\n{text}{quotes}"
@@ -62,7 +62,7 @@ def _evaluates_to(written: str, text: str) -> bool:
 
 
 def write_call(name: str, arguments: Sequence[str], depth: int = 0) -> str:
-    """A call, on one line where it fits; `depth` is how far its line is indented."""
+    """A call, on one line where it fits. `depth` is the indentation of this line, in levels."""
     line = f"{name}({', '.join(arguments)})"
     if not arguments or (len(line) + depth * len(_INDENT) <= _WIDTH and "\n" not in line):
         return line

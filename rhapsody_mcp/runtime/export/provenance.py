@@ -1,4 +1,4 @@
-"""Records where the results of a session come from: versions, machine, models, sampling, times, digests."""
+"""Records the provenance of results: versions, machine, models, sampling parameters, times and digests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SAMPLING = [field for field in SAMPLING if field != "json_schema"]
 
 
 def describe_provenance(id: str, tasks: Sequence[Task], backends: Sequence[Backend]) -> dict[str, Any]:
-    """The record of these tasks as they are now, in plain data but for each result, which is a Value."""
+    """The record of the tasks as they are now, in plain data; each result is a Value until `add_digests`."""
     all_tasks = [each for task in tasks for each in [task, *(task.children if isinstance(task, ForEach) else [])]]
     return {
         "session": id,
@@ -41,7 +41,7 @@ def describe_provenance(id: str, tasks: Sequence[Task], backends: Sequence[Backe
 
 
 def add_digests(record: dict[str, Any]) -> None:
-    """Put type, size and SHA-256 of each result, as it is encoded, in its place. Reads files."""
+    """Replace each result by its type, and the size and SHA-256 of its encoded form. Reads files."""
     for task in record["tasks"]:
         if isinstance(value := task.get("result"), Value):
             task["result"] = {"type": value.type, "encoding": value.format, "bytes": value.size, **_digest(value)}

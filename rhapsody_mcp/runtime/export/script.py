@@ -43,9 +43,11 @@ _OWN_NAMES = "repeat = session = results = item = task = label = _ = None"
 
 
 class Script(msgspec.Struct, frozen=True):
-    """`left_out` counts the tasks that are not in it because they were canceled, `replaced` those that others of the
-    same name replaced, and `unwritable` those that no code can say. `secrets` are the environment variables that it
-    needs."""
+    """A script, and counts of tasks. `tasks` are in the script; the others are left out.
+
+    `left_out` were canceled, `replaced` were replaced by tasks of the same name, and `unwritable` cannot be written as
+    code. `secrets` are the environment variables that the script needs.
+    """
 
     text: str
     tasks: int
@@ -58,24 +60,24 @@ class Script(msgspec.Struct, frozen=True):
 def write_script(
     id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[BackendPlan], folder: str = ""
 ) -> Script:
-    """A script that runs these tasks on backends that are made as planned, in `folder`, and prints what came of each as
-    JSON.
+    """A script that runs the tasks on the planned backends in `folder`, and prints the outcome of each task as JSON.
 
-    It submits them in the same order, and waits where the session had waited: a task may build on files of those
-    that had ended when it was submitted. What was canceled on request is left out, and what needs that; what came
-    after it comes after what it had to wait for. What a failure before it had canceled is in it. What cannot be written
-    as code is left out, and what another task of the same name replaced, unless a task that is in the script uses it.
+    The script submits the tasks in the same order. Before it submits a task, it waits for the tasks that had ended when
+    the task was submitted, because the task may use their files. Left out are tasks that were canceled on request,
+    tasks that cannot be written as code, tasks that need a task that is left out, and replaced tasks that no task of
+    the script uses. A task that came after a task that is left out comes after the sources of that task. Tasks that
+    were canceled because a source failed are in the script.
     """
     return _ScriptWriter(id, tasks, backends, plans, folder).write()
 
 
 def has_random_answers(task: Task) -> bool:
-    """Whether a model's answers to it may differ from run to run."""
+    """Whether the answers of a model may differ from run to run."""
     return isinstance(task, AITask) and task.temperature != 0 and task.seed is None
 
 
 def without_credentials(url: str) -> str:
-    """Without a user name and a password."""
+    """A URL without user name and password."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
@@ -104,7 +106,7 @@ class _ScriptWriter:
         self._suspects: list[str] = []
 
     def _source_functions(self) -> dict[Source, bool]:
-        """Each source, with whether a task has run it to its end."""
+        """The sources of the tasks; True for a source with which a task ended DONE."""
         proven: dict[Source, bool] = {}
         for task in self._tasks:
             function = work.function if isinstance(work := self._representatives[task.uid], ComputeTask) else None
@@ -114,7 +116,7 @@ class _ScriptWriter:
         return proven
 
     def _name_tasks(self) -> dict[str, str]:
-        """A variable for each task, by its uid; one that was replaced has a number behind its name."""
+        """The variable of each task, by uid. The variable of a replaced task ends with a number."""
         used_names = self._sources.names
         variables: dict[str, str] = {}
         earlier: Counter[str] = Counter()
@@ -147,7 +149,7 @@ class _ScriptWriter:
     def _secrets(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self._code.looked_up))
 
-    # --- what comes first
+    # --- docstring and imports
 
     def _docstring(self) -> str:
         first = (
@@ -156,7 +158,7 @@ class _ScriptWriter:
         return "\n".join([f'"""{first}', "", *(f"- {sentence}." for sentence in self._notes()), '"""'])
 
     def _notes(self) -> Iterator[str]:
-        """How to run it, and how far the same comes out again."""
+        """Sentences on how to run the script, and on how far its results repeat."""
         yield f"Run it with a Python that has rhapsody-mcp, such as {sys.executable}"
         yield "Functions and programs repeat, unless they read a clock, chance, the network or files that change"
         if any(isinstance(work, AITask) for work in self._representatives.values()):
@@ -181,7 +183,7 @@ class _ScriptWriter:
             yield f"Look before you pass it on, some look like secrets: {shown}"
 
     def _preamble(self, used: set[str]) -> str:
-        """Imports, and the functions of the script's own, as far as they are used."""
+        """The imports and the functions of the script, as far as the names in `used` need them."""
         functions = [code for name, code in SCRIPT_FUNCTIONS.items() if name in used]
         used = used.union({"Session"}, *(names for name, names in NEEDED_NAMES.items() if name in used))
         standard = [f"import {name}" for name in _IMPORTS[:-1] if name in used]
@@ -190,7 +192,7 @@ class _ScriptWriter:
         backends = f"from rhapsody_mcp.backends import {', '.join(self._classes)}"
         return "\n\n\n".join(["\n".join([*standard, *others, "", api, backends]), *functions])
 
-    # --- what is run
+    # --- body
 
     def _body(self) -> Iterator[str]:
         yield "async def repeat():"
@@ -214,7 +216,7 @@ class _ScriptWriter:
         yield "        return {label: report(task) for label, task in results.items()}"
 
     def _task_call(self, task: Task) -> str:
-        """Its code; a task with what looks like a secret is noted."""
+        """The code that makes a task. Code that may hold a secret adds the task to the suspects."""
         code = self._code.write(task, self._default_backend(task))
         if self._looks_secret(code):
             self._suspects.append(self._variables[task.uid])
@@ -223,11 +225,11 @@ class _ScriptWriter:
     def _looks_secret(self, code: str) -> bool:
         for variable in self._secrets:
             code = code.replace(f'os.environ["{variable}"]', HIDDEN)
-        joined = _LIST_SEPARATOR.sub(" ", code)  # an option, and what follows it
+        joined = _LIST_SEPARATOR.sub(" ", code)  # joins an option and the next argument
         return redacted(joined) != joined
 
     def _listed(self, tasks: Sequence[Task]) -> str:
-        """On one line where they are few."""
+        """A list of the variables, on one line where it fits."""
         listed = ", ".join(self._variables[task.uid] for task in tasks)
         if len(listed) <= _WIDTH:
             return f"[{listed}]"
@@ -235,7 +237,11 @@ class _ScriptWriter:
         return "\n".join(["[", *lines, "        ]"])
 
     def _labels(self) -> Iterator[tuple[str, str]]:
-        """A task's name where it alone has it, else its id; and its variable. What was replaced lost its name."""
+        """The label of each result, and the variable of its task.
+
+        A label is the name of the task where only one task has this name, else the uid. A replaced task has lost its
+        name.
+        """
         counts = Counter(task.name for task in self._tasks if task.replaced_by is None)
         for task in self._tasks:
             is_unique = task.name and counts[task.name] == 1 and task.replaced_by is None
@@ -264,6 +270,6 @@ class _ScriptWriter:
 
 
 def _absolute_path(file: str) -> str:
-    """A path from here as one from anywhere; what is no file is a name on a hub."""
+    """The absolute path of a file; another text, the name of a model on a hub, unchanged."""
     path = os.path.expanduser(file)
     return os.path.abspath(path) if os.path.exists(path) else file

@@ -1,4 +1,4 @@
-"""Writes the Python code that makes a task again."""
+"""Writes the Python code that makes a task."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ _OWN_FIELDS = {
     kind: [name for name, field in parameters.items() if field.kind is not field.VAR_KEYWORD]
     for kind, parameters in _PARAMETERS.items()
 }
-"""The fields that only this kind of task has."""
+"""By class, the fields that only this class of task has."""
 _FLOW_DEFAULTS = {name: _PARAMETERS[Task][name].default for name in ("retries", "retry_delay_s", "on_upstream_failure")}
 _ITEM_MARK = f"<{secrets.token_hex(8)}>"
 _ITEM = Part(cast(Task, _ITEM_MARK))
-"""Stands for the item while the task for one is written, as do parts of it; in a text it stands as JSON."""
+"""The item, while the code of a ForEach is written. A text holds the JSON form of the item or of a Part of it."""
 _ITEM_IN_TEXT = re.compile(rf'\{{"task":"{_ITEM_MARK}","path":("(?:[^"\\]|\\.)*")\}}')
 
 
 def representative(task: Task) -> Task:
-    """The task itself; of a ForEach the one that it makes, with something that stands for the item."""
+    """The task, or the task that a ForEach makes for a placeholder of the item."""
     return task.make(_ITEM, 0) if isinstance(task, ForEach) else task
 
 
 def top_level(task: Task) -> Task:
-    """The task that a script makes: of one of a for_each, the for_each."""
+    """The task that a script submits: for a child of a ForEach, the ForEach."""
     return task.parent or task
 
 
 class TaskCode:
-    """Knows the variable of each task, by uid, and the expression for each source.
+    """Writes the code of tasks, given the variable of each task by uid, and the expression of each source.
 
-    A task that has no variable is not there: None stands for its result. `also_after` are tasks that one comes after
-    besides those that it names, by uid. `looked_up` are the environment variables that stand for secrets.
+    A task without a variable is left out, and None is written for its result. `also_after` are further tasks that a
+    task comes after, by its uid. `looked_up` are the environment variables that replace secrets.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TaskCode:
         self.looked_up: list[str] = []
 
     def write(self, task: Task, default_backend: str | None) -> str:
-        """The call that makes it, for a line that is indented twice; without the backend that it gets anyhow."""
+        """The call that makes a task, for a line of depth 2. The default backend is not written."""
         work = representative(task)
         arguments = list(self._arguments(work))
         common = list(self._common(task, default_backend))
@@ -78,7 +78,7 @@ class TaskCode:
         return Code(f'os.environ["{variable}"]')
 
     def _arguments(self, task: Task) -> Iterator[str]:
-        """Those that say what the task runs."""
+        """The arguments that say what the task runs."""
         for field in _OWN_FIELDS[type(task)]:
             value = getattr(task, field)
             if value is None or (isinstance(value, tuple | list | dict) and not value):
@@ -102,7 +102,7 @@ class TaskCode:
                 yield f"{field}={value!r}"
 
     def _uses(self, task: ForEach) -> Iterator[str]:
-        """Of a list the made tasks say it themselves."""
+        """The argument `uses`. Where the items are a list, the children name the tasks that they use."""
         used = [one for one in task.needs() if task.source is not None and one is not task.source.task]
         if used:
             yield f"uses={self.listed(used)}"
@@ -133,7 +133,7 @@ class TaskCode:
         return write_value(value, special)
 
     def _result(self, task: Task, path: str) -> str | None:
-        """What stands for a part of its result; None where it has no variable."""
+        """The expression for a part of a task's result; None for a task without a variable."""
         if isinstance(task.parent, ForEach):
             number = [child.uid for child in task.parent.children].index(task.uid)
             path = f"/{number}{path}"
@@ -141,7 +141,7 @@ class TaskCode:
         return f"Part({variable}, {path!r})" if variable and path else variable
 
     def _without_secrets(self, value: Any) -> Any:
-        """With a look-up in the place of each environment variable whose name looks secret."""
+        """The value with a look-up in the place of each environment variable whose name suggests a secret."""
         if isinstance(value, list | tuple):
             return type(value)(self._without_secrets(item) for item in value)
         if not isinstance(value, dict):
@@ -158,7 +158,7 @@ def _part_code(path: str) -> str:
 
 
 def _with_item(text: str) -> str:
-    """A text that holds the item, or parts of it."""
+    """The expression for a text that holds the item or parts of the item."""
     codes = [
         f"text({_part_code(msgspec.json.decode(piece))})" if number % 2 else repr(piece)
         for number, piece in enumerate(_ITEM_IN_TEXT.split(text))

@@ -15,7 +15,7 @@ __all__ = ["also_after", "by_need", "repeatable", "submissions", "unwritable"]
 
 
 def repeatable(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks without those that were canceled, and without replaced ones that none of the others uses."""
+    """The tasks without canceled tasks, and without replaced tasks that no other task uses."""
     dropped: set[str] = set()
     by_source = list(by_need(tasks))
     for task in by_source:
@@ -32,7 +32,10 @@ def repeatable(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _was_canceled(task: Task, dropped: Collection[str]) -> bool:
-    """On request, or because of tasks that are not there again. Some of a for_each may have ended before that."""
+    """Whether a task was canceled on request, or because of a task that is dropped.
+
+    A ForEach with a child that is DONE does not count as canceled.
+    """
     if isinstance(task, ForEach) and any(child.state is TaskState.DONE for child in task.children):
         return False
     if task.cause is not Cause.UPSTREAM:
@@ -44,7 +47,7 @@ def _was_canceled(task: Task, dropped: Collection[str]) -> bool:
 
 
 def also_after(tasks: Sequence[Task], kept: Collection[str]) -> dict[str, list[Task]]:
-    """By the uid of a task: those that it comes after because of what came in between and is not kept."""
+    """By uid, the kept tasks that a task came after through tasks that are not kept."""
     predecessors: dict[str, list[Task]] = {}
     for task in by_need(tasks):
         missing = [source for source in map(top_level, task.sources()) if source.uid not in kept]
@@ -56,7 +59,7 @@ def also_after(tasks: Sequence[Task], kept: Collection[str]) -> dict[str, list[T
 
 
 def unwritable(tasks: Sequence[Task]) -> dict[str, str]:
-    """What cannot be written as code, and what needs such, by uid: with a sentence that says why."""
+    """By uid, a sentence for each task that cannot be written as code, or that needs such a task."""
     code = TaskCode({task.uid: "task" for task in tasks}, defaultdict(lambda: "function"))
     reasons: dict[str, str] = {}
     for task in by_need(tasks):
@@ -66,13 +69,13 @@ def unwritable(tasks: Sequence[Task]) -> dict[str, str]:
             continue
         try:
             code.write(task, None)
-        except Exception as error:  # one task must not take the script from the others
+        except Exception as error:  # a task that fails must not prevent the script of the others
             reasons[task.uid] = _one_line(f"{name} is left out, it cannot be written as code: {error}")
     return reasons
 
 
 def submissions(tasks: Sequence[Task]) -> Iterator[tuple[list[Task], list[Task]]]:
-    """The tasks in order, in lots; each with those of earlier lots that had ended when it was submitted."""
+    """The tasks in order, in batches. Each batch comes with the tasks of earlier batches that had ended before it."""
     batch: list[Task] = []
     before: list[Task] = []
     ends: list[tuple[float, int]] = []
@@ -91,7 +94,7 @@ def submissions(tasks: Sequence[Task]) -> Iterator[tuple[list[Task], list[Task]]
 
 
 def by_need(tasks: Sequence[Task], also_after: Mapping[str, Sequence[Task]] = MappingProxyType({})) -> Iterator[Task]:
-    """The tasks, each after those of them that it waits for, else in their order."""
+    """The tasks in order, but each after the tasks that it waits for."""
     index = {task.uid: number for number, task in enumerate(tasks)}
     needs = [[*map(top_level, task.sources()), *also_after.get(task.uid, ())] for task in tasks]
     missing = [{index[source.uid] for source in sources if source.uid in index} for sources in needs]

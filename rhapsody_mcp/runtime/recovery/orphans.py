@@ -1,4 +1,4 @@
-"""Ends what a crash of an earlier service left of its engines: those that the ledger names, and nothing else."""
+"""Ends the processes of engines that a crashed service has left: only engines that the ledger names."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rhapsody_mcp.ledger.records import DropEngine, EngineRow
 
 __all__ = ["end_orphans"]
 
-_KEEPER_GRACE_S = 15.0  # a keeper that has lost its owner stops its engine in so long, and leaves nothing
+_KEEPER_GRACE_S = 15.0  # a keeper that has lost its owner ends its engine within this time
 _LOCK_WAIT_S = 2.0
 _POLL_S = 0.1
 
 
 async def end_orphans(ledger: Ledger) -> list[str]:
-    """End every engine of the ledger whose owner is gone, and take its row out; a sentence for each that had left
-    processes. Takes up to 20 s where a keeper is about to end by itself: run it beside other work.
+    """End every engine of the ledger whose owner has died, and delete its row.
 
-    Engines that have an owner, such as new ones of this process, are left alone.
+    Returns a sentence for each folder in which processes were ended. Takes up to 20 s where a keeper is about to end by
+    itself. Engines whose owner lives, such as those of this process, stay.
     """
     by_folder: dict[str, list[EngineRow]] = {}
     for row in await ledger.engines():
@@ -35,19 +35,19 @@ async def end_orphans(ledger: Ledger) -> list[str]:
 
 
 async def _end_folder(ledger: Ledger, folder: Path, rows: list[EngineRow]) -> list[str]:
-    """The engines of one folder have one owner."""
+    """End the engines of one folder, which have one owner."""
     if not is_folder(folder):
         return await _end_engines(ledger, rows, folder=None)
     for _ in range(round(_LOCK_WAIT_S / _POLL_S)):
         with taken_over(folder) as is_taken_over:
             if is_taken_over or not (folder / "lock").exists():
                 return await _end_engines(ledger, rows, folder)
-        await asyncio.sleep(_POLL_S)  # its owner lives, or it is being swept
+        await asyncio.sleep(_POLL_S)  # the owner lives, or another process cleans the folder
     return []
 
 
 async def _end_engines(ledger: Ledger, rows: list[EngineRow], folder: Path | None) -> list[str]:
-    """Wait for the keepers, then end what is left."""
+    """Wait for the keepers, then end the remaining processes and delete the folder."""
     killed = set[int]().union(*await asyncio.gather(*map(_end_keeper, rows)))
     marks = [row.mark for row in rows if row.mark]
     if folder is None:
@@ -61,7 +61,7 @@ async def _end_engines(ledger: Ledger, rows: list[EngineRow], folder: Path | Non
 
 
 async def _end_keeper(row: EngineRow) -> set[int]:
-    """Give the keeper its time, unless somebody has stopped it, then kill it; which were killed."""
+    """Wait for the end of the keeper, not for a stopped one, then kill it. Returns the pids that were killed."""
     stalls, polls_left = Stalls(), round(_KEEPER_GRACE_S / _POLL_S)
     while keepers := await asyncio.to_thread(_keepers, row):
         if stalls.look(keepers) or not (polls_left := polls_left - 1):
@@ -72,7 +72,7 @@ async def _end_keeper(row: EngineRow) -> set[int]:
 
 
 def _keepers(row: EngineRow) -> set[int]:
-    """This engine's keeper, if it lives: by its arguments, and by pid and start time where these were written down."""
+    """The pid of the engine's keeper, if it lives: found by its arguments, and by pid and start time where known."""
     pids = set(with_arguments("rhapsody_mcp.engine.keeper", "--mark", row.mark)) if row.mark else set()
     if not row.started:
         return pids

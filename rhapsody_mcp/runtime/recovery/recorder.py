@@ -1,4 +1,4 @@
-"""Writes what happens to a session's tasks into the ledger."""
+"""Records the tasks of a session and their changes in the ledger."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _CHILDREN_PER_WRITE = 500
 
 
 class Storage(NamedTuple):
-    """Where a service keeps its sessions: the ledger, and the folder for long results."""
+    """Where a service stores its sessions: the ledger, and the folder of long results."""
 
     ledger: Ledger
     folder: Path
 
 
 class Submission(NamedTuple):
-    """A call that gave an idempotency key: a digest of what it asked for, and what it made."""
+    """A call of submit_tasks with an idempotency key: the digest of its requests, and its tasks."""
 
     key: str
     request_digest: bytes
@@ -54,20 +54,20 @@ class Submission(NamedTuple):
 
 
 class Recorder:
-    """Of one session. What is submitted is durable before it is done; what comes of it, soon after."""
+    """Records one session. A submission is durable before its tasks run; their changes are durable soon after."""
 
     def __init__(self, ledger: Ledger, key: str, session: Session) -> None:
-        """`key` is the name of the session in the ledger."""
+        """`key` identifies the session in the ledger."""
         self.key, self.engine_book = key, LedgerEngineBook(ledger, key)
         self.skipped = 0
-        """How many places in the order of ends nothing is known of: ends that were never written."""
+        """How many positions in the order of ends have no record, because these ends were never written."""
         self._ledger, self._session = ledger, session
         self._new_children: list[TaskRow] = []
-        """The tasks of for_each that are new and not given to the ledger yet."""
+        """The children of for_each tasks that are not in the ledger yet."""
 
     @property
     def durability_warning(self) -> str:
-        """Why what ends now could be lost, in a sentence; empty where it could not."""
+        """A sentence about why outcomes may not survive a crash now; empty where they do."""
         problem = self._ledger.problem
         if not problem:
             return ""
@@ -76,7 +76,7 @@ class Recorder:
     async def record_submission(
         self, tasks: Sequence[Task], stored_requests: Sequence[bytes], submission: Submission | None
     ) -> None:
-        """Raises LedgerUnavailable, with nothing written."""
+        """Make a submission durable. Raises LedgerUnavailable, with nothing written."""
         first_number = self._session.task_count
         numbered = zip(tasks, stored_requests, strict=True)
         rows = tuple(
@@ -86,7 +86,7 @@ class Recorder:
         await self._ledger.commit(PutTasks(rows), *([self._submission(submission)] if submission else ()))
 
     async def record_function(self, function: RegisteredFunction) -> None:
-        """Raises LedgerUnavailable, with nothing written."""
+        """Make a registered function durable. Raises LedgerUnavailable, with nothing written."""
         source = function.source
         row = FunctionRow(
             session=self.key,
@@ -100,9 +100,11 @@ class Recorder:
         await self._ledger.commit(PutFunction(row))
 
     async def before_start(self, uids: Sequence[str]) -> bool:
-        """True when all that is known of these, and how often they were started before, is durable: whether one has
-        started since, the notes beside its result tell. False where the session was closed first. While nothing can be
-        written nothing starts; with a damaged ledger, which no next life will read, everything does."""
+        """The `BeforeStart` of the session's backends: True when everything recorded about these tasks is durable.
+
+        After a restart, the notes beside a result say whether a task has started since. Waits while the ledger cannot
+        be written. False where the session is closed first. True with a damaged ledger, which no restart will read.
+        """
         while not self._session.closed:
             try:
                 self._write_new_children()
@@ -115,7 +117,7 @@ class Recorder:
         return False
 
     def record_change(self, task: Task) -> None:
-        """After each change of a task's state."""
+        """Record a change of a task's state."""
         match task.state:
             case TaskState.WAITING if task.parent is not None:
                 self._add_child(self._row(task, self._session.task_count, b""))
@@ -127,13 +129,15 @@ class Recorder:
                 self.write(TaskEnded(self.key, task.uid, len(self._session.ended) - 1 + self.skipped, task.outcome))
 
     def record_while_suspending(self, task: Task) -> None:
-        """In the place of `changed` while everything is ended for a next life, which tasks that have not come to an end
-        of their own begin anew, or find lost."""
+        """Record only ends that the shutdown of the service did not cause; replaces `record_change` during a shutdown.
+
+        After the restart, other tasks run again or end with cause lost.
+        """
         if task.state in (TaskState.DONE, TaskState.FAILED) and task.cause is not Cause.LOST:
             self.record_change(task)
 
     def write(self, change: Change) -> None:
-        """Soon."""
+        """Queue a change for the ledger, after the new children; does not wait for the disk."""
         self._write_new_children()
         self._ledger.write(change)
 
@@ -182,7 +186,7 @@ class Recorder:
 
 
 class LedgerEngineBook:
-    """The EngineBook of a session's backends."""
+    """The EngineBook of a session's backends: records engines in the ledger."""
 
     def __init__(self, ledger: Ledger, key: str) -> None:
         self._ledger, self._key = ledger, key

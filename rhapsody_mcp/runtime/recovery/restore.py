@@ -1,4 +1,4 @@
-"""Makes the tasks of a session again that a ledger holds, each with what came of it."""
+"""Restores the tasks of a session, with their outcomes, from the ledger."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TASKS_PER_STEP = 200
 
 
 async def restore(opened: OpenSession, ledger: Ledger, key: str) -> None:
-    """Give a session that was just made everything that the ledger holds under this key, and run what had not ended."""
+    """Restore a new session from the ledger, where it has this key, and run its unfinished tasks."""
     for function in await ledger.functions(key):
         source = Source(function.source, function.entry)
         opened.functions.add(
@@ -48,8 +48,10 @@ async def restore(opened: OpenSession, ledger: Ledger, key: str) -> None:
 async def _restore_tasks(
     opened: OpenSession, rows: Sequence[TaskRow], children: dict[str, list[TaskRow]]
 ) -> tuple[list[Task], dict[str, str]]:
-    """The tasks, and why those that cannot be made again cannot: these stand there as programs of no name, with the
-    results that they had."""
+    """The tasks, and by uid the reasons why stored requests are unreadable.
+
+    A task without a readable request is a ComputeTask with the executable "?", and has its state and result.
+    """
     tasks: list[Task] = []
     unreadable: dict[str, str] = {}
     for number, row in enumerate(rows):
@@ -64,7 +66,7 @@ async def _restore_tasks(
         opened.add_tasks([task])
         tasks.append(task)
         if number % _TASKS_PER_STEP == 0:
-            await asyncio.sleep(0)  # others are served meanwhile
+            await asyncio.sleep(0)  # other clients are served meanwhile
     return tasks, unreadable
 
 
@@ -78,9 +80,9 @@ def _restore_children(parent: ForEach, rows: Sequence[TaskRow]) -> None:
 
 
 def _restore_state(task: Task, row: TaskRow) -> None:
-    """What it had in its earlier life."""
+    """Set the state that the task had in the previous run."""
     task.submitted, task.attempts, task.last_failure = row.submitted, row.attempts, row.last_failure
     if row.outcome is not None:
         task.state, task.outcome, task.started = row.outcome.state, row.outcome, row.outcome.started
         if row.started is None and task.started is not None and not isinstance(task, ForEach):
-            task.attempts += 1  # its start was heard of with its end
+            task.attempts += 1  # the start was reported together with the end

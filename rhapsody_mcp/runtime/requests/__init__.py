@@ -1,1 +1,1 @@
-"""Task requests: what an agent asked for, as it was sent, as it becomes a task, and as the ledger keeps it."""
+"""Task requests of agents: their fields, the tasks made from them, and their stored form in the ledger."""

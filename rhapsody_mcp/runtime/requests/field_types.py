@@ -1,4 +1,4 @@
-"""Types of fields that several requests share."""
+"""Field types that several requests share."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ NAME_PATTERN = r"^[A-Za-z][A-Za-z0-9_.-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN), WithJsonSchema({"type": "string"})]
 """The name of a session, a task or a function. The JSON schema leaves the pattern out; the error message states it."""
 UNION_TAGS = ("(value)", "(stand-in)")
-"""The tags that pydantic puts into the location of a problem where a field takes a value or an object in its place. No
-field has such a name."""
+"""The tags of a union of a value and its stand-in. Pydantic puts a tag into the location of an error; no field has such
+a name."""

@@ -17,7 +17,7 @@ __all__ = ["ItemTaskFactory", "refuse_item"]
 
 
 class ItemTaskFactory:
-    """Makes the task for one item of a for_each; `request` is what was asked for."""
+    """Makes the task for an item, from the request of the for_each. Raises InvalidTask for a wrong request or item."""
 
     def __init__(self, request: TaskRequest, task_named: TaskNamed, function: Source | Module | None) -> None:
         self.request = request.model_copy(update={"for_each": None})
@@ -53,7 +53,7 @@ class ItemTaskFactory:
 
 
 def _flatten_messages(messages: Sequence[Any]) -> list[Any]:
-    """With the messages of an item, which may be one or a list of them, in the place of what stands for it."""
+    """The messages of a chat, with the messages of an item in place. An item is one message or a list of messages."""
     flat: list[Any] = []
     for message in messages:
         if not is_literal(message):
@@ -66,7 +66,7 @@ def _flatten_messages(messages: Sequence[Any]) -> list[Any]:
 
 
 def _items_as_text(value: Any) -> Any:
-    """Items as texts, where a program or a model gets them."""
+    """The value with items as texts, for a program or a model."""
     if isinstance(value, list):
         return [_items_as_text(part) for part in value]
     if not isinstance(value, dict):
@@ -87,7 +87,7 @@ def refuse_item(fields: Mapping[str, Any]) -> None:
 
 
 def _field_has_placeholder(field: str, value: Any) -> bool:
-    """Only as a whole a JSON schema stands for an item: it may have a property of that name."""
+    """Whether a field holds a placeholder. Inside a JSON schema, `item` may be the name of a property."""
     if field == "json_schema":
         return is_stand_in(value) and "item" in value
     return has_placeholder(value)
@@ -97,4 +97,4 @@ _ITEM_FIELDS = (
     *("args", "kwargs", "executable", "arguments", "prompt", "messages", "system_prompt", "env", "cwd"),
     *STAND_IN_FIELDS,
 )
-"""Where an item may stand."""
+"""The fields that may hold a placeholder."""

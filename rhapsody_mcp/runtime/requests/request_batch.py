@@ -25,9 +25,9 @@ _TASK_ID = re.compile(r"task\.\d+(\[|$)")
 
 
 def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Task]:
-    """Tasks of `session`, in order, with the tasks that they refer to in the place of the references.
+    """The tasks of the requests, in order, with tasks in the place of references.
 
-    Raises InvalidTask, which names the tasks, for the first requests that cannot be met, and LimitExceeded.
+    Raises InvalidTask, which names the first wrong requests and counts the others, and LimitExceeded.
     """
     session.session.refuse_count(sum(_task_count(request) for request in requests))
     uids = session.new_uids(len(requests))
@@ -35,7 +35,7 @@ def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Ta
     errors: dict[int, str] = {}
     for index in batch.order():
         if batch.needs[index] & errors.keys():
-            errors[index] = ""  # told by what it needs
+            errors[index] = ""  # the error of the request that it needs is reported
             continue
         try:
             with _naming_task(index, requests[index]):
@@ -59,7 +59,7 @@ def _raise_errors(wrong: Sequence[str]) -> None:
 
 
 class _RequestBatch:
-    """The requests of one call: who is named how, and who needs whom."""
+    """The requests of one call: their names, and the requests that each of them needs."""
 
     def __init__(self, requests: Sequence[TaskRequest], uids: Sequence[str], session: OpenSession) -> None:
         self.requests, self.session = requests, session
@@ -82,7 +82,7 @@ class _RequestBatch:
         self._index[name] = index
 
     def order(self) -> list[int]:
-        """Indices of the requests, each after those that it needs."""
+        """The indices of the requests, each after the requests that it needs. Raises InvalidTask for a cycle."""
         try:
             return list(TopologicalSorter(self.needs).static_order())
         except CycleError as error:
@@ -100,7 +100,7 @@ class _RequestBatch:
         return needs
 
     def task(self, name: str) -> Task:
-        """The task of this call or of an earlier one; those of this call have been made by now."""
+        """The task with this name, of this call or an earlier call. A task of this call must have been made already."""
         return self.tasks[self._index[name]] if name in self._index else self.session.task(name)
 
     def _session_task(self, name: str, index: int) -> Task:
@@ -119,7 +119,7 @@ class _RequestBatch:
             raise InvalidTask(f"unknown task {name!r}{nearest(name, known)}. Valid: {valid}{more}.") from None
 
     def _valid_references(self, index: int) -> list[str]:
-        """What the task of this index can refer to."""
+        """The names that the request with this index may refer to."""
         in_batch = [request.name for other, request in enumerate(self.requests) if request.name and other != index]
         failed = (TaskState.FAILED, TaskState.CANCELED)
         return in_batch + [name_of(task) for task in self.session.session.tasks if task.state not in failed]
@@ -148,7 +148,7 @@ def _set_backend(task: Task, backend: str) -> None:
 
 @contextmanager
 def _naming_task(index: int, request: TaskRequest) -> Iterator[None]:
-    """Every refusal says which task it is about."""
+    """Put the label of the task before the message of each error."""
     try:
         yield
     except (InvalidTask, UnknownName) as error:

@@ -37,7 +37,7 @@ def make_single_task(
     function: Source | Module | None,
     common: Mapping[str, Any],
 ) -> ComputeTask | AITask:
-    """`fields` are those of a request, with an item in its places, and `asked` what the backend is told."""
+    """A task of the given form. `fields` have an item in the place of each placeholder. Raises InvalidTask."""
     if form in ("prompt", "messages"):
         present = ((field, value) for field in _PROMPT_FIELDS if (value := fields[field]) is not None)
         parameters = {field: _resolved(field, value, task_named) for field, value in present}
@@ -80,7 +80,7 @@ def kind_of_request(request: TaskRequest) -> Kind:
 
 
 def form_of(request: TaskRequest) -> str:
-    """The one field that says what it runs."""
+    """The one field that says what the task runs. Raises InvalidTask for none or several, and for unused fields."""
     given = request.given_fields()
     kinds = [kind for kind in FIELDS if kind in given]
     if len(kinds) != 1:
@@ -93,7 +93,7 @@ def form_of(request: TaskRequest) -> str:
 
 
 def backend_kwargs(form: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The time and the processes that are asked for, in the words of `task_backend_specific_kwargs`."""
+    """The `task_backend_specific_kwargs` for the timeout and the processes of a request."""
     timeout = {"timeout": fields["timeout_s"]} if fields["timeout_s"] is not None else {}
     return timeout if form in ("prompt", "messages") else {**timeout, **_layout(fields)}
 
@@ -126,6 +126,6 @@ def _argument(value: Any) -> str | Task | Part | Text:
 
 
 def fields_of(request: TaskRequest) -> dict[str, Any]:
-    """With the references in texts apart from what an item may bring into them."""
+    """The fields of a request. Texts are parsed now, so that nothing in an item is read as a reference."""
     fields = dict(request)
     return fields | {field: parse_texts(value) for field in TEXT_FIELDS if (value := fields[field]) is not None}

@@ -1,4 +1,4 @@
-"""Task requests as the ledger keeps them, and the tasks that a later life of the service makes of them."""
+"""The stored form of task requests in the ledger, and the tasks that a restarted service makes from them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,14 @@ VERSION = 1
 """The version of the fields of a stored request. A field that is renamed, removed or given another meaning needs the
 next version, and a function in UPGRADES; a new field with a default needs neither."""
 UPGRADES: dict[int, Callable[[Fields], Fields]] = {}
-"""By version, what makes the fields of the next version."""
+"""By version, the function that converts fields to the next version."""
 
 
 class StoredRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A request in which tasks are named by their uids. `function` is the number of the registered function that it
-    calls. Requests of version 1 do not name their version."""
+    """A request whose references are uids. `function` is the number of the registered function that the task calls.
+
+    Stored requests of version 1 have no `version`.
+    """
 
     request: Fields
     function: int | None = None
@@ -40,7 +42,7 @@ class StoredRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def store_requests(requests: Sequence[TaskRequest], tasks: Sequence[Task], session: OpenSession) -> list[bytes]:
-    """The stored form of each request; `tasks` are the tasks that were made of them, in the same order."""
+    """The stored form of each request. `tasks` are the tasks of the requests, in the same order."""
     uids = {task.name: task.uid for task in tasks if task.name} | {task.uid: task.uid for task in tasks}
 
     def uid_of(name: str) -> str:
@@ -64,7 +66,7 @@ def _stored(request: TaskRequest, uid_of: Callable[[str], str], session: OpenSes
 
 
 def read_stored_request(data: bytes, uid: str, session: OpenSession) -> Task:
-    """The task of a stored request, under this uid. Raises InvalidRequest where this version cannot make the task."""
+    """The task of a stored request, with this uid. Raises InvalidRequest where this version cannot read the request."""
     try:
         stored = msgspec.json.decode(data, type=StoredRequest)
         request = TaskRequest.model_validate(_upgraded(stored))

@@ -23,7 +23,7 @@ __all__ = ["make_task"]
 
 
 def make_task(request: TaskRequest, uid: str, task_named: TaskNamed, function_named: FunctionNamed) -> Task:
-    """Raises InvalidTask."""
+    """The task of a request, with this uid. Raises InvalidTask."""
     common: dict[str, Any] = {
         "uid": uid,
         "name": request.name,

@@ -1,4 +1,4 @@
-"""The tasks that an agent submits, as they come in."""
+"""A task request: the fields with which an agent describes a task."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ class _StrictModel(BaseModel):
 
 
 def _numbers_as_text(env: Any) -> Any:
-    """Numbers as the texts that variables are."""
+    """The environment with numbers as texts."""
     if not isinstance(env, dict):
         return env
     return {name: str(value) if type(value) in (int, float) else value for name, value in env.items()}
 
 
 Env = Annotated[dict[str, str | None], BeforeValidator(_numbers_as_text)]
-"""Of a variable that is null there is none."""
+"""Environment variables; null removes a variable."""
 
 
 def is_stand_in(value: object) -> bool:
-    """Whether it is an object that refers to a result, or stands for an item."""
+    """Whether the value is an object that stands for a result or an item."""
     keys = value.keys() - {"path"} if isinstance(value, dict) else None
     return keys == {"ref"} or keys == {"item"}
 
 
 def _refuse_bool(value: Any) -> Any:
-    """Python takes true for 1; here it is a mistake."""
+    """Refuse true and false, which Python accepts as numbers."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "true and false are no numbers")
     return value
@@ -61,7 +61,7 @@ OrStandIn = Annotated[
     Annotated[_T, Tag(UNION_TAGS[0])] | Annotated[StandIn, Tag(UNION_TAGS[1])],
     Discriminator(lambda value: UNION_TAGS[is_stand_in(value)]),
 ]
-"""For a field whose value may also be an object that stands for one."""
+"""The type of a field that takes a value or a stand-in."""
 _NUMBER = BeforeValidator(_refuse_bool)
 
 
@@ -176,26 +176,26 @@ class TaskRequest(_StrictModel):
     ] = "cancel"
 
     def given_fields(self) -> set[str]:
-        """The fields that say something."""
+        """The fields that are set to another value than the default."""
         fields = type(self).model_fields
         return {field for field in self.model_fields_set if getattr(self, field) != fields[field].default}
 
     def references(self) -> set[str]:
-        """The names of the tasks whose results this one needs."""
+        """The names of the tasks whose results the request uses. Raises InvalidTask for a malformed reference."""
         in_data = [getattr(self, field) for field in DATA_FIELDS]
         in_data += [value for field in STAND_IN_FIELDS if is_stand_in(value := getattr(self, field))]
         return set(referenced_names([*in_data, *(parse_texts(getattr(self, field)) for field in TEXT_FIELDS)]))
 
 
 DATA_FIELDS = frozenset({"args", "kwargs", "for_each"})
-"""Fields in which a reference may stand at any depth."""
+"""Fields that may hold references at any depth."""
 TEXT_FIELDS = frozenset({"arguments", "prompt", "messages", "system_prompt"})
-"""Such fields that have references also in their texts."""
+"""Fields that may hold references at any depth, also in texts."""
 STAND_IN_FIELDS = frozenset(SAMPLING)
-"""Fields whose whole value may be a reference, or stand for an item."""
+"""Fields whose whole value may be a stand-in."""
 _FLOW_FIELDS = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure"}
 COMMON_FIELDS = {"name", "backend", "timeout_s", *_FLOW_FIELDS}
-"""Fields that every task has."""
+"""Fields of every form of task."""
 _PROCESS_FIELDS = {"process", "ranks", "mpi", "process_templates", "env", "cwd"}
 _MODEL_FIELDS = {"system_prompt", *SAMPLING, *COMMON_FIELDS}
 FIELDS = {
@@ -205,4 +205,4 @@ FIELDS = {
     "prompt": {"prompt", *_MODEL_FIELDS},
     "messages": {"messages", *_MODEL_FIELDS - {"system_prompt"}},
 }
-"""Which fields a task has, by the one that says what it runs."""
+"""The valid fields of a request, by its form: the field that says what the task runs."""

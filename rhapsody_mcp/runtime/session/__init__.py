@@ -1,1 +1,1 @@
-"""One session: it accepts tasks, hands them to backends, and keeps account of them."""
+"""One session: it accepts tasks, sends them to backends, and computes their statistics."""

@@ -1,4 +1,4 @@
-"""Checks the tasks of one submission, all of them or none: what a backend gets of each, and which backend that is."""
+"""Checks the tasks of a submission before any of them is submitted, and chooses their backends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Acceptance", "AcceptedTask"]
 
 
 class AcceptedTask(NamedTuple):
-    """A task that was checked, with its backend and what the backend gets; a ForEach has neither."""
+    """A checked task, with its backend and its spec; a ForEach has neither."""
 
     task: Task
     backend: ManagedBackend | None = None
@@ -27,7 +27,7 @@ class AcceptedTask(NamedTuple):
 
 
 class Acceptance:
-    """Checks tasks for one session, which has `tasks` already. Every method may run in a thread."""
+    """Checks tasks for one session. `tasks` are the tasks of the session, by uid. Every method may run in a thread."""
 
     def __init__(
         self,
@@ -40,13 +40,16 @@ class Acceptance:
         self._routes = {name: managed.backend for name, managed in backends.items()}
 
     def accept(self, batch: Sequence[Task]) -> list[AcceptedTask]:
-        """The tasks of a submission, a ForEach after its children. Raises InvalidTask, UnknownName, LimitExceeded."""
+        """Check a submission. The result has each ForEach after its children.
+
+        Raises InvalidTask, UnknownName or LimitExceeded.
+        """
         accepted = self.accept_hidden(batch)
         self._refuse_over_limits(accepted)
         return accepted
 
     def accept_hidden(self, batch: Sequence[Task]) -> list[AcceptedTask]:
-        """The same for tasks of this program's own, which no limit counts."""
+        """Check internal tasks, to which no limit applies. Raises InvalidTask or UnknownName."""
         uids: dict[str, Task] = {}
         for task in batch:
             if not isinstance(task, Task):
@@ -67,7 +70,7 @@ class Acceptance:
         return [self._accept_task(task, spec) for task, spec in specs]
 
     def accept_children(self, parent: ForEach, items: Sequence[object]) -> list[AcceptedTask]:
-        """Make the children of a ForEach for these items and check them. Raises what `accept` raises."""
+        """Make the children of a ForEach for these items and check the children. Raises what `accept` raises."""
         self.refuse_count(len(items))
         parent.make_children(items)
         encoder = Encoder(reference)
@@ -80,11 +83,11 @@ class Acceptance:
         return accepted
 
     def accept_restored(self, task: Task, encoder: Encoder) -> AcceptedTask:
-        """A task of an earlier life of the session, which no limit refuses. Raises InvalidTask or UnknownName."""
+        """Check a restored task, to which no limit applies. Raises InvalidTask or UnknownName."""
         return self._accept_task(task, _specify(task, encoder))
 
     def refuse_count(self, count: int) -> None:
-        """Raise LimitExceeded where so many more tasks are too many."""
+        """Raise LimitExceeded where `count` further tasks are too many."""
         if self._limits is not None:
             self._limits.refuse_count(self._usage, count)
 
@@ -106,7 +109,7 @@ class Acceptance:
 
 
 def _specify(task: Task, encoder: Encoder) -> TaskSpec | None:
-    """What a backend gets, None for a ForEach. Settles what the task needs, also what only a pickler finds in it."""
+    """The spec of a task, None for a ForEach. Fixes the tasks that it needs, also those that only the pickler finds."""
     task.settle_needs()
     if isinstance(task, ForEach):
         return None

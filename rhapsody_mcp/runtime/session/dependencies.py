@@ -1,4 +1,4 @@
-"""Which tasks of a session wait for which others, from their submission to their ends."""
+"""The tasks that wait for other tasks of the session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Dependencies:
         self._dependents: dict[str, list[str]] = {}
 
     def add(self, task: Task) -> None:
-        """Have the task wait for those of its sources that have not ended."""
+        """Let the task wait for each of its sources that has not ended."""
         sources = task.sources()
         if sources and (unfinished := {source.uid for source in sources if not source.state.final}):
             self._open_sources[task.uid] = unfinished
@@ -24,11 +24,11 @@ class Dependencies:
         return bool(self._open_sources.get(task.uid))
 
     def forget(self, task: Task) -> None:
-        """The task has ended, and waits for nothing any more."""
+        """Remove a task that has ended."""
         self._open_sources.pop(task.uid, None)
 
     def pop_dependents(self, task: Task) -> dict[str, bool]:
-        """The uids of the tasks that waited for this one, each with whether all of its sources have ended now."""
+        """The uids of the tasks that waited for this task; True for a task that waits for nothing else."""
         ready = {}
         for uid in self._dependents.pop(task.uid, ()):
             open_sources = self._open_sources.get(uid, set())

@@ -1,4 +1,4 @@
-"""Runs a ForEach: makes its tasks when the items are there, and one result of theirs when all have ended."""
+"""Runs a ForEach: makes the children when the items are available, and joins the results of the children."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ _AS_LIST = Module("rhapsody_mcp.engine.task.inspection:as_list")
 
 
 class ForEachOwner(Protocol):
-    """The session, as far as a ForEach needs it."""
+    """The session, as a ForEachRunner uses it."""
 
     @property
     def folder(self) -> Path:
-        """Where long results lie."""
+        """The folder of long results."""
 
     @property
     def closed(self) -> bool:
-        """Whether nothing new is to be started."""
+        """Whether the session starts no further work."""
 
     async def run_hidden(self, task: Task) -> Task:
-        """Run a task of this program's own."""
+        """Run an internal task and return it when it has ended."""
 
     async def submit_children(self, parent: ForEach, items: Sequence[Any]) -> None:
-        """Make and take the children; raises InvalidTask and LimitExceeded."""
+        """Make and submit the children. Raises InvalidTask and LimitExceeded."""
 
     def end(self, task: Task, outcome: Outcome) -> None:
         """Give a task its final state."""
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run this until it ends or the session is closed."""
+        """Run the coroutine in the background; closing the session waits for its end."""
 
 
 class ForEachRunner:
-    """Of one session. A joined result has at most `most_bytes` bytes, encoded; None for any number."""
+    """Runs every ForEach of one session. A joined result has at most `max_bytes` encoded bytes; None is no limit."""
 
     def __init__(self, owner: ForEachOwner, max_bytes: int | None) -> None:
         self._owner, self._max_bytes = owner, max_bytes
@@ -57,11 +57,11 @@ class ForEachRunner:
         return bool(self._unfinished.get(parent.uid))
 
     def start(self, parent: ForEach) -> None:
-        """The items are there now: make the tasks."""
+        """Make the children; the items are available now."""
         self._expansions[parent.uid] = self._owner.spawn(self._expand(parent))
 
     def watch(self, parent: ForEach) -> None:
-        """The children are there: join their results when the last of them ends."""
+        """Join the results of the children when the last child ends."""
         parent.state = TaskState.QUEUED
         self._unfinished[parent.uid] = sum(not child.state.final for child in parent.children)
         if not self._unfinished[parent.uid]:
@@ -74,7 +74,7 @@ class ForEachRunner:
             self._owner.spawn(self._join(parent))
 
     async def wait_expanded(self, tasks: Iterable[Task]) -> None:
-        """Return when each ForEach among these whose items are a JSON result that is there has its children."""
+        """Return when each ForEach among the tasks whose items are an available JSON result has its children."""
         sources = {task.uid: task.source.task for task in tasks if isinstance(task, ForEach) and task.source}
         values = {uid: source.outcome.value for uid, source in sources.items() if source.outcome}
         expansions = [
@@ -117,7 +117,7 @@ class ForEachRunner:
         self._owner.end(parent, outcome)
 
     async def _join_results(self, parent: ForEach) -> Value | None:
-        """The list of the children's results: of JSON put together here, of other objects by a worker."""
+        """The list of the results. JSON results are joined in this process, other objects by a worker."""
         done_children = [child if child.state is TaskState.DONE else None for child in parent.children]
         values = [child.outcome.value if child and child.outcome else None for child in done_children]
         if all(value is None or value.format == "json" for value in values):

@@ -1,4 +1,4 @@
-"""A backend as its session uses it: started on need, started again where its engine dies, at rest where it is idle."""
+"""A backend of a session: started on demand, restarted when its engine dies, stopped when idle."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _log = logging.getLogger(__name__)
 _RESTARTS = 5
 _FIRST_DELAY_S = 1.0
 _ORDERS_PER_STEP = 250
-"""So many orders are handed over in one step of the event loop."""
+"""How many orders are submitted in one step of the event loop."""
 _CAUSES_WITHOUT_ENGINE = (Cause.LOST, Cause.CANCELED, Cause.INVALID)
-"""A task may end so without an engine."""
+"""The causes with which a task may end although no engine works."""
 
 
 class EngineNotice(NamedTuple):
-    """What a session has to say about its engines, and when (seconds since the epoch)."""
+    """A sentence about an engine of a session, and its time in seconds since the epoch."""
 
     at: float
     text: str
@@ -41,17 +41,17 @@ CallLater = Callable[[float, Callable[[], object]], _Timer]
 
 
 def call_later(delay_s: float, call: Callable[[], object]) -> _Timer:
-    """The running loop's own timer."""
+    """Call a function after a delay, by the timer of the running event loop."""
     return asyncio.get_running_loop().call_later(delay_s, call)
 
 
 class ManagedBackend:
-    """Takes a backend's orders at any time, and keeps those that it cannot have yet.
+    """Accepts orders at any time, and keeps them pending until the backend has started.
 
-    An engine that dies is started again 1, 2, 4, 8 and 16 s later while orders wait for it. When five starts in a row
-    have brought no task to an end, those orders end FAILED with cause lost, and the next order starts anew. A first
-    start that fails is not repeated here. With `idle_s` an engine that has had no task for so long, and that
-    `is_needed` does not speak for, is stopped until the next order.
+    An engine that dies is restarted 1, 2, 4, 8 and 16 s later while orders are pending. After five restarts in a row
+    without a finished task, the pending orders end FAILED with cause lost, and the next order begins a new series. A
+    failed first start is not repeated. With `idle_s`, an engine without a task for this many seconds is stopped until
+    the next order, unless `is_needed` returns True.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class ManagedBackend:
 
     @property
     def progress(self) -> str:
-        """What the engine does, in words; empty where the backend does not say."""
+        """What the engine does now, for users; empty where the backend reports nothing."""
         state = "" if self._backing_off else str(getattr(self.backend, "progress", ""))
         return "; ".join(filter(None, [self._activity, state]))
 
-    # --- what the session asks for
+    # --- requests of the session
 
     def submit(self, orders: Collection[Order]) -> None:
-        """Run these; each ends with an Ended that is reported, whatever happens to the engine."""
+        """Run the orders. Exactly one Ended is reported for each, whatever happens to the engine."""
         self._cancel_idle_timer()
         if self._ready and not self._pending:
             try:
@@ -100,18 +100,18 @@ class ManagedBackend:
         self._begin_start()
 
     def withdraw(self, uids: Collection[str]) -> set[str]:
-        """Take back those of these tasks that the backend does not have; they are reported no more."""
+        """Remove pending orders, and return their uids. Nothing is reported for these tasks."""
         held = {order.spec.uid for order in self._pending if order.spec.uid in uids}
         self._pending = [order for order in self._pending if order.spec.uid not in held]
         return held
 
     def cancel(self, uids: Iterable[str]) -> None:
-        """Ask the backend to end those of these tasks that it has."""
+        """Ask the backend to cancel the submitted tasks among these."""
         if submitted := [uid for uid in uids if uid in self._live]:
             self.backend.cancel(submitted)
 
     async def close(self) -> None:
-        """Stop the backend; what it did not have is not reported."""
+        """Stop the backend. Nothing is reported for pending orders."""
         self._closed = True
         self._cancel_idle_timer()
         if self._start_task is not None:
@@ -121,7 +121,7 @@ class ManagedBackend:
             await asyncio.wait({self._rest_task})
         await self.backend.close()
 
-    # --- to the backend
+    # --- submitting to the backend
 
     def _submit_to_backend(self, orders: Collection[Order]) -> None:
         by_uid = {order.spec.uid: order for order in orders}
@@ -153,7 +153,7 @@ class ManagedBackend:
             self._begin_start()
 
     def _mark_dead(self, reason: str) -> None:
-        """Count the end of an engine, once."""
+        """Count the end of the engine, once."""
         if self._ready:
             self._ready = False
             self._count_failure(reason)
@@ -164,7 +164,7 @@ class ManagedBackend:
         self._last_loss = ""
 
     def _report_loss(self, reason: str) -> None:
-        """Once, though the backend tells at once, and its tasks or the next one later."""
+        """Post a notice of a loss once, although the backend, its tasks and the next submission may each report it."""
         if reason != self._last_loss:
             self._post_notice(f"backend {self.backend.name!r} lost its engine: {reason}")
         self._last_loss = reason
@@ -179,7 +179,7 @@ class ManagedBackend:
             self._start_task = asyncio.create_task(self._start())
 
     async def _start(self) -> None:
-        """Have the backend take what is pending, or end that."""
+        """Submit the pending orders, or end them where the backend does not start."""
         try:
             while self._pending:
                 if self._ready:
@@ -191,7 +191,7 @@ class ManagedBackend:
         except RhapsodyError as error:
             cause = Cause.LOST if isinstance(error, BackendError) else Cause.INVALID
             self._fail_pending(cause, f"backend {self.backend.name!r} did not start: {error}")
-        except Exception as error:  # a fault of the backend must not leave its tasks waiting for ever
+        except Exception as error:  # a bug of a backend must not leave tasks waiting forever
             _log.exception("backend %r did not start", self.backend.name)
             self._fail_pending(Cause.LOST, f"backend {self.backend.name!r} failed to start: {error!r}")
         finally:
@@ -199,7 +199,7 @@ class ManagedBackend:
             self._continue()
 
     def _continue(self) -> None:
-        if self._pending and not self._closed:  # what was refused let others begin
+        if self._pending and not self._closed:  # orders that ended may have queued others
             self._begin_start()
         self._set_idle_timer()
 

@@ -1,4 +1,4 @@
-"""Outcomes that a session gives to tasks, and results opened for the user of a task."""
+"""Outcomes that a session makes, and results that it opens for the user of a task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def failed(cause: Cause, message: str) -> Outcome:
 
 
 def canceled_by_upstream(source: Task) -> Outcome:
-    """The outcome of a task that waited for `source`, which did not end DONE. A chain of such tasks names its first."""
+    """The outcome of a task whose `source` did not end DONE. In a chain of such tasks the error names the first."""
     assert source.outcome is not None
     error = source.outcome.error
     if source.outcome.cause is Cause.UPSTREAM:
@@ -36,7 +36,7 @@ def canceled_by_upstream(source: Task) -> Outcome:
 
 
 def with_attempts(task: Task, outcome: Outcome) -> Outcome:
-    """With a note such as `attempt 3 of 3, no retry is left; attempt 2 ended with cause error: ...`."""
+    """The outcome with a note such as `attempt 3 of 3, no retry is left; attempt 2 ended with cause error: ...`."""
     if not task.last_failure:
         return outcome
     used_up = outcome.state is TaskState.FAILED and task.attempts > task.retries
@@ -46,9 +46,9 @@ def with_attempts(task: Task, outcome: Outcome) -> Outcome:
 
 
 def open_results(task: Task, outcome: Outcome, read: Reader) -> Outcome:
-    """Give the task what its user sees: value, output, ranks and exception. Runs the user's own code (pickle).
+    """Set value, output, ranks and exception of the task. Unpickling runs user code.
 
-    A result that cannot be opened here makes the outcome FAILED.
+    Returns the outcome; it is FAILED where the result cannot be opened in this process.
     """
     task.stdout, task.stderr = outcome.stdout.read(), outcome.stderr.read()
     if outcome.exception:
@@ -65,7 +65,7 @@ def open_results(task: Task, outcome: Outcome, read: Reader) -> Outcome:
 
 
 def _load_exception(data: bytes) -> BaseException | None:
-    """None where the exception's class, or what the exception holds, is not to be had here."""
+    """The exception, or None where it cannot be unpickled in this process."""
     try:
         error = pickle.loads(data)
     except (Exception, SystemExit):

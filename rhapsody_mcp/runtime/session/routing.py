@@ -1,4 +1,4 @@
-"""Which backend of a session runs a task."""
+"""Chooses the backend of a task."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class NoBackend(InvalidTask):
 
 
 def route(kind: Kind | Literal["for_each"], backend: str | None, backends: Mapping[str, Backend]) -> str:
-    """The name of the backend that runs a task of this kind: the named one, or the first that can.
+    """The name of the backend for a task of this kind: `backend`, or else the first backend that runs this kind.
 
-    Raises UnknownName, NoBackend, or InvalidTask where the named backend runs no such tasks.
+    Raises UnknownName, NoBackend, or InvalidTask where `backend` does not run this kind.
     """
     if backend is not None and backend not in backends:
         raise UnknownName("backend", backend, backends)

@@ -1,4 +1,4 @@
-"""The session: takes tasks, feeds results from one to the next, hands them to backends, keeps account."""
+"""The session: the Python API for submitting, waiting for and canceling tasks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MAX_NOTICES = 100
 class Session:
     """Runs tasks on one or more backends.
 
-    Leaving `async with session`, or `close()`, cancels what has not ended and stops the backends.
+    Leaving `async with session`, or `close()`, cancels unfinished tasks and stops the backends.
     """
 
     def __init__(
@@ -45,15 +45,15 @@ class Session:
         folder: Path | None = None,
         limits: Limits | None = None,
     ) -> None:
-        """`uid` is a name of its own, in place of one such as "session.0001". In `work_dir`, which is made where it is
-        not there, tasks start that have no cwd; default is the current directory. It is for backends that have not
-        started: InvalidRequest is raised for one that has.
+        """The default `uid` is a name such as "session.0001". `work_dir` is the working directory of tasks without a
+        cwd; the directory is created where it is missing, and the default is the current directory. Raises
+        InvalidRequest for a `work_dir` where a backend has started already.
 
-        `opens_results=False` is for a process in which no user code may run: results stay encoded.
+        With `opens_results=False`, results stay encoded, so that no user code runs in this process.
 
-        `folder` is where long results lie, in place of a temporary one; it outlives the session.
-        With `engine_idle_s` a backend that has had no task for so long, and for which none waits, stops its engine
-        until the next one. `limits` hold the tasks to the settings of a server.
+        `folder` holds long results and outlives the session; the default is a temporary folder. With `engine_idle_s`,
+        a backend stops its engine after this many seconds without a running or waiting task, until the next task.
+        `limits` are the limits of a server.
         """
         names = [backend.name for backend in backends]
         if duplicates := {name for name in names if names.count(name) > 1}:
@@ -79,14 +79,14 @@ class Session:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.usage = self._runner.usage
         self.ended = self._runner.ended
-        """Every task that has ended, first ended first; a ForEach after its children."""
+        """Every task that has ended, in the order of the ends; a ForEach is after its children."""
         self.replaced: list[Task] = []
-        """The tasks that another one took the name of."""
+        """The tasks whose name a later task has taken."""
         self._statistics = SessionStatistics(self.ended, self._runner.unfinished, self._runner.tasks)
         self.on_change: Callable[[Task], None] | None = None
-        """Called after each change of a task's state; a start that is heard of together with the end is no change."""
+        """Called after each change of a task's state. A start that is reported together with the end is no change."""
         self.notices: deque[EngineNotice] = deque(maxlen=_MAX_NOTICES)
-        """The last of what became of the engines: that one ended, was started again, was stopped to rest."""
+        """The latest notices: an engine was lost, restarted, or stopped because it was idle."""
 
     def _handle_change(self, task: Task) -> None:
         if task.state.final:
@@ -94,16 +94,16 @@ class Session:
         if self.on_change is not None:
             self.on_change(task)
 
-    # --- what there is
+    # --- contents
 
     @property
     def tasks(self) -> list[Task]:
-        """Every task, in the order of submission. The children of a ForEach are in it alone."""
+        """Every task, in the order of submission, without the children of a ForEach."""
         return list(self._submitted)
 
     @property
     def task_count(self) -> int:
-        """How many these are."""
+        """The number of `tasks`."""
         return len(self._submitted)
 
     @property
@@ -112,7 +112,7 @@ class Session:
 
     @property
     def engines(self) -> dict[str, str]:
-        """What the engine of each backend does now, in words, for those that say."""
+        """What the engine of each backend does now, for users, by backend; without backends that report nothing."""
         return {name: managed.progress for name, managed in self._runner.backends.items() if managed.progress}
 
     @property
@@ -121,12 +121,12 @@ class Session:
 
     @property
     def folder(self) -> Path:
-        """Where results that are too long for a message lie."""
+        """The folder of results that are too long for a message."""
         return self._runner.folder
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many tasks are in which state, with the children of a ForEach in its place; without replaced ones."""
+        """The number of tasks in each state. The children stand for a ForEach; replaced tasks do not count."""
         return dict(Counter(task.state.value for task in leaves(self._current)))
 
     @property
@@ -142,7 +142,7 @@ class Session:
         return self._statistics.compute(self.backends, group)
 
     def replace(self, task: Task, uid: str) -> None:
-        """Have a task that ended as one that another took the name of: it does not count any more."""
+        """Record that the task with `uid` has taken the name of an ended task, which counts no longer."""
         task.replaced_by = uid
         self.replaced.append(task)
         self._statistics.discard(task)
@@ -150,10 +150,10 @@ class Session:
     # --- submission
 
     async def submit_tasks(self, tasks: Iterable[Task] | Task) -> list[asyncio.Future[Task]]:
-        """Take these tasks, whole or not at all, and give a future for each, in order.
+        """Submit all of the tasks or none, and return a future for each, in order.
 
-        A future ends with its task and then gives the task; awaiting it raises as awaiting the task does.
-        Raises InvalidTask, UnknownName or SessionClosed with nothing taken. Backends that have not been started
+        A future ends with its task, and its result is the task; awaiting it raises what awaiting the task raises.
+        Raises InvalidTask, UnknownName or SessionClosed with no task submitted. Backends that have not started
         start now; tasks are QUEUED meanwhile.
         """
         self._refuse_other_loop()
@@ -165,21 +165,21 @@ class Session:
         return [task.future for task in batch]
 
     def accept(self, tasks: Sequence[Task]) -> list[AcceptedTask]:
-        """Raise what `submit_tasks` raises for these tasks, or give what `take` needs; nothing is taken.
+        """Check tasks for `submit_accepted`, without submitting them. Raises what `submit_tasks` raises.
 
-        The caller has made sure that no tasks wait for each other in a circle.
+        The tasks must have no cycle.
         """
         self._refuse_closed()
         return self._runner.acceptance.accept(tasks)
 
     def refuse_count(self, count: int) -> None:
-        """Raise LimitExceeded where so many more tasks are too many."""
+        """Raise LimitExceeded where `count` further tasks are too many."""
         self._runner.acceptance.refuse_count(count)
 
     async def submit_accepted(self, tasks: Sequence[Task], accepted: Sequence[AcceptedTask]) -> None:
-        """Take what was accepted, step by step; it is whole when this returns, and is not to be cancelled.
+        """Submit accepted tasks in steps; all of them are submitted when this returns. Must not be cancelled.
 
-        In between, nothing else may be submitted. Raises SessionClosed, with nothing taken.
+        Nothing else may be submitted meanwhile. Raises SessionClosed, with no task submitted.
         """
         async with self._runner.submission_lock:
             self._refuse_closed()
@@ -187,7 +187,7 @@ class Session:
             await self._runner.submit_in_steps(accepted)
 
     async def run_hidden(self, task: Task) -> Task:
-        """Run a task of this program's own, which no list or count shows, and give it when it has ended.
+        """Run an internal task, which no list or count shows, and return it when it has ended.
 
         Raises what `submit_tasks` raises.
         """
@@ -195,7 +195,7 @@ class Session:
         return await self._runner.run_hidden(task)
 
     async def wait_expanded(self, tasks: Iterable[Task]) -> None:
-        """Return when each ForEach among these whose items are a JSON result that is there has its children."""
+        """Return when each ForEach among the tasks whose items are an available JSON result has its children."""
         await self._runner.for_each.wait_expanded(tasks)
 
     def _refuse_closed(self) -> None:
@@ -203,7 +203,7 @@ class Session:
             raise SessionClosed("this session is closed; open another one with Session(backends=[...]).")
 
     def _refuse_other_loop(self) -> None:
-        """Raise where this is not the event loop that its backends and tasks live in."""
+        """Raise InvalidRequest in another event loop than that of the session's backends and tasks."""
         loop = asyncio.get_running_loop()
         if (self._loop or loop) is not loop:
             raise InvalidRequest(
@@ -213,11 +213,10 @@ class Session:
         self._loop = loop
 
     def restore(self, tasks: Sequence[Task], ended: Sequence[Task], unreadable: Mapping[str, str]) -> None:
-        """Take the tasks of an earlier life of this session, which has none yet.
+        """Add the tasks of a previous run to this session, which has no task yet.
 
-        Each has the state that it had: those that ended are `ended`, in the order of their ends, and stay as they
-        are; the others are NEW and run. Those that cannot any more, some for the reasons in `unreadable` by their uids,
-        end FAILED with cause invalid.
+        `ended` are the tasks that had ended, in the order of their ends; they stay as they are. The other tasks are NEW
+        and run. A task that cannot run ends FAILED with cause invalid; `unreadable` has reasons for this, by uid.
         """
         self._submitted += tasks
         self._runner.restore(list(with_children(tasks)), ended, unreadable)
@@ -225,9 +224,9 @@ class Session:
     # --- waiting, canceling and closing
 
     async def wait_tasks(self, tasks: Iterable[Task] | Task, timeout: float | None = None) -> list[Task]:
-        """Wait until each of these tasks has ended, and give them back in order. Never raises for a task.
+        """Wait until each of these tasks has ended, and return them in order. Never raises for a failed task.
 
-        Raises TimeoutError after `timeout` seconds; the tasks go on.
+        Raises TimeoutError after `timeout` seconds; the tasks continue.
         """
         self._refuse_other_loop()
         batch = [tasks] if isinstance(tasks, Task) else list(tasks)
@@ -243,7 +242,7 @@ class Session:
         return batch
 
     async def cancel(self, tasks: Iterable[Task] | Task) -> list[Task]:
-        """Cancel tasks and wait until each has ended, its processes too. Ended tasks stay as they are."""
+        """Cancel tasks and wait until each task and its processes have ended. Ended tasks stay as they are."""
         batch = [tasks] if isinstance(tasks, Task) else list(tasks)
         for task in batch:
             if task.uid not in self._runner.tasks:
@@ -253,10 +252,9 @@ class Session:
         return await self.wait_tasks(batch)
 
     async def close(self) -> None:
-        """Cancel what has not ended, stop the backends, and delete the session's files.
+        """Cancel unfinished tasks, stop the backends, and delete the temporary files of the session.
 
-        Returns when nothing is left running. A second call waits for the first. Finished tasks keep their
-        results.
+        Returns when no process is left. A second call waits for the first. Ended tasks keep their results.
         """
         self._refuse_other_loop()
         if self._closing is None:

@@ -1,4 +1,4 @@
-"""Measures the tasks of a session: makes of each the row that statistics are computed from, once when it has ended."""
+"""Computes the statistics of a session. A task that has ended is added once, when it has ended."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, is_hidden, ki
 
 __all__ = ["SessionStatistics"]
 
-_BATCH_TASKS = 1000  # that have ended until the next time that they are added up
+_BATCH_TASKS = 1000  # ended tasks are added in batches of at least this size
 
 
 class SessionStatistics:
-    """Of the tasks of one session: `ended` grows at its end, `going` are those that have not ended. Tasks that were
-    replaced do not count, and a ForEach with children is these."""
+    """The statistics of one session. `ended` grows at its end; `unfinished` are the tasks that have not ended.
+
+    Replaced tasks do not count. Of a ForEach with children, the children count.
+    """
 
     def __init__(self, ended: Sequence[Task], unfinished: Mapping[str, Task], tasks: Mapping[str, Task]) -> None:
         self._ended, self._unfinished, self._tasks = ended, unfinished, tasks
@@ -26,19 +28,19 @@ class SessionStatistics:
         self._tally, self._added_count = Tally(), 0
 
     def discard(self, task: Task) -> None:
-        """It counted, and does not any more."""
+        """Stop counting a task that was replaced."""
         if any(leaf.position is not None and leaf.position < self._added_count for leaf in leaves([task])):
             self._reset()
 
     def add_ended(self, min_tasks: int = _BATCH_TASKS) -> None:
-        """Add up what has ended, if it is so much."""
+        """Add the tasks that have ended since the last call, if they are at least `min_tasks`."""
         if len(self._ended) - self._added_count >= min_tasks:
             ended = self._ended[self._added_count :]
             self._added_count = len(self._ended)
             self._tally.add(_row(task) for task in ended if _counts(task))
 
     def compute(self, backends: Sequence[Backend], group: str | None) -> Statistics:
-        """Raises UnknownName where there is no such group."""
+        """The statistics of all tasks, or of one group. Raises UnknownName where no task is in this group."""
         self.add_ended(1)
         unfinished = (_row(task) for task in self._unfinished.values() if _counts(task))
         return self._tally.statistics(unfinished, self._find_row, self._source_uids, _workers(backends), group)
@@ -48,7 +50,7 @@ class SessionStatistics:
         return _row(task) if task is not None and _counts(task) else None
 
     def _source_uids(self, uid: str) -> list[str]:
-        """The uids of the tasks that it waited for, a ForEach by its children."""
+        """The uids of the tasks that a task waited for. The children stand for a ForEach."""
         task = self._tasks[uid]
         parent = task.parent
         waited = parent.sources() if isinstance(parent, ForEach) and parent.source is not None else ()
@@ -76,7 +78,7 @@ def _row(task: Task) -> Row:
 
 
 def _workers(backends: Sequence[Backend]) -> dict[str, int]:
-    """By backend, where it has any."""
+    """The number of workers of each backend that has workers."""
     descriptions = {backend.name: backend.describe() for backend in backends}
     return {
         name: description["num_workers"] for name, description in descriptions.items() if "num_workers" in description

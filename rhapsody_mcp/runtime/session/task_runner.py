@@ -1,4 +1,4 @@
-"""Runs the tasks of one session: each waits for its sources, goes to its backend, is tried again, and ends."""
+"""Runs the tasks of one session: waits for sources, submits to backends, retries, and ends tasks."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ _MAX_RETRY_DELAY_S = 60.0
 
 
 class TaskRunner:
-    """Has every task that a session took.
+    """Holds every task of a session and moves each from state to state.
 
-    `tasks` are all of them by uid, `going` those that have not ended, and `ended` the others in the order of their
-    ends, a ForEach after its children. A task of this program's own is in `tasks` until it ends, and in no other list.
-    `changed` is called after each change of a task's state; a start that is heard of together with the end is none.
+    `tasks` are all tasks by uid. `unfinished` are the tasks that have not ended, and `ended` the others, in the order
+    of their ends, a ForEach after its children. An internal task is only in `tasks` and `unfinished`, until it ends.
+    `on_change` is called after each change of a task's state. A start that is reported together with the end is no
+    change.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class TaskRunner:
         self._retry_timers: dict[str, asyncio.TimerHandle] = {}
         self._hidden_count = 0
         self.submission_lock = asyncio.Lock()
-        """Held while tasks are taken step by step: a cancel waits until all are here."""
+        """Held while tasks are submitted in steps: a cancel waits until all of them are submitted."""
         self._folder = folder.absolute() if folder is not None else None
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ class TaskRunner:
             idle_s=idle_s,
         )
 
-    # --- taking tasks
+    # --- submitting
 
     async def submit_in_steps(self, accepted: Sequence[AcceptedTask]) -> None:
         now = time.time()
@@ -109,7 +110,7 @@ class TaskRunner:
         self._notify(task)
 
     def _add_ended(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
-        """Have a task that ended in an earlier life."""
+        """Add a task that ended in a previous run."""
         self._add(task, managed, spec)
         if spec is not None:
             self.usage.end(task.outcome or canceled(Cause.LOST, ""))
@@ -127,7 +128,7 @@ class TaskRunner:
             source.passed_on = True
 
     def restore(self, tasks: Sequence[Task], ended: Sequence[Task], unreadable: Mapping[str, str]) -> None:
-        """Take the tasks of an earlier life, as `Session.restore` says; a ForEach comes after its children."""
+        """Add the tasks of a previous run, as `Session.restore` says. `tasks` has each ForEach after its children."""
         self.ended += ended
         for position, task in enumerate(self.ended):
             task.position = position
@@ -146,7 +147,7 @@ class TaskRunner:
         self._queue([task for task in unfinished if self._is_ready(task)])
 
     async def run_hidden(self, task: Task) -> Task:
-        """Run a task of this program's own, which no list or count shows, and give it when it has ended.
+        """Run an internal task, which no list or count shows, and return it when it has ended.
 
         Raises what `submit_tasks` raises.
         """
@@ -161,13 +162,13 @@ class TaskRunner:
             raise
         return task
 
-    # --- from task to task
+    # --- queueing
 
     def _is_ready(self, task: Task) -> bool:
         return task.state is TaskState.WAITING and not self._dependencies.is_waiting(task)
 
     def _queue(self, tasks: Sequence[Task]) -> None:
-        """Hand tasks whose sources have ended to their backends; of many, the first at once."""
+        """Submit ready tasks to their backends: the first step at once, the others in later steps."""
         self._submit_to_backends(tasks[:TASKS_PER_STEP])
         if len(tasks) > TASKS_PER_STEP:
             self.spawn(self._queue_in_steps(tasks[TASKS_PER_STEP:]))
@@ -207,28 +208,27 @@ class TaskRunner:
 
     @property
     def folder(self) -> Path:
-        """Where results that are too long for a message lie."""
+        """The folder of results that are too long for a message."""
         if self._folder is None:
             self._temporary = Folder()
             self._folder = self._temporary.path
         return self._folder
 
     async def submit_children(self, parent: ForEach, items: Sequence[Any]) -> None:
-        """Make the children of a ForEach and take them, step by step. Raises InvalidTask and LimitExceeded."""
+        """Make the children of a ForEach and submit them in steps. Raises InvalidTask and LimitExceeded."""
         async with self.submission_lock:
             if parent.state.final:
                 return
             accept = self.acceptance.accept_children
-            if (
-                len(items) > TASKS_PER_STEP and not self._opens_results
-            ):  # in a service the functions that make are its own
+            # in a service `make` is no user code and may run in a thread
+            if len(items) > TASKS_PER_STEP and not self._opens_results:
                 accepted = await asyncio.to_thread(accept, parent, items)
             else:
                 accepted = accept(parent, items)
             self.for_each.watch(parent)
             await self.submit_in_steps(accepted)
 
-    # --- what backends report
+    # --- events of backends
 
     def _handle_event(self, event: Running | Ended) -> None:
         task = self.tasks[event.uid]
@@ -282,10 +282,10 @@ class TaskRunner:
             self.end(task, opened)
 
     def end(self, task: Task, outcome: Outcome) -> None:
-        """Give a task its final state, then everything that waits for the task its next one."""
+        """Give a task its final state, and each task that waits for it its next state."""
         ending = [(task, outcome)]
         ready: list[Task] = []
-        for task, outcome in ending:  # which grows meanwhile
+        for task, outcome in ending:  # the list grows in the loop
             if task.state.final:
                 continue
             outcome = with_attempts(task, outcome)
@@ -323,7 +323,7 @@ class TaskRunner:
     # --- canceling and closing
 
     async def cancel(self, tasks: Collection[Task], message: str) -> None:
-        """Nothing of these starts any more from the first step on; what waited is ended step by step."""
+        """Cancel tasks. No pending task among them starts from now on; these end in steps."""
         async with self.submission_lock:
             while tasks:
                 changed: list[Task] = []
@@ -337,12 +337,12 @@ class TaskRunner:
                 tasks = changed
 
     def _withdraw(self, tasks: Collection[Task]) -> list[tuple[Task, TaskState]]:
-        """Cancel these where they are; what is nowhere is given back, to be ended if this is its state still."""
+        """Cancel tasks in their backends. Returns the tasks that no backend has, with their states, for `cancel`."""
         ending: list[Task] = []
         by_backend: dict[str, set[str]] = {}
         for task in tasks:
             if isinstance(task, ForEach):
-                if not self.for_each.has_open_children(task):  # else it ends with the last of them
+                if not self.for_each.has_open_children(task):  # else the ForEach ends with its last child
                     ending.append(task)
             elif (timer := self._retry_timers.pop(task.uid, None)) is not None:
                 timer.cancel()
@@ -357,7 +357,7 @@ class TaskRunner:
         return [(task, task.state) for task in ending if not task.state.final]
 
     async def close(self) -> None:
-        """End every task and backend and delete temporary files; raises the first error of a backend."""
+        """End every task and backend, and delete temporary files. Raises the first error of a backend."""
         self.closed = True
         message = "its session was closed"
         await self.cancel(list(self.unfinished.values()), message)
@@ -373,7 +373,7 @@ class TaskRunner:
                 raise error
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run this until it ends; `close` waits for it."""
+        """Run the coroutine in the background; `close` waits for its end."""
         task = asyncio.create_task(coroutine)
         self._background.add(task)
         task.add_done_callback(self._background.discard)

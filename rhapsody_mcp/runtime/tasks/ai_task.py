@@ -1,4 +1,4 @@
-"""A task that asks a language model."""
+"""A task that sends prompts to a language model."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class AITask(Task):
     json_schema: dict[str, Any] | Task | Part | None = None
 
     def _sampling(self) -> Iterator[tuple[str, Any]]:
-        """What is given of it."""
+        """The sampling parameters that are set."""
         return ((field, value) for field in SAMPLING if (value := getattr(self, field)) is not None)
 
     def _refuse_wrong_texts(self) -> None:

@@ -24,7 +24,7 @@ _PLACES = {
     "shell": 'executable="sh", arguments=["-c", "..."]',
     "capture_stdio": "task.stdout and task.stderr, which are always kept",
 }
-"""What other libraries call it, and where it is here."""
+"""Field names of other libraries, and how ComputeTask expresses them."""
 
 
 class ComputeTask(Task):

@@ -51,13 +51,13 @@ class ForEach(Task):
 
     @property
     def source(self) -> Part | None:
-        """What the items are a part of; None where they are a list."""
+        """The result that the items are read from; None where the items are a list."""
         return (
             Part(self.items) if isinstance(self.items, Task) else self.items if isinstance(self.items, Part) else None
         )
 
     def make_children(self, items: Sequence[Any]) -> None:
-        """Raises InvalidTask, which names the item, where `make` refuses one."""
+        """Make the child of each item. Raises InvalidTask, which names the item, where `make` raises it."""
         self.children = [self._child(item, number) for number, item in enumerate(items)]
 
     def _child(self, item: Any, number: int) -> ComputeTask | AITask:
@@ -80,7 +80,7 @@ class ForEach(Task):
 
 
 def kind_of(task: Task) -> Kind | Literal["for_each"]:
-    """What a backend must be able to run for this task; a ForEach is run by the session."""
+    """The kind that a backend must support to run the task. The session itself runs a ForEach."""
     if isinstance(task, ForEach):
         return "for_each"
     if isinstance(task, AITask):
@@ -89,7 +89,7 @@ def kind_of(task: Task) -> Kind | Literal["for_each"]:
 
 
 def leaves(tasks: Iterable[Task]) -> list[Task]:
-    """These tasks, with the children of a ForEach in its place where it has any."""
+    """The tasks, with the children of a ForEach in its place where the ForEach has children."""
     leaf_tasks: list[Task] = []
     for task in tasks:
         leaf_tasks += task.children if isinstance(task, ForEach) and task.children else [task]

@@ -1,4 +1,4 @@
-"""A task: what every kind of task has, its life after submission, and what stands for its result in others."""
+"""The base class of tasks, and the objects that stand for a task's result in other tasks."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s", 
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A part of another task's result: in arguments and prompts it stands for `task`'s value at `path`."""
+    """A part of another task's result: in arguments and prompts, the value at `path`, a JSON Pointer."""
 
     task: Task
     path: str = ""
 
 
 class Text:
-    """A text for a language model that holds results: its parts, each a text, a task or a Part, become one text.
+    """A text for a language model that holds results. Its parts, each a text, a task or a Part, are joined.
 
-    A result is in it as it is where it is a text, and else as JSON.
+    A result that is a text is inserted unchanged, another result as JSON.
     """
 
     def __init__(self, *parts: Any) -> None:
@@ -77,18 +77,18 @@ class Task:
     """A unit of work. After submission the session updates it in place.
 
     Awaiting it gives the task itself once it is DONE, raises TaskFailed once it is FAILED and TaskCanceled once
-    it is CANCELED. Cancelling whoever awaits it does not cancel the task.
+    it is CANCELED. Cancelling the caller that awaits it does not cancel the task.
 
     backend       a backend's name; default is the session's first that runs such tasks
-    after         tasks that must be DONE before this one starts, besides those whose results it uses
-    retries       how often it is started again after it FAILED, `retry_delay_s` later, and twice as long each
-                  next time up to a minute; what could not start as asked (cause invalid) is not tried again
+    after         tasks that must be DONE before this one starts, besides the tasks whose results it uses
+    retries       how often it is started again after it FAILED, first after `retry_delay_s`; the delay doubles each
+                  time, up to a minute. A task that failed with cause invalid is not started again
     on_upstream_failure   "cancel" (default): it is CANCELED where a task that it waits for does not end DONE;
-                  "run": it runs nevertheless, with None in the place of a result that is not there
+                  "run": it runs nevertheless, with None in the place of a missing result
 
-    `attempts` counts how often it was started. `replaced_by` is the uid of a task that took its name after it FAILED or
-    was CANCELED. `passed_on` says whether another task uses its result, and
-    `position` how many of its session had ended before it.
+    `attempts` counts its starts. `replaced_by` is the uid of the task that took its name after it FAILED or was
+    CANCELED. `passed_on` says whether another task uses its result. `position` is the number of tasks of the session
+    that had ended before it.
     """
 
     def __init__(
@@ -128,35 +128,34 @@ class Task:
         self._needs: Sequence[Task] | None = None
 
     kind: str
-    # Most tasks never have these, nor most of what an AITask may be given. Python shares the names of up to 30
-    # attributes between the objects of a class, as far as they are set when an object is made; one with others takes
+    # Most tasks never set these fields, nor most optional fields of an AITask; defaults on the class save memory.
+    # Python shares the attribute names of a class's objects, up to 30 that `__init__` sets; an object with others needs
     # 1.3 KB more.
     last_failure = ""
     replaced_by: str | None = None
     raised: BaseException | None = None
-    """What its function raised, where that could be sent and opened in this process."""
+    """The exception that the function raised, where it can be pickled and opened in this process."""
 
     def sources(self) -> Sequence[Task]:
-        """The tasks that must have ended before this one starts: those whose results it needs, and `after`."""
+        """The tasks that must have ended before this task starts: `needs()` and `after`."""
         return [*self.needs(), *self.after] if self.after else self.needs()
 
     def needs(self) -> Sequence[Task]:
-        """The tasks whose results this one uses."""
+        """The tasks whose results this task uses."""
         return list(self._find_needs()) if self._needs is None else self._needs
 
     def settle_needs(self, more: Iterable[Task] = ()) -> None:
-        """Look for them once and for all: the session, which takes the task now, asks again and again. `more` were met
-        where only a pickler looks."""
+        """Fix the result of `needs()`, which the session calls often. `more` are tasks that only the pickler finds."""
         self._needs = tuple({task.uid: task for task in (*self._find_needs(), *more)}.values())
 
     def _find_needs(self) -> Iterable[Task]:
         raise NotImplementedError
 
     def spec(self, encoder: Encoder) -> TaskSpec:
-        """What a backend gets. Raises InvalidTask where a value cannot be sent."""
+        """The spec for a backend. Raises InvalidTask where a value cannot be sent."""
         raise NotImplementedError
 
-    # --- what came of it
+    # --- outcome
 
     @property
     def exit_code(self) -> int | None:
@@ -164,7 +163,7 @@ class Task:
 
     @property
     def exception(self) -> TaskFailed | None:
-        """None, or what awaiting the task raises; its text holds the original message."""
+        """The exception that awaiting the task raises, with the original message; None for a task without failure."""
         if self.outcome is None or self.outcome.state is TaskState.DONE:
             return None
         kind = TaskCanceled if self.outcome.state is TaskState.CANCELED else TaskFailed
@@ -178,12 +177,12 @@ class Task:
 
     @property
     def traceback(self) -> str:
-        """The traceback where the function raised, as text; else empty."""
+        """The traceback of the function as text; empty where the function did not raise."""
         return self.outcome.traceback if self.outcome else ""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about how it ran, such as "4 ranks share 2 cores"."""
+        """Sentences about the run, such as "4 ranks share 2 cores"."""
         return self.outcome.notes if self.outcome else ()
 
     @property
@@ -208,19 +207,19 @@ class Task:
         return self._future
 
     def settle(self: Self) -> None:
-        """End the future, if anybody has asked for it, once the task has ended."""
+        """Complete the future of an ended task, where the future exists."""
         if self._future is None or self._future.done() or not self.state.final:
             return
         if (error := self.exception) is None:
             self._future.set_result(self)
         else:
             self._future.set_exception(error)
-            self._future.exception()  # a failure that nobody awaits is no news: it stands in the task
+            self._future.exception()  # without this, asyncio logs a failure that nobody awaits
 
-    # --- the dict face
+    # --- access as a mapping
 
     def keys(self) -> list[str]:
-        """The names of all that can be read of it, by `task[name]` as by `task.name`."""
+        """The names of the fields that `task[name]` and `task.name` read."""
         return list(dict.fromkeys([*(name for name in vars(self) if not name.startswith("_")), *self._extra_keys]))
 
     def get(self, field: str, default: Any = None) -> Any:
@@ -242,12 +241,12 @@ class Task:
     )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the future, which belongs to an event loop."""
+        """The state without the future, which belongs to an event loop."""
         return {**vars(self), "_future": None}
 
     @property
     def what(self) -> str:
-        """What it runs, in a few words."""
+        """What the task runs, for `repr`."""
         return ""
 
     def __repr__(self) -> str:
@@ -267,14 +266,14 @@ def _checked_delay(seconds: float) -> float:
 
 
 def reference(item: object) -> Ref | None:
-    """The Ref that a task, or a part of one, stands for inside arguments and prompts; None for all else."""
+    """The Ref of a task or a Part, for arguments and prompts; None for another object."""
     if isinstance(item, Task):
         return Ref(item.uid)
     return Ref(item.task.uid, item.path) if isinstance(item, Part) else None
 
 
 def content(text: object) -> Content:
-    """A text as a backend gets it, with the results that it holds."""
+    """A text for a backend, with a Ref in the place of each result."""
     return tuple(map(_argument, text.parts)) if isinstance(text, Text) else _argument(text)
 
 
@@ -283,7 +282,7 @@ def _argument(item: object) -> str | Ref:
 
 
 def tasks_in(value: object) -> Iterator[Task]:
-    """Every task in lists, tuples, sets and dicts, at any depth."""
+    """Every task in a value: in lists, tuples, sets and dicts at any depth, in Parts and in Texts."""
     pending, seen = [value], set[int]()
     while pending:
         item = pending.pop()
@@ -304,22 +303,22 @@ _CONTAINERS = (list, tuple, set, frozenset, dict)
 
 
 def name_of(task: Task) -> str:
-    """What a person calls it: its name, or its uid where it has none."""
+    """The name of a task, or its uid where the task has no name."""
     return task.name or task.uid
 
 
 def is_hidden(task: Task) -> bool:
-    """Whether it is this program's own, which no list or count shows."""
+    """Whether the task is internal: no list or count shows it."""
     return task.uid.startswith("~")
 
 
 def tasks_text(count: int) -> str:
-    """As in `1 task` and `3 tasks`."""
+    """For example `1 task` or `3 tasks`."""
     return "1 task" if count == 1 else f"{count} tasks"
 
 
 def rank_of(outcome: RankOutcome, read: Callable[[Value], Any]) -> Rank:
-    """A rank as users see it."""
+    """The rank for users, with its value decoded."""
     return Rank(
         outcome.rank,
         outcome.host,
