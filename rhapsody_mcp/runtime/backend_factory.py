@@ -76,7 +76,7 @@ def plan_backends(wanted: Wanted, settings: Settings) -> list[Plan]:
     machine = inspect_machine()
     names = wanted.backends or _defaults(wanted, machine)
     if len(set(names)) < len(names):
-        raise InvalidRequest(f"backends is {list(names)}; name each backend once.")
+        raise InvalidRequest(f"backends is {list(names)}; name each backend once.", field="backends")
     _refuse_idle_wishes(wanted, names)
     _check_policy(wanted, Policy.of(settings))
     arguments = {name: _arguments(name, wanted, settings, machine) for name in names}
@@ -168,7 +168,8 @@ def _refuse_device(wanted: Wanted, machine: Machine) -> None:
     if "cuda" in (wanted.device, config.server.device if wanted.device is None else None) and not machine.gpus:
         raise InvalidSettings(
             'device is "cuda", and this machine has no GPU. Leave device out, or give "cpu", to serve the model on the '
-            "CPU; a server on a machine that has one is reached with the backend endpoint and its endpoint_url."
+            "CPU; a server on a machine that has one is reached with the backend endpoint and its endpoint_url.",
+            field="device",
         )
 
 
@@ -184,7 +185,8 @@ def _endpoint_arguments(wanted: Wanted, settings: Settings) -> dict[str, Any]:
         raise InvalidRequest('the endpoint backend needs endpoint_url, as in "http://127.0.0.1:8000/v1".')
     if not _is_address(url):
         raise InvalidRequest(
-            f'endpoint_url is {url!r}; valid is the address of an HTTP server, as in "http://127.0.0.1:8000/v1".'
+            f'endpoint_url is {url!r}; valid is the address of an HTTP server, as in "http://127.0.0.1:8000/v1".',
+            field="endpoint_url",
         )
     own = url == settings.endpoint_url  # the key goes to its own address and to no other
     model = wanted.endpoint_model or (settings.endpoint_model if own else None)

@@ -76,7 +76,8 @@ class Functions:
         function = Registered(0, name or source.function_name, source, source.signature, source.docstring)
         if not _NAME.fullmatch(function.name):
             raise InvalidTask(
-                f"name is {function.name[:80]!r}; valid are letters, digits, '_', '.' and '-', at most 64."
+                f"name is {function.name[:80]!r}; valid are letters, digits, '_', '.' and '-', at most 64.",
+                field="name",
             )
         problems = await self._problems(source, timeout_s)
         if problems:

@@ -67,7 +67,7 @@ class Limits:
         try:
             spec = self.policy.check(spec)
         except InvalidRequest as error:
-            raise InvalidTask(str(error)) from error
+            raise InvalidTask(str(error), field=error.field) from error
         if isinstance(spec.work, Completion):
             spec = replace(spec, work=self._checked_answer(spec.work))
         return replace(spec, timeout_s=self._timeout(spec.timeout_s))
@@ -78,23 +78,28 @@ class Limits:
             if together is not None and isinstance(getattr(work, field), Ref):
                 raise InvalidTask(
                     f"{field} must be a number here, because the tokens of a session are limited "
-                    f"({_setting('max_session_tokens')})."
+                    f"({_setting('max_session_tokens')}).",
+                    field=field,
                 )
         if most is not None and _number(work.max_tokens) > most:
             raise InvalidTask(
-                f"max_tokens is {work.max_tokens}; the most here is {most} ({_setting('max_answer_tokens')})."
+                f"max_tokens is {work.max_tokens}; the most here is {most} ({_setting('max_answer_tokens')}).",
+                field="max_tokens",
             )
         if work.max_tokens is None and together is not None:
             raise InvalidTask(
                 "max_tokens must be given here, because the tokens of a session are limited "
-                f"({_setting('max_session_tokens')})."
+                f"({_setting('max_session_tokens')}).",
+                field="max_tokens",
             )
         return replace(work, most_tokens=most) if isinstance(work.max_tokens, Ref) else work
 
     def _timeout(self, asked_s: float | None) -> float | None:
         most = self.settings.max_task_s
         if asked_s is not None and most is not None and asked_s > most:
-            raise InvalidTask(f"timeout_s is {asked_s:g}; the most here is {most:g} ({_setting('max_task_s')}).")
+            raise InvalidTask(
+                f"timeout_s is {asked_s:g}; the most here is {most:g} ({_setting('max_task_s')}).", field="timeout_s"
+            )
         return asked_s or self._usual()[0]
 
     def _usual(self) -> tuple[float | None, _Time]:

@@ -144,7 +144,7 @@ async def test_a_session_that_runs_no_functions_says_so() -> None:
     async with open_agent(backend=ScriptedBackend(lambda _, __: None, kinds=prompts_only)) as agent:
         await agent.session()
         text = await agent.refusal("register_function", session="session-1", source=SCALE)
-        assert "scale is a function, and no backend of this session runs one" in text
+        assert "scale: no backend of this session runs a function (scripted)" in text
 
 
 async def test_a_worker_that_dies_of_the_source_is_told_as_that() -> None:

@@ -46,14 +46,16 @@ async def export(opened: OpenSession, settings: Settings, state: Path, folder: s
         files = await asyncio.to_thread(_write, chosen, opened.id, script, record)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise InvalidRequest(f"folder {chosen} cannot be written: {why}. Give another folder.") from error
+        raise InvalidRequest(
+            f"folder {chosen} cannot be written: {why}. Give another folder.", field="folder"
+        ) from error
     return Exported(script, *files)
 
 
 def _folder(wanted: str | None, state: Path) -> Path:
     folder = state / "exports" if wanted is None else Path(os.path.expanduser(wanted))
     if not folder.is_absolute():
-        raise InvalidRequest(f"folder is {wanted!r}; valid is an absolute path, as in '/home/me/runs'.")
+        raise InvalidRequest(f"folder is {wanted!r}; valid is an absolute path, as in '/home/me/runs'.", field="folder")
     return folder
 
 

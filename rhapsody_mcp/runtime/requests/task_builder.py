@@ -79,11 +79,15 @@ class _Batch:
         if name is None:
             return
         if _ID.match(name):
-            raise InvalidTask("names of this form are the ids that the server gives; give the task another name.")
+            raise InvalidTask(
+                "names of this form are the ids that the server gives; give the task another name.", field="name"
+            )
         if (other := self._index.get(name)) is not None:
-            raise InvalidTask(f"this is the name of tasks[{other}] of this call; give each its own.")
+            raise InvalidTask(f"this is the name of tasks[{other}] of this call; give each its own.", field="name")
         if self.session.has_name(name):
-            raise InvalidTask("this name is taken by another task of the session; give this one another name.")
+            raise InvalidTask(
+                "this name is taken by another task of the session; give this one another name.", field="name"
+            )
         self._index[name] = index
 
     def order(self) -> list[int]:
@@ -143,7 +147,9 @@ def _route(request: TaskRequest, session: OpenSession) -> str:
         return route(kind_of_request(request), request.backend, backends)
     except NoBackend as error:
         hint = "vllm or endpoint" if error.kind == "prompt" else "dragon or local"
-        raise InvalidTask(f"{error} For a {error.kind}: create_session with {hint} in backends.") from None
+        raise InvalidTask(
+            f"{error} For a {error.kind}: create_session with {hint} in backends.", field="backend"
+        ) from None
 
 
 def _set_backend(task: Task, backend: str) -> None:
@@ -190,10 +196,13 @@ class ItemMaker:
         if not isinstance(request.for_each, int) and not any(_holds_item(*place) for place in self._places.items()):
             raise InvalidTask(
                 'for_each is given, and nothing stands for the item. Put {"item": true} into args, kwargs, arguments, '
-                "prompt or a field of its sampling, or {item} into a text there."
+                "prompt or a field of its sampling, or {item} into a text there.",
+                field="for_each",
             )
         if request.process_templates and holds_item([group.template for group in request.process_templates]):
-            raise InvalidTask("process_templates hold no {item}; give the task ranks, env and cwd.")
+            raise InvalidTask(
+                "process_templates hold no {item}; give the task ranks, env and cwd.", field="process_templates"
+            )
         self._kwargs = None if {"env", "cwd"} & self._places.keys() else _kwargs(self._form, self._fields)
 
     def __call__(self, item: Any, number: int) -> ComputeTask | AITask:
@@ -259,7 +268,7 @@ def _items(request: TaskRequest, task_named: TaskNamed) -> Any:
         return list(range(request.for_each))
     items = resolve(request.for_each, task_named)
     if not isinstance(items, list | Task | Part):
-        raise InvalidTask('for_each is a list, or a reference to one, as in {"ref": "samples"}.')
+        raise InvalidTask('for_each is a list, or a reference to one, as in {"ref": "samples"}.', field="for_each")
     return items
 
 
@@ -283,7 +292,7 @@ def _make_work(
         )
     args, kwargs = resolve(fields["args"] or [], task_named), resolve(fields["kwargs"] or {}, task_named)
     if not isinstance(kwargs, dict | Task | Part):
-        raise InvalidTask(f"kwargs is an object with the function's arguments by name, not {kwargs!r}.")
+        raise InvalidTask(f"kwargs is an object with the function's arguments by name, not {kwargs!r}.", field="kwargs")
     return ComputeTask(function, args=args, kwargs=kwargs, **flow, task_backend_specific_kwargs=asked)
 
 
@@ -322,7 +331,9 @@ def _form(request: TaskRequest) -> str:
         raise InvalidTask(f"a task runs exactly one of {', '.join(FIELDS)}; {found}.")
     if idle := sorted(given - FIELDS[kinds[0]]):
         kind = " or ".join(kind for kind, fields in FIELDS.items() if idle[0] in fields)
-        raise InvalidTask(f"{idle[0]} has no effect on a task with {kinds[0]}; it belongs to one with {kind}.")
+        raise InvalidTask(
+            f"{idle[0]} has no effect on a task with {kinds[0]}; it belongs to one with {kind}.", field=idle[0]
+        )
     return kinds[0]
 
 
@@ -338,13 +349,17 @@ def _layout(fields: Mapping[str, Any]) -> dict[str, Any]:
     if groups is not None:
         others = ("cwd", "env", "mpi", "process", "ranks")
         if clash := [key for key in others if fields[key] is not None and fields[key] is not False]:
-            raise InvalidTask(f"process_templates and {clash[0]} contradict each other; give one of them.")
+            raise InvalidTask(
+                f"process_templates and {clash[0]} contradict each other; give one of them.", field="process_templates"
+            )
         if not groups:
-            raise InvalidTask('process_templates is empty; give at least one group, as in [{"ranks": 2}].')
+            raise InvalidTask(
+                'process_templates is empty; give at least one group, as in [{"ranks": 2}].', field="process_templates"
+            )
         return {"process_templates": [(group.ranks, group.template) for group in groups]}
     if fields["mpi"]:
         if ranks is None:
-            raise InvalidTask("mpi needs ranks, the number of processes, as in 4.")
+            raise InvalidTask("mpi needs ranks, the number of processes, as in 4.", field="mpi")
         return {"type": "mpi", "ranks": ranks, "process_template": template}
     if ranks is not None:
         return {"process_templates": [(ranks, template)]}
@@ -355,7 +370,10 @@ def _argument(value: Any) -> str | Task | Part | Text:
     if isinstance(value, Task | Part | Text):
         return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InvalidTask(f"{value!r} among arguments is a {type(value).__name__}; a program takes texts and numbers.")
+        raise InvalidTask(
+            f"{value!r} among arguments is a {type(value).__name__}; a program takes texts and numbers.",
+            field="arguments",
+        )
     return str(value)
 
 
@@ -364,8 +382,10 @@ def _named(index: int, request: TaskRequest) -> Iterator[None]:
     """Every refusal says which task it is about."""
     try:
         yield
-    except (InvalidTask, UnknownName) as error:
-        raise InvalidTask(f"{label_of(index, request)}: {error}") from error
+    except InvalidTask as error:
+        raise error.of_task(label_of(index, request)) from error
+    except UnknownName as error:
+        raise InvalidTask(f"{label_of(index, request)}: {error}", field=error.field) from error
 
 
 def label_of(index: int, request: TaskRequest) -> str:

@@ -99,7 +99,8 @@ class ForEachRunner:
         listed = await self._owner.run_hidden(ComputeTask(_AS_LIST, args=(source,)))
         if listed.state is not TaskState.DONE or listed.outcome is None or listed.outcome.value is None:
             raise InvalidTask(
-                f"for_each needs a list: {listed.outcome.error if listed.outcome else 'nothing came back'}"
+                f"for_each needs a list: {listed.outcome.error if listed.outcome else 'nothing came back'}",
+                field="for_each",
             )
         if listed.outcome.value.format == "json":
             return await read_items(Part(listed))
