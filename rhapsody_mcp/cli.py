@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rhapsody_mcp.serving.paths import Places
     from rhapsody_mcp.settings import Settings
 
-__all__ = ["main"]
+__all__ = ["command_parser", "main"]
 
 # Each command imports what it needs: `--version` answers at once.
 
@@ -48,7 +48,7 @@ def _reader_has_left() -> bool:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     code = 1
     try:
@@ -60,7 +60,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rhapsody-mcp", description=rhapsody_mcp.__doc__)
     parser.add_argument("--version", action="version", version=rhapsody_mcp.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
