@@ -112,6 +112,7 @@ def test_every_module_that_is_run_is_there(document: str) -> None:
 
 def test_the_numbers_of_the_settings_are_so() -> None:
     settings = Settings()
+    assert settings.engine_idle_s is not None
     bounds = (
         f"{settings.request_bytes // 1024**2} MiB each, {settings.http_requests_per_s:g} a second and "
         f"{settings.http_connections // 2} at a time for one client, {settings.http_connections} connections, "
