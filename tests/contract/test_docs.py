@@ -17,6 +17,7 @@ import yaml
 
 from rhapsody_mcp.cards import read_cards
 from rhapsody_mcp.cli import command_parser
+from rhapsody_mcp.model.values import INLINE_BYTES
 from rhapsody_mcp.settings import Settings
 from tests.contract import settings_table
 from tests.contract.documents import DOCUMENTS, ROOT, blocks, run_example
@@ -108,6 +109,26 @@ def test_every_module_that_is_run_is_there(document: str) -> None:
     text = DOCUMENTS[document].replace("python -m venv", "")
     ours = {name for name in re.findall(r"python3? (?:-P )?-m ([\w.]+)", text) if name.split(".")[0] != "venv"}
     assert not [name for name in ours if importlib.util.find_spec(name) is None]
+
+
+def test_the_numbers_of_the_settings_are_so() -> None:
+    settings = Settings()
+    assert settings.engine_idle_s is not None
+    bounds = (
+        f"{settings.request_bytes // 1024**2} MiB each, {settings.http_requests_per_s:g} a second and "
+        f"{settings.http_connections // 2} at a time for one client, {settings.http_connections} connections, "
+        f"{settings.http_slow_s:g} s for the head and {settings.http_slow_s:g} s for the body"
+    )
+    assert bounds in one_line("docs/http.md")
+    operation = one_line("docs/operation.md")
+    assert f"after {settings.service_idle_s / 60:g} minutes without a client" in operation
+    assert f"nothing to do for {settings.engine_idle_s / 60:g} minutes" in operation
+    assert f"nobody has used for {settings.keep_sessions_days:g} days" in operation
+    assert f"Up to {INLINE_BYTES // 1024} KB" in ARCHITECTURE
+
+
+def one_line(document: str) -> str:
+    return " ".join(DOCUMENTS[document].split())
 
 
 # --- what is named
