@@ -66,7 +66,7 @@ class ForEach(Task):
         try:
             child = self.make(item, number)
         except InvalidTask as error:
-            raise error.of_task(f"item {number}") from error
+            raise InvalidTask(f"item {number}: {error}", field=error.field) from error
         child.uid, child.name = f"{self.uid}[{number}]", f"{name_of(self)}[{number}]"
         child.backend = child.backend or self.backend
         child.after, child.on_upstream_failure = self.after, self.on_upstream_failure
