@@ -1,4 +1,4 @@
-"""Suggests a name for an unknown one: words of other systems, and what this machine does not have."""
+"""Suggests the valid name for a word of another system, or what to do where this server has no such field."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ _SYNONYMS = {
     "num_workers": "workers cores cpus",
     "session": "id session_id",
 }
-"""Words of other systems by our name; the first of our names that fits is suggested."""
+"""Words of other systems, by the name that this server uses; the first name that fits is suggested."""
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The known name that is probably meant, or what to do instead; empty where no known name is similar."""
     word, valid = name.casefold().replace("-", "_"), list(known)
-    for ours, others in _SYNONYMS.items():
-        if ours in valid and word in others.split():
-            return f" (did you mean {ours!r}?)"
+    for known_name, synonyms in _SYNONYMS.items():
+        if known_name in valid and word in synonyms.split():
+            return f" (did you mean {known_name!r}?)"
     advice = next((advice for words, advice in _ABSENT if word in words.split()), None)
     return nearest(name, valid) if advice is None else f": {advice(inspect_machine())}"
 
@@ -87,4 +87,4 @@ _ABSENT: list[tuple[str, Callable[[Machine], str]]] = [
     ("memory mem memory_gb mem_gb memory_mb ram", _memory),
     ("queue partition account qos reservation", _queue),
 ]
-"""By words for a resource, what to do where tasks cannot ask for the resource."""
+"""What to do about resources that tasks cannot ask for, by the words for the resource."""

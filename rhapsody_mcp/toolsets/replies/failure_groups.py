@@ -1,4 +1,4 @@
-"""Groups failures and notes of many tasks that differ only in numbers."""
+"""Groups the failures and the notes of many tasks where their texts differ only in numbers."""
 
 from __future__ import annotations
 

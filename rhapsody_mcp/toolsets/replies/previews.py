@@ -35,7 +35,7 @@ class Preview(msgspec.Struct, frozen=True):
 
 def preview_task(task: Task, max_chars: int, shows: Callable[[Task], bool]) -> Preview | None:
     """The preview of a task's result. A for_each that has ended has a list of results; before, a dict by number of the
-    results of those children that `shows` is true of."""
+    results of the children that `shows` is true of."""
     if isinstance(task, ForEach) and task.children:
         return _preview_children(task, max_chars, shows)
     value = task.outcome.value if task.outcome else None
@@ -102,7 +102,7 @@ def _plain(preview: str) -> bytes:
 
 
 def printed_only_text(value: Value | None, stdout: Stream) -> str:
-    """As in `null; it printed 3 bytes, and returned nothing`; empty for a task that did otherwise."""
+    """As in `null; it printed 3 bytes, and returned nothing`; empty for any other result."""
     if value is None or value.data != b"null" or not stdout.text:
         return ""
     return f"null; it printed {stdout.size or len(stdout.text.encode())} bytes, and returned nothing"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from mcp.types import CallToolResult
@@ -68,41 +69,37 @@ class TaskResult(Row):
     completion_tokens: SkipJsonSchema[int | None] = None
 
 
+@dataclass(frozen=True)
 class ResultReply:
-    """Builds the reply; `shown` is the value, `source` the rank or the whole outcome that it is of."""
+    """The parts of a reply: `source` is a rank of a job or the whole outcome, `shown` its value."""
 
-    def __init__(
-        self,
-        task: Task,
-        outcome: Outcome,
-        source: Outcome | RankOutcome,
-        rank: int | None,
-        shown: Page | DescribedResult | None,
-        excerpts: dict[str, Excerpt],
-        value_bytes: int,
-    ) -> None:
-        self._task, self._outcome, self._source, self._rank = task, outcome, source, rank
-        self._shown, self._excerpts, self._value_bytes = shown, excerpts, value_bytes
+    task: Task
+    outcome: Outcome
+    source: Outcome | RankOutcome
+    rank: int | None
+    shown: Page | DescribedResult | None
+    excerpts: dict[str, Excerpt]
+    value_bytes: int
 
     def build(self, share: float) -> CallToolResult:
         """The reply with a share of the usual lengths."""
-        room, shown = int(self._value_bytes * share), self._shown
-        excerpts = {name: whole.cut(int(REQUESTED_OUTPUT_BYTES * share)) for name, whole in self._excerpts.items()}
+        room, shown = int(self.value_bytes * share), self.shown
+        excerpts = {name: whole.cut(int(REQUESTED_OUTPUT_BYTES * share)) for name, whole in self.excerpts.items()}
         if isinstance(shown, Page):
             shown = cut_page(shown, room)
-        fields = row_fields(self._task) | _failure_fields(self._task, self._source, share)
-        fields |= _value_fields(shown, room) | _output_fields(self._source, excerpts)
-        data = TaskResult(**fields, **_run_fields(self._task, self._outcome, share), rank=self._rank)
+        fields = row_fields(self.task) | _failure_fields(self.task, self.source, share)
+        fields |= _value_fields(shown, room) | _output_fields(self.source, excerpts)
+        data = TaskResult(**fields, **_run_fields(self.task, self.outcome, share), rank=self.rank)
         lines = [_first_line(data), *self._value_lines(shown, data), *_other_lines(data, excerpts)]
         return reply("\n".join(lines), data)
 
     def _value_lines(self, shown: Page | DescribedResult | None, data: TaskResult) -> list[str]:
         if isinstance(shown, DescribedResult):
-            return _described_lines(shown, data, self._task)
+            return _described_lines(shown, data, self.task)
         if shown is None:
             return []
-        printed = printed_only_text(self._source.value, self._source.stdout)
-        return [f"result: {printed}"] if printed else _page_lines(shown, self._task)
+        printed = printed_only_text(self.source.value, self.source.stdout)
+        return [f"result: {printed}"] if printed else _page_lines(shown, self.task)
 
 
 # --- as data
@@ -162,7 +159,7 @@ def _run_fields(task: Task, outcome: Outcome, share: float) -> dict[str, Any]:
 
 
 def _ranks_shown(outcome: Outcome) -> list[RankOutcome]:
-    """The first ranks, those that failed before the others."""
+    """The ranks that get a row, failed ranks first."""
     return sorted(outcome.ranks, key=lambda rank: not (rank.error or rank.exit_code))[:_RANK_ROWS]
 
 

@@ -20,7 +20,7 @@ __all__ = ["Demand", "ask_to_exceed", "demand_of", "over_budget"]
 
 
 class Demand(NamedTuple):
-    """Tasks, and the most tokens of the answers to those prompts that bound them."""
+    """A number of tasks, and the most tokens of their answers; a prompt without a bound counts as 0 tokens."""
 
     tasks: int
     tokens: int

@@ -1,4 +1,4 @@
-"""Makes and checks the tasks of a call, once a call."""
+"""Makes the tasks of a call once, and checks them as a submission would."""
 
 from __future__ import annotations
 

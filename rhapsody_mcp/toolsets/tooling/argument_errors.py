@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -134,7 +133,7 @@ def _sentence(location: Location, problems: list[Problem], schema: dict[str, Any
     field = field_at(schema, location)
     kinds = list(dict.fromkeys(_valid_values(problem, field) for problem in problems))
     valid = " or ".join([", ".join(kinds[:-1]), kinds[-1]] if kinds[:-1] else kinds)
-    near = nearest(str(first["input"]), _choices(first)) if first["type"] == "literal_error" else ""
+    near = nearest(str(first["input"]), field.get("enum", ())) if first["type"] == "literal_error" else ""
     by_name = location[-1] == "args" and isinstance(first["input"], dict) and "ref" not in first["input"]
     kwargs = " Arguments by name go into kwargs." if by_name else ""
     return f"{path} must be {valid}{_example_for(first, field)}, not {_short(first['input'])}{near}.{kwargs}"
@@ -208,11 +207,6 @@ def _number(limit: float) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _choices(problem: Problem) -> list[str]:
-    """The choices of a literal, which pydantic writes as in `'all' or 'any'`."""
-    return re.findall(r"'([^']*)'", problem["ctx"]["expected"])
 
 
 def _example(field: Mapping[str, Any]) -> str:
