@@ -23,12 +23,12 @@ from rhapsody_mcp.model.specs import Caps
 from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.settings import Settings
 
-__all__ = ["BackendName", "OpenBackends", "Plan", "Wanted", "open_backends", "plan_backends"]
+__all__ = ["BackendName", "BackendPlan", "OpenBackends", "SessionConfig", "open_backends", "plan_backends"]
 
 BackendName = Literal["dragon", "local", "vllm", "endpoint"]
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a session shall have. Without `backends`: what runs functions here, and what answers prompts here."""
 
     backends: tuple[BackendName, ...] = ()
@@ -43,129 +43,134 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """Where its tasks start; empty for the folder of this process."""
 
 
-OpenBackends = Callable[[Wanted], Sequence[Backend]]
+OpenBackends = Callable[[SessionConfig], Sequence[Backend]]
 
 
-class Plan(msgspec.Struct, frozen=True):
+class BackendPlan(msgspec.Struct, frozen=True):
     """A backend before it is made: its name, and the arguments of its class. Those in `of_server` are as the server's
     settings say; who makes it again elsewhere leaves them out."""
 
     name: BackendName
     arguments: dict[str, Any]
-    of_server: dict[str, Any] = {}
+    server_arguments: dict[str, Any] = {}
 
     def open(self) -> Backend:
-        made: Backend = getattr(backends, backends.BACKENDS[self.name])(**{**self.arguments, **self.of_server})
-        return made
+        backend: Backend = getattr(backends, backends.BACKENDS[self.name])(
+            **{**self.arguments, **self.server_arguments}
+        )
+        return backend
 
 
-def open_backends(wanted: Wanted, settings: Settings) -> list[Backend]:
+def open_backends(config: SessionConfig, settings: Settings) -> list[Backend]:
     """The backends of a session on this machine; raises what `plan_backends` raises."""
-    opened = [plan.open() for plan in plan_backends(wanted, settings)]
+    opened = [plan.open() for plan in plan_backends(config, settings)]
     for backend in opened:
         if isinstance(backend, ComputeBackend):
-            backend.work_in(wanted.folder)
+            backend.work_in(config.folder)
     return opened
 
 
-def plan_backends(wanted: Wanted, settings: Settings) -> list[Plan]:
+def plan_backends(config: SessionConfig, settings: Settings) -> list[BackendPlan]:
     """What a session gets on this machine; what is not wished for is as the settings say.
 
     Raises InvalidRequest where a wish is wrong or contradicts another, BackendUnavailable where a program is missing.
     """
     machine = inspect_machine()
-    names = wanted.backends or _defaults(wanted, machine)
+    names = config.backends or _default_backends(config, machine)
     if len(set(names)) < len(names):
         raise InvalidRequest(f"backends is {list(names)}; name each backend once.", field="backends")
-    _refuse_idle_wishes(wanted, names)
-    _check_policy(wanted, Policy.of(settings))
-    arguments = {name: _arguments(name, wanted, settings, machine) for name in names}
-    return [Plan(name, arguments[name], _of_server(name, wanted, settings)) for name in names]
+    _refuse_unused_fields(config, names)
+    _check_policy(config, Policy.of(settings))
+    arguments = {name: _backend_arguments(name, config, settings, machine) for name in names}
+    return [BackendPlan(name, arguments[name], _server_arguments(name, config, settings)) for name in names]
 
 
-def _check_policy(wanted: Wanted, policy: Policy) -> None:
-    if wanted.environment is not None and wanted.environment.setup:
+def _check_policy(config: SessionConfig, policy: Policy) -> None:
+    if config.environment is not None and config.environment.setup:
         policy.check_setup()
-    if wanted.config_file is not None:
-        policy.check_folder("config_file", os.path.expanduser(wanted.config_file))
+    if config.config_file is not None:
+        policy.check_folder("config_file", os.path.expanduser(config.config_file))
     if policy.executables is None and policy.folders is None:
         return
-    if wanted.config_file is None and wanted.model is None:
+    if config.config_file is None and config.model is None:
         return
-    config, folders = _vllm_config(wanted.config_file, wanted.model)
-    if config.server.python is not None:
-        policy.check_executable("python in the section server of config_file", interpreter(config))
-    named = config.server.model or config.required.model_name
-    if named is not None and named != SHIPPED and os.path.isabs(source := find_model(config, folders).source):
+    vllm_config, folders = _vllm_config(config.config_file, config.model)
+    if vllm_config.server.python is not None:
+        policy.check_executable("python in the section server of config_file", interpreter(vllm_config))
+    model = vllm_config.server.model or vllm_config.required.model_name
+    if model is not None and model != SHIPPED and os.path.isabs(source := find_model(vllm_config, folders).source):
         policy.check_folder("model", source)
 
 
-def _of_server(name: BackendName, wanted: Wanted, settings: Settings) -> dict[str, Any]:
+def _server_arguments(name: BackendName, config: SessionConfig, settings: Settings) -> dict[str, Any]:
     if name == "endpoint":
         return {}
-    environment = replace(wanted.environment or Environment(), withheld=settings.withheld_variables)
+    environment = replace(config.environment or Environment(), withheld=settings.withheld_variables)
     if name == "vllm":
         return {"environment": environment, "health_s": settings.vllm_health_s}
     caps = Caps(settings.max_result_bytes, settings.max_output_bytes, exception_bytes=0)
     return {"environment": environment, "caps": caps, "stall_s": settings.stall_s}
 
 
-def _defaults(wanted: Wanted, machine: Machine) -> tuple[BackendName, ...]:
+def _default_backends(config: SessionConfig, machine: Machine) -> tuple[BackendName, ...]:
     compute: BackendName = "dragon" if machine.dragon.present else "local"
-    if wanted.endpoint_url:
+    if config.endpoint_url:
         return (compute, "endpoint")
-    if wanted.model or wanted.device or wanted.config_file or machine.vllm.present:
+    if config.model or config.device or config.config_file or machine.vllm.present:
         return (compute, "vllm")
     return (compute,)
 
 
-def _refuse_idle_wishes(wanted: Wanted, names: Sequence[BackendName]) -> None:
+def _refuse_unused_fields(config: SessionConfig, names: Sequence[BackendName]) -> None:
     """Refuse a wish that none of the session's backends would hear."""
-    wishes: dict[str, tuple[object, tuple[BackendName, ...]]] = {
-        "num_workers": (wanted.num_workers, ("dragon", "local")),
-        "model": (wanted.model, ("vllm",)),
-        "device": (wanted.device, ("vllm",)),
-        "config_file": (wanted.config_file, ("vllm",)),
-        "endpoint_url": (wanted.endpoint_url, ("endpoint",)),
-        "endpoint_model": (wanted.endpoint_model, ("endpoint",)),
-        "environment": (wanted.environment, ("dragon", "local", "vllm")),
+    users: dict[str, tuple[object, tuple[BackendName, ...]]] = {
+        "num_workers": (config.num_workers, ("dragon", "local")),
+        "model": (config.model, ("vllm",)),
+        "device": (config.device, ("vllm",)),
+        "config_file": (config.config_file, ("vllm",)),
+        "endpoint_url": (config.endpoint_url, ("endpoint",)),
+        "endpoint_model": (config.endpoint_model, ("endpoint",)),
+        "environment": (config.environment, ("dragon", "local", "vllm")),
     }
-    for wish, (value, hearers) in wishes.items():
-        if value is not None and not set(hearers) & set(names):
+    for field, (value, names_of_users) in users.items():
+        if value is not None and not set(names_of_users) & set(names):
             raise InvalidRequest(
-                f"{wish} has no effect without the backend {' or '.join(hearers)}: add it to backends, "
-                f"which is {list(names)}, or leave {wish} out."
+                f"{field} has no effect without the backend {' or '.join(names_of_users)}: add it to backends, "
+                f"which is {list(names)}, or leave {field} out.",
+                field=field,
             )
 
 
-def _arguments(name: BackendName, wanted: Wanted, settings: Settings, machine: Machine) -> dict[str, Any]:
-    num_workers = wanted.num_workers or settings.default_num_workers
-    environment = None if wanted.environment is None else msgspec.json.decode(msgspec.json.encode(wanted.environment))
+def _backend_arguments(
+    name: BackendName, config: SessionConfig, settings: Settings, machine: Machine
+) -> dict[str, Any]:
+    num_workers = config.num_workers or settings.default_num_workers
+    environment = None if config.environment is None else msgspec.json.decode(msgspec.json.encode(config.environment))
     match name:
         case "dragon":
-            _need(machine.dragon, "the local backend runs the same tasks with processes of this machine")
+            _require(machine.dragon, "the local backend runs the same tasks with processes of this machine")
             return {"num_workers": num_workers, "environment": environment}
         case "local":
             return {"num_workers": num_workers, "environment": environment}
         case "vllm":
-            _need(machine.vllm, "the endpoint backend speaks to a server that runs elsewhere")
-            model = wanted.model or (None if wanted.config_file else settings.default_model)
-            _refuse_model(wanted.config_file, model)
-            _refuse_device(wanted, machine)
-            given = {"config_file": wanted.config_file, "model": model, "device": wanted.device}
-            return {**given, "environment": environment}
+            _require(machine.vllm, "the endpoint backend speaks to a server that runs elsewhere")
+            model = config.model or (None if config.config_file else settings.default_model)
+            _check_model(config.config_file, model)
+            _check_device(config, machine)
+            arguments = {"config_file": config.config_file, "model": model, "device": config.device}
+            return {**arguments, "environment": environment}
         case "endpoint":
-            return _endpoint_arguments(wanted, settings)
+            return _endpoint_arguments(config, settings)
 
 
-def _refuse_model(config_file: str | None, model: str | None) -> None:
+def _check_model(config_file: str | None, model: str | None) -> None:
     """Raise InvalidSettings where the settings of the vllm backend, or the model that they name, cannot work here."""
     find_model(*_vllm_config(config_file, model))
 
 
-def _refuse_device(wanted: Wanted, machine: Machine) -> None:
-    config, _ = _vllm_config(wanted.config_file, None)
-    if "cuda" in (wanted.device, config.server.device if wanted.device is None else None) and not machine.gpus:
+def _check_device(config: SessionConfig, machine: Machine) -> None:
+    vllm_config, _ = _vllm_config(config.config_file, None)
+    if "cuda" in (config.device, vllm_config.server.device if config.device is None else None) and not machine.gpus:
         raise InvalidSettings(
             'device is "cuda", and this machine has no GPU. Leave device out, or give "cpu", to serve the model on the '
             "CPU; a server on a machine that has one is reached with the backend endpoint and its endpoint_url.",
@@ -175,25 +180,25 @@ def _refuse_device(wanted: Wanted, machine: Machine) -> None:
 
 def _vllm_config(config_file: str | None, model: str | None) -> tuple[VllmConfig, list[Path]]:
     """With the folders in which a relative path to a model may begin."""
-    file = Path(os.path.expanduser(config_file)).absolute() if config_file else None
-    config = read_config(file, {"server": {"model": model}})
-    return config, [Path.cwd(), *([file.parent] if file else [])]
+    path = Path(os.path.expanduser(config_file)).absolute() if config_file else None
+    config = read_config(path, {"server": {"model": model}})
+    return config, [Path.cwd(), *([path.parent] if path else [])]
 
 
-def _endpoint_arguments(wanted: Wanted, settings: Settings) -> dict[str, Any]:
-    if (url := wanted.endpoint_url or settings.endpoint_url) is None:
+def _endpoint_arguments(config: SessionConfig, settings: Settings) -> dict[str, Any]:
+    if (url := config.endpoint_url or settings.endpoint_url) is None:
         raise InvalidRequest('the endpoint backend needs endpoint_url, as in "http://127.0.0.1:8000/v1".')
-    if not _is_address(url):
+    if not _is_http_url(url):
         raise InvalidRequest(
             f'endpoint_url is {url!r}; valid is the address of an HTTP server, as in "http://127.0.0.1:8000/v1".',
             field="endpoint_url",
         )
-    own = url == settings.endpoint_url  # the key goes to its own address and to no other
-    model = wanted.endpoint_model or (settings.endpoint_model if own else None)
-    return {"url": url, "model": model, "api_key": settings.endpoint_api_key if own else None}
+    is_from_settings = url == settings.endpoint_url  # the key goes to its own address and to no other
+    model = config.endpoint_model or (settings.endpoint_model if is_from_settings else None)
+    return {"url": url, "model": model, "api_key": settings.endpoint_api_key if is_from_settings else None}
 
 
-def _is_address(url: str) -> bool:
+def _is_http_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -201,6 +206,8 @@ def _is_address(url: str) -> bool:
         return False
 
 
-def _need(part: Dependency, instead: str) -> None:
-    if not part.present:
-        raise BackendUnavailable(f"{part.name} is not installed here. Get it with: {part.remedy}; or {instead}.")
+def _require(dependency: Dependency, alternative: str) -> None:
+    if not dependency.present:
+        raise BackendUnavailable(
+            f"{dependency.name} is not installed here. Get it with: {dependency.remedy}; or {alternative}."
+        )

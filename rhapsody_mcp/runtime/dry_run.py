@@ -19,10 +19,10 @@ from rhapsody_mcp.model.specs import Layout
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, name_of, tasks_text
 
-__all__ = ["Step", "misfits", "steps_of"]
+__all__ = ["PlannedTask", "plan_tasks", "unmet_needs"]
 
 
-class Step(msgspec.Struct, frozen=True):
+class PlannedTask(msgspec.Struct, frozen=True):
     """A task of a plan. `level` is 1 where it can start at once, else one more than the highest that it waits for."""
 
     task: Task
@@ -31,17 +31,17 @@ class Step(msgspec.Struct, frozen=True):
     level: int
 
 
-def steps_of(tasks: Sequence[Task], machine: Machine) -> list[Step]:
+def plan_tasks(tasks: Sequence[Task], machine: Machine) -> list[PlannedTask]:
     """The tasks of one submission, in order; it has no circles."""
-    mine = {task.uid for task in tasks}
-    sources = {task.uid: {source.uid for source in task.sources()} & mine for task in tasks}
+    uids = {task.uid for task in tasks}
+    sources = {task.uid: {source.uid for source in task.sources()} & uids for task in tasks}
     levels: dict[str, int] = {}
     for uid in TopologicalSorter(sources).static_order():
         levels[uid] = 1 + max((levels[source] for source in sources[uid]), default=0)
-    return [Step(task, _runs_as(task, machine), _names(task), levels[task.uid]) for task in tasks]
+    return [PlannedTask(task, _runs_as(task, machine), _source_names(task), levels[task.uid]) for task in tasks]
 
 
-def _names(task: Task) -> tuple[str, ...]:
+def _source_names(task: Task) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name_of(source) for source in task.sources()))
 
 
@@ -68,19 +68,21 @@ _LAYOUTS = {
 }
 
 
-def misfits(task: Task, machine: Machine, folder: str = "") -> Iterator[str]:
+def unmet_needs(task: Task, machine: Machine, folder: str = "") -> Iterator[str]:
     """What of a task of a session in `folder` this machine has not, in words. Nothing of the user's runs and nothing is
     imported."""
     if isinstance(task, ForEach):
-        yield from misfits(task.children[0], machine, folder) if task.children else ()
+        yield from unmet_needs(task.children[0], machine, folder) if task.children else ()
     elif isinstance(task, ComputeTask):
-        yield from _misfits_of_processes(task.layout, machine, folder)
+        yield from _unmet_layout_needs(task.layout, machine, folder)
         if task.executable is not None:
-            yield from _misfits_of_program(task.executable, task.layout, folder)
-        yield from (f"no module {name!r} is installed here" for name in _modules(task) if not _is_there(name))
+            yield from _unmet_program_needs(task.executable, task.layout, folder)
+        yield from (
+            f"no module {name!r} is installed here" for name in _imported_packages(task) if not _is_importable(name)
+        )
 
 
-def _misfits_of_processes(layout: Layout, machine: Machine, folder: str) -> Iterator[str]:
+def _unmet_layout_needs(layout: Layout, machine: Machine, folder: str) -> Iterator[str]:
     if layout.pmi not in (None, "none") and not machine.pmi:
         yield "no PMIx or Cray PMI library was found here, through which MPI ranks find each other"
     for template in (group.template for group in layout.groups):
@@ -92,7 +94,7 @@ def _misfits_of_processes(layout: Layout, machine: Machine, folder: str) -> Iter
             yield f"GPU {max(template.gpu_affinity)} was asked for, and this machine has {len(machine.gpus) or 'none'}"
 
 
-def _misfits_of_program(executable: str, layout: Layout, folder: str) -> Iterator[str]:
+def _unmet_program_needs(executable: str, layout: Layout, folder: str) -> Iterator[str]:
     template = layout.groups[0].template
     path = template.env.get("PATH")
     file = str(Path(folder, template.cwd or "", executable)) if "/" in executable else executable
@@ -101,22 +103,22 @@ def _misfits_of_program(executable: str, layout: Layout, folder: str) -> Iterato
         yield f"{executable} is no program here{hint}"
 
 
-def _modules(task: ComputeTask) -> list[str]:
+def _imported_packages(task: ComputeTask) -> list[str]:
     """The top-level packages that its function imports, as far as the text says it."""
     if isinstance(task.function, Module):
         return [task.function.path.partition(":")[0].partition(".")[0]]
     if not isinstance(task.function, Source):
         return []
-    found: list[str] = []
+    packages: list[str] = []
     for statement in imports_of(ast.parse(task.function.text)):
         names = (
             [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else [statement.module or ""]
         )
-        found += [name.partition(".")[0] for name in names]
-    return [name for name in dict.fromkeys(found) if name]
+        packages += [name.partition(".")[0] for name in names]
+    return [name for name in dict.fromkeys(packages) if name]
 
 
-def _is_there(name: str) -> bool:
+def _is_importable(name: str) -> bool:
     try:
         return find_spec(name) is not None
     except (ImportError, ValueError):  # ValueError: a module that has no spec, such as __main__

@@ -15,13 +15,13 @@ from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ComputeTask
 
-__all__ = ["Functions", "Registered"]
+__all__ = ["FunctionRegistry", "RegisteredFunction"]
 
 _NAME = re.compile(r"[\w.-]{1,64}")
 _CHECK = Module("rhapsody_mcp.engine.task.import_check:check")
 
 
-class Registered(msgspec.Struct, frozen=True):
+class RegisteredFunction(msgspec.Struct, frozen=True):
     """A function under a name that tasks use in place of its source."""
 
     number: int
@@ -31,49 +31,49 @@ class Registered(msgspec.Struct, frozen=True):
     docstring: str
 
 
-class Functions:
+class FunctionRegistry:
     """By name; the last one that was registered under a name has it."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._by_name: dict[str, Registered] = {}
-        self._by_number: dict[int, Registered] = {}
-        self._last = 0
+        self._by_name: dict[str, RegisteredFunction] = {}
+        self._by_number: dict[int, RegisteredFunction] = {}
+        self._last_number = 0
 
     @property
     def names(self) -> list[str]:
         return list(self._by_name)
 
-    def keep(self, function: Registered) -> None:
+    def add(self, function: RegisteredFunction) -> None:
         """From now on its name is its own; tasks find an earlier one of this name by its number."""
         self._by_name.pop(function.name, None)
         self._by_name[function.name] = self._by_number[function.number] = function
-        self._last = max(self._last, function.number)
+        self._last_number = max(self._last_number, function.number)
 
     def source(self, name: str) -> Source:
         """Raises what `get` raises."""
         return self.get(name).source
 
-    def numbered(self, number: int) -> Registered:
+    def by_number(self, number: int) -> RegisteredFunction:
         """The one that was the so manieth to be registered, from 1 on."""
         return self._by_number[number]
 
-    def get(self, name: str) -> Registered:
+    def get(self, name: str) -> RegisteredFunction:
         """Raises InvalidTask, which names what there is."""
-        if (found := self._by_name.get(name)) is None:
+        if (function := self._by_name.get(name)) is None:
             known = f" Registered: {', '.join(self.names)}." if self._by_name else ""
             raise InvalidTask(
                 f"no function is registered as {name!r}{nearest(name, self.names)}.{known} Call register_function "
                 'first, or write an import path, "package.module:function".'
             )
-        return found
+        return function
 
-    async def check(self, source: Source, name: str | None, timeout_s: float) -> Registered:
+    async def check(self, source: Source, name: str | None, timeout_s: float) -> RegisteredFunction:
         """What `keep` takes, once a worker has executed the source and found every module that it imports.
 
         Raises InvalidTask where it cannot run there, BackendError where no worker could look in time.
         """
-        function = Registered(0, name or source.function_name, source, source.signature, source.docstring)
+        function = RegisteredFunction(0, name or source.function_name, source, source.signature, source.docstring)
         if not _NAME.fullmatch(function.name):
             raise InvalidTask(
                 f"name is {function.name[:80]!r}; valid are letters, digits, '_', '.' and '-', at most 64.",
@@ -85,8 +85,8 @@ class Functions:
                 f"{source.function_name} cannot run on the workers: {'; '.join(problems)}. Valid is what runs in the "
                 f"Python environment of this server ({sys.prefix}): install what is missing there, or do without it."
             )
-        self._last += 1
-        return msgspec.structs.replace(function, number=self._last)
+        self._last_number += 1
+        return msgspec.structs.replace(function, number=self._last_number)
 
     async def _problems(self, source: Source, timeout_s: float) -> list[str]:
         task = ComputeTask(_CHECK, args=[source.text, source.function_name], name=source.function_name)

@@ -21,7 +21,7 @@ from rhapsody_mcp.settings import Settings
 
 __all__ = ["Limits", "SessionUsage"]
 
-_FEW_BYTES = 2048
+_TASK_OVERHEAD_BYTES = 2048
 """What a task takes in memory besides what it says."""
 
 
@@ -69,60 +69,61 @@ class Limits:
         except InvalidRequest as error:
             raise InvalidTask(str(error), field=error.field) from error
         if isinstance(spec.work, Completion):
-            spec = replace(spec, work=self._checked_answer(spec.work))
+            spec = replace(spec, work=self._bounded_completion(spec.work))
         return replace(spec, timeout_s=self._timeout(spec.timeout_s))
 
-    def _checked_answer(self, work: Completion) -> Completion:
-        most, together = self.settings.max_answer_tokens, self.settings.max_session_tokens
+    def _bounded_completion(self, work: Completion) -> Completion:
+        max_tokens, max_session_tokens = self.settings.max_answer_tokens, self.settings.max_session_tokens
         for field in ("max_tokens", "n"):
-            if together is not None and isinstance(getattr(work, field), Ref):
+            if max_session_tokens is not None and isinstance(getattr(work, field), Ref):
                 raise InvalidTask(
                     f"{field} must be a number here, because the tokens of a session are limited "
                     f"({_setting('max_session_tokens')}).",
                     field=field,
                 )
-        if most is not None and _number(work.max_tokens) > most:
+        if max_tokens is not None and _number(work.max_tokens) > max_tokens:
             raise InvalidTask(
-                f"max_tokens is {work.max_tokens}; the most here is {most} ({_setting('max_answer_tokens')}).",
+                f"max_tokens is {work.max_tokens}; the most here is {max_tokens} ({_setting('max_answer_tokens')}).",
                 field="max_tokens",
             )
-        if work.max_tokens is None and together is not None:
+        if work.max_tokens is None and max_session_tokens is not None:
             raise InvalidTask(
                 "max_tokens must be given here, because the tokens of a session are limited "
                 f"({_setting('max_session_tokens')}).",
                 field="max_tokens",
             )
-        return replace(work, most_tokens=most) if isinstance(work.max_tokens, Ref) else work
+        return replace(work, most_tokens=max_tokens) if isinstance(work.max_tokens, Ref) else work
 
-    def _timeout(self, asked_s: float | None) -> float | None:
-        most = self.settings.max_task_s
-        if asked_s is not None and most is not None and asked_s > most:
+    def _timeout(self, requested_s: float | None) -> float | None:
+        longest = self.settings.max_task_s
+        if requested_s is not None and longest is not None and requested_s > longest:
             raise InvalidTask(
-                f"timeout_s is {asked_s:g}; the most here is {most:g} ({_setting('max_task_s')}).", field="timeout_s"
+                f"timeout_s is {requested_s:g}; the most here is {longest:g} ({_setting('max_task_s')}).",
+                field="timeout_s",
             )
-        return asked_s or self._usual()[0]
+        return requested_s or self._default_timeout()[0]
 
-    def _usual(self) -> tuple[float | None, _Time]:
+    def _default_timeout(self) -> tuple[float | None, _TimeSetting]:
         """How long a task runs that does not say it, and the setting that says so."""
-        usual, most = self.settings.default_task_s, self.settings.max_task_s
-        if usual is None or (most is not None and most < usual):
-            return most, "max_task_s"
-        return usual, "default_task_s"
+        default, longest = self.settings.default_task_s, self.settings.max_task_s
+        if default is None or (longest is not None and longest < default):
+            return longest, "max_task_s"
+        return default, "default_task_s"
 
-    def in_words(self, outcome: Outcome, asked_s: float | None) -> Outcome:
+    def explain_timeout(self, outcome: Outcome, requested_s: float | None) -> Outcome:
         """The outcome of a task; where its time was up that it had not asked for, with what had set that."""
-        if outcome.cause is not Cause.TIMEOUT or asked_s is not None:
+        if outcome.cause is not Cause.TIMEOUT or requested_s is not None:
             return outcome
-        return replace(outcome, error=f"{outcome.error} ({_setting(self._usual()[1])}; it had no timeout_s)")
+        return replace(outcome, error=f"{outcome.error} ({_setting(self._default_timeout()[1])}; it had no timeout_s)")
 
     # --- how much
 
     def refuse_session(self) -> None:
         """Raise LimitExceeded where no more session may be opened."""
-        there, most = len(self._sessions()), self.settings.max_sessions
-        if most is not None and there >= most:
+        count, most = len(self._sessions()), self.settings.max_sessions
+        if most is not None and count >= most:
             raise LimitExceeded(
-                f"as many sessions are open as may be, {there} of {most} ({_setting('max_sessions')}): use one of "
+                f"as many sessions are open as may be, {count} of {most} ({_setting('max_sessions')}): use one of "
                 "them, or close one that is no longer needed (list_sessions, close_session).",
                 "max_sessions",
             )
@@ -133,33 +134,37 @@ class Limits:
         self.refuse_count(usage, len(specs))
         completions = [spec.work for spec in specs if isinstance(spec.work, Completion)]
         prompts, tokens = sum(map(_answers, completions)), sum(map(_tokens, completions))
-        self._refuse("max_session_prompts", _SESSION, usage.prompts, prompts, "prompts")
-        self._refuse("max_session_tokens", _SESSION, usage.tokens, tokens, "tokens of answers")
-        held = sum(one.held_bytes for one in self._sessions())
+        self._refuse("max_session_prompts", _THIS_SESSION, usage.prompts, prompts, "prompts")
+        self._refuse("max_session_tokens", _THIS_SESSION, usage.tokens, tokens, "tokens of answers")
+        held = sum(session.held_bytes for session in self._sessions())
         codes = {id(spec.work.code): len(spec.work.code) for spec in specs if isinstance(spec.work, Call)}
-        more = sum(codes.values()) + sum(map(_spec_bytes, specs))
-        self._refuse("max_held_bytes", _ALL, held, more, "bytes in memory")
+        added = sum(codes.values()) + sum(map(_spec_bytes, specs))
+        self._refuse("max_held_bytes", _ALL_SESSIONS, held, added, "bytes in memory")
 
     def refuse_count(self, usage: SessionUsage, count: int) -> None:
         """The same of so many tasks, of which nothing else is known yet."""
-        self._refuse("max_session_tasks", _SESSION, usage.tasks, count, "tasks")
+        self._refuse("max_session_tasks", _THIS_SESSION, usage.tasks, count, "tasks")
         self._refuse(
-            "max_open_tasks", _ALL, sum(one.open for one in self._sessions()), count, "tasks that have not ended"
+            "max_open_tasks",
+            _ALL_SESSIONS,
+            sum(session.open for session in self._sessions()),
+            count,
+            "tasks that have not ended",
         )
 
-    def _refuse(self, key: _Count, whose: str, there: int, more: int, what: str) -> None:
+    def _refuse(self, key: _CountSetting, scope: str, current: int, added: int, unit: str) -> None:
         most = getattr(self.settings, key)
-        if most is not None and more and there + more > most:
+        if most is not None and added and current + added > most:
             raise LimitExceeded(
-                f"{whose} would have {there + more:,} {what}, of which there are {there:,}; the most is {most:,} "
-                f"({_setting(key)}). {_INSTEAD[key]}.",
+                f"{scope} would have {current + added:,} {unit}, of which there are {current:,}; the most is {most:,} "
+                f"({_setting(key)}). {_ALTERNATIVES[key]}.",
                 key,
             )
 
     def _refuse_full_disk(self) -> None:
         for folder in self._folders:
-            there = next(place for place in (folder, *folder.parents) if place.exists())
-            disk = os.statvfs(there)
+            existing = next(place for place in (folder, *folder.parents) if place.exists())
+            disk = os.statvfs(existing)
             free = disk.f_bavail * disk.f_frsize
             if free < self.settings.min_free_bytes:
                 raise LimitExceeded(
@@ -170,14 +175,16 @@ class Limits:
                 )
 
 
-_Time = Literal["default_task_s", "max_task_s"]
-_Count = Literal["max_session_tasks", "max_session_prompts", "max_session_tokens", "max_open_tasks", "max_held_bytes"]
-_SESSION, _ALL = "this session", "all sessions together"
-_ANOTHER = "Open another session for more (create_session)"
-_INSTEAD: dict[_Count, str] = {
-    "max_session_tasks": _ANOTHER,
-    "max_session_prompts": _ANOTHER,
-    "max_session_tokens": f"Lower max_tokens, or ask the person. {_ANOTHER}",
+_TimeSetting = Literal["default_task_s", "max_task_s"]
+_CountSetting = Literal[
+    "max_session_tasks", "max_session_prompts", "max_session_tokens", "max_open_tasks", "max_held_bytes"
+]
+_THIS_SESSION, _ALL_SESSIONS = "this session", "all sessions together"
+_NEW_SESSION = "Open another session for more (create_session)"
+_ALTERNATIVES: dict[_CountSetting, str] = {
+    "max_session_tasks": _NEW_SESSION,
+    "max_session_prompts": _NEW_SESSION,
+    "max_session_tokens": f"Lower max_tokens, or ask the person. {_NEW_SESSION}",
     "max_open_tasks": "Wait until some have ended (wait_tasks), or submit fewer at once",
     "max_held_bytes": "Pass large data as paths of files, or close a session that is no longer needed (close_session)",
 }
@@ -198,19 +205,19 @@ def _tokens(work: Completion) -> int:
     return _answers(work) * _number(work.max_tokens)
 
 
-def _number(given: int | Ref | None) -> int:
-    return given if isinstance(given, int) else 0
+def _number(value: int | Ref | None) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _spec_bytes(spec: TaskSpec) -> int:
     """Without its code."""
     work = spec.work
     if isinstance(work, Call):
-        return _FEW_BYTES + 2 * len(work.arguments)  # as objects, and as they are sent
+        return _TASK_OVERHEAD_BYTES + 2 * len(work.arguments)  # as objects, and as they are sent
     if isinstance(work, Command):
-        return _FEW_BYTES + 2 * sum(map(_chars, work.arguments))
-    told = [message.content for message in work.messages if not isinstance(message, Ref)]
-    return _FEW_BYTES + 2 * sum(map(_chars, [*work.prompts, *told, work.system_prompt or ""]))
+        return _TASK_OVERHEAD_BYTES + 2 * sum(map(_chars, work.arguments))
+    contents = [message.content for message in work.messages if not isinstance(message, Ref)]
+    return _TASK_OVERHEAD_BYTES + 2 * sum(map(_chars, [*work.prompts, *contents, work.system_prompt or ""]))
 
 
 def _chars(content: Content) -> int:

@@ -10,11 +10,11 @@ from collections.abc import Collection, Sequence
 from rhapsody_mcp.model.errors import UnknownName
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import is_index
-from rhapsody_mcp.runtime.backend_factory import Wanted
-from rhapsody_mcp.runtime.functions import Functions, Registered
+from rhapsody_mcp.runtime.backend_factory import SessionConfig
+from rhapsody_mcp.runtime.functions import FunctionRegistry, RegisteredFunction
 from rhapsody_mcp.runtime.recovery.recorder import Recorder, Submission
 from rhapsody_mcp.runtime.serialization import Source
-from rhapsody_mcp.runtime.session.acceptance import Accepted
+from rhapsody_mcp.runtime.session.acceptance import AcceptedTask
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task, with_children
 
@@ -27,16 +27,16 @@ class OpenSession:
     A name belongs to the last task that took it; it is free again once that task ended FAILED or CANCELED.
     """
 
-    def __init__(self, id: str, session: Session, wanted: Wanted, recorder: Recorder | None = None) -> None:
-        self.id, self.session, self.wanted = id, session, wanted
-        self.functions = Functions(session)
+    def __init__(self, id: str, session: Session, config: SessionConfig, recorder: Recorder | None = None) -> None:
+        self.id, self.session, self.config = id, session, config
+        self.functions = FunctionRegistry(session)
         self.recorder = recorder
-        self.used = time.time()
+        self.last_used = time.time()
         self._tasks: dict[str, Task] = {}
         self._named: dict[str, Task] = {}
         self.submissions: dict[str, Submission] = {}
         """By idempotency key."""
-        self.submitting = asyncio.Lock()
+        self.submission_lock = asyncio.Lock()
         """Held from the choice of uids and names until `submit` has returned."""
 
     def new_uids(self, count: int) -> list[str]:
@@ -57,20 +57,24 @@ class OpenSession:
         return task
 
     def _child(self, name: str) -> Task | None:
-        of, _, number = name.removesuffix("]").rpartition("[")
-        parent = self._named.get(of) or self._tasks.get(of)
+        parent_name, _, number = name.removesuffix("]").rpartition("[")
+        parent = self._named.get(parent_name) or self._tasks.get(parent_name)
         if parent is None or not is_index(number):
             return None
         children = parent.children if isinstance(parent, ForEach) else []
         if int(number) < len(children):
             return children[int(number)]
-        there = f"{of}[0] to {of}[{len(children) - 1}]" if children else f"{of}, which has no tasks of its own"
-        raise UnknownName("task", name, (), there)
+        valid = (
+            f"{parent_name}[0] to {parent_name}[{len(children) - 1}]"
+            if children
+            else f"{parent_name}, which has no tasks of its own"
+        )
+        raise UnknownName("task", name, (), valid)
 
     def tasks(self, names: Collection[str]) -> list[Task]:
         return [self.task(name) for name in dict.fromkeys(names)]
 
-    def named(self, name: str) -> Task | None:
+    def task_named(self, name: str) -> Task | None:
         """The task that has this name."""
         return self._named.get(name)
 
@@ -82,18 +86,18 @@ class OpenSession:
     @property
     def cwd(self) -> str:
         """Where its tasks start."""
-        return self.wanted.folder or os.getcwd()
+        return self.config.folder or os.getcwd()
 
     @property
-    def trouble(self) -> str:
+    def durability_warning(self) -> str:
         """Why what ends now could be lost, in a sentence; empty where it could not."""
-        return self.recorder.trouble if self.recorder is not None else ""
+        return self.recorder.durability_warning if self.recorder is not None else ""
 
     async def submit(
         self,
         tasks: Sequence[Task],
-        accepted: list[Accepted],
-        recipes: Sequence[bytes] = (),
+        accepted: list[AcceptedTask],
+        stored_requests: Sequence[bytes] = (),
         submission: Submission | None = None,
     ) -> None:
         """Take what its session accepted, written down with their recipes first where there is a ledger. Nothing is
@@ -102,13 +106,13 @@ class OpenSession:
         for task in with_children(tasks):
             task.submitted = now
         if self.recorder is not None:
-            await self.recorder.submit(tasks, recipes, submission)
-        await self.session.take(tasks, accepted)
+            await self.recorder.record_submission(tasks, stored_requests, submission)
+        await self.session.submit_accepted(tasks, accepted)
         if submission is not None:
             self.submissions[submission.key] = submission
-        self.have(tasks)
+        self.add_tasks(tasks)
 
-    def have(self, tasks: Sequence[Task]) -> None:
+    def add_tasks(self, tasks: Sequence[Task]) -> None:
         """Find them by uid and name from now on."""
         for task in tasks:
             if task.name and (earlier := self._named.get(task.name)):
@@ -117,10 +121,10 @@ class OpenSession:
             if task.name:
                 self._named[task.name] = task
 
-    async def register(self, source: Source, name: str | None, timeout_s: float) -> Registered:
+    async def register(self, source: Source, name: str | None, timeout_s: float) -> RegisteredFunction:
         """Keep a function for tasks to name. Raises what `Functions.check` does, and LedgerUnavailable."""
         function = await self.functions.check(source, name, timeout_s)
         if self.recorder is not None:
-            await self.recorder.register(function)
-        self.functions.keep(function)
+            await self.recorder.record_function(function)
+        self.functions.add(function)
         return function

@@ -21,7 +21,7 @@ from rhapsody_mcp.settings import Settings
 
 __all__ = ["Policy"]
 
-_OWN = "rhapsody_mcp.engine."
+_OWN_MODULES = "rhapsody_mcp.engine."
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -52,7 +52,7 @@ class Policy(msgspec.Struct, frozen=True):
         elif isinstance(spec.work, Command) and self.executables is not None:
             for template in templates:
                 self.check_executable("executable", spec.work.executable, template)
-            path = _find(spec.work.executable, templates[0])
+            path = _find_program(spec.work.executable, templates[0])
             return replace(spec, work=replace(spec.work, executable=path or spec.work.executable))
         return spec
 
@@ -71,7 +71,7 @@ class Policy(msgspec.Struct, frozen=True):
             )
 
     def check_module(self, path: str) -> None:
-        if self.modules is None or path.startswith(_OWN):
+        if self.modules is None or path.startswith(_OWN_MODULES):
             return
         if _matches(path, self.modules) or _matches(path.replace(":", "."), self.modules):
             return
@@ -85,13 +85,13 @@ class Policy(msgspec.Struct, frozen=True):
         if self.executables is None:
             return
         template = template or Template()
-        path = _find(name, template)
-        found = Path(path).resolve() if path is not None and os.path.isfile(path) else None
-        if found is None or not _matches(str(found), self.executables):
-            leads = f", which is {found}," if found is not None and str(found) != name else ""
-            wrong = "is not allowed here" if found is not None else "is no program that is known here by this path"
+        path = _find_program(name, template)
+        file = Path(path).resolve() if path is not None and os.path.isfile(path) else None
+        if file is None or not _matches(str(file), self.executables):
+            resolved = f", which is {file}," if file is not None and str(file) != name else ""
+            wrong = "is not allowed here" if file is not None else "is no program that is known here by this path"
             raise InvalidRequest(
-                f"{field} {name!r}{leads} {wrong}: allowed_executables in the settings of this server is "
+                f"{field} {name!r}{resolved} {wrong}: allowed_executables in the settings of this server is "
                 f"{_listed(self.executables)}. Use one of these, or ask the person who runs the server.",
                 field=field,
             )
@@ -107,9 +107,9 @@ class Policy(msgspec.Struct, frozen=True):
             )
         real = Path(path).resolve()
         if not any(real.is_relative_to(folder.expanduser().resolve()) for folder in self.folders):
-            leads = f", which is {real}," if str(real) != os.fspath(path) else ""
+            shown = f", which is {real}," if str(real) != os.fspath(path) else ""
             raise InvalidRequest(
-                f"{field} {os.fspath(path)!r}{leads} is outside of the folders that are allowed here: allowed_folders "
+                f"{field} {os.fspath(path)!r}{shown} is outside of the folders that are allowed here: allowed_folders "
                 f"in the settings of this server is {_listed(map(str, self.folders))}. Use a path in one of these, or "
                 "ask the person who runs the server.",
                 field=field,
@@ -125,7 +125,7 @@ class Policy(msgspec.Struct, frozen=True):
                 )
 
 
-def _find(name: str, template: Template) -> str | None:
+def _find_program(name: str, template: Template) -> str | None:
     """The path of a program, as the process that runs it looks for it."""
     if os.sep in name:
         return path if os.path.isabs(path := os.path.join(template.cwd or "", name)) else None

@@ -20,7 +20,7 @@ from rhapsody_mcp.model.values import PLAIN, Ref
 
 __all__ = ["Encoder", "Module", "Source", "are_plain"]
 
-_LONGEST_CHARS = 32 * 1024
+_MAX_CHARS = 32 * 1024
 
 
 class Module(msgspec.Struct, frozen=True):
@@ -49,11 +49,10 @@ class Source(msgspec.Struct, frozen=True):
     entry: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.text) > _LONGEST_CHARS:
+        if len(self.text) > _MAX_CHARS:
             raise InvalidTask(
-                f"the source has {len(self.text):,} characters; {_LONGEST_CHARS:,} is the most. Write it to a file in "
-                "the session's folder and import it as a module, and pass data in args.",
-                field="source",
+                f"the source has {len(self.text):,} characters; {_MAX_CHARS:,} is the most. Write it to a file in "
+                "the session's folder and import it as a module, and pass data in args."
             )
         msgspec.structs.force_setattr(self, "text", _without_fence(self.text))
         functions = self._functions()
@@ -135,10 +134,10 @@ class Encoder:
         self._reference = reference
         self._pickled: dict[int, tuple[Callable[..., Any], bytes, list[Any]]] = {}
         self._texts: dict[str, bytes] = {}
-        self.met: list[Any] = []
+        self.referring_objects: list[Any] = []
 
     def call(self, function: Callable[..., Any] | Source | Module, args: Sequence[Any], kwargs: object) -> Call:
-        self.met = []
+        self.referring_objects = []
         arguments = self._arguments(tuple(args), kwargs) if args or kwargs else b""
         if isinstance(function, Source):
             text = self._texts.setdefault(function.text, function.text.encode())
@@ -150,20 +149,20 @@ class Encoder:
     def _arguments(self, args: tuple[Any, ...], kwargs: object) -> bytes:
         if not kwargs and are_plain(args):
             return pickle.dumps((args, kwargs))
-        return self._pickle((args, kwargs), "the arguments", self.met)
+        return self._pickle((args, kwargs), "the arguments", self.referring_objects)
 
     def _function(self, function: Callable[..., Any]) -> bytes:
         if id(function) not in self._pickled:
-            met: list[Any] = []
-            self._pickled[id(function)] = (function, self._pickle(function, "the function", met), met)
-        _, data, met = self._pickled[id(function)]
-        self.met += met
+            referring: list[Any] = []
+            self._pickled[id(function)] = (function, self._pickle(function, "the function", referring), referring)
+        _, data, referring = self._pickled[id(function)]
+        self.referring_objects += referring
         return data
 
-    def _pickle(self, value: object, what: str, met: list[Any]) -> bytes:
+    def _pickle(self, value: object, what: str, referring: list[Any]) -> bytes:
         buffer = io.BytesIO()
         try:
-            _Pickler(buffer, self._reference, met).dump(value)
+            _Pickler(buffer, self._reference, referring).dump(value)
         except Exception as error:  # a pickler raises whatever a __reduce__ raises
             raise InvalidTask(
                 f"{what} cannot be sent to another process: {type(error).__name__}: {error}. "
@@ -178,15 +177,15 @@ def are_plain(args: Iterable[object]) -> bool:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
-    def __init__(self, buffer: io.BytesIO, reference: Callable[[object], Ref | None], met: list[Any]) -> None:
+    def __init__(self, buffer: io.BytesIO, reference: Callable[[object], Ref | None], referring: list[Any]) -> None:
         super().__init__(buffer)
-        self._reference, self._met = reference, met
+        self._reference, self._referring = reference, referring
 
     def persistent_id(self, item: object) -> tuple[str, str] | None:
         ref = self._reference(item)
         if ref is None:
             return None
-        self._met.append(item)
+        self._referring.append(item)
         return ref.uid, ref.path
 
     def reducer_override(self, item: Any) -> Any:

@@ -19,11 +19,11 @@ from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import CloseSession, DropSession, PutNumber, PutSession, SessionRow, UseSession
 from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
-from rhapsody_mcp.runtime.backend_factory import OpenBackends, Wanted
+from rhapsody_mcp.runtime.backend_factory import OpenBackends, SessionConfig
 from rhapsody_mcp.runtime.call_context import current_caller
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
 from rhapsody_mcp.runtime.open_session import OpenSession
-from rhapsody_mcp.runtime.recovery.orphans import reap
+from rhapsody_mcp.runtime.recovery.orphans import end_orphans
 from rhapsody_mcp.runtime.recovery.recorder import Recorder, Storage
 from rhapsody_mcp.runtime.recovery.restore import restore
 from rhapsody_mcp.runtime.session.session import Session
@@ -33,8 +33,8 @@ from rhapsody_mcp.settings import Settings
 __all__ = ["SessionRegistry", "Watcher"]
 
 _log = logging.getLogger(__name__)
-_OPENED = "sessions opened"
-_USED_S = 60.0
+_NUMBER_KEY = "sessions opened"
+_USE_INTERVAL_S = 60.0
 
 
 Watcher = Callable[[OpenSession, Task | None], None]
@@ -57,7 +57,7 @@ class SessionRegistry:
         self._sessions: dict[str, OpenSession] = {}
         self._closing: set[OpenSession] = set()
         self.limits = Limits(settings or Settings(), self._usages, storage.folder if storage else None)
-        self._opened = 0
+        self._last_number = 0
         self._watchers: list[Watcher] = []
         self.restored = asyncio.Event()
         """Set once the sessions of the earlier life are here."""
@@ -69,11 +69,11 @@ class SessionRegistry:
         return self._storage and self._storage.ledger
 
     @property
-    def state(self) -> Path:
+    def state_folder(self) -> Path:
         """Where the ledger is, or would be."""
         return self._storage.folder if self._storage else platformdirs.user_state_path("rhapsody-mcp")
 
-    def note_life(self) -> None:
+    def write_heartbeats(self) -> None:
         """Write down that sessions with something to do live now: if this process is killed, what they ran is taken to
         have ended soon after."""
         for opened in self._sessions.values():
@@ -86,13 +86,13 @@ class SessionRegistry:
         self._watchers.append(watcher)
         return partial(self._watchers.remove, watcher)
 
-    def _tell(self, opened: OpenSession, task: Task | None = None) -> None:
+    def _notify(self, opened: OpenSession, task: Task | None = None) -> None:
         if task is not None and opened.recorder is not None:
-            opened.recorder.changed(task)
+            opened.recorder.record_change(task)
         for watcher in self._watchers:
             watcher(opened, task)
 
-    async def open(self, wanted: Wanted, id: str | None = None) -> OpenSession:
+    async def open(self, config: SessionConfig, id: str | None = None) -> OpenSession:
         """A new session; its engines start when its first tasks need them. Without an id it is session-N.
 
         Raises InvalidRequest where there is one of this id, LimitExceeded, what the backends refuse, and
@@ -101,23 +101,25 @@ class SessionRegistry:
         if id in self._sessions:
             raise InvalidRequest(f"a session named {id!r} is open already; use it, or take another name.")
         self.limits.refuse_session()
-        backends = self._open_backends(wanted)
+        backends = self._open_backends(config)
         id = id or self._next_id()
-        opened = self._make(f"{id}.{time.time_ns():x}", wanted, backends)
+        opened = self._create(f"{id}.{time.time_ns():x}", config, backends)
         try:
-            await self._write_down(opened)
+            await self._record_opening(opened)
         except BaseException:
             del self._sessions[id]
             raise
-        self._tell(opened)
+        self._notify(opened)
         return opened
 
-    async def _write_down(self, opened: OpenSession) -> None:
+    async def _record_opening(self, opened: OpenSession) -> None:
         """Nothing of it is left where this raises, as it does when whoever asked for the session has gone."""
         if opened.recorder is None or self._storage is None:
             return
         try:
-            await self._storage.ledger.commit(PutSession(self._row(opened)), PutNumber(_OPENED, self._opened))
+            await self._storage.ledger.commit(
+                PutSession(self._session_row(opened)), PutNumber(_NUMBER_KEY, self._last_number)
+            )
         except BaseException:
             opened.recorder.write(DropSession(opened.recorder.key))
             shutil.rmtree(opened.session.folder, ignore_errors=True)
@@ -125,11 +127,11 @@ class SessionRegistry:
 
     def _next_id(self) -> str:
         while True:
-            self._opened += 1
-            if (id := f"session-{self._opened}") not in self._sessions:
+            self._last_number += 1
+            if (id := f"session-{self._last_number}") not in self._sessions:
                 return id
 
-    def _make(self, key: str, wanted: Wanted, backends: Sequence[Backend]) -> OpenSession:
+    def _create(self, key: str, config: SessionConfig, backends: Sequence[Backend]) -> OpenSession:
         """`key` is the id with what tells it from others of that id: one may be open while another one closes."""
         id, storage = key.rpartition(".")[0], self._storage
         folder = storage and storage.folder / "sessions" / key
@@ -139,21 +141,21 @@ class SessionRegistry:
         recorder = storage and Recorder(storage.ledger, key, session)
         for backend in backends:
             if recorder is not None and hasattr(backend, "book"):
-                backend.book = recorder.engines
+                backend.book = recorder.engine_book
             if recorder is not None and hasattr(backend, "before_start"):
-                backend.before_start = recorder.starting
-        opened = OpenSession(id, session, wanted, recorder)
-        session.on_change = partial(self._tell, opened)
+                backend.before_start = recorder.before_start
+        opened = OpenSession(id, session, config, recorder)
+        session.on_change = partial(self._notify, opened)
         self._sessions[id] = opened
         return opened
 
-    def _row(self, opened: OpenSession) -> SessionRow:
+    def _session_row(self, opened: OpenSession) -> SessionRow:
         assert opened.recorder is not None, "with storage, each session has one"
         return SessionRow(
             id=opened.recorder.key,
-            created=opened.used,
-            used=opened.used,
-            wanted=msgspec.json.encode(opened.wanted),
+            created=opened.last_used,
+            used=opened.last_used,
+            wanted=msgspec.json.encode(opened.config),
             client=current_caller.get(),
             folder=str(opened.session.folder),
             closing=False,
@@ -167,12 +169,12 @@ class SessionRegistry:
         return list(self._sessions.values())
 
     def get(self, id: str) -> OpenSession:
-        if (found := self._sessions.get(id)) is None:
+        if (opened := self._sessions.get(id)) is None:
             raise UnknownName("session", id, self._sessions)
-        if found.recorder is not None and (now := time.time()) - found.used > _USED_S:
-            found.used = now
-            found.recorder.write(UseSession(found.recorder.key, now))
-        return found
+        if opened.recorder is not None and (now := time.time()) - opened.last_used > _USE_INTERVAL_S:
+            opened.last_used = now
+            opened.recorder.write(UseSession(opened.recorder.key, now))
+        return opened
 
     # --- the earlier life
 
@@ -182,31 +184,31 @@ class SessionRegistry:
         if self._storage is None:
             return
         try:
-            for told in await reap(self._storage.ledger):
-                _log.warning("%s", told)
+            for sentence in await end_orphans(self._storage.ledger):
+                _log.warning("%s", sentence)
             await self._storage.ledger.reconcile(time.time())
-            self._opened = await self._storage.ledger.number(_OPENED)
+            self._last_number = await self._storage.ledger.number(_NUMBER_KEY)
             for row in await self._storage.ledger.sessions():
-                await self._restore(row, self._storage)
-            self._say_what_goes_on()
+                await self._restore_session(row, self._storage)
+            self._log_restored()
         finally:
             self.restored.set()
 
-    def _say_what_goes_on(self) -> None:
+    def _log_restored(self) -> None:
         if self._sessions:
-            left = sum(not task.state.final for one in self.all() for task in leaves(one.session.tasks))
-            _log.info("opened again: %d sessions with %d tasks that have not ended", len(self._sessions), left)
+            unfinished = sum(not task.state.final for opened in self.all() for task in leaves(opened.session.tasks))
+            _log.info("opened again: %d sessions with %d tasks that have not ended", len(self._sessions), unfinished)
 
-    async def _restore(self, row: SessionRow, storage: Storage) -> None:
+    async def _restore_session(self, row: SessionRow, storage: Storage) -> None:
         if row.closing:
             await asyncio.to_thread(shutil.rmtree, row.folder, ignore_errors=True)
             storage.ledger.write(DropSession(row.id))
             return
         try:
-            wanted = msgspec.json.decode(row.wanted, type=Wanted)
-            opened = self._make(row.id, wanted, self._open_backends(wanted))
+            config = msgspec.json.decode(row.wanted, type=SessionConfig)
+            opened = self._create(row.id, config, self._open_backends(config))
             await restore(opened, storage.ledger, row.id)
-            self._tell(opened)
+            self._notify(opened)
         except Exception:  # one session that cannot be read must not keep the others away
             self._sessions.pop(row.id.rpartition(".")[0], None)
             _log.exception("session %r of an earlier life cannot be opened again", row.id)
@@ -219,7 +221,7 @@ class SessionRegistry:
             opened = self._sessions.pop(row.id.rpartition(".")[0], None)
             if opened is not None:
                 opened.session.on_change = None
-                self._tell(opened)
+                self._notify(opened)
                 await opened.session.close()
             await asyncio.to_thread(shutil.rmtree, row.folder, ignore_errors=True)
 
@@ -231,7 +233,7 @@ class SessionRegistry:
         del self._sessions[id]
         if closing.recorder is not None:
             closing.recorder.write(CloseSession(closing.recorder.key))
-        self._tell(closing)
+        self._notify(closing)
         await self._close(closing)
         return closing
 
@@ -245,18 +247,20 @@ class SessionRegistry:
 
     async def close_all(self) -> None:
         """Close every session, those whose closing was given up too, and return when nothing is left of them."""
-        leaving = {*self._sessions.values(), *self._closing}
+        sessions = {*self._sessions.values(), *self._closing}
         self._sessions.clear()
-        await _all(self._close(session) for session in leaving)
+        await _run_all(self._close(opened) for opened in sessions)
 
     async def suspend(self) -> None:
         """End everything that they started, and keep them in the ledger as they were."""
-        self.note_life()
-        leaving = list(self._sessions.values())
+        self.write_heartbeats()
+        suspended = list(self._sessions.values())
         self._sessions.clear()
-        for opened in leaving:
-            opened.session.on_change = opened.recorder.suspended if opened.recorder is not None else None
-        await _all([*(opened.session.close() for opened in leaving), *(self._close(one) for one in self._closing)])
+        for opened in suspended:
+            opened.session.on_change = opened.recorder.record_while_suspending if opened.recorder is not None else None
+        await _run_all(
+            [*(opened.session.close() for opened in suspended), *(self._close(closing) for closing in self._closing)]
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -265,10 +269,10 @@ class SessionRegistry:
         await (self.close_all() if self._storage is None else self.suspend())
 
 
-async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+async def _run_all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Run these to their ends, whatever becomes of the caller; raise the first error of them."""
     with anyio.CancelScope(shield=True):
-        ends = await asyncio.gather(*works, return_exceptions=True)
-    for error in ends:
+        results = await asyncio.gather(*coroutines, return_exceptions=True)
+    for error in results:
         if isinstance(error, BaseException):
             raise error

@@ -8,7 +8,7 @@ from typing import Annotated
 from mcp.types import CallToolResult
 from pydantic import Field
 
-from rhapsody_mcp.runtime.functions import Registered
+from rhapsody_mcp.runtime.functions import RegisteredFunction
 from rhapsody_mcp.runtime.serialization import Source
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.toolsets.replies.base import Reply, reply
@@ -47,7 +47,7 @@ class Functions:
         return reply(text, Registration(function=function.name, registered=shown))
 
 
-def _registration_text(function: Registered, names: list[str], replaced: bool, seconds: float) -> str:
+def _registration_text(function: RegisteredFunction, names: list[str], replaced: bool, seconds: float) -> str:
     summary = f" {one_line(function.docstring.splitlines()[0])}" if function.docstring else ""
     lines = [
         f"{function.name} is registered, checked on a worker in {duration(seconds)}: {function.signature}.{summary}"

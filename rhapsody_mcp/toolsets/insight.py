@@ -93,7 +93,7 @@ def _system(machine: Machine, settings: Settings, sessions: Sequence[OpenSession
 def _environment(settings: Settings, sessions: Sequence[OpenSession]) -> dict[str, Any]:
     """The variables of the server that engines do not inherit, and the environments that sessions asked for."""
     withheld = Environment(withheld=settings.withheld_variables)
-    wanted = {one.id: one.wanted.environment for one in sessions if one.wanted.environment is not None}
+    wanted = {one.id: one.config.environment for one in sessions if one.config.environment is not None}
     return {
         "withheld": sorted(name for name in os.environ if withheld.withholds(name)),
         "sessions": {id: {"variables": sorted(one.variables), "setup": list(one.setup)} for id, one in wanted.items()},

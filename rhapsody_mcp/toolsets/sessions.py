@@ -16,7 +16,7 @@ from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.backends.local_models import shipped_text
 from rhapsody_mcp.backends.vllm.config import Device
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
-from rhapsody_mcp.runtime.backend_factory import BackendName, Wanted
+from rhapsody_mcp.runtime.backend_factory import BackendName, SessionConfig
 from rhapsody_mcp.runtime.call_context import current_folder
 from rhapsody_mcp.runtime.export.export import export
 from rhapsody_mcp.runtime.export.script import Script
@@ -145,7 +145,7 @@ class Sessions:
             Field(description='Of engines, e.g. {"variables": {"A": "1"}, "setup": ["module load gcc"]} (in bash -l).'),
         ] = None,
     ) -> Annotated[CallToolResult, CreatedSession]:
-        wanted = Wanted(
+        wanted = SessionConfig(
             backends=tuple(backends or ()),
             num_workers=num_workers,
             model=_full_path(model),
@@ -181,7 +181,7 @@ class Sessions:
         session: SessionId,
         folder: Annotated[str | None, Field(description='Where to, e.g. "/home/me/runs".')] = None,
     ) -> Annotated[CallToolResult, ExportReport]:
-        exported = await export(self._sessions.get(session), self._settings, self._sessions.state, folder)
+        exported = await export(self._sessions.get(session), self._settings, self._sessions.state_folder, folder)
         data = ExportReport(script=str(exported.script_file), provenance=str(exported.provenance_file))
         return reply(_exported_text(data, exported.script), data)
 

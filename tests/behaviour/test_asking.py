@@ -11,7 +11,7 @@ from mcp.client import ClientRequestContext
 from mcp.types import ElicitRequestParams, ElicitResult
 
 from rhapsody_mcp.runtime.open_session import OpenSession
-from rhapsody_mcp.runtime.requests.task_builder import make_tasks
+from rhapsody_mcp.runtime.requests.request_batch import make_tasks
 from rhapsody_mcp.runtime.requests.task_request import TaskRequest
 from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.settings import Settings

@@ -11,7 +11,7 @@ from rhapsody_mcp.model.errors import BackendError, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.functions import Functions
+from rhapsody_mcp.runtime.functions import FunctionRegistry
 from rhapsody_mcp.runtime.serialization import Source
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.testing import ScriptedBackend
@@ -122,7 +122,7 @@ async def test_a_name_that_could_not_be_used_is_refused(agent: Agent, name: str)
 async def test_an_unknown_name_is_refused_with_the_nearest_one(agent: Agent) -> None:
     await register(agent, SCALE)
     text = await agent.refusal("submit_tasks", session="session-1", tasks=[{"function": "scael", "args": [1]}])
-    assert "tasks[0]: no function is registered as 'scael' (did you mean 'scale'?). Registered: scale." in text
+    assert "tasks[0]: no function is registered as 'scael' (did you mean 'scale'?). RegisteredFunction: scale." in text
     assert "register_function" in text and '"package.module:function"' in text
 
 
@@ -163,7 +163,7 @@ async def test_a_check_that_gets_no_worker_in_time_may_be_tried_again_later() ->
             await asyncio.Event().wait()
 
     async with Session([Starting(perform)]) as session:
-        functions = Functions(session)
+        functions = FunctionRegistry(session)
         with pytest.raises(BackendError, match=r"no worker of backend 'scripted' was free .* within 0.01 s"):
             await functions.check(Source(SCALE), None, 0.01)
         assert functions.names == []
@@ -174,7 +174,7 @@ async def test_a_check_that_takes_too_long_says_where_long_work_belongs() -> Non
     backend.gate.clear()
     async with Session([backend]) as session:
         with pytest.raises(InvalidTask, match=r"did not end within 0.01 s.* do long work inside the function"):
-            await Functions(session).check(Source(SCALE), None, 0.01)
+            await FunctionRegistry(session).check(Source(SCALE), None, 0.01)
 
 
 async def test_an_engine_that_does_not_start_is_told_as_that() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from rhapsody_mcp.protocol.audit import Audit
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.backend_factory import Wanted
+from rhapsody_mcp.runtime.backend_factory import SessionConfig
 from rhapsody_mcp.runtime.session_registry import SessionRegistry, Watcher
 from rhapsody_mcp.server import open_sessions
 from rhapsody_mcp.serving.http.listeners import listen_on_socket
@@ -54,7 +54,7 @@ async def test_a_watcher_that_was_taken_off_hears_nothing() -> None:
     async with open_sessions(Settings()) as sessions:
         leave = sessions.watch(lambda opened, task: heard.append("first"))
         sessions.watch(lambda opened, task: heard.append("second"))
-        await sessions.open(Wanted(backends=("local",)))
+        await sessions.open(SessionConfig(backends=("local",)))
         leave()
-        await sessions.open(Wanted(backends=("local",)))
+        await sessions.open(SessionConfig(backends=("local",)))
     assert heard[:3] == ["first", "second", "second"] and heard.count("first") == 1

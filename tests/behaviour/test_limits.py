@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rhapsody_mcp.backends.environment import Environment
-from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
+from rhapsody_mcp.runtime.backend_factory import SessionConfig, plan_backends
 from rhapsody_mcp.runtime.export.script import write_script
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
@@ -233,7 +233,7 @@ async def test_the_system_is_described_with_its_limits_policy_and_what_engines_s
 
 def test_a_script_repeats_the_environment_and_looks_its_secrets_up() -> None:
     environment = Environment({"A": "1", "MY_TOKEN": "hidden"}, ("module load gcc",))
-    plans = plan_backends(Wanted(backends=("local",), environment=environment), Settings())
+    plans = plan_backends(SessionConfig(backends=("local",), environment=environment), Settings())
     script = write_script("session-1", [], [plan.open() for plan in plans], plans)
     assert "'setup': ['module load gcc']" in script.text and "'A': '1'" in script.text
     assert "hidden" not in script.text and script.secrets == ("MY_TOKEN",)

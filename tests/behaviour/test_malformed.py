@@ -28,7 +28,7 @@ from rhapsody_mcp.cards import read_cards
 from rhapsody_mcp.engine.transport import frame
 from rhapsody_mcp.model.specs import Call, Completion, TaskSpec
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
-from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
+from rhapsody_mcp.runtime.backend_factory import SessionConfig, plan_backends
 from rhapsody_mcp.runtime.requests.task_request import FIELDS
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import build_server
@@ -67,7 +67,7 @@ class CheckingBackend(ScriptedBackend):
         frame([spec])
 
 
-def opened(wanted: Wanted) -> list[Backend]:
+def opened(wanted: SessionConfig) -> list[Backend]:
     """What is wished for is checked as the real server does it."""
     for plan in plan_backends(wanted, QUICK):
         plan.open()

@@ -14,8 +14,8 @@ from rhapsody_mcp.ledger.records import PutSession, PutTasks, SessionRow, TaskEn
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
-from rhapsody_mcp.runtime.session.managed_backend import Notice
+from rhapsody_mcp.runtime.backend_factory import SessionConfig, plan_backends
+from rhapsody_mcp.runtime.session.managed_backend import EngineNotice
 from rhapsody_mcp.settings import Settings
 from tests.agents import open_agent, outcome_of
 
@@ -53,7 +53,7 @@ async def test_other_names_with_task_in_them_are_taken(name: str) -> None:
 @pytest.mark.parametrize("url", ["nowhere", "ftp://host/v1", "http://", "127.0.0.1:8000/v1", "http://host:port/v1"])
 def test_an_address_that_is_none_of_an_http_server_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match="valid is the address of an HTTP server"):
-        plan_backends(Wanted(backends=("endpoint",), endpoint_url=url), Settings())
+        plan_backends(SessionConfig(backends=("endpoint",), endpoint_url=url), Settings())
 
 
 async def test_a_hard_limit_refuses_before_a_person_is_asked_to_go_over_the_budget() -> None:
@@ -88,7 +88,7 @@ async def test_a_notice_is_told_once_and_not_where_a_failure_tells_it() -> None:
         await agent.session()
         notices = agent.sessions.get("session-1").session.notices
         said = ["lost its engine", "lost its engine", "backend 'x' did not start: no luck"]
-        notices += [Notice(time.time(), text) for text in said]
+        notices += [EngineNotice(time.time(), text) for text in said]
         await agent.call("submit_tasks", **ONE, tasks=[SQRT])
         assert (await agent.call("wait_tasks", **ONE))["notes"] == ["lost its engine"]
 
@@ -96,7 +96,7 @@ async def test_a_notice_is_told_once_and_not_where_a_failure_tells_it() -> None:
 async def test_a_dry_run_looks_for_a_relative_cwd_in_the_folder_of_the_session(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     async with open_agent() as agent:
-        await agent.sessions.open(Wanted(folder=str(tmp_path)), None)
+        await agent.sessions.open(SessionConfig(folder=str(tmp_path)), None)
         tasks = [{"executable": "/bin/true", "cwd": cwd} for cwd in ("there", "runs")]
         planned = await agent.call("submit_tasks", **ONE, tasks=tasks, dry_run=True)
         assert planned["problems"] == [f"task.000002: cwd {tmp_path}/runs is no folder here"]

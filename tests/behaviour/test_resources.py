@@ -20,7 +20,7 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Stream, Value
 from rhapsody_mcp.protocol.resource_updates import ResourceUpdates
 from rhapsody_mcp.protocol.subscriptions import Subscriptions
-from rhapsody_mcp.runtime.backend_factory import Wanted
+from rhapsody_mcp.runtime.backend_factory import SessionConfig
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
@@ -274,7 +274,7 @@ async def test_each_client_hears_of_what_it_subscribed_to(era: str, ears: Ears) 
         ):
             sessions.watch(updates.note_change)
             async with subscribed(one, HOME), subscribed(two, ROOT):
-                await sessions.open(Wanted())
+                await sessions.open(SessionConfig())
                 await ears.until(HOME)
                 await other.until(ROOT)
     assert (ears.rest(), other.rest()) == ([HOME], [ROOT])

@@ -24,7 +24,7 @@ from rhapsody_mcp.engine.process.shared_memory import segments_of
 from rhapsody_mcp.engine.process.tree import descendants, relatives, started_at
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import EngineRow, PutEngine
-from rhapsody_mcp.runtime.recovery.orphans import reap
+from rhapsody_mcp.runtime.recovery.orphans import end_orphans
 from tests.engine import vllm_stand_in
 from tests.processes import FAMILY, dragon_files, wait_until
 
@@ -196,7 +196,7 @@ async def reaped(found: Engine) -> list[str]:
     ledger = Ledger(found.ledger)
     ledger.open()
     try:
-        told = await reap(ledger)
+        told = await end_orphans(ledger)
         assert await ledger.engines() == []
     finally:
         await ledger.close()
@@ -314,7 +314,7 @@ async def test_engines_whose_owner_lives_are_left_alone(tmp_path: Path) -> None:
         mark = command_of(keeper).partition("--mark ")[2].split()[0]
         folder = next(path for path in found.temporary.glob("rhapsody-*/*") if (path / f"{mark}.keeper").exists())
         async with opened(tmp_path, EngineRow(mark, "local", "s1", keeper, started_at(keeper), str(folder))) as ledger:
-            assert await reap(ledger) == []
+            assert await end_orphans(ledger) == []
             assert len(await ledger.engines()) == 1
         assert not [pid for pid, started in found.processes.items() if started_at(pid) != started]
 
@@ -344,7 +344,7 @@ async def test_what_a_wrong_row_names_is_not_touched(
         )
     try:
         async with opened(tmp_path, craft(stranger.pid, started_at(stranger.pid), str(home))) as ledger:
-            assert await reap(ledger) == []
+            assert await end_orphans(ledger) == []
             assert await ledger.engines() == []
         assert stranger.returncode is None and (home / "output").exists()
     finally:
@@ -361,7 +361,7 @@ async def test_a_keeper_whose_id_another_process_has_since_is_not_looked_for(tmp
     try:
         row = EngineRow(mark, "local", "s", stranger.pid, started_at(stranger.pid) + 1, "/tmp/none")
         async with opened(tmp_path, row) as ledger:
-            assert await reap(ledger) == []
+            assert await end_orphans(ledger) == []
         assert stranger.returncode is None
     finally:
         os.killpg(stranger.pid, KILL)

@@ -8,7 +8,7 @@ import pytest
 from mcp import MCPError
 
 from rhapsody_mcp.model.errors import InvalidRequest
-from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
+from rhapsody_mcp.runtime.backend_factory import SessionConfig, plan_backends
 from rhapsody_mcp.settings import Settings
 from tests.agents import ERAS, open_agent
 
@@ -93,6 +93,6 @@ def test_where_folders_are_listed_the_settings_of_a_model_come_from_them(tmp_pat
     (allowed / "link").symlink_to(tmp_path)
     (tmp_path / "config.yaml").touch()
     settings = Settings(allowed_folders=(allowed,))
-    wanted = Wanted(backends=("vllm",), config_file=str(allowed / "link" / "config.yaml"))
+    wanted = SessionConfig(backends=("vllm",), config_file=str(allowed / "link" / "config.yaml"))
     with pytest.raises(InvalidRequest, match="allowed_folders"):
         plan_backends(wanted, settings)

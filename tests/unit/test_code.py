@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rhapsody_mcp.runtime.export.function_source import Sources
+from rhapsody_mcp.runtime.export.function_source import SourceWriter
 from rhapsody_mcp.runtime.export.literals import write_call, write_text, write_value
 from rhapsody_mcp.runtime.serialization import Source
 
@@ -45,7 +45,7 @@ def test_a_call_that_is_too_long_for_a_line_has_a_line_for_each_argument() -> No
 
 
 def is_function_of_the_script(text: str, beginning: str = "import json") -> bool:
-    sources = Sources(beginning)
+    sources = SourceWriter(beginning)
     return sources.write(Source(text)) == Source(text).function_name
 
 

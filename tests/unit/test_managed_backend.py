@@ -14,7 +14,7 @@ from rhapsody_mcp.model.errors import BackendUnavailable
 from rhapsody_mcp.model.specs import Call, Layout, Order, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import load
-from rhapsody_mcp.runtime.session.managed_backend import ManagedBackend, Notice
+from rhapsody_mcp.runtime.session.managed_backend import EngineNotice, ManagedBackend
 from rhapsody_mcp.testing import ScriptedBackend
 
 pytestmark = pytest.mark.anyio
@@ -27,7 +27,7 @@ class Clock:
         self.now = 0.0
         self.timers: list[Timer] = []
 
-    def later(self, delay_s: float, call: Callable[[], object]) -> Timer:
+    def call_later(self, delay_s: float, call: Callable[[], object]) -> Timer:
         self.timers.append(Timer(self, self.now + delay_s, call))
         return self.timers[-1]
 
@@ -59,21 +59,21 @@ class Watched:
 
     def __init__(self, idle_s: float | None = None) -> None:
         self.backend, self.clock = ScriptedBackend(answer), Clock()
-        self.notices: list[Notice] = []
+        self.notices: list[EngineNotice] = []
         self.ended: dict[str, Ended] = {}
         self.began: list[str] = []
         self.needed = False
-        self.lane = ManagedBackend(
+        self.managed = ManagedBackend(
             self.backend,
-            self.hear,
+            self.handle,
             load,
-            tell=self.notices.append,
+            notify=self.notices.append,
             is_needed=lambda: self.needed,
             idle_s=idle_s,
-            later=self.clock.later,
+            call_later=self.clock.call_later,
         )
 
-    def hear(self, event: Running | Ended) -> None:
+    def handle(self, event: Running | Ended) -> None:
         if isinstance(event, Running):
             self.began.append(event.uid)
             return
@@ -81,7 +81,7 @@ class Watched:
         self.ended[event.uid] = event
 
     async def take(self, *uids: str) -> None:
-        self.lane.take([order(uid) for uid in uids])
+        self.managed.submit([order(uid) for uid in uids])
         await all_is_still()
 
     async def die(self) -> None:
@@ -103,7 +103,7 @@ async def watch() -> AsyncIterator[Callable[..., Watched]]:
 
     yield make
     for watched in made:
-        await watched.lane.close()
+        await watched.managed.close()
 
 
 def order(uid: str) -> Order:
@@ -125,13 +125,13 @@ async def test_what_had_started_is_lost_and_the_rest_runs_on_the_next_engine(wat
     await watched.take("first", "second")
     await watched.die()
     assert watched.outcomes == {"started": LOST}
-    assert watched.lane.progress == "starting again (1 of 5) after: the engine was killed"
+    assert watched.managed.progress == "starting again (1 of 5) after: the engine was killed"
     watched.backend.door.set()
     watched.backend.gate.set()
     await watched.clock.pass_by(1.0)
     assert watched.outcomes == {"started": LOST, "first": DONE, "second": DONE}
     assert watched.began == ["started", "first", "second"]
-    assert watched.lane.progress == ""
+    assert watched.managed.progress == ""
     assert [notice.text for notice in watched.notices] == [
         "backend 'scripted' lost its engine: the engine was killed",
         "backend 'scripted' runs again, at attempt 1 of 5",
@@ -146,7 +146,7 @@ async def test_an_engine_that_dies_again_and_again_is_started_later_and_later_an
     await watched.take("waits")
     for number, delay_s in enumerate([1, 2, 4, 8, 16], 1):
         await watched.die()
-        assert f"({number} of 5)" in watched.lane.progress
+        assert f"({number} of 5)" in watched.managed.progress
         await watched.clock.pass_by(delay_s - 0.5)
         assert watched.backend.starts == number
         await watched.clock.pass_by(0.5)
@@ -168,7 +168,7 @@ async def test_a_task_that_ends_shows_that_the_engine_is_well(watch: Callable[..
         watched.backend.door.clear()
         await watched.take(f"task {number}")
         await watched.die()
-        assert "(1 of 5)" in watched.lane.progress
+        assert "(1 of 5)" in watched.managed.progress
         watched.backend.door.set()
         await watched.clock.pass_by(1.0)
         assert watched.outcomes[f"task {number}"] == DONE
@@ -182,7 +182,7 @@ async def test_a_task_that_kills_every_engine_does_not_show_that(watch: Callable
         await watched.clock.pass_by(60.0)
         await watched.die()
     await watched.take("next")
-    assert "(3 of 5)" in watched.lane.progress
+    assert "(3 of 5)" in watched.managed.progress
 
 
 async def test_an_engine_that_died_without_tasks_is_started_for_the_next(watch: Callable[..., Watched]) -> None:
@@ -201,7 +201,7 @@ async def test_starts_that_fail_after_a_death_are_repeated_and_counted(watch: Ca
     watched.backend.start_error = BackendUnavailable("no room")
     await watched.die()
     await watched.clock.pass_by(1.0)
-    assert watched.lane.progress == "starting again (2 of 5) after: no room"
+    assert watched.managed.progress == "starting again (2 of 5) after: no room"
     watched.backend.start_error = None
     watched.backend.door.set()
     await watched.clock.pass_by(2.0)
@@ -215,7 +215,7 @@ async def test_what_is_withdrawn_while_the_engine_starts_again_is_not_run_and_st
     watched.backend.door.clear()
     await watched.take("first", "second")
     await watched.die()
-    assert watched.lane.withdraw({"first", "second", "other"}) == {"first", "second"}
+    assert watched.managed.withdraw({"first", "second", "other"}) == {"first", "second"}
     await watched.clock.pass_by(60.0)
     assert watched.backend.starts == 1
     assert not watched.ended
@@ -226,7 +226,7 @@ async def test_closing_ends_the_wait_for_the_next_start(watch: Callable[..., Wat
     watched.backend.door.clear()
     await watched.take("waits")
     await watched.die()
-    await watched.lane.close()
+    await watched.managed.close()
     assert watched.clock.timers == []
     assert watched.backend.closed
 
@@ -234,15 +234,15 @@ async def test_closing_ends_the_wait_for_the_next_start(watch: Callable[..., Wat
 async def test_what_a_refusal_sets_free_gets_a_start_of_its_own(watch: Callable[..., Watched]) -> None:
     watched = watch()
     watched.backend.start_error = BackendUnavailable("not now")
-    real = watched.hear
+    real = watched.handle
 
-    def hear(event: Running | Ended) -> None:
+    def handle(event: Running | Ended) -> None:
         real(event)
         if event.uid == "first":
             watched.backend.start_error = None
-            watched.lane.take([order("second")])
+            watched.managed.submit([order("second")])
 
-    watched.lane._report = hear
+    watched.managed._report = handle
     await watched.take("first")
     assert watched.outcomes == {"first": LOST, "second": DONE}
 
@@ -332,14 +332,14 @@ class Telling(ScriptedBackend):
 
 
 async def test_an_engine_that_ends_while_it_has_nothing_to_do_leaves_a_note_and_one_alone() -> None:
-    backend, notices, ended = Telling(answer), list[Notice](), list[Running | Ended]()
-    lane = ManagedBackend(backend, ended.append, load, tell=notices.append, later=Clock().later)
-    lane.take([order("a")])
+    backend, notices, ended = Telling(answer), list[EngineNotice](), list[Running | Ended]()
+    managed = ManagedBackend(backend, ended.append, load, notify=notices.append, call_later=Clock().call_later)
+    managed.submit([order("a")])
     await all_is_still()
     backend.on_loss("signal 9 ended it")
     backend.die("signal 9 ended it")
     assert [notice.text for notice in notices] == ["backend 'scripted' lost its engine: signal 9 ended it"]
-    lane.take([order("b")])
+    managed.submit([order("b")])
     await all_is_still()
     assert len(notices) == 1
-    await lane.close()
+    await managed.close()

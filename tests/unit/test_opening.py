@@ -11,7 +11,7 @@ import pytest
 from rhapsody_mcp.machine import Dependency, inspect_machine
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest
 from rhapsody_mcp.runtime import backend_factory
-from rhapsody_mcp.runtime.backend_factory import Wanted, open_backends
+from rhapsody_mcp.runtime.backend_factory import SessionConfig, open_backends
 from rhapsody_mcp.settings import Settings
 
 URL = "http://127.0.0.1:8000/v1"
@@ -29,22 +29,22 @@ def on_machine(
     monkeypatch.setattr(backend_factory, "inspect_machine", lambda: machine)
 
 
-def names(wanted: Wanted) -> list[str]:
+def names(wanted: SessionConfig) -> list[str]:
     return [backend.name for backend in open_backends(wanted, Settings())]
 
 
 @pytest.mark.parametrize(
     ("has", "wanted", "got"),
     [
-        ({"dragon": "0.15", "vllm": "0.32"}, Wanted(), ["dragon", "vllm"]),
-        ({"vllm": "0.32"}, Wanted(), ["local", "vllm"]),
-        ({}, Wanted(), ["local"]),
-        ({"vllm": "0.32"}, Wanted(endpoint_url=URL), ["local", "endpoint"]),
-        ({"dragon": "0.15"}, Wanted(backends=("local",), num_workers=2), ["local"]),
+        ({"dragon": "0.15", "vllm": "0.32"}, SessionConfig(), ["dragon", "vllm"]),
+        ({"vllm": "0.32"}, SessionConfig(), ["local", "vllm"]),
+        ({}, SessionConfig(), ["local"]),
+        ({"vllm": "0.32"}, SessionConfig(endpoint_url=URL), ["local", "endpoint"]),
+        ({"dragon": "0.15"}, SessionConfig(backends=("local",), num_workers=2), ["local"]),
     ],
 )
 def test_a_session_gets_what_works_here_unless_it_says_what_it_wants(
-    monkeypatch: pytest.MonkeyPatch, has: dict[str, str], wanted: Wanted, got: list[str]
+    monkeypatch: pytest.MonkeyPatch, has: dict[str, str], wanted: SessionConfig, got: list[str]
 ) -> None:
     on_machine(monkeypatch, dragon=has.get("dragon", ""), vllm=has.get("vllm", ""))
     assert names(wanted) == got
@@ -53,15 +53,19 @@ def test_a_session_gets_what_works_here_unless_it_says_what_it_wants(
 @pytest.mark.parametrize(
     ("wanted", "error", "told"),
     [
-        (Wanted(backends=("dragon",)), BackendUnavailable, "Dragon is not installed here. Get it with: pip install"),
-        (Wanted(model="x"), BackendUnavailable, "vLLM is not installed here"),
-        (Wanted(backends=("local",), model="x"), InvalidRequest, "model has no effect without the backend vllm"),
-        (Wanted(backends=("endpoint",), num_workers=3), InvalidRequest, "without the backend dragon or local"),
-        (Wanted(backends=("endpoint",)), InvalidRequest, "needs endpoint_url"),
+        (
+            SessionConfig(backends=("dragon",)),
+            BackendUnavailable,
+            "Dragon is not installed here. Get it with: pip install",
+        ),
+        (SessionConfig(model="x"), BackendUnavailable, "vLLM is not installed here"),
+        (SessionConfig(backends=("local",), model="x"), InvalidRequest, "model has no effect without the backend vllm"),
+        (SessionConfig(backends=("endpoint",), num_workers=3), InvalidRequest, "without the backend dragon or local"),
+        (SessionConfig(backends=("endpoint",)), InvalidRequest, "needs endpoint_url"),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_the_way_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, wanted: Wanted, error: type[Exception], told: str
+    monkeypatch: pytest.MonkeyPatch, wanted: SessionConfig, error: type[Exception], told: str
 ) -> None:
     on_machine(monkeypatch)
     with pytest.raises(error, match=told):
@@ -73,13 +77,13 @@ def test_a_model_folder_that_is_not_there_is_refused_when_the_session_is_opened(
 ) -> None:
     on_machine(monkeypatch, vllm="0.32")
     with pytest.raises(InvalidRequest, match=r"there is no model folder /no/such"):
-        names(Wanted(model="/no/such"))
+        names(SessionConfig(model="/no/such"))
     (tmp_path / "config.yaml").write_text("server: {model: ./none}")
     with pytest.raises(InvalidRequest, match=r"there is no model folder \./none"):
-        names(Wanted(config_file=str(tmp_path / "config.yaml")))
+        names(SessionConfig(config_file=str(tmp_path / "config.yaml")))
     (tmp_path / "none").mkdir()
     with pytest.raises(InvalidRequest, match=r"none is no model: it has no config\.json"):
-        names(Wanted(config_file=str(tmp_path / "config.yaml")))
+        names(SessionConfig(config_file=str(tmp_path / "config.yaml")))
 
 
 def test_the_key_of_the_settings_goes_to_their_own_address_and_to_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +94,8 @@ def test_the_key_of_the_settings_goes_to_their_own_address_and_to_no_other(monke
 
     monkeypatch.setattr("rhapsody_mcp.backends.EndpointInferenceBackend", endpoint, raising=False)
     settings = Settings(endpoint_url=URL, endpoint_model="own", endpoint_api_key="secret")
-    open_backends(Wanted(backends=("endpoint",)), settings)
-    open_backends(Wanted(backends=("endpoint",), endpoint_url="http://elsewhere/v1"), settings)
+    open_backends(SessionConfig(backends=("endpoint",)), settings)
+    open_backends(SessionConfig(backends=("endpoint",), endpoint_url="http://elsewhere/v1"), settings)
     assert given == [
         {"url": URL, "model": "own", "api_key": "secret"},
         {"url": "http://elsewhere/v1", "model": None, "api_key": None},
@@ -104,7 +108,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_starts(
     on_machine(monkeypatch, vllm="0.32", gpus=())
     config = tmp_path / "config.yaml"
     config.write_text("required:\n  model_name: m\nserver:\n  device: cuda\n  model: shipped\n")
-    for wanted in (Wanted(device="cuda"), Wanted(config_file=str(config))):
+    for wanted in (SessionConfig(device="cuda"), SessionConfig(config_file=str(config))):
         with pytest.raises(InvalidRequest, match=r"this machine has no GPU.*endpoint_url"):
             names(wanted)
-    assert names(Wanted(config_file=str(config), device="cpu")) == ["local", "vllm"]
+    assert names(SessionConfig(config_file=str(config), device="cpu")) == ["local", "vllm"]

@@ -10,7 +10,7 @@ import pytest
 from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Call, Command, Layout, RankGroup, TaskSpec, Template
-from rhapsody_mcp.runtime.backend_factory import Wanted, plan_backends
+from rhapsody_mcp.runtime.backend_factory import SessionConfig, plan_backends
 from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.settings import SECRETS, Settings
 
@@ -105,11 +105,11 @@ def test_functions_are_imported_from_modules_that_may_be_imported() -> None:
 
 @pytest.mark.parametrize("settings", [Settings(allow_source=False), Settings(allowed_executables=("/usr/bin/*",))])
 def test_where_programs_or_source_are_restricted_so_are_setup_lines(settings: Settings) -> None:
-    wanted = Wanted(backends=("local",), environment=Environment(setup=("rm -r /",)))
+    wanted = SessionConfig(backends=("local",), environment=Environment(setup=("rm -r /",)))
     with pytest.raises(InvalidRequest, match="setup in environment is not allowed here, because allow"):
         plan_backends(wanted, settings)
-    variables = Wanted(backends=("local",), environment=Environment(variables={"A": "1"}))
-    assert plan_backends(variables, settings)[0].of_server["environment"].variables == {"A": "1"}
+    variables = SessionConfig(backends=("local",), environment=Environment(variables={"A": "1"}))
+    assert plan_backends(variables, settings)[0].server_arguments["environment"].variables == {"A": "1"}
 
 
 def test_a_config_file_and_what_it_names_are_in_the_folders_that_may_be_named(tmp_path: Path) -> None:
@@ -122,14 +122,14 @@ def test_a_config_file_and_what_it_names_are_in_the_folders_that_may_be_named(tm
     (inside / "model.yaml").write_text(f"server: {{model: {model}}}")
     settings = Settings(allowed_folders=(inside,), allowed_executables=("/opt/*",))
     for wanted, told in {
-        Wanted(
+        SessionConfig(
             backends=("vllm",), config_file=str(tmp_path / "other.yaml")
         ): "config_file .* is outside of the folders",
-        Wanted(backends=("vllm",), config_file=str(inside / "model.yaml")): "model .* is outside of the folders",
-        Wanted(
+        SessionConfig(backends=("vllm",), config_file=str(inside / "model.yaml")): "model .* is outside of the folders",
+        SessionConfig(
             backends=("vllm",), config_file=str(inside / "python.yaml")
         ): "python in the section server .*allowed_exec",
-        Wanted(backends=("vllm",), model=str(model)): "model .* is outside of the folders",
+        SessionConfig(backends=("vllm",), model=str(model)): "model .* is outside of the folders",
     }.items():
         with pytest.raises(InvalidRequest, match=told):
             plan_backends(wanted, settings)

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from rhapsody_mcp.api import ComputeTask
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.recovery.restore import _give
+from rhapsody_mcp.runtime.recovery.restore import _restore_state
 from tests.ledgers import task
 
 RAN = Outcome(state=TaskState.DONE, started=2.0, ended=3.0)
@@ -24,5 +24,5 @@ def test_a_start_that_was_heard_of_with_its_end_counts(
     written: int, started: float | None, outcome: Outcome | None, attempts: int
 ) -> None:
     restored = ComputeTask(executable="true")
-    _give(restored, replace(task(1), attempts=written, started=started, outcome=outcome))
+    _restore_state(restored, replace(task(1), attempts=written, started=started, outcome=outcome))
     assert restored.attempts == attempts

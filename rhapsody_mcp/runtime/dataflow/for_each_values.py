@@ -19,10 +19,10 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, load_json
 from rhapsody_mcp.runtime.tasks import ForEach, Part, Task, name_of
 
-__all__ = ["items_again", "join", "outcome_of", "read_items"]
+__all__ = ["join", "outcome_of", "read_items", "restored_items"]
 
 
-_LONGEST_BYTES = 32 * 1024**2
+_MAX_BYTES = 32 * 1024**2
 """As objects it takes about ten times as much in this process."""
 
 
@@ -31,10 +31,10 @@ async def read_items(source: Part) -> list[Any]:
     value = source.task.outcome.value if source.task.outcome else None
     if value is None:
         raise InvalidTask(f"for_each needs a list, and {name_of(source.task)} has no result.", field="for_each")
-    if value.size > _LONGEST_BYTES:
+    if value.size > _MAX_BYTES:
         raise InvalidTask(
             f"for_each needs a list, and the result of {name_of(source.task)} has {value.size:,} bytes; valid are up "
-            f"to {_LONGEST_BYTES:,}. Let it write its data into files, and return a list of their paths.",
+            f"to {_MAX_BYTES:,}. Let it write its data into files, and return a list of their paths.",
             field="for_each",
         )
     items = await asyncio.to_thread(_read, value, source.path) if value.file else _read(value, source.path)
@@ -45,7 +45,7 @@ async def read_items(source: Part) -> list[Any]:
     return items
 
 
-def items_again(source: Part, count: int) -> Sequence[Any]:
+def restored_items(source: Part, count: int) -> Sequence[Any]:
     """As they were in an earlier life. Of what is no JSON, or is gone, each is a Part of the source: where that is no
     list but a set, its order may differ now, and the Part leads nowhere."""
     value = source.task.outcome.value if source.task.outcome else None
@@ -61,31 +61,32 @@ def _read(value: Value, path: str) -> Any:
     return resolve_pointer(load_json(value), path)
 
 
-async def join(values: Sequence[Value | None], folder: Path, most: int | None = None) -> Value:
+async def join(values: Sequence[Value | None], folder: Path, max_bytes: int | None = None) -> Value:
     """The list of these values, which are all JSON; null for None. Raises LimitExceeded for more than `most` bytes."""
     size = sum(value.size for value in values if value)
-    if most is not None and size > most:
+    if max_bytes is not None and size > max_bytes:
         raise LimitExceeded(
-            f"they take {size:,} bytes together, and one result has {most:,} at most (max_result_bytes in the settings "
-            "of the server). Each is there under its own name; return less from each, such as the path of a file",
+            f"they take {size:,} bytes together, and one result has {max_bytes:,} at most (max_result_bytes in the "
+            "settings of the server). Each is there under its own name; return less from each, such as the path of a "
+            "file",
             "max_result_bytes",
         )
     if any(value and value.file for value in values) or size > INLINE_BYTES:
-        return await asyncio.to_thread(_join, values, folder)
-    return _join(values, folder)
+        return await asyncio.to_thread(_join_now, values, folder)
+    return _join_now(values, folder)
 
 
-def _join(values: Sequence[Value | None], folder: Path) -> Value:
+def _join_now(values: Sequence[Value | None], folder: Path) -> Value:
     if sum((value or NOTHING).size + 1 for value in values) < INLINE_BYTES:
-        data = b"".join(_list(values))
+        data = b"".join(_json_pieces(values))
         return Value("json", "list", len(data), data, length=len(values))
-    path = write_pieces(_list(values), str(folder))
+    path = write_pieces(_json_pieces(values), str(folder))
     with open(path, "rb") as file:
         preview = file.read(PREVIEW_CHARS).decode("utf-8", "ignore")
     return Value("json", "list", os.path.getsize(path), None, path, len(values), preview)
 
 
-def _list(values: Sequence[Value | None]) -> Iterator[bytes]:
+def _json_pieces(values: Sequence[Value | None]) -> Iterator[bytes]:
     """The list as JSON, piece by piece: all together may be more than is to be held at once."""
     yield b"["
     for number, value in enumerate(values):
@@ -98,12 +99,12 @@ def outcome_of(task: ForEach, value: Value | None) -> Outcome:
     outcomes = [child.outcome for child in task.children if child.outcome is not None]
     started = min((outcome.started for outcome in outcomes if outcome.started is not None), default=None)
     ended = max((outcome.ended for outcome in outcomes), default=time.time())
-    bad: list[Task] = [child for child in task.children if child.state is not TaskState.DONE]
-    if not bad:
+    unsuccessful: list[Task] = [child for child in task.children if child.state is not TaskState.DONE]
+    if not unsuccessful:
         return Outcome(state=TaskState.DONE, started=started, ended=ended, value=value)
-    first = next((child for child in bad if child.state is TaskState.FAILED), bad[0])
+    first = next((child for child in unsuccessful if child.state is TaskState.FAILED), unsuccessful[0])
     cause = first.cause or Cause.ERROR
-    states = Counter(child.state.value for child in bad)
-    told = " and ".join(f"{count} {state}" for state, count in states.items())
-    message = f"of {len(task.children)} tasks {told}; {first.name}: {first.outcome.error if first.outcome else ''}"
+    states = Counter(child.state.value for child in unsuccessful)
+    counts = " and ".join(f"{count} {state}" for state, count in states.items())
+    message = f"of {len(task.children)} tasks {counts}; {first.name}: {first.outcome.error if first.outcome else ''}"
     return Outcome(state=first.state, started=started, ended=ended, value=value, cause=cause, error=message)

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.runtime.tasks import Task
 
-__all__ = ["leads_to", "refuse_cycles"]
+__all__ = ["depends_on", "refuse_cycles"]
 
 
-def leads_to(task: Task, sought: Task) -> bool:
+def depends_on(task: Task, source: Task) -> bool:
     """Whether `task` waits for the sought one, or is it."""
     pending, seen = [task], set[str]()
     while pending:
-        one = pending.pop()
-        if one is sought:
+        current = pending.pop()
+        if current is source:
             return True
-        if one.uid not in seen and not one.state.final:
-            seen.add(one.uid)
-            pending += one.sources()
+        if current.uid not in seen and not current.state.final:
+            seen.add(current.uid)
+            pending += current.sources()
     return False
 
 
@@ -32,18 +32,18 @@ def refuse_cycles(tasks: Sequence[Task]) -> None:
         for uid, task in batch.items()
         if (needed := task.sources()) and (inside := {source.uid for source in needed if source.uid in batch})
     }
-    needed_by: dict[str, list[str]] = {}
+    dependents: dict[str, list[str]] = {}
     for uid, sources in missing.items():
         for source in sources:
-            needed_by.setdefault(source, []).append(uid)
-    free = deque(needed_by.keys() - missing.keys())
-    while free:
-        done = free.popleft()
-        for uid in needed_by.get(done, ()):
+            dependents.setdefault(source, []).append(uid)
+    ready = deque(dependents.keys() - missing.keys())
+    while ready:
+        done = ready.popleft()
+        for uid in dependents.get(done, ()):
             missing[uid].discard(done)
             if not missing[uid]:
                 del missing[uid]
-                free.append(uid)
+                ready.append(uid)
     if missing:
         names = ", ".join(batch[uid].name or uid for uid in list(missing)[:10])
         raise InvalidTask(f"these tasks wait for each other in a circle: {names}. Remove one of the references.")

@@ -14,31 +14,34 @@ import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.json_pointer import resolve_pointer
+from rhapsody_mcp.runtime.dataflow.references import is_literal
 from rhapsody_mcp.runtime.tasks import Part, Task, Text
 
-__all__ = ["as_text", "holds_item", "with_item"]
+__all__ = ["as_text", "has_placeholder", "with_item"]
 
-_TOKEN = re.compile(r"\{\{item(?:/[^{}]*)?\}\}|\{item(/[^{}]*)?\}")
+_TEXT_PLACEHOLDER = re.compile(r"\{\{item(?:/[^{}]*)?\}\}|\{item(/[^{}]*)?\}")
 _MISTAKEN = re.compile(r"\{item[.\[][^{}]*\}")
-_SHAPES = (frozenset({"item"}), frozenset({"item", "path"}))
+_PLACEHOLDER_KEYS = (frozenset({"item"}), frozenset({"item", "path"}))
 
 
-def holds_item(value: Any) -> bool:
+def has_placeholder(value: Any) -> bool:
     """Whether something in it stands for the item."""
-    return any(True for _ in _places(value))
+    return any(True for _ in _placeholders(value))
 
 
-def _places(value: Any) -> Iterator[Any]:
-    if _is_item(value) or (isinstance(value, str) and any(not _is_escaped(found) for found in _TOKEN.finditer(value))):
+def _placeholders(value: Any) -> Iterator[Any]:
+    if _is_item(value) or (
+        isinstance(value, str) and any(not _is_escaped(match) for match in _TEXT_PLACEHOLDER.finditer(value))
+    ):
         yield value
-    elif isinstance(value, dict) and value.keys() != {"literal"}:
+    elif isinstance(value, dict) and not is_literal(value):
         for part in value.values():
-            yield from _places(part)
+            yield from _placeholders(part)
     elif isinstance(value, Text):
-        yield from _places(value.parts)
+        yield from _placeholders(value.parts)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _places(part)
+            yield from _placeholders(part)
 
 
 def with_item(value: Any, item: Any) -> Any:
@@ -54,20 +57,20 @@ def with_item(value: Any, item: Any) -> Any:
             raise InvalidTask(
                 f"{mistaken.group()} in a text names a part wrongly; write it as in {{item/name}} or {{item/0}}."
             )
-        return _TOKEN.sub(lambda found: _text(found, item), value)
+        return _TEXT_PLACEHOLDER.sub(lambda match: _replacement(match, item), value)
     if isinstance(value, Text):
         return Text(*(with_item(part, item) for part in value.parts))
-    if isinstance(value, dict) and value.keys() != {"literal"}:
+    if isinstance(value, dict) and not is_literal(value):
         return {key: with_item(part, item) for key, part in value.items()}
     return [with_item(part, item) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _is_escaped(found: re.Match[str]) -> bool:
-    return found.group().startswith("{{")
+def _is_escaped(match: re.Match[str]) -> bool:
+    return match.group().startswith("{{")
 
 
-def _text(found: re.Match[str], item: Any) -> str:
-    return found.group()[1:-1] if _is_escaped(found) else as_text(_part(item, found.group(1) or ""))
+def _replacement(match: re.Match[str], item: Any) -> str:
+    return match.group()[1:-1] if _is_escaped(match) else as_text(_part(item, match.group(1) or ""))
 
 
 def as_text(item: Any) -> str:
@@ -83,7 +86,7 @@ def as_text(item: Any) -> str:
 
 
 def _is_item(value: Any) -> bool:
-    if not isinstance(value, dict) or value.get("item") is not True or value.keys() not in _SHAPES:
+    if not isinstance(value, dict) or value.get("item") is not True or value.keys() not in _PLACEHOLDER_KEYS:
         return False
     if not isinstance(value.get("path"), str | None):
         raise InvalidTask(f"path is {value['path']!r}; valid is a JSON Pointer, as in '/0/label'.", field="path")

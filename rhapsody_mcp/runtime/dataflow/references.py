@@ -16,44 +16,44 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import load_json
 from rhapsody_mcp.runtime.tasks import Part, Task, Text
 
-__all__ = ["is_literal", "is_reference", "names_in", "renamed", "resolve", "with_parts"]
+__all__ = ["is_literal", "is_reference", "parse_texts", "referenced_names", "rename_references", "resolve"]
 
-_SHAPES = (frozenset({"ref"}), frozenset({"ref", "path"}))
-_IN_TEXT = re.compile(r"\{\{ref:[^{}]*\}\}|\{ref:([^{}/]*)(/[^{}]*)?\}")
+_REFERENCE_KEYS = (frozenset({"ref"}), frozenset({"ref", "path"}))
+_TEXT_REFERENCE = re.compile(r"\{\{ref:[^{}]*\}\}|\{ref:([^{}/]*)(/[^{}]*)?\}")
 
 
-def with_parts(value: Any) -> Any:
+def parse_texts(value: Any) -> Any:
     """The same JSON value with a Text of texts and references in the place of each text that holds references."""
     if isinstance(value, str):
-        return _parted(value) if "{ref:" in value else value
+        return _parse_text(value) if "{ref:" in value else value
     if isinstance(value, dict):
         as_it_is = is_literal(value) or is_reference(value)
-        return value if as_it_is else {key: with_parts(item) for key, item in value.items()}
-    return [with_parts(item) for item in value] if isinstance(value, list | tuple) else value
+        return value if as_it_is else {key: parse_texts(item) for key, item in value.items()}
+    return [parse_texts(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _parted(text: str) -> str | Text:
+def _parse_text(text: str) -> str | Text:
     parts: list[str | dict[str, str]] = []
     end = 0
-    for found in _IN_TEXT.finditer(text):
-        before, end = text[end : found.start()], found.end()
-        parts += [before, found.group()[1:-1] if _is_escaped(found) else _reference(found)]
+    for match in _TEXT_REFERENCE.finditer(text):
+        before, end = text[end : match.start()], match.end()
+        parts += [before, match.group()[1:-1] if _is_escaped(match) else _parse_match(match)]
     parts.append(text[end:])
     if any(isinstance(part, dict) for part in parts):
         return Text(*filter(None, parts))
     return "".join(map(str, parts))
 
 
-def _is_escaped(found: re.Match[str]) -> bool:
-    return found.group().startswith("{{")
+def _is_escaped(match: re.Match[str]) -> bool:
+    return match.group().startswith("{{")
 
 
-def _reference(found: re.Match[str]) -> dict[str, str]:
-    name, path = found.groups()
+def _parse_match(match: re.Match[str]) -> dict[str, str]:
+    name, path = match.groups()
     return {"ref": name.strip(), "path": path} if path else {"ref": name.strip()}
 
 
-def names_in(value: Any) -> Iterator[str]:
+def referenced_names(value: Any) -> Iterator[str]:
     """Every name that is referred to in a JSON value. Raises InvalidTask for a malformed reference."""
     if isinstance(value, Text):
         value = value.parts
@@ -61,27 +61,31 @@ def names_in(value: Any) -> Iterator[str]:
         yield _checked(value)["ref"]
     elif isinstance(value, dict) and not is_literal(value):
         for item in value.values():
-            yield from names_in(item)
+            yield from referenced_names(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from names_in(item)
+            yield from referenced_names(item)
 
 
-def renamed(value: Any, uid_of: Callable[[str], str], *, texts: bool = False) -> Any:
+def rename_references(value: Any, uid_of: Callable[[str], str], *, texts: bool = False) -> Any:
     """The same JSON value with `uid_of` each name in the place of that name; with `texts`, also in texts."""
     if is_reference(value):
         return {**value, "ref": uid_of(value["ref"])}
     if isinstance(value, dict):
-        return value if is_literal(value) else {key: renamed(item, uid_of, texts=texts) for key, item in value.items()}
+        if is_literal(value):
+            return value
+        return {key: rename_references(item, uid_of, texts=texts) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [renamed(item, uid_of, texts=texts) for item in value]
-    return _IN_TEXT.sub(lambda found: _renamed(found, uid_of), value) if texts and isinstance(value, str) else value
+        return [rename_references(item, uid_of, texts=texts) for item in value]
+    if texts and isinstance(value, str):
+        return _TEXT_REFERENCE.sub(lambda match: _rename_match(match, uid_of), value)
+    return value
 
 
-def _renamed(found: re.Match[str], uid_of: Callable[[str], str]) -> str:
-    if _is_escaped(found):
-        return found.group()
-    return f"{{ref:{uid_of(_reference(found)['ref'])}{found.group(2) or ''}}}"
+def _rename_match(match: re.Match[str], uid_of: Callable[[str], str]) -> str:
+    if _is_escaped(match):
+        return match.group()
+    return f"{{ref:{uid_of(_parse_match(match)['ref'])}{match.group(2) or ''}}}"
 
 
 def resolve(value: Any, task_named: Callable[[str], Task]) -> Any:
@@ -106,7 +110,7 @@ def is_literal(value: Any) -> bool:
 
 
 def is_reference(value: Any) -> bool:
-    return isinstance(value, dict) and "ref" in value and value.keys() in _SHAPES
+    return isinstance(value, dict) and "ref" in value and value.keys() in _REFERENCE_KEYS
 
 
 def _checked(reference: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,16 +13,16 @@ import msgspec
 
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.runtime.backend_factory import plan_backends
-from rhapsody_mcp.runtime.export.provenance import add_digests, describe_origin
+from rhapsody_mcp.runtime.export.provenance import add_digests, describe_provenance
 from rhapsody_mcp.runtime.export.script import Script, write_script
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.settings import Settings
 
-__all__ = ["Exported", "export"]
+__all__ = ["ExportedFiles", "export"]
 
 
-class Exported(msgspec.Struct, frozen=True):
+class ExportedFiles(msgspec.Struct, frozen=True):
     """The two files, which only their owner can read."""
 
     script: Script
@@ -30,32 +30,36 @@ class Exported(msgspec.Struct, frozen=True):
     provenance_file: Path
 
 
-async def export(opened: OpenSession, settings: Settings, state: Path, folder: str | None = None) -> Exported:
+async def export(
+    opened: OpenSession, settings: Settings, state_folder: Path, folder: str | None = None
+) -> ExportedFiles:
     """Write script and provenance record of the session as it is now; nothing that is there is overwritten.
 
     Without a folder they go to `exports` in the state folder. Raises InvalidRequest where it cannot be written.
     """
-    chosen = _folder(folder, state)
+    target = _target_folder(folder, state_folder)
     if folder is not None:
-        Policy.of(settings).check_folder("folder", chosen)
+        Policy.of(settings).check_folder("folder", target)
     session = opened.session
-    plans = plan_backends(opened.wanted, settings)
-    record = describe_origin(opened.id, session.tasks, session.backends)
+    plans = plan_backends(opened.config, settings)
+    record = describe_provenance(opened.id, session.tasks, session.backends)
     script = await asyncio.to_thread(write_script, opened.id, session.tasks, session.backends, plans, opened.cwd)
     try:
-        files = await asyncio.to_thread(_write, chosen, opened.id, script, record)
+        files = await asyncio.to_thread(_write, target, opened.id, script, record)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise InvalidRequest(
-            f"folder {chosen} cannot be written: {why}. Give another folder.", field="folder"
+            f"folder {target} cannot be written: {why}. Give another folder.", field="folder"
         ) from error
-    return Exported(script, *files)
+    return ExportedFiles(script, *files)
 
 
-def _folder(wanted: str | None, state: Path) -> Path:
-    folder = state / "exports" if wanted is None else Path(os.path.expanduser(wanted))
+def _target_folder(requested: str | None, state_folder: Path) -> Path:
+    folder = state_folder / "exports" if requested is None else Path(os.path.expanduser(requested))
     if not folder.is_absolute():
-        raise InvalidRequest(f"folder is {wanted!r}; valid is an absolute path, as in '/home/me/runs'.", field="folder")
+        raise InvalidRequest(
+            f"folder is {requested!r}; valid is an absolute path, as in '/home/me/runs'.", field="folder"
+        )
     return folder
 
 

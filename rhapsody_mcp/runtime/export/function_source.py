@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from rhapsody_mcp.runtime.export.literals import write_text, write_value
 from rhapsody_mcp.runtime.serialization import Source
 
-__all__ = ["Sources"]
+__all__ = ["SourceWriter"]
 
 _BUILTINS = frozenset(dir(builtins))
 _INTROSPECTION = {
@@ -26,7 +26,7 @@ _INTROSPECTION = {
 }
 
 
-class Sources:
+class SourceWriter:
     """The functions of one script. A text becomes functions of the script where they mean the same there.
 
     That is so where it holds only imports, constants and undecorated functions, where these need no other names,
@@ -34,36 +34,36 @@ class Sources:
     What is not `tried`, because no task has run it to its end, must not be able to fail where the script begins.
     """
 
-    def __init__(self, beginning: str) -> None:
+    def __init__(self, preamble: str) -> None:
         self.definitions: list[str] = []
-        self._meanings = dict(_meanings(ast.parse(beginning)))
-        self._functions: set[str] = set()
-        self._texts: dict[str, str] = {}
+        self._meanings = dict(_meanings(ast.parse(preamble)))
+        self._defined: set[str] = set()
+        self._text_variables: dict[str, str] = {}
 
     @property
     def names(self) -> set[str]:
         """Every name that the script has at its top level by now."""
         return set(self._meanings)
 
-    def write(self, source: Source, *, tried: bool = True) -> str:
+    def write(self, source: Source, *, proven: bool = True) -> str:
         """The expression for this function; its definition is in `definitions` then."""
-        if source.text not in self._functions and source.text not in self._texts:
-            self._define(source.text, tried)
-        if source.text in self._functions:
+        if source.text not in self._defined and source.text not in self._text_variables:
+            self._define(source.text, proven)
+        if source.text in self._defined:
             return source.function_name
         entry = f", {write_value(source.entry)}" if source.entry else ""
-        return f"Source({self._texts[source.text]}{entry})"
+        return f"Source({self._text_variables[source.text]}{entry})"
 
-    def _define(self, text: str, tried: bool) -> None:
+    def _define(self, text: str, proven: bool) -> None:
         tree = ast.parse(text)
         meanings = dict(_meanings(tree))
         clash = any(self._meanings.get(name, meaning) != meaning for name, meaning in meanings.items())
-        if _stands_alone(tree, meanings) and not clash and (tried or _cannot_fail(tree)):
+        if _is_self_contained(tree, meanings) and not clash and (proven or _cannot_fail(tree)):
             self._meanings |= meanings
-            self._functions.add(text)
+            self._defined.add(text)
             self.definitions.append(text.strip("\n"))
         else:
-            name = self._texts[text] = self._new_name()
+            name = self._text_variables[text] = self._new_name()
             self.definitions.append(f"{name} = {write_text(text)}")
 
     def _new_name(self) -> str:
@@ -92,7 +92,7 @@ def _meanings(tree: ast.Module) -> Iterator[tuple[str, str]]:
                     yield target.id, ast.dump(statement)
 
 
-def _stands_alone(tree: ast.Module, meanings: dict[str, str]) -> bool:
+def _is_self_contained(tree: ast.Module, meanings: dict[str, str]) -> bool:
     nodes = list(ast.walk(tree))
     if not all(map(_is_plain, tree.body)) or any(isinstance(node, ast.Global) for node in nodes):
         return False  # what changes globals: each function of a script takes its own copy of them along

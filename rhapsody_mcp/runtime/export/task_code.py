@@ -12,40 +12,33 @@ from typing import Any, cast
 import msgspec
 
 from rhapsody_mcp.runtime.export.literals import Code, write_call, write_value
+from rhapsody_mcp.runtime.redaction import looks_secret
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, Text
 
-__all__ = ["TaskCode", "looks_secret", "whole", "work_of"]
+__all__ = ["TaskCode", "representative", "top_level"]
 
-_TEXTS = {"prompt", "messages", "system_prompt", "model", "arguments", "task_backend_specific_kwargs"}
-_SECRET_WORDS = {"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "PASS", "PAT", "CREDENTIAL", "AUTH"}
-_SECRET_ENDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIALS")
-_KINDS: tuple[type[Task], ...] = (Task, ComputeTask, AITask)
-_PARAMETERS = {kind: inspect.signature(kind).parameters for kind in _KINDS}
-_FIELDS = {
+_TEXT_FIELDS = {"prompt", "messages", "system_prompt", "model", "arguments", "task_backend_specific_kwargs"}
+_TASK_CLASSES: tuple[type[Task], ...] = (Task, ComputeTask, AITask)
+_PARAMETERS = {kind: inspect.signature(kind).parameters for kind in _TASK_CLASSES}
+_OWN_FIELDS = {
     kind: [name for name, field in parameters.items() if field.kind is not field.VAR_KEYWORD]
     for kind, parameters in _PARAMETERS.items()
 }
 """The fields that only this kind of task has."""
-_FLOW = {name: _PARAMETERS[Task][name].default for name in ("retries", "retry_delay_s", "on_upstream_failure")}
-_MARK = f"<{secrets.token_hex(8)}>"
-_ITEM = Part(cast(Task, _MARK))
+_FLOW_DEFAULTS = {name: _PARAMETERS[Task][name].default for name in ("retries", "retry_delay_s", "on_upstream_failure")}
+_ITEM_MARK = f"<{secrets.token_hex(8)}>"
+_ITEM = Part(cast(Task, _ITEM_MARK))
 """Stands for the item while the task for one is written, as do parts of it; in a text it stands as JSON."""
-_IN_TEXT = re.compile(rf'\{{"task":"{_MARK}","path":("(?:[^"\\]|\\.)*")\}}')
+_ITEM_IN_TEXT = re.compile(rf'\{{"task":"{_ITEM_MARK}","path":("(?:[^"\\]|\\.)*")\}}')
 
 
-def looks_secret(variable: str) -> bool:
-    """Whether the name of an environment variable says that its value is nobody's business."""
-    words = variable.upper().split("_")
-    return bool(_SECRET_WORDS & set(words)) or words[-1].endswith(_SECRET_ENDS)
-
-
-def work_of(task: Task) -> Task:
+def representative(task: Task) -> Task:
     """The task itself; of a ForEach the one that it makes, with something that stands for the item."""
     return task.make(_ITEM, 0) if isinstance(task, ForEach) else task
 
 
-def whole(task: Task) -> Task:
+def top_level(task: Task) -> Task:
     """The task that a script makes: of one of a for_each, the for_each."""
     return task.parent or task
 
@@ -68,7 +61,7 @@ class TaskCode:
 
     def write(self, task: Task, default_backend: str | None) -> str:
         """The call that makes it, for a line that is indented twice; without the backend that it gets anyhow."""
-        work = work_of(task)
+        work = representative(task)
         arguments = list(self._arguments(work))
         common = list(self._common(task, default_backend))
         if not isinstance(task, ForEach):
@@ -77,7 +70,7 @@ class TaskCode:
         return write_call("ForEach", [self._value(task.items), make, *self._uses(task), *common], 2)
 
     def listed(self, tasks: Iterable[Task]) -> str:
-        named = (self._variables.get(whole(task).uid) for task in tasks)
+        named = (self._variables.get(top_level(task).uid) for task in tasks)
         return f"[{', '.join(dict.fromkeys(name for name in named if name))}]"
 
     def look_up(self, variable: str) -> Code:
@@ -86,7 +79,7 @@ class TaskCode:
 
     def _arguments(self, task: Task) -> Iterator[str]:
         """Those that say what the task runs."""
-        for field in _FIELDS[type(task)]:
+        for field in _OWN_FIELDS[type(task)]:
             value = getattr(task, field)
             if value is None or (isinstance(value, tuple | list | dict) and not value):
                 continue
@@ -94,7 +87,7 @@ class TaskCode:
                 yield self._function(value)
                 continue
             value = list(value) if isinstance(value, tuple) else self._without_secrets(value)
-            code = self._value(value, in_text=field in _TEXTS)
+            code = self._value(value, in_text=field in _TEXT_FIELDS)
             yield code if field == "prompt" else f"{field}={code}"
 
     def _common(self, task: Task, default_backend: str | None) -> Iterator[str]:
@@ -104,7 +97,7 @@ class TaskCode:
             yield f"backend={task.backend!r}"
         if (after := self.listed([*task.after, *self._also_after.get(task.uid, ())])) != "[]":
             yield f"after={after}"
-        for field, default in _FLOW.items():
+        for field, default in _FLOW_DEFAULTS.items():
             if (value := getattr(task, field)) != default:
                 yield f"{field}={value!r}"
 
@@ -135,7 +128,7 @@ class TaskCode:
                 return f"text({_part_code(item.path)})" if in_text else _part_code(item.path)
             if isinstance(item, Part):
                 return self._result(item.task, item.path) or nothing
-            return _with_item(item) if isinstance(item, str) and _MARK in item else None
+            return _with_item(item) if isinstance(item, str) and _ITEM_MARK in item else None
 
         return write_value(value, special)
 
@@ -144,7 +137,7 @@ class TaskCode:
         if isinstance(task.parent, ForEach):
             number = [child.uid for child in task.parent.children].index(task.uid)
             path = f"/{number}{path}"
-        variable = self._variables.get(whole(task).uid)
+        variable = self._variables.get(top_level(task).uid)
         return f"Part({variable}, {path!r})" if variable and path else variable
 
     def _without_secrets(self, value: Any) -> Any:
@@ -153,11 +146,11 @@ class TaskCode:
             return type(value)(self._without_secrets(item) for item in value)
         if not isinstance(value, dict):
             return value
-        known = {key: self._without_secrets(item) for key, item in value.items()}
-        if isinstance(env := known.get("env"), dict):
-            secret = {name: self.look_up(name) for name, given in env.items() if given and looks_secret(name)}
-            known["env"] = env | secret
-        return known
+        cleaned = {key: self._without_secrets(item) for key, item in value.items()}
+        if isinstance(env := cleaned.get("env"), dict):
+            secret = {name: self.look_up(name) for name, value in env.items() if value and looks_secret(name)}
+            cleaned["env"] = env | secret
+        return cleaned
 
 
 def _part_code(path: str) -> str:
@@ -168,6 +161,6 @@ def _with_item(text: str) -> str:
     """A text that holds the item, or parts of it."""
     codes = [
         f"text({_part_code(msgspec.json.decode(piece))})" if number % 2 else repr(piece)
-        for number, piece in enumerate(_IN_TEXT.split(text))
+        for number, piece in enumerate(_ITEM_IN_TEXT.split(text))
     ]
     return " + ".join(code for code in codes if code != "''")

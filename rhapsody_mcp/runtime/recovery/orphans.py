@@ -12,14 +12,14 @@ from rhapsody_mcp.engine.process.tree import end, living, started_at, with_argum
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import DropEngine, EngineRow
 
-__all__ = ["reap"]
+__all__ = ["end_orphans"]
 
-_PATIENCE_S = 15.0  # a keeper that has lost its owner stops its engine in so long, and leaves nothing
-_SWEEP_S = 2.0
-_LOOK_S = 0.1
+_KEEPER_GRACE_S = 15.0  # a keeper that has lost its owner stops its engine in so long, and leaves nothing
+_LOCK_WAIT_S = 2.0
+_POLL_S = 0.1
 
 
-async def reap(ledger: Ledger) -> list[str]:
+async def end_orphans(ledger: Ledger) -> list[str]:
     """End every engine of the ledger whose owner is gone, and take its row out; a sentence for each that had left
     processes. Takes up to 20 s where a keeper is about to end by itself: run it beside other work.
 
@@ -28,23 +28,25 @@ async def reap(ledger: Ledger) -> list[str]:
     by_folder: dict[str, list[EngineRow]] = {}
     for row in await ledger.engines():
         by_folder.setdefault(row.folder, []).append(row)
-    told = await asyncio.gather(*(_reap(ledger, Path(folder), rows) for folder, rows in by_folder.items()))
-    return [sentence for sentences in told for sentence in sentences]
+    sentences_by_folder = await asyncio.gather(
+        *(_end_folder(ledger, Path(folder), rows) for folder, rows in by_folder.items())
+    )
+    return [sentence for sentences in sentences_by_folder for sentence in sentences]
 
 
-async def _reap(ledger: Ledger, folder: Path, rows: list[EngineRow]) -> list[str]:
+async def _end_folder(ledger: Ledger, folder: Path, rows: list[EngineRow]) -> list[str]:
     """The engines of one folder have one owner."""
     if not is_folder(folder):
-        return await _end(ledger, rows, folder=None)
-    for _ in range(round(_SWEEP_S / _LOOK_S)):
-        with taken_over(folder) as taken:
-            if taken or not (folder / "lock").exists():
-                return await _end(ledger, rows, folder)
-        await asyncio.sleep(_LOOK_S)  # its owner lives, or it is being swept
+        return await _end_engines(ledger, rows, folder=None)
+    for _ in range(round(_LOCK_WAIT_S / _POLL_S)):
+        with taken_over(folder) as is_taken_over:
+            if is_taken_over or not (folder / "lock").exists():
+                return await _end_engines(ledger, rows, folder)
+        await asyncio.sleep(_POLL_S)  # its owner lives, or it is being swept
     return []
 
 
-async def _end(ledger: Ledger, rows: list[EngineRow], folder: Path | None) -> list[str]:
+async def _end_engines(ledger: Ledger, rows: list[EngineRow], folder: Path | None) -> list[str]:
     """Wait for the keepers, then end what is left."""
     killed = set[int]().union(*await asyncio.gather(*map(_end_keeper, rows)))
     marks = [row.mark for row in rows if row.mark]
@@ -60,18 +62,18 @@ async def _end(ledger: Ledger, rows: list[EngineRow], folder: Path | None) -> li
 
 async def _end_keeper(row: EngineRow) -> set[int]:
     """Give the keeper its time, unless somebody has stopped it, then kill it; which were killed."""
-    stalls, looks = Stalls(), round(_PATIENCE_S / _LOOK_S)
+    stalls, polls_left = Stalls(), round(_KEEPER_GRACE_S / _POLL_S)
     while keepers := await asyncio.to_thread(_keepers, row):
-        if stalls.look(keepers) or not (looks := looks - 1):
+        if stalls.look(keepers) or not (polls_left := polls_left - 1):
             break
-        await asyncio.sleep(_LOOK_S)
+        await asyncio.sleep(_POLL_S)
     await asyncio.to_thread(end, lambda: living(keepers))
     return keepers
 
 
 def _keepers(row: EngineRow) -> set[int]:
     """This engine's keeper, if it lives: by its arguments, and by pid and start time where these were written down."""
-    found = set(with_arguments("rhapsody_mcp.engine.keeper", "--mark", row.mark)) if row.mark else set()
+    pids = set(with_arguments("rhapsody_mcp.engine.keeper", "--mark", row.mark)) if row.mark else set()
     if not row.started:
-        return found
-    return {pid for pid in found if pid == row.pid and started_at(pid) == row.started}
+        return pids
+    return {pid for pid in pids if pid == row.pid and started_at(pid) == row.started}

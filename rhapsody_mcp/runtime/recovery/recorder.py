@@ -28,14 +28,14 @@ from rhapsody_mcp.ledger.records import (
 from rhapsody_mcp.model.errors import LedgerError, LedgerUnavailable
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.call_context import current_caller
-from rhapsody_mcp.runtime.functions import Registered
+from rhapsody_mcp.runtime.functions import RegisteredFunction
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task
 
-__all__ = ["Engines", "Recorder", "Storage", "Submission"]
+__all__ = ["LedgerEngineBook", "Recorder", "Storage", "Submission"]
 
-_AGAIN_S = 0.5
-_MADE_AT_ONCE = 500
+_RETRY_S = 0.5
+_CHILDREN_PER_WRITE = 500
 
 
 class Storage(NamedTuple):
@@ -49,7 +49,7 @@ class Submission(NamedTuple):
     """A call that gave an idempotency key: a digest of what it asked for, and what it made."""
 
     key: str
-    asked: bytes
+    request_digest: bytes
     tasks: tuple[Task, ...]
 
 
@@ -58,27 +58,34 @@ class Recorder:
 
     def __init__(self, ledger: Ledger, key: str, session: Session) -> None:
         """`key` is the name of the session in the ledger."""
-        self.key, self.engines = key, Engines(ledger, key)
+        self.key, self.engine_book = key, LedgerEngineBook(ledger, key)
         self.skipped = 0
         """How many places in the order of ends nothing is known of: ends that were never written."""
         self._ledger, self._session = ledger, session
-        self._made: list[TaskRow] = []
+        self._new_children: list[TaskRow] = []
         """The tasks of for_each that are new and not given to the ledger yet."""
 
     @property
-    def trouble(self) -> str:
+    def durability_warning(self) -> str:
         """Why what ends now could be lost, in a sentence; empty where it could not."""
-        why = self._ledger.problem
-        return why and f"the service cannot write down what becomes of tasks, and would lose it if it ended now: {why}"
+        problem = self._ledger.problem
+        if not problem:
+            return ""
+        return f"the service cannot write down what becomes of tasks, and would lose it if it ended now: {problem}"
 
-    async def submit(self, tasks: Sequence[Task], recipes: Sequence[bytes], submission: Submission | None) -> None:
+    async def record_submission(
+        self, tasks: Sequence[Task], stored_requests: Sequence[bytes], submission: Submission | None
+    ) -> None:
         """Raises LedgerUnavailable, with nothing written."""
-        taken = self._session.size
-        numbered = zip(tasks, recipes, strict=True)
-        rows = tuple(self._row(task, number, recipe) for number, (task, recipe) in enumerate(numbered, taken))
+        first_number = self._session.task_count
+        numbered = zip(tasks, stored_requests, strict=True)
+        rows = tuple(
+            self._row(task, number, stored_request)
+            for number, (task, stored_request) in enumerate(numbered, first_number)
+        )
         await self._ledger.commit(PutTasks(rows), *([self._submission(submission)] if submission else ()))
 
-    async def register(self, function: Registered) -> None:
+    async def record_function(self, function: RegisteredFunction) -> None:
         """Raises LedgerUnavailable, with nothing written."""
         source = function.source
         row = FunctionRow(
@@ -92,26 +99,26 @@ class Recorder:
         )
         await self._ledger.commit(PutFunction(row))
 
-    async def starting(self, uids: Sequence[str]) -> bool:
+    async def before_start(self, uids: Sequence[str]) -> bool:
         """True when all that is known of these, and how often they were started before, is durable: whether one has
         started since, the notes beside its result tell. False where the session was closed first. While nothing can be
         written nothing starts; with a damaged ledger, which no next life will read, everything does."""
         while not self._session.closed:
             try:
-                self._write_made()
+                self._write_new_children()
                 await self._ledger.commit()
                 return not self._session.closed
             except LedgerUnavailable:
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(_RETRY_S)
             except LedgerError:
                 return True
         return False
 
-    def changed(self, task: Task) -> None:
+    def record_change(self, task: Task) -> None:
         """After each change of a task's state."""
         match task.state:
             case TaskState.WAITING if task.parent is not None:
-                self._make(self._row(task, self._session.size, b""))
+                self._add_child(self._row(task, self._session.task_count, b""))
             case TaskState.QUEUED if task.attempts:
                 self.write(TaskRequeued(self.key, task.uid, task.attempts, task.last_failure))
             case TaskState.RUNNING if task.started is not None and not isinstance(task, ForEach):
@@ -119,28 +126,28 @@ class Recorder:
             case state if state.final and task.outcome is not None:
                 self.write(TaskEnded(self.key, task.uid, len(self._session.ended) - 1 + self.skipped, task.outcome))
 
-    def suspended(self, task: Task) -> None:
+    def record_while_suspending(self, task: Task) -> None:
         """In the place of `changed` while everything is ended for a next life, which tasks that have not come to an end
         of their own begin anew, or find lost."""
         if task.state in (TaskState.DONE, TaskState.FAILED) and task.cause is not Cause.LOST:
-            self.changed(task)
+            self.record_change(task)
 
     def write(self, change: Change) -> None:
         """Soon."""
-        self._write_made()
+        self._write_new_children()
         self._ledger.write(change)
 
-    def _make(self, row: TaskRow) -> None:
-        if not self._made:
-            asyncio.get_running_loop().call_soon(self._write_made)
-        self._made.append(row)
-        if len(self._made) == _MADE_AT_ONCE:
-            self._write_made()
+    def _add_child(self, row: TaskRow) -> None:
+        if not self._new_children:
+            asyncio.get_running_loop().call_soon(self._write_new_children)
+        self._new_children.append(row)
+        if len(self._new_children) == _CHILDREN_PER_WRITE:
+            self._write_new_children()
 
-    def _write_made(self) -> None:
-        if self._made:
-            made, self._made = tuple(self._made), []
-            self._ledger.write(PutTasks(made))
+    def _write_new_children(self) -> None:
+        if self._new_children:
+            rows, self._new_children = tuple(self._new_children), []
+            self._ledger.write(PutTasks(rows))
 
     def _row(self, task: Task, number: int, recipe: bytes) -> TaskRow:
         return TaskRow(
@@ -166,7 +173,7 @@ class Recorder:
         row = SubmissionRow(
             session=self.key,
             key=submission.key,
-            asked=submission.asked,
+            asked=submission.request_digest,
             uids=uids,
             at=at,
             client=current_caller.get(),
@@ -174,7 +181,7 @@ class Recorder:
         return PutSubmission(row)
 
 
-class Engines:
+class LedgerEngineBook:
     """The EngineBook of a session's backends."""
 
     def __init__(self, ledger: Ledger, key: str) -> None:

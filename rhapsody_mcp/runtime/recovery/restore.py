@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import TaskRow
 from rhapsody_mcp.model.errors import RhapsodyError
-from rhapsody_mcp.runtime.dataflow.for_each_values import items_again
-from rhapsody_mcp.runtime.functions import Registered
+from rhapsody_mcp.runtime.dataflow.for_each_values import restored_items
+from rhapsody_mcp.runtime.functions import RegisteredFunction
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.recovery.recorder import Submission
 from rhapsody_mcp.runtime.requests.stored_request import read_stored_request
@@ -18,23 +18,25 @@ from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, with_children
 
 __all__ = ["restore"]
 
-_AT_ONCE = 200
+_TASKS_PER_STEP = 200
 
 
 async def restore(opened: OpenSession, ledger: Ledger, key: str) -> None:
     """Give a session that was just made everything that the ledger holds under this key, and run what had not ended."""
-    for kept in await ledger.functions(key):
-        source = Source(kept.source, kept.entry)
-        opened.functions.keep(Registered(kept.number, kept.name, source, kept.signature, kept.docstring))
+    for function in await ledger.functions(key):
+        source = Source(function.source, function.entry)
+        opened.functions.add(
+            RegisteredFunction(function.number, function.name, source, function.signature, function.docstring)
+        )
     rows = await ledger.tasks(key)
     children: dict[str, list[TaskRow]] = {}
     for row in rows:
         if row.parent is not None:
             children.setdefault(row.parent, []).append(row)
-    tasks, unreadable = await _make(opened, [row for row in rows if row.parent is None], children)
+    tasks, unreadable = await _restore_tasks(opened, [row for row in rows if row.parent is None], children)
     for submission in await ledger.submissions(key):
-        made = tuple(opened.by_uid(uid) for uid in submission.uids)
-        opened.submissions[submission.key] = Submission(submission.key, submission.asked, made)
+        submitted = tuple(opened.by_uid(uid) for uid in submission.uids)
+        opened.submissions[submission.key] = Submission(submission.key, submission.asked, submitted)
     positions = {row.uid: row.position for row in rows if row.position is not None}
     ended = [task for task in with_children(tasks) if task.state.final]
     ended.sort(key=lambda task: positions.get(task.uid, 0))
@@ -43,7 +45,7 @@ async def restore(opened: OpenSession, ledger: Ledger, key: str) -> None:
     opened.session.restore(tasks, ended, unreadable)
 
 
-async def _make(
+async def _restore_tasks(
     opened: OpenSession, rows: Sequence[TaskRow], children: dict[str, list[TaskRow]]
 ) -> tuple[list[Task], dict[str, str]]:
     """The tasks, and why those that cannot be made again cannot: these stand there as programs of no name, with the
@@ -56,26 +58,26 @@ async def _make(
         except RhapsodyError as error:
             unreadable[row.uid] = f"it cannot be made again after the restart of the service: {error}"
             task = ComputeTask(executable="?", uid=row.uid)
-        _give(task, row)
+        _restore_state(task, row)
         if isinstance(task, ForEach):
-            _make_children(task, children.get(task.uid, ()))
-        opened.have([task])
+            _restore_children(task, children.get(task.uid, ()))
+        opened.add_tasks([task])
         tasks.append(task)
-        if number % _AT_ONCE == 0:
+        if number % _TASKS_PER_STEP == 0:
             await asyncio.sleep(0)  # others are served meanwhile
     return tasks, unreadable
 
 
-def _make_children(parent: ForEach, rows: Sequence[TaskRow]) -> None:
+def _restore_children(parent: ForEach, rows: Sequence[TaskRow]) -> None:
     if rows and parent.source is not None:
-        parent.make_children(items_again(parent.source, len(rows)))
+        parent.make_children(restored_items(parent.source, len(rows)))
     by_uid = {row.uid: row for row in rows}
     for child in parent.children:
         if (row := by_uid.get(child.uid)) is not None:
-            _give(child, row)
+            _restore_state(child, row)
 
 
-def _give(task: Task, row: TaskRow) -> None:
+def _restore_state(task: Task, row: TaskRow) -> None:
     """What it had in its earlier life."""
     task.submitted, task.attempts, task.last_failure = row.submitted, row.attempts, row.last_failure
     if row.outcome is not None:

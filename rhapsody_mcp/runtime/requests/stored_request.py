@@ -8,10 +8,16 @@ from typing import Any, TypeAlias
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidRequest
-from rhapsody_mcp.runtime.dataflow.references import renamed
+from rhapsody_mcp.runtime.dataflow.references import rename_references
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.task_builder import make_task
-from rhapsody_mcp.runtime.requests.task_request import IN_TEXTS, REFERRING, STANDING, TaskRequest, is_stand_in
+from rhapsody_mcp.runtime.requests.task_request import (
+    DATA_FIELDS,
+    STAND_IN_FIELDS,
+    TEXT_FIELDS,
+    TaskRequest,
+    is_stand_in,
+)
 from rhapsody_mcp.runtime.tasks import Task
 
 __all__ = ["read_stored_request", "store_requests"]
@@ -45,11 +51,11 @@ def store_requests(requests: Sequence[TaskRequest], tasks: Sequence[Task], sessi
 
 def _stored(request: TaskRequest, uid_of: Callable[[str], str], session: OpenSession) -> StoredRequest:
     fields = request.model_dump(mode="json", exclude_defaults=True)
-    for field in (REFERRING | IN_TEXTS) & fields.keys():
-        fields[field] = renamed(fields[field], uid_of, texts=field in IN_TEXTS)
-    for field in STANDING & fields.keys():
+    for field in (DATA_FIELDS | TEXT_FIELDS) & fields.keys():
+        fields[field] = rename_references(fields[field], uid_of, texts=field in TEXT_FIELDS)
+    for field in STAND_IN_FIELDS & fields.keys():
         if is_stand_in(fields[field]):
-            fields[field] = renamed(fields[field], uid_of)
+            fields[field] = rename_references(fields[field], uid_of)
     if "after" in fields:
         fields["after"] = [uid_of(name) for name in fields["after"]]
     registered = request.function is not None and ":" not in request.function
@@ -63,7 +69,7 @@ def read_stored_request(data: bytes, uid: str, session: OpenSession) -> Task:
         stored = msgspec.json.decode(data, type=StoredRequest)
         request = TaskRequest.model_validate(_upgraded(stored))
         number = stored.function or 0
-        return make_task(request, uid, session.by_uid, lambda _: session.functions.numbered(number).source)
+        return make_task(request, uid, session.by_uid, lambda _: session.functions.by_number(number).source)
     except (ValueError, LookupError, msgspec.MsgspecError) as error:
         raise InvalidRequest(f"it was submitted to another version, and this one cannot read it: {error}") from error
 

@@ -8,27 +8,37 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import PydanticCustomError
 
 from rhapsody_mcp.model.sampling import MAX_ANSWERS, MAX_LOGPROBS, SAMPLING
-from rhapsody_mcp.runtime.dataflow.references import names_in, with_parts
-from rhapsody_mcp.runtime.requests.field_types import CHOICES, Name
+from rhapsody_mcp.runtime.dataflow.references import parse_texts, referenced_names
+from rhapsody_mcp.runtime.requests.field_types import UNION_TAGS, Name
 
 __all__ = [
-    *("EVERYWHERE", "FIELDS", "IN_TEXTS", "REFERRING", "STANDING", "Env", "RankGroup", "StandIn", "TaskRequest"),
+    *(
+        "COMMON_FIELDS",
+        "FIELDS",
+        "TEXT_FIELDS",
+        "DATA_FIELDS",
+        "STAND_IN_FIELDS",
+        "Env",
+        "RankGroup",
+        "StandIn",
+        "TaskRequest",
+    ),
     "is_stand_in",
 ]
 
 
-class _Closed(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _with_texts(env: Any) -> Any:
+def _numbers_as_text(env: Any) -> Any:
     """Numbers as the texts that variables are."""
     if not isinstance(env, dict):
         return env
     return {name: str(value) if type(value) in (int, float) else value for name, value in env.items()}
 
 
-Env = Annotated[dict[str, str | None], BeforeValidator(_with_texts)]
+Env = Annotated[dict[str, str | None], BeforeValidator(_numbers_as_text)]
 """Of a variable that is null there is none."""
 
 
@@ -38,7 +48,7 @@ def is_stand_in(value: object) -> bool:
     return keys == {"ref"} or keys == {"item"}
 
 
-def _no_truth(value: Any) -> Any:
+def _refuse_bool(value: Any) -> Any:
     """Python takes true for 1; here it is a mistake."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "true and false are no numbers")
@@ -48,14 +58,14 @@ def _no_truth(value: Any) -> Any:
 _T = TypeVar("_T")
 StandIn = dict[str, Any]
 OrStandIn = Annotated[
-    Annotated[_T, Tag(CHOICES[0])] | Annotated[StandIn, Tag(CHOICES[1])],
-    Discriminator(lambda value: CHOICES[is_stand_in(value)]),
+    Annotated[_T, Tag(UNION_TAGS[0])] | Annotated[StandIn, Tag(UNION_TAGS[1])],
+    Discriminator(lambda value: UNION_TAGS[is_stand_in(value)]),
 ]
 """For a field whose value may also be an object that stands for one."""
-_NUMBER = BeforeValidator(_no_truth)
+_NUMBER = BeforeValidator(_refuse_bool)
 
 
-class RankGroup(_Closed):
+class RankGroup(_StrictModel):
     # ranks started alike; no docstring: it would go into the tool's schema
     ranks: Annotated[int, Field(ge=1)]
     env: Env | None = None
@@ -70,7 +80,7 @@ class RankGroup(_Closed):
         return self.model_dump(exclude={"ranks"}, exclude_none=True)
 
 
-class TaskRequest(_Closed):
+class TaskRequest(_StrictModel):
     # one task: exactly one of source, function, executable, prompt and messages; the card says so
     name: Annotated[Name | None, Field(description='How references and later calls name it, e.g. "train".')] = None
     source: Annotated[
@@ -165,34 +175,34 @@ class TaskRequest(_Closed):
         Field(description='When a task it waits for fails: "run" runs it with null for that result.'),
     ] = "cancel"
 
-    def given(self) -> set[str]:
+    def given_fields(self) -> set[str]:
         """The fields that say something."""
         fields = type(self).model_fields
         return {field for field in self.model_fields_set if getattr(self, field) != fields[field].default}
 
     def references(self) -> set[str]:
         """The names of the tasks whose results this one needs."""
-        in_data = [getattr(self, field) for field in REFERRING]
-        in_data += [value for field in STANDING if is_stand_in(value := getattr(self, field))]
-        return set(names_in([*in_data, *(with_parts(getattr(self, field)) for field in IN_TEXTS)]))
+        in_data = [getattr(self, field) for field in DATA_FIELDS]
+        in_data += [value for field in STAND_IN_FIELDS if is_stand_in(value := getattr(self, field))]
+        return set(referenced_names([*in_data, *(parse_texts(getattr(self, field)) for field in TEXT_FIELDS)]))
 
 
-REFERRING = frozenset({"args", "kwargs", "for_each"})
+DATA_FIELDS = frozenset({"args", "kwargs", "for_each"})
 """Fields in which a reference may stand at any depth."""
-IN_TEXTS = frozenset({"arguments", "prompt", "messages", "system_prompt"})
+TEXT_FIELDS = frozenset({"arguments", "prompt", "messages", "system_prompt"})
 """Such fields that have references also in their texts."""
-STANDING = frozenset(SAMPLING)
+STAND_IN_FIELDS = frozenset(SAMPLING)
 """Fields whose whole value may be a reference, or stand for an item."""
-_FLOW = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure"}
-EVERYWHERE = {"name", "backend", "timeout_s", *_FLOW}
+_FLOW_FIELDS = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure"}
+COMMON_FIELDS = {"name", "backend", "timeout_s", *_FLOW_FIELDS}
 """Fields that every task has."""
-_PROCESSES = {"process", "ranks", "mpi", "process_templates", "env", "cwd"}
-_MODEL = {"system_prompt", *SAMPLING, *EVERYWHERE}
+_PROCESS_FIELDS = {"process", "ranks", "mpi", "process_templates", "env", "cwd"}
+_MODEL_FIELDS = {"system_prompt", *SAMPLING, *COMMON_FIELDS}
 FIELDS = {
-    "source": {"source", "entry", "args", "kwargs", *_PROCESSES, *EVERYWHERE},
-    "function": {"function", "args", "kwargs", *_PROCESSES, *EVERYWHERE},
-    "executable": {"executable", "arguments", *_PROCESSES, *EVERYWHERE},
-    "prompt": {"prompt", *_MODEL},
-    "messages": {"messages", *_MODEL - {"system_prompt"}},
+    "source": {"source", "entry", "args", "kwargs", *_PROCESS_FIELDS, *COMMON_FIELDS},
+    "function": {"function", "args", "kwargs", *_PROCESS_FIELDS, *COMMON_FIELDS},
+    "executable": {"executable", "arguments", *_PROCESS_FIELDS, *COMMON_FIELDS},
+    "prompt": {"prompt", *_MODEL_FIELDS},
+    "messages": {"messages", *_MODEL_FIELDS - {"system_prompt"}},
 }
 """Which fields a task has, by the one that says what it runs."""

@@ -8,17 +8,17 @@ from typing import NamedTuple
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.runtime.dataflow.graph import leads_to
+from rhapsody_mcp.runtime.dataflow.graph import depends_on
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
 from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.session.managed_backend import ManagedBackend
 from rhapsody_mcp.runtime.session.routing import route
 from rhapsody_mcp.runtime.tasks import ForEach, Part, Task, is_hidden, kind_of, name_of, reference, with_children
 
-__all__ = ["Acceptance", "Accepted"]
+__all__ = ["Acceptance", "AcceptedTask"]
 
 
-class Accepted(NamedTuple):
+class AcceptedTask(NamedTuple):
     """A task that was checked, with its backend and what the backend gets; a ForEach has neither."""
 
     task: Task
@@ -39,13 +39,13 @@ class Acceptance:
         self._backends, self._tasks, self._limits, self._usage = backends, tasks, limits, usage
         self._routes = {name: managed.backend for name, managed in backends.items()}
 
-    def accept(self, batch: Sequence[Task]) -> list[Accepted]:
+    def accept(self, batch: Sequence[Task]) -> list[AcceptedTask]:
         """The tasks of a submission, a ForEach after its children. Raises InvalidTask, UnknownName, LimitExceeded."""
         accepted = self.accept_hidden(batch)
         self._refuse_over_limits(accepted)
         return accepted
 
-    def accept_hidden(self, batch: Sequence[Task]) -> list[Accepted]:
+    def accept_hidden(self, batch: Sequence[Task]) -> list[AcceptedTask]:
         """The same for tasks of this program's own, which no limit counts."""
         uids: dict[str, Task] = {}
         for task in batch:
@@ -64,37 +64,37 @@ class Acceptance:
                         "submit both in one call, or that one first.",
                         uid=task.uid,
                     )
-        return [self._check(task, spec) for task, spec in specs]
+        return [self._accept_task(task, spec) for task, spec in specs]
 
-    def accept_children(self, parent: ForEach, items: Sequence[object]) -> list[Accepted]:
+    def accept_children(self, parent: ForEach, items: Sequence[object]) -> list[AcceptedTask]:
         """Make the children of a ForEach for these items and check them. Raises what `accept` raises."""
         self.refuse_count(len(items))
         parent.make_children(items)
         encoder = Encoder(reference)
         specs = [(child, _specify(child, encoder)) for child in parent.children]
         for source in {source.uid: source for child in parent.children for source in child.sources()}.values():
-            if (source.uid not in self._tasks and not is_hidden(source)) or leads_to(source, parent):
+            if (source.uid not in self._tasks and not is_hidden(source)) or depends_on(source, parent):
                 raise InvalidTask(f"its tasks need {name_of(source)}, which is not in this session or waits for it.")
-        accepted = [self._check(child, spec) for child, spec in specs]
+        accepted = [self._accept_task(child, spec) for child, spec in specs]
         self._refuse_over_limits(accepted)
         return accepted
 
-    def accept_again(self, task: Task, encoder: Encoder) -> Accepted:
+    def accept_restored(self, task: Task, encoder: Encoder) -> AcceptedTask:
         """A task of an earlier life of the session, which no limit refuses. Raises InvalidTask or UnknownName."""
-        return self._check(task, _specify(task, encoder))
+        return self._accept_task(task, _specify(task, encoder))
 
     def refuse_count(self, count: int) -> None:
         """Raise LimitExceeded where so many more tasks are too many."""
         if self._limits is not None:
             self._limits.refuse_count(self._usage, count)
 
-    def _refuse_over_limits(self, accepted: Sequence[Accepted]) -> None:
+    def _refuse_over_limits(self, accepted: Sequence[AcceptedTask]) -> None:
         if self._limits is not None:
-            self._limits.refuse_tasks(self._usage, [one.spec for one in accepted if one.spec is not None])
+            self._limits.refuse_tasks(self._usage, [task.spec for task in accepted if task.spec is not None])
 
-    def _check(self, task: Task, spec: TaskSpec | None) -> Accepted:
+    def _accept_task(self, task: Task, spec: TaskSpec | None) -> AcceptedTask:
         if spec is None:
-            return Accepted(task)
+            return AcceptedTask(task)
         try:
             managed = self._backends[route(kind_of(task), task.backend, self._routes)]
             if self._limits is not None and not is_hidden(task):
@@ -102,7 +102,7 @@ class Acceptance:
             managed.backend.check(spec)
         except InvalidTask as error:
             raise error.of_task(name_of(task), task.uid) from error
-        return Accepted(task, managed, spec)
+        return AcceptedTask(task, managed, spec)
 
 
 def _specify(task: Task, encoder: Encoder) -> TaskSpec | None:
@@ -114,7 +114,7 @@ def _specify(task: Task, encoder: Encoder) -> TaskSpec | None:
         spec = task.spec(encoder)
     except InvalidTask as error:
         raise error.of_task(name_of(task), task.uid) from error
-    if encoder.met:
-        task.settle_needs(item.task if isinstance(item, Part) else item for item in encoder.met)
-        encoder.met = []
+    if encoder.referring_objects:
+        task.settle_needs(item.task if isinstance(item, Part) else item for item in encoder.referring_objects)
+        encoder.referring_objects = []
     return spec

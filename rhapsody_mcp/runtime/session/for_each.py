@@ -21,7 +21,7 @@ __all__ = ["ForEachRunner"]
 _AS_LIST = Module("rhapsody_mcp.engine.task.inspection:as_list")
 
 
-class Owner(Protocol):
+class ForEachOwner(Protocol):
     """The session, as far as a ForEach needs it."""
 
     @property
@@ -35,30 +35,30 @@ class Owner(Protocol):
     async def run_hidden(self, task: Task) -> Task:
         """Run a task of this program's own."""
 
-    async def take_children(self, parent: ForEach, items: Sequence[Any]) -> None:
+    async def submit_children(self, parent: ForEach, items: Sequence[Any]) -> None:
         """Make and take the children; raises InvalidTask and LimitExceeded."""
 
     def end(self, task: Task, outcome: Outcome) -> None:
         """Give a task its final state."""
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run this until it ends or the session is closed."""
 
 
 class ForEachRunner:
     """Of one session. A joined result has at most `most_bytes` bytes, encoded; None for any number."""
 
-    def __init__(self, owner: Owner, most_bytes: int | None) -> None:
-        self._owner, self._most_bytes = owner, most_bytes
+    def __init__(self, owner: ForEachOwner, max_bytes: int | None) -> None:
+        self._owner, self._max_bytes = owner, max_bytes
         self._unfinished: dict[str, int] = {}
-        self._making: dict[str, asyncio.Task[None]] = {}
+        self._expansions: dict[str, asyncio.Task[None]] = {}
 
     def has_open_children(self, parent: ForEach) -> bool:
         return bool(self._unfinished.get(parent.uid))
 
     def start(self, parent: ForEach) -> None:
         """The items are there now: make the tasks."""
-        self._making[parent.uid] = self._owner.spawn(self._make(parent))
+        self._expansions[parent.uid] = self._owner.spawn(self._expand(parent))
 
     def watch(self, parent: ForEach) -> None:
         """The children are there: join their results when the last of them ends."""
@@ -73,57 +73,59 @@ class ForEachRunner:
         if not self._unfinished[parent.uid] and not self._owner.closed:
             self._owner.spawn(self._join(parent))
 
-    async def made(self, tasks: Iterable[Task]) -> None:
+    async def wait_expanded(self, tasks: Iterable[Task]) -> None:
         """Return when each ForEach among these whose items are a JSON result that is there has its children."""
         sources = {task.uid: task.source.task for task in tasks if isinstance(task, ForEach) and task.source}
         values = {uid: source.outcome.value for uid, source in sources.items() if source.outcome}
-        making = [self._making[uid] for uid, value in values.items() if uid in self._making and _is_json(value)]
-        if making:
-            await asyncio.wait(making)
+        expansions = [
+            self._expansions[uid] for uid, value in values.items() if uid in self._expansions and _is_json(value)
+        ]
+        if expansions:
+            await asyncio.wait(expansions)
 
-    async def _make(self, parent: ForEach) -> None:
+    async def _expand(self, parent: ForEach) -> None:
         try:
-            await self._owner.take_children(parent, await self._items_of(parent))
+            await self._owner.submit_children(parent, await self._read_items(parent))
         except (RhapsodyError, OSError) as error:
             parent.children = []
             self._owner.end(parent, failed(Cause.INVALID, str(error)))
         finally:
-            self._making.pop(parent.uid, None)
+            self._expansions.pop(parent.uid, None)
 
-    async def _items_of(self, parent: ForEach) -> Sequence[Any]:
+    async def _read_items(self, parent: ForEach) -> Sequence[Any]:
         source = parent.source
         assert source is not None, "the children of a list are made at once"
         value = source.task.outcome.value if source.task.outcome else None
         if value is None or value.format == "json":
             return await read_items(source)
-        listed = await self._owner.run_hidden(ComputeTask(_AS_LIST, args=(source,)))
-        if listed.state is not TaskState.DONE or listed.outcome is None or listed.outcome.value is None:
+        list_task = await self._owner.run_hidden(ComputeTask(_AS_LIST, args=(source,)))
+        if list_task.state is not TaskState.DONE or list_task.outcome is None or list_task.outcome.value is None:
             raise InvalidTask(
-                f"for_each needs a list: {listed.outcome.error if listed.outcome else 'nothing came back'}",
+                f"for_each needs a list: {list_task.outcome.error if list_task.outcome else 'nothing came back'}",
                 field="for_each",
             )
-        if listed.outcome.value.format == "json":
-            return await read_items(Part(listed))
-        return [Part(listed, f"/{number}") for number in range(listed.outcome.value.length or 0)]
+        if list_task.outcome.value.format == "json":
+            return await read_items(Part(list_task))
+        return [Part(list_task, f"/{number}") for number in range(list_task.outcome.value.length or 0)]
 
     async def _join(self, parent: ForEach) -> None:
         try:
-            outcome = outcome_of(parent, await self._joined(parent))
+            outcome = outcome_of(parent, await self._join_results(parent))
         except (RhapsodyError, OSError) as error:
             cause = Cause.ERROR if isinstance(error, LimitExceeded | TaskFailed) else Cause.LOST
             outcome = failed(cause, f"its results cannot be put together: {error}")
         parent.return_value = [child.return_value for child in parent.children]
         self._owner.end(parent, outcome)
 
-    async def _joined(self, parent: ForEach) -> Value | None:
+    async def _join_results(self, parent: ForEach) -> Value | None:
         """The list of the children's results: of JSON put together here, of other objects by a worker."""
-        ended_well = [child if child.state is TaskState.DONE else None for child in parent.children]
-        values = [child.outcome.value if child and child.outcome else None for child in ended_well]
+        done_children = [child if child.state is TaskState.DONE else None for child in parent.children]
+        values = [child.outcome.value if child and child.outcome else None for child in done_children]
         if all(value is None or value.format == "json" for value in values):
-            return await join(values, self._owner.folder, self._most_bytes)
-        gathered = await self._owner.run_hidden(ComputeTask(Module("builtins:list"), args=(ended_well,)))
-        await gathered
-        return gathered.outcome.value if gathered.outcome else None
+            return await join(values, self._owner.folder, self._max_bytes)
+        join_task = await self._owner.run_hidden(ComputeTask(Module("builtins:list"), args=(done_children,)))
+        await join_task
+        return join_task.outcome.value if join_task.outcome else None
 
 
 def _is_json(value: Value | None) -> bool:

@@ -15,18 +15,18 @@ from rhapsody_mcp.model.specs import Order
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader
 
-__all__ = ["Later", "ManagedBackend", "Notice", "later"]
+__all__ = ["CallLater", "EngineNotice", "ManagedBackend", "call_later"]
 
 _log = logging.getLogger(__name__)
 _RESTARTS = 5
 _FIRST_DELAY_S = 1.0
-_AT_ONCE = 250
+_ORDERS_PER_STEP = 250
 """So many orders are handed over in one step of the event loop."""
-_NO_SIGN_OF_LIFE = (Cause.LOST, Cause.CANCELED, Cause.INVALID)
+_CAUSES_WITHOUT_ENGINE = (Cause.LOST, Cause.CANCELED, Cause.INVALID)
 """A task may end so without an engine."""
 
 
-class Notice(NamedTuple):
+class EngineNotice(NamedTuple):
     """What a session has to say about its engines, and when (seconds since the epoch)."""
 
     at: float
@@ -37,10 +37,10 @@ class _Timer(Protocol):
     def cancel(self) -> None: ...
 
 
-Later = Callable[[float, Callable[[], object]], _Timer]
+CallLater = Callable[[float, Callable[[], object]], _Timer]
 
 
-def later(delay_s: float, call: Callable[[], object]) -> _Timer:
+def call_later(delay_s: float, call: Callable[[], object]) -> _Timer:
     """The running loop's own timer."""
     return asyncio.get_running_loop().call_later(delay_s, call)
 
@@ -60,44 +60,44 @@ class ManagedBackend:
         report: Callable[[Running | Ended], None],
         read: Reader,
         *,
-        tell: Callable[[Notice], None] = lambda _: None,
+        notify: Callable[[EngineNotice], None] = lambda _: None,
         is_needed: Callable[[], bool] = lambda: False,
         idle_s: float | None = None,
-        later: Later = later,
+        call_later: CallLater = call_later,
     ) -> None:
         self.backend = backend
-        self._report, self._read, self._later = report, read, later
-        self._tell, self._is_needed, self._idle_s = tell, is_needed, idle_s
-        self._ready = self._closed = self._pausing = False
+        self._report, self._read, self._call_later = report, read, call_later
+        self._notify, self._is_needed, self._idle_s = notify, is_needed, idle_s
+        self._ready = self._closed = self._backing_off = False
         self._pending: list[Order] = []
         self._live: dict[str, Order] = {}
-        self._deaths = 0
-        self._why = self._doing = self._told = ""
+        self._failures = 0
+        self._last_failure = self._activity = self._last_loss = ""
         if hasattr(backend, "on_loss"):
-            backend.on_loss = self._say_lost
-        self._opening: asyncio.Task[None] | None = None
-        self._resting: asyncio.Task[None] | None = None
-        self._idle: _Timer | None = None
+            backend.on_loss = self._report_loss
+        self._start_task: asyncio.Task[None] | None = None
+        self._rest_task: asyncio.Task[None] | None = None
+        self._idle_timer: _Timer | None = None
 
     @property
     def progress(self) -> str:
         """What the engine does, in words; empty where the backend does not say."""
-        told = "" if self._pausing else str(getattr(self.backend, "progress", ""))
-        return "; ".join(filter(None, [self._doing, told]))
+        state = "" if self._backing_off else str(getattr(self.backend, "progress", ""))
+        return "; ".join(filter(None, [self._activity, state]))
 
     # --- what the session asks for
 
-    def take(self, orders: Collection[Order]) -> None:
+    def submit(self, orders: Collection[Order]) -> None:
         """Run these; each ends with an Ended that is reported, whatever happens to the engine."""
-        self._stay_awake()
+        self._cancel_idle_timer()
         if self._ready and not self._pending:
             try:
-                self._submit(orders)
+                self._submit_to_backend(orders)
                 return
             except BackendUnavailable as error:
-                self._die(str(error))
+                self._mark_dead(str(error))
         self._pending.extend(orders)
-        self._open()
+        self._begin_start()
 
     def withdraw(self, uids: Collection[str]) -> set[str]:
         """Take back those of these tasks that the backend does not have; they are reported no more."""
@@ -107,181 +107,182 @@ class ManagedBackend:
 
     def cancel(self, uids: Iterable[str]) -> None:
         """Ask the backend to end those of these tasks that it has."""
-        if there := [uid for uid in uids if uid in self._live]:
-            self.backend.cancel(there)
+        if submitted := [uid for uid in uids if uid in self._live]:
+            self.backend.cancel(submitted)
 
     async def close(self) -> None:
         """Stop the backend; what it did not have is not reported."""
         self._closed = True
-        self._stay_awake()
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.wait({self._opening})
-        if self._resting is not None:
-            await asyncio.wait({self._resting})
+        self._cancel_idle_timer()
+        if self._start_task is not None:
+            self._start_task.cancel()
+            await asyncio.wait({self._start_task})
+        if self._rest_task is not None:
+            await asyncio.wait({self._rest_task})
         await self.backend.close()
 
     # --- to the backend
 
-    def _submit(self, orders: Collection[Order]) -> None:
-        taken = {order.spec.uid: order for order in orders}
-        self._live |= taken
+    def _submit_to_backend(self, orders: Collection[Order]) -> None:
+        by_uid = {order.spec.uid: order for order in orders}
+        self._live |= by_uid
         try:
-            self.backend.submit(list(orders), self._hear, self._read)
+            self.backend.submit(list(orders), self._handle_event, self._read)
         except BaseException:
-            for uid in taken:
+            for uid in by_uid:
                 self._live.pop(uid, None)
             raise
 
-    def _hear(self, event: Event) -> None:
+    def _handle_event(self, event: Event) -> None:
         if isinstance(event, Ended):
             self._live.pop(event.uid, None)
-            if event.outcome.cause not in _NO_SIGN_OF_LIFE:
-                self._deaths = 0
+            if event.outcome.cause not in _CAUSES_WITHOUT_ENGINE:
+                self._failures = 0
             self._report(event)
             if not self._live:
-                self._rest_when_idle()
+                self._set_idle_timer()
         elif isinstance(event, Running):
             self._report(event)
         else:
-            self._take_back(self._live.pop(event.uid), event.reason)
+            self._requeue(self._live.pop(event.uid), event.reason)
 
-    def _take_back(self, order: Order, reason: str) -> None:
-        self._die(reason)
+    def _requeue(self, order: Order, reason: str) -> None:
+        self._mark_dead(reason)
         if not self._closed:
             self._pending.append(order)
-            self._open()
+            self._begin_start()
 
-    def _die(self, reason: str) -> None:
+    def _mark_dead(self, reason: str) -> None:
         """Count the end of an engine, once."""
         if self._ready:
             self._ready = False
-            self._fail(reason)
+            self._count_failure(reason)
 
-    def _fail(self, reason: str) -> None:
-        self._deaths, self._why = self._deaths + 1, reason
-        self._say_lost(reason)
-        self._told = ""
+    def _count_failure(self, reason: str) -> None:
+        self._failures, self._last_failure = self._failures + 1, reason
+        self._report_loss(reason)
+        self._last_loss = ""
 
-    def _say_lost(self, reason: str) -> None:
+    def _report_loss(self, reason: str) -> None:
         """Once, though the backend tells at once, and its tasks or the next one later."""
-        if reason != self._told:
-            self._say(f"backend {self.backend.name!r} lost its engine: {reason}")
-        self._told = reason
+        if reason != self._last_loss:
+            self._post_notice(f"backend {self.backend.name!r} lost its engine: {reason}")
+        self._last_loss = reason
 
-    def _say(self, text: str) -> None:
-        self._tell(Notice(time.time(), text))
+    def _post_notice(self, text: str) -> None:
+        self._notify(EngineNotice(time.time(), text))
 
     # --- starting
 
-    def _open(self) -> None:
-        if self._opening is None and not self._closed:
-            self._opening = asyncio.create_task(self._start())
+    def _begin_start(self) -> None:
+        if self._start_task is None and not self._closed:
+            self._start_task = asyncio.create_task(self._start())
 
     async def _start(self) -> None:
         """Have the backend take what is pending, or end that."""
         try:
             while self._pending:
                 if self._ready:
-                    self._hand_over()
+                    self._submit_pending()
                     await asyncio.sleep(0)
                 else:
-                    await self._rested()
-                    await self._try_to_start()
+                    await self._wait_for_rest()
+                    await self._try_start()
         except RhapsodyError as error:
             cause = Cause.LOST if isinstance(error, BackendError) else Cause.INVALID
-            self._refuse(cause, f"backend {self.backend.name!r} did not start: {error}")
+            self._fail_pending(cause, f"backend {self.backend.name!r} did not start: {error}")
         except Exception as error:  # a fault of the backend must not leave its tasks waiting for ever
             _log.exception("backend %r did not start", self.backend.name)
-            self._refuse(Cause.LOST, f"backend {self.backend.name!r} failed to start: {error!r}")
+            self._fail_pending(Cause.LOST, f"backend {self.backend.name!r} failed to start: {error!r}")
         finally:
-            self._opening, self._doing = None, ""
-            self._carry_on()
+            self._start_task, self._activity = None, ""
+            self._continue()
 
-    def _carry_on(self) -> None:
+    def _continue(self) -> None:
         if self._pending and not self._closed:  # what was refused let others begin
-            self._open()
-        self._rest_when_idle()
+            self._begin_start()
+        self._set_idle_timer()
 
-    async def _try_to_start(self) -> None:
-        if again := self._deaths:
+    async def _try_start(self) -> None:
+        if failures := self._failures:
             await self._back_off()
             if not self._pending:
                 return
         try:
             await self.backend.start()
         except BackendUnavailable as error:
-            if not again:
+            if not failures:
                 raise
-            self._fail(str(error))
+            self._count_failure(str(error))
         else:
             self._ready = True
-            self._hand_over()
-            if again and self._ready:
-                self._say(f"backend {self.backend.name!r} runs again, at attempt {again} of {_RESTARTS}")
+            self._submit_pending()
+            if failures and self._ready:
+                self._post_notice(f"backend {self.backend.name!r} runs again, at attempt {failures} of {_RESTARTS}")
 
-    def _hand_over(self) -> None:
-        orders, self._pending = self._pending[:_AT_ONCE], self._pending[_AT_ONCE:]
+    def _submit_pending(self) -> None:
+        orders, self._pending = self._pending[:_ORDERS_PER_STEP], self._pending[_ORDERS_PER_STEP:]
         try:
-            self._submit(orders)
+            self._submit_to_backend(orders)
         except BaseException as error:
             self._pending = [*orders, *self._pending]
-            self._die(str(error))
+            self._mark_dead(str(error))
             if not isinstance(error, BackendUnavailable):
                 raise
 
     async def _back_off(self) -> None:
-        if self._deaths > _RESTARTS:
+        if self._failures > _RESTARTS:
             raise BackendUnavailable(
                 f"its engine was started again {_RESTARTS} times and ended each time before a task did; "
-                f"the last time: {self._why}"
+                f"the last time: {self._last_failure}"
             )
-        self._doing, self._pausing = f"starting again ({self._deaths} of {_RESTARTS}) after: {self._why}", True
-        over = asyncio.Event()
-        timer = self._later(_FIRST_DELAY_S * 2.0 ** (self._deaths - 1), over.set)
+        self._activity = f"starting again ({self._failures} of {_RESTARTS}) after: {self._last_failure}"
+        self._backing_off = True
+        delay_over = asyncio.Event()
+        timer = self._call_later(_FIRST_DELAY_S * 2.0 ** (self._failures - 1), delay_over.set)
         try:
-            await over.wait()
+            await delay_over.wait()
         finally:
-            self._pausing = False
+            self._backing_off = False
             timer.cancel()
 
-    def _refuse(self, cause: Cause, message: str) -> None:
+    def _fail_pending(self, cause: Cause, message: str) -> None:
         orders, self._pending = self._pending, []
-        self._deaths = 0
-        self._say(message)
+        self._failures = 0
+        self._post_notice(message)
         for order in orders:
             outcome = Outcome(state=TaskState.FAILED, ended=time.time(), cause=cause, error=message)
             self._report(Ended(order.spec.uid, outcome))
 
     # --- resting
 
-    def _stay_awake(self) -> None:
-        if self._idle is not None:
-            self._idle.cancel()
-            self._idle = None
+    def _cancel_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
 
-    def _rest_when_idle(self) -> None:
-        self._stay_awake()
+    def _set_idle_timer(self) -> None:
+        self._cancel_idle_timer()
         if self._idle_s is not None and self._ready and not self._live and not self._closed:
-            self._idle = self._later(self._idle_s, self._rest)
+            self._idle_timer = self._call_later(self._idle_s, self._rest)
 
     def _rest(self) -> None:
-        self._idle = None
+        self._idle_timer = None
         if self._is_needed():
-            self._rest_when_idle()
+            self._set_idle_timer()
             return
         self._ready = False
-        self._resting = asyncio.create_task(self.backend.rest())
-        self._resting.add_done_callback(self._has_rested)
+        self._rest_task = asyncio.create_task(self.backend.rest())
+        self._rest_task.add_done_callback(self._handle_rested)
 
-    def _has_rested(self, rest: asyncio.Task[None]) -> None:
-        self._resting = None
+    def _handle_rested(self, rest: asyncio.Task[None]) -> None:
+        self._rest_task = None
         if not rest.cancelled() and (error := rest.exception()) is not None:
             _log.error("backend %r did not stop to rest", self.backend.name, exc_info=error)
-        self._say(
+        self._post_notice(
             f"backend {self.backend.name!r} had no task for {self._idle_s:g} s and was stopped until the next one"
         )
 
-    async def _rested(self) -> None:
-        if self._resting is not None:
-            await asyncio.wait({self._resting})
+    async def _wait_for_rest(self) -> None:
+        if self._rest_task is not None:
+            await asyncio.wait({self._rest_task})

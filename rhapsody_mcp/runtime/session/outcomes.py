@@ -12,7 +12,7 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader
 from rhapsody_mcp.runtime.tasks import Task, name_of, rank_of
 
-__all__ = ["canceled", "canceled_with", "failed", "open_results", "with_attempts"]
+__all__ = ["canceled", "canceled_by_upstream", "failed", "open_results", "with_attempts"]
 
 _UPSTREAM_CHARS = 300
 
@@ -25,7 +25,7 @@ def failed(cause: Cause, message: str) -> Outcome:
     return Outcome(state=TaskState.FAILED, ended=time.time(), cause=cause, error=message)
 
 
-def canceled_with(source: Task) -> Outcome:
+def canceled_by_upstream(source: Task) -> Outcome:
     """The outcome of a task that waited for `source`, which did not end DONE. A chain of such tasks names its first."""
     assert source.outcome is not None
     error = source.outcome.error
@@ -52,7 +52,7 @@ def open_results(task: Task, outcome: Outcome, read: Reader) -> Outcome:
     """
     task.stdout, task.stderr = outcome.stdout.read(), outcome.stderr.read()
     if outcome.exception:
-        task.raised = _exception_in(outcome.exception)
+        task.raised = _load_exception(outcome.exception)
     try:
         if outcome.ranks:
             task.ranks = tuple(rank_of(rank, read) for rank in outcome.ranks)
@@ -64,7 +64,7 @@ def open_results(task: Task, outcome: Outcome, read: Reader) -> Outcome:
     return outcome
 
 
-def _exception_in(data: bytes) -> BaseException | None:
+def _load_exception(data: bytes) -> BaseException | None:
     """None where the exception's class, or what the exception holds, is not to be had here."""
     try:
         error = pickle.loads(data)

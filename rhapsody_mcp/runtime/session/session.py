@@ -15,9 +15,9 @@ from rhapsody_mcp.model.errors import InvalidRequest, SessionClosed, UnknownName
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.dataflow.graph import refuse_cycles
 from rhapsody_mcp.runtime.limits import Limits
-from rhapsody_mcp.runtime.session.acceptance import Accepted
-from rhapsody_mcp.runtime.session.managed_backend import Notice
-from rhapsody_mcp.runtime.session.statistics import Account
+from rhapsody_mcp.runtime.session.acceptance import AcceptedTask
+from rhapsody_mcp.runtime.session.managed_backend import EngineNotice
+from rhapsody_mcp.runtime.session.statistics import SessionStatistics
 from rhapsody_mcp.runtime.session.task_runner import TaskRunner
 from rhapsody_mcp.runtime.tasks import Task, leaves, with_children
 
@@ -25,7 +25,7 @@ __all__ = ["Session"]
 
 _uids = itertools.count(1)
 _LONGEST_DELAY_S = 60.0
-_MOST_NOTICES = 100
+_MAX_NOTICES = 100
 
 
 class Session:
@@ -56,8 +56,8 @@ class Session:
         until the next one. `limits` hold the tasks to the settings of a server.
         """
         names = [backend.name for backend in backends]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise InvalidRequest(f"two backends are named {twice.pop()!r}; give one another name (name=...).")
+        if duplicates := {name for name in names if names.count(name) > 1}:
+            raise InvalidRequest(f"two backends are named {duplicates.pop()!r}; give one another name (name=...).")
         self.uid = uid or f"session.{next(_uids):04d}"
         self.work_dir = None if work_dir is None else os.path.abspath(work_dir)
         if self.work_dir is not None:
@@ -71,8 +71,8 @@ class Session:
             engine_idle_s=engine_idle_s,
             folder=folder,
             limits=limits,
-            changed=self._changed,
-            tell=lambda notice: self.notices.append(notice),
+            on_change=self._handle_change,
+            notify=lambda notice: self.notices.append(notice),
         )
         self._submitted: list[Task] = []
         self._closing: asyncio.Task[None] | None = None
@@ -82,15 +82,15 @@ class Session:
         """Every task that has ended, first ended first; a ForEach after its children."""
         self.replaced: list[Task] = []
         """The tasks that another one took the name of."""
-        self._account = Account(self.ended, self._runner.going, self._runner.tasks)
+        self._statistics = SessionStatistics(self.ended, self._runner.unfinished, self._runner.tasks)
         self.on_change: Callable[[Task], None] | None = None
         """Called after each change of a task's state; a start that is heard of together with the end is no change."""
-        self.notices: deque[Notice] = deque(maxlen=_MOST_NOTICES)
+        self.notices: deque[EngineNotice] = deque(maxlen=_MAX_NOTICES)
         """The last of what became of the engines: that one ended, was started again, was stopped to rest."""
 
-    def _changed(self, task: Task) -> None:
+    def _handle_change(self, task: Task) -> None:
         if task.state.final:
-            self._account.add_up()
+            self._statistics.add_ended()
         if self.on_change is not None:
             self.on_change(task)
 
@@ -102,7 +102,7 @@ class Session:
         return list(self._submitted)
 
     @property
-    def size(self) -> int:
+    def task_count(self) -> int:
         """How many these are."""
         return len(self._submitted)
 
@@ -139,13 +139,13 @@ class Session:
         Groups and everything else are as `Statistics` and `summarise` of `rhapsody_mcp.model.statistics` say; replaced
         tasks are left out. Raises UnknownName where no task is in such a group.
         """
-        return self._account.statistics(self.backends, group)
+        return self._statistics.compute(self.backends, group)
 
     def replace(self, task: Task, uid: str) -> None:
         """Have a task that ended as one that another took the name of: it does not count any more."""
         task.replaced_by = uid
         self.replaced.append(task)
-        self._account.replaced(task)
+        self._statistics.discard(task)
 
     # --- submission
 
@@ -160,11 +160,11 @@ class Session:
         batch = [tasks] if isinstance(tasks, Task) else list(tasks)
         accepted = self.accept(batch)
         refuse_cycles(batch)
-        self._runner.take(accepted)
+        self._runner.submit(accepted)
         self._submitted += batch
         return [task.future for task in batch]
 
-    def accept(self, tasks: Sequence[Task]) -> list[Accepted]:
+    def accept(self, tasks: Sequence[Task]) -> list[AcceptedTask]:
         """Raise what `submit_tasks` raises for these tasks, or give what `take` needs; nothing is taken.
 
         The caller has made sure that no tasks wait for each other in a circle.
@@ -176,15 +176,15 @@ class Session:
         """Raise LimitExceeded where so many more tasks are too many."""
         self._runner.acceptance.refuse_count(count)
 
-    async def take(self, tasks: Sequence[Task], accepted: Sequence[Accepted]) -> None:
+    async def submit_accepted(self, tasks: Sequence[Task], accepted: Sequence[AcceptedTask]) -> None:
         """Take what was accepted, step by step; it is whole when this returns, and is not to be cancelled.
 
         In between, nothing else may be submitted. Raises SessionClosed, with nothing taken.
         """
-        async with self._runner.taking:
+        async with self._runner.submission_lock:
             self._refuse_closed()
             self._submitted += tasks
-            await self._runner.take_in_steps(accepted)
+            await self._runner.submit_in_steps(accepted)
 
     async def run_hidden(self, task: Task) -> Task:
         """Run a task of this program's own, which no list or count shows, and give it when it has ended.
@@ -194,9 +194,9 @@ class Session:
         self._refuse_closed()
         return await self._runner.run_hidden(task)
 
-    async def fanned_out(self, tasks: Iterable[Task]) -> None:
+    async def wait_expanded(self, tasks: Iterable[Task]) -> None:
         """Return when each ForEach among these whose items are a JSON result that is there has its children."""
-        await self._runner.for_each.made(tasks)
+        await self._runner.for_each.wait_expanded(tasks)
 
     def _refuse_closed(self) -> None:
         if self.closed:
@@ -248,8 +248,8 @@ class Session:
         for task in batch:
             if task.uid not in self._runner.tasks:
                 raise UnknownName("task", task.uid, self._runner.tasks)
-        work = self._runner.cancel([*leaves(batch), *batch], "canceled on request")
-        await asyncio.shield(self._runner.spawn(work))
+        cancellation = self._runner.cancel([*leaves(batch), *batch], "canceled on request")
+        await asyncio.shield(self._runner.spawn(cancellation))
         return await self.wait_tasks(batch)
 
     async def close(self) -> None:

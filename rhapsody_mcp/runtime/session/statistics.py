@@ -9,45 +9,45 @@ from rhapsody_mcp.model.statistics import Statistics, Tally
 from rhapsody_mcp.model.task_totals import Row
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, is_hidden, kind_of, leaves, name_of
 
-__all__ = ["Account"]
+__all__ = ["SessionStatistics"]
 
-_AT_LEAST = 1000  # that have ended until the next time that they are added up
+_BATCH_TASKS = 1000  # that have ended until the next time that they are added up
 
 
-class Account:
+class SessionStatistics:
     """Of the tasks of one session: `ended` grows at its end, `going` are those that have not ended. Tasks that were
     replaced do not count, and a ForEach with children is these."""
 
-    def __init__(self, ended: Sequence[Task], going: Mapping[str, Task], tasks: Mapping[str, Task]) -> None:
-        self._ended, self._going, self._tasks = ended, going, tasks
-        self._forget()
+    def __init__(self, ended: Sequence[Task], unfinished: Mapping[str, Task], tasks: Mapping[str, Task]) -> None:
+        self._ended, self._unfinished, self._tasks = ended, unfinished, tasks
+        self._reset()
 
-    def _forget(self) -> None:
-        self._tally, self._added = Tally(), 0
+    def _reset(self) -> None:
+        self._tally, self._added_count = Tally(), 0
 
-    def replaced(self, task: Task) -> None:
+    def discard(self, task: Task) -> None:
         """It counted, and does not any more."""
-        if any(one.position is not None and one.position < self._added for one in leaves([task])):
-            self._forget()
+        if any(leaf.position is not None and leaf.position < self._added_count for leaf in leaves([task])):
+            self._reset()
 
-    def add_up(self, least: int = _AT_LEAST) -> None:
+    def add_ended(self, min_tasks: int = _BATCH_TASKS) -> None:
         """Add up what has ended, if it is so much."""
-        if len(self._ended) - self._added >= least:
-            ended = self._ended[self._added :]
-            self._added = len(self._ended)
+        if len(self._ended) - self._added_count >= min_tasks:
+            ended = self._ended[self._added_count :]
+            self._added_count = len(self._ended)
             self._tally.add(_row(task) for task in ended if _counts(task))
 
-    def statistics(self, backends: Sequence[Backend], group: str | None) -> Statistics:
+    def compute(self, backends: Sequence[Backend], group: str | None) -> Statistics:
         """Raises UnknownName where there is no such group."""
-        self.add_up(1)
-        going = (_row(task) for task in self._going.values() if _counts(task))
-        return self._tally.statistics(going, self._find, self._waited_for, _workers(backends), group)
+        self.add_ended(1)
+        unfinished = (_row(task) for task in self._unfinished.values() if _counts(task))
+        return self._tally.statistics(unfinished, self._find_row, self._source_uids, _workers(backends), group)
 
-    def _find(self, uid: str) -> Row | None:
+    def _find_row(self, uid: str) -> Row | None:
         task = self._tasks.get(uid)
         return _row(task) if task is not None and _counts(task) else None
 
-    def _waited_for(self, uid: str) -> list[str]:
+    def _source_uids(self, uid: str) -> list[str]:
         """The uids of the tasks that it waited for, a ForEach by its children."""
         task = self._tasks[uid]
         parent = task.parent
@@ -77,5 +77,7 @@ def _row(task: Task) -> Row:
 
 def _workers(backends: Sequence[Backend]) -> dict[str, int]:
     """By backend, where it has any."""
-    described = {backend.name: backend.describe() for backend in backends}
-    return {name: told["num_workers"] for name, told in described.items() if "num_workers" in told}
+    descriptions = {backend.name: backend.describe() for backend in backends}
+    return {
+        name: description["num_workers"] for name, description in descriptions.items() if "num_workers" in description
+    }

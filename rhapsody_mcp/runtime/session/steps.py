@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-__all__ = ["TASKS_A_STEP", "steps"]
+__all__ = ["TASKS_PER_STEP", "steps"]
 
 _T = TypeVar("_T")
-TASKS_A_STEP = 250
+TASKS_PER_STEP = 250
 """How many tasks are taken, queued, handed to a backend or ended in one step: about 5 ms."""
 
 
 def steps(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
     """The items in their order, as many at a time as one step takes."""
-    return (items[start : start + TASKS_A_STEP] for start in range(0, len(items), TASKS_A_STEP))
+    return (items[start : start + TASKS_PER_STEP] for start in range(0, len(items), TASKS_PER_STEP))

@@ -17,17 +17,17 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import NOTHING, Reader, load, load_json
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
 from rhapsody_mcp.runtime.serialization import Encoder
-from rhapsody_mcp.runtime.session.acceptance import Acceptance, Accepted
+from rhapsody_mcp.runtime.session.acceptance import Acceptance, AcceptedTask
 from rhapsody_mcp.runtime.session.dependencies import Dependencies
 from rhapsody_mcp.runtime.session.for_each import ForEachRunner
-from rhapsody_mcp.runtime.session.managed_backend import ManagedBackend, Notice
-from rhapsody_mcp.runtime.session.outcomes import canceled, canceled_with, failed, open_results, with_attempts
-from rhapsody_mcp.runtime.session.steps import TASKS_A_STEP, steps
+from rhapsody_mcp.runtime.session.managed_backend import EngineNotice, ManagedBackend
+from rhapsody_mcp.runtime.session.outcomes import canceled, canceled_by_upstream, failed, open_results, with_attempts
+from rhapsody_mcp.runtime.session.steps import TASKS_PER_STEP, steps
 from rhapsody_mcp.runtime.tasks import ForEach, Task, is_hidden, reference
 
 __all__ = ["TaskRunner"]
 
-_LONGEST_DELAY_S = 60.0
+_MAX_RETRY_DELAY_S = 60.0
 
 
 class TaskRunner:
@@ -46,25 +46,25 @@ class TaskRunner:
         engine_idle_s: float | None,
         folder: Path | None,
         limits: Limits | None,
-        changed: Callable[[Task], None],
-        tell: Callable[[Notice], None],
+        on_change: Callable[[Task], None],
+        notify: Callable[[EngineNotice], None],
     ) -> None:
         self.tasks: dict[str, Task] = {}
-        self.going: dict[str, Task] = {}
+        self.unfinished: dict[str, Task] = {}
         self.ended: list[Task] = []
         self.usage = SessionUsage()
         self.closed = False
-        self._changed, self._tell_notice = changed, tell
+        self._on_change, self._notify_engine = on_change, notify
         self._read: Reader = load if opens_results else load_json
         self._opens_results, self._limits = opens_results, limits
-        self.backends = {backend.name: self._managed(backend, engine_idle_s) for backend in backends}
+        self.backends = {backend.name: self._manage(backend, engine_idle_s) for backend in backends}
         self.acceptance = Acceptance(self.backends, self.tasks, limits, self.usage)
         self.for_each = ForEachRunner(self, limits.settings.max_result_bytes if limits else None)
         self._specs: dict[str, TaskSpec] = {}
         self._dependencies = Dependencies()
-        self._retrying: dict[str, asyncio.TimerHandle] = {}
-        self._hidden = 0
-        self.taking = asyncio.Lock()
+        self._retry_timers: dict[str, asyncio.TimerHandle] = {}
+        self._hidden_count = 0
+        self.submission_lock = asyncio.Lock()
         """Held while tasks are taken step by step: a cancel waits until all are here."""
         self._folder = folder.absolute() if folder is not None else None
         if folder is not None:
@@ -72,57 +72,57 @@ class TaskRunner:
         self._temporary: Folder | None = None
         self._background: set[asyncio.Task[None]] = set()
 
-    def _managed(self, backend: Backend, idle_s: float | None) -> ManagedBackend:
+    def _manage(self, backend: Backend, idle_s: float | None) -> ManagedBackend:
         return ManagedBackend(
             backend,
-            self._report,
+            self._handle_event,
             self._read,
-            tell=self._tell_notice,
-            is_needed=lambda: any(task.backend == backend.name for task in self.going.values()),
+            notify=self._notify_engine,
+            is_needed=lambda: any(task.backend == backend.name for task in self.unfinished.values()),
             idle_s=idle_s,
         )
 
     # --- taking tasks
 
-    async def take_in_steps(self, accepted: Sequence[Accepted]) -> None:
+    async def submit_in_steps(self, accepted: Sequence[AcceptedTask]) -> None:
         now = time.time()
         for task, _, _ in accepted:
             task.state, task.submitted = TaskState.WAITING, task.submitted or now
         children_last = sorted(accepted, key=lambda one: not isinstance(one.task, ForEach))
         for step in steps(children_last):
-            self.take(step)
+            self.submit(step)
             await asyncio.sleep(0)
 
-    def take(self, accepted: Sequence[Accepted]) -> None:
+    def submit(self, accepted: Sequence[AcceptedTask]) -> None:
         for task, managed, spec in accepted:
             self._register(task, managed, spec)
         self._queue([task for task, _, _ in accepted if self._is_ready(task)])
 
     def _register(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
-        self._have(task, managed, spec)
+        self._add(task, managed, spec)
         task.submitted = task.submitted or time.time()
         task.state = TaskState.WAITING
         if isinstance(task, ForEach) and (task.source is None or task.children):
             self.for_each.watch(task)
         else:
             self._dependencies.add(task)
-        self._tell(task)
+        self._notify(task)
 
-    def _keep(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
+    def _add_ended(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
         """Have a task that ended in an earlier life."""
-        self._have(task, managed, spec)
+        self._add(task, managed, spec)
         if spec is not None:
             self.usage.end(task.outcome or canceled(Cause.LOST, ""))
         task.settle()
 
-    def _have(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
+    def _add(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
         if managed is not None and spec is not None:
             task.backend, self._specs[task.uid] = managed.backend.name, spec
             if not is_hidden(task):
                 self.usage.add(spec)
         self.tasks[task.uid] = task
         if not task.state.final:
-            self.going[task.uid] = task
+            self.unfinished[task.uid] = task
         for source in task.needs():
             source.passed_on = True
 
@@ -133,31 +133,31 @@ class TaskRunner:
             task.position = position
         encoder, refused = Encoder(reference), dict(unreadable)
         for task in tasks:
-            accepted = Accepted(task)
+            accepted = AcceptedTask(task)
             try:
-                accepted = self.acceptance.accept_again(task, encoder)
+                accepted = self.acceptance.accept_restored(task, encoder)
             except RhapsodyError as error:
                 refused.setdefault(task.uid, str(error))
-            (self._keep if task.state.final else self._register)(*accepted)
-        going = [task for task in tasks if not task.state.final]
-        for task in going:
+            (self._add_ended if task.state.final else self._register)(*accepted)
+        unfinished = [task for task in tasks if not task.state.final]
+        for task in unfinished:
             if task.uid in refused:
                 self.end(task, failed(Cause.INVALID, refused[task.uid]))
-        self._queue([task for task in going if self._is_ready(task)])
+        self._queue([task for task in unfinished if self._is_ready(task)])
 
     async def run_hidden(self, task: Task) -> Task:
         """Run a task of this program's own, which no list or count shows, and give it when it has ended.
 
         Raises what `submit_tasks` raises.
         """
-        self._hidden += 1
-        task.uid = f"~{self._hidden}"
-        self.take(self.acceptance.accept_hidden([task]))
+        self._hidden_count += 1
+        task.uid = f"~{self._hidden_count}"
+        self.submit(self.acceptance.accept_hidden([task]))
         try:
             await asyncio.wait([task.future])
         except asyncio.CancelledError:
-            for one, _ in self._withdraw([task]):
-                self.end(one, canceled(Cause.CANCELED, "nobody waits for it"))
+            for withdrawn, _ in self._withdraw([task]):
+                self.end(withdrawn, canceled(Cause.CANCELED, "nobody waits for it"))
             raise
         return task
 
@@ -168,32 +168,32 @@ class TaskRunner:
 
     def _queue(self, tasks: Sequence[Task]) -> None:
         """Hand tasks whose sources have ended to their backends; of many, the first at once."""
-        self._hand_over(tasks[:TASKS_A_STEP])
-        if len(tasks) > TASKS_A_STEP:
-            self.spawn(self._queue_later(tasks[TASKS_A_STEP:]))
+        self._submit_to_backends(tasks[:TASKS_PER_STEP])
+        if len(tasks) > TASKS_PER_STEP:
+            self.spawn(self._queue_in_steps(tasks[TASKS_PER_STEP:]))
 
-    async def _queue_later(self, tasks: Sequence[Task]) -> None:
+    async def _queue_in_steps(self, tasks: Sequence[Task]) -> None:
         for step in steps(tasks):
             await asyncio.sleep(0)
             if not self.closed:
-                self._hand_over([task for task in step if not task.state.final])
+                self._submit_to_backends([task for task in step if not task.state.final])
 
-    def _hand_over(self, tasks: Sequence[Task]) -> None:
+    def _submit_to_backends(self, tasks: Sequence[Task]) -> None:
         by_backend: dict[str, list[Order]] = {}
         folder = str(self.folder)
         for task in tasks:
             if source := self._failed_source(task):
-                self.end(task, canceled_with(source))
+                self.end(task, canceled_by_upstream(source))
                 continue
             task.state = TaskState.QUEUED
-            self._tell(task)
+            self._notify(task)
             if isinstance(task, ForEach):
                 self.for_each.start(task)
                 continue
             task.attempts += 1
             by_backend.setdefault(task.backend or "", []).append(self._order(task, folder))
         for name, orders in by_backend.items():
-            self.backends[name].take(orders)
+            self.backends[name].submit(orders)
 
     def _failed_source(self, task: Task) -> Task | None:
         for source in task.sources() if task.on_upstream_failure == "cancel" else ():
@@ -213,39 +213,39 @@ class TaskRunner:
             self._folder = self._temporary.path
         return self._folder
 
-    async def take_children(self, parent: ForEach, items: Sequence[Any]) -> None:
+    async def submit_children(self, parent: ForEach, items: Sequence[Any]) -> None:
         """Make the children of a ForEach and take them, step by step. Raises InvalidTask and LimitExceeded."""
-        async with self.taking:
+        async with self.submission_lock:
             if parent.state.final:
                 return
             accept = self.acceptance.accept_children
             if (
-                len(items) > TASKS_A_STEP and not self._opens_results
+                len(items) > TASKS_PER_STEP and not self._opens_results
             ):  # in a service the functions that make are its own
                 accepted = await asyncio.to_thread(accept, parent, items)
             else:
                 accepted = accept(parent, items)
             self.for_each.watch(parent)
-            await self.take_in_steps(accepted)
+            await self.submit_in_steps(accepted)
 
     # --- what backends report
 
-    def _report(self, event: Running | Ended) -> None:
+    def _handle_event(self, event: Running | Ended) -> None:
         task = self.tasks[event.uid]
         if task.state.final:
             return
         if isinstance(event, Running):
-            self._run(task, event.at)
-            self._run_parent(task, event.at)
+            self._set_running(task, event.at)
+            self._set_parent_running(task, event.at)
             return
         outcome = event.outcome
         if self._limits is not None and outcome.cause is Cause.TIMEOUT:
-            asked_s = getattr(task, "task_backend_specific_kwargs", {}).get("timeout")
-            outcome = self._limits.in_words(outcome, asked_s)
+            requested_s = getattr(task, "task_backend_specific_kwargs", {}).get("timeout")
+            outcome = self._limits.explain_timeout(outcome, requested_s)
         if outcome.started is not None:
-            self._run_parent(task, outcome.started)
-        if self._tries_again(task, outcome):
-            self._try_again_later(task, outcome)
+            self._set_parent_running(task, outcome.started)
+        if self._should_retry(task, outcome):
+            self._schedule_retry(task, outcome)
         elif not self._opens_results:
             self.end(task, outcome)
         elif outcome.value is not None and outcome.value.file is not None:
@@ -253,27 +253,27 @@ class TaskRunner:
         else:
             self.end(task, open_results(task, outcome, self._read))
 
-    def _run(self, task: Task, at: float) -> None:
+    def _set_running(self, task: Task, at: float) -> None:
         task.state, task.started = TaskState.RUNNING, at
-        self._tell(task)
+        self._notify(task)
 
-    def _run_parent(self, task: Task, at: float) -> None:
+    def _set_parent_running(self, task: Task, at: float) -> None:
         if task.parent is not None and task.parent.state is TaskState.QUEUED:
-            self._run(task.parent, at)
+            self._set_running(task.parent, at)
 
-    def _tries_again(self, task: Task, outcome: Outcome) -> bool:
+    def _should_retry(self, task: Task, outcome: Outcome) -> bool:
         failed = outcome.state is TaskState.FAILED and outcome.cause is not Cause.INVALID
         return failed and task.attempts <= task.retries and not self.closed
 
-    def _try_again_later(self, task: Task, outcome: Outcome) -> None:
+    def _schedule_retry(self, task: Task, outcome: Outcome) -> None:
         task.state, task.started = TaskState.QUEUED, None
         task.last_failure = f"attempt {task.attempts} ended with cause {outcome.cause}: {outcome.error}"
-        delay_s = min(task.retry_delay_s * 2.0 ** (task.attempts - 1), _LONGEST_DELAY_S)
-        self._retrying[task.uid] = asyncio.get_running_loop().call_later(delay_s, self._try_again, task)
-        self._tell(task)
+        delay_s = min(task.retry_delay_s * 2.0 ** (task.attempts - 1), _MAX_RETRY_DELAY_S)
+        self._retry_timers[task.uid] = asyncio.get_running_loop().call_later(delay_s, self._retry, task)
+        self._notify(task)
 
-    def _try_again(self, task: Task) -> None:
-        del self._retrying[task.uid]
+    def _retry(self, task: Task) -> None:
+        del self._retry_timers[task.uid]
         self._queue([task])
 
     async def _open_long_result(self, task: Task, outcome: Outcome) -> None:
@@ -290,23 +290,23 @@ class TaskRunner:
                 continue
             outcome = with_attempts(task, outcome)
             task.outcome, task.state, task.started = outcome, outcome.state, outcome.started
-            self._forget(task)
+            self._finish(task)
             task.settle()
-            self._tell(task)
+            self._notify(task)
             if task.parent is not None:
                 self.for_each.child_has_ended(task.parent)
             for uid, has_all in self._dependencies.pop_dependents(task).items():
                 dependent = self.tasks[uid]
                 if outcome.state is not TaskState.DONE and dependent.on_upstream_failure == "cancel":
-                    ending.append((dependent, canceled_with(task)))
+                    ending.append((dependent, canceled_by_upstream(task)))
                 elif has_all and not dependent.state.final:
                     ready.append(dependent)
         if ready and not self.closed:
             self._queue(ready)
 
-    def _forget(self, task: Task) -> None:
+    def _finish(self, task: Task) -> None:
         self._dependencies.forget(task)
-        self.going.pop(task.uid, None)
+        self.unfinished.pop(task.uid, None)
         spec = self._specs.pop(task.uid, None)
         if is_hidden(task):
             self.tasks.pop(task.uid, None)
@@ -316,25 +316,25 @@ class TaskRunner:
             if spec is not None and task.outcome is not None:
                 self.usage.end(task.outcome)
 
-    def _tell(self, task: Task) -> None:
+    def _notify(self, task: Task) -> None:
         if not is_hidden(task):
-            self._changed(task)
+            self._on_change(task)
 
     # --- canceling and closing
 
     async def cancel(self, tasks: Collection[Task], message: str) -> None:
         """Nothing of these starts any more from the first step on; what waited is ended step by step."""
-        async with self.taking:
+        async with self.submission_lock:
             while tasks:
-                moved: list[Task] = []
+                changed: list[Task] = []
                 for step in steps(self._withdraw(tasks)):
                     for task, state in step:
                         if task.state is state:
                             self.end(task, canceled(Cause.CANCELED, message))
                         else:
-                            moved.append(task)
+                            changed.append(task)
                     await asyncio.sleep(0)
-                tasks = moved
+                tasks = changed
 
     def _withdraw(self, tasks: Collection[Task]) -> list[tuple[Task, TaskState]]:
         """Cancel these where they are; what is nowhere is given back, to be ended if this is its state still."""
@@ -344,15 +344,15 @@ class TaskRunner:
             if isinstance(task, ForEach):
                 if not self.for_each.has_open_children(task):  # else it ends with the last of them
                     ending.append(task)
-            elif (timer := self._retrying.pop(task.uid, None)) is not None:
+            elif (timer := self._retry_timers.pop(task.uid, None)) is not None:
                 timer.cancel()
                 ending.append(task)
             else:
                 by_backend.setdefault(task.backend or "", set()).add(task.uid)
         for name, uids in by_backend.items():
-            held = self.backends[name].withdraw(uids)
-            there = [self.tasks[uid] for uid in uids]
-            ending += [task for task in there if task.uid in held or task.state is TaskState.WAITING]
+            withdrawn = self.backends[name].withdraw(uids)
+            candidates = [self.tasks[uid] for uid in uids]
+            ending += [task for task in candidates if task.uid in withdrawn or task.state is TaskState.WAITING]
             self.backends[name].cancel(uids)
         return [(task, task.state) for task in ending if not task.state.final]
 
@@ -360,11 +360,11 @@ class TaskRunner:
         """End every task and backend and delete temporary files; raises the first error of a backend."""
         self.closed = True
         message = "its session was closed"
-        await self.cancel(list(self.going.values()), message)
+        await self.cancel(list(self.unfinished.values()), message)
         closing = (managed.close() for managed in self.backends.values())
         errors = await asyncio.gather(*closing, return_exceptions=True)
         await asyncio.gather(*self._background, return_exceptions=True)
-        for task in list(self.going.values()):
+        for task in list(self.unfinished.values()):
             self.end(task, canceled(Cause.CANCELED, message))
         if self._temporary is not None:
             self._temporary.remove()
@@ -372,9 +372,9 @@ class TaskRunner:
             if isinstance(error, BaseException):
                 raise error
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run this until it ends; `close` waits for it."""
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(coroutine)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         return task

@@ -70,10 +70,17 @@ class AITask(Task):
         self.prompt = prompt
         self.model = model
         messages = [messages] if isinstance(messages, Task | Part) else messages
-        asked: dict[str, Any] = {"messages": messages, "system_prompt": system_prompt, "temperature": temperature}
-        asked |= {"max_tokens": max_tokens, "top_p": top_p, "top_k": top_k, "seed": seed, "n": n, "logprobs": logprobs}
-        asked |= {"stop_sequences": stop_sequences, "json_schema": json_schema}
-        for field, value in asked.items():
+        optional: dict[str, Any] = {"messages": messages, "system_prompt": system_prompt, "temperature": temperature}
+        optional |= {
+            "max_tokens": max_tokens,
+            "top_p": top_p,
+            "top_k": top_k,
+            "seed": seed,
+            "n": n,
+            "logprobs": logprobs,
+        }
+        optional |= {"stop_sequences": stop_sequences, "json_schema": json_schema}
+        for field, value in optional.items():
             if value is not None:
                 setattr(self, field, value)
         self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
@@ -131,7 +138,7 @@ class AITask(Task):
     def _prompts(self) -> Sequence[Any]:
         return self.prompt if isinstance(self.prompt, list | tuple) else [self.prompt]
 
-    _more_fields = (*Task._more_fields, "response", "messages", "system_prompt", *SAMPLING)
+    _extra_keys = (*Task._extra_keys, "response", "messages", "system_prompt", *SAMPLING)
 
     @property
     def response(self) -> Any:

@@ -56,7 +56,7 @@ class ComputeTask(Task):
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
         **common: Any,
     ) -> None:
-        _refuse_foreign(common)
+        _refuse_foreign_fields(common)
         refuse_unknown("field of ComputeTask", common.keys() - COMMON_FIELDS, (*_COMPUTE_FIELDS, *COMMON_FIELDS))
         super().__init__(**common)
         self.function = function
@@ -138,7 +138,7 @@ class ComputeTask(Task):
         return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s)
 
 
-def _refuse_foreign(fields: Iterable[str]) -> None:
+def _refuse_foreign_fields(fields: Iterable[str]) -> None:
     for field in fields:
         if field in _PLACES:
             raise InvalidTask(f"ComputeTask has no field {field!r}; write it as {_PLACES[field]}.", field=field)

@@ -92,10 +92,10 @@ def kind_of(task: Task) -> Kind | Literal["for_each"]:
 
 def leaves(tasks: Iterable[Task]) -> list[Task]:
     """These tasks, with the children of a ForEach in its place where it has any."""
-    found: list[Task] = []
+    leaf_tasks: list[Task] = []
     for task in tasks:
-        found += task.children if isinstance(task, ForEach) and task.children else [task]
-    return found
+        leaf_tasks += task.children if isinstance(task, ForEach) and task.children else [task]
+    return leaf_tasks
 
 
 def with_children(tasks: Iterable[Task]) -> Iterator[Task]:

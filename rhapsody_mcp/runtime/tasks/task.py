@@ -105,9 +105,9 @@ class Task:
         self.uid = uid or f"task.{next(_uids):06d}"
         self.name = name
         self.backend = backend
-        self.after = _tasks_to_follow(after)
+        self.after = _checked_after(after)
         self.retries = check_integer("retries", retries, least=0)
-        self.retry_delay_s = _delay(retry_delay_s)
+        self.retry_delay_s = _checked_delay(retry_delay_s)
         if on_upstream_failure not in _ON_UPSTREAM_FAILURE:
             raise InvalidTask(
                 f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".', field="on_upstream_failure"
@@ -223,7 +223,7 @@ class Task:
 
     def keys(self) -> list[str]:
         """The names of all that can be read of it, by `task[name]` as by `task.name`."""
-        return list(dict.fromkeys([*(name for name in vars(self) if not name.startswith("_")), *self._more_fields]))
+        return list(dict.fromkeys([*(name for name in vars(self) if not name.startswith("_")), *self._extra_keys]))
 
     def get(self, field: str, default: Any = None) -> Any:
         return getattr(self, field) if field in self else default
@@ -239,7 +239,7 @@ class Task:
     def __contains__(self, field: object) -> bool:
         return field in self.keys()
 
-    _more_fields: Sequence[str] = (
+    _extra_keys: Sequence[str] = (
         *("exit_code", "exception", "cause", "traceback", "notes", "timing", "last_failure", "replaced_by", "raised"),
     )
 
@@ -256,13 +256,13 @@ class Task:
         return f"<{' '.join(filter(None, [type(self).__name__, self.uid, self.name, self.what, self.state]))}>"
 
 
-def _tasks_to_follow(after: object) -> tuple[Task, ...]:
+def _checked_after(after: object) -> tuple[Task, ...]:
     if isinstance(after, Task) or not isinstance(after, Iterable) or not all(isinstance(task, Task) for task in after):
         raise InvalidTask("after is a list of tasks, as in [first, second].", field="after")
     return tuple(after)
 
 
-def _delay(seconds: float) -> float:
+def _checked_delay(seconds: float) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 3600:
         raise InvalidTask(
             f"retry_delay_s is {seconds!r}; valid is a number of seconds from 0 to 3600.", field="retry_delay_s"

@@ -146,7 +146,7 @@ class Service:
     async def _note_life(self) -> None:
         while True:
             await anyio.sleep(_ALIVE_S)
-            self._sessions.note_life()
+            self._sessions.write_heartbeats()
 
     def _disconnect_clients(self) -> None:
         for scope in self._client_scopes:

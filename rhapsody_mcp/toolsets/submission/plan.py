@@ -8,9 +8,9 @@ from typing import Any
 from mcp.types import CallToolResult
 
 from rhapsody_mcp.machine import Machine
-from rhapsody_mcp.runtime.dry_run import Step, misfits, steps_of
+from rhapsody_mcp.runtime.dry_run import PlannedTask, plan_tasks, unmet_needs
 from rhapsody_mcp.runtime.open_session import OpenSession
-from rhapsody_mcp.runtime.requests.task_builder import make_tasks
+from rhapsody_mcp.runtime.requests.request_batch import make_tasks
 from rhapsody_mcp.runtime.requests.task_request import TaskRequest
 from rhapsody_mcp.runtime.tasks import name_of, tasks_text
 from rhapsody_mcp.toolsets.replies.base import reply
@@ -27,9 +27,9 @@ def plan(open_session: OpenSession, requests: Sequence[TaskRequest], machine: Ma
     """Raises what the submission of these requests would raise."""
     tasks = make_tasks(requests, open_session)
     check_tasks(open_session, requests, tasks)
-    steps = steps_of(tasks, machine)
-    folder = open_session.wanted.folder
-    problems = [f"{name_of(task)}: {wrong}" for task in tasks for wrong in misfits(task, machine, folder)]
+    steps = plan_tasks(tasks, machine)
+    folder = open_session.config.folder
+    problems = [f"{name_of(task)}: {wrong}" for task in tasks for wrong in unmet_needs(task, machine, folder)]
     problems += suspicious_texts(requests, open_session, tasks)
     data = SubmissionReport(
         **report_fields(open_session, tasks) | {"submitted": 0, "counts": {}},
@@ -39,12 +39,12 @@ def plan(open_session: OpenSession, requests: Sequence[TaskRequest], machine: Ma
     return reply(_text(data, steps, problems), data)
 
 
-def _row(step: Step) -> dict[str, Any]:
+def _row(step: PlannedTask) -> dict[str, Any]:
     row = {"task": name_of(step.task), "runs_as": step.runs_as, "level": step.level}
     return row | ({"waits_for": list(step.after)} if step.after else {})
 
 
-def _text(data: SubmissionReport, steps: Sequence[Step], problems: Sequence[str]) -> str:
+def _text(data: SubmissionReport, steps: Sequence[PlannedTask], problems: Sequence[str]) -> str:
     deepest = max(step.level for step in steps)
     levels = "1 level" if deepest == 1 else f"{deepest} levels"
     where = backends_text(data.backends)

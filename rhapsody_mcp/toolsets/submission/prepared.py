@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.runtime.open_session import OpenSession
-from rhapsody_mcp.runtime.requests.task_builder import label_of, make_tasks
+from rhapsody_mcp.runtime.requests.request_batch import label_of, make_tasks
 from rhapsody_mcp.runtime.requests.task_request import TaskRequest
 from rhapsody_mcp.runtime.tasks import Task, leaves
 from rhapsody_mcp.toolsets.tooling.background import to_thread_if_large
@@ -36,7 +36,7 @@ _prepared: ContextVar[_Prepared | None] = ContextVar("prepared", default=None)
 async def prepare_tasks(open_session: OpenSession, requests: Sequence[TaskRequest]) -> list[Task]:
     """The tasks of these requests. A second time in the same call, the same tasks, unless the session has changed.
 
-    The caller holds `open_session.submitting`. Raises what `make_tasks` raises.
+    The caller holds `open_session.submission_lock`. Raises what `make_tasks` raises.
     """
     state = _state_of(open_session)
     last = _prepared.get()
@@ -49,7 +49,7 @@ async def prepare_tasks(open_session: OpenSession, requests: Sequence[TaskReques
 
 def _state_of(open_session: OpenSession) -> SessionState:
     session, functions = open_session.session, open_session.functions
-    return session.size, len(session.ended), tuple(functions.get(name).number for name in functions.names)
+    return session.task_count, len(session.ended), tuple(functions.get(name).number for name in functions.names)
 
 
 def check_tasks(open_session: OpenSession, requests: Sequence[TaskRequest], tasks: Sequence[Task]) -> None:

@@ -35,13 +35,15 @@ async def submit(open_session: OpenSession, requests: Sequence[TaskRequest], key
 
 
 async def _submit(open_session: OpenSession, requests: Sequence[TaskRequest], key: str | None) -> CallToolResult:
-    async with open_session.submitting:
+    async with open_session.submission_lock:
         if (repeated := repeated_submission(open_session, requests, key)) is not None:
             return repeated
         tasks = await prepare_tasks(open_session, requests)
-        replaced = [earlier for request in requests if request.name and (earlier := open_session.named(request.name))]
+        replaced = [
+            earlier for request in requests if request.name and (earlier := open_session.task_named(request.name))
+        ]
         await _take(open_session, requests, tasks, key)
-    await open_session.session.fanned_out(tasks)
+    await open_session.session.wait_expanded(tasks)
     texts = (await to_thread_if_large(suspicious_texts, requests, open_session, tasks))[:_TEXTS_SHOWN]
     notes = [f"Note: {text}." for text in texts]
     if canceled := _canceled_with(replaced, open_session):
@@ -84,7 +86,7 @@ def repeated_submission(
     if key is None or (earlier := open_session.submissions.get(key)) is None:
         return None
     tasks = earlier.tasks
-    if earlier.asked != _digest(requests):
+    if earlier.request_digest != _digest(requests):
         raise InvalidRequest(
             f"idempotency_key {key!r} belongs to a call with other tasks ({uid_range(tasks[0].uid, tasks[-1].uid)}); "
             "repeat that call as it was, or take a new key."

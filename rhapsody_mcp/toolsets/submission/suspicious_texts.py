@@ -8,8 +8,8 @@ from typing import Any
 
 from rhapsody_mcp.runtime.dataflow.references import is_literal
 from rhapsody_mcp.runtime.open_session import OpenSession
-from rhapsody_mcp.runtime.requests.task_builder import label_of
-from rhapsody_mcp.runtime.requests.task_request import IN_TEXTS, TaskRequest
+from rhapsody_mcp.runtime.requests.request_batch import label_of
+from rhapsody_mcp.runtime.requests.task_request import TEXT_FIELDS, TaskRequest
 from rhapsody_mcp.runtime.tasks import Task
 
 __all__ = ["suspicious_texts"]
@@ -26,7 +26,7 @@ def suspicious_texts(requests: Sequence[TaskRequest], open_session: OpenSession,
     sentences = []
     for index, request in enumerate(requests):
         values = [request.args, request.kwargs, request.stop_sequences, request.model]
-        texts = [getattr(request, field) for field in IN_TEXTS]
+        texts = [getattr(request, field) for field in TEXT_FIELDS]
         wrong = _suspicious(values, names, open_session, in_texts=False)
         wrong = wrong or _suspicious(texts, names, open_session, in_texts=True)
         if wrong:
@@ -41,7 +41,7 @@ def _suspicious(values: list[Any], names: Collection[str | None], open_session: 
     for match in _REFERENCE.finditer(" ".join(_texts_in(values))[:_SEARCHED_CHARS]):
         name = next(filter(None, match.groups()))
         is_reference = match.group().startswith("{ref:")
-        if not in_texts if is_reference else name in names or open_session.named(name):
+        if not in_texts if is_reference else name in names or open_session.task_named(name):
             return f"the text {match.group()} stays as it is; {name}'s result is {correct.format(name)}"
     return ""
 

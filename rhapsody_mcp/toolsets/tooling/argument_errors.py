@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rhapsody_mcp.model.errors import nearest
-from rhapsody_mcp.runtime.requests.field_types import CHOICES, NAME_PATTERN
+from rhapsody_mcp.runtime.requests.field_types import NAME_PATTERN, UNION_TAGS
 from rhapsody_mcp.toolsets.tooling.errors import correct_and_repeat, refusal_text
 from rhapsody_mcp.toolsets.tooling.schemas import field_at, field_names
 from rhapsody_mcp.toolsets.vocabulary import suggestion
@@ -99,7 +99,7 @@ def invalid_arguments_text(
 
 def _location(problem: Problem, arguments: Mapping[str, Any]) -> Location:
     """The location of the wrong value, without the names of union members that pydantic adds."""
-    location: Location = tuple(step for step in problem["loc"] if step not in CHOICES)
+    location: Location = tuple(step for step in problem["loc"] if step not in UNION_TAGS)
     value: Any = arguments
     for depth, step in enumerate(location):
         if not isinstance(value, dict | list) or (isinstance(value, dict) and step not in value):

@@ -122,7 +122,7 @@ def _service_notes(open_session: OpenSession, errors: Collection[str]) -> list[s
     ages = {notice.text: now - notice.at for notice in open_session.session.notices if notice.at > now - _RECENT_S}
     untold = ((text, age) for text, age in ages.items() if not any(text in error for error in errors))
     notices = [_with_age(text, age) for text, age in sorted(untold, key=itemgetter(1), reverse=True)]
-    return [*notices[-_NOTICES:], *([open_session.trouble] if open_session.trouble else [])]
+    return [*notices[-_NOTICES:], *([open_session.durability_warning] if open_session.durability_warning else [])]
 
 
 def _with_age(text: str, age_s: float) -> str:
