@@ -10,15 +10,16 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import rhapsody_mcp
 from rhapsody_mcp import commands
 from rhapsody_mcp.model.errors import RhapsodyError, root_of
 
-__all__ = ["main"]
+__all__ = ["command_parser", "main"]
 
-_Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+if TYPE_CHECKING:
+    _Subparsers: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def _reader_has_left() -> bool:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     code = 1
     try:
@@ -54,7 +55,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="rhapsody-mcp", description=rhapsody_mcp.__doc__)
     parser.add_argument("--version", action="version", version=rhapsody_mcp.__version__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -31,9 +31,9 @@ from rhapsody_mcp.toolsets.insight import Insight
 from rhapsody_mcp.toolsets.sessions import Sessions
 from rhapsody_mcp.toolsets.tasks import Tasks
 from rhapsody_mcp.toolsets.tooling.card_tool import make_tools
-from rhapsody_mcp.toolsets.tooling.confirmation import Desk
-from rhapsody_mcp.toolsets.tooling.errors import refuse_call
-from rhapsody_mcp.toolsets.tooling.selection import choose
+from rhapsody_mcp.toolsets.tooling.confirmation import ServerState
+from rhapsody_mcp.toolsets.tooling.errors import error_text
+from rhapsody_mcp.toolsets.tooling.tool_selection import select_tools
 
 __all__ = ["Server", "build_server", "open_sessions"]
 
@@ -54,7 +54,7 @@ class Server(MCPServer):
     ) -> CallToolResult | InputRequiredResult:
         names = [tool.name for tool in await self.list_tools()]
         if name not in names:
-            raise ToolError(refuse_call(UnknownName("tool", name, names), "one of these"))
+            raise ToolError(error_text(UnknownName("tool", name, names), "one of these"))
         return await audit_deferred(super().call_tool(name, arguments, context))
 
     async def get_prompt(
@@ -81,26 +81,26 @@ def build_server(
     unknown toolset.
     """
     cards = read_cards()
-    offer = choose(cards, settings)
+    offered = select_tools(cards, settings)
     session_tools, task_tools = Sessions(sessions, settings), Tasks(sessions, settings)
     insight_tools = Insight(sessions, settings)
     toolsets = [session_tools, task_tools, insight_tools, Functions(sessions)]
     updates = ResourceUpdates(settings.notice_interval_s)
-    desk = Desk(sessions, settings)
+    state = ServerState(sessions, settings)
     server = Server(
         "rhapsody",
         title="Rhapsody",
         description="Runs functions, programs, parallel jobs and language-model prompts on this machine.",
-        instructions=offer.instructions(read_prompt("instructions")),
+        instructions=offered.instructions(read_prompt("instructions")),
         version=__version__,
-        tools=[tool for tool in make_tools(toolsets, cards) if tool.name in offer.names],
+        tools=[tool for tool in make_tools(toolsets, cards) if tool.name in offered.names],
         extensions=extensions,
-        lifespan=lambda _: nullcontext(desk),
+        lifespan=lambda _: nullcontext(state),
         subscriptions=updates.bus,
         middleware=[audit or Audit(), durable_replies(sessions)],
         log_level="WARNING",
     )
-    prompts = offer.prompts(read_prompts())
+    prompts = offered.prompts(read_prompts())
     for prompt in prompts:
         server.add_prompt(make_prompt(prompt, sessions))
     resources = Resources(sessions, session_tools, task_tools, insight_tools)

@@ -34,6 +34,8 @@ _LOG_LINES = 20
 class DemoFailed(RhapsodyError):
     """A step of the demo failed; the text says which step and why."""
 
+    code = "demo_failed"
+
 
 async def run_demo(model: str, samples: int) -> int:
     """Run the demo; returns the exit code. All printed facts come from the server's replies."""

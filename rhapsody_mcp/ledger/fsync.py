@@ -37,10 +37,10 @@ class FsyncThread(WorkerThread):
 
     def put(self, files: Sequence[str], callback: Callable[[], None]) -> None:
         """Does not block. The callback runs in the thread; missing files are ignored."""
-        with self._changed:
-            if not self._stopping:
+        with self.changed:
+            if not self.stopping:
                 self._queue.append(_Request(files, callback))
-                self._changed.notify()
+                self.changed.notify()
                 return
         callback()
 
@@ -60,7 +60,7 @@ class FsyncThread(WorkerThread):
 
     def _work(self) -> None:
         while requests := self._next():
-            last_try = self._stopping
+            last_try = self.stopping
             try:
                 done = self._sync_batch(requests)
             except OSError as error:
@@ -74,8 +74,8 @@ class FsyncThread(WorkerThread):
 
     def _next(self) -> list[_Request]:
         """Wait for requests; empty at the end of the thread."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping)
+        with self.changed:
+            self.changed.wait_for(lambda: self._queue or self.stopping)
             return list(itertools.islice(self._queue, MAX_BATCH))
 
     def _sync_batch(self, requests: list[_Request]) -> int:
@@ -102,8 +102,8 @@ class FsyncThread(WorkerThread):
         if not self.problem:
             _log.error("results cannot be seen to the disk: %s. It is tried again twice a second.", error)
         self.problem = f"results cannot be seen to the disk: {error.filename}: {error.strerror}."
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopping, RETRY_S)
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopping, RETRY_S)
 
 
 def _try_sync(path: str, sync: Callable[[str], None]) -> None:

@@ -17,15 +17,15 @@ RETRY_S = 0.5
 
 
 class WorkerThread:
-    """A daemon thread. `_changed` guards and announces new work; `_stopping` asks the thread to finish.
+    """A daemon thread. `changed` guards and announces new work; `stopping` asks the thread to finish.
 
     `problem` is empty, or says why work fails now; the thread repeats it every RETRY_S.
     """
 
     def __init__(self, name: str) -> None:
         self.problem = ""
-        self._changed = threading.Condition()
-        self._stopping = False
+        self.changed = threading.Condition()
+        self.stopping = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def start(self) -> None:
@@ -33,9 +33,9 @@ class WorkerThread:
 
     async def stop(self, timeout_s: float) -> bool:
         """Finish the queued work, or try once more. False where an unresponsive disk prevents that in time."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
+        with self.changed:
+            self.stopping = True
+            self.changed.notify()
         await asyncio.to_thread(self._thread.join, timeout_s)
         return not self._thread.is_alive()
 

@@ -70,8 +70,8 @@ class Writer(WorkerThread):
         """Call the function in the thread, after the writes that were queued before it, and return its result. Writes
         that fail now do not delay the call."""
         done = ThreadFuture()
-        with self._changed:
-            if self._stopping:
+        with self.changed:
+            if self.stopping:
                 raise self._write_error()
             self._calls.append(QueuedCall(self._last_number, function, done))
             self._wake()
@@ -84,32 +84,32 @@ class Writer(WorkerThread):
         return sum(len(write.changes) for write in self._writes)
 
     def _put(self, changes: tuple[Change, ...], done: ThreadFuture | None) -> QueuedWrite:
-        with self._changed:
+        with self.changed:
             self._last_number += 1
             write = QueuedWrite(self._last_number, changes, done)
-            if self._damage is not None or self._stopping:
+            if self._damage is not None or self.stopping:
                 self._drop(write)
                 return write
             self._writes.append(write)
             if done is not None:
                 self._wake()
             elif len(self._writes) in (1, MAX_BATCH):
-                self._changed.notify()
+                self.changed.notify()
         return write
 
     def _drop(self, write: QueuedWrite) -> None:
         write.resolve(self._write_error())
-        if self._stopping and write.done is None:
+        if self.stopping and write.done is None:
             _log.error("%r came after the ledger was closed", write.changes)
 
     def _wake(self) -> None:
         if not self.problem:
             self._next_write = 0.0
-        self._changed.notify()
+        self.changed.notify()
 
     def _withdraw(self, write: QueuedWrite) -> bool:
         """Whether the write is withdrawn; False once its commit has begun."""
-        with self._changed:
+        with self.changed:
             write.withdrawn = True
             if write.committing:
                 return False
@@ -140,10 +140,10 @@ class Writer(WorkerThread):
             self._finish()
 
     def _wait_for_work(self) -> bool:
-        with self._changed:
-            while not (self._stopping or self._is_due() or self._next_call()):
-                self._changed.wait(self._next_write - time.monotonic() if self._has_work else None)
-            return not self._stopping
+        with self.changed:
+            while not (self.stopping or self._is_due() or self._next_call()):
+                self.changed.wait(self._next_write - time.monotonic() if self._has_work else None)
+            return not self.stopping
 
     def _is_due(self) -> bool:
         full = not self.problem and len(self._writes) >= MAX_BATCH
@@ -175,8 +175,8 @@ class Writer(WorkerThread):
             self.problem = ""
         while self._writes and not self.problem:
             self._write_batch()
-        with self._changed:
-            self._stopping = True
+        with self.changed:
+            self.stopping = True
             for write in self._writes:
                 write.resolve(self._write_error())
             for call in self._calls:
@@ -195,7 +195,7 @@ class Writer(WorkerThread):
             self._isolate_failure(batch, error)
 
     def _next_batch(self) -> list[QueuedWrite]:
-        with self._changed:
+        with self.changed:
             batch = list(itertools.islice(self._writes, 1 if self._single_writes else MAX_BATCH))
             self._single_writes = max(0, self._single_writes - 1)
             self._next_write = time.monotonic() + BATCH_S if len(batch) == len(self._writes) else 0.0
@@ -213,7 +213,7 @@ class Writer(WorkerThread):
 
     def _claim(self, batch: list[QueuedWrite]) -> bool:
         """Mark the batch as committing, unless one of its writes was withdrawn; True if marked."""
-        with self._changed:
+        with self.changed:
             if any(write.withdrawn for write in batch):
                 return False
             for write in batch:
@@ -222,7 +222,7 @@ class Writer(WorkerThread):
 
     def _finish_batch(self, written: list[QueuedWrite]) -> None:
         """Remove durable writes from the front of the queue and answer their callers."""
-        with self._changed:
+        with self.changed:
             for _ in written:
                 self._writes.popleft()
             if self.problem:
@@ -233,7 +233,7 @@ class Writer(WorkerThread):
 
     def _retry_later(self, problem: str) -> None:
         self._store.checkpoint()  # may free space on a full disk
-        with self._changed:
+        with self.changed:
             if not self.problem:
                 _log.error("%s It is tried again twice a second.", problem)
             self.problem = problem
@@ -246,7 +246,7 @@ class Writer(WorkerThread):
 
     def _stop_writing(self, damage: LedgerDamaged) -> None:
         """Write nothing any more, because a write into a damaged file could add damage."""
-        with self._changed:
+        with self.changed:
             _log.error("%s What happens from now on is not written down.", damage)
             self._damage, self.problem = damage, str(damage)
             for write in self._writes:
@@ -258,7 +258,7 @@ class Writer(WorkerThread):
         if len(batch) > 1:
             self._single_writes = len(batch)
             return
-        with self._changed, suppress(ValueError):
+        with self.changed, suppress(ValueError):
             self._writes.remove(batch[0])
         if batch[0].done is not None:
             batch[0].resolve(error)

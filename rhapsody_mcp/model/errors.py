@@ -107,6 +107,10 @@ class InvalidSettings(InvalidRequest):
     code = "invalid_settings"
 
 
+_FIELDS = ("backend", "model")
+"""Kinds of names that are fields of a task."""
+
+
 class UnknownName(InvalidRequest):
     """There is nothing of that kind with that name.
 
@@ -116,7 +120,8 @@ class UnknownName(InvalidRequest):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], valid: str = "") -> None:
         self.kind, self.name, self.known, self.valid = kind, name, sorted(known), valid
-        super().__init__(f"unknown {kind} {name!r}{nearest(name, self.known)}. Valid: {valid or _listed(self.known)}.")
+        message = f"unknown {kind} {name!r}{nearest(name, self.known)}. Valid: {valid or _listed(self.known)}."
+        super().__init__(message, field=kind if kind in _FIELDS else "")
         self.code = f"unknown_{kind.replace(' ', '_')}"
 
     def __reduce__(self) -> tuple[type[UnknownName], tuple[str, str, list[str], str]]:

@@ -22,7 +22,7 @@ def resolve_pointer(value: Any, path: str) -> Any:
             there = describe_keys(step, value) if isinstance(value, dict) else f"a {type(value).__name__}"
             if isinstance(value, Sized) and not isinstance(value, dict | str | bytes):
                 there += f" of length {len(value)}"
-            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {there}.") from error
+            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {there}.", field="path") from error
     return value
 
 
@@ -43,5 +43,5 @@ def describe_keys(step: str, keys: Iterable[Any]) -> str:
 def split_pointer(path: str) -> list[str]:
     """The pointer's steps, unescaped. Raises InvalidTask where a path that is not empty does not start with '/'."""
     if path and not path.startswith("/"):
-        raise InvalidTask(f"path {path!r} is not a JSON Pointer: it starts with '/', as in '/0/label'.")
+        raise InvalidTask(f"path {path!r} is not a JSON Pointer: it starts with '/', as in '/0/label'.", field="path")
     return [step.replace("~1", "/").replace("~0", "~") for step in path.split("/")[1:]]

@@ -36,13 +36,15 @@ def encode_schema(schema: object) -> bytes:
     Takes milliseconds at most. Raises InvalidTask for an invalid schema, one that is not of an object, and a large one.
     """
     if not isinstance(schema, dict):
-        raise InvalidTask(f"json_schema is a {type(schema).__name__}; {_VALID}.")
+        raise InvalidTask(f"json_schema is a {type(schema).__name__}; {_VALID}.", field="json_schema")
     try:
         encoded = msgspec.json.encode(schema)
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise InvalidTask(f"json_schema is not plain JSON: {error}.") from error
+        raise InvalidTask(f"json_schema is not plain JSON: {error}.", field="json_schema") from error
     if len(encoded) > _MAX_BYTES:
-        raise InvalidTask(f"json_schema is {len(encoded):,} bytes as JSON; {_MAX_BYTES:,} is the most.")
+        raise InvalidTask(
+            f"json_schema is {len(encoded):,} bytes as JSON; {_MAX_BYTES:,} is the most.", field="json_schema"
+        )
     _validator(encoded)
     return encoded
 
@@ -70,17 +72,17 @@ def _validator(encoded: bytes) -> Validator:
     schema = msgspec.json.decode(encoded)
     if schema.get("type") != "object":
         has = f"has type {schema['type']!r}" if "type" in schema else "has no type"
-        raise InvalidTask(f"json_schema {has}; {_VALID}.")
+        raise InvalidTask(f"json_schema {has}; {_VALID}.", field="json_schema")
     patterns = _count_patterns(schema)
     if patterns > _MAX_PATTERNS:
-        raise InvalidTask(f"json_schema has {patterns} patterns; {_MAX_PATTERNS} is the most.")
+        raise InvalidTask(f"json_schema has {patterns} patterns; {_MAX_PATTERNS} is the most.", field="json_schema")
     linear = RegexOptions(size_limit=_PATTERNS_BYTES // max(1, patterns))
     try:
         return validator_for(schema, pattern_options=linear, offline=True)
     except ValidationError as error:
         raise InvalidTask(_schema_error_text(error)) from error
     except ValueError as error:
-        raise InvalidTask(f"json_schema is nested too deeply: {error}.") from error
+        raise InvalidTask(f"json_schema is nested too deeply: {error}.", field="json_schema") from error
 
 
 def _count_patterns(schema: Any) -> int:

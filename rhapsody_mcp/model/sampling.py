@@ -27,20 +27,26 @@ def check_parameter(field: str, value: Any) -> Any:
 
 def check_integer(field: str, value: Any, least: int, most: int = _MAX_INTEGER) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InvalidTask(f"{field} is {value!r}; valid is a whole number from {least} to {most}.")
+        raise InvalidTask(f"{field} is {value!r}; valid is a whole number from {least} to {most}.", field=field)
     return value
 
 
 def check_message(message: object) -> None:
     """Raise InvalidTask for an invalid chat message; its content is not checked."""
     if not isinstance(message, dict):
-        raise InvalidTask(f"messages holds a {type(message).__name__}; valid is one such as {_MESSAGE}.")
+        raise InvalidTask(
+            f"messages holds a {type(message).__name__}; valid is one such as {_MESSAGE}.", field="messages"
+        )
     if message.get("role") not in get_args(Role):
-        raise InvalidTask(f'the role of a message is {message.get("role")!r}; valid: "system", "user", "assistant".')
+        raise InvalidTask(
+            f'the role of a message is {message.get("role")!r}; valid: "system", "user", "assistant".', field="messages"
+        )
     if other := next((key for key in message if key not in ("role", "content")), None):
-        raise InvalidTask(f"a message has {other!r}; it has role and content alone, as in {_MESSAGE}.")
+        raise InvalidTask(
+            f"a message has {other!r}; it has role and content alone, as in {_MESSAGE}.", field="messages"
+        )
     if "content" not in message:
-        raise InvalidTask(f"a message has no content; valid is one such as {_MESSAGE}.")
+        raise InvalidTask(f"a message has no content; valid is one such as {_MESSAGE}.", field="messages")
 
 
 _MESSAGE = '{"role": "user", "content": "..."}'
@@ -49,7 +55,7 @@ _MESSAGE = '{"role": "user", "content": "..."}'
 def _number(low: float, high: float) -> Callable[[str, Any], float]:
     def check(field: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise InvalidTask(f"{field} is {value!r}; valid is a number from {low} to {high}.")
+            raise InvalidTask(f"{field} is {value!r}; valid is a number from {low} to {high}.", field=field)
         return float(value)
 
     return check
@@ -61,7 +67,7 @@ def _integer(least: int, most: int = _MAX_INTEGER) -> Callable[[str, Any], int]:
 
 def _text(field: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise InvalidTask(f"{field} is {value!r}; valid is a text.")
+        raise InvalidTask(f"{field} is {value!r}; valid is a text.", field=field)
     return value
 
 
@@ -71,7 +77,7 @@ def _top_k(field: str, value: Any) -> int:
 
 def _texts(field: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) and text for text in value):
-        raise InvalidTask(f"{field} is {value!r}; valid is a list of texts that are not empty.")
+        raise InvalidTask(f"{field} is {value!r}; valid is a list of texts that are not empty.", field=field)
     if len(value) > _MAX_STOP_SEQUENCES:
         raise InvalidTask(f"it has {len(value)} {field}; a model server takes {_MAX_STOP_SEQUENCES} at most.")
     return tuple(value)

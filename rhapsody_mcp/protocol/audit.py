@@ -23,7 +23,7 @@ from rhapsody_mcp.protocol.audit_log import AuditFile
 from rhapsody_mcp.runtime.call_context import current_caller, current_peer
 from rhapsody_mcp.runtime.redaction import redacted, summary
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.replies.base import one_line, shortened
+from rhapsody_mcp.toolsets.replies.formatting import one_line, shortened
 
 __all__ = ["Audit", "audit_deferred", "open_audit"]
 

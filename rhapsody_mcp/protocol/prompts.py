@@ -15,7 +15,7 @@ from mcp.types import INVALID_PARAMS
 from rhapsody_mcp.cards import PromptText
 from rhapsody_mcp.model.errors import InvalidRequest, RhapsodyError, UnknownName
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
-from rhapsody_mcp.toolsets.tooling.errors import refuse_call
+from rhapsody_mcp.toolsets.tooling.errors import error_text
 
 __all__ = ["make_prompt", "refuse_prompt"]
 
@@ -46,7 +46,7 @@ def make_prompt(prompt: PromptText, sessions: SessionRegistry) -> Prompt:
 
 
 def refuse_prompt(error: RhapsodyError) -> MCPError:
-    return MCPError(INVALID_PARAMS, refuse_call(error, "prompts/get"))
+    return MCPError(INVALID_PARAMS, error_text(error, "prompts/get"))
 
 
 def _fill(prompt: PromptText, sessions: SessionRegistry, values: Mapping[str, str]) -> str:

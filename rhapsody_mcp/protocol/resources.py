@@ -19,7 +19,7 @@ from rhapsody_mcp.toolsets.insight import Insight
 from rhapsody_mcp.toolsets.replies.output_excerpts import tail
 from rhapsody_mcp.toolsets.sessions import Sessions, session_row
 from rhapsody_mcp.toolsets.tasks import Tasks
-from rhapsody_mcp.toolsets.tooling.errors import refuse_call
+from rhapsody_mcp.toolsets.tooling.errors import error_text
 
 __all__ = ["TEMPLATES", "Resources", "add_resources"]
 
@@ -140,6 +140,6 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except UnknownName as error:
-        raise ResourceNotFoundError(refuse_call(error, "resources/read")) from error
+        raise ResourceNotFoundError(error_text(error, "resources/read")) from error
     except RhapsodyError as error:
-        raise ResourceError(refuse_call(error, "resources/read")) from error
+        raise ResourceError(error_text(error, "resources/read")) from error

@@ -84,7 +84,7 @@ def plan_backends(config: SessionConfig, settings: Settings) -> list[BackendPlan
     machine = inspect_machine()
     names = config.backends or _default_backends(config, machine)
     if len(set(names)) < len(names):
-        raise InvalidRequest(f"backends is {list(names)}; name each backend once.")
+        raise InvalidRequest(f"backends is {list(names)}; name each backend once.", field="backends")
     _refuse_unused_fields(config, names)
     _check_policy(config, Policy.of(settings))
     arguments = {name: _backend_arguments(name, config, settings, machine) for name in names}
@@ -142,7 +142,8 @@ def _refuse_unused_fields(config: SessionConfig, names: Sequence[BackendName]) -
         if value is not None and not set(names_of_users) & set(names):
             raise InvalidRequest(
                 f"{field} has no effect without the backend {' or '.join(names_of_users)}: add it to backends, "
-                f"which is {list(names)}, or leave {field} out."
+                f"which is {list(names)}, or leave {field} out.",
+                field=field,
             )
 
 
@@ -178,7 +179,8 @@ def _check_device(config: SessionConfig, machine: Machine) -> None:
     if "cuda" in (config.device, vllm_config.server.device if config.device is None else None) and not machine.gpus:
         raise InvalidSettings(
             'device is "cuda", and this machine has no GPU. Leave device out, or give "cpu", to serve the model on the '
-            "CPU; a server on a machine that has one is reached with the backend endpoint and its endpoint_url."
+            "CPU; a server on a machine that has one is reached with the backend endpoint and its endpoint_url.",
+            field="device",
         )
 
 
@@ -194,7 +196,8 @@ def _endpoint_arguments(config: SessionConfig, settings: Settings) -> dict[str, 
         raise InvalidRequest('the endpoint backend needs endpoint_url, as in "http://127.0.0.1:8000/v1".')
     if not _is_http_url(url):
         raise InvalidRequest(
-            f'endpoint_url is {url!r}; valid is the address of an HTTP server, as in "http://127.0.0.1:8000/v1".'
+            f'endpoint_url is {url!r}; valid is the address of an HTTP server, as in "http://127.0.0.1:8000/v1".',
+            field="endpoint_url",
         )
     is_from_settings = url == settings.endpoint_url  # the API key is sent to no other address
     model = config.endpoint_model or (settings.endpoint_model if is_from_settings else None)

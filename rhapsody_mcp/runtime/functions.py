@@ -77,7 +77,8 @@ class FunctionRegistry:
         function = RegisteredFunction(0, name or source.function_name, source, source.signature, source.docstring)
         if not _NAME.fullmatch(function.name):
             raise InvalidTask(
-                f"name is {function.name[:80]!r}; valid are letters, digits, '_', '.' and '-', at most 64."
+                f"name is {function.name[:80]!r}; valid are letters, digits, '_', '.' and '-', at most 64.",
+                field="name",
             )
         problems = await self._problems(source, timeout_s)
         if problems:

@@ -69,7 +69,7 @@ class Limits:
         try:
             spec = self.policy.check(spec)
         except InvalidRequest as error:
-            raise InvalidTask(str(error)) from error
+            raise InvalidTask(str(error), field=error.field) from error
         if isinstance(spec.work, Completion):
             spec = replace(spec, work=self._bounded_completion(spec.work))
         return replace(spec, timeout_s=self._timeout(spec.timeout_s))
@@ -80,23 +80,29 @@ class Limits:
             if max_session_tokens is not None and isinstance(getattr(work, field), Ref):
                 raise InvalidTask(
                     f"{field} must be a number here, because the tokens of a session are limited "
-                    f"({_setting('max_session_tokens')})."
+                    f"({_setting('max_session_tokens')}).",
+                    field=field,
                 )
         if max_tokens is not None and _number(work.max_tokens) > max_tokens:
             raise InvalidTask(
-                f"max_tokens is {work.max_tokens}; the most here is {max_tokens} ({_setting('max_answer_tokens')})."
+                f"max_tokens is {work.max_tokens}; the most here is {max_tokens} ({_setting('max_answer_tokens')}).",
+                field="max_tokens",
             )
         if work.max_tokens is None and max_session_tokens is not None:
             raise InvalidTask(
                 "max_tokens must be given here, because the tokens of a session are limited "
-                f"({_setting('max_session_tokens')})."
+                f"({_setting('max_session_tokens')}).",
+                field="max_tokens",
             )
         return replace(work, most_tokens=max_tokens) if isinstance(work.max_tokens, Ref) else work
 
     def _timeout(self, requested_s: float | None) -> float | None:
         longest = self.settings.max_task_s
         if requested_s is not None and longest is not None and requested_s > longest:
-            raise InvalidTask(f"timeout_s is {requested_s:g}; the most here is {longest:g} ({_setting('max_task_s')}).")
+            raise InvalidTask(
+                f"timeout_s is {requested_s:g}; the most here is {longest:g} ({_setting('max_task_s')}).",
+                field="timeout_s",
+            )
         return requested_s or self._default_timeout()[0]
 
     def _default_timeout(self) -> tuple[float | None, _TimeSetting]:

@@ -77,7 +77,8 @@ class Policy(msgspec.Struct, frozen=True):
             return
         raise InvalidRequest(
             f"function {path!r} is not allowed here: allowed_modules in the settings of this server is "
-            f"{_listed(self.modules)}. Use one of these, or ask the person who runs the server."
+            f"{_listed(self.modules)}. Use one of these, or ask the person who runs the server.",
+            field="function",
         )
 
     def check_executable(self, field: str, name: str, template: Template | None = None) -> None:
@@ -91,7 +92,8 @@ class Policy(msgspec.Struct, frozen=True):
             wrong = "is not allowed here" if file is not None else "is no program that is known here by this path"
             raise InvalidRequest(
                 f"{field} {name!r}{resolved} {wrong}: allowed_executables in the settings of this server is "
-                f"{_listed(self.executables)}. Use one of these, or ask the person who runs the server."
+                f"{_listed(self.executables)}. Use one of these, or ask the person who runs the server.",
+                field=field,
             )
 
     def check_folder(self, field: str, path: str | os.PathLike[str]) -> None:
@@ -100,7 +102,8 @@ class Policy(msgspec.Struct, frozen=True):
         if not os.path.isabs(path):
             raise InvalidRequest(
                 f"{field} {os.fspath(path)!r} is no full path, and folders are restricted here (allowed_folders in the "
-                f"settings of this server is {_listed(map(str, self.folders))}): write it from / on."
+                f"settings of this server is {_listed(map(str, self.folders))}): write it from / on.",
+                field=field,
             )
         real = Path(path).resolve()
         if not any(real.is_relative_to(folder.expanduser().resolve()) for folder in self.folders):
@@ -108,7 +111,8 @@ class Policy(msgspec.Struct, frozen=True):
             raise InvalidRequest(
                 f"{field} {os.fspath(path)!r}{shown} is outside of the folders that are allowed here: allowed_folders "
                 f"in the settings of this server is {_listed(map(str, self.folders))}. Use a path in one of these, or "
-                "ask the person who runs the server."
+                "ask the person who runs the server.",
+                field=field,
             )
 
     def check_setup(self) -> None:

@@ -29,7 +29,9 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
     if "type" in kwargs or ("pmi" in kwargs and "process_templates" in kwargs):
         return _mpi(kwargs)
     if "ranks" in kwargs or "pmi" in kwargs:
-        raise InvalidTask('ranks and pmi belong to type="mpi"; a job of other processes has process_templates.')
+        raise InvalidTask(
+            'ranks and pmi belong to type="mpi"; a job of other processes has process_templates.', field="ranks"
+        )
     if "process_templates" in kwargs:
         return Layout("job", _groups(kwargs["process_templates"]))
     if "process_template" in kwargs:
@@ -47,30 +49,34 @@ def read_timeout(kwargs: Mapping[str, Any]) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InvalidTask(f"timeout is {value!r}; valid is a number of seconds above 0.")
+        raise InvalidTask(f"timeout is {value!r}; valid is a number of seconds above 0.", field="timeout")
     return float(value)
 
 
 def _mpi(kwargs: Mapping[str, Any]) -> Layout:
     if (kind := kwargs.get("type", "mpi")) != "mpi":
-        raise InvalidTask(f'type is {kind!r}; the only type is "mpi".')
+        raise InvalidTask(f'type is {kind!r}; the only type is "mpi".', field="type")
     pmi = kwargs.get("pmi", "auto")
     if pmi not in _PMI:
-        raise InvalidTask(f"pmi is {pmi!r}; valid: {', '.join(_PMI)}.")
+        raise InvalidTask(f"pmi is {pmi!r}; valid: {', '.join(_PMI)}.", field="pmi")
     if "process_templates" in kwargs:
         groups = _groups(kwargs["process_templates"])
         if kwargs.get("ranks") not in (None, count := sum(group.ranks for group in groups)):
-            raise InvalidTask(f"ranks is {kwargs['ranks']!r}, and process_templates make {count}; leave ranks out.")
+            raise InvalidTask(
+                f"ranks is {kwargs['ranks']!r}, and process_templates make {count}; leave ranks out.", field="ranks"
+            )
         return Layout("job", groups, pmi)
     if "ranks" not in kwargs:
-        raise InvalidTask('type="mpi" needs ranks, the number of its processes.')
+        raise InvalidTask('type="mpi" needs ranks, the number of its processes.', field="type")
     group = RankGroup(_rank_count(kwargs["ranks"]), _template(kwargs.get("process_template", {})))
     return Layout("job", (group,), pmi)
 
 
 def _groups(templates: Any) -> tuple[RankGroup, ...]:
     if not isinstance(templates, list | tuple) or not templates:
-        raise InvalidTask(f"process_templates is a list of (ranks, template), as in {_EXAMPLE}.")
+        raise InvalidTask(
+            f"process_templates is a list of (ranks, template), as in {_EXAMPLE}.", field="process_templates"
+        )
     return tuple(_group(item) for item in templates)
 
 
@@ -82,7 +88,7 @@ def _group(item: Any) -> RankGroup:
 
 def _rank_count(ranks: Any) -> int:
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
-        raise InvalidTask(f"ranks is {ranks!r}; valid is a whole number of at least 1.")
+        raise InvalidTask(f"ranks is {ranks!r}; valid is a whole number of at least 1.", field="ranks")
     return ranks
 
 
@@ -92,7 +98,7 @@ def _template(fields: Any) -> Template:
     refuse_unknown("key of a process template", fields, _TEMPLATE_KEYS)
     policy = _plain_policy(fields.get("policy") or {})
     if not isinstance(policy, Mapping):
-        raise InvalidTask(f"policy is a dict with any of {', '.join(_POLICY_KEYS)}, not {policy!r}.")
+        raise InvalidTask(f"policy is a dict with any of {', '.join(_POLICY_KEYS)}, not {policy!r}.", field="policy")
     refuse_unknown("key of a policy", policy, _POLICY_KEYS)
     return Template(
         env=_env(fields.get("env") or {}),
@@ -112,12 +118,12 @@ def _plain_policy(policy: Any) -> Any:
 
 def _env(env: Any) -> dict[str, str | None]:
     if not isinstance(env, Mapping):
-        raise InvalidTask(f"env is a dict of variables, not {env!r}.")
+        raise InvalidTask(f"env is a dict of variables, not {env!r}.", field="env")
     for name, value in env.items():
         if not isinstance(name, str) or not name or "=" in name or "\0" in name:
-            raise InvalidTask(f"env has no valid name of a variable in {name!r}.")
+            raise InvalidTask(f"env has no valid name of a variable in {name!r}.", field="env")
         if value is not None and (not isinstance(value, str | int | float) or "\0" in str(value)):
-            raise InvalidTask(f"env {name} is {value!r}; valid is a text, or null to remove the variable.")
+            raise InvalidTask(f"env {name} is {value!r}; valid is a text, or null to remove the variable.", field="env")
         refuse_half_characters("env", f"{name}={value}")
     return {name: None if value is None else str(value) for name, value in env.items()}
 
@@ -129,13 +135,14 @@ def refuse_half_characters(field: str, text: str) -> None:
     except UnicodeEncodeError:
         raise InvalidTask(
             f"{field} holds {text[:80]!r}, which is no Unicode text (the name of a file that is not UTF-8?). Give the "
-            "file another name, or have a function open it."
+            "file another name, or have a function open it.",
+            field=field,
         ) from None
 
 
 def _optional_text(field: str, value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
-        raise InvalidTask(f"{field} is {value!r}; valid is a text.")
+        raise InvalidTask(f"{field} is {value!r}; valid is a text.", field=field)
     refuse_half_characters(field, value or "")
     return value
 
@@ -146,5 +153,5 @@ def _is_device(number: object) -> bool:
 
 def _numbers(field: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not all(map(_is_device, value)):
-        raise InvalidTask(f"{field} is {value!r}; valid is a list of device numbers, as in [0, 1].")
+        raise InvalidTask(f"{field} is {value!r}; valid is a list of device numbers, as in [0, 1].", field=field)
     return tuple(value)

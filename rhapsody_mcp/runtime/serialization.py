@@ -31,7 +31,9 @@ class Module(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         module, _, function = self.path.partition(":")
         if not all(name.isidentifier() for name in (*module.split("."), *function.split("."))):
-            raise InvalidTask(f'{self.path!r} is no import path; write it as "package.module:function".')
+            raise InvalidTask(
+                f'{self.path!r} is no import path; write it as "package.module:function".', field="function"
+            )
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -55,10 +57,12 @@ class Source(msgspec.Struct, frozen=True):
         msgspec.structs.force_setattr(self, "text", _without_fence(self.text))
         functions = self._functions()
         if not functions:
-            raise InvalidTask("the source defines no function at its top level; write one with def.")
+            raise InvalidTask("the source defines no function at its top level; write one with def.", field="source")
         if self.entry and self.entry not in functions:
             near = nearest(self.entry, functions)
-            raise InvalidTask(f"the source has no function {self.entry!r}{near}. It has: {', '.join(functions)}.")
+            raise InvalidTask(
+                f"the source has no function {self.entry!r}{near}. It has: {', '.join(functions)}.", field="entry"
+            )
 
     @property
     def function_name(self) -> str:
@@ -86,7 +90,9 @@ class Source(msgspec.Struct, frozen=True):
             _signature(definition.args).bind(*args, **kwargs)
         except TypeError as error:
             written = ast.unparse(definition.args)
-            raise InvalidTask(f"{definition.name}({written}) does not take these arguments: {error}.") from None
+            raise InvalidTask(
+                f"{definition.name}({written}) does not take these arguments: {error}.", field="args"
+            ) from None
 
     def _functions(self) -> Mapping[str, ast.FunctionDef | ast.AsyncFunctionDef]:
         return _functions_in(self.text)
@@ -108,9 +114,11 @@ def _functions_in(text: str) -> Mapping[str, ast.FunctionDef | ast.AsyncFunction
         line = f"line {error.lineno}: " if isinstance(error, SyntaxError) and error.lineno else ""
         message = error.msg if isinstance(error, SyntaxError) else str(error)
         shown = f" in {error.text.strip()!r}" if isinstance(error, SyntaxError) and error.text else ""
-        raise InvalidTask(f"the source does not compile: {line}{message}{shown}.") from None
+        raise InvalidTask(f"the source does not compile: {line}{message}{shown}.", field="source") from None
     except (MemoryError, RecursionError):
-        raise InvalidTask("the source does not compile: an expression in it is nested too deeply.") from None
+        raise InvalidTask(
+            "the source does not compile: an expression in it is nested too deeply.", field="source"
+        ) from None
     definitions = (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     return {node.name: node for node in definitions}
 

@@ -1,1 +1,1 @@
-"""What an agent can do: one class a toolset, one thin method a tool; the text that the model reads is its card."""
+"""The MCP tools: a class for each toolset, and a thin method for each tool, whose card is what the model reads."""

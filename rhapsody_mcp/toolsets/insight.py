@@ -1,4 +1,4 @@
-"""The tools that tell how a session goes and what this machine can do."""
+"""The tools that show the statistics of a session, and what this machine can do."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import leaves
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.replies.base import Reply, reply
-from rhapsody_mcp.toolsets.replies.statistics_report import SessionStatistics, figures_of, figures_text
+from rhapsody_mcp.toolsets.replies.formatting import NAMES_SHOWN, limited_list
+from rhapsody_mcp.toolsets.replies.statistics_report import SessionStatistics, statistics_report, statistics_text
 from rhapsody_mcp.toolsets.sessions import SessionId
-from rhapsody_mcp.toolsets.tooling.schemas import UNTOLD
+from rhapsody_mcp.toolsets.tooling.schemas import TYPE_ONLY
 
 __all__ = ["Insight"]
 
 _LIMITS = [key for key in Settings.model_fields if key.startswith("max_")]
 _POLICY = ["allow_source", "allowed_executables", "allowed_modules", "allowed_folders"]
 _BUDGETS = ["budget_tasks", "budget_tokens"]
-_TOLD_SETTINGS = {"default_model", "default_task_s", "wait_cap_s", "min_free_bytes", *_BUDGETS, *_LIMITS, *_POLICY}
-"""What an agent must know of what the person decided."""
+_SHOWN_SETTINGS = {"default_model", "default_task_s", "wait_cap_s", "min_free_bytes", *_BUDGETS, *_LIMITS, *_POLICY}
+"""The settings that an agent needs to know."""
 
 
-class BackendHere(Reply):
+class BackendStatus(Reply):
     """`missing` says what is not there, and how to get it."""
 
     name: str
@@ -41,17 +42,17 @@ class BackendHere(Reply):
     missing: str | None = None
 
 
-class System(Reply):
-    host: Annotated[str, UNTOLD]
-    system: Annotated[str, UNTOLD]
-    python: Annotated[str, UNTOLD]
-    cores: Annotated[int, UNTOLD]
-    memory_gib: Annotated[float | None, UNTOLD] = None
-    gpus: Annotated[list[str], UNTOLD]
-    backends: Annotated[list[BackendHere], UNTOLD]
-    mpi: Annotated[str, UNTOLD]
-    settings: Annotated[dict[str, Any], UNTOLD]
-    environment: Annotated[dict[str, Any], UNTOLD]
+class SystemReport(Reply):
+    host: Annotated[str, TYPE_ONLY]
+    system: Annotated[str, TYPE_ONLY]
+    python: Annotated[str, TYPE_ONLY]
+    cores: Annotated[int, TYPE_ONLY]
+    memory_gib: Annotated[float | None, TYPE_ONLY] = None
+    gpus: Annotated[list[str], TYPE_ONLY]
+    backends: Annotated[list[BackendStatus], TYPE_ONLY]
+    mpi: Annotated[str, TYPE_ONLY]
+    settings: Annotated[dict[str, Any], TYPE_ONLY]
+    environment: Annotated[dict[str, Any], TYPE_ONLY]
 
 
 class Insight:
@@ -63,19 +64,19 @@ class Insight:
         session: SessionId,
         group: Annotated[str | None, Field(description='Only this group, e.g. "sweep".')] = None,
     ) -> Annotated[CallToolResult, SessionStatistics]:
-        measured = self._sessions.get(session).session
-        statistics = measured.get_statistics(group)
-        replaced = len(leaves(measured.replaced))
-        told = (session, group, statistics, replaced)
-        return reply(figures_text(*told), figures_of(*told))
+        open_session = self._sessions.get(session)
+        statistics = open_session.session.get_statistics(group)
+        replaced = len(leaves(open_session.session.replaced))
+        text = statistics_text(session, group, statistics, replaced)
+        return reply(text, statistics_report(session, group, statistics, replaced))
 
-    async def describe_system(self) -> Annotated[CallToolResult, System]:
+    async def describe_system(self) -> Annotated[CallToolResult, SystemReport]:
         data = _system(inspect_machine(), self._settings, self._sessions.all())
         return reply(_system_text(data, self._settings), data)
 
 
-def _system(machine: Machine, settings: Settings, sessions: Sequence[OpenSession]) -> System:
-    return System(
+def _system(machine: Machine, settings: Settings, sessions: Sequence[OpenSession]) -> SystemReport:
+    return SystemReport(
         host=machine.host,
         system=machine.system,
         python=machine.python,
@@ -84,29 +85,29 @@ def _system(machine: Machine, settings: Settings, sessions: Sequence[OpenSession
         gpus=list(machine.gpus),
         backends=_backends(machine),
         mpi=_mpi(machine),
-        settings=settings.model_dump(mode="json", include=_TOLD_SETTINGS, exclude_none=True),
+        settings=settings.model_dump(mode="json", include=_SHOWN_SETTINGS, exclude_none=True),
         environment=_environment(settings, sessions),
     )
 
 
 def _environment(settings: Settings, sessions: Sequence[OpenSession]) -> dict[str, Any]:
-    """What engines find: which variables of the server's own they lack, and what sessions gave them besides."""
+    """The variables of the server that engines do not inherit, and the environments that sessions asked for."""
     withheld = Environment(withheld=settings.withheld_variables)
-    given = {opened.id: opened.config.environment for opened in sessions if opened.config.environment is not None}
+    wanted = {one.id: one.config.environment for one in sessions if one.config.environment is not None}
     return {
         "withheld": sorted(name for name in os.environ if withheld.withholds(name)),
-        "sessions": {id: {"variables": sorted(one.variables), "setup": list(one.setup)} for id, one in given.items()},
+        "sessions": {id: {"variables": sorted(one.variables), "setup": list(one.setup)} for id, one in wanted.items()},
     }
 
 
-def _backends(machine: Machine) -> list[BackendHere]:
+def _backends(machine: Machine) -> list[BackendStatus]:
     compute = "functions and executables, as workers, single processes and jobs of many ranks"
-    served = "the GPUs" if machine.gpus else "the CPU: small models only"
+    device = "the GPUs" if machine.gpus else "the CPU: small models only"
     return [
         _backend("dragon", f"{compute}, placed by Dragon", machine.dragon),
-        BackendHere(name="local", works=True, runs=f"{compute}, as processes of this machine; no Dragon needed"),
-        _backend("vllm", f"prompts, with a vLLM server that the session starts on {served}", machine.vllm),
-        BackendHere(name="endpoint", works=True, runs="prompts, with an OpenAI-compatible server at endpoint_url"),
+        BackendStatus(name="local", works=True, runs=f"{compute}, as processes of this machine; no Dragon needed"),
+        _backend("vllm", f"prompts, with a vLLM server that the session starts on {device}", machine.vllm),
+        BackendStatus(name="endpoint", works=True, runs="prompts, with an OpenAI-compatible server at endpoint_url"),
     ]
 
 
@@ -118,34 +119,34 @@ def _mpi(machine: Machine) -> str:
     return f"MPI jobs may run here, on dragon: {machine.pmi} is here, and the first one tries whether it works"
 
 
-def _backend(name: str, runs: str, part: Dependency) -> BackendHere:
+def _backend(name: str, runs: str, part: Dependency) -> BackendStatus:
     missing = None if part.present else f"{part.name} is not installed. Get it with: {part.remedy}."
-    return BackendHere(name=name, works=part.present, version=part.version or None, runs=runs, missing=missing)
+    return BackendStatus(name=name, works=part.present, version=part.version or None, runs=runs, missing=missing)
 
 
-def _system_text(data: System, settings: Settings) -> str:
+def _system_text(data: SystemReport, settings: Settings) -> str:
     memory = f", {data.memory_gib:g} GiB memory" if data.memory_gib else ""
     gpus = ", ".join(data.gpus) or "no GPU"
     lines = [f"{data.host}: {data.system}, Python {data.python}, {data.cores} cores{memory}, {gpus}."]
     lines += [f"- {_headline(backend)}: {backend.missing or backend.runs}" for backend in data.backends]
     lines.append(f"- {data.mpi}.")
-    told = shipped_text() if settings.default_model == SHIPPED else f"{settings.default_model}. {models_text()}"
-    lines += [f"Default model: {told}", _asks_text(settings)]
+    model = shipped_text() if settings.default_model == SHIPPED else f"{settings.default_model}. {models_text()}"
+    lines += [f"Default model: {model}", _bounds_text(settings)]
     lines += [_limits_text(settings), *_policy_text(settings), *_environment_text(data.environment)]
     return "\n".join(lines)
 
 
-def _headline(backend: BackendHere) -> str:
+def _headline(backend: BackendStatus) -> str:
     """As in `dragon 0.15.1 works here`."""
-    named = f"{backend.name} {backend.version}" if backend.version else backend.name
-    return f"{named} {'works here' if backend.works else 'does not work here'}"
+    name = f"{backend.name} {backend.version}" if backend.version else backend.name
+    return f"{name} {'works here' if backend.works else 'does not work here'}"
 
 
 def _limits_text(settings: Settings) -> str:
     """As in `Limits (settings): max_sessions 32, ...`."""
     limits = ((key, getattr(settings, key)) for key in (*_LIMITS, "default_task_s", "min_free_bytes"))
-    told = (f"{key} {_amount(key, value)}" for key, value in limits if value is not None)
-    return f"Limits, by the keys of the server's settings: {', '.join(told)}."
+    texts = (f"{key} {_amount(key, value)}" for key, value in limits if value is not None)
+    return f"Limits, by the keys of the server's settings: {', '.join(texts)}."
 
 
 def _amount(key: str, value: float) -> str:
@@ -160,29 +161,26 @@ _UNITS = (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024))
 
 
 def _policy_text(settings: Settings) -> list[str]:
-    told = [] if settings.allow_source else ["no functions as source text (allow_source)"]
+    rules = [] if settings.allow_source else ["no functions as source text (allow_source)"]
     for key in _POLICY[1:]:
         if (allowed := getattr(settings, key)) is not None:
-            told.append(f"{key}: {', '.join(map(str, allowed)) or 'none'}")
-    return [f"Allowed here: {'; '.join(told)}."] if told else []
+            rules.append(f"{key}: {', '.join(map(str, allowed)) or 'none'}")
+    return [f"Allowed here: {'; '.join(rules)}."] if rules else []
 
 
 def _environment_text(environment: dict[str, Any]) -> list[str]:
     lines = []
     if names := environment["withheld"]:
-        shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+        shown = limited_list(names, NAMES_SHOWN, ", ...")
         lines.append(f"Variables of the server that tasks do not inherit (withheld_variables): {shown}.")
-    for id, given in environment["sessions"].items():
-        parts = {"variables": ", ".join(given["variables"]), "setup": "; ".join(given["setup"])}
+    for id, own in environment["sessions"].items():
+        parts = {"variables": ", ".join(own["variables"]), "setup": "; ".join(own["setup"])}
         lines.append(f"Engines of {id} start with {', '.join(f'{key} {part}' for key, part in parts.items() if part)}.")
     return lines
 
 
-_NAMES_SHOWN = 20
-
-
-def _asks_text(settings: Settings) -> str:
-    asks = {"tasks": settings.budget_tasks, "tokens of max_tokens": settings.budget_tokens}
-    told = [f"{most} {what}" for what, most in asks.items() if most is not None]
-    budget = f" Above {' or '.join(told)} in a session, submit_tasks asks the person." if told else ""
+def _bounds_text(settings: Settings) -> str:
+    budgets = {"tasks": settings.budget_tasks, "tokens of max_tokens": settings.budget_tokens}
+    texts = [f"{most} {what}" for what, most in budgets.items() if most is not None]
+    budget = f" Above {' or '.join(texts)} in a session, submit_tasks asks the person." if texts else ""
     return f"One wait_tasks waits {settings.wait_cap_s:g} s at most.{budget}"

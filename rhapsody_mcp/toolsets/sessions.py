@@ -1,4 +1,4 @@
-"""The tools that open, list and close sessions."""
+"""The tools that open, list, export and close sessions."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ from rhapsody_mcp.runtime.requests.task_request import Env
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import Task, leaves, tasks_text
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.replies.base import Reply, counts_text, reply
+from rhapsody_mcp.toolsets.replies.base import Reply, reply
+from rhapsody_mcp.toolsets.replies.formatting import counts_text
 from rhapsody_mcp.toolsets.tooling.confirmation import (
     Answer,
-    Asking,
+    CallContext,
     Confirm,
-    Desk,
     Force,
     Loss,
-    ask_about,
-    named_few,
-    refuse_unless,
+    ServerState,
+    ask_before_loss,
+    require_agreement,
+    task_names,
 )
 from rhapsody_mcp.toolsets.tooling.deferred import defer
 
@@ -70,7 +71,7 @@ class BackendRow(Reply):
     runs: list[str]
 
 
-class Created(Reply):
+class CreatedSession(Reply):
     session: str
     backends: list[BackendRow]
 
@@ -85,31 +86,31 @@ class SessionList(Reply):
     sessions: list[SessionRow]
 
 
-class Closed(Reply):
+class CloseReport(Reply):
     session: str
     counts: dict[str, int]
     canceled: int
 
 
-async def ask_to_close(session: str, force: bool, context: Asking) -> Elicit[Confirm] | Confirm:
-    opened = Desk.of(context).sessions.get(session)
-    if force:
-        return Confirm()
-    running = _open_tasks(opened)
-    told = (
-        f"This closes {session}, cancels {tasks_text(len(running))} of it that have not ended ({named_few(running)}), "
-        "and deletes all its results."
-    )
-    return ask_about(Loss(told, {task.uid for task in running}), opened, "close_session", context)
-
-
-def _open_tasks(opened: OpenSession) -> list[Task]:
-    return [task for task in leaves(opened.session.tasks) if not task.state.final]
-
-
 class ExportReport(Reply):
     script: str
     provenance: str
+
+
+async def ask_to_close(session: str, force: bool, context: CallContext) -> Elicit[Confirm] | Confirm:
+    open_session = ServerState.of(context).sessions.get(session)
+    if force:
+        return Confirm()
+    running = _open_tasks(open_session)
+    sentence = (
+        f"This closes {session}, cancels {tasks_text(len(running))} of it that have not ended ({task_names(running)}), "
+        "and deletes all its results."
+    )
+    return ask_before_loss(Loss(sentence, {task.uid for task in running}), open_session, "close_session", context)
+
+
+def _open_tasks(open_session: OpenSession) -> list[Task]:
+    return [task for task in leaves(open_session.session.tasks) if not task.state.final]
 
 
 class Sessions:
@@ -143,35 +144,35 @@ class Sessions:
             Setup | None,
             Field(description='Of engines, e.g. {"variables": {"A": "1"}, "setup": ["module load gcc"]} (in bash -l).'),
         ] = None,
-    ) -> Annotated[CallToolResult, Created]:
+    ) -> Annotated[CallToolResult, CreatedSession]:
         wanted = SessionConfig(
             backends=tuple(backends or ()),
             num_workers=num_workers,
-            model=_found(model),
+            model=_full_path(model),
             device=device,
-            config_file=_found(config_file),
+            config_file=_full_path(config_file),
             endpoint_url=endpoint_url,
             endpoint_model=endpoint_model,
             environment=None if environment is None else environment.read(),
             folder=current_folder.get(),
         )
-        opened = await self._sessions.open(wanted, name)
-        rows = [_backend_row(backend) for backend in opened.session.backends]
-        return reply(self._created_text(opened, rows), Created(session=opened.id, backends=rows))
+        open_session = await self._sessions.open(wanted, name)
+        rows = [_backend_row(backend) for backend in open_session.session.backends]
+        return reply(self._created_text(open_session, rows), CreatedSession(session=open_session.id, backends=rows))
 
-    def _created_text(self, opened: OpenSession, rows: list[BackendRow]) -> str:
+    def _created_text(self, open_session: OpenSession, rows: list[BackendRow]) -> str:
         idle = self._settings.engine_idle_s
         stop = f"; one that has had no task for {idle:g} s stops until the next (engine_idle_s)" if idle else ""
-        lines = [f"{opened.id} is open. Engines start with the first task that needs them{stop}."]
+        lines = [f"{open_session.id} is open. Engines start with the first task that needs them{stop}."]
         lines += [f"- {row.name} runs {', '.join(row.runs)} tasks" for row in rows]
-        shipped = (backend.name for backend in opened.session.backends if getattr(backend, "is_shipped", False))
+        shipped = (backend.name for backend in open_session.session.backends if getattr(backend, "is_shipped", False))
         lines += [f"- {name} serves {shipped_text()}" for name in shipped]
         if not any("prompt" in row.runs for row in rows):
             lines.append("- prompts are refused: no backend of this session answers them (see describe_system)")
-        return "\n".join([*lines, f'Next: submit_tasks(session="{opened.id}", tasks=[...]).'])
+        return "\n".join([*lines, f'Next: submit_tasks(session="{open_session.id}", tasks=[...]).'])
 
     async def list_sessions(self) -> Annotated[CallToolResult, SessionList]:
-        rows = [session_row(opened) for opened in self._sessions.all()]
+        rows = [session_row(open_session) for open_session in self._sessions.all()]
         lines = [f"{row.session} ({', '.join(row.backends)}): {counts_text(row.counts)}" for row in rows]
         return reply("\n".join(lines) or "No session is open: call create_session.", SessionList(sessions=rows))
 
@@ -186,19 +187,19 @@ class Sessions:
 
     async def close_session(
         self, session: SessionId, force: Force = False, *, answer: Annotated[Answer, Resolve(ask_to_close)]
-    ) -> Annotated[CallToolResult, Closed]:
-        refuse_unless(answer)
+    ) -> Annotated[CallToolResult, CloseReport]:
+        require_agreement(answer)
         running = _open_tasks(self._sessions.get(session))
         if running:
             defer()
         closed = await self._sessions.close(session)
         counts = closed.session.get_statistics()["counts"]
         text = f"{session} is closed and nothing of it is running: {counts_text(counts)}. Its results are deleted."
-        return reply(text, Closed(session=session, counts=counts, canceled=len(running)))
+        return reply(text, CloseReport(session=session, counts=counts, canceled=len(running)))
 
 
 def _beginning(script: str) -> str:
-    """Whole lines of it, as far as a reply holds them."""
+    """The first lines of the script, as many as a reply has room for."""
     shown = script.encode()[:_HEAD_BYTES].decode("utf-8", "ignore")
     return script if shown == script else shown[: shown.rfind("\n") + 1] or shown
 
@@ -206,8 +207,12 @@ def _beginning(script: str) -> str:
 def _exported_text(data: ExportReport, script: Script) -> str:
     head = _beginning(script.text)
     begins = "" if head == script.text else " begins"
-    left = {"were canceled": script.left_out, "others replaced": script.replaced, "no code can say": script.unwritable}
-    missing = ", ".join(f"{count} that {why}" for why, count in left.items() if count)
+    left_out = {
+        "were canceled": script.left_out,
+        "others replaced": script.replaced,
+        "no code can say": script.unwritable,
+    }
+    missing = ", ".join(f"{count} that {why}" for why, count in left_out.items() if count)
     return (
         f"{data.script} ({len(script.text.encode())} bytes) repeats {tasks_text(script.tasks)}"
         f"{f'; not in it: {missing}' if missing else ''}.\n"
@@ -221,13 +226,12 @@ def _backend_row(backend: Backend) -> BackendRow:
     return BackendRow(name=backend.name, runs=sorted(backend.kinds))
 
 
-def session_row(opened: OpenSession) -> SessionRow:
-    names = [backend.name for backend in opened.session.backends]
-    return SessionRow(session=opened.id, backends=names, counts=opened.session.counts)
+def session_row(open_session: OpenSession) -> SessionRow:
+    names = [backend.name for backend in open_session.session.backends]
+    return SessionRow(session=open_session.id, backends=names, counts=open_session.session.counts)
 
 
-def _found(path: str | None) -> str | None:
-    """A path that is relative to the caller's folder, in full where there is such a thing; else what it was, which
-    may be a name."""
-    there = os.path.join(current_folder.get(), os.path.expanduser(path or ""))
-    return there if path and current_folder.get() and os.path.exists(there) else path
+def _full_path(name: str | None) -> str | None:
+    """The full path of a file that the name leads to from the caller's folder; the name itself where there is none."""
+    path = os.path.join(current_folder.get(), os.path.expanduser(name or ""))
+    return path if name and current_folder.get() and os.path.exists(path) else name

@@ -1,4 +1,4 @@
-"""The tools that submit tasks, wait for them, and show what came of them."""
+"""The tools that submit tasks, wait for them, list and cancel them, and show their results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import anyio
-from mcp.server.mcpserver import Context, Resolve
+from mcp.server.mcpserver import Resolve
 from mcp.types import CallToolResult
 from pydantic import Field
 
@@ -18,22 +18,33 @@ from rhapsody_mcp.runtime.requests.task_request import TaskRequest
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.cancellation import CancelReport, ask_to_cancel, canceled_with, chosen_tasks, report_canceled
-from rhapsody_mcp.toolsets.replies.base import Reply, TaskRows, call_text, reply, task_row
-from rhapsody_mcp.toolsets.replies.output_excerpts import How
-from rhapsody_mcp.toolsets.replies.task_result import TaskResult, show_result
+from rhapsody_mcp.toolsets.cancellation import (
+    CancelReport,
+    ask_to_cancel,
+    cancel_report,
+    tasks_to_cancel,
+    with_dependents,
+)
+from rhapsody_mcp.toolsets.replies.base import Reply, TaskRows, reply, task_row
+from rhapsody_mcp.toolsets.replies.formatting import call_text
+from rhapsody_mcp.toolsets.replies.output_excerpts import OutputEnd
+from rhapsody_mcp.toolsets.replies.result_reply import TaskResult
+from rhapsody_mcp.toolsets.replies.task_result import PageRequest, show_result
 from rhapsody_mcp.toolsets.sessions import SessionId
 from rhapsody_mcp.toolsets.submission.budget import ask_to_exceed
-from rhapsody_mcp.toolsets.submission.submit import Submitted, plan, submit
-from rhapsody_mcp.toolsets.tooling.background import aside
-from rhapsody_mcp.toolsets.tooling.confirmation import Answer, Force, refuse_unless
+from rhapsody_mcp.toolsets.submission.plan import plan
+from rhapsody_mcp.toolsets.submission.report import SubmissionReport
+from rhapsody_mcp.toolsets.submission.submit import submit
+from rhapsody_mcp.toolsets.tooling.background import to_thread_if_large
+from rhapsody_mcp.toolsets.tooling.confirmation import Answer, CallContext, Force, require_agreement
 from rhapsody_mcp.toolsets.tooling.deferred import LONGEST_WAIT_S, defer
-from rhapsody_mcp.toolsets.waiting.wait import Bell, Questions, State, Waited, choose, progress_text, report, wait_for
+from rhapsody_mcp.toolsets.waiting.report import WaitReport, wait_report
+from rhapsody_mcp.toolsets.waiting.selection import State, WaitFilters, select_tasks
+from rhapsody_mcp.toolsets.waiting.wait import ChangeSignal, progress_text, wait_for
 
 __all__ = ["Tasks"]
 
 _CANCEL_WAIT_S = 15.0
-_NAMES_SHOWN = 20
 
 
 class TaskPage(Reply):
@@ -47,8 +58,8 @@ class TaskPage(Reply):
 class Tasks:
     def __init__(self, sessions: SessionRegistry, settings: Settings) -> None:
         self._sessions, self._settings = sessions, settings
-        self._bell, self._questions = Bell(), Questions()
-        self.leave = sessions.watch(self._bell.ring)
+        self._signal, self._filters = ChangeSignal(), WaitFilters()
+        self.leave = sessions.watch(self._signal.notify)
 
     async def submit_tasks(
         self,
@@ -64,17 +75,17 @@ class Tasks:
         force: Force = False,
         *,
         answer: Annotated[Answer, Resolve(ask_to_exceed)],
-    ) -> Annotated[CallToolResult, Submitted]:
-        refuse_unless(answer)
-        opened = self._sessions.get(session)
+    ) -> Annotated[CallToolResult, SubmissionReport]:
+        require_agreement(answer)
+        open_session = self._sessions.get(session)
         if dry_run:
-            return await aside(plan, opened, tasks, inspect_machine())
-        return await submit(opened, tasks, idempotency_key)
+            return await to_thread_if_large(plan, open_session, tasks, inspect_machine())
+        return await submit(open_session, tasks, idempotency_key)
 
     async def wait_tasks(
         self,
         session: SessionId,
-        context: Context[Any, Any],
+        context: CallContext,
         tasks: Annotated[
             list[str] | None,
             Field(description='Names or ids, e.g. ["train", "task.000007"]; default is every task of the session.'),
@@ -91,21 +102,21 @@ class Tasks:
             float | None,
             Field(ge=0, allow_inf_nan=False, description="Seconds to wait, default 25; cut at the server's cap."),
         ] = None,
-    ) -> Annotated[CallToolResult, Waited]:
-        arrived = asyncio.get_running_loop().time()  # the cap is on the call, not on what is left after a long choice
-        chosen = choose(self._sessions.get(session), tasks, state, cursor, self._questions)
-        since = chosen.since if cursor else len(chosen.opened.session.ended)
-        asked = self._settings.wait_default_s if timeout_s is None else timeout_s
-        waits = asked > 0 and not all(task.state.final for task in chosen.awaited)
-        applied = min(asked, LONGEST_WAIT_S if waits and defer() else self._settings.wait_cap_s)
+    ) -> Annotated[CallToolResult, WaitReport]:
+        started = asyncio.get_running_loop().time()  # the cap is on the whole call, also on a long selection of tasks
+        selected = select_tasks(self._sessions.get(session), tasks, state, cursor, self._filters)
+        since = selected.since if cursor else len(selected.open_session.session.ended)
+        asked_s = self._settings.wait_default_s if timeout_s is None else timeout_s
+        waits = asked_s > 0 and not all(task.state.final for task in selected.awaited)
+        applied_s = min(asked_s, LONGEST_WAIT_S if waits and defer() else self._settings.wait_cap_s)
 
         async def tick(waited_s: float) -> None:
-            await context.report_progress(waited_s, applied, progress_text(chosen))
+            await context.report_progress(waited_s, applied_s, progress_text(selected))
 
-        waited = await wait_for(
-            chosen, self._bell, count=count, since=since, timeout_s=applied, started=arrived, tick=tick
+        waited_s = await wait_for(
+            selected, self._signal, count=count, since=since, timeout_s=applied_s, started=started, tick=tick
         )
-        return report(chosen, asked=asked, applied=applied, waited=waited)
+        return wait_report(selected, asked_timeout_s=asked_s, applied_timeout_s=applied_s, waited_s=waited_s)
 
     async def list_tasks(
         self,
@@ -119,28 +130,28 @@ class Tasks:
         limit: Annotated[int, Field(ge=1, le=50, description="Most tasks in one reply.")] = 20,
         cursor: Annotated[str | None, Field(description="next_cursor of the reply before, for the next page.")] = None,
     ) -> Annotated[CallToolResult, TaskPage]:
-        opened = self._sessions.get(session)
-        listed = opened.session.tasks if for_each is None else _tasks_of(opened.task(for_each))
+        open_session = self._sessions.get(session)
+        tasks = open_session.session.tasks if for_each is None else _children_of(open_session.task(for_each))
         if slowest:
-            listed = sorted(leaves(listed), key=lambda task: task.timing.execution_s or 0.0, reverse=True)
-        start = 0 if cursor is None else _read_cursor(cursor)
+            tasks = sorted(leaves(tasks), key=lambda task: task.timing.execution_s or 0.0, reverse=True)
+        start = 0 if cursor is None else _parse_cursor(cursor)
         if state is None and not name_contains:
-            total, rest = len(listed), list(enumerate(listed[start : start + limit + 1], start + 1))
+            total, rest = len(tasks), list(enumerate(tasks[start : start + limit + 1], start + 1))
         else:
-            matching = [(n, task) for n, task in enumerate(listed, 1) if _matches(task, state, name_contains or "")]
+            matching = [(n, task) for n, task in enumerate(tasks, 1) if _matches(task, state, name_contains or "")]
             total, rest = len(matching), [(number, task) for number, task in matching if number > start]
         more = len(rest) > limit
         rows = [task_row(task) for _, task in rest[:limit]]
         page = TaskPage(
             session=session,
             total=total,
-            tasks=[row.after(before) for before, row in zip([None, *rows], rows, strict=False)],
+            tasks=[row.after(previous) for previous, row in zip([None, *rows], rows, strict=False)],
             has_more=more,
             next_cursor=str(rest[limit - 1][0]) if more else None,
         )
-        asked = {"state": state, "name_contains": name_contains, "for_each": for_each, "limit": limit}
-        asked |= {"slowest": True} if slowest else {}
-        return reply(_page_text(page, asked), page)
+        filters = {"state": state, "name_contains": name_contains, "for_each": for_each, "limit": limit}
+        filters |= {"slowest": True} if slowest else {}
+        return reply(_page_text(page, filters), page)
 
     async def get_result(
         self,
@@ -153,24 +164,22 @@ class Tasks:
         start: Annotated[int | None, Field(description="First item or character, from 0; -20: the last 20.")] = None,
         limit: Annotated[int | None, Field(ge=1, description="Most items or characters; default: what fits.")] = None,
         output: Annotated[
-            How | None, Field(description='Show more of stdout and stderr: the end ("tail") or beginning ("head").')
+            OutputEnd | None,
+            Field(description='Show more of stdout and stderr: the end ("tail") or beginning ("head").'),
         ] = None,
         search: Annotated[
             str | None,
             Field(pattern=r"[^|\s]", max_length=200, description='Show their lines with a text, e.g. "error|warning".'),
         ] = None,
     ) -> Annotated[CallToolResult, TaskResult]:
-        opened = self._sessions.get(session)
+        open_session = self._sessions.get(session)
         return await show_result(
-            opened.session,
-            opened.task(task),
-            path=path,
-            start=start,
-            limit=limit,
+            open_session.session,
+            open_session.task(task),
+            PageRequest(path, start, limit, self._settings.result_bytes),
             rank=rank,
             output=output,
             search=search,
-            max_bytes=self._settings.result_bytes,
         )
 
     async def cancel_tasks(
@@ -182,25 +191,25 @@ class Tasks:
         *,
         answer: Annotated[Answer, Resolve(ask_to_cancel)],
     ) -> Annotated[CallToolResult, CancelReport]:
-        refuse_unless(answer)
-        opened = self._sessions.get(session)
-        chosen = chosen_tasks(opened, tasks, all_open)
-        had_ended = sum(task.state.final for task in leaves(chosen))
-        if ending := canceled_with(chosen, opened.session.tasks):
+        require_agreement(answer)
+        open_session = self._sessions.get(session)
+        canceled = tasks_to_cancel(open_session, tasks, all_open)
+        had_ended = sum(task.state.final for task in leaves(canceled))
+        if ending := with_dependents(canceled, open_session.session.tasks):
             defer()
         with anyio.move_on_after(_CANCEL_WAIT_S):
-            await opened.session.cancel([task for task in chosen if not task.state.final])
-        return report_canceled(ending, had_ended)
+            await open_session.session.cancel([task for task in canceled if not task.state.final])
+        return cancel_report(ending, had_ended)
 
 
-def _tasks_of(task: Task) -> Sequence[Task]:
+def _children_of(task: Task) -> Sequence[Task]:
     if not isinstance(task, ForEach):
         raise InvalidRequest(f"{name_of(task)} is no for_each: it has no tasks of its own. Leave for_each out.")
     return task.children
 
 
-def _read_cursor(cursor: str) -> int:
-    """The number of the last task that was shown: numbers do not change, tasks are only added."""
+def _parse_cursor(cursor: str) -> int:
+    """The number of the last task that was shown. Numbers do not change, as tasks are only added."""
     if not is_index(cursor):
         raise InvalidRequest(
             f"cursor {cursor[:64]!r} is no next_cursor of a reply; leave cursor out for the first page."
@@ -209,13 +218,13 @@ def _read_cursor(cursor: str) -> int:
 
 
 def _matches(task: Task, state: State | None, name_part: str) -> bool:
-    right_state = state is None or task.state.value == state or (state == "open" and not task.state.final)
-    return right_state and name_part in (task.name or "")
+    in_state = state is None or task.state.value == state or (state == "open" and not task.state.final)
+    return in_state and name_part in (task.name or "")
 
 
-def _page_text(page: TaskPage, asked: dict[str, Any]) -> str:
+def _page_text(page: TaskPage, filters: dict[str, Any]) -> str:
     lines = [f"{len(page.tasks)} of {page.total} tasks of {page.session}:", *(row.line() for row in page.tasks)]
     if page.next_cursor:
-        more = call_text("list_tasks", session=page.session, **asked, cursor=page.next_cursor)
+        more = call_text("list_tasks", session=page.session, **filters, cursor=page.next_cursor)
         lines.append(f"More: {more}.")
     return "\n".join(lines) if page.total else f"No task of {page.session} matches."

@@ -1,4 +1,4 @@
-"""What words of other systems are called here, and who can help with what there is not."""
+"""Suggests the valid name for a word of another system, or what to do where this server has no such field."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from rhapsody_mcp.machine import Machine, inspect_machine
 from rhapsody_mcp.model.errors import nearest
 
-__all__ = ["in_our_words"]
+__all__ = ["suggestion"]
 
-_WORDS = {
+_SYNONYMS = {
     "source": "code script python body",
     "function": "callable func fn",
     "executable": "command cmd program binary exe",
@@ -34,17 +34,17 @@ _WORDS = {
     "num_workers": "workers cores cpus",
     "session": "id session_id",
 }
-"""By our name, in the order in which they are looked through."""
+"""Words of other systems, by the name that this server uses; the first name that fits is suggested."""
 
 
-def in_our_words(name: str, known: Iterable[str]) -> str:
-    """Which of the known names is meant, or what there is for what is asked for; empty where nothing comes near."""
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The known name that is probably meant, or what to do instead; empty where no known name is similar."""
     word, valid = name.casefold().replace("-", "_"), list(known)
-    for ours, others in _WORDS.items():
-        if ours in valid and word in others.split():
-            return f" (did you mean {ours!r}?)"
-    help = next((help for words, help in _HELP if word in words.split()), None)
-    return nearest(name, valid) if help is None else f": {help(inspect_machine())}"
+    for known_name, synonyms in _SYNONYMS.items():
+        if known_name in valid and word in synonyms.split():
+            return f" (did you mean {known_name!r}?)"
+    advice = next((advice for words, advice in _ABSENT if word in words.split()), None)
+    return nearest(name, valid) if advice is None else f": {advice(inspect_machine())}"
 
 
 def _nodes(machine: Machine) -> str:
@@ -67,9 +67,9 @@ def _gpus(machine: Machine) -> str:
 
 
 def _memory(machine: Machine) -> str:
-    there = "its memory" if machine.memory_gib is None else f"{machine.memory_gib:g} GiB"
+    size = "its memory" if machine.memory_gib is None else f"{machine.memory_gib:g} GiB"
     return (
-        f"tasks share {there} of this machine, and none is set aside for one. Where that is too little, split the data "
+        f"tasks share {size} of this machine, and none is set aside for one. Where that is too little, split the data "
         "with for_each, or ask the person for another machine; the server's limits are its administrator's"
     )
 
@@ -81,9 +81,10 @@ def _queue(_: Machine) -> str:
     )
 
 
-_HELP: list[tuple[str, Callable[[Machine], str]]] = [
+_ABSENT: list[tuple[str, Callable[[Machine], str]]] = [
     ("nodes node num_nodes nnodes hosts", _nodes),
     ("gpus gpu num_gpus ngpus gpus_per_task cuda accelerators", _gpus),
     ("memory mem memory_gb mem_gb memory_mb ram", _memory),
     ("queue partition account qos reservation", _queue),
 ]
+"""What to do about resources that tasks cannot ask for, by the words for the resource."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import anyio
@@ -10,7 +10,12 @@ import pytest
 from mcp.client import ClientRequestContext
 from mcp.types import ElicitRequestParams, ElicitResult
 
+from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.runtime.requests.request_batch import make_tasks
+from rhapsody_mcp.runtime.requests.task_request import TaskRequest
+from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.submission import prepared
 from tests.agents import ERAS, Agent, open_agent
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("era", ERAS)]
@@ -22,6 +27,9 @@ NOES = [
     pytest.param(ElicitResult(action="cancel"), "gave no answer", id="cancel"),
     pytest.param(ElicitResult(action="accept", content={"go_on": False}), "said no", id="accept with no"),
 ]
+
+CALLS_OF_A_QUESTION = {"legacy": 1, "auto": 2}
+"""From protocol 2026-07-28 on, the answer comes with a second call."""
 
 
 class Person:
@@ -221,6 +229,32 @@ async def test_a_submission_over_budget_needs_force_where_nobody_can_be_asked(
         assert refused.startswith(f"needs_force: This {told}") and await submitted(agent) == 1
         await agent.call("submit_tasks", **SESSION, tasks=tasks, force=True)
         assert await submitted(agent) > 1
+
+
+async def test_a_submission_over_budget_makes_its_tasks_once_a_call(era: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(requests: Sequence[TaskRequest], session: OpenSession) -> list[Task]:
+        made.append(len(requests))
+        return make_tasks(requests, session)
+
+    monkeypatch.setattr(prepared, "make_tasks", counted)
+    person = Person(YES)
+    async with open_agent(era, settings=Settings(budget_tasks=1), elicitation_callback=person) as agent:
+        await agent.session()
+        await agent.call("submit_tasks", **SESSION, tasks=[{"prompt": "x"}, {"prompt": "y"}])
+        assert await submitted(agent) == 2
+    assert made == [2] * CALLS_OF_A_QUESTION[era] and len(person.heard) == 1
+
+
+async def test_tasks_that_others_overtook_while_the_person_read_are_made_again(era: str) -> None:
+    person = Person(YES)
+    async with open_agent(era, settings=Settings(budget_tasks=1), elicitation_callback=person) as agent:
+        await agent.session()
+        person.meanwhile = lambda: agent.call("submit_tasks", **SESSION, tasks=[{"prompt": "z"}], force=True)
+        reply = await agent.call("submit_tasks", **SESSION, tasks=[{"prompt": "x"}, {"prompt": "y"}])
+        assert (reply["first"], reply["last"]) == ("task.000002", "task.000003")
+        assert await submitted(agent) == 3
 
 
 async def test_a_dry_run_never_asks(era: str) -> None:

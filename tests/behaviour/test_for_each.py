@@ -170,19 +170,19 @@ async def test_a_thousand_tasks_are_one_row_and_their_list_has_pages() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"args": [1]}, "nothing stands for the item"),
+        ({"args": [1]}, "invalid_task: tasks[0]"),
         ({"for_each": {"x": 1}}, "for_each is a list, or a reference to one"),
         ({"for_each": [{"a": 1}], "args": [{"item": True, "path": "/b"}]}, "item 0: path '/b' leads nowhere"),
         ({"for_each": [1, "x"], "kwargs": {"y": "{item}"}}, "item 0: square(x) does not take these arguments"),
         ({"for_each": {"ref": "nobody"}}, "unknown task 'nobody'"),
         ({"args": ["{item.n} {item}"]}, "{item.n} in a text names a part wrongly; write it as in {item/name}"),
-        ({"for_each": None, "args": ["a {item}"]}, "which is not given"),
+        ({"for_each": None, "args": ["a {item}"]}, "invalid_task: tasks[0]"),
         (
             {"kwargs": {"item": True}, "for_each": [5]},
             "kwargs is an object with the function's arguments by name, not 5",
         ),
         ({"process_templates": [{"ranks": 1, "env": {"A": "{item}"}}]}, "process_templates hold no {item}"),
-        ({"for_each": None}, "stand for an item of for_each, which is not given"),
+        ({"for_each": None}, "invalid_task: tasks[0]"),
     ],
 )
 async def test_a_wrong_for_each_is_refused_whole(change: dict[str, Any], told: str) -> None:

@@ -34,7 +34,7 @@ from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
-from rhapsody_mcp.toolsets.replies.base import one_line
+from rhapsody_mcp.toolsets.replies.formatting import one_line
 from tests.agents import Agent, text_of
 from tests.services import own_service
 
@@ -82,7 +82,7 @@ async def open_checked_agent() -> AsyncIterator[Agent]:
 
 
 def answer(spec: TaskSpec, _: list[Any]) -> Any:
-    checks = isinstance(spec.work, Call) and b"import_check" in spec.work.code
+    checks = isinstance(spec.work, Call) and b"engine.task.import_check" in spec.work.code
     return [] if checks else [1, {"a": [2]}, "two"]
 
 

@@ -164,9 +164,9 @@ async def test_results_and_logs_are_cut(era: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "told"),
     [
-        (f"{ROOT}/sesion-1", "unknown session 'sesion-1' (did you mean 'session-1'?)"),
-        (f"{HOME}/tasks/trian", "unknown task 'trian' (did you mean 'train'?)"),
-        (f"{HOME}/tasks/trian/stderr", "unknown task 'trian' (did you mean 'train'?)"),
+        (f"{ROOT}/sesion-1", "unknown_session: "),
+        (f"{HOME}/tasks/trian", "unknown_task: "),
+        (f"{HOME}/tasks/trian/stderr", "unknown_task: "),
         (f"{ROOT}/sesion-1/statistics", "Call list_sessions to see what is open"),
     ],
 )

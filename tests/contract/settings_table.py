@@ -1,4 +1,4 @@
-"""Prints the README's table of settings: python -m tests.contract.settings_table"""
+"""Prints the table of docs/settings.md: python -m tests.contract.settings_table"""
 
 from __future__ import annotations
 

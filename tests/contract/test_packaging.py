@@ -58,10 +58,10 @@ async def test_the_server_and_its_service_run_from_the_wheel_alone(
     assert result.structured_content["result"] == str(tmp_path / "rhapsody_mcp")
 
 
-def test_the_source_distribution_has_the_cards_the_prompts_and_the_tests(distributions: dict[str, Path]) -> None:
+def test_the_source_distribution_has_cards_prompts_documents_and_tests(distributions: dict[str, Path]) -> None:
     with tarfile.open(distributions["sdist"]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
-    wanted = [name for name in kept if name.startswith(("tools/", "prompts/", "tests/", "rhapsody_mcp/"))]
+    wanted = [name for name in kept if name.startswith(("docs/", "tools/", "prompts/", "tests/", "rhapsody_mcp/"))]
     assert "tools/tasks/submit_tasks.md" in names
     assert not set(wanted) - names

@@ -495,7 +495,7 @@ async def test_times_add_up(session: Session) -> None:
     ("make", "words"),
     [
         (lambda: ComputeTask(identity, backend="dragoon"), "unknown backend 'dragoon'"),
-        (lambda: AITask("a prompt"), "no backend of this session runs one"),
+        (lambda: AITask("a prompt"), "no backend of this session runs a prompt"),
     ],
 )
 async def test_a_submission_with_one_wrong_task_is_refused_whole(

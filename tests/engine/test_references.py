@@ -71,15 +71,18 @@ async def test_it_stands_for_its_result_anywhere(session: Session, kind: str, ri
 
 
 async def test_one_that_is_nowhere_is_refused_and_so_is_a_circle(session: Session) -> None:
-    with pytest.raises(InvalidTask, match="which is not in this session"):
-        await session.submit_tasks([ComputeTask(open_box, args=(Box(ComputeTask(abs, args=(1,))),))])
+    lost = ComputeTask(open_box, args=(Box(ComputeTask(abs, args=(1,))),))
+    with pytest.raises(InvalidTask) as caught:
+        await session.submit_tasks([lost])
+    assert caught.value.uid == lost.uid
     first = ComputeTask(abs)
     second = ComputeTask(functools.partial(add, first), args=(1,))
     first.args = (second,)
     with pytest.raises(InvalidTask, match="wait for each other in a circle"):
         await session.submit_tasks([first, second])
-    with pytest.raises(InvalidTask, match="a task is an argument of its own"):
+    with pytest.raises(InvalidTask) as caught:
         ComputeTask(executable="echo", arguments=[["text", first]])
+    assert caught.value.field == "arguments"
 
 
 CACHED = """

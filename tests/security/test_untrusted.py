@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
-from rhapsody_mcp.toolsets.replies.base import one_line, quoted, untrusted
+from rhapsody_mcp.toolsets.replies.formatting import one_line, quoted, untrusted
 from tests.agents import open_agent, outcome_of
 
 pytestmark = pytest.mark.anyio

@@ -16,16 +16,16 @@ pytestmark = pytest.mark.anyio
 
 
 class Open:
-    """Stands for the choice of a task that does not end."""
+    """Stands for the selection of a task that does not end."""
 
     def __init__(self, task: Task) -> None:
-        self.until, self.opened = [task], None
+        self.until, self.open_session = [task], None
 
 
 class Silent:
-    """A bell that nobody rings."""
+    """A signal that never comes."""
 
-    async def heard(self, _: object) -> None:
+    async def wait(self, _: object) -> None:
         await anyio.sleep_forever()
 
 
@@ -44,10 +44,10 @@ async def wait(task: Task, timeout_s: float, started: float) -> list[float]:
         await anyio.sleep_forever()
 
     with anyio.fail_after(600):
-        chosen, bell = Open(task), Silent()
+        selected, signal = Open(task), Silent()
         await wait_for(
-            chosen,  # type: ignore[arg-type]
-            bell,  # type: ignore[arg-type]
+            selected,  # type: ignore[arg-type]
+            signal,  # type: ignore[arg-type]
             count=None,
             since=0,
             timeout_s=timeout_s,

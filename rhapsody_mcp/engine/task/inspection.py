@@ -41,12 +41,16 @@ class View(msgspec.Struct, frozen=True):
 
 
 def view(value: Value, path: str, start: int | None, limit: int | None, max_bytes: int) -> dict[str, Any]:
-    """A View, as a dict, of the part that a JSON Pointer names: at most `limit` items or characters, and what fits.
+    """{"view": a View as a dict} of the part at a JSON Pointer: at most `limit` items or characters, and what fits.
 
-    Raises InvalidTask for a path and InvalidRequest for a start that leads nowhere.
+    {"refusal": {"code": ..., "message": ...}} of an InvalidTask where there is nothing at the path, an InvalidRequest
+    where there is nothing at the start, and a ResultGone where the file is gone.
     """
-    found = _follow(load(value), path)
-    return msgspec.structs.asdict(_view(found, start, limit, max_bytes))
+    try:
+        part = _follow(load(value), path)
+        return {"view": msgspec.structs.asdict(_view(part, start, limit, max_bytes))}
+    except InvalidRequest as error:
+        return {"refusal": {"code": error.code, "message": str(error)}}
 
 
 def plain_text(value: Any, max_bytes: int) -> str:

@@ -30,17 +30,18 @@ async def read_items(source: Part) -> list[Any]:
     """The items of a JSON list. Raises InvalidTask for another result, or one that is too large."""
     value = source.task.outcome.value if source.task.outcome else None
     if value is None:
-        raise InvalidTask(f"for_each needs a list, and {name_of(source.task)} has no result.")
+        raise InvalidTask(f"for_each needs a list, and {name_of(source.task)} has no result.", field="for_each")
     if value.size > _MAX_BYTES:
         raise InvalidTask(
             f"for_each needs a list, and the result of {name_of(source.task)} has {value.size:,} bytes; valid are up "
-            f"to {_MAX_BYTES:,}. Let it write its data into files, and return a list of their paths."
+            f"to {_MAX_BYTES:,}. Let it write its data into files, and return a list of their paths.",
+            field="for_each",
         )
     items = await asyncio.to_thread(_read, value, source.path) if value.file else _read(value, source.path)
     if not isinstance(items, list):
         at = f" at {source.path}" if source.path else ""
         name, kind = name_of(source.task), type(items).__name__
-        raise InvalidTask(f"for_each needs a list, and the result of {name}{at} is of type {kind}.")
+        raise InvalidTask(f"for_each needs a list, and the result of {name}{at} is of type {kind}.", field="for_each")
     return items
 
 

@@ -89,7 +89,7 @@ def _is_item(value: Any) -> bool:
     if not isinstance(value, dict) or value.get("item") is not True or value.keys() not in _PLACEHOLDER_KEYS:
         return False
     if not isinstance(value.get("path"), str | None):
-        raise InvalidTask(f"path is {value['path']!r}; valid is a JSON Pointer, as in '/0/label'.")
+        raise InvalidTask(f"path is {value['path']!r}; valid is a JSON Pointer, as in '/0/label'.", field="path")
     return True
 
 

@@ -134,5 +134,5 @@ def _part(task: Task, path: str) -> Part:
         try:
             resolve_pointer(load_json(value), path)
         except InvalidTask as error:
-            raise InvalidTask(f"of the result of {task.name or task.uid}, {error}") from error
+            raise InvalidTask(f"of the result of {task.name or task.uid}, {error}", field="path") from error
     return Part(task, path)

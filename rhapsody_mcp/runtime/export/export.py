@@ -48,14 +48,18 @@ async def export(
         files = await asyncio.to_thread(_write, target, opened.id, script, record)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise InvalidRequest(f"folder {target} cannot be written: {why}. Give another folder.") from error
+        raise InvalidRequest(
+            f"folder {target} cannot be written: {why}. Give another folder.", field="folder"
+        ) from error
     return ExportedFiles(script, *files)
 
 
 def _target_folder(requested: str | None, state_folder: Path) -> Path:
     folder = state_folder / "exports" if requested is None else Path(os.path.expanduser(requested))
     if not folder.is_absolute():
-        raise InvalidRequest(f"folder is {requested!r}; valid is an absolute path, as in '/home/me/runs'.")
+        raise InvalidRequest(
+            f"folder is {requested!r}; valid is an absolute path, as in '/home/me/runs'.", field="folder"
+        )
     return folder
 
 

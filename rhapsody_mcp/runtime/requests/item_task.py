@@ -34,10 +34,13 @@ class ItemTaskFactory:
         ):
             raise InvalidTask(
                 'for_each is given, and nothing stands for the item. Put {"item": true} into args, kwargs, arguments, '
-                "prompt or a field of its sampling, or {item} into a text there."
+                "prompt or a field of its sampling, or {item} into a text there.",
+                field="for_each",
             )
         if request.process_templates and has_placeholder([group.template for group in request.process_templates]):
-            raise InvalidTask("process_templates hold no {item}; give the task ranks, env and cwd.")
+            raise InvalidTask(
+                "process_templates hold no {item}; give the task ranks, env and cwd.", field="process_templates"
+            )
         self._kwargs = None if {"env", "cwd"} & self._templates.keys() else backend_kwargs(self._form, self._fields)
 
     def __call__(self, item: Any, number: int) -> ComputeTask | AITask:

@@ -49,7 +49,7 @@ def make_single_task(
         )
     args, kwargs = resolve(fields["args"] or [], task_named), resolve(fields["kwargs"] or {}, task_named)
     if not isinstance(kwargs, dict | Task | Part):
-        raise InvalidTask(f"kwargs is an object with the function's arguments by name, not {kwargs!r}.")
+        raise InvalidTask(f"kwargs is an object with the function's arguments by name, not {kwargs!r}.", field="kwargs")
     return ComputeTask(function, args=args, kwargs=kwargs, **common, task_backend_specific_kwargs=specific_kwargs)
 
 
@@ -104,13 +104,17 @@ def _layout(fields: Mapping[str, Any]) -> dict[str, Any]:
     if groups is not None:
         others = ("cwd", "env", "mpi", "process", "ranks")
         if clash := [key for key in others if fields[key] is not None and fields[key] is not False]:
-            raise InvalidTask(f"process_templates and {clash[0]} contradict each other; give one of them.")
+            raise InvalidTask(
+                f"process_templates and {clash[0]} contradict each other; give one of them.", field="process_templates"
+            )
         if not groups:
-            raise InvalidTask('process_templates is empty; give at least one group, as in [{"ranks": 2}].')
+            raise InvalidTask(
+                'process_templates is empty; give at least one group, as in [{"ranks": 2}].', field="process_templates"
+            )
         return {"process_templates": [(group.ranks, group.template) for group in groups]}
     if fields["mpi"]:
         if ranks is None:
-            raise InvalidTask("mpi needs ranks, the number of processes, as in 4.")
+            raise InvalidTask("mpi needs ranks, the number of processes, as in 4.", field="mpi")
         return {"type": "mpi", "ranks": ranks, "process_template": template}
     if ranks is not None:
         return {"process_templates": [(ranks, template)]}

@@ -49,5 +49,5 @@ def _items(request: TaskRequest, task_named: TaskNamed) -> Any:
         return list(range(request.for_each))
     items = resolve(request.for_each, task_named)
     if not isinstance(items, list | Task | Part):
-        raise InvalidTask('for_each is a list, or a reference to one, as in {"ref": "samples"}.')
+        raise InvalidTask('for_each is a list, or a reference to one, as in {"ref": "samples"}.', field="for_each")
     return items

@@ -101,7 +101,8 @@ class ForEachRunner:
         list_task = await self._owner.run_hidden(ComputeTask(_AS_LIST, args=(source,)))
         if list_task.state is not TaskState.DONE or list_task.outcome is None or list_task.outcome.value is None:
             raise InvalidTask(
-                f"for_each needs a list: {list_task.outcome.error if list_task.outcome else 'nothing came back'}"
+                f"for_each needs a list: {list_task.outcome.error if list_task.outcome else 'nothing came back'}",
+                field="for_each",
             )
         if list_task.outcome.value.format == "json":
             return await read_items(Part(list_task))

@@ -89,7 +89,7 @@ class AITask(Task):
         )
         self._timeout_s = read_timeout(self.task_backend_specific_kwargs)
         if logprobs is not None and json_schema is not None:
-            raise InvalidTask("logprobs and json_schema contradict each other; give one of them.")
+            raise InvalidTask("logprobs and json_schema contradict each other; give one of them.", field="logprobs")
         self._refuse_wrong_texts()
         self._checked = {
             field: check_parameter(field, value)
@@ -117,14 +117,19 @@ class AITask(Task):
         if self.messages is not None:
             for field in ("prompt", "system_prompt"):
                 if getattr(self, field) is not None:
-                    raise InvalidTask(f"messages and {field} contradict each other; write it as one of the messages.")
+                    raise InvalidTask(
+                        f"messages and {field} contradict each other; write it as one of the messages.",
+                        field="messages",
+                    )
             _refuse_messages(self.messages)
             return
         if not self._prompts:
-            raise InvalidTask("prompt is an empty list; give a text or at least one text.")
+            raise InvalidTask("prompt is an empty list; give a text or at least one text.", field="prompt")
         for prompt in self._prompts:
             if isinstance(prompt, dict) and "role" in prompt:
-                raise InvalidTask("prompt holds a message with a role; give the messages of a chat as messages.")
+                raise InvalidTask(
+                    "prompt holds a message with a role; give the messages of a chat as messages.", field="prompt"
+                )
             _refuse_content("prompt", prompt)
         if self.system_prompt is not None:
             _refuse_content("system_prompt", self.system_prompt)
@@ -171,7 +176,10 @@ def _message(message: Any) -> Message | Ref:
 
 def _refuse_messages(messages: object) -> None:
     if not isinstance(messages, list | tuple) or not messages:
-        raise InvalidTask(f'messages is {messages!r}; valid is a list such as [{{"role": "user", "content": "..."}}].')
+        raise InvalidTask(
+            f'messages is {messages!r}; valid is a list such as [{{"role": "user", "content": "..."}}].',
+            field="messages",
+        )
     for message in messages:
         if not isinstance(message, Task | Part):
             check_message(message)
@@ -183,9 +191,11 @@ def _refuse_content(field: str, text: object) -> None:
     for part in parts:
         if not isinstance(part, str | Task | Part):
             valid = f"a text, or a task that stands for its result{_OR_LIST.get(field, '')}"
-            raise InvalidTask(f"{field} is a {type(part).__name__}; valid is {valid}. Texts alone are taken.")
+            raise InvalidTask(
+                f"{field} is a {type(part).__name__}; valid is {valid}. Texts alone are taken.", field=field
+            )
     if all(isinstance(part, str) and not part.strip() for part in parts):
-        raise InvalidTask(f"{_EMPTY.get(field, field)} is empty; write what the model shall read.")
+        raise InvalidTask(f"{_EMPTY.get(field, field)} is empty; write what the model shall read.", field=field)
 
 
 _OR_LIST = {"prompt": ", or a list of these"}

@@ -79,29 +79,42 @@ class ComputeTask(Task):
 
     def _check_function(self) -> None:
         if self.arguments:
-            raise InvalidTask("arguments= belongs to an executable; a function takes args= and kwargs=.")
+            raise InvalidTask(
+                "arguments= belongs to an executable; a function takes args= and kwargs=.", field="arguments"
+            )
         if callable(self.function):
             return
         if not isinstance(self.function, Source | Module):
             hint = ' A program goes in as executable="...", with arguments=[...].' * isinstance(self.function, str)
-            raise InvalidTask(f"function= is a {type(self.function).__name__}, which cannot be called.{hint}")
+            raise InvalidTask(
+                f"function= is a {type(self.function).__name__}, which cannot be called.{hint}", field="function"
+            )
         if isinstance(self.function, Source) and isinstance(self.kwargs, dict):
             self.function.check_arguments(self.args, self.kwargs)
 
     def _check_program(self, executable: str) -> None:
         if not executable.strip() or "\0" in executable:
-            raise InvalidTask(f"executable is {executable!r}; valid is a path, or a name on PATH.")
+            raise InvalidTask(f"executable is {executable!r}; valid is a path, or a name on PATH.", field="executable")
         if with_nul := [text for text in self.arguments if isinstance(text, str) and "\0" in text]:
-            raise InvalidTask(f"{with_nul[0][:80]!r} among arguments holds a NUL character, which no program can get.")
+            raise InvalidTask(
+                f"{with_nul[0][:80]!r} among arguments holds a NUL character, which no program can get.",
+                field="arguments",
+            )
         if any(isinstance(item, bytes | bytearray) for item in self.arguments):
-            raise InvalidTask("arguments holds bytes; valid is text, which a program gets as UTF-8, or a task.")
+            raise InvalidTask(
+                "arguments holds bytes; valid is text, which a program gets as UTF-8, or a task.", field="arguments"
+            )
         if any(any(tasks_in(item)) for item in self.arguments if not isinstance(item, Task | Part | Text)):
-            raise InvalidTask("arguments holds a task inside a list or a dict; a task is an argument of its own.")
+            raise InvalidTask(
+                "arguments holds a task inside a list or a dict; a task is an argument of its own.", field="arguments"
+            )
         for field, text in (("executable", executable), *(("arguments", item) for item in self.arguments)):
             if isinstance(text, str):
                 refuse_half_characters(field, text)
         if self.args or self.kwargs:
-            raise InvalidTask("args= and kwargs= belong to a function; an executable takes arguments=[...].")
+            raise InvalidTask(
+                "args= and kwargs= belong to a function; an executable takes arguments=[...].", field="args"
+            )
 
     @property
     def what(self) -> str:
@@ -128,4 +141,4 @@ class ComputeTask(Task):
 def _refuse_foreign_fields(fields: Iterable[str]) -> None:
     for field in fields:
         if field in _PLACES:
-            raise InvalidTask(f"ComputeTask has no field {field!r}; write it as {_PLACES[field]}.")
+            raise InvalidTask(f"ComputeTask has no field {field!r}; write it as {_PLACES[field]}.", field=field)

@@ -41,7 +41,9 @@ class ForEach(Task):
         refuse_unknown("field of ForEach", common.keys() - COMMON_FIELDS, ("items", "make", "uses", *COMMON_FIELDS))
         super().__init__(**common)
         if not isinstance(items, Task | Part | list | tuple):
-            raise InvalidTask(f"items is a list, or a task whose result is one, not a {type(items).__name__}.")
+            raise InvalidTask(
+                f"items is a list, or a task whose result is one, not a {type(items).__name__}.", field="items"
+            )
         self.items, self.make = items, make
         self.children: list[ComputeTask | AITask] = []
         if isinstance(items, list | tuple):
@@ -64,7 +66,7 @@ class ForEach(Task):
         try:
             child = self.make(item, number)
         except InvalidTask as error:
-            raise InvalidTask(f"item {number}: {error}") from error
+            raise InvalidTask(f"item {number}: {error}", field=error.field) from error
         child.uid, child.name = f"{self.uid}[{number}]", f"{name_of(self)}[{number}]"
         child.backend = child.backend or self.backend
         child.after, child.on_upstream_failure = self.after, self.on_upstream_failure

@@ -109,7 +109,9 @@ class Task:
         self.retries = check_integer("retries", retries, least=0)
         self.retry_delay_s = _checked_delay(retry_delay_s)
         if on_upstream_failure not in _ON_UPSTREAM_FAILURE:
-            raise InvalidTask(f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".')
+            raise InvalidTask(
+                f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".', field="on_upstream_failure"
+            )
         self.on_upstream_failure = on_upstream_failure
         self.attempts = 0
         self.state = TaskState.NEW
@@ -255,13 +257,15 @@ class Task:
 
 def _checked_after(after: object) -> tuple[Task, ...]:
     if isinstance(after, Task) or not isinstance(after, Iterable) or not all(isinstance(task, Task) for task in after):
-        raise InvalidTask("after is a list of tasks, as in [first, second].")
+        raise InvalidTask("after is a list of tasks, as in [first, second].", field="after")
     return tuple(after)
 
 
 def _checked_delay(seconds: float) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 3600:
-        raise InvalidTask(f"retry_delay_s is {seconds!r}; valid is a number of seconds from 0 to 3600.")
+        raise InvalidTask(
+            f"retry_delay_s is {seconds!r}; valid is a number of seconds from 0 to 3600.", field="retry_delay_s"
+        )
     return float(seconds)
 
 

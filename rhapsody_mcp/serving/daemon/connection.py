@@ -32,6 +32,8 @@ _MAX_LINE_BYTES = 1 << 20
 class ServiceUnavailable(BackendUnavailable):
     """The service cannot be started or reached, or has another version."""
 
+    code = "service_unavailable"
+
 
 class ServiceHangs(ServiceUnavailable):
     """The service neither starts nor ends, and does not answer on `connection`. `pid` is None if the system does not

@@ -23,6 +23,8 @@ Phase = Literal["starts", "serves", "ends"]
 class AlreadyRunning(RhapsodyError):
     """Another service holds the lock: it runs, starts or ends."""
 
+    code = "already_running"
+
 
 class UnixListener:
     """Holds the lock and listens within `with`. Of two services that enter at once, one gets AlreadyRunning."""

@@ -1,1 +1,1 @@
-"""What replies are made of: results, pages, previews, excerpts of output, statistics."""
+"""The parts of replies: rows, results, pages, previews, excerpts of output, failures, statistics."""

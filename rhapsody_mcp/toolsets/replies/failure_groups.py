@@ -1,4 +1,4 @@
-"""What many tasks say alike, told once: failures by their cause, and notes."""
+"""Groups the failures and the notes of many tasks where their texts differ only in numbers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from pydantic import WithJsonSchema
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
-from rhapsody_mcp.toolsets.replies.base import Reply, one_line, shortened
+from rhapsody_mcp.toolsets.replies.base import Reply
+from rhapsody_mcp.toolsets.replies.formatting import one_line, shortened
 
-__all__ = ["FailureGroups", "Failures", "digest_failures", "digest_notes"]
+__all__ = ["FailureGroup", "FailureGroups", "group_failures", "group_notes"]
 
-_NAMES, _ERROR_CHARS, _DETAIL_CHARS, _NOTE_CHARS = 3, 600, 200, 200
+_NAMES_SHOWN, _ERROR_CHARS, _DETAIL_CHARS, _NOTE_CHARS = 3, 600, 200, 200
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+(\.\d+)?")
 _FRAME = re.compile(r'^  File "([^"\n]*)", (line \d+, in [^\n]*)((?:\n    [^\n]*)?)', re.MULTILINE)
 
 
-class Failures(Reply):
-    """Tasks that ended alike, but for numbers in their errors. The error and the detail are those of the first."""
+class FailureGroup(Reply):
+    """Tasks whose errors differ only in numbers. The error and the detail are the first task's."""
 
     cause: str
     error: str
@@ -38,7 +39,7 @@ class Failures(Reply):
 
 
 FailureGroups = Annotated[
-    list[Failures],
+    list[FailureGroup],
     WithJsonSchema(
         {
             "type": "array",
@@ -49,43 +50,44 @@ FailureGroups = Annotated[
 ]
 
 
-def digest_failures(tasks: Iterable[Task], share: float = 1.0) -> list[Failures]:
-    """The tasks that ended otherwise than DONE, those that ended alike together: FAILED first, then by size.
+def group_failures(tasks: Iterable[Task], share: float = 1.0) -> list[FailureGroup]:
+    """The tasks that ended FAILED or CANCELED, in groups: FAILED first, then by size.
 
-    A for_each that has tasks is none of them: its tasks are.
+    A for_each that has children is in no group: its children are.
     """
     groups: dict[tuple[bool, str, str], list[Task]] = {}
     for task in tasks:
         if task.outcome is None or task.outcome.state is TaskState.DONE:
             continue
         if not (isinstance(task, ForEach) and task.children):
-            groups.setdefault(_likeness(task.outcome), []).append(task)
-    largest = sorted(groups.items(), key=lambda group: (group[0][0], -len(group[1])))
-    return [_group(cause, alike, share) for (_, cause, _), alike in largest]
+            groups.setdefault(_failure_key(task.outcome), []).append(task)
+    ordered = sorted(groups.items(), key=lambda group: (group[0][0], -len(group[1])))
+    return [_group(cause, members, share) for (_, cause, _), members in ordered]
 
 
-def _likeness(outcome: Outcome) -> tuple[bool, str, str]:
+def _failure_key(outcome: Outcome) -> tuple[bool, str, str]:
+    """Whether the task was canceled, the cause, and the first line of the error without numbers."""
     first_line = outcome.error.partition("\n")[0]
-    alike = "" if outcome.cause is Cause.UPSTREAM else _NUMBER.sub("#", first_line)
-    return outcome.state is TaskState.CANCELED, str(outcome.cause), alike
+    error = "" if outcome.cause is Cause.UPSTREAM else _NUMBER.sub("#", first_line)
+    return outcome.state is TaskState.CANCELED, str(outcome.cause), error
 
 
-def _group(cause: str, alike: list[Task], share: float) -> Failures:
-    outcome = alike[0].outcome
+def _group(cause: str, members: list[Task], share: float) -> FailureGroup:
+    outcome = members[0].outcome
     assert outcome is not None, "only tasks that have ended are grouped"
     detail = shortened(_detail(outcome), int(_DETAIL_CHARS * share))
-    return Failures(
+    return FailureGroup(
         cause=cause,
         error=shortened(outcome.error, int(_ERROR_CHARS * share)),
-        count=len(alike),
-        tasks=[name_of(task) for task in alike[:_NAMES]],
+        count=len(members),
+        tasks=[name_of(task) for task in members[:_NAMES_SHOWN]],
         detail=detail or None,
     )
 
 
 def _detail(outcome: Outcome) -> str:
-    """Where its function raised, or the last line of what it printed to stderr."""
-    if outcome.cause is Cause.INVALID:  # it never ran: the frames would be this package's
+    """The place where the function raised, or the last line of stderr."""
+    if outcome.cause is Cause.INVALID:  # the task never ran: the frames are this package's
         return ""
     if frames := _FRAME.findall(outcome.traceback):
         file, place, code = frames[-1]
@@ -96,21 +98,21 @@ def _detail(outcome: Outcome) -> str:
     return f"stderr: {line}" if line and line not in outcome.error else ""
 
 
-def _likeness_of_note(note: str) -> str:
-    """But for its numbers; how many attempts a task took is its own."""
-    own, mark, rest = note.partition("; ") if note.startswith("attempt ") else ("", "", note)
-    return own + mark + _NUMBER.sub("#", rest)
-
-
-def digest_notes(tasks: Iterable[Task], most: int) -> list[str]:
-    """What was noted about how they ran, as in `3 tasks: 2 ranks share 1 core`."""
-    noted: dict[str, list[tuple[Task, str]]] = {}
+def group_notes(tasks: Iterable[Task], most: int) -> list[str]:
+    """The first notes about how the tasks ran, as in `3 tasks, such as fit-1: 2 ranks share 1 core`."""
+    groups: dict[str, list[tuple[Task, str]]] = {}
     for task in tasks:
         for note in task.notes:
-            noted.setdefault(_likeness_of_note(note), []).append((task, note))
-    told = []
-    for alike in list(noted.values())[:most]:
-        task, note = alike[0]
-        who = name_of(task) if len(alike) == 1 else f"{len(alike)} tasks, such as {name_of(task)}"
-        told.append(f"{who}: {shortened(note, _NOTE_CHARS)}")
-    return told
+            groups.setdefault(_note_key(note), []).append((task, note))
+    texts = []
+    for members in list(groups.values())[:most]:
+        task, note = members[0]
+        who = name_of(task) if len(members) == 1 else f"{len(members)} tasks, such as {name_of(task)}"
+        texts.append(f"{who}: {shortened(note, _NOTE_CHARS)}")
+    return texts
+
+
+def _note_key(note: str) -> str:
+    """The note without numbers, except the number of attempts, which keeps notes apart."""
+    attempts, mark, rest = note.partition("; ") if note.startswith("attempt ") else ("", "", note)
+    return attempts + mark + _NUMBER.sub("#", rest)

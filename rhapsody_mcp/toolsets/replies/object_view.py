@@ -1,4 +1,4 @@
-"""Looks at a result that is no JSON where it can be opened: on a worker of the session."""
+"""Shows a Python object that is no JSON, as plain data that a worker of the session makes of the object."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from rhapsody_mcp.model.values import Value, load_json
 from rhapsody_mcp.runtime.serialization import Module
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ComputeTask
-from rhapsody_mcp.toolsets.replies.base import shortened
+from rhapsody_mcp.toolsets.replies.formatting import shortened
 from rhapsody_mcp.toolsets.replies.pagination import Page
 
-__all__ = ["Opaque", "view_object"]
+__all__ = ["DescribedResult", "view_object"]
 
 _TIMEOUT_S = 3.0
-_WHY_CHARS = 200
+_REASON_CHARS = 200
 _VIEW = Module("rhapsody_mcp.engine.task.inspection:view")
+_ERRORS = {error.code: error for error in (InvalidRequest, InvalidTask, ResultGone)}
 
 
-class Opaque(msgspec.Struct, frozen=True):
-    """A result that is not shown, and why not; or nobody asked to see it."""
+class DescribedResult(msgspec.Struct, frozen=True):
+    """A result that is described, not shown. `why` is the reason; `on_request` says that the agent asked for output
+    alone."""
 
     value: Value
     why: str = ""
-    only_described: bool = False
+    on_request: bool = False
 
 
 class _View(msgspec.Struct):
-    """What a worker says of an object."""
+    """What `engine.task.inspection.View` holds."""
 
     type: str
     plain: Any
@@ -40,53 +42,73 @@ class _View(msgspec.Struct):
     start: int
 
 
+class _Refusal(msgspec.Struct):
+    code: str
+    message: str
+
+
+class _Answer(msgspec.Struct):
+    """What `engine.task.inspection.view` returns: one of the two."""
+
+    view: _View | None = None
+    refusal: _Refusal | None = None
+
+
 async def view_object(
     session: Session, value: Value, path: str, start: int | None, limit: int | None, max_bytes: int
-) -> Page | Opaque:
-    """A page of a plain view of the object, or of a part of it.
+) -> Page | DescribedResult:
+    """A page of a plain view of the object, or of the part at a JSON Pointer.
 
-    Raises InvalidTask for a path and InvalidRequest for a start that leads nowhere.
+    Raises InvalidTask where there is nothing at the path, InvalidRequest where there is nothing at the start, and
+    ResultGone where the file is gone.
     """
     if value.type == "bytes" and not path:
-        return Opaque(value)
+        return DescribedResult(value)
     task = ComputeTask(_VIEW, args=(value, path, start, limit, max_bytes))
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             await session.run_hidden(task)
     except TimeoutError:
         slow = "no worker was free to look at it" if task.started is None else "a worker did not read it"
-        return Opaque(value, f"{slow} within {_TIMEOUT_S:g} s")
+        return DescribedResult(value, f"{slow} within {_TIMEOUT_S:g} s")
     except RhapsodyError as error:
-        return Opaque(value, shortened(str(error).rstrip("."), _WHY_CHARS))
+        return DescribedResult(value, _reason(str(error)))
     if task.state is not TaskState.DONE:
-        return Opaque(value, _why_not(task))
+        return DescribedResult(value, _reason(task.outcome.error if task.outcome else ""))
+    answer = _answer(task)
+    if answer.refusal is not None:
+        return DescribedResult(value, _raise_known(answer.refusal))
+    return DescribedResult(value, "no worker could look at it") if answer.view is None else _page(answer.view, value)
+
+
+def _answer(task: ComputeTask) -> _Answer:
+    if task.outcome is None or task.outcome.value is None:
+        return _Answer()
     try:
-        seen = msgspec.convert(load_json(task.outcome.value), _View) if task.outcome and task.outcome.value else None
+        return msgspec.convert(load_json(task.outcome.value), _Answer)
     except (RhapsodyError, msgspec.ValidationError):
-        seen = None
-    return Opaque(value, "no worker could look at it") if seen is None else _page(seen, value)
+        return _Answer()
 
 
-def _why_not(task: ComputeTask) -> str:
-    error = task.outcome.error if task.outcome else ""
-    kind, _, message = error.partition(": ")
-    if kind == "InvalidTask":
-        raise InvalidTask(message)
-    if kind == "ResultGone":
-        raise ResultGone(message)
-    if kind == "InvalidRequest":
-        raise InvalidRequest(message)
-    return shortened(error.rstrip("."), _WHY_CHARS)
+def _raise_known(refusal: _Refusal) -> str:
+    """Raise the error with this code; the reason where no error that the agent can correct has the code."""
+    if (error := _ERRORS.get(refusal.code)) is not None:
+        raise error(refusal.message)
+    return _reason(refusal.message)
 
 
-def _page(seen: _View, value: Value) -> Page:
-    plain = seen.plain
-    page = Page(type(plain).__name__, value.size, seen.total, seen.start, view_of=seen.type)
-    if isinstance(plain, str) and seen.total is not None:
+def _reason(message: str) -> str:
+    return shortened(message.rstrip("."), _REASON_CHARS)
+
+
+def _page(view: _View, value: Value) -> Page:
+    plain = view.plain
+    page = Page(type(plain).__name__, value.size, view.total, view.start, view_of=view.type)
+    if isinstance(plain, str) and view.total is not None:
         return msgspec.structs.replace(page, text=plain)
-    if isinstance(plain, list) and seen.total is not None:
+    if isinstance(plain, list) and view.total is not None:
         pieces = tuple(msgspec.json.encode(item) for item in plain)
-    elif isinstance(plain, dict) and seen.total is not None:
+    elif isinstance(plain, dict) and view.total is not None:
         pieces = tuple(msgspec.json.encode({key: item})[1:-1] for key, item in plain.items())
     else:
         pieces = (msgspec.json.encode(plain),)

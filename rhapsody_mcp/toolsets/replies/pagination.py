@@ -1,4 +1,4 @@
-"""Parts and pages of a result that is JSON, found without reading more of it than they need."""
+"""Pages of a JSON result, and of the part at a JSON Pointer, read no further than the page needs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.json_pointer import describe_keys, split_pointer
 from rhapsody_mcp.model.values import Value
 
-__all__ = ["Page", "cut", "first_of", "page_of_items", "page_of_value"]
+__all__ = ["Page", "cut_page", "first_index", "page_of_items", "page_of_value"]
 
 Data = bytes | mmap.mmap
-"""A JSON text without white space between its parts, as every encoder of this package writes it."""
+"""A JSON text without white space between its tokens, as every encoder of this package writes JSON."""
 
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _SCALAR = re.compile(rb'%s|[^,"\[\]{}]++' % _STRING, re.DOTALL)
@@ -26,18 +26,18 @@ _LEVEL_1 = rb'[\[{](?:%s|[^"\[\]{}]++)*+[\]}]' % _STRING
 _LEVEL_2 = rb'[\[{](?:%s|[^"\[\]{}]++|%s)*+[\]}]' % (_STRING, _LEVEL_1)
 _RUN_LENGTH = 64
 _RUN = re.compile(rb'(?:(?:%s|[^,"\[\]{}]++|%s)++,){%d}' % (_STRING, _LEVEL_2, _RUN_LENGTH), re.DOTALL)
-"""So many items of a list, or entries of a dict, that are not nested deeply: found in one go."""
+"""_RUN_LENGTH items of a list, or entries of a dict, that are nested at most two levels deep."""
 _CHARACTERS = re.compile(rb'(?:[^"\\]|\\u....|\\[^u])*+', re.DOTALL)
 _TYPES = {b"[": "list", b"{": "dict", b"t": "bool", b"f": "bool", b"n": "NoneType"}
 
 
 class Page(msgspec.Struct, frozen=True):
-    """A run of what a result consists of, from `start` on, of `total` items or characters; `size` is the whole, in
-    bytes of JSON.
+    """Items or characters of a result from `start` on, `total` of which there are; `size` is the size of the whole
+    result, in bytes of JSON.
 
-    `pieces` are items of a list, entries of a dict, or one single value, each as JSON; `text` is of a text. A piece
-    that is too long for a page comes alone, and is cut off: `broken`. `view_of` is the type of an object that is no
-    JSON, of which this is a plain view.
+    `pieces` are items of a list, entries of a dict, or one single value, each as JSON; `text` is a part of a text. A
+    piece that is too long for a page comes alone and without its end: `broken`. A page of a plain view of a Python
+    object has the type of the object in `view_of`.
     """
 
     type: str
@@ -52,8 +52,8 @@ class Page(msgspec.Struct, frozen=True):
     @property
     def described(self) -> str:
         """As in `list of 1000 items, 52301 bytes`."""
-        of = "" if self.total is None else f" of {self.total} {self.unit}"
-        return f"{self.view_of or self.type}{of}, {self.size} bytes"
+        length = "" if self.total is None else f" of {self.total} {self.unit}"
+        return f"{self.view_of or self.type}{length}, {self.size} bytes"
 
     @property
     def unit(self) -> str:
@@ -66,7 +66,7 @@ class Page(msgspec.Struct, frozen=True):
 
     @property
     def json(self) -> str:
-        """As JSON; of a broken piece, its beginning."""
+        """The page as JSON; of a broken piece, the beginning."""
         if self.text is not None:
             return msgspec.json.encode(self.text).decode()
         text = b",".join(self.pieces).decode("utf-8", "ignore")
@@ -75,15 +75,16 @@ class Page(msgspec.Struct, frozen=True):
 
     @property
     def data(self) -> Any:
-        """The same as a value; not of a broken piece."""
+        """The page as a Python value; a broken piece has none."""
         return msgspec.json.decode(self.json)
 
 
 def page_of_value(value: Value, path: str, start: int | None, limit: int | None, max_bytes: int) -> Page:
-    """Of the part that a JSON Pointer names, of a value that is JSON: at most `limit` items or characters, and what
-    fits. A negative `start` counts from the end.
+    """A page of the part of a JSON value at a JSON Pointer: at most `limit` items or characters, and `max_bytes`. A
+    negative `start` counts from the end.
 
-    Raises InvalidTask for a path and InvalidRequest for a start that leads nowhere; ResultGone where the file is gone.
+    Raises InvalidTask where there is nothing at the path, InvalidRequest where there is nothing at the start, and
+    ResultGone where the file is gone.
     """
     data = value.data if value.data is not None else _mapped(value)
     at = _find(data, path)
@@ -99,13 +100,13 @@ def page_of_value(value: Value, path: str, start: int | None, limit: int | None,
         return Page(type, size, pieces=(data[at : at + size],))
     if total is None:
         total = _skip(data, at + 1, sys.maxsize)[1]
-    first = first_of(start, total, "items")
+    first = first_index(start, total, "items")
     items = _items(data, _skip(data, at + 1, first)[0], max_bytes)
     return page_of_items(items, Page(type, size, total, first), limit, max_bytes)
 
 
 def page_of_items(items: Iterable[bytes], page: Page, limit: int | None, max_bytes: int) -> Page:
-    """That page with those of the items that fit; of the first, at least its beginning."""
+    """The page with the items that fit; of the first item, at least the beginning."""
     pieces: list[bytes] = []
     left = max_bytes
     for item in items:
@@ -118,8 +119,8 @@ def page_of_items(items: Iterable[bytes], page: Page, limit: int | None, max_byt
     return msgspec.structs.replace(page, pieces=tuple(pieces))
 
 
-def cut(page: Page, max_bytes: int) -> Page:
-    """As much of a page as fits."""
+def cut_page(page: Page, max_bytes: int) -> Page:
+    """The page with as many of its pieces or characters as fit."""
     if page.text is not None:
         return msgspec.structs.replace(page, text=_cut_text(page.text, max_bytes))
     if page.broken:
@@ -127,8 +128,8 @@ def cut(page: Page, max_bytes: int) -> Page:
     return page_of_items(page.pieces, page, None, max_bytes)
 
 
-def first_of(start: int | None, total: int, unit: str) -> int:
-    """Where a page starts. Raises InvalidRequest past the end."""
+def first_index(start: int | None, total: int, unit: str) -> int:
+    """The number of the first item or character. Raises InvalidRequest past the end."""
     first = max(0, (start or 0) + (total if start and start < 0 else 0))
     if first and first >= total:
         raise InvalidRequest(f"start {start} is past the end: there are {total} {unit}, counted from 0.")
@@ -139,19 +140,19 @@ def first_of(start: int | None, total: int, unit: str) -> int:
 
 
 def _mapped(value: Value) -> mmap.mmap:
-    """Its pages are read as they are looked at. It is closed by the garbage collector: matches hold on to it."""
-    with value.open() as opened:
-        return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    """The file in memory, read as far as it is used. The garbage collector closes the map, as matches refer to it."""
+    with value.open() as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _find(data: Data, path: str) -> int:
-    """Where the part starts that a JSON Pointer names."""
+    """The position of the part at a JSON Pointer."""
     at = 0
     for step in split_pointer(path):
-        found = _entry(data, at, step) if data[at : at + 1] == b"{" else _item(data, at, step)
-        if found is None:
-            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {_there(data, at, step)}.")
-        at = found
+        part = _entry(data, at, step) if data[at : at + 1] == b"{" else _item(data, at, step)
+        if part is None:
+            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {_describe(data, at, step)}.")
+        at = part
     return at
 
 
@@ -161,8 +162,8 @@ def _item(data: Data, at: int, step: str) -> int | None:
     index = int(step)
     if index < 0:
         index += _skip(data, at + 1, sys.maxsize)[1]
-    found, skipped = _skip(data, at + 1, max(index, 0))
-    return found if index == skipped and data[found : found + 1] not in b"]," else None
+    position, skipped = _skip(data, at + 1, max(index, 0))
+    return position if index == skipped and data[position : position + 1] not in b"]," else None
 
 
 def _entry(data: Data, at: int, step: str) -> int | None:
@@ -179,7 +180,7 @@ def _keys(data: Data, at: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _items(data: Data, at: int, max_bytes: int) -> Iterator[bytes]:
-    """Those from `at` on; of one that is too long, its beginning."""
+    """The items from `at` on; of an item that is too long, the beginning."""
     while data[at : at + 1] not in b"]}":
         end = _end_of_item(data, at)
         yield data[at : min(end, at + max_bytes + 1)]
@@ -187,7 +188,7 @@ def _items(data: Data, at: int, max_bytes: int) -> Iterator[bytes]:
 
 
 def _skip(data: Data, at: int, most: int) -> tuple[int, int]:
-    """Where the item after at most so many starts, or the closing bracket is; and how many these were."""
+    """Skip at most `most` items: the position of the next item or the closing bracket, and how many were skipped."""
     skipped = 0
     while skipped < most and data[at : at + 1] not in b"]}":
         if most - skipped >= _RUN_LENGTH and (run := _RUN.match(data, at)):
@@ -202,13 +203,13 @@ def _skip(data: Data, at: int, most: int) -> tuple[int, int]:
 
 
 def _end_of_item(data: Data, at: int) -> int:
-    """Of an item of a list, or an entry of a dict."""
+    """The end of an item of a list, or of an entry of a dict."""
     end = _end(data, at)
     return _end(data, end + 1) if data[end : end + 1] == b":" else end
 
 
 def _end(data: Data, at: int) -> int:
-    """Of the value that starts here."""
+    """The end of the value that starts at `at`."""
     if data[at : at + 1] not in b"[{":
         return _matched(_SCALAR, data, at)
     depth = 0
@@ -229,7 +230,7 @@ def _broken_text() -> InvalidTask:
     return InvalidTask("this result is no whole JSON text: its file was changed. Run the task again.")
 
 
-def _there(data: Data, at: int, step: str) -> str:
+def _describe(data: Data, at: int, step: str) -> str:
     kind = data[at : at + 1]
     if kind == b"{":
         return describe_keys(step, (msgspec.json.decode(key) for _, key in _keys(data, at + 1)))
@@ -243,7 +244,7 @@ def _page_of_text(
 ) -> Page:
     if start or total is None:
         text = msgspec.json.decode(data[at : _end(data, at)])
-        total, first = len(text), first_of(start, len(text), "characters")
+        total, first = len(text), first_index(start, len(text), "characters")
     else:
         end = _matched_head(data, at + 1, max_bytes)
         text, first = msgspec.json.decode(b'"%s"' % _whole_characters(data[at + 1 : end])), 0

@@ -1,4 +1,4 @@
-"""Short views of results, for rows of many: no file is read for them."""
+"""Short previews of results, for replies with many rows; no file is read for a preview."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ import msgspec
 
 from rhapsody_mcp.model.values import Stream, Value
 from rhapsody_mcp.runtime.tasks import ForEach, Task
-from rhapsody_mcp.toolsets.replies.base import one_line
+from rhapsody_mcp.toolsets.replies.formatting import one_line
 
-__all__ = ["Preview", "advice", "as_item", "described", "preview_task", "preview_value", "printed_only"]
+__all__ = [
+    "Preview",
+    "described",
+    "json_item",
+    "plain_value_advice",
+    "preview_task",
+    "preview_value",
+    "printed_only_text",
+]
 
 _PLAIN = "numbers, texts, lists and dicts with texts as keys"
 
 
 class Preview(msgspec.Struct, frozen=True):
-    """`text` is the whole of a result, as JSON, where it is `complete`, and `value` is the result itself; else its
-    beginning and what it is the beginning of."""
+    """The text of a result: where it is `complete`, the whole as JSON, and `value` is the result itself; else the
+    beginning and a description of the whole."""
 
     text: str
     complete: bool = False
@@ -26,8 +34,8 @@ class Preview(msgspec.Struct, frozen=True):
 
 
 def preview_task(task: Task, max_chars: int, shows: Callable[[Task], bool]) -> Preview | None:
-    """Of a for_each, the list of its results; until it has ended, those of the tasks in it that `shows` is true of,
-    by number."""
+    """The preview of a task's result. A for_each that has ended has a list of results; before, a dict by number of the
+    results of the children that `shows` is true of."""
     if isinstance(task, ForEach) and task.children:
         return _preview_children(task, max_chars, shows)
     value = task.outcome.value if task.outcome else None
@@ -39,18 +47,18 @@ def preview_value(value: Value, max_chars: int) -> Preview:
         return Preview(_with_end(one_line(value.preview), max_chars, described(value)))
     if value.data is not None and len(text := value.data.decode()) <= max_chars:
         return Preview(text, True, msgspec.json.decode(value.data))
-    begin = value.preview if value.data is None else text
-    if value.type == "str" and not begin.startswith('"'):  # a program's: the text as it is
-        begin = msgspec.json.encode(begin).decode()[:-1]
-    return Preview(f"{begin[:max_chars]} ... ({described(value)})")
+    beginning = value.preview if value.data is None else text
+    if value.type == "str" and not beginning.startswith('"'):  # the output of a program is no JSON
+        beginning = msgspec.json.encode(beginning).decode()[:-1]
+    return Preview(f"{beginning[:max_chars]} ... ({described(value)})")
 
 
 def _preview_children(task: ForEach, max_chars: int, shows: Callable[[Task], bool]) -> Preview:
     numbered = list(enumerate(task.children))
     if task.state.final:
-        items, brackets = (as_item(child) for _, child in numbered), "[]"
+        items, brackets = (json_item(child) for _, child in numbered), "[]"
     else:
-        items = (b'"%d":%s' % (number, as_item(child)) for number, child in numbered if shows(child))
+        items = (b'"%d":%s' % (number, json_item(child)) for number, child in numbered if shows(child))
         brackets = "{}"
     text, complete = _joined(items, max_chars)
     if complete:
@@ -60,7 +68,7 @@ def _preview_children(task: ForEach, max_chars: int, shows: Callable[[Task], boo
 
 
 def _joined(items: Iterable[bytes], max_chars: int) -> tuple[str, bool]:
-    """As many as fit, whole; and whether these are all."""
+    """The whole items that fit, and whether these are all items."""
     shown: list[str] = []
     left = max_chars
     for item in items:
@@ -72,8 +80,9 @@ def _joined(items: Iterable[bytes], max_chars: int) -> tuple[str, bool]:
     return ",".join(shown), True
 
 
-def as_item(task: Task) -> bytes:
-    """Its result in a list of results, as JSON: null where it has none, a description of what is long or no JSON."""
+def json_item(task: Task) -> bytes:
+    """A task's result in a list of results, as JSON: null where there is none, a description where the result is long
+    or no JSON."""
     value = task.outcome.value if task.outcome else None
     if value is None:
         return b"null"
@@ -85,15 +94,15 @@ def as_item(task: Task) -> bytes:
 
 
 def _plain(preview: str) -> bytes:
-    """A preview that is a plain view of the whole; empty where it only describes it."""
+    """The preview where it is JSON of the whole object; empty where it only describes the object."""
     try:
         return msgspec.json.encode(msgspec.json.decode(preview))
     except (msgspec.MsgspecError, UnicodeError):
         return b""
 
 
-def printed_only(value: Value | None, stdout: Stream) -> str:
-    """As in `null; it printed 3 bytes, and returned nothing`; empty of all else."""
+def printed_only_text(value: Value | None, stdout: Stream) -> str:
+    """As in `null; it printed 3 bytes, and returned nothing`; empty for any other result."""
     if value is None or value.data != b"null" or not stdout.text:
         return ""
     return f"null; it printed {stdout.size or len(stdout.text.encode())} bytes, and returned nothing"
@@ -107,8 +116,8 @@ def described(value: Value) -> str:
     return f"{value.type}{items}, {value.size} bytes"
 
 
-def advice(value: Value) -> str:
-    """What to return in place of a Python object, to be able to read it here."""
+def plain_value_advice(value: Value) -> str:
+    """What a function should return so that `get_result` can show the value."""
     kind = value.type.partition(".")[0]
     if kind in ("numpy", "torch"):
         plain = "return value.tolist(), or numbers that sum it up"

@@ -1,4 +1,4 @@
-"""Shows statistics: rounded for programs, and as a few lines with a table for models."""
+"""The reply of `get_statistics`: rounded numbers for programs, and a few lines with a table for models."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from pydantic.json_schema import SkipJsonSchema
 from rhapsody_mcp.model.critical_path import CriticalPath, Step
 from rhapsody_mcp.model.statistics import Measures, Spread, Statistics, Times, Tokens
 from rhapsody_mcp.runtime.tasks import tasks_text
-from rhapsody_mcp.toolsets.replies.base import Reply, counts_text, duration, one_line
-from rhapsody_mcp.toolsets.tooling.schemas import UNTOLD
+from rhapsody_mcp.toolsets.replies.base import Reply
+from rhapsody_mcp.toolsets.replies.formatting import counts_text, duration, one_line
+from rhapsody_mcp.toolsets.tooling.schemas import TYPE_ONLY
 
-__all__ = ["SessionStatistics", "figures_of", "figures_text"]
+__all__ = ["SessionStatistics", "statistics_report", "statistics_text"]
 
-_GROUPS_KEPT = 10
-_GROUPS_TOLD = 8
-_STEPS_KEPT = 20
-_STEPS_TOLD = 6
+_GROUPS_IN_DATA = 10
+_GROUPS_IN_TEXT = 8
+_STEPS_IN_DATA = 20
+_STEPS_IN_TEXT = 6
 _COLUMNS = ["p50/p95/p99, seconds", "tasks", "failed", "queue", "execution", "total", "tasks/s"]
 
 
 class SessionStatistics(Reply):
-    # no docstring: it would go into the tool's schema. `ran` counts what started and ended; times are of these alone
-    session: Annotated[str, UNTOLD]
-    group: Annotated[str | None, UNTOLD] = None
-    total_tasks: Annotated[int, UNTOLD]
-    counts: Annotated[dict[str, int], UNTOLD]
-    ran: Annotated[int, UNTOLD]
+    # a docstring would go into the tool's schema; `ran` counts the tasks that started and ended, whose times these are
+    session: Annotated[str, TYPE_ONLY]
+    group: Annotated[str | None, TYPE_ONLY] = None
+    total_tasks: Annotated[int, TYPE_ONLY]
+    counts: Annotated[dict[str, int], TYPE_ONLY]
+    ran: Annotated[int, TYPE_ONLY]
     times_s: SkipJsonSchema[dict[str, dict[str, float]] | None] = None
     makespan_s: SkipJsonSchema[float | None] = None
     idle_s: SkipJsonSchema[float | None] = None
@@ -36,13 +37,13 @@ class SessionStatistics(Reply):
     tokens: SkipJsonSchema[dict[str, float | None] | None] = None
     busy: SkipJsonSchema[list[dict[str, Any]] | None] = None
     critical_path: SkipJsonSchema[dict[str, Any] | None] = None
-    groups: Annotated[dict[str, dict[str, Any]], UNTOLD]
+    groups: Annotated[dict[str, dict[str, Any]], TYPE_ONLY]
     groups_left_out: SkipJsonSchema[int | None] = None
     replaced: SkipJsonSchema[int | None] = None
 
 
-def figures_of(session: str, group: str | None, statistics: Statistics, replaced: int) -> SessionStatistics:
-    """With the slowest groups, and the longest steps of the critical path."""
+def statistics_report(session: str, group: str | None, statistics: Statistics, replaced: int) -> SessionStatistics:
+    """The data of the reply, with the slowest groups and the longest steps of the critical path."""
     groups = statistics["groups"]
     return SessionStatistics(
         session=session,
@@ -50,8 +51,8 @@ def figures_of(session: str, group: str | None, statistics: Statistics, replaced
         total_tasks=statistics["summary"]["total_tasks"],
         counts=statistics["counts"],
         ran=statistics["ran"],
-        groups={name: _group(groups[name]) for name in list(groups)[:_GROUPS_KEPT]},
-        groups_left_out=max(0, len(groups) - _GROUPS_KEPT) or None,
+        groups={name: _group(groups[name]) for name in list(groups)[:_GROUPS_IN_DATA]},
+        groups_left_out=max(0, len(groups) - _GROUPS_IN_DATA) or None,
         replaced=replaced or None,
         **(_ran(statistics) if statistics["ran"] else {}),
     )
@@ -76,16 +77,16 @@ def _measures(measures: Measures | Statistics) -> dict[str, Any]:
 
 
 def _group(measures: Measures) -> dict[str, Any]:
-    told = {"tasks": sum(measures["counts"].values()), "counts": measures["counts"], "ran": measures["ran"]}
+    counts = {"tasks": sum(measures["counts"].values()), "counts": measures["counts"], "ran": measures["ran"]}
     more = _measures(measures) if measures["ran"] else {}
-    return {**told, **{name: value for name, value in more.items() if value is not None}}
+    return {**counts, **{name: value for name, value in more.items() if value is not None}}
 
 
 def _times(times: Times) -> dict[str, dict[str, float]]:
-    """To microseconds, with the mean total the exact sum of the two others still."""
-    told = {name: _spread(spread) for name, spread in _by_name(times).items()}
-    told["total"]["mean"] = told["queue"]["mean"] + told["execution"]["mean"]
-    return told
+    """Times rounded to microseconds; the mean total stays the exact sum of the two other means."""
+    rounded_times = {name: _spread(spread) for name, spread in _by_name(times).items()}
+    rounded_times["total"]["mean"] = rounded_times["queue"]["mean"] + rounded_times["execution"]["mean"]
+    return rounded_times
 
 
 def _by_name(times: Times) -> dict[str, Spread]:
@@ -108,7 +109,7 @@ def _tokens(tokens: Tokens | None) -> dict[str, Any] | None:
 
 
 def _path(path: CriticalPath) -> dict[str, Any]:
-    kept = _longest(path["steps"], _STEPS_KEPT)
+    longest = _longest(path["steps"], _STEPS_IN_DATA)
     steps = [
         {
             "task": step["task"],
@@ -116,19 +117,19 @@ def _path(path: CriticalPath) -> dict[str, Any]:
             "queue_s": round(step["queue"], 6),
             "execution_s": round(step["execution"], 6),
         }
-        for step in kept
+        for step in longest
     ]
     return {
         "seconds": round(path["seconds"], 6),
         "steps": steps,
-        "steps_left_out": len(path["steps"]) - len(kept),
+        "steps_left_out": len(path["steps"]) - len(longest),
     }
 
 
 def _longest(steps: Sequence[Step], count: int) -> list[Step]:
-    """In the order of the path."""
-    chosen = sorted(range(len(steps)), key=lambda place: _seconds(steps[place]), reverse=True)[:count]
-    return [steps[place] for place in sorted(chosen)]
+    """The longest steps, in the order of the path."""
+    indices = sorted(range(len(steps)), key=lambda index: _seconds(steps[index]), reverse=True)[:count]
+    return [steps[index] for index in sorted(indices)]
 
 
 def _seconds(step: Step) -> float:
@@ -138,7 +139,7 @@ def _seconds(step: Step) -> float:
 # --- the text
 
 
-def figures_text(session: str, group: str | None, statistics: Statistics, replaced: int) -> str:
+def statistics_text(session: str, group: str | None, statistics: Statistics, replaced: int) -> str:
     """At most 15 lines that stand alone."""
     what = f"{one_line(group)} of {session}" if group else session
     what += f", without {tasks_text(replaced)} that others of the same name replaced" if replaced else ""
@@ -153,16 +154,16 @@ def figures_text(session: str, group: str | None, statistics: Statistics, replac
         f"Critical path: {_path_text(statistics['critical_path'], statistics['makespan'])}",
         *_table(_table_rows(statistics)),
     ]
-    if (more := len(statistics["groups"]) - _GROUPS_TOLD) > 0:
+    if (more := len(statistics["groups"]) - _GROUPS_IN_TEXT) > 0:
         lines.append(f"and {more} quicker groups; get_statistics with group=NAME shows one.")
     return "\n".join(lines)
 
 
 def _idle_text(statistics: Statistics) -> str:
-    """Where that is a hundredth of the time."""
+    """Empty where the session was idle for less than a hundredth of the time."""
     idle = statistics["idle"]
-    told = f", {duration(idle)} of it between submissions, with nothing to do: busy shares leave that out"
-    return told * (idle > 0.01 * statistics["makespan"])
+    text = f", {duration(idle)} of it between submissions, with nothing to do: busy shares leave that out"
+    return text if idle > 0.01 * statistics["makespan"] else ""
 
 
 def _means(statistics: Statistics) -> str:
@@ -188,7 +189,7 @@ def _rates(statistics: Statistics) -> str:
 
 def _path_text(path: CriticalPath, makespan: float) -> str:
     """As in `4.50 s of 5.00 s: gen 1.50 s > train 3.00 s (queue 1.00 s).`"""
-    shown = _longest(path["steps"], _STEPS_TOLD)
+    shown = _longest(path["steps"], _STEPS_IN_TEXT)
     left_out = len(path["steps"]) - len(shown)
     unsubmitted = sum(step["unsubmitted"] for step in path["steps"])
     apart = f", {duration(unsubmitted)} of it not submitted" if unsubmitted > 0.01 * path["seconds"] else ""
@@ -197,17 +198,17 @@ def _path_text(path: CriticalPath, makespan: float) -> str:
 
 
 def _step_text(step: Step) -> str:
-    """With what it waited for, where that is a tenth of its time."""
+    """The name and time of a step; a wait of at least a tenth of that time is named."""
     waits = {"not submitted": step["unsubmitted"], "queue": step["queue"]}
-    told = [f"{name} {duration(seconds)}" for name, seconds in waits.items() if seconds >= 0.1 * _seconds(step) > 0]
-    waited = f" ({', '.join(told)})" if told else ""
+    long = [f"{name} {duration(seconds)}" for name, seconds in waits.items() if seconds >= 0.1 * _seconds(step) > 0]
+    waited = f" ({', '.join(long)})" if long else ""
     return f"{one_line(step['task'])} {duration(_seconds(step))}{waited}"
 
 
 def _table_rows(statistics: Statistics) -> list[list[str]]:
-    groups = list(statistics["groups"].items())[:_GROUPS_TOLD]
-    everything = [_row("all", statistics)] if len(groups) > 1 else []
-    return [_COLUMNS, *everything, *(_row(one_line(name), measures) for name, measures in groups)]
+    groups = list(statistics["groups"].items())[:_GROUPS_IN_TEXT]
+    total = [_row("all", statistics)] if len(groups) > 1 else []
+    return [_COLUMNS, *total, *(_row(one_line(name), measures) for name, measures in groups)]
 
 
 def _row(name: str, measures: Measures | Statistics) -> list[str]:
@@ -227,7 +228,7 @@ def _percentiles(spread: Spread) -> str:
 
 
 def _plain(number: float | None) -> str:
-    """With about three digits that say something."""
+    """About three significant digits."""
     if not number:
         return "-" if number is None else "0"
     digits = 5 if number < 0.01 else 3 if number < 10 else 1 if number < 1000 else 0

@@ -1,1 +1,1 @@
-"""The tool `submit_tasks`: the tasks of one call are checked, accepted once, and reported."""
+"""The tool `submit_tasks`: its budget, the submission or the dry run, and the reply."""

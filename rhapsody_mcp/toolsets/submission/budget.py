@@ -1,4 +1,4 @@
-"""What a session has been given to do, and the question before it is given more than its budget."""
+"""Asks the person before a submission exceeds the session's budget."""
 
 from __future__ import annotations
 
@@ -11,54 +11,56 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.runtime.dataflow.item_template import with_item
 from rhapsody_mcp.runtime.requests.task_request import StandIn, TaskRequest
 from rhapsody_mcp.settings import Settings
-from rhapsody_mcp.toolsets.submission.submit import check, submitted_before
-from rhapsody_mcp.toolsets.tooling.confirmation import Asking, Confirm, Desk, ask
+from rhapsody_mcp.toolsets.submission.prepared import check_tasks, prepare_tasks
+from rhapsody_mcp.toolsets.submission.submit import repeated_submission
+from rhapsody_mcp.toolsets.tooling.background import to_thread_if_large
+from rhapsody_mcp.toolsets.tooling.confirmation import CallContext, Confirm, ServerState, ask
 
-__all__ = ["Load", "ask_to_exceed", "asked_for", "excess"]
+__all__ = ["Demand", "ask_to_exceed", "demand_of", "over_budget"]
 
 
-class Load(NamedTuple):
-    """Tasks, and the most tokens that their prompts may be answered with where they say it."""
+class Demand(NamedTuple):
+    """A number of tasks, and the most tokens of their answers; a prompt without a bound counts as 0 tokens."""
 
     tasks: int
     tokens: int
 
-    def and_(self, other: Load) -> Load:
-        return Load(self.tasks + other.tasks, self.tokens + other.tokens)
+    def plus(self, other: Demand) -> Demand:
+        return Demand(self.tasks + other.tasks, self.tokens + other.tokens)
 
 
-def asked_for(requests: Iterable[TaskRequest]) -> Load:
-    """What a submission adds; a for_each over a result that is not known yet counts as one task."""
-    load = Load(0, 0)
+def demand_of(requests: Iterable[TaskRequest]) -> Demand:
+    """The demand of a submission; a for_each over a result that is not known yet counts as one task."""
+    total = Demand(0, 0)
     for request in requests:
         each = request.for_each
         items: Sequence[Any] = each if isinstance(each, list) else range(each) if isinstance(each, int) else [None]
-        load = load.and_(Load(len(items), _tokens(request, items)))
-    return load
+        total = total.plus(Demand(len(items), _tokens(request, items)))
+    return total
 
 
 def _tokens(request: TaskRequest, items: Sequence[Any]) -> int:
-    """The most that its answers may have; none of what an earlier result is to say."""
+    """The most tokens of the answers; 0 where a result of another task will set the bound."""
     prompts = len(request.prompt) if isinstance(request.prompt, list) else 1
     if isinstance(request.max_tokens, dict) or isinstance(request.n, dict):
         return prompts * sum(_number(request.max_tokens, item) * (_number(request.n, item) or 1) for item in items)
     return prompts * len(items) * (request.max_tokens or 0) * (request.n or 1)
 
 
-def _number(asked: int | StandIn | None, item: Any) -> int:
-    if isinstance(asked, dict):
+def _number(value: int | StandIn | None, item: Any) -> int:
+    if isinstance(value, dict):
         try:
-            asked = with_item(asked, item).get("literal")
+            value = with_item(value, item).get("literal")
         except InvalidTask:
-            asked = 0  # which its submission will refuse
-    return asked if isinstance(asked, int) else 0
+            value = 0  # the submission will refuse the request
+    return value if isinstance(value, int) else 0
 
 
-def excess(load: Load, settings: Settings) -> list[str]:
-    """What of the load is over budget, in words."""
+def over_budget(demand: Demand, settings: Settings) -> list[str]:
+    """A text for each number that is over budget."""
     limits = [
-        ("tasks", load.tasks, "budget_tasks", settings.budget_tasks),
-        ("tokens of answers", load.tokens, "budget_tokens", settings.budget_tokens),
+        ("tasks", demand.tasks, "budget_tasks", settings.budget_tasks),
+        ("tokens of answers", demand.tokens, "budget_tokens", settings.budget_tokens),
     ]
     return [
         f"{count:,} {what}, and its budget is {most:,} ({key} in the server's settings)"
@@ -68,15 +70,22 @@ def excess(load: Load, settings: Settings) -> list[str]:
 
 
 async def ask_to_exceed(
-    session: str, tasks: list[TaskRequest], dry_run: bool, idempotency_key: str | None, force: bool, context: Asking
+    session: str,
+    tasks: list[TaskRequest],
+    dry_run: bool,
+    idempotency_key: str | None,
+    force: bool,
+    context: CallContext,
 ) -> Elicit[Confirm] | Confirm:
-    desk = Desk.of(context)
-    opened = desk.sessions.get(session)
+    state = ServerState.of(context)
+    open_session = state.sessions.get(session)
     if force or dry_run:
         return Confirm()
-    usage = opened.session.usage
-    over = excess(Load(usage.tasks, usage.tokens).and_(asked_for(tasks)), desk.settings)
-    if not over or submitted_before(opened, tasks, idempotency_key) is not None:
+    usage = open_session.session.usage
+    over = over_budget(Demand(usage.tasks, usage.tokens).plus(demand_of(tasks)), state.settings)
+    if not over or repeated_submission(open_session, tasks, idempotency_key) is not None:
         return Confirm()
-    check(opened, tasks)  # what will be refused is not asked about
+    async with open_session.submission_lock:  # a person is not asked about tasks that will be refused
+        prepared = await prepare_tasks(open_session, tasks)
+        await to_thread_if_large(check_tasks, open_session, tasks, prepared)
     return ask(f"This gives {session} {'; '.join(over)}.", context)

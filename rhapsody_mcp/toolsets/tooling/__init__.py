@@ -1,1 +1,1 @@
-"""What turns methods into MCP tools: cards, schemas, errors, confirmations."""
+"""Turns methods into MCP tools: arguments, schemas, errors, confirmations, and calls that outlast their client."""

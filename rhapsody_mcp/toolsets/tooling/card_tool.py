@@ -15,63 +15,62 @@ from pydantic import ValidationError
 
 from rhapsody_mcp.cards import Card
 from rhapsody_mcp.model.errors import RhapsodyError
-from rhapsody_mcp.toolsets.tooling.background import aside, look_at_size
-from rhapsody_mcp.toolsets.tooling.errors import (
-    refuse_answer,
-    refuse_arguments,
-    refuse_call,
-    refuse_crash,
-    refuse_unknown_arguments,
-    refuse_unreadable,
+from rhapsody_mcp.toolsets.tooling.argument_errors import (
+    invalid_arguments_text,
+    unknown_argument_text,
+    unreadable_argument_text,
 )
-from rhapsody_mcp.toolsets.tooling.schemas import as_meant, flat
+from rhapsody_mcp.toolsets.tooling.background import measure_call, to_thread_if_large
+from rhapsody_mcp.toolsets.tooling.errors import error_text, internal_error_text, invalid_answer_text
+from rhapsody_mcp.toolsets.tooling.schemas import coerced, flat
 
 __all__ = ["CardTool", "make_tools"]
 
 
-class _Valid(dict[str, Any]):
-    """Arguments that were validated."""
+class _ValidArguments(dict[str, Any]):
+    """Arguments after validation."""
 
 
-class _AsTheyAre(FuncMetadata):
-    """Takes arguments as they are; the one that it replaces takes a text such as `null` or `[a]` for JSON."""
+class _UnparsedArguments(FuncMetadata):
+    """Takes texts as texts; its base class reads a text such as `null` or `[a]` as JSON."""
 
     def pre_parse_json(self, data: dict[str, Any]) -> dict[str, Any]:
         return data
 
     def validate_arguments(self, arguments_to_validate: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(arguments_to_validate, _Valid):
+        if isinstance(arguments_to_validate, _ValidArguments):
             return arguments_to_validate
         return super().validate_arguments(arguments_to_validate)
 
 
 class CardTool(Tool):
-    """A tool whose every refusal is a text that the model can act on."""
+    """A tool whose every error is a text that the model can act on."""
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
-        look_at_size(arguments)
-        valid = await aside(self._validated, arguments)
+        measure_call(arguments)
+        valid = await to_thread_if_large(self._validated, arguments)
         try:
             return await super().run(valid, context, convert_result)
         except ToolError as error:
-            raise self._refusal(error) from error.__cause__
+            raise self._for_model(error) from error.__cause__
 
-    def _validated(self, arguments: dict[str, Any]) -> _Valid:
-        read = as_meant(self.parameters, arguments)
-        if refused := refuse_unknown_arguments(read, self.parameters, self.name) or refuse_unreadable(read, self.name):
-            raise ToolError(refused)
+    def _validated(self, arguments: dict[str, Any]) -> _ValidArguments:
+        values = coerced(self.parameters, arguments)
+        wrong = unknown_argument_text(values, self.parameters, self.name) or unreadable_argument_text(values, self.name)
+        if wrong:
+            raise ToolError(wrong)
         try:
-            return _Valid(self.fn_metadata.validate_arguments(read))
+            return _ValidArguments(self.fn_metadata.validate_arguments(values))
         except ValidationError as error:
-            raise ToolError(refuse_arguments(error, self.parameters, read, self.name)) from error
+            raise ToolError(invalid_arguments_text(error, self.parameters, values, self.name)) from error
 
-    def _refusal(self, error: ToolError) -> ToolError:
+    def _for_model(self, error: ToolError) -> ToolError:
         match error.__cause__:
             case RhapsodyError() as cause:
-                return ToolError(refuse_call(cause, self.name))
+                return ToolError(error_text(cause, self.name))
             case ToolError():
-                return ToolError(refuse_answer(self.name))
-        return UnexpectedToolError(refuse_crash(self.name))
+                return ToolError(invalid_answer_text(self.name))
+        return UnexpectedToolError(internal_error_text(self.name))
 
 
 def make_tools(toolsets: Iterable[object], cards: Iterable[Card]) -> list[Tool]:
@@ -100,7 +99,7 @@ def _methods(toolset: object) -> list[str]:
 
 def _make_tool(method: Any, card: Card) -> Tool:
     tool = CardTool.from_function(method, title=card.title, description=card.text, annotations=_annotations(card))
-    tool.fn_metadata = _AsTheyAre(**dict(tool.fn_metadata))
+    tool.fn_metadata = _UnparsedArguments(**dict(tool.fn_metadata))
     tool.parameters = {**flat(tool.parameters), "additionalProperties": False}
     if tool.fn_metadata.output_schema is not None:
         tool.fn_metadata.output_schema = flat(tool.fn_metadata.output_schema)

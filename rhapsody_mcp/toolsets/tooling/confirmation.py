@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,71 +15,85 @@ from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import Task, name_of
 from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.replies.formatting import limited_list
 
-__all__ = ["Answer", "Asking", "Confirm", "Desk", "Force", "Loss", "ask", "ask_about", "named_few", "refuse_unless"]
+__all__ = [
+    "Answer",
+    "CallContext",
+    "Confirm",
+    "Force",
+    "Loss",
+    "ServerState",
+    "ask",
+    "ask_before_loss",
+    "require_agreement",
+    "task_names",
+]
 
-_NAMES_SHOWN = 3
+_NAMES_IN_QUESTION = 3
 
 Force = Annotated[bool, Field(description="true does not ask.")]
 
 
 class Confirm(BaseModel):
-    """What a person fills in; to accept it as it is means yes."""
+    """The form that a person fills in; a form that is accepted unchanged means yes."""
 
     go_on: Annotated[bool, Field(title="Go on")] = True
 
 
 Answer = ElicitationResult[Confirm]
-Asking = Context[Any, Any]
+CallContext = Context[Any, Any]
 
 
 class Loss(NamedTuple):
-    """What a call would end, and the sentence that says so."""
+    """The tasks that a call would end, by uid, and the sentence that tells the person so."""
 
-    told: str
+    sentence: str
     uids: Set[str]
 
 
 @dataclass(frozen=True)
-class Desk:
-    """What a question is about; every call of a server finds it in its lifespan context."""
+class ServerState:
+    """The lifespan context of a server, which every call finds in its context."""
 
     sessions: SessionRegistry
     settings: Settings
-    asked: WeakKeyDictionary[OpenSession, dict[str, Loss]] = field(default_factory=WeakKeyDictionary)
-    """The last question of each tool about a session."""
+    questions: WeakKeyDictionary[OpenSession, dict[str, Loss]] = field(default_factory=WeakKeyDictionary)
+    """The last question about each session, by tool."""
 
     @staticmethod
-    def of(context: Asking) -> Desk:
-        desk = context.request_context.lifespan_context
-        assert isinstance(desk, Desk)
-        return desk
+    def of(context: CallContext) -> ServerState:
+        state = context.request_context.lifespan_context
+        assert isinstance(state, ServerState)
+        return state
 
 
-def ask(told: str, context: Asking) -> Elicit[Confirm]:
-    """A question whether to go on although `told`. Raises NeedsForce where the client cannot ask it."""
+def ask(sentence: str, context: CallContext) -> Elicit[Confirm]:
+    """The question whether to go on. Raises NeedsForce where the client cannot ask a person."""
     if not _can_ask(context):
-        raise NeedsForce(f"{told} This needs a person's agreement, and your client cannot ask for it.")
-    return Elicit(f"{told} Go on?", Confirm)
+        raise NeedsForce(f"{sentence} This needs a person's agreement, and your client cannot ask for it.")
+    return Elicit(f"{sentence} Go on?", Confirm)
 
 
-def ask_about(loss: Loss, opened: OpenSession, tool: str, context: Asking) -> Elicit[Confirm] | Confirm:
-    """A question whether to lose this, or the yes of one who loses nothing.
+def ask_before_loss(
+    loss: Loss, open_session: OpenSession, tool: str, context: CallContext
+) -> Elicit[Confirm] | Confirm:
+    """The question whether to lose these tasks, or a yes where no task is lost.
 
-    From 2026-07-28 on an answer comes with a second call, and counts for the very words that were asked. So they
-    stay as they were while no more would be lost than they say: tasks end while a person reads.
+    From protocol 2026-07-28 on, the answer comes with a second call and is valid only for the same sentence. Tasks end
+    while a person reads, so the second call repeats the first sentence unless more tasks would be lost now.
     """
-    asked = Desk.of(context).asked.setdefault(opened, {})
-    if context.input_responses and tool in asked and loss.uids <= asked[tool].uids:
-        return ask(asked[tool].told, context)
+    questions = ServerState.of(context).questions.setdefault(open_session, {})
+    if context.input_responses and tool in questions and loss.uids <= questions[tool].uids:
+        return ask(questions[tool].sentence, context)
     if not loss.uids:
         return Confirm()
-    question = ask(loss.told, context)
-    asked[tool] = loss
+    question = ask(loss.sentence, context)
+    questions[tool] = loss
     return question
 
 
-def refuse_unless(answer: Answer) -> None:
+def require_agreement(answer: Answer) -> None:
     """Raises NotConfirmed where the person did not agree."""
     if not isinstance(answer, AcceptedElicitation):
         said = "said no" if answer.action == "decline" else "gave no answer"
@@ -88,14 +102,13 @@ def refuse_unless(answer: Answer) -> None:
         raise NotConfirmed("the person was asked and said no; nothing was changed.")
 
 
-def named_few(tasks: Collection[Task]) -> str:
-    """As in `train, fit-1, fit-2 and 9 more`."""
-    names = [name_of(task) for task, _ in zip(tasks, range(_NAMES_SHOWN), strict=False)]
-    return ", ".join(names) + (f" and {len(tasks) - len(names)} more" if len(tasks) > len(names) else "")
+def task_names(tasks: Sequence[Task]) -> str:
+    """The names in a question, as in `train, fit-1, fit-2 and 9 more`."""
+    return limited_list([name_of(task) for task in tasks], _NAMES_IN_QUESTION)
 
 
-def _can_ask(context: Asking) -> bool:
+def _can_ask(context: CallContext) -> bool:
     capabilities = context.client_capabilities
-    asks = capabilities.elicitation if capabilities else None
-    with_forms = asks is not None and (asks.form is not None or asks.url is None)
+    elicitation = capabilities.elicitation if capabilities else None
+    with_forms = elicitation is not None and (elicitation.form is not None or elicitation.url is None)
     return with_forms and (context.protocol_version == "2026-07-28" or context.session.can_send_request)

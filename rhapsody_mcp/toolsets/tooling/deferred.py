@@ -1,4 +1,4 @@
-"""How a tool lets its client go before it waits: the client has a handle, and comes back for the result."""
+"""Lets the client go before a tool waits: the client gets a handle, and comes back for the result."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, Protocol
 __all__ = ["LONGEST_WAIT_S", "Deferrable", "ask_later", "current_call", "defer"]
 
 LONGEST_WAIT_S = 12 * 3600.0
-"""How long a call may go on whose client was let go."""
+"""The longest that a deferred call may run."""
 
 
 class Deferrable(Protocol):
     """A call whose client can come back for the result."""
 
     def defer(self) -> bool:
-        """Let the client go; False where it has too many handles, and waits."""
+        """Let the client go; False where the client has too many handles, and waits."""
         ...
 
     async def ask(self, requests: Mapping[str, Any]) -> dict[str, Any]:
-        """The client's answer to each of these requests, which it finds when it comes back."""
+        """The client's answer to each request, which the client finds when it comes back."""
         ...
 
 
@@ -29,13 +29,13 @@ current_call: ContextVar[Deferrable | None] = ContextVar("current_call", default
 
 
 def defer() -> bool:
-    """Say that the call waits from here on, all questions being answered. True where its client was let go."""
+    """Let the client go, as the call asks no more and waits from here on. False where the client stays."""
     call = current_call.get()
     return call is not None and call.defer()
 
 
 async def ask_later(requests: Mapping[str, Any]) -> dict[str, Any]:
-    """The answers to these requests; only a call that was deferred can ask in this way."""
+    """The answers to these requests. Raises LookupError for a call that cannot be deferred."""
     call = current_call.get()
     if call is None or not call.defer():
         raise LookupError("nobody comes back to answer")

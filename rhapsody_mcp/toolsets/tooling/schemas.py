@@ -1,4 +1,4 @@
-"""Makes the schemas that pydantic writes flat: some hosts refuse a whole list of tools for one nested $ref."""
+"""JSON schemas without $ref, as some hosts refuse the whole list of tools for one nested $ref."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 from pydantic import GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
-__all__ = ["UNTOLD", "as_meant", "field_at", "field_names", "flat"]
+__all__ = ["TYPE_ONLY", "coerced", "field_at", "field_names", "flat"]
 
 Schema = dict[str, Any]
 
 
-class _Untold:
+class _TypeOnly:
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
         return {"type": _without_null(handler(core))["type"]}
 
 
-UNTOLD = _Untold()
-"""For a field of which the schema need only tell the outermost type: its name, the card and the text of the reply say
-the rest, and each word of a schema costs every agent."""
+TYPE_ONLY = _TypeOnly()
+"""Marks a field whose schema is its outermost type alone: the name of the field, the card and the reply tell the
+rest, and each word of a schema costs tokens."""
 _NULL = {"type": "null"}
-_SAYS_NOTHING: list[tuple[str, Any]] = [
+_DEFAULTS: list[tuple[str, Any]] = [
     ("default", None),
     ("default", False),
     ("additionalProperties", True),
@@ -31,17 +31,17 @@ _SAYS_NOTHING: list[tuple[str, Any]] = [
 
 
 def flat(schema: Schema) -> Schema:
-    """The same schema without $ref, titles, and null as a choice: an optional field is left out, not null."""
+    """The same schema without $ref, titles and the choice of null: a caller leaves an optional field out."""
     return _flat_node(schema, schema.get("$defs", {}))
 
 
 def field_names(schema: Schema, location: tuple[int | str, ...]) -> list[str]:
-    """The fields that a flat schema knows in the object at `location`."""
+    """The fields of the object at `location` in a flat schema."""
     return list(field_at(schema, location).get("properties", {}))
 
 
 def field_at(schema: Schema, location: tuple[int | str, ...]) -> Schema:
-    """What a flat schema says of the value at `location`; empty where it says nothing."""
+    """The schema of the value at `location` in a flat schema; empty where there is none."""
     for step in location:
         if isinstance(step, int):
             schema = schema.get("items", {})
@@ -50,18 +50,18 @@ def field_at(schema: Schema, location: tuple[int | str, ...]) -> Schema:
     return schema
 
 
-def as_meant(schema: Schema, value: Any) -> Any:
-    """The value as the flat schema has it, where it is clear what is meant.
+def coerced(schema: Schema, value: Any) -> Any:
+    """The value in the form that the flat schema asks for, where the meaning is clear.
 
-    null is absent, a lone text or object stands for a list of one, a choice may be in any letter case, and lists and
-    objects that came as texts of JSON, as some hosts send them, are read. What the schema says nothing of stays.
+    A field that is null is left out, a single text or object becomes a list of one, a choice may be in any letter case,
+    and lists and objects that a host sent as JSON texts are parsed. Parts that the schema does not describe stay.
     """
     if (types := _types(schema)) & {"array", "object"} and "string" not in types:
-        value = _listed(schema, _read_text(value))
+        value = _as_list(schema, _parsed(value))
     if isinstance(value, list) and "items" in schema:
-        return [as_meant(schema["items"], item) for item in value]
+        return [coerced(schema["items"], item) for item in value]
     if isinstance(value, dict) and (fields := schema.get("properties")) is not None:
-        return {name: as_meant(fields.get(name, {}), part) for name, part in value.items() if part is not None}
+        return {name: coerced(fields.get(name, {}), part) for name, part in value.items() if part is not None}
     if isinstance(value, str) and value not in (choices := schema.get("enum", [value])):
         return next((choice for choice in choices if choice.casefold() == value.casefold()), value)
     return value
@@ -72,48 +72,48 @@ def _types(schema: Schema) -> set[str]:
     return {kind} if isinstance(kind, str) else set(kind)
 
 
-def _read_text(value: Any) -> Any:
+def _parsed(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        read = json.loads(value)
+        parsed = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    return read if isinstance(read, list | dict) else value
+    return parsed if isinstance(parsed, list | dict) else value
 
 
-def _listed(schema: Schema, value: Any) -> Any:
+def _as_list(schema: Schema, value: Any) -> Any:
     kind = "string" if isinstance(value, str) else "object" if isinstance(value, dict) else None
     return [value] if kind and kind == schema.get("items", {}).get("type") else value
 
 
 def _flat_node(node: Schema, definitions: Schema) -> Schema:
     if "$ref" in node:
-        named = definitions[node["$ref"].rpartition("/")[2]]
-        node = {**named, **{key: value for key, value in node.items() if key != "$ref"}}
+        definition = definitions[node["$ref"].rpartition("/")[2]]
+        node = {**definition, **{key: value for key, value in node.items() if key != "$ref"}}
     node = _with_types(_without_null(node))
     return {
         key: _flat_value(key, value, definitions)
         for key, value in node.items()
-        if key not in ("title", "$defs") and not _says_nothing(key, value)
+        if key not in ("title", "$defs") and not _is_default(key, value)
     }
 
 
-def _says_nothing(key: str, value: Any) -> bool:
-    return any(key == idle_key and value == idle and type(value) is type(idle) for idle_key, idle in _SAYS_NOTHING)
+def _is_default(key: str, value: Any) -> bool:
+    return any((key, value) == (name, default) and type(value) is type(default) for name, default in _DEFAULTS)
 
 
 def _without_null(node: Schema) -> Schema:
     choices = node.get("anyOf", [])
     if _NULL not in choices:
         return node
-    left = [choice for choice in choices if choice != _NULL]
+    others = [choice for choice in choices if choice != _NULL]
     rest = {key: value for key, value in node.items() if key != "anyOf"}
-    return {**left[0], **rest} if len(left) == 1 else {**rest, "anyOf": left}
+    return {**others[0], **rest} if len(others) == 1 else {**rest, "anyOf": others}
 
 
 def _with_types(node: Schema) -> Schema:
-    """With a list of types in the place of choices that differ in their type: fewer words for the same."""
+    """The node with a list of types in place of choices that differ only in their type, which is shorter."""
     name = "oneOf" if "oneOf" in node else "anyOf"
     choices = node.get(name, [])
     types = [choice.get("type") for choice in choices]
