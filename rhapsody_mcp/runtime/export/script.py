@@ -111,7 +111,7 @@ class _ScriptWriter:
         for task in self._tasks:
             function = work.function if isinstance(work := self._representatives[task.uid], ComputeTask) else None
             if isinstance(function, Source):
-                done = any(one.state is TaskState.DONE for one in leaves([task]))
+                done = any(leaf.state is TaskState.DONE for leaf in leaves([task]))
                 proven[function] = proven.get(function, False) or done
         return proven
 

@@ -103,7 +103,7 @@ class TaskCode:
 
     def _uses(self, task: ForEach) -> Iterator[str]:
         """The argument `uses`. Where the items are a list, the children name the tasks that they use."""
-        used = [one for one in task.needs() if task.source is not None and one is not task.source.task]
+        used = [need for need in task.needs() if task.source is not None and need is not task.source.task]
         if used:
             yield f"uses={self.listed(used)}"
 

@@ -58,7 +58,7 @@ class Acceptance:
                 raise InvalidTask(f"{task.uid} is submitted already; make a new task for a new run.", uid=task.uid)
             uids[task.uid] = task
         encoder = Encoder(reference)
-        specs = [(task, _specify(task, encoder)) for one in batch for task in with_children([one])]
+        specs = [(task, _specify(task, encoder)) for task in with_children(batch)]
         for task in batch:
             for source in task.sources():
                 if source.uid not in uids and source.uid not in self._tasks:

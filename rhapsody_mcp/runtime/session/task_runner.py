@@ -89,8 +89,8 @@ class TaskRunner:
         now = time.time()
         for task, _, _ in accepted:
             task.state, task.submitted = TaskState.WAITING, task.submitted or now
-        children_last = sorted(accepted, key=lambda one: not isinstance(one.task, ForEach))
-        for step in steps(children_last):
+        parents_first = sorted(accepted, key=lambda entry: not isinstance(entry.task, ForEach))
+        for step in steps(parents_first):
             self.submit(step)
             await asyncio.sleep(0)
 
