@@ -59,9 +59,9 @@ def summary(arguments: Mapping[str, Any], max_chars: int = 2000) -> dict[str, An
 
 
 def _shorten(shortened: Any, value: Any) -> Any:
-    return (
-        shortened if len(json.dumps(shortened)) <= _ARGUMENT_CHARS else _length_and_hash(json.dumps(value, default=str))
-    )
+    if len(json.dumps(shortened)) <= _ARGUMENT_CHARS:
+        return shortened
+    return _length_and_hash(json.dumps(value, default=str))
 
 
 def _plain(value: Any, max_items: int, depth: int = 0, key: str = "") -> Any:
