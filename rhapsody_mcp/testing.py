@@ -13,8 +13,8 @@ import msgspec
 
 from rhapsody_mcp.backends.base import Awaitable, Ended, Event, Kind, Report, Returned, Running
 from rhapsody_mcp.model.errors import BackendUnavailable
-from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.outcome import Outcome, why_stopped
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader, Value
 
@@ -41,7 +41,7 @@ class ScriptedBackend(Awaitable):
         start_error: Exception | None = None,
     ) -> None:
         self.name, self.kinds, self.script, self.start_error = name, kinds, script, start_error
-        self.received: list[Order] = []
+        self.received: list[TaskRun] = []
         self.gate, self.door = asyncio.Event(), asyncio.Event()
         self.gate.set()
         self.door.set()
@@ -72,7 +72,7 @@ class ScriptedBackend(Awaitable):
             self._last[uid] = lost if uid in self._began else Returned(uid, reason)
             task.cancel()
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+    def submit(self, orders: Sequence[TaskRun], report: Report, read: Reader) -> None:
         if self._dead:
             raise BackendUnavailable(self._dead)
         self.received.extend(orders)
@@ -85,12 +85,12 @@ class ScriptedBackend(Awaitable):
         if self._running.get(uid) is task:  # and not the next attempt
             del self._running[uid]
             self._began.pop(uid, None)
-        canceled = Ended(uid, _ended(TaskState.CANCELED, Cause.CANCELED, "canceled on request", None))
+        canceled = Ended(uid, _ended(TaskState.CANCELED, Cause.CANCELED, why_stopped(Cause.CANCELED), None))
         last = self._last.pop(uid, canceled)
         if task.cancelled():
             report(last)
 
-    async def _run(self, order: Order, report: Report, read: Reader) -> None:
+    async def _run(self, order: TaskRun, report: Report, read: Reader) -> None:
         await self.door.wait()
         uid = order.spec.uid
         started = self._began[uid] = time.time()

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import msgspec
 
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.values import Reader
 
 __all__ = [
@@ -78,7 +78,7 @@ class Backend(Protocol):
         left running after a failed or cancelled start, and it may be tried again.
         """
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+    def submit(self, orders: Sequence[TaskRun], report: Report, read: Reader) -> None:
         """Take these tasks; the backend has started. Never blocks and never raises for a task.
 
         Raises BackendUnavailable, with nothing taken, where the engine has died; `start` makes a new one.

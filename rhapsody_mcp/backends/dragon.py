@@ -29,8 +29,8 @@ class DragonExecutionBackendV3(ComputeBackend):
     is loaded here. `await backend` returns when it can place processes.
     """
 
-    placer = "dragon"
-    instead = (
+    launcher = "dragon"
+    alternative = (
         ', or go to the local backend, which runs the same tasks: backends=["local"], in Python LocalExecutionBackend()'
     )
 

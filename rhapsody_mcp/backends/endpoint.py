@@ -11,7 +11,7 @@ from rhapsody_mcp.backends.inference.batching import read_limits
 from rhapsody_mcp.backends.inference.openai_client import ChatServer, Lost, Refused
 from rhapsody_mcp.backends.inference.prompt_runner import Completions, Defaults, check_prompts
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.values import Reader
 
 __all__ = ["EndpointInferenceBackend"]
@@ -94,7 +94,7 @@ class EndpointInferenceBackend(Awaitable):
             raise
         return server
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+    def submit(self, orders: Sequence[TaskRun], report: Report, read: Reader) -> None:
         assert self._completions is not None, "a session starts a backend before it submits"
         self._completions.submit(orders, report, read)
 

@@ -24,7 +24,7 @@ from rhapsody_mcp.bench.measuring import Row, Shown
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Reader, Value
 from rhapsody_mcp.runtime.recovery.restore import Records
@@ -99,7 +99,7 @@ class _Instant(Awaitable):
     async def start(self) -> None:
         pass
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+    def submit(self, orders: Sequence[TaskRun], report: Report, read: Reader) -> None:
         loop = asyncio.get_running_loop()
         for order in orders:
             loop.call_soon(_end, order.spec.uid, report)

@@ -1,8 +1,8 @@
-"""The program that runs on a node, inside Dragon or without it: it places processes, watches them, ends them.
+"""The node agent, a program that runs inside Dragon or without it: it launches processes, watches and ends them.
 
     python -m rhapsody_mcp.engine.host CONFIG
 
-It ends when the lifeline closes, with everything that it placed.
+It ends when the lifeline closes, with everything that it launched.
 """
 
 from __future__ import annotations
@@ -24,32 +24,27 @@ from typing import Any, NoReturn
 import msgspec
 
 from rhapsody_mcp.engine.messages import (
-    Ask,
-    Ended,
-    Failed,
     FromHost,
-    Gone,
     HostConfig,
+    NodeReady,
     Ping,
-    Place,
-    Plan,
     Pong,
-    Ready,
-    Started,
-    Stop,
+    ProcessPlan,
+    StartTask,
+    StartWorker,
+    StopWorker,
+    TaskEnded,
+    TaskStarted,
     ToHost,
     WorkerConfig,
+    WorkerExited,
+    WorkerStartFailed,
 )
-from rhapsody_mcp.engine.node.launchers import (
-    TASK_VARIABLES,
-    DragonPlacer,
-    ForkPlacer,
-    Placer,
-    count_cores,
-    count_gpus,
-)
-from rhapsody_mcp.engine.node.pmi import Prober
-from rhapsody_mcp.engine.node.task_processes import PlacedProcess, PlacedTask
+from rhapsody_mcp.engine.node.hardware import memory_gib
+from rhapsody_mcp.engine.node.launchers import DragonLauncher, ForkLauncher, Launcher
+from rhapsody_mcp.engine.node.node import Node, start_events_path
+from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
+from rhapsody_mcp.engine.node.task_processes import ProcessTask
 from rhapsody_mcp.engine.process.liveness import LOOKS, Stalls
 from rhapsody_mcp.engine.process.tree import PLACE, adopt_orphans, descendants, end, marked, open_lifeline
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
@@ -79,10 +74,10 @@ def _end_with_owner(host: Host) -> None:
 _JOIN_S = 3.0
 
 
-def _batch_placer() -> Placer:
-    from rhapsody_mcp.engine.node.dragon_batch import BatchPlacer
+def _batch_launcher() -> Launcher:
+    from rhapsody_mcp.engine.node.dragon_batch import BatchLauncher
 
-    return BatchPlacer()
+    return BatchLauncher()
 
 
 class Host:
@@ -90,32 +85,26 @@ class Host:
 
     def __init__(self, config: HostConfig) -> None:
         self.config = config
-        self.cores = count_cores()
-        self.gpus = count_gpus()
-        self.task_env = msgspec.json.decode(os.environ.get(TASK_VARIABLES, "{}"), type=dict[str, str])
-        self.prober = Prober(config.folder, config.sys_path)
-        self._number = 0
         self._lock = threading.Lock()
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._free_threads = 0
         self._runs: set[Future[None]] = set()
         self._ending = False
-        self._workers: dict[str, PlacedProcess] = {}
-        self._tasks: dict[str, PlacedTask] = {}
+        self._workers: dict[str, SupervisedProcess] = {}
+        self._tasks: dict[str, ProcessTask] = {}
         self.vital: dict[str, list[int]] = {}
         """By the names of their plans, the processes of what runs that must not stand still."""
         self._outbox: queue.SimpleQueue[FromHost] = queue.SimpleQueue()
         self._awake, self._wake = os.pipe()
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.events_path = f"{config.folder}/started"
-        self._events.bind(self.events_path)
-        self.forks = ForkPlacer(config.folder, self._end_without_forks)
-        self.placer: Placer = DragonPlacer() if config.placer == "dragon" else self.forks
-        self._worker_placer = _batch_placer() if config.batch else self.placer
+        self._events.bind(start_events_path(config.folder))
+        self._forks = ForkLauncher(config.folder, self._end_without_forks)
+        self._node = Node(config, DragonLauncher() if config.launcher == "dragon" else self._forks, self._forks)
+        self._worker_launcher = _batch_launcher() if config.batch else self._node.launcher
 
     def serve(self) -> None:
         backend: Link[ToHost] = Link(self.config.address, ToHost)
-        self.say(Ready(socket.gethostname(), os.getpid(), self.cores, self.gpus))
+        self.say(NodeReady(socket.gethostname(), os.getpid(), self._node.cores, self._node.gpus, memory_gib()))
         while True:
             sources: list[Any] = [backend.socket, self._awake, self._events]
             readable, _, _ = select.select(sources, [], [])
@@ -135,8 +124,8 @@ class Host:
         it may hold a lock in the memory that it shares with Dragon's launcher, which then never ends.
         """
         self._ending = True
-        self.forks.give_up()
-        self.prober.stop()
+        self._forks.give_up()
+        self._node.prober.stop()
         deadline = time.monotonic() + _JOIN_S
         for run in list(self._runs):
             end(self._everything)
@@ -196,20 +185,20 @@ class Host:
             self.vital[name] = [int(pid) for pid in pids.split(",")]
         if task is not None and not task.reported:
             task.reported = True
-            self.say(Started(uid, float(at)))
+            self.say(TaskStarted(uid, float(at)))
 
     def _obey(self, message: ToHost) -> None:
         if self._ending:
             return
         if isinstance(message, Ping):
             self.say(Pong())
-        elif isinstance(message, Place):
+        elif isinstance(message, StartWorker):
             self._run(self._run_worker, message.worker)
-        elif isinstance(message, Stop):
+        elif isinstance(message, StopWorker):
             if message.worker in self._workers:
                 threading.Thread(target=self._workers[message.worker].stop, daemon=True).start()
-        elif isinstance(message, Ask):
-            task = self._tasks[message.order.spec.uid] = PlacedTask(self, message.order)
+        elif isinstance(message, StartTask):
+            task = self._tasks[message.task_run.spec.uid] = ProcessTask(self._node, message.task_run)
             self._run(self._run_task, task)
         elif message.uid in self._tasks:
             self._tasks[message.uid].cancel()
@@ -218,25 +207,29 @@ class Host:
         given = self.config
         config = WorkerConfig(worker, given.address, given.sys_path, given.cwd, given.caps)
         try:
-            process = PlacedProcess(self, self.next_number(), Template())
-            arguments, most = process.program_with("worker", config), given.caps.output_bytes
-            process.prepare(Plan(arguments, env={"PWD": given.cwd}, output_bytes=most, started=self.events_path))
-            process.place(self._worker_placer)
+            process = SupervisedProcess(self._node, Template())
+            arguments, most, started = (
+                process.command_of("worker", config),
+                given.caps.output_bytes,
+                self._node.start_events,
+            )
+            process.write_plan(ProcessPlan(arguments, env={"PWD": given.cwd}, output_bytes=most, started=started))
+            process.launch(self._worker_launcher)
             self._workers[worker] = process
         except Exception as error:  # Dragon raises errors of many kinds
-            self.say(Failed(worker, str(error)))
+            self.say(WorkerStartFailed(worker, str(error)))
             return
         code = process.join()
         if code == OWNER_GONE:
             return
         del self._workers[worker]
         self.vital.pop(process.name, None)
-        self.say(Gone(worker, code if code <= 128 else 128 - code, process.why, process.path))
+        self.say(WorkerExited(worker, code if code <= 128 else 128 - code, process.why_killed, process.path))
 
     def end_stalled(self) -> NoReturn:
         """End what has been stopped for too long: a worker, a supervisor, or, with what placed this process, all."""
         stalls, stalled = Stalls(), f"was stopped (as by SIGSTOP) for {self.config.stall_s:g} s"
-        vital = [os.getppid(), self.forks.pid]
+        vital = [os.getppid(), self._forks.pid]
         while True:
             time.sleep(self.config.stall_s / (LOOKS - 1))
             placed = {pid: process for process in self._placed() for pid in self.vital.get(process.name, ())}
@@ -246,22 +239,17 @@ class Host:
                     self.end()
                 placed[pid].kill(f"{stalled}, and was ended for that")
 
-    def _placed(self) -> list[PlacedProcess]:
+    def _placed(self) -> list[SupervisedProcess]:
         ranks = (process for task in list(self._tasks.values()) for process in task.processes())
         return [*list(self._workers.values()), *ranks]
 
-    def _run_task(self, task: PlacedTask) -> None:
+    def _run_task(self, task: ProcessTask) -> None:
         outcome = task.run()
         if outcome is not None:
             del self._tasks[task.uid]
             for process in task.processes():
                 self.vital.pop(process.name, None)
-            self.say(Ended(task.uid, outcome))
-
-    def next_number(self) -> int:
-        with self._lock:
-            self._number += 1
-            return self._number
+            self.say(TaskEnded(task.uid, outcome))
 
 
 if __name__ == "__main__":

@@ -7,44 +7,48 @@ from typing import Literal
 import msgspec
 
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Call, Caps, Order
+from rhapsody_mcp.model.specs import Call, Caps, TaskRun
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Stream, Value
 
 __all__ = [
-    "Ask",
-    "Cancel",
-    "Ended",
-    "Failed",
-    "Finished",
+    "CancelTask",
     "FromHost",
     "FromWorker",
-    "Gone",
+    "FunctionFinished",
+    "FunctionResult",
     "HostConfig",
     "Interrupt",
-    "Listening",
+    "LauncherName",
+    "NodeReady",
     "Ping",
-    "Place",
-    "Plan",
     "Pong",
+    "ProcessPlan",
     "RankConfig",
-    "Ready",
-    "Result",
-    "Revoked",
-    "Run",
-    "Started",
-    "Stop",
+    "RunFunction",
+    "StartTask",
+    "StartWorker",
+    "StopWorker",
+    "TaskEnded",
+    "TaskRevoked",
+    "TaskStarted",
     "ToBackend",
     "ToHost",
     "ToWorker",
-    "Up",
     "WorkerConfig",
+    "WorkerExited",
+    "WorkerListening",
+    "WorkerReady",
+    "WorkerStartFailed",
 ]
+
+LauncherName = Literal["dragon", "local"]
+"""What starts the processes of an engine: Dragon, or forks of this machine."""
 
 # --- backend → worker
 
 
-class Run(msgspec.Struct, frozen=True, tag="run", gc=False):
+class RunFunction(msgspec.Struct, frozen=True, tag="run", gc=False):
     """Run this function."""
 
     uid: str
@@ -61,13 +65,13 @@ class Interrupt(msgspec.Struct, frozen=True, tag="interrupt", gc=False):
     running: bool = True
 
 
-ToWorker = Run | Interrupt
+ToWorker = RunFunction | Interrupt
 
 
 # --- worker → backend
 
 
-class Result(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+class FunctionResult(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What a function came to: a value, or a cause with its message and traceback, and the pickled exception."""
 
     value: Value | None = None
@@ -79,70 +83,70 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Whether it was one rank of several and its MPI knew of no other."""
 
 
-class Up(msgspec.Struct, frozen=True, tag="up", gc=False):
+class WorkerReady(msgspec.Struct, frozen=True, tag="up", gc=False):
     """A worker can take tasks; the first message of its first connection."""
 
     worker: str
 
 
-class Listening(msgspec.Struct, frozen=True, tag="listening", gc=False):
+class WorkerListening(msgspec.Struct, frozen=True, tag="listening", gc=False):
     """A worker can take interrupts; the first message of its second connection."""
 
     worker: str
 
 
-class Started(msgspec.Struct, frozen=True, tag="started", gc=False):
+class TaskStarted(msgspec.Struct, frozen=True, tag="started", gc=False):
     """The task's user code has started; the host says it of a task in processes of its own."""
 
     uid: str
     at: float
 
 
-class Finished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True, gc=False):
+class FunctionFinished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True, gc=False):
     """A function has ended; `interrupted` where an Interrupt ended it. `left_running` counts the processes that it had
     started and not waited for, which were ended."""
 
     uid: str
     started: float
     ended: float
-    result: Result
+    result: FunctionResult
     stdout: Stream = Stream()
     stderr: Stream = Stream()
     interrupted: bool = False
     left_running: int = 0
 
 
-class Revoked(msgspec.Struct, frozen=True, tag="revoked", gc=False):
+class TaskRevoked(msgspec.Struct, frozen=True, tag="revoked", gc=False):
     """This task will never start here."""
 
     uid: str
 
 
-FromWorker = Up | Listening | Started | Finished | Revoked
+FromWorker = WorkerReady | WorkerListening | TaskStarted | FunctionFinished | TaskRevoked
 
 
 # --- backend → host
 
 
-class Place(msgspec.Struct, frozen=True, tag="place", gc=False):
+class StartWorker(msgspec.Struct, frozen=True, tag="place", gc=False):
     """Start a worker of this name."""
 
     worker: str
 
 
-class Stop(msgspec.Struct, frozen=True, tag="stop", gc=False):
+class StopWorker(msgspec.Struct, frozen=True, tag="stop", gc=False):
     """End this worker with everything under it."""
 
     worker: str
 
 
-class Ask(msgspec.Struct, frozen=True, tag="ask", gc=False):
+class StartTask(msgspec.Struct, frozen=True, tag="ask", gc=False):
     """Run this task in processes of its own."""
 
-    order: Order
+    task_run: TaskRun
 
 
-class Cancel(msgspec.Struct, frozen=True, tag="cancel", gc=False):
+class CancelTask(msgspec.Struct, frozen=True, tag="cancel", gc=False):
     uid: str
 
 
@@ -150,22 +154,23 @@ class Ping(msgspec.Struct, frozen=True, tag="ping", gc=False):
     """Say Pong."""
 
 
-ToHost = Place | Stop | Ask | Cancel | Ping
+ToHost = StartWorker | StopWorker | StartTask | CancelTask | Ping
 
 
 # --- host → backend
 
 
-class Ready(msgspec.Struct, frozen=True, tag="ready", gc=False):
+class NodeReady(msgspec.Struct, frozen=True, tag="ready", gc=False):
     """The host can place processes on this node."""
 
     host: str
     pid: int
     cores: int
     gpus: int
+    memory_gib: float | None
 
 
-class Gone(msgspec.Struct, frozen=True, tag="gone", gc=False):
+class WorkerExited(msgspec.Struct, frozen=True, tag="gone", gc=False):
     """A worker has ended with this exit code, and nothing under it is left; `why` where the host has ended it.
 
     The files whose names begin with `printed` and a dot hold what the function printed that it was running.
@@ -177,12 +182,12 @@ class Gone(msgspec.Struct, frozen=True, tag="gone", gc=False):
     printed: str = ""
 
 
-class Ended(msgspec.Struct, frozen=True, tag="ended", gc=False):
+class TaskEnded(msgspec.Struct, frozen=True, tag="ended", gc=False):
     uid: str
     outcome: Outcome
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed", gc=False):
+class WorkerStartFailed(msgspec.Struct, frozen=True, tag="failed", gc=False):
     """A worker could not be placed."""
 
     worker: str
@@ -193,7 +198,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong", gc=False):
     """The host still answers."""
 
 
-FromHost = Ready | Gone | Started | Ended | Failed | Pong
+FromHost = NodeReady | WorkerExited | TaskStarted | TaskEnded | WorkerStartFailed | Pong
 ToBackend = FromWorker | FromHost
 
 
@@ -206,7 +211,7 @@ class HostConfig(msgspec.Struct, frozen=True, gc=False):
     `batch` sends workers through Dragon's Batch. A worker that has been stopped for `stall_s` is ended.
     """
 
-    placer: Literal["dragon", "local"]
+    launcher: LauncherName
     mark: str
     address: str
     folder: str
@@ -228,14 +233,14 @@ class WorkerConfig(msgspec.Struct, frozen=True, gc=False):
 
 
 class RankConfig(msgspec.Struct, frozen=True, gc=False):
-    """A function of `order` in a process of its own, or a program whose arguments are pickled results."""
+    """The function of a task in a process of its own, or a program whose arguments are pickled results."""
 
-    order: Order
+    task_run: TaskRun
     sys_path: list[str]
     caps: Caps = Caps()
 
 
-class Plan(msgspec.Struct, frozen=True, gc=False):
+class ProcessPlan(msgspec.Struct, frozen=True, gc=False):
     """What a supervisor starts, which reads it as a dict with these keys, marshaled: it imports no msgspec.
 
     `env` changes the supervisor's own; None removes a variable. The program runs in `cwd`, which may begin in `folder`,

@@ -7,7 +7,7 @@ import msgspec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
 
-__all__ = ["Outcome", "RankOutcome", "Usage"]
+__all__ = ["Outcome", "RankOutcome", "Usage", "why_stopped"]
 
 
 class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -54,3 +54,8 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
     notes: tuple[str, ...] = ()
     usage: Usage | None = None
     exception: bytes = b""
+
+
+def why_stopped(cause: Cause, timeout_s: float | None = None) -> str:
+    """The error text of a task that was ended because somebody canceled it, or because its time was up."""
+    return f"its time of {timeout_s} s was up" if cause is Cause.TIMEOUT else "canceled on request"

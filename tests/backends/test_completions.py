@@ -18,7 +18,7 @@ from rhapsody_mcp.backends.inference.openai_client import ChatServer
 from rhapsody_mcp.backends.inference.prompt_runner import Completions, Defaults
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Completion, Layout, Order, TaskSpec
+from rhapsody_mcp.model.specs import Completion, Layout, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Value, load_json
 from rhapsody_mcp.runtime.tasks import Part
@@ -410,9 +410,9 @@ async def chat_servers(server: StandIn, second: StandIn) -> AsyncIterator[list[C
         await one.close()
 
 
-def order(prompt: str) -> Order:
+def order(prompt: str) -> TaskRun:
     spec = TaskSpec(uid=prompt, work=Completion(prompts=(prompt,), many=False), layout=Layout("native"))
-    return Order(spec=spec, bindings={}, folder="")
+    return TaskRun(spec=spec, bindings={}, folder="")
 
 
 def read_nothing(value: Value) -> Any:

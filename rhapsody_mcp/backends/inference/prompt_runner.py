@@ -18,9 +18,9 @@ from rhapsody_mcp.backends.inference.openai_client import Answer, ChatServer, Co
 from rhapsody_mcp.engine.task.function_call import encode
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName
 from rhapsody_mcp.model.json_schemas import Unfit
-from rhapsody_mcp.model.outcome import Outcome, Usage
+from rhapsody_mcp.model.outcome import Outcome, Usage, why_stopped
 from rhapsody_mcp.model.sampling import SAMPLING, checked, refuse_message
-from rhapsody_mcp.model.specs import Completion, Content, Message, Order, TaskSpec, parts_of
+from rhapsody_mcp.model.specs import Completion, Content, Message, TaskRun, TaskSpec, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, Reader, Ref, Value, follow
 
@@ -64,7 +64,7 @@ class Completions:
         self._checks = AnswerChecks()
         self._jobs: dict[str, asyncio.Task[Outcome | Returned]] = {}
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+    def submit(self, orders: Sequence[TaskRun], report: Report, read: Reader) -> None:
         for order in orders:
             job = _Job(order, report, read, self._dispatcher, self._checks, self._defaults, self._servers)
             task = asyncio.create_task(job.run())
@@ -76,7 +76,7 @@ class Completions:
         del self._jobs[uid]
         outcome: Outcome | Returned
         if task.cancelled():
-            outcome = job.failed(Cause.CANCELED, "canceled on request")
+            outcome = job.failed(Cause.CANCELED, why_stopped(Cause.CANCELED))
         elif (error := task.exception()) is not None:
             logger.error("prompt task %s broke off", uid, exc_info=error)
             outcome = job.failed(Cause.ERROR, f"{type(error).__name__}: {error}")
@@ -112,7 +112,7 @@ class _Job:
 
     def __init__(
         self,
-        order: Order,
+        order: TaskRun,
         report: Report,
         read: Reader,
         dispatcher: Dispatcher,
@@ -139,7 +139,7 @@ class _Job:
         except InvalidTask as error:
             return self.failed(Cause.INVALID, str(error))
         except TimeoutError:
-            return self.failed(Cause.TIMEOUT, f"its time of {timeout_s} s was up")
+            return self.failed(Cause.TIMEOUT, why_stopped(Cause.TIMEOUT, timeout_s))
         except Refused as refusal:
             server_fault = refusal.status >= 500 or refusal.status in _NOT_THE_TASKS_FAULT
             return self.failed(Cause.ERROR if server_fault else Cause.INVALID, self._explained(refusal))
@@ -291,7 +291,7 @@ def _which(index: int, answers: Sequence[Answer]) -> str:
     return f"{one} to prompt {index // of_each + 1} of {len(answers)}" if len(answers) > 1 else one
 
 
-def _work(order: Order) -> Completion:
+def _work(order: TaskRun) -> Completion:
     assert isinstance(order.spec.work, Completion), "the session routes by kind, and check_prompts looks again"
     return order.spec.work
 

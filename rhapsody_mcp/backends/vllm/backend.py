@@ -22,7 +22,7 @@ from rhapsody_mcp.backends.vllm.launch_plan import SCHEMA_OPTIONS, Plan, find_mo
 from rhapsody_mcp.backends.vllm.server import Launch, VllmServer
 from rhapsody_mcp.engine.process.run_dirs import Folder
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask, RhapsodyError, UnknownName
-from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
+from rhapsody_mcp.model.specs import Completion, TaskRun, TaskSpec
 from rhapsody_mcp.model.values import Reader
 from rhapsody_mcp.shipped_model import MODEL_DIR, MODEL_NAME
 
@@ -290,7 +290,7 @@ class DragonVllmInferenceBackend(Awaitable):
             wait_s = batching.input_batch_wait_seconds
         return read_limits(at_once, wait_s, batches=batching.toggle_on, our_own=True)
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+    def submit(self, orders: Sequence[TaskRun], report: Report, read: Reader) -> None:
         if self._completions is None or self._is_dead:
             raise BackendUnavailable(self._end_reason or f"no server of backend {self.name!r} is running.")
         self._completions.submit(orders, report, read)

@@ -28,7 +28,7 @@ from typing import Literal
 
 import msgspec
 
-from rhapsody_mcp.engine.node.launchers import DragonPlacer, Program
+from rhapsody_mcp.engine.node.launchers import DragonLauncher, Program
 from rhapsody_mcp.engine.process.tree import ENGINE, LIFELINE, PLACE, open_lifeline
 from rhapsody_mcp.model.specs import Template
 
@@ -318,7 +318,7 @@ def _try(path: Path) -> None:
     threading.Thread(target=_end_with_owner, daemon=True).start()
     rank = [sys.executable, "-m", "rhapsody_mcp.engine.node.pmi", "rank", str(path)]
     env = {**rank_environment(path.parent / "memory"), PLACE: "trial"}
-    job = DragonPlacer().place_together([Program(rank, env, Template())] * 2, trial.pmi)
+    job = DragonLauncher().launch_group([Program(rank, env, Template())] * 2, trial.pmi)
     for placed in job.ranks:
         placed.join()
     os._exit(0)  # Dragon's threads would keep it

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from rhapsody_mcp.backends.base import Backend, Ended, Event, Running
 from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Order
+from rhapsody_mcp.model.specs import TaskRun
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader
 
@@ -69,8 +69,8 @@ class Lane:
         self._report, self._read, self._later = report, read, later
         self._tell, self._is_needed, self._idle_s = tell, is_needed, idle_s
         self._ready = self._closed = self._pausing = False
-        self._pending: list[Order] = []
-        self._live: dict[str, Order] = {}
+        self._pending: list[TaskRun] = []
+        self._live: dict[str, TaskRun] = {}
         self._deaths = 0
         self._why = self._doing = self._told = ""
         if hasattr(backend, "on_loss"):
@@ -87,7 +87,7 @@ class Lane:
 
     # --- what the session asks for
 
-    def take(self, orders: Collection[Order]) -> None:
+    def take(self, orders: Collection[TaskRun]) -> None:
         """Run these; each ends with an Ended that is reported, whatever happens to the engine."""
         self._stay_awake()
         if self._ready and not self._pending:
@@ -123,7 +123,7 @@ class Lane:
 
     # --- to the backend
 
-    def _submit(self, orders: Collection[Order]) -> None:
+    def _submit(self, orders: Collection[TaskRun]) -> None:
         taken = {order.spec.uid: order for order in orders}
         self._live |= taken
         try:
@@ -146,7 +146,7 @@ class Lane:
         else:
             self._take_back(self._live.pop(event.uid), event.reason)
 
-    def _take_back(self, order: Order, reason: str) -> None:
+    def _take_back(self, order: TaskRun, reason: str) -> None:
         self._die(reason)
         if not self._closed:
             self._pending.append(order)

@@ -27,7 +27,7 @@ from rhapsody_mcp.model.errors import (
     UnknownName,
 )
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.model.values import NOTHING, Reader, Value, load, load_json
@@ -401,7 +401,7 @@ class Session:
                 self._hand_over([task for task in lot if not task.state.final])
 
     def _hand_over(self, tasks: Sequence[Task]) -> None:
-        by_lane: dict[str, list[Order]] = {}
+        by_lane: dict[str, list[TaskRun]] = {}
         folder = str(self.folder)
         for task in tasks:
             if failed := self._failed_source(task):
@@ -423,9 +423,9 @@ class Session:
                 return source
         return None
 
-    def _order(self, task: Task, folder: str) -> Order:
+    def _order(self, task: Task, folder: str) -> TaskRun:
         bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
-        return Order(spec=self._specs[task.uid], bindings=bindings, folder=folder, attempt=max(1, task.attempts))
+        return TaskRun(spec=self._specs[task.uid], bindings=bindings, folder=folder, attempt=max(1, task.attempts))
 
     @property
     def folder(self) -> Path:
