@@ -156,14 +156,15 @@ async def test_an_idle_worker_has_others_give_back_what_they_have_not_started() 
     scene = Scene()
     scene.node("one", 2)
     first = scene.worker("1")
-    scene.submit(*map(function, "abcd"))
+    scene.submit(*map(function, "abcde"))
     scene.dispatcher.function_finished("1", finished("a", seconds=0.001))
-    scene.dispatcher.function_finished("1", finished("b", seconds=0.001))
+    assert first.uids == ["a", "b", "c"]
     second = scene.worker("2")
-    assert first.uids == ["a", "b", "c", "d"]
-    assert first.messages[-1] == Interrupt("d", running=False)
-    scene.dispatcher.task_revoked("d")
-    assert second.uids == ["d"]
+    for uid in "de":
+        scene.dispatcher.function_finished("2", finished(uid, seconds=0.001))
+    assert first.messages[-1] == Interrupt("c", running=False)
+    scene.dispatcher.task_revoked("c")
+    assert second.uids == ["d", "e", "c"]
 
 
 async def test_a_worker_that_exits_is_replaced_on_its_node_and_its_tasks_are_handed_over() -> None:
