@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from rhapsody_mcp.backends.base import Awaitable, Ended, Event, Kind, Report, Returned, Running
+from rhapsody_mcp.backends.base import BackendBase, Ended, Event, Kind, Report, Returned, Running
 from rhapsody_mcp.model.errors import BackendUnavailable
 from rhapsody_mcp.model.outcome import Outcome, why_stopped
 from rhapsody_mcp.model.specs import TaskRun, TaskSpec
@@ -23,7 +23,7 @@ __all__ = ["ScriptedBackend"]
 Script = Callable[[TaskSpec, list[Any]], Any]
 
 
-class ScriptedBackend(Awaitable):
+class ScriptedBackend(BackendBase):
     """Answers each task with what `script(spec, values)` returns; what it raises makes the task FAILED.
 
     A script that returns an Outcome gives the whole of what came of the task; an async one is awaited. `values` are
@@ -31,6 +31,8 @@ class ScriptedBackend(Awaitable):
     `gate` is clear, they stay RUNNING. `received` holds every order. `start_error` is raised by `start`. `die` ends the
     engine; `starts` and `rests` count how often it was started, and stopped to rest.
     """
+
+    progress: str = ""
 
     def __init__(
         self,
@@ -52,10 +54,9 @@ class ScriptedBackend(Awaitable):
         self._running: dict[str, asyncio.Task[None]] = {}
         self._began: dict[str, float] = {}
 
-    def check(self, spec: TaskSpec) -> None:
-        pass
-
     async def start(self) -> None:
+        if self.closed:
+            raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
         if self.start_error is not None:
             raise self.start_error
         self.starts += 1

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from rhapsody_mcp.backends.base import Awaitable, Kind, Report
+from rhapsody_mcp.backends.base import BackendBase, Kind, Report
 from rhapsody_mcp.backends.inference.batching import read_limits
 from rhapsody_mcp.backends.inference.openai_client import ChatServer, Lost, Refused
 from rhapsody_mcp.backends.inference.prompt_runner import Completions, Defaults, check_prompts
@@ -17,7 +17,7 @@ from rhapsody_mcp.model.values import Reader
 __all__ = ["EndpointInferenceBackend"]
 
 
-class EndpointInferenceBackend(Awaitable):
+class EndpointInferenceBackend(BackendBase):
     """Sends prompts to the server at a URL; no process is started."""
 
     kinds: tuple[Kind, ...] = ("prompt",)

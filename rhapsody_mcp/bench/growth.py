@@ -19,7 +19,7 @@ from typing import Any, cast
 import msgspec
 from mcp import Client
 
-from rhapsody_mcp.backends.base import Awaitable, Ended, Kind, Report, Running
+from rhapsody_mcp.backends.base import BackendBase, Ended, Kind, Report, Running
 from rhapsody_mcp.bench.measuring import Row, Shown
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import RhapsodyError
@@ -87,7 +87,7 @@ async def growth_rows(tasks: int) -> AsyncIterator[list[Row]]:
     ]
 
 
-class _Instant(Awaitable):
+class _Instant(BackendBase):
     """Ends each task as soon as the loop comes to it."""
 
     name = "instant"

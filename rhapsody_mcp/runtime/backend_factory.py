@@ -13,7 +13,6 @@ from msgspec.structs import replace
 
 from rhapsody_mcp import backends
 from rhapsody_mcp.backends.base import Backend
-from rhapsody_mcp.backends.compute.backend import ComputeBackend
 from rhapsody_mcp.backends.environment import Environment
 from rhapsody_mcp.backends.vllm.config import SHIPPED, Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm.launch_plan import find_model, interpreter
@@ -63,8 +62,7 @@ def open_backends(wanted: Wanted, settings: Settings) -> list[Backend]:
     """The backends of a session on this machine; raises what `plan_backends` raises."""
     opened = [plan.open() for plan in plan_backends(wanted, settings)]
     for backend in opened:
-        if isinstance(backend, ComputeBackend):
-            backend.work_in(wanted.folder)
+        backend.work_in(wanted.folder)
     return opened
 
 

@@ -247,10 +247,8 @@ class OpenSessions:
         )
         recorder = records and Recorder(records.ledger, key, session)
         for backend in backends:
-            if recorder is not None and hasattr(backend, "book"):
-                backend.book = recorder.engines
-            if recorder is not None and hasattr(backend, "before_start"):
-                backend.before_start = recorder.starting
+            if recorder is not None:
+                backend.book, backend.before_start = recorder.engines, recorder.starting
         opened = OpenSession(id, session, wanted, recorder)
         session.on_change = partial(self._tell, opened)
         self._sessions[id] = opened

@@ -287,7 +287,7 @@ def test_no_reply_is_too_long_whatever_tasks_say(count: int, result: Any, error:
 
 
 async def test_a_wait_reports_progress_with_the_state_of_the_engines(agent: Agent) -> None:
-    agent.backend.progress = "loading the model"  # type: ignore[attr-defined]  # backends may have it
+    agent.backend.progress = "loading the model"
     agent.backend.gate.clear()
     await submit(agent, {"prompt": "x"})
     told: list[tuple[float, float | None, str | None]] = []

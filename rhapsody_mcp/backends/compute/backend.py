@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rhapsody_mcp.backends.base import Awaitable, BeforeStart, EngineBook, Kind, Report
+from rhapsody_mcp.backends.base import BackendBase, Kind, Report
 from rhapsody_mcp.backends.compute.engine import Engine, EngineConfig
 from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.engine.messages import LauncherName
@@ -24,7 +24,7 @@ __all__ = ["ComputeBackend", "path_of_tasks"]
 _RANKS_A_CORE = 32
 
 
-class ComputeBackend(Awaitable):
+class ComputeBackend(BackendBase):
     """Runs up to `num_workers` native functions at a time, and up to as many tasks in processes of their own.
 
     A job counts for as many as it has ranks; one with more ranks than `num_workers` runs alone. A worker runs its
@@ -38,8 +38,8 @@ class ComputeBackend(Awaitable):
     kinds: Collection[Kind] = ("function", "executable")
     start_limits_s: tuple[float, float] = (60.0, 120.0)
     """How long a start may take, and a second one where the first failed: rarely, one of a few seconds hangs."""
-    book: EngineBook | None = None
-    before_start: BeforeStart | None = None
+    num_workers: int
+    progress: str = "not started"
     alternative: str = ""
     """What else runs the same tasks."""
 
@@ -59,7 +59,6 @@ class ComputeBackend(Awaitable):
         self.cwd = ""
         self.environment, self.caps = read_environment(environment), caps or Caps()
         self.num_workers = num_workers or self._cores
-        self.progress = "not started"
         self._starting: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rhapsody_mcp.backends.base import Awaitable, EngineBook, Kind, OnLoss, Report
+from rhapsody_mcp.backends.base import BackendBase, Kind, Report
 from rhapsody_mcp.backends.environment import read_environment
 from rhapsody_mcp.backends.inference.batching import Limits, read_limits
 from rhapsody_mcp.backends.inference.openai_client import Lost, Refused
@@ -37,7 +37,7 @@ _HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _log = logging.getLogger(__name__)
 
 
-class DragonVllmInferenceBackend(Awaitable):
+class DragonVllmInferenceBackend(BackendBase):
     """Starts one stock vLLM server for each `tp_size` of `num_gpus`, and shares prompts out among them.
 
     Server i listens on `port` + i of 127.0.0.1; `urls` are their OpenAI APIs, for any client that has `api_key`.
@@ -47,8 +47,6 @@ class DragonVllmInferenceBackend(Awaitable):
     """
 
     kinds: tuple[Kind, ...] = ("prompt",)
-    book: EngineBook | None = None
-    on_loss: OnLoss = staticmethod(lambda reason: None)
 
     def __init__(
         self,
@@ -173,7 +171,7 @@ class DragonVllmInferenceBackend(Awaitable):
         return [Path.cwd(), *([self._file.parent] if self._file else [])]
 
     @property
-    def is_shipped(self) -> bool:
+    def serves_shipped_model(self) -> bool:
         """Whether it serves the model of this package under its own name."""
         return MODEL_NAME in self._served()
 

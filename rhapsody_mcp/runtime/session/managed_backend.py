@@ -73,8 +73,7 @@ class Lane:
         self._live: dict[str, TaskRun] = {}
         self._deaths = 0
         self._why = self._doing = self._told = ""
-        if hasattr(backend, "on_loss"):
-            backend.on_loss = self._say_lost
+        backend.on_loss = self._say_lost
         self._opening: asyncio.Task[None] | None = None
         self._resting: asyncio.Task[None] | None = None
         self._idle: _Timer | None = None
@@ -82,7 +81,7 @@ class Lane:
     @property
     def progress(self) -> str:
         """What the engine does, in words; empty where the backend does not say."""
-        told = "" if self._pausing else str(getattr(self.backend, "progress", ""))
+        told = "" if self._pausing else self.backend.progress
         return "; ".join(filter(None, [self._doing, told]))
 
     # --- what the session asks for

@@ -98,8 +98,7 @@ class Session:
         if self.work_dir is not None:
             os.makedirs(self.work_dir, exist_ok=True)
             for backend in backends:
-                if hasattr(backend, "work_in"):
-                    backend.work_in(self.work_dir)
+                backend.work_in(self.work_dir)
         self._read: Reader = load if opens_results else load_json
         self._lanes = {backend.name: self._lane(backend, engine_idle_s) for backend in backends}
         self._opens_results = opens_results

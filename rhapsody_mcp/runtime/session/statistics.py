@@ -76,5 +76,4 @@ def _row(task: Task) -> Row:
 
 def _workers(backends: Sequence[Backend]) -> dict[str, int]:
     """By backend, where it has any."""
-    described = {backend.name: backend.describe() for backend in backends}
-    return {name: told["num_workers"] for name, told in described.items() if "num_workers" in told}
+    return {backend.name: backend.num_workers for backend in backends if backend.num_workers is not None}
