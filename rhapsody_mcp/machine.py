@@ -6,6 +6,7 @@ import ctypes.util
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
 
 import msgspec
 
@@ -46,6 +47,10 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     def default_compute(self) -> str:
         """The backend that runs functions and programs where nobody names one."""
         return "dragon" if self.dragon.present else "local"
+
+    def part(self, name: Literal["", "dragon", "vllm"]) -> Part | None:
+        """The part of this name; None for the empty one."""
+        return {"dragon": self.dragon, "vllm": self.vllm}.get(name)
 
 
 def look() -> Machine:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec.structs import replace
 
-from rhapsody_mcp import backends
+from rhapsody_mcp.backends import BACKENDS, Registration
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.backends.environment import Environment
 from rhapsody_mcp.backends.vllm.config import SHIPPED, Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm.launch_plan import find_model, interpreter
-from rhapsody_mcp.machine import Machine, Part, look
+from rhapsody_mcp.machine import Machine, look
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Caps
 from rhapsody_mcp.runtime.policy import Policy
@@ -24,7 +24,10 @@ from rhapsody_mcp.settings import Settings
 
 __all__ = ["BackendName", "OpenBackends", "Plan", "Wanted", "open_backends", "plan_backends"]
 
-BackendName = Literal["dragon", "local", "vllm", "endpoint"]
+if TYPE_CHECKING:
+    BackendName = str
+else:
+    BackendName = Literal[tuple(BACKENDS)]
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,8 +57,8 @@ class Plan(msgspec.Struct, frozen=True):
     of_server: dict[str, Any] = {}
 
     def open(self) -> Backend:
-        made: Backend = getattr(backends, backends.BACKENDS[self.name])(**{**self.arguments, **self.of_server})
-        return made
+        backend: Backend = BACKENDS[self.name].load_class()(**{**self.arguments, **self.of_server})
+        return backend
 
 
 def open_backends(wanted: Wanted, settings: Settings) -> list[Backend]:
@@ -99,17 +102,15 @@ def _check_policy(wanted: Wanted, policy: Policy) -> None:
 
 
 def _of_server(name: BackendName, wanted: Wanted, settings: Settings) -> dict[str, Any]:
-    if name == "endpoint":
-        return {}
     environment = replace(wanted.environment or Environment(), withheld=settings.withheld_variables)
-    if name == "vllm":
-        return {"environment": environment, "health_s": settings.vllm_health_s}
     caps = Caps(settings.max_result_bytes, settings.max_output_bytes, exception_bytes=0)
-    return {"environment": environment, "caps": caps, "stall_s": settings.stall_s}
+    arguments = {"environment": environment, "caps": caps, "stall_s": settings.stall_s}
+    arguments["health_s"] = settings.vllm_health_s
+    return {argument: arguments[argument] for argument in BACKENDS[name].server_arguments}
 
 
 def _defaults(wanted: Wanted, machine: Machine) -> tuple[BackendName, ...]:
-    compute: BackendName = "dragon" if machine.dragon.present else "local"
+    compute = machine.default_compute
     if wanted.endpoint_url:
         return (compute, "endpoint")
     if wanted.model or wanted.device or wanted.config_file or machine.vllm.present:
@@ -119,17 +120,9 @@ def _defaults(wanted: Wanted, machine: Machine) -> tuple[BackendName, ...]:
 
 def _refuse_idle_wishes(wanted: Wanted, names: Sequence[BackendName]) -> None:
     """Refuse a wish that none of the session's backends would hear."""
-    wishes: dict[str, tuple[object, tuple[BackendName, ...]]] = {
-        "num_workers": (wanted.num_workers, ("dragon", "local")),
-        "model": (wanted.model, ("vllm",)),
-        "device": (wanted.device, ("vllm",)),
-        "config_file": (wanted.config_file, ("vllm",)),
-        "endpoint_url": (wanted.endpoint_url, ("endpoint",)),
-        "endpoint_model": (wanted.endpoint_model, ("endpoint",)),
-        "environment": (wanted.environment, ("dragon", "local", "vllm")),
-    }
-    for wish, (value, hearers) in wishes.items():
-        if value is not None and not set(hearers) & set(names):
+    for wish in Wanted.__struct_fields__:
+        hearers = [name for name, registration in BACKENDS.items() if wish in registration.options]
+        if hearers and getattr(wanted, wish) is not None and not set(hearers) & set(names):
             raise InvalidRequest(
                 f"{wish} has no effect without the backend {' or '.join(hearers)}: add it to backends, "
                 f"which is {list(names)}, or leave {wish} out."
@@ -139,14 +132,11 @@ def _refuse_idle_wishes(wanted: Wanted, names: Sequence[BackendName]) -> None:
 def _arguments(name: BackendName, wanted: Wanted, settings: Settings, machine: Machine) -> dict[str, Any]:
     num_workers = wanted.num_workers or settings.default_num_workers
     environment = None if wanted.environment is None else msgspec.json.decode(msgspec.json.encode(wanted.environment))
+    registration = BACKENDS[name]
+    _check_program(registration, machine)
+    options = {"num_workers": num_workers, "environment": environment}
     match name:
-        case "dragon":
-            _need(machine.dragon, "the local backend runs the same tasks with processes of this machine")
-            return {"num_workers": num_workers, "environment": environment}
-        case "local":
-            return {"num_workers": num_workers, "environment": environment}
         case "vllm":
-            _need(machine.vllm, "the endpoint backend speaks to a server that runs elsewhere")
             model = wanted.model or (None if wanted.config_file else settings.default_model)
             _refuse_model(wanted.config_file, model)
             _refuse_device(wanted, machine)
@@ -154,6 +144,8 @@ def _arguments(name: BackendName, wanted: Wanted, settings: Settings, machine: M
             return {**given, "environment": environment}
         case "endpoint":
             return _endpoint_arguments(wanted, settings)
+        case _:
+            return {option: options.get(option, getattr(wanted, option)) for option in registration.options}
 
 
 def _refuse_model(config_file: str | None, model: str | None) -> None:
@@ -197,6 +189,9 @@ def _is_address(url: str) -> bool:
         return False
 
 
-def _need(part: Part, instead: str) -> None:
-    if not part.present:
-        raise BackendUnavailable(f"{part.name} is not installed here. Get it with: {part.remedy}; or {instead}.")
+def _check_program(registration: Registration, machine: Machine) -> None:
+    part = machine.part(registration.needs)
+    if part is not None and not part.present:
+        raise BackendUnavailable(
+            f"{part.name} is not installed here. Get it with: {part.remedy}; or {registration.alternative}."
+        )

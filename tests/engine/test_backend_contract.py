@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -255,7 +255,7 @@ class _Least(BackendBase):
     """What a backend without an engine has to bring along."""
 
     name = "least"
-    kinds: Collection[Kind] = ("prompt",)
+    kinds: tuple[Kind, ...] = ("prompt",)
 
     async def start(self) -> None:
         return

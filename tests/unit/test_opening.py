@@ -85,7 +85,7 @@ def test_the_key_of_the_settings_goes_to_their_own_address_and_to_no_other(monke
     def endpoint(url: str, **fields: Any) -> Any:
         given.append({"url": url, **fields})
 
-    monkeypatch.setattr("rhapsody_mcp.backends.EndpointInferenceBackend", endpoint, raising=False)
+    monkeypatch.setattr("rhapsody_mcp.backends.endpoint.EndpointInferenceBackend", endpoint)
     settings = Settings(endpoint_url=URL, endpoint_model="own", endpoint_api_key="secret")
     open_backends(Wanted(backends=("endpoint",)), settings)
     open_backends(Wanted(backends=("endpoint",), endpoint_url="http://elsewhere/v1"), settings)

@@ -132,7 +132,7 @@ class _Writer:
         self._unwritable = _unwritable(repeatable)
         self._tasks = [task for task in repeatable if task.uid not in self._unwritable]
         self._works = {task.uid: work_of(task) for task in self._tasks}
-        self._classes = sorted({BACKENDS[plan.name] for plan in plans})
+        self._classes = sorted({BACKENDS[plan.name].class_name for plan in plans})
         every_name = {*_IMPORTS, *_API, "text", "part", "report", "as_json"}
         self._sources = Sources(f"{self._beginning(every_name)}\n{_OWN_NAMES}\n")
         functions = {source: self._sources.write(source, tried=tried) for source, tried in self._every_source().items()}
@@ -291,11 +291,13 @@ class _Writer:
             given["api_key"] = self._code.look_up("ENDPOINT_API_KEY")
         if "url" in given:
             given["url"] = plain_url(given["url"])
-        for name in {"config_file", "model"} & given.keys() if plan.name == "vllm" else ():
+        for name in given.keys() & set(BACKENDS[plan.name].paths):
             given[name] = _wherever_it_runs(given[name])
         if "environment" in given:
             given["environment"] = self._environment(given["environment"])
-        return write_call(BACKENDS[plan.name], [f"{name}={write_value(value)}" for name, value in given.items()], 1)
+        return write_call(
+            BACKENDS[plan.name].class_name, [f"{name}={write_value(value)}" for name, value in given.items()], 1
+        )
 
     def _environment(self, given: dict[str, Any]) -> dict[str, Any]:
         variables = given.get("variables", {})
