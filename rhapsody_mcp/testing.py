@@ -28,8 +28,8 @@ class ScriptedBackend(BackendBase):
 
     A script that returns an Outcome gives the whole of what came of the task; an async one is awaited. `values` are
     the results that the task refers to, in the order of their uids. While `door` is clear, tasks do not start; while
-    `gate` is clear, they stay RUNNING. `received` holds every order. `start_error` is raised by `start`. `die` ends the
-    engine; `starts` and `rests` count how often it was started, and stopped to rest.
+    `gate` is clear, they stay RUNNING. `received` holds every task run. `start_error` is raised by `start`. `die` ends
+    the engine; `starts` and `rests` count how often it was started, and stopped to rest.
     """
 
     progress: str = ""
@@ -73,13 +73,13 @@ class ScriptedBackend(BackendBase):
             self._last[uid] = lost if uid in self._began else Returned(uid, reason)
             task.cancel()
 
-    def submit(self, orders: Sequence[TaskRun], report: Report, read: Reader) -> None:
+    def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
         if self._dead:
             raise BackendUnavailable(self._dead)
-        self.received.extend(orders)
-        for order in orders:
-            task = self._running[order.spec.uid] = asyncio.create_task(self._run(order, report, read))
-            task.add_done_callback(partial(self._over, order.spec.uid, report))
+        self.received.extend(task_runs)
+        for task_run in task_runs:
+            task = self._running[task_run.spec.uid] = asyncio.create_task(self._run(task_run, report, read))
+            task.add_done_callback(partial(self._over, task_run.spec.uid, report))
 
     def _over(self, uid: str, report: Report, task: asyncio.Task[None]) -> None:
         """Also for a task that was canceled before its first step."""
@@ -91,15 +91,15 @@ class ScriptedBackend(BackendBase):
         if task.cancelled():
             report(last)
 
-    async def _run(self, order: TaskRun, report: Report, read: Reader) -> None:
+    async def _run(self, task_run: TaskRun, report: Report, read: Reader) -> None:
         await self.door.wait()
-        uid = order.spec.uid
+        uid = task_run.spec.uid
         started = self._began[uid] = time.time()
         report(Running(uid, started))
         try:
             await self.gate.wait()
-            values = [read(order.bindings[name]) for name in sorted(order.bindings)]
-            answer = self.script(order.spec, values)
+            values = [read(task_run.bindings[name]) for name in sorted(task_run.bindings)]
+            answer = self.script(task_run.spec, values)
             if isawaitable(answer):
                 answer = await answer
             outcome = answer if isinstance(answer, Outcome) else _done(answer, started)

@@ -13,6 +13,7 @@ from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.values import Reader
 
 __all__ = [
+    "RESTARTS",
     "Backend",
     "BackendBase",
     "BeforeStart",
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "Returned",
     "Running",
+    "restart_delay_s",
 ]
 
 Kind = Literal["function", "executable", "prompt"]
@@ -164,6 +166,15 @@ class Backend(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What this backend is and has, in plain JSON data, `backend` for its name; no secrets, no waiting."""
+
+
+RESTARTS = 5
+"""How often in a row an engine is started again before its tasks are given up."""
+
+
+def restart_delay_s(attempt: int) -> float:
+    """Between the loss of an engine and its restart, of which this is the first, second, ...: 1, 2, 4, 8, 16."""
+    return 2.0 ** (attempt - 1)
 
 
 class BackendBase:

@@ -99,10 +99,10 @@ class _Instant(BackendBase):
     async def start(self) -> None:
         pass
 
-    def submit(self, orders: Sequence[TaskRun], report: Report, read: Reader) -> None:
+    def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
         loop = asyncio.get_running_loop()
-        for order in orders:
-            loop.call_soon(_end, order.spec.uid, report)
+        for task_run in task_runs:
+            loop.call_soon(_end, task_run.spec.uid, report)
 
     def cancel(self, uids: Collection[str]) -> None:
         pass

@@ -46,7 +46,7 @@ from rhapsody_mcp.engine.node.node import Node, start_events_path
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.node.task_processes import ProcessTask
 from rhapsody_mcp.engine.process.liveness import LOOKS, Stalls
-from rhapsody_mcp.engine.process.tree import PLACE, adopt_orphans, descendants, end, marked, open_lifeline
+from rhapsody_mcp.engine.process.tree import PROCESS_MARK, adopt_orphans, descendants, end, marked, open_lifeline
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.transport import Link
 from rhapsody_mcp.model.specs import Template
@@ -92,7 +92,7 @@ class Host:
         self._ending = False
         self._workers: dict[str, SupervisedProcess] = {}
         self._tasks: dict[str, ProcessTask] = {}
-        self.vital: dict[str, list[int]] = {}
+        self.watched: dict[str, list[int]] = {}
         """By the names of their plans, the processes of what runs that must not stand still."""
         self._outbox: queue.SimpleQueue[FromHost] = queue.SimpleQueue()
         self._awake, self._wake = os.pipe()
@@ -104,21 +104,21 @@ class Host:
 
     def serve(self) -> None:
         backend: Link[ToHost] = Link(self.config.address, ToHost)
-        self.say(NodeReady(socket.gethostname(), os.getpid(), self._node.cores, self._node.gpus, memory_gib()))
+        self.send(NodeReady(socket.gethostname(), os.getpid(), self._node.cores, self._node.gpus, memory_gib()))
         while True:
             sources: list[Any] = [backend.socket, self._awake, self._events]
             readable, _, _ = select.select(sources, [], [])
             if backend.socket in readable:
                 for message in backend.receive():
-                    self._obey(message)
+                    self._receive(message)
             if self._events in readable:
-                self._hear_started()
+                self._receive_start_event()
             if self._awake in readable:
                 os.read(self._awake, 4096)
                 self._send(backend)
 
     def end(self) -> NoReturn:
-        """End what was placed, then this process.
+        """End what was launched, then this process.
 
         With os._exit, because sys.exit waits for Dragon's threads. Not while a thread here waits for a process:
         it may hold a lock in the memory that it shares with Dragon's launcher, which then never ends.
@@ -128,7 +128,7 @@ class Host:
         self._node.prober.stop()
         deadline = time.monotonic() + _JOIN_S
         for run in list(self._runs):
-            end(self._everything)
+            end(self._all_processes)
             wait([run], max(0.0, deadline - time.monotonic()))
         os._exit(0)
 
@@ -137,10 +137,10 @@ class Host:
             sys.stderr.write("the host's fork server has ended\n")
         self.end()
 
-    def _everything(self) -> set[int]:
-        """What was placed, with all below it: a supervisor that is killed would not end its own any more."""
-        placed = {os.getpid(), *marked(PLACE, self.config.mark)}
-        return placed.union(*map(descendants, placed)) - {os.getpid()}
+    def _all_processes(self) -> set[int]:
+        """What was launched, with all below it: a supervisor that is killed would not end its own any more."""
+        launched = {os.getpid(), *marked(PROCESS_MARK, self.config.mark)}
+        return launched.union(*map(descendants, launched)) - {os.getpid()}
 
     def _run(self, target: Callable[..., None], *args: object) -> None:
         """In a thread that has done its work, or in a new one: however many there are, none waits for another."""
@@ -164,7 +164,7 @@ class Host:
             with self._lock:
                 self._free_threads += 1
 
-    def say(self, message: FromHost) -> None:
+    def send(self, message: FromHost) -> None:
         """Send a message, from any thread; nothing while everything is being ended, which is no news."""
         if not self._ending:
             self._outbox.put(message)
@@ -178,20 +178,20 @@ class Host:
         if messages:
             backend.send(*messages)
 
-    def _hear_started(self) -> None:
+    def _receive_start_event(self) -> None:
         name, pids, at, uid = self._events.recv(4096).decode().split(" ", 3)
         task = self._tasks.get(uid)
         if task is not None or not uid:
-            self.vital[name] = [int(pid) for pid in pids.split(",")]
+            self.watched[name] = [int(pid) for pid in pids.split(",")]
         if task is not None and not task.reported:
             task.reported = True
-            self.say(TaskStarted(uid, float(at)))
+            self.send(TaskStarted(uid, float(at)))
 
-    def _obey(self, message: ToHost) -> None:
+    def _receive(self, message: ToHost) -> None:
         if self._ending:
             return
         if isinstance(message, Ping):
-            self.say(Pong())
+            self.send(Pong())
         elif isinstance(message, StartWorker):
             self._run(self._run_worker, message.worker)
         elif isinstance(message, StopWorker):
@@ -204,42 +204,42 @@ class Host:
             self._tasks[message.uid].cancel()
 
     def _run_worker(self, worker: str) -> None:
-        given = self.config
-        config = WorkerConfig(worker, given.address, given.sys_path, given.cwd, given.caps)
+        common = self.config
+        config = WorkerConfig(worker, common.address, common.sys_path, common.cwd, common.caps)
         try:
             process = SupervisedProcess(self._node, Template())
             arguments, most, started = (
                 process.command_of("worker", config),
-                given.caps.output_bytes,
+                common.caps.output_bytes,
                 self._node.start_events,
             )
-            process.write_plan(ProcessPlan(arguments, env={"PWD": given.cwd}, output_bytes=most, started=started))
+            process.write_plan(ProcessPlan(arguments, env={"PWD": common.cwd}, output_bytes=most, started=started))
             process.launch(self._worker_launcher)
             self._workers[worker] = process
         except Exception as error:  # Dragon raises errors of many kinds
-            self.say(WorkerStartFailed(worker, str(error)))
+            self.send(WorkerStartFailed(worker, str(error)))
             return
         code = process.join()
         if code == OWNER_GONE:
             return
         del self._workers[worker]
-        self.vital.pop(process.name, None)
-        self.say(WorkerExited(worker, code if code <= 128 else 128 - code, process.why_killed, process.path))
+        self.watched.pop(process.name, None)
+        self.send(WorkerExited(worker, code if code <= 128 else 128 - code, process.why_killed, process.path))
 
     def end_stalled(self) -> NoReturn:
-        """End what has been stopped for too long: a worker, a supervisor, or, with what placed this process, all."""
+        """End what has been stopped for too long: a worker, a supervisor, or everything with its launcher."""
         stalls, stalled = Stalls(), f"was stopped (as by SIGSTOP) for {self.config.stall_s:g} s"
-        vital = [os.getppid(), self._forks.pid]
+        watched = [os.getppid(), self._forks.pid]
         while True:
             time.sleep(self.config.stall_s / (LOOKS - 1))
-            placed = {pid: process for process in self._placed() for pid in self.vital.get(process.name, ())}
-            for pid in stalls.look([*vital, *placed]):
-                if pid in vital:
+            launched = {pid: process for process in self._processes() for pid in self.watched.get(process.name, ())}
+            for pid in stalls.look([*watched, *launched]):
+                if pid in watched:
                     sys.stderr.write(f"what started the host, or its fork server, {stalled}\n")
                     self.end()
-                placed[pid].kill(f"{stalled}, and was ended for that")
+                launched[pid].kill(f"{stalled}, and was ended for that")
 
-    def _placed(self) -> list[SupervisedProcess]:
+    def _processes(self) -> list[SupervisedProcess]:
         ranks = (process for task in list(self._tasks.values()) for process in task.processes())
         return [*list(self._workers.values()), *ranks]
 
@@ -248,8 +248,8 @@ class Host:
         if outcome is not None:
             del self._tasks[task.uid]
             for process in task.processes():
-                self.vital.pop(process.name, None)
-            self.say(TaskEnded(task.uid, outcome))
+                self.watched.pop(process.name, None)
+            self.send(TaskEnded(task.uid, outcome))
 
 
 if __name__ == "__main__":

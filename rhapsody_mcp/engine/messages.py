@@ -1,4 +1,4 @@
-"""The messages between a backend, its host, and its workers."""
+"""The messages between a backend, its node agents, and its workers."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ ToWorker = RunFunction | Interrupt
 
 
 class FunctionResult(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """What a function came to: a value, or a cause with its message and traceback, and the pickled exception."""
+    """The result of a function: a value, or a cause with its message and traceback, and the pickled exception."""
 
     value: Value | None = None
     cause: Cause | None = None
@@ -83,20 +83,20 @@ class FunctionResult(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Whether it was one rank of several and its MPI knew of no other."""
 
 
-class WorkerReady(msgspec.Struct, frozen=True, tag="up", gc=False):
+class WorkerReady(msgspec.Struct, frozen=True, tag="worker_ready", gc=False):
     """A worker can take tasks; the first message of its first connection."""
 
     worker: str
 
 
-class WorkerListening(msgspec.Struct, frozen=True, tag="listening", gc=False):
+class WorkerListening(msgspec.Struct, frozen=True, tag="worker_listening", gc=False):
     """A worker can take interrupts; the first message of its second connection."""
 
     worker: str
 
 
 class TaskStarted(msgspec.Struct, frozen=True, tag="started", gc=False):
-    """The task's user code has started; the host says it of a task in processes of its own."""
+    """The task's user code has started; a node agent sends it for a task in processes of its own."""
 
     uid: str
     at: float
@@ -125,28 +125,30 @@ class TaskRevoked(msgspec.Struct, frozen=True, tag="revoked", gc=False):
 FromWorker = WorkerReady | WorkerListening | TaskStarted | FunctionFinished | TaskRevoked
 
 
-# --- backend → host
+# --- backend → node agent
 
 
-class StartWorker(msgspec.Struct, frozen=True, tag="place", gc=False):
+class StartWorker(msgspec.Struct, frozen=True, tag="start_worker", gc=False):
     """Start a worker of this name."""
 
     worker: str
 
 
-class StopWorker(msgspec.Struct, frozen=True, tag="stop", gc=False):
+class StopWorker(msgspec.Struct, frozen=True, tag="stop_worker", gc=False):
     """End this worker with everything under it."""
 
     worker: str
 
 
-class StartTask(msgspec.Struct, frozen=True, tag="ask", gc=False):
+class StartTask(msgspec.Struct, frozen=True, tag="start_task", gc=False):
     """Run this task in processes of its own."""
 
     task_run: TaskRun
 
 
-class CancelTask(msgspec.Struct, frozen=True, tag="cancel", gc=False):
+class CancelTask(msgspec.Struct, frozen=True, tag="cancel_task", gc=False):
+    """End the processes of this task."""
+
     uid: str
 
 
@@ -157,11 +159,11 @@ class Ping(msgspec.Struct, frozen=True, tag="ping", gc=False):
 ToHost = StartWorker | StopWorker | StartTask | CancelTask | Ping
 
 
-# --- host → backend
+# --- node agent → backend
 
 
-class NodeReady(msgspec.Struct, frozen=True, tag="ready", gc=False):
-    """The host can place processes on this node."""
+class NodeReady(msgspec.Struct, frozen=True, tag="node_ready", gc=False):
+    """A node agent can launch processes; what its node has."""
 
     host: str
     pid: int
@@ -170,32 +172,34 @@ class NodeReady(msgspec.Struct, frozen=True, tag="ready", gc=False):
     memory_gib: float | None
 
 
-class WorkerExited(msgspec.Struct, frozen=True, tag="gone", gc=False):
-    """A worker has ended with this exit code, and nothing under it is left; `why` where the host has ended it.
+class WorkerExited(msgspec.Struct, frozen=True, tag="worker_exited", gc=False):
+    """A worker has ended with this exit code, and nothing under it is left; `why` where the node agent has ended it.
 
-    The files whose names begin with `printed` and a dot hold what the function printed that it was running.
+    The files whose names begin with `output_path` and a dot hold the output of the function that it was running.
     """
 
     worker: str
     exit_code: int
     why: str = ""
-    printed: str = ""
+    output_path: str = ""
 
 
-class TaskEnded(msgspec.Struct, frozen=True, tag="ended", gc=False):
+class TaskEnded(msgspec.Struct, frozen=True, tag="task_ended", gc=False):
+    """A task in processes of its own has ended, and no process of it is left."""
+
     uid: str
     outcome: Outcome
 
 
-class WorkerStartFailed(msgspec.Struct, frozen=True, tag="failed", gc=False):
-    """A worker could not be placed."""
+class WorkerStartFailed(msgspec.Struct, frozen=True, tag="worker_start_failed", gc=False):
+    """A worker could not be started."""
 
     worker: str
     error: str
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong", gc=False):
-    """The host still answers."""
+    """The node agent still answers."""
 
 
 FromHost = NodeReady | WorkerExited | TaskStarted | TaskEnded | WorkerStartFailed | Pong
@@ -244,9 +248,9 @@ class ProcessPlan(msgspec.Struct, frozen=True, gc=False):
     """What a supervisor starts, which reads it as a dict with these keys, marshaled: it imports no msgspec.
 
     `env` changes the supervisor's own; None removes a variable. The program runs in `cwd`, which may begin in `folder`,
-    the session's. `note` is what is written down of the start of a task, and None for a worker. The supervisor says to
-    the datagram socket `started` when its program starts, with blanks in between: the name of this plan, the processes
-    that must not stand still (itself and, of a worker, that, with a comma), the time, and the uid of a task.
+    the session's. `note` is the start note of a task, and None for a worker. When its program starts, the supervisor
+    sends to the datagram socket `started`, with blanks in between: the name of this plan, the processes that must not
+    stand still (the supervisor and, with a comma, a worker), the time, and the uid of a task.
     """
 
     arguments: list[str]

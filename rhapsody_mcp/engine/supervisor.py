@@ -1,4 +1,4 @@
-"""The process that an engine places: it runs a program as its child and owns the tree below that.
+"""The process that a node agent launches: it runs a program as its child and owns the tree below that.
 
     python -I -S -c COMMAND PLAN
 

@@ -49,7 +49,7 @@ def test_a_task_without_a_supervisor_is_lost_and_the_server_goes_on(
     with ours, theirs:
         server = _ForkServer(str(tmp_path), theirs.fileno())
         monkeypatch.setattr(os, "fork", refuse)
-        server._obey("start", "p1")
+        server._execute("start", "p1")
         assert ours.recv(100) == b"p1 1\n"
     assert lost(tmp_path) == (Cause.LOST, TOLD, None)
 

@@ -82,10 +82,7 @@ class ComputeBackend(BackendBase):
         return {**environment, "PATH": path_of_tasks(environment)}
 
     def work_in(self, folder: str) -> None:
-        """Have tasks start in this folder, in the place of that of this process.
-
-        Raises InvalidRequest where they start elsewhere already.
-        """
+        """Raises InvalidRequest where tasks start in another folder already."""
         if self._engine is not None and folder != self.cwd:
             raise InvalidRequest(
                 f"backend {self.name!r} has started, and its tasks start in {self.cwd or os.getcwd()}; "

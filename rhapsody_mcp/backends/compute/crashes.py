@@ -28,9 +28,9 @@ async def outcomes_after_exit(
     noted = await noted_starts(tasks)
     for task in tasks:
         if task.has_started(noted) or task.stop_cause is not None:
-            output = await asyncio.to_thread(_output, exited.printed, task.task_run.folder, output_bytes)
+            output = await asyncio.to_thread(_output, exited.output_path, task.task_run.folder, output_bytes)
             yield task, stopped(task, output) if task.stop_cause else crashed(task, exited, output)
-    await asyncio.to_thread(_remove_output, exited.printed)
+    await asyncio.to_thread(_remove_output, exited.output_path)
 
 
 async def noted_starts(tasks: Iterable[InFlightTask]) -> set[tuple[str, int]]:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from rhapsody_mcp.engine.node.launchers import LaunchedProcess, MarkedProcess, ProcessGroup, Program
-from rhapsody_mcp.engine.process.tree import PLACE
+from rhapsody_mcp.engine.process.tree import PROCESS_MARK
 
 __all__ = ["BatchLauncher", "run_program"]
 
@@ -39,7 +39,7 @@ class BatchLauncher:
     def launch(self, program: Program) -> LaunchedProcess:
         with self._submitting:
             function = self._batch.options().function(run_program, program.arguments, program.env, os.getcwd())
-        return MarkedProcess(program.env[PLACE], function.get)
+        return MarkedProcess(program.env[PROCESS_MARK], function.get)
 
     def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
         raise NotImplementedError("jobs do not go through Batch")

@@ -16,7 +16,7 @@ from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-from rhapsody_mcp.engine.process.tree import PLACE, end, marked, send_signal
+from rhapsody_mcp.engine.process.tree import PROCESS_MARK, end, marked, send_signal
 from rhapsody_mcp.engine.supervisor import command
 from rhapsody_mcp.model.specs import Template
 
@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 TASK_VARIABLES = "RHAPSODY_TASK_VARIABLES"
-"""Holds a JSON object of variables: the host and Dragon run with other values, what they place gets these."""
+"""Holds a JSON object of variables: the node agent and Dragon run with other values, what they launch gets these."""
 
 
 class Program(NamedTuple):
-    """What to start; `env` is added to the variables that are there, and holds PLACE."""
+    """What to start; `env` is added to the variables that are there, and holds PROCESS_MARK."""
 
     arguments: list[str]
     env: dict[str, str]
@@ -67,7 +67,7 @@ class ProcessGroup(Protocol):
 
 class Launcher(Protocol):
     sets_affinity: bool
-    """Whether a placed process has to bind itself to CPUs and GPUs."""
+    """Whether a launched process has to bind itself to CPUs and GPUs."""
 
     def launch(self, program: Program) -> LaunchedProcess:
         """Start a program; from any thread."""
@@ -77,15 +77,15 @@ class Launcher(Protocol):
 
 
 class ForkLauncher:
-    """Has supervisors forked by a process of their own, which ends with this one. `gone` is called, in a thread, where
+    """Has supervisors forked by a process of their own, which ends with this one. `on_end` is called, in a thread, where
     that ends first."""
 
     sets_affinity = True
 
-    def __init__(self, folder: str, gone: Callable[[], object]) -> None:
-        self._gone = gone
+    def __init__(self, folder: str, on_end: Callable[[], object]) -> None:
+        self._on_end = on_end
         self._socket, theirs = socket.socketpair()
-        self._ordering = threading.Lock()
+        self._sending = threading.Lock()
         with theirs, open(f"{folder}/fork_server.log", "wb") as log:
             self._child = subprocess.Popen(
                 command("fork_server", folder, str(theirs.fileno())),
@@ -103,26 +103,26 @@ class ForkLauncher:
     def launch(self, program: Program) -> LaunchedProcess:
         name = os.path.basename(program.arguments[-1])
         code = self._codes[name] = Future[int]()
-        self.order("start", name)
+        self.send("start", name)
         return _Forked(self, name, code)
 
     def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
         raise NotImplementedError("a job that needs a PMI is refused when it is submitted")
 
-    def order(self, what: str, name: str) -> None:
-        """Nothing happens where the process that forks has ended, which is told to `gone`."""
-        with suppress(OSError), self._ordering:
-            self._socket.sendall(f"{what} {name}\n".encode())
+    def send(self, request: str, name: str) -> None:
+        """Nothing happens where the process that forks has ended, which `on_end` is called for."""
+        with suppress(OSError), self._sending:
+            self._socket.sendall(f"{request} {name}\n".encode())
 
     def _listen(self) -> None:
         with suppress(OSError), self._socket.makefile("r") as lines:
             for line in lines:
                 name, code = line.split()
                 self._codes.pop(name).set_result(int(code))
-        self._gone()
+        self._on_end()
 
     def give_up(self) -> None:
-        """Let nobody wait for what was placed any longer."""
+        """Let nobody wait for a launched process any longer."""
         while self._codes:
             self._codes.popitem()[1].set_result(-signal.SIGKILL)
 
@@ -135,17 +135,17 @@ class _Forked:
         return self._code.result()
 
     def terminate(self) -> None:
-        self._launcher.order(str(int(signal.SIGTERM)), self._name)
+        self._launcher.send(str(int(signal.SIGTERM)), self._name)
 
     def kill(self) -> None:
-        self._launcher.order(str(int(signal.SIGKILL)), self._name)
+        self._launcher.send(str(int(signal.SIGKILL)), self._name)
 
 
 class MarkedProcess:
     """A process that is known by its mark, as all that it starts is."""
 
-    def __init__(self, place: str, join: Callable[[], int]) -> None:
-        self._place, self._join = place, join
+    def __init__(self, mark: str, join: Callable[[], int]) -> None:
+        self._mark, self._join = mark, join
 
     def join(self) -> int:
         code = self._join()
@@ -155,10 +155,10 @@ class MarkedProcess:
 
     def terminate(self) -> None:
         """By the kernel, not by Dragon: after a Dragon kill its launcher spins at the end and never ends."""
-        send_signal(marked(PLACE, self._place), signal.SIGTERM)
+        send_signal(marked(PROCESS_MARK, self._mark), signal.SIGTERM)
 
     def kill(self) -> None:
-        end(lambda: marked(PLACE, self._place))
+        end(lambda: marked(PROCESS_MARK, self._mark))
 
 
 class DragonLauncher:
@@ -184,7 +184,7 @@ class DragonLauncher:
         process = self._process(**self._start_of(program))
         with self._starting:
             process.start()
-        return MarkedProcess(program.env[PLACE], partial(_code_of, process))
+        return MarkedProcess(program.env[PROCESS_MARK], partial(_code_of, process))
 
     def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
         from dragon.infrastructure.facts import PMIBackend
@@ -205,7 +205,7 @@ class DragonLauncher:
         return _DragonGroup(
             group,
             [
-                MarkedProcess(program.env[PLACE], partial(_code_of, self._process(None, ident=puid)))
+                MarkedProcess(program.env[PROCESS_MARK], partial(_code_of, self._process(None, ident=puid)))
                 for puid, program in zip(ids, programs, strict=True)
             ],
         )
@@ -235,10 +235,10 @@ def _leave_empty(package: str) -> None:
     its telemetry, with a web server, which takes 0.14 s."""
     spec = find_spec(package)
     assert spec is not None, "this process was started by Dragon"
-    made = sys.modules.setdefault(package, module_from_spec(spec))
+    module = sys.modules.setdefault(package, module_from_spec(spec))
     parent, _, name = package.rpartition(".")
     if parent:
-        setattr(sys.modules[parent], name, made)
+        setattr(sys.modules[parent], name, module)
 
 
 @contextmanager

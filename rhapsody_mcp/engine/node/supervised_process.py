@@ -13,7 +13,7 @@ import msgspec
 from rhapsody_mcp.engine.messages import ProcessPlan
 from rhapsody_mcp.engine.node.launchers import LaunchedProcess, Launcher, Program
 from rhapsody_mcp.engine.node.node import Node
-from rhapsody_mcp.engine.process.tree import PLACE
+from rhapsody_mcp.engine.process.tree import PROCESS_MARK
 from rhapsody_mcp.engine.supervisor import GRACE_S, command
 from rhapsody_mcp.model.specs import Template
 
@@ -28,7 +28,7 @@ class SupervisedProcess:
         self.name = f"p{number}"
         self.path = f"{node.config.folder}/{self.name}"
         self._ended = threading.Event()
-        env = {**node.task_env, PLACE: f"{node.config.mark}.{number}"}
+        env = {**node.task_env, PROCESS_MARK: f"{node.config.mark}.{number}"}
         self.program = Program(command("supervisor", self.path), env, template)
         self.process: LaunchedProcess
         """The process, once it was launched."""

@@ -215,7 +215,7 @@ class ProcessTask:
     def _join_together(self, rank: int) -> int:
         """Wait for a rank; when it has failed, end the others, which would wait for it for ever."""
         code = self._processes[rank].join()
-        end = self._left(rank)
+        end = self._end_of(rank)
         failed = end is None or end.outcome.cause is not None
         with self._lock:
             self._ended.add(rank)
@@ -225,7 +225,7 @@ class ProcessTask:
                 _stop_all(self._processes[other] for other in self._dragged)
         return code
 
-    def _left(self, rank: int) -> RankEnd | None:
+    def _end_of(self, rank: int) -> RankEnd | None:
         """What a rank left that has ended, or None where it was killed."""
         if rank not in self._ends:
             path, most = self._processes[rank].path, self.node.config.caps.output_bytes
@@ -237,19 +237,19 @@ class ProcessTask:
         return self._ends[rank]
 
     def _rank_end(self, rank: int, code: int) -> RankEnd:
-        found = self._left(rank)
-        if found is None:
+        end = self._end_of(rank)
+        if end is None:
             error = f"its process {self._processes[rank].why_killed or how_it_ended(code)}."
-            found = RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
-        if rank not in self._dragged or found.outcome.cause is None:
-            return found
+            end = RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
+        if rank not in self._dragged or end.outcome.cause is None:
+            return end
         error = f"ended because rank {self._failed} failed"
-        return found._replace(outcome=msgspec.structs.replace(found.outcome, cause=Cause.CANCELED, error=error))
+        return end._replace(outcome=msgspec.structs.replace(end.outcome, cause=Cause.CANCELED, error=error))
 
     def _outcome(self, ends: list[RankEnd]) -> Outcome:
         """The task's outcome: DONE where every rank is; its value, output and exit code are rank 0's, or the first
         failed rank's exit code."""
-        ranks = [found.outcome for found in ends]
+        ranks = [end.outcome for end in ends]
         bad = [rank for rank in ranks if rank.cause is not None]
         bad.sort(key=lambda rank: rank.rank != self._failed)  # what failed first, where that is known
         spec = self.task_run.spec
@@ -263,8 +263,8 @@ class ProcessTask:
         first = ranks[0] if ranks else RankOutcome(0)
         return Outcome(
             state=state,
-            started=min((found.started for found in ends if found.started is not None), default=None),
-            ended=max((found.ended for found in ends), default=time.time()),
+            started=min((end.started for end in ends if end.started is not None), default=None),
+            ended=max((end.ended for end in ends), default=time.time()),
             value=first.value if state is TaskState.DONE else None,
             stdout=first.stdout,
             stderr=first.stderr,
@@ -287,11 +287,11 @@ class ProcessTask:
         return any("mpi4py" in name or _speaks_of_mpi(os.path.join(folder, name)) for name in names[:_LOOKED_AT])
 
     def _notes(self, ends: list[RankEnd]) -> tuple[str, ...]:
-        ranks, notes = len(ends), [*left_out(*(found.outcome for found in ends))]
-        left = sum(found.left_running for rank, found in enumerate(ends) if rank not in self._dragged)
+        ranks, notes = len(ends), [*left_out(*(end.outcome for end in ends))]
+        left = sum(end.left_running for rank, end in enumerate(ends) if rank not in self._dragged)
         if left and self._stop is None:
             notes.append(stopped_note(left))
-        if any(found.mpi_alone for found in ends) or self._seems_to_want_mpi():
+        if any(end.mpi_alone for end in ends) or self._seems_to_want_mpi():
             notes.append(_MPI_ALONE)
         if ranks > self.node.cores:
             notes.append(f"oversubscribed: {ranks} ranks shared {self.node.cores} cores")

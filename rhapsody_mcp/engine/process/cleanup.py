@@ -15,7 +15,7 @@ from pathlib import Path
 from rhapsody_mcp.engine.process.shared_memory import dragon_files, segments_of, still_there, unlink_unused
 from rhapsody_mcp.engine.process.tree import (
     ENGINE,
-    PLACE,
+    PROCESS_MARK,
     end,
     groups_of,
     marked,
@@ -91,7 +91,7 @@ def end_remains(folder: Path | None, marks: Iterable[str] = ()) -> list[int]:
     lone = None if others else folder
 
     def left() -> set[int]:
-        own = {pid for mark in every for name in (ENGINE, PLACE) for pid in marked(name, mark)}
+        own = {pid for mark in every for name in (ENGINE, PROCESS_MARK) for pid in marked(name, mark)}
         there = {*writing_into(lone), *programs_with(lone)} if lone else set[int]()
         return relatives(own | there, sessions) - {os.getpid()}
 

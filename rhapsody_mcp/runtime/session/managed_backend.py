@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple, Protocol
 
-from rhapsody_mcp.backends.base import Backend, Ended, Event, Running
+from rhapsody_mcp.backends.base import RESTARTS, Backend, Ended, Event, Running, restart_delay_s
 from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import TaskRun
@@ -18,8 +18,6 @@ from rhapsody_mcp.model.values import Reader
 __all__ = ["Lane", "Later", "Notice", "later"]
 
 _log = logging.getLogger(__name__)
-_RESTARTS = 5
-_FIRST_DELAY_S = 1.0
 _AT_ONCE = 250
 """So many orders are handed over in one step of the event loop."""
 _NO_SIGN_OF_LIFE = (Cause.LOST, Cause.CANCELED, Cause.INVALID)
@@ -217,7 +215,7 @@ class Lane:
             self._ready = True
             self._hand_over()
             if again and self._ready:
-                self._say(f"backend {self.backend.name!r} runs again, at attempt {again} of {_RESTARTS}")
+                self._say(f"backend {self.backend.name!r} runs again, at attempt {again} of {RESTARTS}")
 
     def _hand_over(self) -> None:
         orders, self._pending = self._pending[:_AT_ONCE], self._pending[_AT_ONCE:]
@@ -230,14 +228,14 @@ class Lane:
                 raise
 
     async def _back_off(self) -> None:
-        if self._deaths > _RESTARTS:
+        if self._deaths > RESTARTS:
             raise BackendUnavailable(
-                f"its engine was started again {_RESTARTS} times and ended each time before a task did; "
+                f"its engine was started again {RESTARTS} times and ended each time before a task did; "
                 f"the last time: {self._why}"
             )
-        self._doing, self._pausing = f"starting again ({self._deaths} of {_RESTARTS}) after: {self._why}", True
+        self._doing, self._pausing = f"starting again ({self._deaths} of {RESTARTS}) after: {self._why}", True
         over = asyncio.Event()
-        timer = self._later(_FIRST_DELAY_S * 2.0 ** (self._deaths - 1), over.set)
+        timer = self._later(restart_delay_s(self._deaths), over.set)
         try:
             await over.wait()
         finally:
