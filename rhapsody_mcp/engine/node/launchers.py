@@ -77,8 +77,8 @@ class Launcher(Protocol):
 
 
 class ForkLauncher:
-    """Has supervisors forked by a process of their own, which ends with this one. `on_end` is called, in a thread, where
-    that ends first."""
+    """Has supervisors forked by a fork server, which ends with this process. `on_end` is called, in a thread, where the
+    fork server ends first."""
 
     sets_affinity = True
 
