@@ -57,18 +57,18 @@ __all__ = ["main"]
 def main() -> None:
     config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=HostConfig)
     adopt_orphans()
-    host = Host(config)
-    threading.Thread(target=_end_with_owner, args=(host,), daemon=True).start()
-    threading.Thread(target=host.end_stalled, daemon=True).start()
+    agent = NodeAgent(config)
+    threading.Thread(target=_end_with_owner, args=(agent,), daemon=True).start()
+    threading.Thread(target=agent.end_stalled, daemon=True).start()
     with suppress(EOFError, ConnectionError):
-        host.serve()
-    host.end()
+        agent.serve()
+    agent.end()
 
 
-def _end_with_owner(host: Host) -> None:
+def _end_with_owner(agent: NodeAgent) -> None:
     """Wait for the lifeline to close, then end everything."""
     os.read(open_lifeline(), 1)
-    host.end()
+    agent.end()
 
 
 _JOIN_S = 3.0
@@ -80,7 +80,7 @@ def _batch_launcher() -> Launcher:
     return BatchLauncher()
 
 
-class Host:
+class NodeAgent:
     """The main thread talks with the backend; each task and each worker has a thread that waits for its end."""
 
     def __init__(self, config: HostConfig) -> None:
@@ -93,7 +93,7 @@ class Host:
         self._workers: dict[str, SupervisedProcess] = {}
         self._tasks: dict[str, ProcessTask] = {}
         self.watched: dict[str, list[int]] = {}
-        """By the names of their plans, the processes of what runs that must not stand still."""
+        """By the names of plans that run, the processes that must not stand still."""
         self._outbox: queue.SimpleQueue[FromHost] = queue.SimpleQueue()
         self._awake, self._wake = os.pipe()
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -208,12 +208,13 @@ class Host:
         config = WorkerConfig(worker, common.address, common.sys_path, common.cwd, common.caps)
         try:
             process = SupervisedProcess(self._node, Template())
-            arguments, most, started = (
+            plan = ProcessPlan(
                 process.command_of("worker", config),
-                common.caps.output_bytes,
-                self._node.start_events,
+                env={"PWD": common.cwd},
+                output_bytes=common.caps.output_bytes,
+                started=self._node.start_events,
             )
-            process.write_plan(ProcessPlan(arguments, env={"PWD": common.cwd}, output_bytes=most, started=started))
+            process.write_plan(plan)
             process.launch(self._worker_launcher)
             self._workers[worker] = process
         except Exception as error:  # Dragon raises errors of many kinds
@@ -229,12 +230,12 @@ class Host:
     def end_stalled(self) -> NoReturn:
         """End what has been stopped for too long: a worker, a supervisor, or everything with its launcher."""
         stalls, stalled = Stalls(), f"was stopped (as by SIGSTOP) for {self.config.stall_s:g} s"
-        watched = [os.getppid(), self._forks.pid]
+        launchers = [os.getppid(), self._forks.pid]
         while True:
             time.sleep(self.config.stall_s / (LOOKS - 1))
             launched = {pid: process for process in self._processes() for pid in self.watched.get(process.name, ())}
-            for pid in stalls.look([*watched, *launched]):
-                if pid in watched:
+            for pid in stalls.look([*launchers, *launched]):
+                if pid in launchers:
                     sys.stderr.write(f"what started the host, or its fork server, {stalled}\n")
                     self.end()
                 launched[pid].kill(f"{stalled}, and was ended for that")

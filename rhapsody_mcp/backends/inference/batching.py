@@ -48,8 +48,8 @@ def read_limits(max_batch_size: int, wait_s: float, *, batches: bool = True, our
 class Prompt:
     """A conversation on its way to a server. `answer` ends with an Answer, or raises Refused or Lost.
 
-    `parameters` is what all of a batch has in common; `kin` keeps apart what shall not share a batch although its
-    parameters are the same. `sent` is called when it goes out, also when it goes out again.
+    `parameters` is what all of a batch has in common; `group` keeps apart prompts that shall not share a batch although
+    their parameters are the same. `sent` is called when it goes out, also when it goes out again.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class PromptBatcher:
     def __init__(self, servers: Iterable[ChatServer], limits: Limits) -> None:
         self._loads = [_ServerLoad(server) for server in servers]
         self._limits = limits
-        self._waiting: deque[Prompt] = deque()
+        self._queue: deque[Prompt] = deque()
         self._alike: dict[tuple[bytes, int], deque[Prompt]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._exchanges: set[asyncio.Task[list[Answer]]] = set()
@@ -95,7 +95,7 @@ class PromptBatcher:
     def ask(self, prompts: Sequence[Prompt]) -> None:
         """Take these prompts; those that are asked in the same turn of the event loop can go together."""
         for prompt in prompts:
-            self._waiting.append(prompt)
+            self._queue.append(prompt)
             self._alike.setdefault(prompt.key, deque()).append(prompt)
         asyncio.get_running_loop().call_soon(self._pump)
 
@@ -155,9 +155,9 @@ class PromptBatcher:
                 return
 
     def _oldest(self) -> Prompt | None:
-        while self._waiting and not self._waiting[0].waiting:
-            self._waiting.popleft()
-        return self._waiting[0] if self._waiting else None
+        while self._queue and not self._queue[0].waiting:
+            self._queue.popleft()
+        return self._queue[0] if self._queue else None
 
     def _batch(self, oldest: Prompt, load: _ServerLoad) -> list[Prompt]:
         """The prompts to send with this one, itself included."""
@@ -178,7 +178,7 @@ class PromptBatcher:
         task = asyncio.create_task(load.server.complete(batch[0].parameters, conversations))
         self._exchanges.add(task)
         load.exchanges.add(task)
-        load.group[batch[0].group] += 1
+        load.exchanges_by_group[batch[0].group] += 1
         load.prompts += len(batch)
         for prompt in batch:
             prompt.exchange = task
@@ -202,7 +202,7 @@ class PromptBatcher:
     def _exchanged(self, load: _ServerLoad, batch: list[Prompt], task: asyncio.Task[list[Answer]]) -> None:
         self._exchanges.discard(task)
         load.exchanges.discard(task)
-        load.group -= Counter([batch[0].group])
+        load.exchanges_by_group -= Counter([batch[0].group])
         load.prompts -= len(batch)
         if task.cancelled():
             if load.lost is not None:
@@ -227,10 +227,10 @@ class PromptBatcher:
             prompt.alone = True
 
     def _send_again(self, prompts: list[Prompt]) -> None:
-        """Put prompts back to the head of the line."""
+        """Put prompts back to the head of the queue."""
         for prompt in reversed(prompts):
             prompt.waiting = True
-            self._waiting.appendleft(prompt)
+            self._queue.appendleft(prompt)
             self._alike.setdefault(prompt.key, deque()).appendleft(prompt)
 
 
@@ -241,13 +241,13 @@ class _ServerLoad:
         self.server = server
         self.exchanges: set[asyncio.Task[list[Answer]]] = set()
         self.prompts = 0
-        self.group: Counter[bytes] = Counter()
-        """Its exchanges, by what their prompts have in common."""
+        self.exchanges_by_group: Counter[bytes] = Counter()
+        """How many exchanges it works on, by the group of their prompts."""
         self.takes_batches = True
         self.lost: Lost | None = None
 
     def has_room(self, group: bytes, limits: Limits, *, overdue: bool) -> bool:
-        gathers = self.takes_batches and limits.batch > 1 and self.group[group] >= _EXCHANGES
+        gathers = self.takes_batches and limits.batch > 1 and self.exchanges_by_group[group] >= _EXCHANGES
         quiet = len(self.exchanges) < limits.requests and not gathers
         return self.prompts < limits.at_once and (quiet or overdue)
 

@@ -117,13 +117,13 @@ class _PromptTask:
         task_run: TaskRun,
         report: Report,
         read: Reader,
-        dispatcher: PromptBatcher,
+        batcher: PromptBatcher,
         checks: AnswerChecks,
         defaults: Defaults,
         servers: Sequence[ChatServer],
     ) -> None:
         self.task_run, self.report, self.read = task_run, report, read
-        self.dispatcher, self.checks, self.defaults, self.servers = dispatcher, checks, defaults, servers
+        self.batcher, self.checks, self.defaults, self.servers = batcher, checks, defaults, servers
         self.work = _work(task_run)
         self.values: dict[str, Any] = {}
         """What the Refs that were read stand for, by uid."""
@@ -163,10 +163,10 @@ class _PromptTask:
         if isinstance(message, Message):
             return [{"role": message.role, "content": self._text(message.content)}]
         value = self._value_of(message)
-        found = value if isinstance(value, list | tuple) else [value]
-        for one in found:
-            refuse_message(one)
-        return [{"role": one["role"], "content": _as_text(one["content"])} for one in found]
+        messages = value if isinstance(value, list | tuple) else [value]
+        for each in messages:
+            refuse_message(each)
+        return [{"role": each["role"], "content": _as_text(each["content"])} for each in messages]
 
     def _contents(self) -> Iterator[Content]:
         yield from self.work.prompts
@@ -203,7 +203,7 @@ class _PromptTask:
     async def _ask(self, prompts: list[Prompt]) -> list[Answer]:
         try:
             async with self.time_limit:
-                self.dispatcher.ask(prompts)
+                self.batcher.ask(prompts)
                 return await asyncio.gather(*(prompt.answer for prompt in prompts))
         except Refused as refusal:
             if len(prompts) == 1:
@@ -211,7 +211,7 @@ class _PromptTask:
             number = next(number for number, prompt in enumerate(prompts, 1) if prompt.has_failed)
             raise Refused(refusal.status, f"prompt {number} of {len(prompts)}: {refusal}") from refusal
         finally:
-            await self.dispatcher.withdraw(prompts)
+            await self.batcher.withdraw(prompts)
 
     def _sent(self) -> None:
         """The task runs from when the first of its prompts goes out; so does its time."""
@@ -234,15 +234,15 @@ class _PromptTask:
         except Unfit as unfit:
             return self.failed(Cause.ERROR, str(unfit), usage)
         cut = sum(one.cut for one in written)
-        told = f"{cut} of {len(written)} answers were cut off at max_tokens or the model's length" if cut else ""
-        notes = tuple(filter(None, (told, self.defaults.note)))
+        cut_note = f"{cut} of {len(written)} answers were cut off at max_tokens or the model's length" if cut else ""
+        notes = tuple(filter(None, (cut_note, self.defaults.note)))
         return Outcome(
             state=TaskState.DONE, started=self.started, ended=time.time(), value=value, usage=usage, notes=notes
         )
 
     def _value(self, answers: list[Answer], many: bool) -> Value:
-        made = [[self._result(one) for one in answer.written] for answer in answers]
-        results = [of_one for (of_one,) in made] if self.work.n is None else made
+        results_of_each = [[self._result(one) for one in answer.written] for answer in answers]
+        results = [result for (result,) in results_of_each] if self.work.n is None else results_of_each
         return encode(results if many else results[0], self.task_run.folder)
 
     def _result(self, written: Written) -> Any:
