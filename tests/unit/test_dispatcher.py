@@ -195,6 +195,18 @@ async def test_a_task_of_a_worker_that_exits_is_not_run_again_once_it_was_cancel
     assert scene.states == {"a": TaskState.CANCELED}
 
 
+async def test_an_end_that_comes_after_the_exit_of_its_worker_counts() -> None:
+    scene = Scene()
+    scene.node("one", 1)
+    worker = scene.worker("1")
+    scene.submit(function("a"))
+    scene.dispatcher.worker_disconnected("1", worker)
+    scene.dispatcher.worker_exited(WorkerExited("1", 0))
+    assert not scene.dispatcher.worker_ready("1", Notes())
+    scene.dispatcher.function_finished("1", finished("a", seconds=1.0))
+    assert scene.states == {"a": TaskState.DONE}
+
+
 async def test_an_engine_that_ends_loses_what_had_started_and_returns_the_rest() -> None:
     scene = Scene()
     scene.node("one", 1)

@@ -338,10 +338,17 @@ class Dispatcher:
         task.report(Running(task.uid, task.started))
 
     def function_finished(self, worker_name: str, message: FunctionFinished) -> None:
-        worker, task = self._workers[worker_name], self.tasks.get(message.uid)
-        worker.assigned.pop(message.uid, None)
+        """A worker has run a function to an end; the worker may have exited meanwhile."""
+        worker, task = self._workers.get(worker_name), self.tasks.get(message.uid)
+        if worker is not None:
+            worker.assigned.pop(message.uid, None)
         if task is not None:
             self.finish(task, finished(task, message))
+        if worker is not None:
+            self._go_on(worker, message)
+
+    def _go_on(self, worker: Worker, message: FunctionFinished) -> None:
+        """Find out how much a worker is sent at a time, and send more."""
         if self._bundles:
             self._let_go(worker)
             return

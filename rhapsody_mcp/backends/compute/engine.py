@@ -265,7 +265,7 @@ class Engine:
         dispatcher = self.dispatcher
         match message:
             case FunctionFinished():
-                dispatcher.function_finished(self._worker_names[connection], message)
+                dispatcher.function_finished(self._worker_names.get(connection, ""), message)
             case TaskStarted():
                 dispatcher.task_started(message.uid, message.at)
             case TaskRevoked():
