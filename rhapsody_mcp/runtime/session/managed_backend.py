@@ -19,7 +19,7 @@ __all__ = ["CallLater", "EngineNotice", "ManagedBackend", "call_later"]
 
 _log = logging.getLogger(__name__)
 _TASK_RUNS_PER_STEP = 250
-"""How many task_runs are submitted in one step of the event loop."""
+"""How many task runs are submitted in one step of the event loop."""
 _CAUSES_WITHOUT_ENGINE = (Cause.LOST, Cause.CANCELED, Cause.INVALID)
 """The causes with which a task may end although no engine works."""
 
@@ -44,7 +44,7 @@ def call_later(delay_s: float, call: Callable[[], object]) -> _Timer:
 
 
 class ManagedBackend:
-    """Accepts task_runs at any time, and keeps them pending until the backend has started.
+    """Accepts task runs at any time, and keeps them pending until the backend has started.
 
     An engine that dies is restarted 1, 2, 4, 8 and 16 s later while tasks are pending. After five restarts in a row
     without a finished task, the pending tasks end FAILED with cause lost, and the next task begins a new series. A
@@ -85,7 +85,7 @@ class ManagedBackend:
     # --- requests of the session
 
     def submit(self, task_runs: Collection[TaskRun]) -> None:
-        """Run the task_runs. Exactly one Ended is reported for each, whatever happens to the engine."""
+        """Run the task runs. Exactly one Ended is reported for each, whatever happens to the engine."""
         self._cancel_idle_timer()
         if self._ready and not self._pending:
             try:
@@ -97,7 +97,7 @@ class ManagedBackend:
         self._begin_start()
 
     def withdraw(self, uids: Collection[str]) -> set[str]:
-        """Remove pending task_runs, and return their uids. Nothing is reported for these tasks."""
+        """Remove pending task runs, and return their uids. Nothing is reported for these tasks."""
         held = {task_run.spec.uid for task_run in self._pending if task_run.spec.uid in uids}
         self._pending = [task_run for task_run in self._pending if task_run.spec.uid not in held]
         return held
@@ -108,7 +108,7 @@ class ManagedBackend:
             self.backend.cancel(submitted)
 
     async def close(self) -> None:
-        """Stop the backend. Nothing is reported for pending task_runs."""
+        """Stop the backend. Nothing is reported for pending task runs."""
         self._closed = True
         self._cancel_idle_timer()
         if self._start_task is not None:
@@ -176,7 +176,7 @@ class ManagedBackend:
             self._start_task = asyncio.create_task(self._start())
 
     async def _start(self) -> None:
-        """Submit the pending task_runs, or end them where the backend does not start."""
+        """Submit the pending task runs, or end them where the backend does not start."""
         try:
             while self._pending:
                 if self._ready:
@@ -196,7 +196,7 @@ class ManagedBackend:
             self._continue()
 
     def _continue(self) -> None:
-        if self._pending and not self._closed:  # task_runs that ended may have queued others
+        if self._pending and not self._closed:  # task runs that ended may have queued others
             self._begin_start()
         self._set_idle_timer()
 
