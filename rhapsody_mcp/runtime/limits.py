@@ -40,8 +40,8 @@ class SessionUsage:
         self.open += 1
         self.held_bytes += _spec_bytes(spec)
         if isinstance(spec.work, Completion):
-            self.prompts += _answers(spec.work)
-            self.tokens += _tokens(spec.work)
+            self.prompts += _answer_count(spec.work)
+            self.tokens += _token_limit(spec.work)
         elif isinstance(spec.work, Call) and spec.work.code is not self._code:  # a for_each shares its code
             self._code = spec.work.code
             self.held_bytes += len(self._code)
@@ -135,7 +135,7 @@ class Limits:
         self._refuse_full_disk()
         self.refuse_count(usage, len(specs))
         completions = [spec.work for spec in specs if isinstance(spec.work, Completion)]
-        prompts, tokens = sum(map(_answers, completions)), sum(map(_tokens, completions))
+        prompts, tokens = sum(map(_answer_count, completions)), sum(map(_token_limit, completions))
         self._refuse("max_session_prompts", _THIS_SESSION, usage.prompts, prompts, "prompts")
         self._refuse("max_session_tokens", _THIS_SESSION, usage.tokens, tokens, "tokens of answers")
         held = sum(session.held_bytes for session in self._sessions())
@@ -199,12 +199,12 @@ def _setting(key: str) -> str:
 # --- memory of tasks
 
 
-def _answers(work: Completion) -> int:
+def _answer_count(work: Completion) -> int:
     return max(1, len(work.prompts)) * (_number(work.n) or 1)
 
 
-def _tokens(work: Completion) -> int:
-    return _answers(work) * _number(work.max_tokens)
+def _token_limit(work: Completion) -> int:
+    return _answer_count(work) * _number(work.max_tokens)
 
 
 def _number(value: int | Ref | None) -> int:
@@ -217,12 +217,12 @@ def _spec_bytes(spec: TaskSpec) -> int:
     if isinstance(work, Call):
         return _TASK_OVERHEAD_BYTES + 2 * len(work.arguments)  # as objects, and as messages
     if isinstance(work, Command):
-        return _TASK_OVERHEAD_BYTES + 2 * sum(map(_chars, work.arguments))
+        return _TASK_OVERHEAD_BYTES + 2 * sum(map(_content_chars, work.arguments))
     contents = [message.content for message in work.messages if not isinstance(message, Ref)]
-    return _TASK_OVERHEAD_BYTES + 2 * sum(map(_chars, [*work.prompts, *contents, work.system_prompt or ""]))
+    return _TASK_OVERHEAD_BYTES + 2 * sum(map(_content_chars, [*work.prompts, *contents, work.system_prompt or ""]))
 
 
-def _chars(content: Content) -> int:
+def _content_chars(content: Content) -> int:
     return sum(len(part) for part in parts_of(content) if isinstance(part, str))
 
 

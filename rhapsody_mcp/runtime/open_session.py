@@ -78,7 +78,7 @@ class OpenSession:
     def tasks(self, names: Collection[str]) -> list[Task]:
         return [self.task(name) for name in dict.fromkeys(names)]
 
-    def task_named(self, name: str) -> Task | None:
+    def name_holder(self, name: str) -> Task | None:
         """The latest task that has this name."""
         return self._named.get(name)
 

@@ -27,7 +27,7 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
     if "process_template" in chosen and "process_templates" in chosen:
         raise InvalidTask(f"{' and '.join(chosen)} contradict each other; give one of them.")
     if "type" in kwargs or ("pmi" in kwargs and "process_templates" in kwargs):
-        return _mpi(kwargs)
+        return _mpi_layout(kwargs)
     if "ranks" in kwargs or "pmi" in kwargs:
         raise InvalidTask(
             'ranks and pmi belong to type="mpi"; a job of other processes has process_templates.', field="ranks"
@@ -53,7 +53,7 @@ def read_timeout(kwargs: Mapping[str, Any]) -> float | None:
     return float(value)
 
 
-def _mpi(kwargs: Mapping[str, Any]) -> Layout:
+def _mpi_layout(kwargs: Mapping[str, Any]) -> Layout:
     if (kind := kwargs.get("type", "mpi")) != "mpi":
         raise InvalidTask(f'type is {kind!r}; the only type is "mpi".', field="type")
     pmi = kwargs.get("pmi", "auto")
@@ -101,11 +101,11 @@ def _template(fields: Any) -> Template:
         raise InvalidTask(f"policy is a dict with any of {', '.join(_POLICY_KEYS)}, not {policy!r}.", field="policy")
     refuse_unknown("key of a policy", policy, _POLICY_KEYS)
     return Template(
-        env=_env(fields.get("env") or {}),
+        env=_environment(fields.get("env") or {}),
         cwd=_optional_text("cwd", fields.get("cwd")),
         host_name=_optional_text("host_name", policy.get("host_name")),
-        cpu_affinity=_numbers("cpu_affinity", policy.get("cpu_affinity") or ()),
-        gpu_affinity=_numbers("gpu_affinity", policy.get("gpu_affinity") or ()),
+        cpu_affinity=_device_numbers("cpu_affinity", policy.get("cpu_affinity") or ()),
+        gpu_affinity=_device_numbers("gpu_affinity", policy.get("gpu_affinity") or ()),
     )
 
 
@@ -116,7 +116,7 @@ def _plain_policy(policy: Any) -> Any:
     return {key: value for key in _POLICY_KEYS if (value := getattr(policy, key))}
 
 
-def _env(env: Any) -> dict[str, str | None]:
+def _environment(env: Any) -> dict[str, str | None]:
     if not isinstance(env, Mapping):
         raise InvalidTask(f"env is a dict of variables, not {env!r}.", field="env")
     for name, value in env.items():
@@ -147,11 +147,11 @@ def _optional_text(field: str, value: Any) -> str | None:
     return value
 
 
-def _is_device(number: object) -> bool:
+def _is_device_number(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**31
 
 
-def _numbers(field: str, value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(map(_is_device, value)):
+def _device_numbers(field: str, value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not all(map(_is_device_number, value)):
         raise InvalidTask(f"{field} is {value!r}; valid is a list of device numbers, as in [0, 1].", field=field)
     return tuple(value)

@@ -59,14 +59,16 @@ def summary(arguments: Mapping[str, Any], max_chars: int = 2000) -> dict[str, An
 
 
 def _shorten(shortened: Any, value: Any) -> Any:
-    return shortened if len(json.dumps(shortened)) <= _ARGUMENT_CHARS else _identity(json.dumps(value, default=str))
+    return (
+        shortened if len(json.dumps(shortened)) <= _ARGUMENT_CHARS else _length_and_hash(json.dumps(value, default=str))
+    )
 
 
 def _plain(value: Any, max_items: int, depth: int = 0, key: str = "") -> Any:
     if key not in _NOT_SECRET and looks_secret(key.replace("-", "_")):
         return HIDDEN if value is not None else None
     if isinstance(value, str):
-        return _identity(value) if key in _HASHED else _cut_text(value)
+        return _length_and_hash(value) if key in _HASHED else _cut_text(value)
     if depth == _MAX_DEPTH and isinstance(value, Mapping | Sequence):
         return "..."
     if isinstance(value, Mapping):
@@ -95,9 +97,9 @@ def _cut_text(text: str) -> str:
     """The first characters of a text, redacted before the cut: the pattern of a token does not match half a token."""
     shown = redacted(text[:_SCANNED_CHARS])
     is_complete = len(text) <= _SCANNED_CHARS and len(shown) <= _SHOWN_CHARS
-    return shown if is_complete else f"{shown[:_SHOWN_CHARS]} ... ({_identity(text)})"
+    return shown if is_complete else f"{shown[:_SHOWN_CHARS]} ... ({_length_and_hash(text)})"
 
 
-def _identity(text: str) -> str:
+def _length_and_hash(text: str) -> str:
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{len(text)} characters, sha256 {digest[:16]}"

@@ -145,7 +145,7 @@ class Sessions:
             Field(description='Of engines, e.g. {"variables": {"A": "1"}, "setup": ["module load gcc"]} (in bash -l).'),
         ] = None,
     ) -> Annotated[CallToolResult, CreatedSession]:
-        wanted = SessionConfig(
+        session_config = SessionConfig(
             backends=tuple(backends or ()),
             num_workers=num_workers,
             model=_full_path(model),
@@ -156,7 +156,7 @@ class Sessions:
             environment=None if environment is None else environment.read(),
             folder=current_folder.get(),
         )
-        open_session = await self._sessions.open(wanted, name)
+        open_session = await self._sessions.open(session_config, name)
         rows = [_backend_row(backend) for backend in open_session.session.backends]
         return reply(self._created_text(open_session, rows), CreatedSession(session=open_session.id, backends=rows))
 

@@ -67,9 +67,9 @@ class CheckingBackend(ScriptedBackend):
         frame([spec])
 
 
-def opened(wanted: SessionConfig) -> list[Backend]:
+def opened(session_config: SessionConfig) -> list[Backend]:
     """What is wished for is checked as the real server does it."""
-    for plan in plan_backends(wanted, QUICK):
+    for plan in plan_backends(session_config, QUICK):
         plan.open()
     return [CheckingBackend()]
 

@@ -93,6 +93,6 @@ def test_where_folders_are_listed_the_settings_of_a_model_come_from_them(tmp_pat
     (allowed / "link").symlink_to(tmp_path)
     (tmp_path / "config.yaml").touch()
     settings = Settings(allowed_folders=(allowed,))
-    wanted = SessionConfig(backends=("vllm",), config_file=str(allowed / "link" / "config.yaml"))
+    session_config = SessionConfig(backends=("vllm",), config_file=str(allowed / "link" / "config.yaml"))
     with pytest.raises(InvalidRequest, match="allowed_folders"):
-        plan_backends(wanted, settings)
+        plan_backends(session_config, settings)

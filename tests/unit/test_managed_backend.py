@@ -1,4 +1,4 @@
-"""What a lane does where its backend's engine dies, does not start, or has nothing to do. Its clock is the test's."""
+"""What a managed backend does where its engine dies, does not start, or has no task. The clock is the test's."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def all_is_still() -> None:
 
 
 class Watched:
-    """A lane with a scripted backend, and what it reports."""
+    """A managed scripted backend, and what it reports."""
 
     def __init__(self, idle_s: float | None = None) -> None:
         self.backend, self.clock = ScriptedBackend(answer), Clock()

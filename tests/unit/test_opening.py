@@ -28,12 +28,12 @@ def on_machine(
     monkeypatch.setattr(backend_factory, "inspect_machine", lambda: machine)
 
 
-def names(wanted: SessionConfig) -> list[str]:
-    return [backend.name for backend in open_backends(wanted, Settings())]
+def names(config: SessionConfig) -> list[str]:
+    return [backend.name for backend in open_backends(config, Settings())]
 
 
 @pytest.mark.parametrize(
-    ("has", "wanted", "got"),
+    ("has", "config", "got"),
     [
         ({"dragon": "0.15", "vllm": "0.32"}, SessionConfig(), ["dragon", "vllm"]),
         ({"vllm": "0.32"}, SessionConfig(), ["local", "vllm"]),
@@ -43,14 +43,14 @@ def names(wanted: SessionConfig) -> list[str]:
     ],
 )
 def test_a_session_gets_what_works_here_unless_it_says_what_it_wants(
-    monkeypatch: pytest.MonkeyPatch, has: dict[str, str], wanted: SessionConfig, got: list[str]
+    monkeypatch: pytest.MonkeyPatch, has: dict[str, str], config: SessionConfig, got: list[str]
 ) -> None:
     on_machine(monkeypatch, dragon=has.get("dragon", ""), vllm=has.get("vllm", ""))
-    assert names(wanted) == got
+    assert names(config) == got
 
 
 @pytest.mark.parametrize(
-    ("wanted", "error", "told"),
+    ("config", "error", "told"),
     [
         (
             SessionConfig(backends=("dragon",)),
@@ -64,11 +64,11 @@ def test_a_session_gets_what_works_here_unless_it_says_what_it_wants(
     ],
 )
 def test_what_cannot_be_had_is_refused_with_the_way_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, wanted: SessionConfig, error: type[Exception], told: str
+    monkeypatch: pytest.MonkeyPatch, config: SessionConfig, error: type[Exception], told: str
 ) -> None:
     on_machine(monkeypatch)
     with pytest.raises(error, match=told):
-        names(wanted)
+        names(config)
 
 
 def test_a_model_folder_that_is_not_there_is_refused_when_the_session_is_opened(
@@ -97,9 +97,9 @@ def test_a_device_that_is_not_there_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     on_machine(monkeypatch, vllm="0.32", gpus=())
-    config = tmp_path / "config.yaml"
-    config.write_text("required:\n  model_name: m\nserver:\n  device: cuda\n  model: shipped\n")
-    for wanted in (SessionConfig(device="cuda"), SessionConfig(config_file=str(config))):
+    file = tmp_path / "config.yaml"
+    file.write_text("required:\n  model_name: m\nserver:\n  device: cuda\n  model: shipped\n")
+    for config in (SessionConfig(device="cuda"), SessionConfig(config_file=str(file))):
         with pytest.raises(InvalidRequest, match=r"this machine has no GPU.*endpoint_url"):
-            names(wanted)
-    assert names(SessionConfig(config_file=str(config), device="cpu")) == ["local", "vllm"]
+            names(config)
+    assert names(SessionConfig(config_file=str(file), device="cpu")) == ["local", "vllm"]

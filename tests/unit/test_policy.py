@@ -105,9 +105,9 @@ def test_functions_are_imported_from_modules_that_may_be_imported() -> None:
 
 @pytest.mark.parametrize("settings", [Settings(allow_source=False), Settings(allowed_executables=("/usr/bin/*",))])
 def test_where_programs_or_source_are_restricted_so_are_setup_lines(settings: Settings) -> None:
-    wanted = SessionConfig(backends=("local",), environment=Environment(setup=("rm -r /",)))
+    session_config = SessionConfig(backends=("local",), environment=Environment(setup=("rm -r /",)))
     with pytest.raises(InvalidRequest, match="setup in environment is not allowed here, because allow"):
-        plan_backends(wanted, settings)
+        plan_backends(session_config, settings)
     variables = SessionConfig(backends=("local",), environment=Environment(variables={"A": "1"}))
     assert plan_backends(variables, settings)[0].server_arguments["environment"].variables == {"A": "1"}
 
@@ -121,7 +121,7 @@ def test_a_config_file_and_what_it_names_are_in_the_folders_that_may_be_named(tm
     (inside / "python.yaml").write_text("server: {python: /bin/sh, model: shipped}")
     (inside / "model.yaml").write_text(f"server: {{model: {model}}}")
     settings = Settings(allowed_folders=(inside,), allowed_executables=("/opt/*",))
-    for wanted, told in {
+    for session_config, told in {
         SessionConfig(
             backends=("vllm",), config_file=str(tmp_path / "other.yaml")
         ): "config_file .* is outside of the folders",
@@ -132,7 +132,7 @@ def test_a_config_file_and_what_it_names_are_in_the_folders_that_may_be_named(tm
         SessionConfig(backends=("vllm",), model=str(model)): "model .* is outside of the folders",
     }.items():
         with pytest.raises(InvalidRequest, match=told):
-            plan_backends(wanted, settings)
+            plan_backends(session_config, settings)
 
 
 # --- variables

@@ -14,7 +14,7 @@ import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.json_pointer import resolve_pointer
-from rhapsody_mcp.runtime.dataflow.references import is_literal
+from rhapsody_mcp.runtime.dataflow.references import is_escaped, is_literal
 from rhapsody_mcp.runtime.tasks import Part, Task, Text
 
 __all__ = ["as_text", "has_placeholder", "with_item"]
@@ -31,7 +31,7 @@ def has_placeholder(value: Any) -> bool:
 
 def _placeholders(value: Any) -> Iterator[Any]:
     if _is_item(value) or (
-        isinstance(value, str) and any(not _is_escaped(match) for match in _TEXT_PLACEHOLDER.finditer(value))
+        isinstance(value, str) and any(not is_escaped(match) for match in _TEXT_PLACEHOLDER.finditer(value))
     ):
         yield value
     elif isinstance(value, dict) and not is_literal(value):
@@ -65,12 +65,8 @@ def with_item(value: Any, item: Any) -> Any:
     return [with_item(part, item) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _is_escaped(match: re.Match[str]) -> bool:
-    return match.group().startswith("{{")
-
-
 def _replacement(match: re.Match[str], item: Any) -> str:
-    return match.group()[1:-1] if _is_escaped(match) else as_text(_part(item, match.group(1) or ""))
+    return match.group()[1:-1] if is_escaped(match) else as_text(_part(item, match.group(1) or ""))
 
 
 def as_text(item: Any) -> str:

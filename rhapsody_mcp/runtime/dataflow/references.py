@@ -16,7 +16,15 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import load_json
 from rhapsody_mcp.runtime.tasks import Part, Task, Text
 
-__all__ = ["is_literal", "is_reference", "parse_texts", "referenced_names", "rename_references", "resolve"]
+__all__ = [
+    "is_escaped",
+    "is_literal",
+    "is_reference",
+    "parse_texts",
+    "referenced_names",
+    "rename_references",
+    "resolve",
+]
 
 _REFERENCE_KEYS = (frozenset({"ref"}), frozenset({"ref", "path"}))
 _TEXT_REFERENCE = re.compile(r"\{\{ref:[^{}]*\}\}|\{ref:([^{}/]*)(/[^{}]*)?\}")
@@ -37,14 +45,15 @@ def _parse_text(text: str) -> str | Text:
     end = 0
     for match in _TEXT_REFERENCE.finditer(text):
         before, end = text[end : match.start()], match.end()
-        parts += [before, match.group()[1:-1] if _is_escaped(match) else _parse_match(match)]
+        parts += [before, match.group()[1:-1] if is_escaped(match) else _parse_match(match)]
     parts.append(text[end:])
     if any(isinstance(part, dict) for part in parts):
         return Text(*filter(None, parts))
     return "".join(map(str, parts))
 
 
-def _is_escaped(match: re.Match[str]) -> bool:
+def is_escaped(match: re.Match[str]) -> bool:
+    """Whether a match in a text is escaped by doubled braces."""
     return match.group().startswith("{{")
 
 
@@ -58,7 +67,7 @@ def referenced_names(value: Any) -> Iterator[str]:
     if isinstance(value, Text):
         value = value.parts
     if isinstance(value, dict) and "ref" in value:
-        yield _checked(value)["ref"]
+        yield _checked_reference(value)["ref"]
     elif isinstance(value, dict) and not is_literal(value):
         for item in value.values():
             yield from referenced_names(item)
@@ -83,7 +92,7 @@ def rename_references(value: Any, uid_of: Callable[[str], str], *, texts: bool =
 
 
 def _rename_match(match: re.Match[str], uid_of: Callable[[str], str]) -> str:
-    if _is_escaped(match):
+    if is_escaped(match):
         return match.group()
     return f"{{ref:{uid_of(_parse_match(match)['ref'])}{match.group(2) or ''}}}"
 
@@ -113,7 +122,7 @@ def is_reference(value: Any) -> bool:
     return isinstance(value, dict) and "ref" in value and value.keys() in _REFERENCE_KEYS
 
 
-def _checked(reference: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked_reference(reference: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in reference.keys() - {"ref", "path"}:
         raise InvalidTask(
             f"unknown key {key!r} beside ref{nearest(key, ['path'])}. A reference has the key ref, or ref and path; "

@@ -111,7 +111,7 @@ class _ScriptWriter:
         for task in self._tasks:
             function = work.function if isinstance(work := self._representatives[task.uid], ComputeTask) else None
             if isinstance(function, Source):
-                done = any(one.state is TaskState.DONE for one in leaves([task]))
+                done = any(leaf.state is TaskState.DONE for leaf in leaves([task]))
                 proven[function] = proven.get(function, False) or done
         return proven
 
@@ -203,11 +203,11 @@ class _ScriptWriter:
         not_awaited = 0
         for before, tasks in submissions(self._tasks):
             if before:
-                sources = "session.tasks" if len(before) == not_awaited else self._listed(before)
+                sources = "session.tasks" if len(before) == not_awaited else self._write_list(before)
                 yield f"        await session.wait_tasks({sources})"
             for task in by_need(tasks, self._also_after):
                 yield f"        {self._variables[task.uid]} = {self._task_call(task)}"
-            yield f"        await session.submit_tasks({self._listed(tasks)})"
+            yield f"        await session.submit_tasks({self._write_list(tasks)})"
             not_awaited += len(tasks) - len(before)
         yield "        results = {"
         yield from (f"            {label!r}: {variable}," for label, variable in self._labels())
@@ -228,12 +228,12 @@ class _ScriptWriter:
         joined = _LIST_SEPARATOR.sub(" ", code)  # joins an option and the next argument
         return redacted(joined) != joined
 
-    def _listed(self, tasks: Sequence[Task]) -> str:
+    def _write_list(self, tasks: Sequence[Task]) -> str:
         """A list of the variables, on one line where it fits."""
-        listed = ", ".join(self._variables[task.uid] for task in tasks)
-        if len(listed) <= _WIDTH:
-            return f"[{listed}]"
-        lines = wrap(listed, _WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12)
+        names = ", ".join(self._variables[task.uid] for task in tasks)
+        if len(names) <= _WIDTH:
+            return f"[{names}]"
+        lines = wrap(names, _WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12)
         return "\n".join(["[", *lines, "        ]"])
 
     def _labels(self) -> Iterator[tuple[str, str]]:

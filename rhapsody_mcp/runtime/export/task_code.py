@@ -69,7 +69,7 @@ class TaskCode:
         make = f"lambda item, _: {write_call(type(work).__name__, arguments, 3)}"
         return write_call("ForEach", [self._value(task.items), make, *self._uses(task), *common], 2)
 
-    def listed(self, tasks: Iterable[Task]) -> str:
+    def write_list(self, tasks: Iterable[Task]) -> str:
         named = (self._variables.get(top_level(task).uid) for task in tasks)
         return f"[{', '.join(dict.fromkeys(name for name in named if name))}]"
 
@@ -95,7 +95,7 @@ class TaskCode:
             yield f"name={task.name!r}"
         if task.backend and task.backend != default_backend:
             yield f"backend={task.backend!r}"
-        if (after := self.listed([*task.after, *self._also_after.get(task.uid, ())])) != "[]":
+        if (after := self.write_list([*task.after, *self._also_after.get(task.uid, ())])) != "[]":
             yield f"after={after}"
         for field, default in _FLOW_DEFAULTS.items():
             if (value := getattr(task, field)) != default:
@@ -103,9 +103,9 @@ class TaskCode:
 
     def _uses(self, task: ForEach) -> Iterator[str]:
         """The argument `uses`. Where the items are a list, the children name the tasks that they use."""
-        used = [one for one in task.needs() if task.source is not None and one is not task.source.task]
+        used = [need for need in task.needs() if task.source is not None and need is not task.source.task]
         if used:
-            yield f"uses={self.listed(used)}"
+            yield f"uses={self.write_list(used)}"
 
     def _function(self, function: object) -> str:
         if isinstance(function, Source):

@@ -20,7 +20,7 @@ from rhapsody_mcp.runtime.requests.task_request import (
 )
 from rhapsody_mcp.runtime.tasks import Task
 
-__all__ = ["read_stored_request", "store_requests"]
+__all__ = ["encode_requests", "read_stored_request"]
 
 Fields: TypeAlias = dict[str, Any]
 VERSION = 1
@@ -41,7 +41,7 @@ class StoredRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     version: int = 1
 
 
-def store_requests(requests: Sequence[TaskRequest], tasks: Sequence[Task], session: OpenSession) -> list[bytes]:
+def encode_requests(requests: Sequence[TaskRequest], tasks: Sequence[Task], session: OpenSession) -> list[bytes]:
     """The stored form of each request. `tasks` are the tasks of the requests, in the same order."""
     uids = {task.name: task.uid for task in tasks if task.name} | {task.uid: task.uid for task in tasks}
 

@@ -58,7 +58,7 @@ class Acceptance:
                 raise InvalidTask(f"{task.uid} is submitted already; make a new task for a new run.", uid=task.uid)
             uids[task.uid] = task
         encoder = Encoder(reference)
-        specs = [(task, _specify(task, encoder)) for one in batch for task in with_children([one])]
+        specs = [(task, _specify(task, encoder)) for task in with_children(batch)]
         for task in batch:
             for source in task.sources():
                 if source.uid not in uids and source.uid not in self._tasks:
@@ -110,7 +110,7 @@ class Acceptance:
 
 def _specify(task: Task, encoder: Encoder) -> TaskSpec | None:
     """The spec of a task, None for a ForEach. Fixes the tasks that it needs, also those that only the pickler finds."""
-    task.settle_needs()
+    task.fix_needs()
     if isinstance(task, ForEach):
         return None
     try:
@@ -118,6 +118,6 @@ def _specify(task: Task, encoder: Encoder) -> TaskSpec | None:
     except InvalidTask as error:
         raise error.of_task(name_of(task), task.uid) from error
     if encoder.referring_objects:
-        task.settle_needs(item.task if isinstance(item, Part) else item for item in encoder.referring_objects)
+        task.fix_needs(item.task if isinstance(item, Part) else item for item in encoder.referring_objects)
         encoder.referring_objects = []
     return spec

@@ -26,7 +26,7 @@ def route(kind: Kind | Literal["for_each"], backend: str | None, backends: Mappi
     """
     if backend is not None and backend not in backends:
         raise UnknownName("backend", backend, backends)
-    able = [name for name, one in backends.items() if kind in one.kinds]
+    able = [name for name, candidate in backends.items() if kind in candidate.kinds]
     if not able:
         raise NoBackend(f"no backend of this session runs a {kind} ({', '.join(backends) or 'it has none'}).", kind)
     if backend is None:

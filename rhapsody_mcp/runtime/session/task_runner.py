@@ -89,17 +89,17 @@ class TaskRunner:
         now = time.time()
         for task, _, _ in accepted:
             task.state, task.submitted = TaskState.WAITING, task.submitted or now
-        children_last = sorted(accepted, key=lambda one: not isinstance(one.task, ForEach))
-        for step in steps(children_last):
+        parents_first = sorted(accepted, key=lambda entry: not isinstance(entry.task, ForEach))
+        for step in steps(parents_first):
             self.submit(step)
             await asyncio.sleep(0)
 
     def submit(self, accepted: Sequence[AcceptedTask]) -> None:
         for task, managed, spec in accepted:
-            self._register(task, managed, spec)
+            self._add_unfinished(task, managed, spec)
         self._queue([task for task, _, _ in accepted if self._is_ready(task)])
 
-    def _register(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
+    def _add_unfinished(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
         self._add(task, managed, spec)
         task.submitted = task.submitted or time.time()
         task.state = TaskState.WAITING
@@ -114,7 +114,7 @@ class TaskRunner:
         self._add(task, managed, spec)
         if spec is not None:
             self.usage.end(task.outcome or canceled(Cause.LOST, ""))
-        task.settle()
+        task.complete_future()
 
     def _add(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
         if managed is not None and spec is not None:
@@ -139,7 +139,7 @@ class TaskRunner:
                 accepted = self.acceptance.accept_restored(task, encoder)
             except RhapsodyError as error:
                 refused.setdefault(task.uid, str(error))
-            (self._add_ended if task.state.final else self._register)(*accepted)
+            (self._add_ended if task.state.final else self._add_unfinished)(*accepted)
         unfinished = [task for task in tasks if not task.state.final]
         for task in unfinished:
             if task.uid in refused:
@@ -291,7 +291,7 @@ class TaskRunner:
             outcome = with_attempts(task, outcome)
             task.outcome, task.state, task.started = outcome, outcome.state, outcome.started
             self._finish(task)
-            task.settle()
+            task.complete_future()
             self._notify(task)
             if task.parent is not None:
                 self.for_each.child_has_ended(task.parent)

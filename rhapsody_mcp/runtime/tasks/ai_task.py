@@ -21,27 +21,27 @@ _AI_FIELDS = ("prompt", "messages", "system_prompt", *SAMPLING, "task_backend_sp
 class AITask(Task):
     """A prompt, a list of prompts, or the messages of a conversation, for a language model.
 
-    prompt          a text or a list of texts; a task stands for its return value, and a Text holds some
+    prompt          a text or a list of texts; a task stands for its return value, and a Text holds results
     messages        instead of prompt: dicts with role ("system", "user" or "assistant") and content, a text like
-                    prompt; a task stands for one or a list of them
-    model           a name that the backend serves; default is the backend's own
+                    prompt; a task stands for a message or a list of messages
+    model           a name that the backend serves; default is the backend's own model
     system_prompt   instructions that come before the prompt
     temperature     0.0 to 2.0        top_p   0.0 to 1.0        top_k   a positive number, or -1 for all
     max_tokens      the most tokens to generate for one prompt
     seed            a whole number: the same seed, prompt and server give the same answer
     n               how many answers each prompt gets, up to 128, as a list
-    logprobs        with each token its log probability, and those of so many of the likeliest, up to 20
+    logprobs        the log probability of each token, and of this many of the likeliest tokens, up to 20
     stop_sequences  texts that end the answer and are not part of it
-    json_schema     a JSON schema of an object, which the answer is held to
+    json_schema     a JSON schema of an object; the answer must match the schema
     task_backend_specific_kwargs   timeout in seconds
 
-    From temperature to json_schema, and for model, a task or a Part stands for a value that is there, and looked at,
-    when this one starts.
+    For model, and from temperature to json_schema, a task or a Part stands for its value, which is checked when this
+    task starts.
 
-    `return_value` and `response` are the answer: a text for one prompt, a list in order for a list. With n an answer is
-    the list of them. With json_schema it is the object itself, as a dict; the task is FAILED where one was
-    cut or does not fit. With logprobs it is `{"text": ..., "logprobs": [{"token": ..., "logprob": ...,
-    "top_logprobs": [{"token": ..., "logprob": ...}, ...]}, ...]}`.
+    `return_value` and `response` are the answer: a text for a prompt, a list of answers in order for a list of prompts.
+    With n, the answer to a prompt is a list of n answers. With json_schema, an answer is the object itself, as a dict;
+    the task is FAILED where an answer was cut or does not match. With logprobs, an answer is `{"text": ..., "logprobs":
+    [{"token": ..., "logprob": ..., "top_logprobs": [{"token": ..., "logprob": ...}, ...]}, ...]}`.
     """
 
     kind = "ai"

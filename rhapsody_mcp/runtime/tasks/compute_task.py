@@ -30,12 +30,13 @@ _PLACES = {
 class ComputeTask(Task):
     """A function or a program to run.
 
-    function      any callable, sync or async; it is run to completion and its value is `return_value`
-    args, kwargs  its arguments; a task among them, at any depth, stands for that task's return value; a task as
-                  kwargs, for a dict of all of them
-    executable    a path, or a name on PATH; `return_value` is its standard output without outer white space, or
-                  its bytes where that is not UTF-8 text
-    arguments     its arguments; a task among them stands for its return value, as text or as JSON; a Text holds some
+    function      any callable, sync or async; it runs to completion, and `return_value` is its value
+    args, kwargs  the arguments of the function; a task in them, at any depth, stands for the return value of that
+                  task; a task in place of kwargs stands for a dict of all keyword arguments
+    executable    a path, or a name on PATH; `return_value` is the standard output without outer white space, or as
+                  bytes where the output is not UTF-8 text
+    arguments     the arguments of the program; a task among them stands for its return value, as text or as JSON; a
+                  Text holds results
     task_backend_specific_kwargs
         process_template   a dict (env, cwd, policy): a process of its own
         process_templates  a list of (ranks, dict): a job of several processes

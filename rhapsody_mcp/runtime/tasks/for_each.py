@@ -1,4 +1,4 @@
-"""The same task for each item of a list, and functions over tasks of every kind."""
+"""The same task for each item of a list, and functions over tasks of every class."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ __all__ = ["ForEach", "kind_of", "leaves", "with_children"]
 
 
 class ForEach(Task):
-    """The same task once for each item, side by side; its result is the list of their results, in order.
+    """The same task for each item of a list, in parallel; the result is the list of the results, in order.
 
     items         a list, or a task (or Part of one) whose result is a list
-    make          makes the task for one item: called with the item and its number. Of a result that is no JSON the
-                  item is a Part, which stands for it in arguments
-    uses          tasks whose results the made ones use, besides `items`: these must have ended first
+    make          makes the task for an item; called with the item and its number. Where the result is no JSON, the
+                  item is a Part, which stands for the item in arguments
+    uses          tasks besides `items` whose results the children use; they must have ended first
 
-    `children` are the made tasks, named as in `sweep[0]`; those of a list are made at once. It is DONE when all of
-    them are, else FAILED (or CANCELED, where none of them FAILED) with None in the place of what is not there.
+    `children` are the tasks that `make` has made, with names such as `sweep[0]`. The children of a list are made at
+    once. A ForEach is DONE when all children are DONE, else FAILED, or CANCELED where no child is FAILED. Its result
+    then has None in the place of each missing result.
     """
 
     kind = "for_each"

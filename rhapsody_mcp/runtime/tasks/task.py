@@ -146,7 +146,7 @@ class Task:
         """The tasks whose results this task uses."""
         return list(self._find_needs()) if self._needs is None else self._needs
 
-    def settle_needs(self, more: Iterable[Task] = ()) -> None:
+    def fix_needs(self, more: Iterable[Task] = ()) -> None:
         """Fix the result of `needs()`, which the session calls often. `more` are tasks that only the pickler finds."""
         self._needs = tuple({task.uid: task for task in (*self._find_needs(), *more)}.values())
 
@@ -205,10 +205,10 @@ class Task:
             if self.state is TaskState.NEW:
                 raise RhapsodyError(f"{self.uid} is not submitted yet: call session.submit_tasks([task]) first.")
             self._future = asyncio.get_running_loop().create_future()
-            self.settle()
+            self.complete_future()
         return self._future
 
-    def settle(self: Self) -> None:
+    def complete_future(self: Self) -> None:
         """Complete the future of an ended task, where the future exists."""
         if self._future is None or self._future.done() or not self.state.final:
             return

@@ -12,7 +12,7 @@ from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.recovery.recorder import Submission
-from rhapsody_mcp.runtime.requests.stored_request import store_requests
+from rhapsody_mcp.runtime.requests.stored_request import encode_requests
 from rhapsody_mcp.runtime.requests.task_request import TaskRequest
 from rhapsody_mcp.runtime.tasks import Task, name_of
 from rhapsody_mcp.toolsets.replies.formatting import NAMES_SHOWN, limited_list
@@ -40,7 +40,7 @@ async def _submit(open_session: OpenSession, requests: Sequence[TaskRequest], ke
             return repeated
         tasks = await prepare_tasks(open_session, requests)
         replaced = [
-            earlier for request in requests if request.name and (earlier := open_session.task_named(request.name))
+            earlier for request in requests if request.name and (earlier := open_session.name_holder(request.name))
         ]
         await _take(open_session, requests, tasks, key)
     await open_session.session.wait_expanded(tasks)
@@ -62,7 +62,7 @@ async def _take(
     submission = None
     if key is not None:
         submission = Submission(key, await to_thread_if_large(_digest, requests), tuple(tasks))
-    stored = await to_thread_if_large(store_requests, requests, tasks, open_session) if open_session.recorder else ()
+    stored = await to_thread_if_large(encode_requests, requests, tasks, open_session) if open_session.recorder else ()
     with labeled_errors(requests, tasks):
         accepted = await to_thread_if_large(open_session.session.accept, tasks)
         await open_session.submit(tasks, accepted, stored, submission)

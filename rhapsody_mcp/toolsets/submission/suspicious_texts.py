@@ -41,7 +41,7 @@ def _suspicious(values: list[Any], names: Collection[str | None], open_session: 
     for match in _REFERENCE.finditer(" ".join(_texts_in(values))[:_SEARCHED_CHARS]):
         name = next(filter(None, match.groups()))
         is_reference = match.group().startswith("{ref:")
-        if not in_texts if is_reference else name in names or open_session.task_named(name):
+        if not in_texts if is_reference else name in names or open_session.name_holder(name):
             return f"the text {match.group()} stays as it is; {name}'s result is {correct.format(name)}"
     return ""
 
