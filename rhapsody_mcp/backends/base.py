@@ -9,12 +9,13 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 import msgspec
 
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.values import Reader
 
 __all__ = [
-    "Awaitable",
+    "RESTARTS",
     "Backend",
+    "BackendBase",
     "BeforeStart",
     "Ended",
     "EngineBook",
@@ -24,6 +25,7 @@ __all__ = [
     "Report",
     "Returned",
     "Running",
+    "restart_delay_s",
 ]
 
 Kind = Literal["function", "executable", "prompt"]
@@ -44,9 +46,9 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
 
 
 class Returned(msgspec.Struct, frozen=True, gc=False):
-    """The backend gives the task back, with no Running of it before and none of it ever to run: its engine has ended.
+    """The backend gives the task back: its engine has ended, and the task has not run and never will.
 
-    `reason` is a sentence. Whoever handed the task over may hand it over again, to the same backend too.
+    `reason` is a sentence. The session may submit the task again, to the same backend too.
     """
 
     uid: str
@@ -57,16 +59,74 @@ Event = Running | Ended | Returned
 Report = Callable[[Event], None]
 
 
+class EngineBook(Protocol):
+    """Where a backend records the engines that it starts, so that what a crash leaves of them can be ended later.
+
+    It is called in the event loop.
+    """
+
+    async def opened(self, mark: str, kind: str, folder: str) -> None:
+        """An engine is about to be started: its processes will carry `mark`, its files lie in `folder`. `kind` is the
+        name of its backend in `BACKENDS`. Returns when that is on the disk; where this raises, nothing is started."""
+
+    def launched(self, mark: str, pid: int, started: int) -> None:
+        """Its keeper runs: this process, with the start time that the kernel gives it (0 where that is not known)."""
+
+    def closed(self, mark: str) -> None:
+        """No process and no file of it is left."""
+
+
+BeforeStart = Callable[[Sequence[str]], Coroutine[Any, Any, bool]]
+"""Records that each of the tasks with these uids may start from now on. True once that is recorded; after False the
+backend is about to be closed. It never raises."""
+
+
+OnLoss = Callable[[str], None]
+"""Called with the reason why a part of an engine is lost."""
+
+
 @runtime_checkable
 class Backend(Protocol):
-    """Runs tasks. One object serves one session; every method is called in the session's event loop."""
+    """Runs tasks. One object serves one session; every method is called in the session's event loop.
+
+    `BackendBase` has a default for each member that a simple backend need not have.
+    """
 
     name: str
     """What tasks say in `backend` to come here; the session refuses two backends of one name."""
 
+    book: EngineBook | None
+    """Set before the first start, or None. A backend records in it each engine that it starts."""
+
+    before_start: BeforeStart | None
+    """Set before the first start, or None. A backend that runs user code awaits it, and starts a task only after it has
+    given True for that task: so the recorder knows of every task that may have started."""
+
+    on_loss: OnLoss
+    """Set before the first start. A backend may call it when a part of its engine is lost, also without any task."""
+
     @property
     def kinds(self) -> Collection[Kind]:
         """The kinds of task that this backend runs."""
+
+    @property
+    def num_workers(self) -> int | None:
+        """How many functions run at a time; None where the backend does not bound that."""
+
+    @property
+    def progress(self) -> str:
+        """What the engine does now, in words, as in "starting"; empty for nothing to say."""
+
+    @property
+    def serves_shipped_model(self) -> bool:
+        """Whether prompts go to the model of this package, which is for trials."""
+
+    def work_in(self, folder: str) -> None:
+        """Have tasks start in this folder; empty for the folder of this process.
+
+        Raises InvalidRequest where the backend has started with another one. A backend whose tasks have no folder
+        does nothing.
+        """
 
     def check(self, spec: TaskSpec) -> None:
         """Raise InvalidTask for what can be known to be wrong before submission. No I/O, no waiting."""
@@ -78,13 +138,13 @@ class Backend(Protocol):
         left running after a failed or cancelled start, and it may be tried again.
         """
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+    def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
         """Take these tasks; the backend has started. Never blocks and never raises for a task.
 
         Raises BackendUnavailable, with nothing taken, where the engine has died; `start` makes a new one.
-        For each order `report` is called from the event loop with at most one Running and then exactly one
-        Ended, also when the backend is closed. Where the engine dies, what had started, or may have, ends with cause
-        lost; what certainly never did, and never will, may get one Returned instead of all that. `read` opens bound
+        For each task `report` is called from the event loop with at most one Running and then exactly one
+        Ended, also when the backend is closed. Where the engine dies, a task that had started, or may have, ends with
+        cause lost; one that certainly never did, and never will, may get one Returned instead. `read` opens bound
         values here, outside the processes that run user code: it may refuse one with InvalidTask.
         """
 
@@ -102,51 +162,52 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """End every task and process, then return. A second call does nothing. Survives cancellation of its
-        caller: nothing is left running in either case."""
+        caller: nothing is left running in either case. A closed backend does not start."""
 
     def describe(self) -> dict[str, Any]:
-        """What this backend is and has, in plain JSON data; no secrets, no waiting."""
+        """What this backend is and has, in plain JSON data, `backend` for its name; no secrets, no waiting."""
 
 
-class EngineBook(Protocol):
-    """Where a backend writes down the engines that it starts, so that what a crash leaves of them can be ended later.
+RESTARTS = 5
+"""How often in a row an engine is started again before its tasks are given up."""
 
-    A backend with the attribute `book` calls it in the event loop; None is for one that keeps no book.
+
+def restart_delay_s(attempt: int) -> float:
+    """Between the loss of an engine and its restart, of which this is the first, second, ...: 1, 2, 4, 8, 16."""
+    return 2.0 ** (attempt - 1)
+
+
+class BackendBase:
+    """Defaults for a backend without an engine, and `async with backend`, or `await backend`, which start it.
+
+    A backend adds `name`, `kinds`, `start`, `submit`, `cancel`, `describe`, and `_close`, which is called once.
     """
 
-    async def opened(self, mark: str, kind: Literal["dragon", "local", "vllm"], folder: str) -> None:
-        """An engine is about to be started: its processes will carry `mark`, its files lie in `folder`. Returns when
-        that is on the disk; where this raises, nothing is started."""
-
-    def placed(self, mark: str, pid: int, started: int) -> None:
-        """Its keeper runs: this process, with the start time that the kernel gives it (0 where that is not known)."""
-
-    def closed(self, mark: str) -> None:
-        """No process and no file of it is left."""
-
-
-BeforeStart = Callable[[Sequence[str]], Coroutine[Any, Any, bool]]
-"""A backend with the attribute `before_start` awaits it, where it is not None, with the uids of tasks of which any may
-start afterwards if it gives True; it never raises. So whoever writes down what has started knows of each that may have.
-After False the backend is about to be closed."""
-
-
-OnLoss = Callable[[str], None]
-"""A backend with the attribute `on_loss` calls it with the reason when a part of its engine is lost, also while it has
-no task."""
-
-
-class Awaitable:
-    """Makes `await backend` start a backend and give it back, as in `backend = await Backend()`, and closes it once;
-    `async with backend` does both."""
-
+    book: EngineBook | None = None
+    before_start: BeforeStart | None = None
+    on_loss: OnLoss = staticmethod(lambda reason: None)
+    num_workers: int | None = None
     _closing: asyncio.Task[None] | None = None
+
+    @property
+    def progress(self) -> str:
+        return ""
+
+    @property
+    def serves_shipped_model(self) -> bool:
+        return False
+
+    def work_in(self, folder: str) -> None:
+        """Its tasks have no folder."""
+
+    def check(self, spec: TaskSpec) -> None:
+        """No task is known to be wrong."""
 
     async def start(self) -> None:
         raise NotImplementedError
 
     async def rest(self) -> None:
-        """A backend without processes of its own has none to stop."""
+        """There is no engine to end."""
 
     async def close(self) -> None:
         if self._closing is None:

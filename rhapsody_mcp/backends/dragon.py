@@ -23,14 +23,14 @@ __all__ = ["DragonExecutionBackendV3"]
 
 
 class DragonExecutionBackendV3(ComputeBackend):
-    """Dragon places every process; native functions go to long-lived workers, or through Dragon's Batch.
+    """Dragon launches every process; native functions go to long-lived workers, or through Dragon's Batch.
 
     Dragon runs as a process tree of its own, also where this process is itself managed by Dragon: nothing of it
-    is loaded here. `await backend` returns when it can place processes.
+    is loaded here. `await backend` returns when it can launch processes.
     """
 
-    placer = "dragon"
-    instead = (
+    launcher = "dragon"
+    alternative = (
         ', or go to the local backend, which runs the same tasks: backends=["local"], in Python LocalExecutionBackend()'
     )
 

@@ -6,18 +6,18 @@ import asyncio
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from rhapsody_mcp.backends.base import Awaitable, Kind, Report
+from rhapsody_mcp.backends.base import BackendBase, Kind, Report
 from rhapsody_mcp.backends.inference.batching import read_limits
 from rhapsody_mcp.backends.inference.openai_client import ChatServer, Lost, Refused
-from rhapsody_mcp.backends.inference.prompt_runner import Completions, Defaults, check_prompts
+from rhapsody_mcp.backends.inference.prompt_runner import Defaults, PromptRunner, check_prompts
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.values import Reader
 
 __all__ = ["EndpointInferenceBackend"]
 
 
-class EndpointInferenceBackend(Awaitable):
+class EndpointInferenceBackend(BackendBase):
     """Sends prompts to the server at a URL; no process is started."""
 
     kinds: tuple[Kind, ...] = ("prompt",)
@@ -40,13 +40,13 @@ class EndpointInferenceBackend(Awaitable):
         self._limits = read_limits(max_batch_size, max_batch_wait_ms / 1000)
         self._lock = asyncio.Lock()
         self._server: ChatServer | None = None
-        self._completions: Completions | None = None
+        self._runner: PromptRunner | None = None
 
     @property
     def progress(self) -> str:
         if self._closing is not None:
             return "closed"
-        return "not started" if self._completions is None else "ready"
+        return "not started" if self._runner is None else "ready"
 
     def describe(self) -> dict[str, Any]:
         url = self._server.url if self._server else self._url
@@ -60,11 +60,11 @@ class EndpointInferenceBackend(Awaitable):
         async with self._lock:
             if self._closing is not None:
                 raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
-            if self._completions is None:
+            if self._runner is None:
                 server = await self._find()
                 self._model = self._model or server.models[0]
                 self._server = server
-                self._completions = Completions([server], Defaults(self._model), self._limits)
+                self._runner = PromptRunner([server], Defaults(self._model), self._limits)
 
     async def _find(self) -> ChatServer:
         """The server at the URL, or at /v1 below it, where it answers to a request for its models."""
@@ -94,16 +94,16 @@ class EndpointInferenceBackend(Awaitable):
             raise
         return server
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
-        assert self._completions is not None, "a session starts a backend before it submits"
-        self._completions.submit(orders, report, read)
+    def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
+        assert self._runner is not None, "a session starts a backend before it submits"
+        self._runner.submit(task_runs, report, read)
 
     def cancel(self, uids: Collection[str]) -> None:
-        if self._completions is not None:
-            self._completions.cancel(uids)
+        if self._runner is not None:
+            self._runner.cancel(uids)
 
     async def _close(self) -> None:
         async with self._lock:
-            if self._completions is not None and self._server is not None:
-                await self._completions.close()
+            if self._runner is not None and self._server is not None:
+                await self._runner.close()
                 await self._server.close()

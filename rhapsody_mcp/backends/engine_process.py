@@ -6,7 +6,6 @@ import asyncio
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from rhapsody_mcp.backends.base import EngineBook
 from rhapsody_mcp.engine.process.cleanup import end_remains, was_killed
@@ -18,9 +17,7 @@ __all__ = ["Keeper"]
 class Keeper:
     """Keeps one engine from `start` until `wait` returns. Its processes carry `mark`, its files lie in `folder`."""
 
-    def __init__(
-        self, mark: str, kind: Literal["dragon", "local", "vllm"], folder: Path, book: EngineBook | None
-    ) -> None:
+    def __init__(self, mark: str, kind: str, folder: Path, book: EngineBook | None) -> None:
         self._mark, self._kind, self._folder, self._book = mark, kind, folder, book
         self._process: asyncio.subprocess.Process | None = None
         self._end: asyncio.Task[int] | None = None
@@ -35,7 +32,7 @@ class Keeper:
             await self._finish()
             raise
         if self._book is not None:
-            self._book.placed(self._mark, process.pid, started_at(process.pid))
+            self._book.launched(self._mark, process.pid, started_at(process.pid))
         self._end = asyncio.create_task(self._watch(process))
 
     async def _spawn(

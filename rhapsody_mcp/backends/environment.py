@@ -51,10 +51,10 @@ class Environment(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknow
         own = {**self._without_secrets(os.environ, keeps), **self.variables}
         if not self.setup:
             return own
-        found = self._without_secrets(await _after(self.setup, own, within_s), keeps)
-        path = found.get("PATH", os.defpath).split(os.pathsep)
+        after = self._without_secrets(await _after(self.setup, own, within_s), keeps)
+        path = after.get("PATH", os.defpath).split(os.pathsep)
         same = {name: own[name] for name in _NOT_PASSED_ON if name in own and name != "PYTHONHOME"}
-        kept = {name: value for name, value in found.items() if name not in _NOT_PASSED_ON}
+        kept = {name: value for name, value in after.items() if name not in _NOT_PASSED_ON}
         return {**kept, **same, "PATH": os.pathsep.join(dict.fromkeys(path)), **self.variables}
 
     def _without_secrets(self, variables: Mapping[str, str], keeps: Collection[str]) -> dict[str, str]:
@@ -66,13 +66,13 @@ class Environment(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknow
         return any(fnmatchcase(name.upper(), pattern.upper()) for pattern in self.withheld)
 
 
-def read_environment(given: Mapping[str, Any] | Environment | None) -> Environment:
+def read_environment(environment: Mapping[str, Any] | Environment | None) -> Environment:
     """What a user gives, as `{"variables": {"OMP_NUM_THREADS": "1"}, "setup": ["module load cray-mpich"]}`.
 
     Raises InvalidSettings.
     """
     try:
-        return msgspec.convert(given or {}, Environment)
+        return msgspec.convert(environment or {}, Environment)
     except msgspec.ValidationError as error:
         valid = " and ".join(f"{key}, {kind}" for key, kind in _KINDS.items())
         raise InvalidSettings(f"environment is not valid: {error}. It may have {valid}.") from error
@@ -87,12 +87,12 @@ async def _after(lines: Collection[str], variables: Mapping[str, str], within_s:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         own = {**variables, "RHAPSODY_PATH": variables.get("PATH", "")}
         code = await _run(_script(lines, mark), own, out, err, within_s)
-        if code == 0 and (found := _variables(_text(out))):
-            return found
-        number, _, told = _text(err).rpartition(mark)[2].partition("\n")
+        if code == 0 and (after := _variables(_text(out))):
+            return after
+        number, _, output = _text(err).rpartition(mark)[2].partition("\n")
     line = list(lines)[int(number) - 1] if number.isdecimal() else "what the login shell does by itself"
     how = {None: f"did not end within {within_s:g} s", 0: "ended the shell"}.get(code, f"ended with exit code {code}")
-    said = f": {' | '.join(told.strip().splitlines()[-5:])[-500:]}" if told.strip() else ""
+    said = f": {' | '.join(output.strip().splitlines()[-5:])[-500:]}" if output.strip() else ""
     raise InvalidSettings(
         f"setup in the session's environment: {line!r} {how}{said}. Try it in `bash -l`; then create a session with "
         "lines that work."

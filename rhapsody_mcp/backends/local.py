@@ -15,7 +15,7 @@ __all__ = ["LocalExecutionBackend"]
 class LocalExecutionBackend(ComputeBackend):
     """The same modes as the Dragon backend on one machine; no MPI, and no other nodes."""
 
-    placer = "local"
+    launcher = "local"
 
     def __init__(
         self,

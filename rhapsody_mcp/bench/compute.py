@@ -17,7 +17,7 @@ from rhapsody_mcp.backends.engine_process import Keeper
 from rhapsody_mcp.bench.bare import BareWorkers, no_op
 from rhapsody_mcp.bench.bare_dragon import Took
 from rhapsody_mcp.bench.measurement import Row
-from rhapsody_mcp.engine.node.launchers import count_cores
+from rhapsody_mcp.engine.node.hardware import count_cores
 from rhapsody_mcp.engine.process.run_dirs import Folder
 from rhapsody_mcp.engine.transport import Frames, frame
 from rhapsody_mcp.model.errors import RhapsodyError

@@ -25,19 +25,19 @@ from rhapsody_mcp.backends import LocalExecutionBackend
 from rhapsody_mcp.bench.compute import functions
 from rhapsody_mcp.bench.measurement import Row
 from rhapsody_mcp.engine.messages import (
-    Finished,
+    FunctionFinished,
+    FunctionResult,
     HostConfig,
-    Listening,
+    NodeReady,
     Ping,
-    Place,
     Pong,
-    Ready,
-    Result,
-    Run,
-    Started,
+    RunFunction,
+    StartWorker,
+    TaskStarted,
     ToHost,
     ToWorker,
-    Up,
+    WorkerListening,
+    WorkerReady,
 )
 from rhapsody_mcp.engine.process.tree import open_lifeline
 from rhapsody_mcp.engine.transport import Frames, frame
@@ -87,14 +87,16 @@ class _Worker(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        transport.write(frame([Up(self._name)]))
+        transport.write(frame([WorkerReady(self._name)]))
 
     def data_received(self, data: bytes) -> None:
         for message in self._frames.feed(data):
-            if isinstance(message, Run):
+            if isinstance(message, RunFunction):
                 now = time.time()
-                result = Result(Value("json", "NoneType", 4, b"null"))
-                self._transport.write(frame([Started(message.uid, now), Finished(message.uid, now, now, result)]))
+                result = FunctionResult(Value("json", "NoneType", 4, b"null"))
+                self._transport.write(
+                    frame([TaskStarted(message.uid, now), FunctionFinished(message.uid, now, now, result)])
+                )
 
 
 class _Host(asyncio.Protocol):
@@ -105,18 +107,18 @@ class _Host(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        transport.write(frame([Ready("nowhere", os.getpid(), 1, 0)]))
+        transport.write(frame([NodeReady("nowhere", os.getpid(), 1, 0, None)]))
 
     def data_received(self, data: bytes) -> None:
         for message in self._frames.feed(data):
             if isinstance(message, Ping):
                 self._transport.write(frame([Pong()]))
-            elif isinstance(message, Place):
+            elif isinstance(message, StartWorker):
                 asyncio.get_running_loop().create_task(self._place(message.worker))
 
     async def _place(self, worker: str) -> None:
         control = await self._connect(asyncio.Protocol)
-        control.write(frame([Listening(worker)]))
+        control.write(frame([WorkerListening(worker)]))
         await self._connect(partial(_Worker, worker))
 
     async def _connect(self, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:

@@ -19,12 +19,12 @@ from typing import Any, cast
 import msgspec
 from mcp import Client
 
-from rhapsody_mcp.backends.base import Awaitable, Ended, Kind, Report, Running
+from rhapsody_mcp.backends.base import BackendBase, Ended, Kind, Report, Running
 from rhapsody_mcp.bench.measurement import Row, Unit
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Reader, Value
 from rhapsody_mcp.runtime.recovery.recorder import Storage
@@ -86,7 +86,7 @@ async def growth_rows(tasks: int) -> AsyncIterator[list[Row]]:
     ]
 
 
-class _InstantBackend(Awaitable):
+class _InstantBackend(BackendBase):
     """Ends each task in the next turn of the event loop."""
 
     name = "instant"
@@ -98,10 +98,10 @@ class _InstantBackend(Awaitable):
     async def start(self) -> None:
         pass
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+    def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
         loop = asyncio.get_running_loop()
-        for order in orders:
-            loop.call_soon(_end, order.spec.uid, report)
+        for task_run in task_runs:
+            loop.call_soon(_end, task_run.spec.uid, report)
 
     def cancel(self, uids: Collection[str]) -> None:
         pass

@@ -1,1 +1,1 @@
-"""Programs that run elsewhere: they place, watch and end the processes of tasks and of model servers."""
+"""Programs that run elsewhere: they launch, watch and end the processes of tasks and of model servers."""

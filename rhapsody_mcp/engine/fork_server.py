@@ -74,15 +74,15 @@ class _ForkServer:
                     return
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
-                    order, _, name = line.decode().partition(" ")
-                    self._obey(order, name)
+                    command, _, name = line.decode().partition(" ")
+                    self._execute(command, name)
 
-    def _obey(self, order: str, name: str) -> None:
-        if order == "start":
+    def _execute(self, command: str, name: str) -> None:
+        if command == "start":
             self._start(name)
         elif name in self.pids:
             self.kept.discard(name)
-            os.kill(self.pids[name], int(order))
+            os.kill(self.pids[name], int(command))
 
     def _start(self, name: str) -> None:
         """With a supervisor that has nothing to do, or with a new one."""

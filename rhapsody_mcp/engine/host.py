@@ -1,8 +1,8 @@
-"""The program that runs on a node, inside Dragon or without it: it places processes, watches them, ends them.
+"""The node agent, a program that runs inside Dragon or without it: it launches processes, watches and ends them.
 
     python -m rhapsody_mcp.engine.host CONFIG
 
-It ends when the lifeline closes, with everything that it placed.
+It ends when the lifeline closes, with everything that it launched.
 """
 
 from __future__ import annotations
@@ -24,34 +24,29 @@ from typing import Any, NoReturn
 import msgspec
 
 from rhapsody_mcp.engine.messages import (
-    Ask,
-    Ended,
-    Failed,
     FromHost,
-    Gone,
     HostConfig,
+    NodeReady,
     Ping,
-    Place,
-    Plan,
     Pong,
-    Ready,
-    Started,
-    Stop,
+    ProcessPlan,
+    StartTask,
+    StartWorker,
+    StopWorker,
+    TaskEnded,
+    TaskStarted,
     ToHost,
     WorkerConfig,
+    WorkerExited,
+    WorkerStartFailed,
 )
-from rhapsody_mcp.engine.node.launchers import (
-    TASK_VARIABLES,
-    DragonPlacer,
-    ForkPlacer,
-    Placer,
-    count_cores,
-    count_gpus,
-)
-from rhapsody_mcp.engine.node.pmi import Prober
-from rhapsody_mcp.engine.node.task_processes import PlacedProcess, PlacedTask
+from rhapsody_mcp.engine.node.hardware import memory_gib
+from rhapsody_mcp.engine.node.launchers import DragonLauncher, ForkLauncher, Launcher
+from rhapsody_mcp.engine.node.node import Node, start_events_path
+from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
+from rhapsody_mcp.engine.node.task_processes import ProcessTask
 from rhapsody_mcp.engine.process.liveness import LOOKS, Stalls
-from rhapsody_mcp.engine.process.tree import PLACE, adopt_orphans, descendants, end, marked, open_lifeline
+from rhapsody_mcp.engine.process.tree import PROCESS_MARK, adopt_orphans, descendants, end, marked, open_lifeline
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.transport import Link
 from rhapsody_mcp.model.specs import Template
@@ -62,84 +57,78 @@ __all__ = ["main"]
 def main() -> None:
     config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=HostConfig)
     adopt_orphans()
-    host = Host(config)
-    threading.Thread(target=_end_with_owner, args=(host,), daemon=True).start()
-    threading.Thread(target=host.end_stalled, daemon=True).start()
+    agent = NodeAgent(config)
+    threading.Thread(target=_end_with_owner, args=(agent,), daemon=True).start()
+    threading.Thread(target=agent.end_stalled, daemon=True).start()
     with suppress(EOFError, ConnectionError):
-        host.serve()
-    host.end()
+        agent.serve()
+    agent.end()
 
 
-def _end_with_owner(host: Host) -> None:
+def _end_with_owner(agent: NodeAgent) -> None:
     """Wait for the lifeline to close, then end everything."""
     os.read(open_lifeline(), 1)
-    host.end()
+    agent.end()
 
 
 _JOIN_S = 3.0
 
 
-def _batch_placer() -> Placer:
-    from rhapsody_mcp.engine.node.dragon_batch import BatchPlacer
+def _batch_launcher() -> Launcher:
+    from rhapsody_mcp.engine.node.dragon_batch import BatchLauncher
 
-    return BatchPlacer()
+    return BatchLauncher()
 
 
-class Host:
+class NodeAgent:
     """The main thread talks with the backend; each task and each worker has a thread that waits for its end."""
 
     def __init__(self, config: HostConfig) -> None:
         self.config = config
-        self.cores = count_cores()
-        self.gpus = count_gpus()
-        self.task_env = msgspec.json.decode(os.environ.get(TASK_VARIABLES, "{}"), type=dict[str, str])
-        self.prober = Prober(config.folder, config.sys_path)
-        self._number = 0
         self._lock = threading.Lock()
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._free_threads = 0
         self._runs: set[Future[None]] = set()
         self._ending = False
-        self._workers: dict[str, PlacedProcess] = {}
-        self._tasks: dict[str, PlacedTask] = {}
-        self.vital: dict[str, list[int]] = {}
-        """By the names of their plans, the processes of what runs that must not stand still."""
+        self._workers: dict[str, SupervisedProcess] = {}
+        self._tasks: dict[str, ProcessTask] = {}
+        self.watched: dict[str, list[int]] = {}
+        """By the names of plans that run, the processes that must not stand still."""
         self._outbox: queue.SimpleQueue[FromHost] = queue.SimpleQueue()
         self._awake, self._wake = os.pipe()
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.events_path = f"{config.folder}/started"
-        self._events.bind(self.events_path)
-        self.forks = ForkPlacer(config.folder, self._end_without_forks)
-        self.placer: Placer = DragonPlacer() if config.placer == "dragon" else self.forks
-        self._worker_placer = _batch_placer() if config.batch else self.placer
+        self._events.bind(start_events_path(config.folder))
+        self._forks = ForkLauncher(config.folder, self._end_without_forks)
+        self._node = Node(config, DragonLauncher() if config.launcher == "dragon" else self._forks, self._forks)
+        self._worker_launcher = _batch_launcher() if config.batch else self._node.launcher
 
     def serve(self) -> None:
         backend: Link[ToHost] = Link(self.config.address, ToHost)
-        self.say(Ready(socket.gethostname(), os.getpid(), self.cores, self.gpus))
+        self.send(NodeReady(socket.gethostname(), os.getpid(), self._node.cores, self._node.gpus, memory_gib()))
         while True:
             sources: list[Any] = [backend.socket, self._awake, self._events]
             readable, _, _ = select.select(sources, [], [])
             if backend.socket in readable:
                 for message in backend.receive():
-                    self._obey(message)
+                    self._receive(message)
             if self._events in readable:
-                self._hear_started()
+                self._receive_start_event()
             if self._awake in readable:
                 os.read(self._awake, 4096)
                 self._send(backend)
 
     def end(self) -> NoReturn:
-        """End what was placed, then this process.
+        """End what was launched, then this process.
 
         With os._exit, because sys.exit waits for Dragon's threads. Not while a thread here waits for a process:
         it may hold a lock in the memory that it shares with Dragon's launcher, which then never ends.
         """
         self._ending = True
-        self.forks.give_up()
-        self.prober.stop()
+        self._forks.give_up()
+        self._node.prober.stop()
         deadline = time.monotonic() + _JOIN_S
         for run in list(self._runs):
-            end(self._everything)
+            end(self._all_processes)
             wait([run], max(0.0, deadline - time.monotonic()))
         os._exit(0)
 
@@ -148,10 +137,10 @@ class Host:
             sys.stderr.write("the host's fork server has ended\n")
         self.end()
 
-    def _everything(self) -> set[int]:
-        """What was placed, with all below it: a supervisor that is killed would not end its own any more."""
-        placed = {os.getpid(), *marked(PLACE, self.config.mark)}
-        return placed.union(*map(descendants, placed)) - {os.getpid()}
+    def _all_processes(self) -> set[int]:
+        """What was launched, with all below it: a supervisor that is killed would not end its own any more."""
+        launched = {os.getpid(), *marked(PROCESS_MARK, self.config.mark)}
+        return launched.union(*map(descendants, launched)) - {os.getpid()}
 
     def _run(self, target: Callable[..., None], *args: object) -> None:
         """In a thread that has done its work, or in a new one: however many there are, none waits for another."""
@@ -175,7 +164,7 @@ class Host:
             with self._lock:
                 self._free_threads += 1
 
-    def say(self, message: FromHost) -> None:
+    def send(self, message: FromHost) -> None:
         """Send a message, from any thread; nothing while everything is being ended, which is no news."""
         if not self._ending:
             self._outbox.put(message)
@@ -189,79 +178,79 @@ class Host:
         if messages:
             backend.send(*messages)
 
-    def _hear_started(self) -> None:
+    def _receive_start_event(self) -> None:
         name, pids, at, uid = self._events.recv(4096).decode().split(" ", 3)
         task = self._tasks.get(uid)
         if task is not None or not uid:
-            self.vital[name] = [int(pid) for pid in pids.split(",")]
+            self.watched[name] = [int(pid) for pid in pids.split(",")]
         if task is not None and not task.reported:
             task.reported = True
-            self.say(Started(uid, float(at)))
+            self.send(TaskStarted(uid, float(at)))
 
-    def _obey(self, message: ToHost) -> None:
+    def _receive(self, message: ToHost) -> None:
         if self._ending:
             return
         if isinstance(message, Ping):
-            self.say(Pong())
-        elif isinstance(message, Place):
+            self.send(Pong())
+        elif isinstance(message, StartWorker):
             self._run(self._run_worker, message.worker)
-        elif isinstance(message, Stop):
+        elif isinstance(message, StopWorker):
             if message.worker in self._workers:
                 threading.Thread(target=self._workers[message.worker].stop, daemon=True).start()
-        elif isinstance(message, Ask):
-            task = self._tasks[message.order.spec.uid] = PlacedTask(self, message.order)
+        elif isinstance(message, StartTask):
+            task = self._tasks[message.task_run.spec.uid] = ProcessTask(self._node, message.task_run)
             self._run(self._run_task, task)
         elif message.uid in self._tasks:
             self._tasks[message.uid].cancel()
 
     def _run_worker(self, worker: str) -> None:
-        given = self.config
-        config = WorkerConfig(worker, given.address, given.sys_path, given.cwd, given.caps)
+        common = self.config
+        config = WorkerConfig(worker, common.address, common.sys_path, common.cwd, common.caps)
         try:
-            process = PlacedProcess(self, self.next_number(), Template())
-            arguments, most = process.program_with("worker", config), given.caps.output_bytes
-            process.prepare(Plan(arguments, env={"PWD": given.cwd}, output_bytes=most, started=self.events_path))
-            process.place(self._worker_placer)
+            process = SupervisedProcess(self._node, Template())
+            plan = ProcessPlan(
+                process.command_of("worker", config),
+                env={"PWD": common.cwd},
+                output_bytes=common.caps.output_bytes,
+                started=self._node.start_events,
+            )
+            process.write_plan(plan)
+            process.launch(self._worker_launcher)
             self._workers[worker] = process
         except Exception as error:  # Dragon raises errors of many kinds
-            self.say(Failed(worker, str(error)))
+            self.send(WorkerStartFailed(worker, str(error)))
             return
         code = process.join()
         if code == OWNER_GONE:
             return
         del self._workers[worker]
-        self.vital.pop(process.name, None)
-        self.say(Gone(worker, code if code <= 128 else 128 - code, process.why, process.path))
+        self.watched.pop(process.name, None)
+        self.send(WorkerExited(worker, code if code <= 128 else 128 - code, process.why_killed, process.path))
 
     def end_stalled(self) -> NoReturn:
-        """End what has been stopped for too long: a worker, a supervisor, or, with what placed this process, all."""
+        """End what has been stopped for too long: a worker, a supervisor, or everything with its launcher."""
         stalls, stalled = Stalls(), f"was stopped (as by SIGSTOP) for {self.config.stall_s:g} s"
-        vital = [os.getppid(), self.forks.pid]
+        launchers = [os.getppid(), self._forks.pid]
         while True:
             time.sleep(self.config.stall_s / (LOOKS - 1))
-            placed = {pid: process for process in self._placed() for pid in self.vital.get(process.name, ())}
-            for pid in stalls.look([*vital, *placed]):
-                if pid in vital:
+            launched = {pid: process for process in self._processes() for pid in self.watched.get(process.name, ())}
+            for pid in stalls.look([*launchers, *launched]):
+                if pid in launchers:
                     sys.stderr.write(f"what started the host, or its fork server, {stalled}\n")
                     self.end()
-                placed[pid].kill(f"{stalled}, and was ended for that")
+                launched[pid].kill(f"{stalled}, and was ended for that")
 
-    def _placed(self) -> list[PlacedProcess]:
+    def _processes(self) -> list[SupervisedProcess]:
         ranks = (process for task in list(self._tasks.values()) for process in task.processes())
         return [*list(self._workers.values()), *ranks]
 
-    def _run_task(self, task: PlacedTask) -> None:
+    def _run_task(self, task: ProcessTask) -> None:
         outcome = task.run()
         if outcome is not None:
             del self._tasks[task.uid]
             for process in task.processes():
-                self.vital.pop(process.name, None)
-            self.say(Ended(task.uid, outcome))
-
-    def next_number(self) -> int:
-        with self._lock:
-            self._number += 1
-            return self._number
+                self.watched.pop(process.name, None)
+            self.send(TaskEnded(task.uid, outcome))
 
 
 if __name__ == "__main__":

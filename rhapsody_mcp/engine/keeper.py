@@ -99,8 +99,8 @@ def _noting_segments(folder: Path, mark: str, leader: int) -> Iterator[Callable[
 
     def note() -> None:
         with lock:
-            if not (found := segments_of(_engine(leader))) <= noted:
-                noted.update(found)
+            if not (segments := segments_of(_engine(leader))) <= noted:
+                noted.update(segments)
                 write_segments(folder, mark, noted)
 
     def watch() -> None:

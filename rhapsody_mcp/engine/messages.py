@@ -1,4 +1,4 @@
-"""The messages between a backend, its host, and its workers."""
+"""The messages between a backend, its node agents, and its workers."""
 
 from __future__ import annotations
 
@@ -7,44 +7,48 @@ from typing import Literal
 import msgspec
 
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Call, Caps, Order
+from rhapsody_mcp.model.specs import Call, Caps, TaskRun
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Stream, Value
 
 __all__ = [
-    "Ask",
-    "Cancel",
-    "Ended",
-    "Failed",
-    "Finished",
+    "CancelTask",
     "FromHost",
     "FromWorker",
-    "Gone",
+    "FunctionFinished",
+    "FunctionResult",
     "HostConfig",
     "Interrupt",
-    "Listening",
+    "LauncherName",
+    "NodeReady",
     "Ping",
-    "Place",
-    "Plan",
     "Pong",
+    "ProcessPlan",
     "RankConfig",
-    "Ready",
-    "Result",
-    "Revoked",
-    "Run",
-    "Started",
-    "Stop",
+    "RunFunction",
+    "StartTask",
+    "StartWorker",
+    "StopWorker",
+    "TaskEnded",
+    "TaskRevoked",
+    "TaskStarted",
     "ToBackend",
     "ToHost",
     "ToWorker",
-    "Up",
     "WorkerConfig",
+    "WorkerExited",
+    "WorkerListening",
+    "WorkerReady",
+    "WorkerStartFailed",
 ]
+
+LauncherName = Literal["dragon", "local"]
+"""What starts the processes of an engine: Dragon, or forks of this machine."""
 
 # --- backend → worker
 
 
-class Run(msgspec.Struct, frozen=True, tag="run", gc=False):
+class RunFunction(msgspec.Struct, frozen=True, tag="run", gc=False):
     """Run this function."""
 
     uid: str
@@ -61,14 +65,14 @@ class Interrupt(msgspec.Struct, frozen=True, tag="interrupt", gc=False):
     running: bool = True
 
 
-ToWorker = Run | Interrupt
+ToWorker = RunFunction | Interrupt
 
 
 # --- worker → backend
 
 
-class Result(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """What a function came to: a value, or a cause with its message and traceback, and the pickled exception."""
+class FunctionResult(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """The result of a function: a value, or a cause with its message and traceback, and the pickled exception."""
 
     value: Value | None = None
     cause: Cause | None = None
@@ -79,70 +83,72 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Whether it was one rank of several and its MPI knew of no other."""
 
 
-class Up(msgspec.Struct, frozen=True, tag="up", gc=False):
+class WorkerReady(msgspec.Struct, frozen=True, tag="worker_ready", gc=False):
     """A worker can take tasks; the first message of its first connection."""
 
     worker: str
 
 
-class Listening(msgspec.Struct, frozen=True, tag="listening", gc=False):
+class WorkerListening(msgspec.Struct, frozen=True, tag="worker_listening", gc=False):
     """A worker can take interrupts; the first message of its second connection."""
 
     worker: str
 
 
-class Started(msgspec.Struct, frozen=True, tag="started", gc=False):
-    """The task's user code has started; the host says it of a task in processes of its own."""
+class TaskStarted(msgspec.Struct, frozen=True, tag="started", gc=False):
+    """The task's user code has started; a node agent sends it for a task in processes of its own."""
 
     uid: str
     at: float
 
 
-class Finished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True, gc=False):
+class FunctionFinished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True, gc=False):
     """A function has ended; `interrupted` where an Interrupt ended it. `left_running` counts the processes that it had
     started and not waited for, which were ended."""
 
     uid: str
     started: float
     ended: float
-    result: Result
+    result: FunctionResult
     stdout: Stream = Stream()
     stderr: Stream = Stream()
     interrupted: bool = False
     left_running: int = 0
 
 
-class Revoked(msgspec.Struct, frozen=True, tag="revoked", gc=False):
+class TaskRevoked(msgspec.Struct, frozen=True, tag="revoked", gc=False):
     """This task will never start here."""
 
     uid: str
 
 
-FromWorker = Up | Listening | Started | Finished | Revoked
+FromWorker = WorkerReady | WorkerListening | TaskStarted | FunctionFinished | TaskRevoked
 
 
-# --- backend → host
+# --- backend → node agent
 
 
-class Place(msgspec.Struct, frozen=True, tag="place", gc=False):
+class StartWorker(msgspec.Struct, frozen=True, tag="start_worker", gc=False):
     """Start a worker of this name."""
 
     worker: str
 
 
-class Stop(msgspec.Struct, frozen=True, tag="stop", gc=False):
+class StopWorker(msgspec.Struct, frozen=True, tag="stop_worker", gc=False):
     """End this worker with everything under it."""
 
     worker: str
 
 
-class Ask(msgspec.Struct, frozen=True, tag="ask", gc=False):
+class StartTask(msgspec.Struct, frozen=True, tag="start_task", gc=False):
     """Run this task in processes of its own."""
 
-    order: Order
+    task_run: TaskRun
 
 
-class Cancel(msgspec.Struct, frozen=True, tag="cancel", gc=False):
+class CancelTask(msgspec.Struct, frozen=True, tag="cancel_task", gc=False):
+    """End the processes of this task."""
+
     uid: str
 
 
@@ -150,50 +156,53 @@ class Ping(msgspec.Struct, frozen=True, tag="ping", gc=False):
     """Say Pong."""
 
 
-ToHost = Place | Stop | Ask | Cancel | Ping
+ToHost = StartWorker | StopWorker | StartTask | CancelTask | Ping
 
 
-# --- host → backend
+# --- node agent → backend
 
 
-class Ready(msgspec.Struct, frozen=True, tag="ready", gc=False):
-    """The host can place processes on this node."""
+class NodeReady(msgspec.Struct, frozen=True, tag="node_ready", gc=False):
+    """A node agent can launch processes; what its node has."""
 
     host: str
     pid: int
     cores: int
     gpus: int
+    memory_gib: float | None
 
 
-class Gone(msgspec.Struct, frozen=True, tag="gone", gc=False):
-    """A worker has ended with this exit code, and nothing under it is left; `why` where the host has ended it.
+class WorkerExited(msgspec.Struct, frozen=True, tag="worker_exited", gc=False):
+    """A worker has ended with this exit code, and nothing under it is left; `why` where the node agent has ended it.
 
-    The files whose names begin with `printed` and a dot hold what the function printed that it was running.
+    The files whose names begin with `output_path` and a dot hold the output of the function that it was running.
     """
 
     worker: str
     exit_code: int
     why: str = ""
-    printed: str = ""
+    output_path: str = ""
 
 
-class Ended(msgspec.Struct, frozen=True, tag="ended", gc=False):
+class TaskEnded(msgspec.Struct, frozen=True, tag="task_ended", gc=False):
+    """A task in processes of its own has ended, and no process of it is left."""
+
     uid: str
     outcome: Outcome
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed", gc=False):
-    """A worker could not be placed."""
+class WorkerStartFailed(msgspec.Struct, frozen=True, tag="worker_start_failed", gc=False):
+    """A worker could not be started."""
 
     worker: str
     error: str
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong", gc=False):
-    """The host still answers."""
+    """The node agent still answers."""
 
 
-FromHost = Ready | Gone | Started | Ended | Failed | Pong
+FromHost = NodeReady | WorkerExited | TaskStarted | TaskEnded | WorkerStartFailed | Pong
 ToBackend = FromWorker | FromHost
 
 
@@ -206,7 +215,7 @@ class HostConfig(msgspec.Struct, frozen=True, gc=False):
     `batch` sends workers through Dragon's Batch. A worker that has been stopped for `stall_s` is ended.
     """
 
-    placer: Literal["dragon", "local"]
+    launcher: LauncherName
     mark: str
     address: str
     folder: str
@@ -228,20 +237,20 @@ class WorkerConfig(msgspec.Struct, frozen=True, gc=False):
 
 
 class RankConfig(msgspec.Struct, frozen=True, gc=False):
-    """A function of `order` in a process of its own, or a program whose arguments are pickled results."""
+    """The function of a task in a process of its own, or a program whose arguments are pickled results."""
 
-    order: Order
+    task_run: TaskRun
     sys_path: list[str]
     caps: Caps = Caps()
 
 
-class Plan(msgspec.Struct, frozen=True, gc=False):
+class ProcessPlan(msgspec.Struct, frozen=True, gc=False):
     """What a supervisor starts, which reads it as a dict with these keys, marshaled: it imports no msgspec.
 
     `env` changes the supervisor's own; None removes a variable. The program runs in `cwd`, which may begin in `folder`,
-    the session's. `note` is what is written down of the start of a task, and None for a worker. The supervisor says to
-    the datagram socket `started` when its program starts, with blanks in between: the name of this plan, the processes
-    that must not stand still (itself and, of a worker, that, with a comma), the time, and the uid of a task.
+    the session's. `note` is the start note of a task, and None for a worker. When its program starts, the supervisor
+    sends to the datagram socket `started`, with blanks in between: the name of this plan, the processes that must not
+    stand still (the supervisor and, with a comma, a worker), the time, and the uid of a task.
     """
 
     arguments: list[str]

@@ -20,13 +20,13 @@ import msgspec
 from rhapsody_mcp.engine.isolation import c_streams
 from rhapsody_mcp.engine.isolation.edited_modules import keep_no_bytecode_of_new_files
 from rhapsody_mcp.engine.isolation.sources import Sources
-from rhapsody_mcp.engine.messages import RankConfig, Result
+from rhapsody_mcp.engine.messages import FunctionResult, RankConfig
 from rhapsody_mcp.engine.supervisor import Impossible, execute, find_program
 from rhapsody_mcp.engine.task.arguments import arguments_of
 from rhapsody_mcp.engine.task.error_text import words
 from rhapsody_mcp.engine.task.function_call import perform
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.specs import Call, Command, Order
+from rhapsody_mcp.model.specs import Call, Command, TaskRun
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import load
 
@@ -53,17 +53,17 @@ def _flush(stream: TextIO) -> None:
         stream.flush()
 
 
-def _result(config: RankConfig, sources: Sources) -> Result:
-    order, work = config.order, config.order.spec.work
+def _result(config: RankConfig, sources: Sources) -> FunctionResult:
+    task_run, work = config.task_run, config.task_run.spec.work
     if isinstance(work, Command):
-        return Result(None, Cause.INVALID, _become(work, order))
+        return FunctionResult(None, Cause.INVALID, _become(work, task_run))
     assert isinstance(work, Call)
     sys.path.insert(0, os.getcwd())
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash then loses no line
     c_streams.buffer_lines()
-    result = perform(work, order.bindings, order.folder, sources, config.caps)
-    is_alone = order.spec.layout.ranks > 1 and order.spec.layout.pmi is None and _ran_mpi_alone()
+    result = perform(work, task_run.bindings, task_run.folder, sources, config.caps)
+    is_alone = task_run.spec.layout.ranks > 1 and task_run.spec.layout.pmi is None and _ran_mpi_alone()
     atexit._run_exitfuncs()
     return msgspec.structs.replace(result, mpi_alone=is_alone)
 
@@ -73,12 +73,12 @@ def _ran_mpi_alone() -> bool:
     return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() == 1
 
 
-def _become(work: Command, order: Order) -> str:
+def _become(work: Command, task_run: TaskRun) -> str:
     """Returns why that could not be."""
     env = dict(os.environ)
     try:
         program = find_program(work.executable, env, os.getcwd())
-        arguments = arguments_of(work, order.bindings, load)
+        arguments = arguments_of(work, task_run.bindings, load)
     except (InvalidTask, Impossible) as error:
         return str(error)
     except BaseException as error:  # unpickling runs the user's own code

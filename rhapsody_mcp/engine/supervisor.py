@@ -1,4 +1,4 @@
-"""The process that an engine places: it runs a program as its child and owns the tree below that.
+"""The process that a node agent launches: it runs a program as its child and owns the tree below that.
 
     python -I -S -c COMMAND PLAN
 
@@ -155,17 +155,17 @@ class _Supervisor:
 
     def _enter(self) -> str:
         """Go where it runs; a relative cwd begins in the folder of its session."""
-        given: str = self.plan["cwd"]
+        plan_cwd: str = self.plan["cwd"]
         session: str = self.plan["folder"]
-        cwd = os.path.join(session, given) if given else session
+        cwd = os.path.join(session, plan_cwd) if plan_cwd else session
         try:
             os.chdir(cwd)
         except OSError as error:
-            if not os.path.isabs(given) and not os.path.isdir(session):
+            if not os.path.isabs(plan_cwd) and not os.path.isdir(session):
                 raise Impossible(FOLDER_GONE.format(session)) from None
-            there = f", which is {cwd} here," if cwd != given else ""
+            there = f", which is {cwd} here," if cwd != plan_cwd else ""
             wrong = f"cannot be entered ({error.strerror})" if os.path.isdir(cwd) else "is not a folder"
-            raise Impossible(f"cwd {given!r}{there} {wrong} on {_here()}.") from None
+            raise Impossible(f"cwd {plan_cwd!r}{there} {wrong} on {_here()}.") from None
         return cwd
 
     def _watch(self, program: str, env: dict[str, str]) -> tuple[int, int]:
@@ -222,9 +222,9 @@ class _Supervisor:
         else:
             self._report(f"{os.getpid()},{pid}")
 
-    def _report(self, vital: str, uid: str = "") -> None:
+    def _report(self, watched: str, uid: str = "") -> None:
         """Tell the host which processes must not stand still, and that the task of this uid, if any, has started."""
-        _tell(self.plan["started"], f"{os.path.basename(self.path)} {vital} {self.started} {uid}".encode())
+        _send_event(self.plan["started"], f"{os.path.basename(self.path)} {watched} {self.started} {uid}".encode())
 
     def _left_running(self) -> int:
         """How many processes the child left that are not about to end by themselves."""
@@ -239,21 +239,21 @@ class _Supervisor:
         for output in self.outputs:
             output.drain()
 
-    def _leave(self, problem: str, words: str, code: int | None = None, left_running: int = 0) -> int:
-        return 0 if leave(self.path, problem, words, self.pid, code, self.started, left_running) else 1
+    def _leave(self, problem: str, message: str, code: int | None = None, left_running: int = 0) -> int:
+        return 0 if leave(self.path, problem, message, self.pid, code, self.started, left_running) else 1
 
 
 def leave(
     path: str,
     problem: str,
-    words: str,
+    message: str,
     pid: int = 0,
     code: int | None = None,
     started: float = 0.0,
     left_running: int = 0,
 ) -> bool:
     """Write down how a program ended, or the `problem` that kept it from its start; False where that cannot be."""
-    ended = (problem, words, pid, code, started, time.time(), left_running)
+    ended = (problem, message, pid, code, started, time.time(), left_running)
     data = marshal.dumps(ended)
     try:
         file = os.open(f"{path}.outcome", os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -265,10 +265,10 @@ def leave(
         return False
 
 
-def _tell(address: str, news: bytes) -> None:
+def _send_event(address: str, event: bytes) -> None:
     sender = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
     try:
-        sender.sendto(news, address)
+        sender.sendto(event, address)
     except OSError:
         return
     finally:

@@ -31,16 +31,16 @@ from rhapsody_mcp.engine.isolation.edited_modules import EditedModules, keep_no_
 from rhapsody_mcp.engine.isolation.process_state import ProcessState
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import (
-    Finished,
     FromWorker,
+    FunctionFinished,
+    FunctionResult,
     Interrupt,
-    Listening,
-    Result,
-    Revoked,
-    Run,
-    Started,
-    Up,
+    RunFunction,
+    TaskRevoked,
+    TaskStarted,
     WorkerConfig,
+    WorkerListening,
+    WorkerReady,
 )
 from rhapsody_mcp.engine.process.tree import adopt_orphans, arguments, end, has_children, own_descendants, reap
 from rhapsody_mcp.engine.task.error_text import Interrupted
@@ -132,13 +132,13 @@ class _Worker:
         self.threads = _thread._count()
         self.backend = self._connect()
 
-    def _connect(self) -> Link[Run]:
-        backend: Link[Run] = Link(self.config.address, Run)
-        backend.send(Up(self.config.worker))
+    def _connect(self) -> Link[RunFunction]:
+        backend: Link[RunFunction] = Link(self.config.address, RunFunction)
+        backend.send(WorkerReady(self.config.worker))
         return backend
 
     def serve(self) -> None:
-        waiting: deque[Run] = deque()
+        waiting: deque[RunFunction] = deque()
         unsent: list[FromWorker] = []
         is_whole = True
         while is_whole:
@@ -153,7 +153,7 @@ class _Worker:
             if not self.turn.begin(run.uid):
                 continue
             started = time.time()
-            unsent.append(Started(run.uid, started))
+            unsent.append(TaskStarted(run.uid, started))
             self._send(unsent)
             finished, is_whole = self._run(run, started)
             unsent.append(finished)
@@ -172,7 +172,7 @@ class _Worker:
             os._exit(0)
         messages.clear()
 
-    def _run(self, run: Run, started: float) -> tuple[Finished, bool]:
+    def _run(self, run: RunFunction, started: float) -> tuple[FunctionFinished, bool]:
         """What came of it, and whether this process can run another one."""
         result, interrupted = self._perform(run)
         ended = time.time()
@@ -185,9 +185,11 @@ class _Worker:
         stdout, stderr = self.printed.collect(run.folder, self.config.caps.output_bytes)
         self._forget()
         is_whole = is_whole and not self.printed.is_closed and can_start_threads()
-        return Finished(run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True)), is_whole
+        return FunctionFinished(
+            run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True)
+        ), is_whole
 
-    def _perform(self, run: Run) -> tuple[Result, bool]:
+    def _perform(self, run: RunFunction) -> tuple[FunctionResult, bool]:
         interrupted = False
         try:
             try:
@@ -196,16 +198,16 @@ class _Worker:
                 interrupted = self.turn.over()
         except Interrupted:
             self.turn.over()
-            return Result(None, Cause.ERROR, "interrupted"), True
+            return FunctionResult(None, Cause.ERROR, "interrupted"), True
         return result, interrupted
 
-    def _attempt(self, run: Run) -> Result:
+    def _attempt(self, run: RunFunction) -> FunctionResult:
         if not _is_in(self.config.cwd):
-            return Result(None, Cause.INVALID, FOLDER_GONE.format(self.config.cwd))
+            return FunctionResult(None, Cause.INVALID, FOLDER_GONE.format(self.config.cwd))
         try:
             note_start(run.folder, run.uid, run.attempt)
         except OSError as error:
-            return Result(None, Cause.LOST, NOT_NOTED.format(error))
+            return FunctionResult(None, Cause.LOST, NOT_NOTED.format(error))
         return perform(run.call, run.bindings, run.folder, self.sources, self.config.caps)
 
     def _has_no_threads(self) -> bool:
@@ -273,12 +275,12 @@ _IMPORTING = "<frozen importlib._bootstrap>"
 def _listen(config: WorkerConfig, turn: _Turn, main: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {_INTERRUPT})
     backend: Link[Interrupt] = Link(config.address, Interrupt)
-    backend.send(Listening(config.worker))
+    backend.send(WorkerListening(config.worker))
     with suppress(EOFError, OSError):
         while True:
             for message in backend.receive():
                 if turn.interrupt(message, main):
-                    backend.send(Revoked(message.uid))
+                    backend.send(TaskRevoked(message.uid))
 
 
 if __name__ == "__main__":

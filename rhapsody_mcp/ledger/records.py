@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import msgspec
 
@@ -85,7 +85,7 @@ class EngineRow(msgspec.Struct, frozen=True):
     """An engine process. `started` is field 22 of /proc/PID/stat; `pid` and `started` are 0 before the start."""
 
     mark: str
-    kind: Literal["dragon", "local", "vllm"]
+    kind: str
     session: str
     pid: int
     started: int

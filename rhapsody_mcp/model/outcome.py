@@ -8,7 +8,7 @@ from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
 
-__all__ = ["Outcome", "RankOutcome", "TaskCanceled", "TaskFailed", "Usage"]
+__all__ = ["Outcome", "RankOutcome", "TaskCanceled", "TaskFailed", "Usage", "why_stopped"]
 
 
 class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -79,3 +79,8 @@ class TaskCanceled(TaskFailed):
     """A task was canceled: by a person, because its session closed, or because a task that it needs failed."""
 
     code = "task_canceled"
+
+
+def why_stopped(cause: Cause, timeout_s: float | None = None) -> str:
+    """The error text of a task that was ended because somebody canceled it, or because its time was up."""
+    return f"its time of {timeout_s} s was up" if cause is Cause.TIMEOUT else "canceled on request"

@@ -9,7 +9,7 @@ import msgspec
 from rhapsody_mcp.model.values import Ref, Value
 
 __all__ = [
-    *("Call", "Caps", "Command", "Completion", "Content", "Layout", "Message", "Mode", "Order", "RankGroup", "Role"),
+    *("Call", "Caps", "Command", "Completion", "Content", "Layout", "Message", "Mode", "TaskRun", "RankGroup", "Role"),
     *("TaskSpec", "Template", "parts_of"),
 ]
 
@@ -141,7 +141,7 @@ class Caps(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     exception_bytes: int = 64 * 1024
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class TaskRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A task that can start: the values that its Refs stand for, by uid, and the folder for what is large.
 
     `attempt` is 1 for its first start.

@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec.structs import replace
 
-from rhapsody_mcp import backends
+from rhapsody_mcp.backends import BACKENDS, Registration
 from rhapsody_mcp.backends.base import Backend
-from rhapsody_mcp.backends.compute.backend import ComputeBackend
 from rhapsody_mcp.backends.environment import Environment
 from rhapsody_mcp.backends.vllm.config import SHIPPED, Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm.launch_plan import find_model, interpreter
-from rhapsody_mcp.machine import Dependency, Machine, inspect_machine
+from rhapsody_mcp.machine import Machine, inspect_machine
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Caps
 from rhapsody_mcp.runtime.policy import Policy
@@ -25,7 +24,10 @@ from rhapsody_mcp.settings import Settings
 
 __all__ = ["BackendName", "BackendPlan", "OpenBackends", "SessionConfig", "open_backends", "plan_backends"]
 
-BackendName = Literal["dragon", "local", "vllm", "endpoint"]
+if TYPE_CHECKING:
+    BackendName = str
+else:
+    BackendName = Literal[tuple(BACKENDS)]
 
 
 class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,9 +62,7 @@ class BackendPlan(msgspec.Struct, frozen=True):
     server_arguments: dict[str, Any] = {}
 
     def open(self) -> Backend:
-        backend: Backend = getattr(backends, backends.BACKENDS[self.name])(
-            **{**self.arguments, **self.server_arguments}
-        )
+        backend: Backend = BACKENDS[self.name].load_class()(**{**self.arguments, **self.server_arguments})
         return backend
 
 
@@ -70,8 +70,7 @@ def open_backends(config: SessionConfig, settings: Settings) -> list[Backend]:
     """The backends of a new session, not started. Raises what `plan_backends` raises."""
     opened = [plan.open() for plan in plan_backends(config, settings)]
     for backend in opened:
-        if isinstance(backend, ComputeBackend):
-            backend.work_in(config.folder)
+        backend.work_in(config.folder)
     return opened
 
 
@@ -109,13 +108,11 @@ def _check_policy(config: SessionConfig, policy: Policy) -> None:
 
 
 def _server_arguments(name: BackendName, config: SessionConfig, settings: Settings) -> dict[str, Any]:
-    if name == "endpoint":
-        return {}
     environment = replace(config.environment or Environment(), withheld=settings.withheld_variables)
-    if name == "vllm":
-        return {"environment": environment, "health_s": settings.vllm_health_s}
     caps = Caps(settings.max_result_bytes, settings.max_output_bytes, exception_bytes=0)
-    return {"environment": environment, "caps": caps, "stall_s": settings.stall_s}
+    arguments = {"environment": environment, "caps": caps, "stall_s": settings.stall_s}
+    arguments["health_s"] = settings.vllm_health_s
+    return {argument: arguments[argument] for argument in BACKENDS[name].server_arguments}
 
 
 def _default_backends(config: SessionConfig, machine: Machine) -> tuple[BackendName, ...]:
@@ -129,19 +126,11 @@ def _default_backends(config: SessionConfig, machine: Machine) -> tuple[BackendN
 
 def _refuse_unused_fields(config: SessionConfig, names: Sequence[BackendName]) -> None:
     """Raise InvalidRequest for a field that no backend of the session uses."""
-    users: dict[str, tuple[object, tuple[BackendName, ...]]] = {
-        "num_workers": (config.num_workers, ("dragon", "local")),
-        "model": (config.model, ("vllm",)),
-        "device": (config.device, ("vllm",)),
-        "config_file": (config.config_file, ("vllm",)),
-        "endpoint_url": (config.endpoint_url, ("endpoint",)),
-        "endpoint_model": (config.endpoint_model, ("endpoint",)),
-        "environment": (config.environment, ("dragon", "local", "vllm")),
-    }
-    for field, (value, names_of_users) in users.items():
-        if value is not None and not set(names_of_users) & set(names):
+    for field in SessionConfig.__struct_fields__:
+        users = [name for name, registration in BACKENDS.items() if field in registration.options]
+        if users and getattr(config, field) is not None and not set(users) & set(names):
             raise InvalidRequest(
-                f"{field} has no effect without the backend {' or '.join(names_of_users)}: add it to backends, "
+                f"{field} has no effect without the backend {' or '.join(users)}: add it to backends, "
                 f"which is {list(names)}, or leave {field} out.",
                 field=field,
             )
@@ -152,14 +141,11 @@ def _backend_arguments(
 ) -> dict[str, Any]:
     num_workers = config.num_workers or settings.default_num_workers
     environment = None if config.environment is None else msgspec.json.decode(msgspec.json.encode(config.environment))
+    registration = BACKENDS[name]
+    _check_dependency(registration, machine)
+    defaults = {"num_workers": num_workers, "environment": environment}
     match name:
-        case "dragon":
-            _require(machine.dragon, "the local backend runs the same tasks with processes of this machine")
-            return {"num_workers": num_workers, "environment": environment}
-        case "local":
-            return {"num_workers": num_workers, "environment": environment}
         case "vllm":
-            _require(machine.vllm, "the endpoint backend speaks to a server that runs elsewhere")
             model = config.model or (None if config.config_file else settings.default_model)
             _check_model(config.config_file, model)
             _check_device(config, machine)
@@ -167,6 +153,8 @@ def _backend_arguments(
             return {**arguments, "environment": environment}
         case "endpoint":
             return _endpoint_arguments(config, settings)
+        case _:
+            return {option: defaults.get(option, getattr(config, option)) for option in registration.options}
 
 
 def _check_model(config_file: str | None, model: str | None) -> None:
@@ -212,8 +200,9 @@ def _is_http_url(url: str) -> bool:
         return False
 
 
-def _require(dependency: Dependency, alternative: str) -> None:
-    if not dependency.present:
+def _check_dependency(registration: Registration, machine: Machine) -> None:
+    dependency = machine.dependency(registration.needs)
+    if dependency is not None and not dependency.present:
         raise BackendUnavailable(
-            f"{dependency.name} is not installed here. Get it with: {dependency.remedy}; or {alternative}."
+            f"{dependency.name} is not installed here. Get it with: {dependency.remedy}; or {registration.alternative}."
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from rhapsody_mcp.engine.node.launchers import this_host
+from rhapsody_mcp.engine.node.hardware import this_host
 from rhapsody_mcp.engine.task.import_check import imports_of
 from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.specs import Layout

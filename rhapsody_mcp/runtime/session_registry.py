@@ -147,10 +147,8 @@ class SessionRegistry:
         )
         recorder = storage and Recorder(storage.ledger, key, session)
         for backend in backends:
-            if recorder is not None and hasattr(backend, "book"):
-                backend.book = recorder.engine_book
-            if recorder is not None and hasattr(backend, "before_start"):
-                backend.before_start = recorder.before_start
+            if recorder is not None:
+                backend.book, backend.before_start = recorder.engine_book, recorder.before_start
         opened = OpenSession(id, session, config, recorder)
         session.on_change = partial(self._notify, opened)
         self._sessions[id] = opened

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from mcp.types import CallToolResult
 from pydantic import Field
 
+from rhapsody_mcp.backends import BACKENDS
 from rhapsody_mcp.backends.environment import Environment
 from rhapsody_mcp.backends.local_models import models_text, shipped_text
 from rhapsody_mcp.backends.vllm.config import SHIPPED
@@ -101,13 +102,10 @@ def _environment(settings: Settings, sessions: Sequence[OpenSession]) -> dict[st
 
 
 def _backends(machine: Machine) -> list[BackendStatus]:
-    compute = "functions and executables, as workers, single processes and jobs of many ranks"
     device = "the GPUs" if machine.gpus else "the CPU: small models only"
     return [
-        _backend("dragon", f"{compute}, placed by Dragon", machine.dragon),
-        BackendStatus(name="local", works=True, runs=f"{compute}, as processes of this machine; no Dragon needed"),
-        _backend("vllm", f"prompts, with a vLLM server that the session starts on {device}", machine.vllm),
-        BackendStatus(name="endpoint", works=True, runs="prompts, with an OpenAI-compatible server at endpoint_url"),
+        _backend(name, registration.runs.format(device=device), machine.dependency(registration.needs))
+        for name, registration in BACKENDS.items()
     ]
 
 
@@ -119,7 +117,10 @@ def _mpi(machine: Machine) -> str:
     return f"MPI jobs may run here, on dragon: {machine.pmi} is here, and the first one tries whether it works"
 
 
-def _backend(name: str, runs: str, part: Dependency) -> BackendStatus:
+def _backend(name: str, runs: str, part: Dependency | None) -> BackendStatus:
+    """`part` is the program that the backend needs, if any."""
+    if part is None:
+        return BackendStatus(name=name, works=True, runs=runs)
     missing = None if part.present else f"{part.name} is not installed. Get it with: {part.remedy}."
     return BackendStatus(name=name, works=part.present, version=part.version or None, runs=runs, missing=missing)
 

@@ -165,7 +165,7 @@ class Sessions:
         stop = f"; one that has had no task for {idle:g} s stops until the next (engine_idle_s)" if idle else ""
         lines = [f"{open_session.id} is open. Engines start with the first task that needs them{stop}."]
         lines += [f"- {row.name} runs {', '.join(row.runs)} tasks" for row in rows]
-        shipped = (backend.name for backend in open_session.session.backends if getattr(backend, "is_shipped", False))
+        shipped = (backend.name for backend in open_session.session.backends if backend.serves_shipped_model)
         lines += [f"- {name} serves {shipped_text()}" for name in shipped]
         if not any("prompt" in row.runs for row in rows):
             lines.append("- prompts are refused: no backend of this session answers them (see describe_system)")

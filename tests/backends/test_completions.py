@@ -15,10 +15,10 @@ from rhapsody_mcp.backends.base import Ended, Event, Returned, Running
 from rhapsody_mcp.backends.endpoint import EndpointInferenceBackend
 from rhapsody_mcp.backends.inference.batching import Limits
 from rhapsody_mcp.backends.inference.openai_client import ChatServer
-from rhapsody_mcp.backends.inference.prompt_runner import Completions, Defaults
+from rhapsody_mcp.backends.inference.prompt_runner import Defaults, PromptRunner
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Completion, Layout, Order, TaskSpec
+from rhapsody_mcp.model.specs import Completion, Layout, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Value, load_json
 from rhapsody_mcp.runtime.tasks import Part
@@ -387,7 +387,7 @@ async def test_a_broken_connection_is_a_lost_task() -> None:
     port = listener.sockets[0].getsockname()[1]
     async with listener:
         broken = ChatServer(f"http://127.0.0.1:{port}/v1")
-        outcome = (await answered(Completions([broken], Defaults("tiny"), Limits()), "hi"))["hi"]
+        outcome = (await answered(PromptRunner([broken], Defaults("tiny"), Limits()), "hi"))["hi"]
         await broken.close()
     assert (outcome.state, outcome.cause) == (TaskState.FAILED, Cause.LOST)
     assert f"no answer from http://127.0.0.1:{port}/v1" in outcome.error
@@ -410,9 +410,9 @@ async def chat_servers(server: StandIn, second: StandIn) -> AsyncIterator[list[C
         await one.close()
 
 
-def order(prompt: str) -> Order:
+def order(prompt: str) -> TaskRun:
     spec = TaskSpec(uid=prompt, work=Completion(prompts=(prompt,), many=False), layout=Layout("native"))
-    return Order(spec=spec, bindings={}, folder="")
+    return TaskRun(spec=spec, bindings={}, folder="")
 
 
 def read_nothing(value: Value) -> Any:
@@ -420,7 +420,7 @@ def read_nothing(value: Value) -> Any:
 
 
 async def answered(
-    completions: Completions, *prompts: str, then: Callable[[], Any] = lambda: None
+    completions: PromptRunner, *prompts: str, then: Callable[[], Any] = lambda: None
 ) -> dict[str, Outcome]:
     """The outcomes of these prompts, by prompt; `then` is called after they are submitted."""
     outcomes: dict[str, Outcome] = {}
@@ -445,7 +445,7 @@ async def answered(
 async def test_the_less_busy_server_gets_the_next_batch(
     server: StandIn, second: StandIn, chat_servers: list[ChatServer]
 ) -> None:
-    completions = Completions(chat_servers, Defaults("tiny"), Limits(batch=2))
+    completions = PromptRunner(chat_servers, Defaults("tiny"), Limits(batch=2))
     outcomes = await answered(completions, "a", "b", "c", "d", "e")
     assert {outcome.state for outcome in outcomes.values()} == {TaskState.DONE}
     assert sorted(server.sizes + second.sizes) == [1, 2, 2]
@@ -458,7 +458,7 @@ async def test_what_a_lost_server_worked_on_is_lost_and_what_waits_goes_to_the_o
 ) -> None:
     server.gate.clear()
     second.gate.clear()
-    completions = Completions(chat_servers, Defaults("tiny"), Limits(batch=1, at_once=1))
+    completions = PromptRunner(chat_servers, Defaults("tiny"), Limits(batch=1, at_once=1))
 
     async def lose() -> None:
         await server.until(lambda: len(server.at_work) == 1)
@@ -477,7 +477,7 @@ async def test_what_a_lost_server_worked_on_is_lost_and_what_waits_goes_to_the_o
 async def test_without_any_server_left_every_prompt_that_was_not_sent_is_returned_in_words(
     chat_servers: list[ChatServer],
 ) -> None:
-    completions = Completions(chat_servers, Defaults("tiny"), Limits())
+    completions = PromptRunner(chat_servers, Defaults("tiny"), Limits())
     for chat_server in chat_servers:
         completions.lose(chat_server, "the server died")
     events: asyncio.Queue[Event] = asyncio.Queue()
@@ -490,7 +490,7 @@ async def test_without_any_server_left_every_prompt_that_was_not_sent_is_returne
 
 
 async def test_a_server_in_place_of_one_that_was_lost_gets_prompts(chat_servers: list[ChatServer]) -> None:
-    completions = Completions(chat_servers[:1], Defaults("tiny"), Limits())
+    completions = PromptRunner(chat_servers[:1], Defaults("tiny"), Limits())
     completions.lose(chat_servers[0], "the server died")
     completions.gain(chat_servers[1])
     outcomes = await answered(completions, "a", "b")

@@ -18,7 +18,7 @@ ANOTHER = "For another: create_session with model (a folder or a hub name) or en
 class Shipped(ScriptedBackend):
     """Says that it serves the shipped model."""
 
-    is_shipped = True
+    serves_shipped_model = True
 
 
 @pytest.fixture

@@ -30,11 +30,10 @@ TWO_ITEMS = Value("json", "list", 5, b"[1,2]", length=2)
 class Clocked(ScriptedBackend):
     """Has two workers. A task's text says from when to when it ran, as in "0 to 4.5", and whether it fails."""
 
+    num_workers = 2
+
     def __init__(self) -> None:
         super().__init__(clocked, name="dragon")
-
-    def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "num_workers": 2}
 
 
 def clocked(spec: TaskSpec, values: list[Any]) -> Outcome:

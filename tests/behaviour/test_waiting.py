@@ -14,7 +14,7 @@ from mcp.types import CallToolResult
 from rhapsody_mcp.backends.base import Report
 from rhapsody_mcp.model.errors import BackendUnavailable
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
+from rhapsody_mcp.model.specs import Completion, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader, Stream, Value
 from rhapsody_mcp.settings import Settings
@@ -34,7 +34,7 @@ class Held(ScriptedBackend):
         super().__init__(perform)
         self.prompt, self.released = prompt, anyio.Event()
 
-    async def _run(self, order: Order, report: Report, read: Reader) -> None:
+    async def _run(self, order: TaskRun, report: Report, read: Reader) -> None:
         if isinstance(order.spec.work, Completion) and order.spec.work.prompts == (self.prompt,):
             await self.released.wait()
         await super()._run(order, report, read)
@@ -287,7 +287,7 @@ def test_no_reply_is_too_long_whatever_tasks_say(count: int, result: Any, error:
 
 
 async def test_a_wait_reports_progress_with_the_state_of_the_engines(agent: Agent) -> None:
-    agent.backend.progress = "loading the model"  # type: ignore[attr-defined]  # backends may have it
+    agent.backend.progress = "loading the model"
     agent.backend.gate.clear()
     await submit(agent, {"prompt": "x"})
     told: list[tuple[float, float | None, str | None]] = []
@@ -454,7 +454,7 @@ class Gathering(ScriptedBackend):
         super().__init__(perform)
         self.waiting, self.released = anyio.Event(), anyio.Event()
 
-    async def _run(self, order: Order, report: Report, read: Reader) -> None:
+    async def _run(self, order: TaskRun, report: Report, read: Reader) -> None:
         if order.spec.uid.startswith("~"):
             self.waiting.set()
             await self.released.wait()

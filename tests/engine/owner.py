@@ -9,7 +9,6 @@ import asyncio
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from rhapsody_mcp.api import AITask, ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3, DragonVllmInferenceBackend, LocalExecutionBackend
@@ -35,11 +34,11 @@ class Book:
         self._ledger, self._session = ledger, session
         self._rows: dict[str, EngineRow] = {}
 
-    async def opened(self, mark: str, kind: Literal["dragon", "local", "vllm"], folder: str) -> None:
+    async def opened(self, mark: str, kind: str, folder: str) -> None:
         self._rows[mark] = EngineRow(mark, kind, self._session, 0, 0, folder)
         await self._ledger.commit(PutEngine(self._rows[mark]))
 
-    def placed(self, mark: str, pid: int, started: int) -> None:
+    def launched(self, mark: str, pid: int, started: int) -> None:
         row = self._rows[mark]
         self._ledger.write(PutEngine(EngineRow(mark, row.kind, row.session, pid, started, row.folder)))
 

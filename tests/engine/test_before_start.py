@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from rhapsody_mcp.backends import LocalExecutionBackend
-from rhapsody_mcp.backends.compute import backend as compute
+from rhapsody_mcp.backends.compute import start_gate
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ComputeTask
@@ -55,7 +55,7 @@ def forms(folder: Path) -> list[ComputeTask]:
 
 
 async def test_each_task_is_known_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "_TOLD_S", 60.0)
+    monkeypatch.setattr(start_gate, "_VALID_S", 60.0)
     backend, clerk = LocalExecutionBackend(num_workers=2), Clerk()
     backend.before_start = clerk
     async with Session([backend]) as session:
@@ -126,7 +126,7 @@ async def test_what_waits_behind_a_task_that_is_canceled_before_it_is_known_runs
 async def test_what_starts_long_after_it_became_known_is_told_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compute, "_TOLD_S", 0.0)
+    monkeypatch.setattr(start_gate, "_VALID_S", 0.0)
     backend, clerk = LocalExecutionBackend(num_workers=1), Clerk()
     clerk.desk.set()
     backend.before_start = clerk

@@ -15,12 +15,12 @@ import pytest
 
 from rhapsody_mcp.engine import supervisor
 from rhapsody_mcp.engine.fork_server import _ForkServer
-from rhapsody_mcp.engine.messages import Plan
+from rhapsody_mcp.engine.messages import ProcessPlan
 from rhapsody_mcp.engine.node import launchers
-from rhapsody_mcp.engine.node.launchers import ForkPlacer, Program
+from rhapsody_mcp.engine.node.launchers import ForkLauncher, Program
 from rhapsody_mcp.engine.process.tree import LIFELINE
 from rhapsody_mcp.engine.task.rank_result import rank_end
-from rhapsody_mcp.model.specs import Command, Layout, Order, TaskSpec, Template
+from rhapsody_mcp.model.specs import Command, Layout, TaskRun, TaskSpec, Template
 from rhapsody_mcp.model.states import Cause
 
 TOLD = "its process could not be started: Resource temporarily unavailable"
@@ -30,14 +30,14 @@ def refuse(*_: object, **__: object) -> NoReturn:
     raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
-def written(plan: Plan, path: Path) -> str:
+def written(plan: ProcessPlan, path: Path) -> str:
     path.write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
     return str(path)
 
 
 def lost(folder: Path) -> tuple[Cause | None, str, float | None]:
     spec = TaskSpec(uid="task.000001", work=Command("true"), layout=Layout("process"))
-    found = rank_end(str(folder / "p1"), Order(spec=spec, bindings={}, folder=str(folder), attempt=1), 0, None)
+    found = rank_end(str(folder / "p1"), TaskRun(spec=spec, bindings={}, folder=str(folder), attempt=1), 0, None)
     assert found is not None
     return found.outcome.cause, found.outcome.error, found.started
 
@@ -49,7 +49,7 @@ def test_a_task_without_a_supervisor_is_lost_and_the_server_goes_on(
     with ours, theirs:
         server = _ForkServer(str(tmp_path), theirs.fileno())
         monkeypatch.setattr(os, "fork", refuse)
-        server._obey("start", "p1")
+        server._execute("start", "p1")
         assert ours.recv(100) == b"p1 1\n"
     assert lost(tmp_path) == (Cause.LOST, TOLD, None)
 
@@ -57,7 +57,7 @@ def test_a_task_without_a_supervisor_is_lost_and_the_server_goes_on(
 def test_a_supervisor_without_a_child_leaves_a_lost_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_spawn", refuse)
     monkeypatch.setattr("_signal.pthread_sigmask", lambda *_: set())
-    plan = Plan(["true"], env={}, note=(str(tmp_path), "task.000001", 1))
+    plan = ProcessPlan(["true"], env={}, note=(str(tmp_path), "task.000001", 1))
     assert supervisor._Supervisor(written(plan, tmp_path / "p1"), -1).run() == 0
     assert lost(tmp_path) == (Cause.LOST, TOLD, None)
 
@@ -78,15 +78,17 @@ def test_it_keeps_no_more_supervisors_than_it_has_room_for(
     monkeypatch.setenv(LIFELINE, str(tmp_path / "lifeline"))
     os.mkfifo(tmp_path / "lifeline")
     writer = os.open(tmp_path / "lifeline", os.O_RDWR)
-    placer = ForkPlacer(str(tmp_path), lambda: None)
+    launcher = ForkLauncher(str(tmp_path), lambda: None)
     try:
         for number in range(3):
-            plan = Plan(["sh", "-c", "echo $PPID"], folder=str(tmp_path), note=(str(tmp_path), f"task.{number}", 1))
+            plan = ProcessPlan(
+                ["sh", "-c", "echo $PPID"], folder=str(tmp_path), note=(str(tmp_path), f"task.{number}", 1)
+            )
             path = written(plan, tmp_path / f"p{number}")
-            assert placer.place(Program([path], {}, Template())).join() == 0
+            assert launcher.launch(Program([path], {}, Template())).join() == 0
     finally:
-        placer._socket.shutdown(socket.SHUT_RDWR)
-        assert placer._child.wait(10) == 0
-        placer._socket.close()
+        launcher._socket.shutdown(socket.SHUT_RDWR)
+        assert launcher._child.wait(10) == 0
+        launcher._socket.close()
         os.close(writer)
     assert len({(tmp_path / f"p{number}.out").read_text() for number in range(3)}) == supervisors

@@ -11,7 +11,7 @@ import pytest
 from rhapsody_mcp.api import ComputeTask, Session
 from rhapsody_mcp.backends.base import Ended, OnLoss, Running
 from rhapsody_mcp.model.errors import BackendUnavailable
-from rhapsody_mcp.model.specs import Call, Layout, Order, TaskSpec
+from rhapsody_mcp.model.specs import Call, Layout, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import load
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice, ManagedBackend
@@ -106,8 +106,10 @@ async def watch() -> AsyncIterator[Callable[..., Watched]]:
         await watched.managed.close()
 
 
-def order(uid: str) -> Order:
-    return Order(spec=TaskSpec(uid=uid, work=Call("module", b"a:b"), layout=Layout("native")), bindings={}, folder="/")
+def order(uid: str) -> TaskRun:
+    return TaskRun(
+        spec=TaskSpec(uid=uid, work=Call("module", b"a:b"), layout=Layout("native")), bindings={}, folder="/"
+    )
 
 
 def answer(spec: TaskSpec, values: list[Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from rhapsody_mcp.machine import Dependency, inspect_machine
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest
 from rhapsody_mcp.runtime import backend_factory
-from rhapsody_mcp.runtime.backend_factory import SessionConfig, open_backends
+from rhapsody_mcp.runtime.backend_factory import SessionConfig, open_backends, plan_backends
 from rhapsody_mcp.settings import Settings
 
 URL = "http://127.0.0.1:8000/v1"
@@ -86,20 +85,12 @@ def test_a_model_folder_that_is_not_there_is_refused_when_the_session_is_opened(
         names(SessionConfig(config_file=str(tmp_path / "config.yaml")))
 
 
-def test_the_key_of_the_settings_goes_to_their_own_address_and_to_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, Any]] = []
-
-    def endpoint(url: str, **fields: Any) -> Any:
-        given.append({"url": url, **fields})
-
-    monkeypatch.setattr("rhapsody_mcp.backends.EndpointInferenceBackend", endpoint, raising=False)
+def test_the_key_of_the_settings_goes_to_their_own_address_and_to_no_other() -> None:
     settings = Settings(endpoint_url=URL, endpoint_model="own", endpoint_api_key="secret")
-    open_backends(SessionConfig(backends=("endpoint",)), settings)
-    open_backends(SessionConfig(backends=("endpoint",), endpoint_url="http://elsewhere/v1"), settings)
-    assert given == [
-        {"url": URL, "model": "own", "api_key": "secret"},
-        {"url": "http://elsewhere/v1", "model": None, "api_key": None},
-    ]
+    (own,) = plan_backends(SessionConfig(backends=("endpoint",)), settings)
+    (other,) = plan_backends(SessionConfig(backends=("endpoint",), endpoint_url="http://elsewhere/v1"), settings)
+    assert own.arguments == {"url": URL, "model": "own", "api_key": "secret"}
+    assert other.arguments == {"url": "http://elsewhere/v1", "model": None, "api_key": None}
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_starts(

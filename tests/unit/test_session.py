@@ -13,7 +13,7 @@ import pytest
 from rhapsody_mcp.api import AITask, ComputeTask, Part, RhapsodyError, Session, Source, TaskCanceled, TaskFailed
 from rhapsody_mcp.backends.base import Event, Kind, Report, Running
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidTask, SessionClosed, UnknownName
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader
 from rhapsody_mcp.runtime.tasks import ForEach
@@ -342,7 +342,7 @@ def test_an_unknown_name_survives_pickling() -> None:
 class Terse(ScriptedBackend):
     """Says of a task that it has ended, and not that it had started."""
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
+    def submit(self, orders: Sequence[TaskRun], report: Report, read: Reader) -> None:
         def tell(event: Event) -> None:
             if not isinstance(event, Running):
                 report(event)

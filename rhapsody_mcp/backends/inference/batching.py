@@ -14,7 +14,7 @@ import msgspec
 from rhapsody_mcp.backends.inference.openai_client import Answer, ChatServer, Conversation, Lost, Refused
 from rhapsody_mcp.model.errors import InvalidSettings
 
-__all__ = ["Dispatcher", "Limits", "Prompt", "read_limits"]
+__all__ = ["Limits", "Prompt", "PromptBatcher", "read_limits"]
 
 _EXCHANGES = 8  # batches of the same parameters that one server works on: it joins them, and they end one by one
 _NO_SUCH_ADDRESS = (404, 405, 501)
@@ -48,14 +48,14 @@ def read_limits(max_batch_size: int, wait_s: float, *, batches: bool = True, our
 class Prompt:
     """A conversation on its way to a server. `answer` ends with an Answer, or raises Refused or Lost.
 
-    `parameters` is what all of a batch has in common; `kin` keeps apart what shall not share a batch although its
-    parameters are the same. `sent` is called when it goes out, also when it goes out again.
+    `parameters` is what all of a batch has in common; `group` keeps apart prompts that shall not share a batch although
+    their parameters are the same. `sent` is called when it goes out, also when it goes out again.
     """
 
     def __init__(
-        self, conversation: Conversation, parameters: dict[str, Any], kin: bytes, sent: Callable[[], None]
+        self, conversation: Conversation, parameters: dict[str, Any], group: bytes, sent: Callable[[], None]
     ) -> None:
-        self.conversation, self.parameters, self.kin, self.sent = conversation, parameters, kin, sent
+        self.conversation, self.parameters, self.group, self.sent = conversation, parameters, group, sent
         self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.since = asyncio.get_running_loop().time()
         self.alone = parameters.get("n", 1) > 1  # a batch takes one answer a prompt
@@ -64,7 +64,7 @@ class Prompt:
 
     @property
     def key(self) -> tuple[bytes, int]:
-        return self.kin, id(self) if self.alone else 0
+        return self.group, id(self) if self.alone else 0
 
     @property
     def has_failed(self) -> bool:
@@ -76,7 +76,7 @@ class Prompt:
             self.answer.exception()  # whoever awaits it still gets it; unawaited, it is no news
 
 
-class Dispatcher:
+class PromptBatcher:
     """Shares prompts out among servers, the least busy first.
 
     A prompt goes out at once where a server has few requests that are like it. Otherwise it waits until one of them
@@ -85,9 +85,9 @@ class Dispatcher:
     """
 
     def __init__(self, servers: Iterable[ChatServer], limits: Limits) -> None:
-        self._lanes = [_Lane(server) for server in servers]
+        self._loads = [_ServerLoad(server) for server in servers]
         self._limits = limits
-        self._line: deque[Prompt] = deque()
+        self._queue: deque[Prompt] = deque()
         self._alike: dict[tuple[bytes, int], deque[Prompt]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._exchanges: set[asyncio.Task[list[Answer]]] = set()
@@ -95,7 +95,7 @@ class Dispatcher:
     def ask(self, prompts: Sequence[Prompt]) -> None:
         """Take these prompts; those that are asked in the same turn of the event loop can go together."""
         for prompt in prompts:
-            self._line.append(prompt)
+            self._queue.append(prompt)
             self._alike.setdefault(prompt.key, deque()).append(prompt)
         asyncio.get_running_loop().call_soon(self._pump)
 
@@ -114,22 +114,22 @@ class Dispatcher:
 
     def lose(self, server: ChatServer, message: str) -> None:
         """This server is gone, with what it was working on; what waits goes to the others, if there are any."""
-        for lane in self._lanes:
-            if lane.server is server and lane.lost is None:
-                lane.lost = Lost(message)
-                for task in lane.exchanges:
+        for load in self._loads:
+            if load.server is server and load.lost is None:
+                load.lost = Lost(message)
+                for task in load.exchanges:
                     task.cancel()
         self._pump()
 
     def gain(self, server: ChatServer) -> None:
         """One more server, in place of one that was lost where there is one."""
-        self._lanes = [*(lane for lane in self._lanes if lane.lost is None), _Lane(server)]
+        self._loads = [*(load for load in self._loads if load.lost is None), _ServerLoad(server)]
         self._pump()
 
     async def close(self) -> None:
         """Give up on everything."""
-        for lane in self._lanes:
-            lane.lost = lane.lost or Lost("the backend was closed")
+        for load in self._loads:
+            load.lost = load.lost or Lost("the backend was closed")
         self._pump()
         for task in self._exchanges:
             task.cancel()
@@ -143,25 +143,25 @@ class Dispatcher:
         while (oldest := self._oldest()) is not None:
             now = asyncio.get_running_loop().time()
             due = oldest.since + self._limits.wait_s
-            lanes = [lane for lane in self._lanes if lane.lost is None]
-            if not lanes:
+            open_loads = [load for load in self._loads if load.lost is None]
+            if not open_loads:
                 self._give_up()
-            elif free := [lane for lane in lanes if lane.has_room(oldest.kin, self._limits, overdue=due <= now)]:
-                lane = min(free, key=lambda lane: lane.prompts)
-                self._send(lane, self._batch(oldest, lane))
+            elif free := [load for load in open_loads if load.has_room(oldest.group, self._limits, overdue=due <= now)]:
+                load = min(free, key=lambda load: load.prompts)
+                self._send(load, self._batch(oldest, load))
             else:
                 if due > now:
                     self._wake_at(due)
                 return
 
     def _oldest(self) -> Prompt | None:
-        while self._line and not self._line[0].waiting:
-            self._line.popleft()
-        return self._line[0] if self._line else None
+        while self._queue and not self._queue[0].waiting:
+            self._queue.popleft()
+        return self._queue[0] if self._queue else None
 
-    def _batch(self, oldest: Prompt, lane: _Lane) -> list[Prompt]:
+    def _batch(self, oldest: Prompt, load: _ServerLoad) -> list[Prompt]:
         """The prompts to send with this one, itself included."""
-        most = min(self._limits.batch, self._limits.at_once - lane.prompts) if lane.takes_batches else 1
+        most = min(self._limits.batch, self._limits.at_once - load.prompts) if load.takes_batches else 1
         alike = self._alike[oldest.key]
         batch: list[Prompt] = []
         while alike and len(batch) < most:
@@ -173,17 +173,17 @@ class Dispatcher:
             del self._alike[oldest.key]
         return batch
 
-    def _send(self, lane: _Lane, batch: list[Prompt]) -> None:
+    def _send(self, load: _ServerLoad, batch: list[Prompt]) -> None:
         conversations = [prompt.conversation for prompt in batch]
-        task = asyncio.create_task(lane.server.complete(batch[0].parameters, conversations))
+        task = asyncio.create_task(load.server.complete(batch[0].parameters, conversations))
         self._exchanges.add(task)
-        lane.exchanges.add(task)
-        lane.kin[batch[0].kin] += 1
-        lane.prompts += len(batch)
+        load.exchanges.add(task)
+        load.exchanges_by_group[batch[0].group] += 1
+        load.prompts += len(batch)
         for prompt in batch:
             prompt.exchange = task
             prompt.sent()
-        task.add_done_callback(partial(self._exchanged, lane, batch))
+        task.add_done_callback(partial(self._exchanged, load, batch))
 
     def _wake_at(self, due: float) -> None:
         if self._timer is not None:
@@ -194,60 +194,60 @@ class Dispatcher:
         """No server is left: fail everything that waits."""
         while (prompt := self._oldest()) is not None:
             prompt.waiting = False
-            prompt.fail(self._lanes[0].lost or Lost("the backend has no server"))
+            prompt.fail(self._loads[0].lost or Lost("the backend has no server"))
         self._alike.clear()
 
     # --- what comes back
 
-    def _exchanged(self, lane: _Lane, batch: list[Prompt], task: asyncio.Task[list[Answer]]) -> None:
+    def _exchanged(self, load: _ServerLoad, batch: list[Prompt], task: asyncio.Task[list[Answer]]) -> None:
         self._exchanges.discard(task)
-        lane.exchanges.discard(task)
-        lane.kin -= Counter([batch[0].kin])
-        lane.prompts -= len(batch)
+        load.exchanges.discard(task)
+        load.exchanges_by_group -= Counter([batch[0].group])
+        load.prompts -= len(batch)
         if task.cancelled():
-            if lane.lost is not None:
-                _fail(batch, lane.lost)
+            if load.lost is not None:
+                _fail(batch, load.lost)
         elif (error := task.exception()) is None:
             for prompt, answer in zip(batch, task.result(), strict=True):
                 if not prompt.answer.done():
                     prompt.answer.set_result(answer)
         elif isinstance(error, Refused) and len(batch) > 1:
-            self._part(lane, batch, error)
+            self._split(load, batch, error)
         else:
             _fail(batch, error if isinstance(error, Exception) else Lost(str(error)))
         self._send_again([prompt for prompt in batch if not prompt.answer.done()])
         self._pump()
 
-    def _part(self, lane: _Lane, batch: list[Prompt], refusal: Refused) -> None:
+    def _split(self, load: _ServerLoad, batch: list[Prompt], refusal: Refused) -> None:
         """A batch was refused: its prompts go again one by one. 404 may also speak of the model."""
-        served = batch[0].parameters.get("model") in lane.server.models
+        served = batch[0].parameters.get("model") in load.server.models
         if refusal.status in _NO_SUCH_ADDRESS and (refusal.status != 404 or served):
-            lane.takes_batches = False
+            load.takes_batches = False
         for prompt in batch:
             prompt.alone = True
 
     def _send_again(self, prompts: list[Prompt]) -> None:
-        """Put prompts back to the head of the line."""
+        """Put prompts back to the head of the queue."""
         for prompt in reversed(prompts):
             prompt.waiting = True
-            self._line.appendleft(prompt)
+            self._queue.appendleft(prompt)
             self._alike.setdefault(prompt.key, deque()).appendleft(prompt)
 
 
-class _Lane:
+class _ServerLoad:
     """A server with what it has to do. `lost` says why it takes nothing any more."""
 
     def __init__(self, server: ChatServer) -> None:
         self.server = server
         self.exchanges: set[asyncio.Task[list[Answer]]] = set()
         self.prompts = 0
-        self.kin: Counter[bytes] = Counter()
-        """Its exchanges, by what their prompts have in common."""
+        self.exchanges_by_group: Counter[bytes] = Counter()
+        """How many exchanges it works on, by the group of their prompts."""
         self.takes_batches = True
         self.lost: Lost | None = None
 
-    def has_room(self, kin: bytes, limits: Limits, *, overdue: bool) -> bool:
-        gathers = self.takes_batches and limits.batch > 1 and self.kin[kin] >= _EXCHANGES
+    def has_room(self, group: bytes, limits: Limits, *, overdue: bool) -> bool:
+        gathers = self.takes_batches and limits.batch > 1 and self.exchanges_by_group[group] >= _EXCHANGES
         quiet = len(self.exchanges) < limits.requests and not gathers
         return self.prompts < limits.at_once and (quiet or overdue)
 

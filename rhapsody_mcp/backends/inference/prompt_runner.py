@@ -13,19 +13,19 @@ import msgspec
 
 from rhapsody_mcp.backends.base import Ended, Report, Returned, Running
 from rhapsody_mcp.backends.inference.answer_checks import AnswerChecks
-from rhapsody_mcp.backends.inference.batching import Dispatcher, Limits, Prompt
+from rhapsody_mcp.backends.inference.batching import Limits, Prompt, PromptBatcher
 from rhapsody_mcp.backends.inference.openai_client import Answer, ChatServer, Conversation, Lost, Refused, Written
 from rhapsody_mcp.engine.task.function_call import encode
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName
 from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.json_schemas import SchemaMismatch
-from rhapsody_mcp.model.outcome import Outcome, Usage
+from rhapsody_mcp.model.outcome import Outcome, Usage, why_stopped
 from rhapsody_mcp.model.sampling import SAMPLING, check_message, check_parameter
-from rhapsody_mcp.model.specs import Completion, Content, Message, Order, TaskSpec, parts_of
+from rhapsody_mcp.model.specs import Completion, Content, Message, TaskRun, TaskSpec, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, Reader, Ref, Value
 
-__all__ = ["Completions", "Defaults", "check_prompts"]
+__all__ = ["Defaults", "PromptRunner", "check_prompts"]
 
 _LEAST_TOP_P = 1e-6
 """Stands for a top_p of 0, which vLLM refuses: of any likelihood that a 32-bit float can tell, only the greatest."""
@@ -55,82 +55,84 @@ def check_prompts(spec: TaskSpec) -> None:
         raise InvalidTask("it is no prompt, and this backend only runs prompts; another backend runs functions.")
 
 
-class Completions:
-    """Answers orders with these servers. Close it before the servers."""
+class PromptRunner:
+    """Answers prompts of tasks with these servers. Close it before the servers."""
 
     def __init__(self, servers: Iterable[ChatServer], defaults: Defaults, limits: Limits) -> None:
         self._servers = list(servers)
         self._defaults = defaults
-        self._dispatcher = Dispatcher(self._servers, limits)
+        self._batcher = PromptBatcher(self._servers, limits)
         self._checks = AnswerChecks()
-        self._jobs: dict[str, asyncio.Task[Outcome | Returned]] = {}
+        self._tasks: dict[str, asyncio.Task[Outcome | Returned]] = {}
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
-        for order in orders:
-            job = _Job(order, report, read, self._dispatcher, self._checks, self._defaults, self._servers)
-            task = asyncio.create_task(job.run())
-            self._jobs[order.spec.uid] = task
-            task.add_done_callback(partial(self._ended, job, report))
+    def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
+        for task_run in task_runs:
+            prompt_task = _PromptTask(
+                task_run, report, read, self._batcher, self._checks, self._defaults, self._servers
+            )
+            task = asyncio.create_task(prompt_task.run())
+            self._tasks[task_run.spec.uid] = task
+            task.add_done_callback(partial(self._ended, prompt_task, report))
 
-    def _ended(self, job: _Job, report: Report, task: asyncio.Task[Outcome | Returned]) -> None:
-        uid = job.order.spec.uid
-        del self._jobs[uid]
+    def _ended(self, prompt_task: _PromptTask, report: Report, task: asyncio.Task[Outcome | Returned]) -> None:
+        uid = prompt_task.task_run.spec.uid
+        del self._tasks[uid]
         outcome: Outcome | Returned
         if task.cancelled():
-            outcome = job.failed(Cause.CANCELED, "canceled on request")
+            outcome = prompt_task.failed(Cause.CANCELED, why_stopped(Cause.CANCELED))
         elif (error := task.exception()) is not None:
             logger.error("prompt task %s broke off", uid, exc_info=error)
-            outcome = job.failed(Cause.ERROR, f"{type(error).__name__}: {error}")
+            outcome = prompt_task.failed(Cause.ERROR, f"{type(error).__name__}: {error}")
         else:
             outcome = task.result()
         report(outcome if isinstance(outcome, Returned) else Ended(uid, outcome))
 
     def cancel(self, uids: Collection[str]) -> None:
         for uid in uids:
-            if uid in self._jobs:
-                self._jobs[uid].cancel()
+            if uid in self._tasks:
+                self._tasks[uid].cancel()
 
     def lose(self, server: ChatServer, message: str) -> None:
         """This server is gone, and so is what it was working on. After the last one, what was not sent is returned."""
-        self._dispatcher.lose(server, message)
+        self._batcher.lose(server, message)
 
     def gain(self, server: ChatServer) -> None:
         """Here is one more server."""
-        self._dispatcher.gain(server)
+        self._batcher.gain(server)
 
     async def close(self) -> None:
         """Cancel every task, and return when no server works on one."""
-        tasks = list(self._jobs.values())
-        self.cancel(list(self._jobs))
+        tasks = list(self._tasks.values())
+        self.cancel(list(self._tasks))
         if tasks:
             await asyncio.wait(tasks)
         await self._checks.close()
-        await self._dispatcher.close()
+        await self._batcher.close()
 
 
-class _Job:
+class _PromptTask:
     """One task on its way to its outcome."""
 
     def __init__(
         self,
-        order: Order,
+        task_run: TaskRun,
         report: Report,
         read: Reader,
-        dispatcher: Dispatcher,
+        batcher: PromptBatcher,
         checks: AnswerChecks,
         defaults: Defaults,
         servers: Sequence[ChatServer],
     ) -> None:
-        self.order, self.report, self.read = order, report, read
-        self.dispatcher, self.checks, self.defaults, self.servers = dispatcher, checks, defaults, servers
-        self.work = _work(order)
+        self.task_run, self.report, self.read = task_run, report, read
+        self.batcher, self.checks, self.defaults, self.servers = batcher, checks, defaults, servers
+        self.work = _work(task_run)
         self.values: dict[str, Any] = {}
         """What the Refs that were read stand for, by uid."""
         self.started: float | None = None
         self.time_limit = asyncio.timeout(None)
 
     async def run(self) -> Outcome | Returned:
-        timeout_s = self.order.spec.timeout_s
+        timeout_s = self.task_run.spec.timeout_s
         try:
             self.work = _with_values(self.work, self._value_of)
             long = sum(len(each) for each in self._contents() if isinstance(each, tuple)) > _MANY_PARTS
@@ -140,13 +142,13 @@ class _Job:
         except InvalidTask as error:
             return self.failed(Cause.INVALID, str(error))
         except TimeoutError:
-            return self.failed(Cause.TIMEOUT, f"its time of {timeout_s} s was up")
+            return self.failed(Cause.TIMEOUT, why_stopped(Cause.TIMEOUT, timeout_s))
         except Refused as refusal:
             server_fault = refusal.status >= 500 or refusal.status in _NOT_THE_TASKS_FAULT
             return self.failed(Cause.ERROR if server_fault else Cause.INVALID, self._explained(refusal))
         except Lost as lost:
             if self.started is None:
-                return Returned(self.order.spec.uid, str(lost))
+                return Returned(self.task_run.spec.uid, str(lost))
             return self.failed(Cause.LOST, str(lost))
 
     def _conversations(self) -> tuple[list[Conversation], bool]:
@@ -162,10 +164,10 @@ class _Job:
         if isinstance(message, Message):
             return [{"role": message.role, "content": self._text(message.content)}]
         value = self._value_of(message)
-        found = value if isinstance(value, list | tuple) else [value]
-        for one in found:
-            check_message(one)
-        return [{"role": one["role"], "content": _as_text(one["content"])} for one in found]
+        messages = value if isinstance(value, list | tuple) else [value]
+        for each in messages:
+            check_message(each)
+        return [{"role": each["role"], "content": _as_text(each["content"])} for each in messages]
 
     def _contents(self) -> Iterator[Content]:
         yield from self.work.prompts
@@ -185,10 +187,10 @@ class _Job:
         return "".join(part if isinstance(part, str) else _as_text(self._value_of(part)) for part in parts)
 
     def _value_of(self, ref: Ref) -> Any:
-        if self.order.bindings.get(ref.uid) == NOTHING:
+        if self.task_run.bindings.get(ref.uid) == NOTHING:
             return None
         if ref.uid not in self.values:
-            self.values[ref.uid] = _value(ref.uid, self.order.bindings, self.read)
+            self.values[ref.uid] = _value(ref.uid, self.task_run.bindings, self.read)
         try:
             return resolve_pointer(self.values[ref.uid], ref.path)
         except InvalidTask as error:
@@ -196,13 +198,13 @@ class _Job:
 
     def _prompts(self, conversations: list[Conversation]) -> list[Prompt]:
         parameters = _parameters(self.work, self.defaults)
-        kin = msgspec.json.encode([parameters, self.order.spec.timeout_s])  # unsorted: a schema's order counts
-        return [Prompt(conversation, parameters, kin, self._sent) for conversation in conversations]
+        group = msgspec.json.encode([parameters, self.task_run.spec.timeout_s])  # unsorted: a schema's order counts
+        return [Prompt(conversation, parameters, group, self._sent) for conversation in conversations]
 
     async def _ask(self, prompts: list[Prompt]) -> list[Answer]:
         try:
             async with self.time_limit:
-                self.dispatcher.ask(prompts)
+                self.batcher.ask(prompts)
                 return await asyncio.gather(*(prompt.answer for prompt in prompts))
         except Refused as refusal:
             if len(prompts) == 1:
@@ -210,15 +212,15 @@ class _Job:
             number = next(number for number, prompt in enumerate(prompts, 1) if prompt.has_failed)
             raise Refused(refusal.status, f"prompt {number} of {len(prompts)}: {refusal}") from refusal
         finally:
-            await self.dispatcher.withdraw(prompts)
+            await self.batcher.withdraw(prompts)
 
     def _sent(self) -> None:
         """The task runs from when the first of its prompts goes out; so does its time."""
         if self.started is None:
             self.started = time.time()
-            if (timeout_s := self.order.spec.timeout_s) is not None:
+            if (timeout_s := self.task_run.spec.timeout_s) is not None:
                 self.time_limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
-            self.report(Running(self.order.spec.uid, self.started))
+            self.report(Running(self.task_run.spec.uid, self.started))
 
     async def _done(self, answers: list[Answer], many: bool) -> Outcome:
         usage = _sum([answer.usage for answer in answers])
@@ -233,16 +235,16 @@ class _Job:
         except SchemaMismatch as unfit:
             return self.failed(Cause.ERROR, str(unfit), usage)
         cut = sum(one.cut for one in written)
-        told = f"{cut} of {len(written)} answers were cut off at max_tokens or the model's length" if cut else ""
-        notes = tuple(filter(None, (told, self.defaults.note)))
+        cut_note = f"{cut} of {len(written)} answers were cut off at max_tokens or the model's length" if cut else ""
+        notes = tuple(filter(None, (cut_note, self.defaults.note)))
         return Outcome(
             state=TaskState.DONE, started=self.started, ended=time.time(), value=value, usage=usage, notes=notes
         )
 
     def _value(self, answers: list[Answer], many: bool) -> Value:
-        made = [[self._result(one) for one in answer.written] for answer in answers]
-        results = [of_one for (of_one,) in made] if self.work.n is None else made
-        return encode(results if many else results[0], self.order.folder)
+        results_of_each = [[self._result(one) for one in answer.written] for answer in answers]
+        results = [result for (result,) in results_of_each] if self.work.n is None else results_of_each
+        return encode(results if many else results[0], self.task_run.folder)
 
     def _result(self, written: Written) -> Any:
         if self.work.json_schema is not None:
@@ -292,9 +294,9 @@ def _which(index: int, answers: Sequence[Answer]) -> str:
     return f"{one} to prompt {index // of_each + 1} of {len(answers)}" if len(answers) > 1 else one
 
 
-def _work(order: Order) -> Completion:
-    assert isinstance(order.spec.work, Completion), "the session routes by kind, and check_prompts looks again"
-    return order.spec.work
+def _work(task_run: TaskRun) -> Completion:
+    assert isinstance(task_run.spec.work, Completion), "the session routes by kind, and check_prompts looks again"
+    return task_run.spec.work
 
 
 def _parameters(work: Completion, defaults: Defaults) -> dict[str, Any]:

@@ -11,18 +11,18 @@ from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rhapsody_mcp.backends.base import Awaitable, EngineBook, Kind, OnLoss, Report
+from rhapsody_mcp.backends.base import RESTARTS, BackendBase, Kind, Report, restart_delay_s
 from rhapsody_mcp.backends.environment import read_environment
 from rhapsody_mcp.backends.inference.batching import Limits, read_limits
 from rhapsody_mcp.backends.inference.openai_client import Lost, Refused
-from rhapsody_mcp.backends.inference.prompt_runner import Completions, Defaults, check_prompts
+from rhapsody_mcp.backends.inference.prompt_runner import Defaults, PromptRunner, check_prompts
 from rhapsody_mcp.backends.local_models import SHIPPED_NOTE
 from rhapsody_mcp.backends.vllm.config import Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm.launch_plan import SCHEMA_OPTIONS, Plan, find_model, look_at_hardware, plan_servers
 from rhapsody_mcp.backends.vllm.server import Launch, VllmServer
 from rhapsody_mcp.engine.process.run_dirs import Folder
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask, RhapsodyError, UnknownName
-from rhapsody_mcp.model.specs import Completion, Order, TaskSpec
+from rhapsody_mcp.model.specs import Completion, TaskRun, TaskSpec
 from rhapsody_mcp.model.values import Reader
 from rhapsody_mcp.shipped_model import MODEL_DIR, MODEL_NAME
 
@@ -30,14 +30,13 @@ __all__ = ["DragonVllmInferenceBackend"]
 
 _MAX_BATCH_SIZE = 1024
 _MAX_BATCH_WAIT_MS = 500
-_RESTARTS = 5
 _HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """What a server needs to download a model: it keeps them where tasks do not have them."""
 
 _log = logging.getLogger(__name__)
 
 
-class DragonVllmInferenceBackend(Awaitable):
+class DragonVllmInferenceBackend(BackendBase):
     """Starts one stock vLLM server for each `tp_size` of `num_gpus`, and shares prompts out among them.
 
     Server i listens on `port` + i of 127.0.0.1; `urls` are their OpenAI APIs, for any client that has `api_key`.
@@ -47,8 +46,6 @@ class DragonVllmInferenceBackend(Awaitable):
     """
 
     kinds: tuple[Kind, ...] = ("prompt",)
-    book: EngineBook | None = None
-    on_loss: OnLoss = staticmethod(lambda reason: None)
 
     def __init__(
         self,
@@ -101,8 +98,8 @@ class DragonVllmInferenceBackend(Awaitable):
         self._plan: Plan | None = None
         self._servers: list[VllmServer] = []
         self._watches: list[asyncio.Task[None]] = []
-        self._troubles: dict[str, str] = {}
-        self._completions: Completions | None = None
+        self._problems: dict[str, str] = {}
+        self._runner: PromptRunner | None = None
         self._end_reason = ""
         self._unused: list[str] = []
         self._names: tuple[str, ...] | None = None
@@ -123,10 +120,10 @@ class DragonVllmInferenceBackend(Awaitable):
         """How far the start is, in words."""
         if self._closing is not None:
             return "closed"
-        if self._completions is not None:
+        if self._runner is not None:
             if self._is_dead:
                 return "ended; the next prompt starts it anew"
-            return "; ".join(["ready", *self._troubles.values()])
+            return "; ".join(["ready", *self._problems.values()])
         if self._began is None:
             return "not started"
         stage = self._servers[0].stage if self._servers else "looking at model and hardware"
@@ -173,7 +170,7 @@ class DragonVllmInferenceBackend(Awaitable):
         return [Path.cwd(), *([self._file.parent] if self._file else [])]
 
     @property
-    def is_shipped(self) -> bool:
+    def serves_shipped_model(self) -> bool:
         """Whether it serves the model of this package under its own name."""
         return MODEL_NAME in self._served()
 
@@ -187,7 +184,7 @@ class DragonVllmInferenceBackend(Awaitable):
         async with self._lock:
             if self._closing is not None:
                 raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
-            if self._completions is not None and not self._is_dead:
+            if self._runner is not None and not self._is_dead:
                 return
             self._starting = asyncio.create_task(self._start())
             try:
@@ -218,43 +215,43 @@ class DragonVllmInferenceBackend(Awaitable):
         llm = config.llm
         note = SHIPPED_NOTE if plan.model.source == str(MODEL_DIR.resolve()) else ""
         defaults = Defaults(plan.model.names[0], llm.request_parameters, llm.system_text, SCHEMA_OPTIONS, note)
-        self._completions = Completions(self._servers, defaults, limits)
+        self._runner = PromptRunner(self._servers, defaults, limits)
         self._watches = [
-            asyncio.create_task(self._keep_up(place, self._completions, config.server.start_timeout_s))
-            for place in range(len(self._servers))
+            asyncio.create_task(self._keep_up(index, self._runner, config.server.start_timeout_s))
+            for index in range(len(self._servers))
         ]
 
     def _server(self, launch: Launch) -> VllmServer:
         return VllmServer(launch, book=self.book, health_s=self._health_s)
 
-    async def _keep_up(self, place: int, completions: Completions, timeout_s: float) -> None:
-        """Start the server at this place again whenever it dies, until no other one serves or that never helps."""
+    async def _keep_up(self, index: int, runner: PromptRunner, timeout_s: float) -> None:
+        """Start the server at this index again whenever it dies, until no other one serves or that never helps."""
         failures = 0
         while True:
-            server = self._servers[place]
+            server = self._servers[index]
             reason = await server.until_dead()
             if self._is_dead:
                 self._end_reason = reason
             self.on_loss(reason)
-            completions.lose(server, reason)
+            runner.lose(server, reason)
             _log.warning("backend %r: %s", self.name, reason)
             await server.stop()
             failures = 0 if server.has_answered else failures
-            while server is self._servers[place]:
+            while server is self._servers[index]:
                 which = f"its server on port {server.launch.port}"
-                if self._is_dead or failures == _RESTARTS:
-                    self._troubles[which] = f"{which} is gone after {failures} tries to start it again: {reason}"
+                if self._is_dead or failures == RESTARTS:
+                    self._problems[which] = f"{which} is gone after {failures} tries to start it again: {reason}"
                     return
                 failures += 1
-                self._troubles[which] = f"{which} is started again ({failures} of {_RESTARTS}) after: {reason}"
-                await asyncio.sleep(2.0 ** (failures - 1))
-                reason = await self._replace(place, timeout_s) or reason
-            self._troubles.pop(which, None)
-            completions.gain(self._servers[place])
+                self._problems[which] = f"{which} is started again ({failures} of {RESTARTS}) after: {reason}"
+                await asyncio.sleep(restart_delay_s(failures))
+                reason = await self._replace(index, timeout_s) or reason
+            self._problems.pop(which, None)
+            runner.gain(self._servers[index])
 
-    async def _replace(self, place: int, timeout_s: float) -> str:
+    async def _replace(self, index: int, timeout_s: float) -> str:
         """Start another server for one that is dead; why that failed, empty where it serves."""
-        server = self._server(self._servers[place].launch)
+        server = self._server(self._servers[index].launch)
         try:
             await server.start(timeout_s)
         except BaseException as error:
@@ -262,7 +259,7 @@ class DragonVllmInferenceBackend(Awaitable):
             if isinstance(error, RhapsodyError | Refused | Lost):
                 return str(error)
             raise
-        self._servers[place] = server
+        self._servers[index] = server
         return ""
 
     async def _make_plan(self, config: VllmConfig) -> Plan:
@@ -290,14 +287,14 @@ class DragonVllmInferenceBackend(Awaitable):
             wait_s = batching.input_batch_wait_seconds
         return read_limits(at_once, wait_s, batches=batching.toggle_on, our_own=True)
 
-    def submit(self, orders: Sequence[Order], report: Report, read: Reader) -> None:
-        if self._completions is None or self._is_dead:
+    def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
+        if self._runner is None or self._is_dead:
             raise BackendUnavailable(self._end_reason or f"no server of backend {self.name!r} is running.")
-        self._completions.submit(orders, report, read)
+        self._runner.submit(task_runs, report, read)
 
     def cancel(self, uids: Collection[str]) -> None:
-        if self._completions is not None:
-            self._completions.cancel(uids)
+        if self._runner is not None:
+            self._runner.cancel(uids)
 
     async def rest(self) -> None:
         async with self._lock:
@@ -309,10 +306,10 @@ class DragonVllmInferenceBackend(Awaitable):
             watch.cancel()
         if self._watches:
             await asyncio.wait(self._watches)
-        if self._completions is not None:
-            await self._completions.close()
+        if self._runner is not None:
+            await self._runner.close()
         await _stop(self._servers)
-        self._completions, self._servers, self._watches, self._troubles = None, [], [], {}
+        self._runner, self._servers, self._watches, self._problems = None, [], [], {}
 
     async def _close(self) -> None:
         if self._starting is not None:

@@ -6,10 +6,10 @@ import os
 import threading
 from collections.abc import Sequence
 
-from rhapsody_mcp.engine.node.launchers import Marked, Placed, Program, Together
-from rhapsody_mcp.engine.process.tree import PLACE
+from rhapsody_mcp.engine.node.launchers import LaunchedProcess, MarkedProcess, ProcessGroup, Program
+from rhapsody_mcp.engine.process.tree import PROCESS_MARK
 
-__all__ = ["BatchPlacer", "run_program"]
+__all__ = ["BatchLauncher", "run_program"]
 
 
 def run_program(arguments: list[str], env: dict[str, str], cwd: str) -> int:
@@ -25,7 +25,7 @@ def run_program(arguments: list[str], env: dict[str, str], cwd: str) -> int:
     return subprocess.call(arguments, env={**os.environ, **env}, cwd=cwd, stdin=null, stdout=null, stderr=null)
 
 
-class BatchPlacer:
+class BatchLauncher:
     """One Batch, made with this object; that takes about four seconds."""
 
     sets_affinity = True
@@ -36,10 +36,10 @@ class BatchPlacer:
         self._batch = Batch(disable_telem=True)
         self._submitting = threading.Lock()
 
-    def place(self, program: Program) -> Placed:
+    def launch(self, program: Program) -> LaunchedProcess:
         with self._submitting:
             function = self._batch.options().function(run_program, program.arguments, program.env, os.getcwd())
-        return Marked(program.env[PLACE], function.get)
+        return MarkedProcess(program.env[PROCESS_MARK], function.get)
 
-    def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
+    def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
         raise NotImplementedError("jobs do not go through Batch")

@@ -13,41 +13,37 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec, module_from_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
-from rhapsody_mcp.engine.process.tree import PLACE, end, marked, send_signal
+from rhapsody_mcp.engine.process.tree import PROCESS_MARK, end, marked, send_signal
 from rhapsody_mcp.engine.supervisor import command
 from rhapsody_mcp.model.specs import Template
 
 __all__ = [
     "TASK_VARIABLES",
-    "DragonPlacer",
-    "ForkPlacer",
-    "Marked",
-    "Placed",
-    "Placer",
+    "DragonLauncher",
+    "ForkLauncher",
+    "LaunchedProcess",
+    "Launcher",
+    "MarkedProcess",
+    "ProcessGroup",
     "Program",
-    "Together",
-    "count_cores",
-    "count_gpus",
-    "this_host",
 ]
 
 TASK_VARIABLES = "RHAPSODY_TASK_VARIABLES"
-"""Holds a JSON object of variables: the host and Dragon run with other values, what they place gets these."""
+"""Holds a JSON object of variables: the node agent and Dragon run with other values, what they launch gets these."""
 
 
 class Program(NamedTuple):
-    """What to start; `env` is added to the variables that are there, and holds PLACE."""
+    """What to start; `env` is added to the variables that are there, and holds PROCESS_MARK."""
 
     arguments: list[str]
     env: dict[str, str]
     template: Template
 
 
-class Placed(Protocol):
+class LaunchedProcess(Protocol):
     """A process that was started."""
 
     def join(self) -> int:
@@ -60,36 +56,36 @@ class Placed(Protocol):
         """End it and all that it started at once; the same."""
 
 
-class Together(Protocol):
+class ProcessGroup(Protocol):
     """The ranks of one job, which find each other through a PMI."""
 
-    ranks: list[Placed]
+    ranks: list[LaunchedProcess]
 
     def close(self) -> None:
         """Free what the job had besides its ranks, which have ended."""
 
 
-class Placer(Protocol):
+class Launcher(Protocol):
     sets_affinity: bool
-    """Whether a placed process has to bind itself to CPUs and GPUs."""
+    """Whether a launched process has to bind itself to CPUs and GPUs."""
 
-    def place(self, program: Program) -> Placed:
+    def launch(self, program: Program) -> LaunchedProcess:
         """Start a program; from any thread."""
 
-    def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
+    def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
         """Start one program a rank, in order, under a PMI that works here; from any thread."""
 
 
-class ForkPlacer:
-    """Has supervisors forked by a process of their own, which ends with this one. `gone` is called, in a thread, where
-    that ends first."""
+class ForkLauncher:
+    """Has supervisors forked by a fork server, which ends with this process. `on_end` is called, in a thread, where the
+    fork server ends first."""
 
     sets_affinity = True
 
-    def __init__(self, folder: str, gone: Callable[[], object]) -> None:
-        self._gone = gone
+    def __init__(self, folder: str, on_end: Callable[[], object]) -> None:
+        self._on_end = on_end
         self._socket, theirs = socket.socketpair()
-        self._ordering = threading.Lock()
+        self._sending = threading.Lock()
         with theirs, open(f"{folder}/fork_server.log", "wb") as log:
             self._child = subprocess.Popen(
                 command("fork_server", folder, str(theirs.fileno())),
@@ -104,52 +100,52 @@ class ForkPlacer:
         self._codes: dict[str, Future[int]] = {}
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def place(self, program: Program) -> Placed:
+    def launch(self, program: Program) -> LaunchedProcess:
         name = os.path.basename(program.arguments[-1])
         code = self._codes[name] = Future[int]()
-        self.order("start", name)
+        self.send("start", name)
         return _Forked(self, name, code)
 
-    def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
+    def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
         raise NotImplementedError("a job that needs a PMI is refused when it is submitted")
 
-    def order(self, what: str, name: str) -> None:
-        """Nothing happens where the process that forks has ended, which is told to `gone`."""
-        with suppress(OSError), self._ordering:
-            self._socket.sendall(f"{what} {name}\n".encode())
+    def send(self, request: str, name: str) -> None:
+        """Nothing happens where the process that forks has ended, which `on_end` is called for."""
+        with suppress(OSError), self._sending:
+            self._socket.sendall(f"{request} {name}\n".encode())
 
     def _listen(self) -> None:
         with suppress(OSError), self._socket.makefile("r") as lines:
             for line in lines:
                 name, code = line.split()
                 self._codes.pop(name).set_result(int(code))
-        self._gone()
+        self._on_end()
 
     def give_up(self) -> None:
-        """Let nobody wait for what was placed any longer."""
+        """Let nobody wait for a launched process any longer."""
         while self._codes:
             self._codes.popitem()[1].set_result(-signal.SIGKILL)
 
 
 class _Forked:
-    def __init__(self, placer: ForkPlacer, name: str, code: Future[int]) -> None:
-        self._placer, self._name, self._code = placer, name, code
+    def __init__(self, launcher: ForkLauncher, name: str, code: Future[int]) -> None:
+        self._launcher, self._name, self._code = launcher, name, code
 
     def join(self) -> int:
         return self._code.result()
 
     def terminate(self) -> None:
-        self._placer.order(str(int(signal.SIGTERM)), self._name)
+        self._launcher.send(str(int(signal.SIGTERM)), self._name)
 
     def kill(self) -> None:
-        self._placer.order(str(int(signal.SIGKILL)), self._name)
+        self._launcher.send(str(int(signal.SIGKILL)), self._name)
 
 
-class Marked:
+class MarkedProcess:
     """A process that is known by its mark, as all that it starts is."""
 
-    def __init__(self, place: str, join: Callable[[], int]) -> None:
-        self._place, self._join = place, join
+    def __init__(self, mark: str, join: Callable[[], int]) -> None:
+        self._mark, self._join = mark, join
 
     def join(self) -> int:
         code = self._join()
@@ -159,13 +155,13 @@ class Marked:
 
     def terminate(self) -> None:
         """By the kernel, not by Dragon: after a Dragon kill its launcher spins at the end and never ends."""
-        send_signal(marked(PLACE, self._place), signal.SIGTERM)
+        send_signal(marked(PROCESS_MARK, self._mark), signal.SIGTERM)
 
     def kill(self) -> None:
-        end(lambda: marked(PLACE, self._place))
+        end(lambda: marked(PROCESS_MARK, self._mark))
 
 
-class DragonPlacer:
+class DragonLauncher:
     """Starts Dragon processes, where Dragon's policies say.
 
     Their standard streams are /dev/null: Dragon reads a pipe for each other kind, and a grandchild that keeps
@@ -184,13 +180,13 @@ class DragonPlacer:
         self._process, self._policy = Process, Policy
         self._starting = threading.Lock()
 
-    def place(self, program: Program) -> Placed:
+    def launch(self, program: Program) -> LaunchedProcess:
         process = self._process(**self._start_of(program))
         with self._starting:
             process.start()
-        return Marked(program.env[PLACE], partial(_code_of, process))
+        return MarkedProcess(program.env[PROCESS_MARK], partial(_code_of, process))
 
-    def place_together(self, programs: Sequence[Program], pmi: str) -> Together:
+    def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
         from dragon.infrastructure.facts import PMIBackend
         from dragon.native.process import ProcessTemplate
         from dragon.native.process_group import ProcessGroup
@@ -209,7 +205,7 @@ class DragonPlacer:
         return _DragonGroup(
             group,
             [
-                Marked(program.env[PLACE], partial(_code_of, self._process(None, ident=puid)))
+                MarkedProcess(program.env[PROCESS_MARK], partial(_code_of, self._process(None, ident=puid)))
                 for puid, program in zip(ids, programs, strict=True)
             ],
         )
@@ -239,10 +235,10 @@ def _leave_empty(package: str) -> None:
     its telemetry, with a web server, which takes 0.14 s."""
     spec = find_spec(package)
     assert spec is not None, "this process was started by Dragon"
-    made = sys.modules.setdefault(package, module_from_spec(spec))
+    module = sys.modules.setdefault(package, module_from_spec(spec))
     parent, _, name = package.rpartition(".")
     if parent:
-        setattr(sys.modules[parent], name, made)
+        setattr(sys.modules[parent], name, module)
 
 
 @contextmanager
@@ -267,29 +263,9 @@ def _code_of(process: Any) -> int:
 class _DragonGroup:
     """Has a manager process and a dictionary in Dragon besides its ranks."""
 
-    def __init__(self, group: Any, ranks: list[Placed]) -> None:
+    def __init__(self, group: Any, ranks: list[LaunchedProcess]) -> None:
         self._group, self.ranks = group, ranks
 
     def close(self) -> None:
         self._group.join()  # until it knows that they have ended: else it kills them, through Dragon
         self._group.close()
-
-
-def count_cores() -> int:
-    """The cores of this node that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def count_gpus() -> int:
-    """The GPUs of this node whose drivers show device files; no library is loaded."""
-    devices = Path("/dev")
-    nvidia = [path for path in devices.glob("nvidia[0-9]*") if path.name[6:].isdigit()]
-    amd = Path("/sys/class/kfd/kfd/topology/nodes")
-    if nvidia or not amd.is_dir():
-        return len(nvidia)
-    return sum("simd_count 0" not in (node / "properties").read_text() for node in amd.iterdir())
-
-
-def this_host(name: str | None) -> bool:
-    """Whether a policy's host_name means this node."""
-    return name in (None, socket.gethostname(), socket.gethostname().split(".")[0], "localhost")

@@ -28,8 +28,8 @@ from typing import Literal
 
 import msgspec
 
-from rhapsody_mcp.engine.node.launchers import DragonPlacer, Program
-from rhapsody_mcp.engine.process.tree import ENGINE, LIFELINE, PLACE, open_lifeline
+from rhapsody_mcp.engine.node.launchers import DragonLauncher, Program
+from rhapsody_mcp.engine.process.tree import ENGINE, LIFELINE, PROCESS_MARK, open_lifeline
 from rhapsody_mcp.model.specs import Template
 
 __all__ = ["Answer", "PmiName", "Prober", "lend_pmix", "rank_environment"]
@@ -191,7 +191,7 @@ def _start_trial(trial: Path) -> subprocess.Popen[bytes]:
     """Start Dragon as the engine's own is started; its keeper ends it when this process ends."""
     launcher = shutil.which("dragon")
     assert launcher is not None, "this process was started by it"
-    outer = (ENGINE, LIFELINE, PLACE)
+    outer = (ENGINE, LIFELINE, PROCESS_MARK)
     return subprocess.Popen(
         [
             *[sys.executable, "-m", "rhapsody_mcp.engine.keeper", "--name", "pmi-trial", "--stop", "close"],
@@ -317,10 +317,10 @@ def _try(path: Path) -> None:
     trial = msgspec.json.decode(path.read_bytes(), type=_Trial)
     threading.Thread(target=_end_with_owner, daemon=True).start()
     rank = [sys.executable, "-m", "rhapsody_mcp.engine.node.pmi", "rank", str(path)]
-    env = {**rank_environment(path.parent / "memory"), PLACE: "trial"}
-    job = DragonPlacer().place_together([Program(rank, env, Template())] * 2, trial.pmi)
-    for placed in job.ranks:
-        placed.join()
+    env = {**rank_environment(path.parent / "memory"), PROCESS_MARK: "trial"}
+    job = DragonLauncher().launch_group([Program(rank, env, Template())] * 2, trial.pmi)
+    for process in job.ranks:
+        process.join()
     os._exit(0)  # Dragon's threads would keep it
 
 

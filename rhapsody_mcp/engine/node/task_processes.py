@@ -1,11 +1,9 @@
-"""The processes of one task on a node: placed, watched and ended together."""
+"""The processes of one task on a node: launched, watched and ended together."""
 
 from __future__ import annotations
 
-import marshal
 import os
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -16,90 +14,44 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from rhapsody_mcp.engine.messages import Plan, RankConfig
-from rhapsody_mcp.engine.node.launchers import Placed, Placer, Program, Together, this_host
+from rhapsody_mcp.engine.messages import ProcessPlan, RankConfig
+from rhapsody_mcp.engine.node.hardware import this_host
+from rhapsody_mcp.engine.node.launchers import Launcher, ProcessGroup
+from rhapsody_mcp.engine.node.node import Node
 from rhapsody_mcp.engine.node.pmi import PmiName, rank_environment
-from rhapsody_mcp.engine.process.tree import PLACE
-from rhapsody_mcp.engine.supervisor import GRACE_S, OWNER_GONE, command
+from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
+from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.task.arguments import arguments_of
 from rhapsody_mcp.engine.task.output import left_out, stopped_note
 from rhapsody_mcp.engine.task.rank_result import RankEnd, how_it_ended, rank_end
 from rhapsody_mcp.engine.task.start_log import NOT_STARTED
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.specs import Command, Order, Template, parts_of
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome, why_stopped
+from rhapsody_mcp.model.specs import Command, TaskRun, Template, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Ref, load_json
 
-if TYPE_CHECKING:
-    from rhapsody_mcp.engine.host import Host
-
-__all__ = ["PlacedProcess", "PlacedTask", "in_time"]
+__all__ = ["ProcessTask", "in_time"]
 
 T = TypeVar("T")
 
 
-class PlacedProcess:
-    """A supervisor."""
-
-    def __init__(self, host: Host, number: int, template: Template) -> None:
-        self.name = f"p{number}"
-        self.path = f"{host.config.folder}/{self.name}"
-        self._gone = threading.Event()
-        env = {**host.task_env, PLACE: f"{host.config.mark}.{number}"}
-        self.program = Program(command("supervisor", self.path), env, template)
-        self.placed: Placed
-        self.why = ""
-        """Why `kill` ended it."""
-
-    def program_with(self, module: str, config: msgspec.Struct) -> list[str]:
-        """The command that runs a module of this package, which finds its configuration in a file."""
-        Path(f"{self.path}.config").write_bytes(msgspec.msgpack.encode(config))
-        return [sys.executable, "-P", "-m", f"rhapsody_mcp.engine.{module}", f"{self.path}.config"]
-
-    def prepare(self, plan: Plan) -> None:
-        """Write down what it shall do."""
-        plan = msgspec.structs.replace(plan, env={**self.program.env, **plan.env})
-        Path(self.path).write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
-
-    def place(self, placer: Placer) -> None:
-        """Start it by itself; the ranks that a PMI joins are started together."""
-        self.placed = placer.place(self.program)
-
-    def join(self) -> int:
-        """Wait until it and all that it started has ended; its exit code."""
-        code = self.placed.join()
-        self._gone.set()
-        return -signal.SIGKILL if self.why else code
-
-    def kill(self, why: str) -> None:
-        """Kill it with its tree, from another thread than the one that joins it."""
-        self.why = why
-        self.placed.kill()
-
-    def stop(self) -> None:
-        """End it with its tree; returns when that is asked for, and done where it did not help to ask."""
-        self.placed.terminate()
-        if not self._gone.wait(GRACE_S + 1):
-            self.placed.kill()
-
-
-class PlacedTask:
+class ProcessTask:
     """A task in processes of its own, one a rank."""
 
-    def __init__(self, host: Host, order: Order) -> None:
-        self.host, self.order, self.uid = host, order, order.spec.uid
-        self._placer: Placer = host.forks if order.spec.layout.forked else host.placer
+    def __init__(self, node: Node, task_run: TaskRun) -> None:
+        self.node, self.task_run, self.uid = node, task_run, task_run.spec.uid
+        self._launcher: Launcher = node.forks if task_run.spec.layout.forked else node.launcher
         self.reported = False
         self._stop: Cause | None = None
         self._stopped: Future[None] = Future()
-        self._processes: list[PlacedProcess] = []
+        self._processes: list[SupervisedProcess] = []
         self._pmi: PmiName | None = None
-        self._together: Together | None = None
+        self._group: ProcessGroup | None = None
         self._failed: int | None = None
         self._ended: set[int] = set()
         self._ends: dict[int, RankEnd | None] = {}
@@ -114,21 +66,21 @@ class PlacedTask:
                 self._stopped.set_result(None)
                 _stop_all(self._processes)
 
-    def processes(self) -> list[PlacedProcess]:
+    def processes(self) -> list[SupervisedProcess]:
         """One a rank that was started."""
         with self._lock:
             return list(self._processes)
 
     def run(self) -> Outcome | None:
         """Run it to its end; None where the keeper's end ended it, which the backend notices by itself."""
-        for template in self.order.spec.layout.templates:
+        for template in self.task_run.spec.layout.templates:
             if wrong := self._impossible(template):
                 return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=wrong)
         if wrong := self._find_pmi():
             return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=wrong)
-        timer = self._timer(self.order.spec.timeout_s)
+        timer = self._timer(self.task_run.spec.timeout_s)
         try:
-            self._place()
+            self._launch()
         except InvalidTask as error:
             return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=str(error))
         except Exception as error:  # Dragon raises errors of many kinds
@@ -149,17 +101,17 @@ class PlacedTask:
 
     def _free(self) -> None:
         """Give back what a job under a PMI had besides its processes."""
-        if self._together is not None:
+        if self._group is not None:
             with suppress(Exception):  # Dragon raises errors of many kinds; the ranks have ended well or badly before
-                self._together.close()
+                self._group.close()
             shutil.rmtree(self._memory, ignore_errors=True)
 
     def _find_pmi(self) -> str:
         """Learn which PMI its ranks get; why there is none, empty where there is or it needs none."""
-        wanted = self.order.spec.layout.pmi
+        wanted = self.task_run.spec.layout.pmi
         if wanted is None or wanted == "none":
             return ""
-        answer = self.host.prober.find(wanted)
+        answer = self.node.prober.find(wanted)
         either: list[Future[Any]] = [answer, self._stopped]
         wait(either, return_when=FIRST_COMPLETED)
         if self._stopped.done():
@@ -171,9 +123,9 @@ class PlacedTask:
         """What this node cannot give; empty where it can."""
         if not this_host(template.host_name):
             return f"host_name {template.host_name!r} is no node of this engine; it has {socket.gethostname()!r}."
-        if missing := [gpu for gpu in template.gpu_affinity if gpu >= self.host.gpus]:
-            return f"GPU {missing[0]} was asked for; {socket.gethostname()} has {self.host.gpus or 'no'} GPUs."
-        usable = os.sched_getaffinity(0) if sys.platform == "linux" else set(range(self.host.cores))
+        if missing := [gpu for gpu in template.gpu_affinity if gpu >= self.node.gpus]:
+            return f"GPU {missing[0]} was asked for; {socket.gethostname()} has {self.node.gpus or 'no'} GPUs."
+        usable = os.sched_getaffinity(0) if sys.platform == "linux" else set(range(self.node.cores))
         if missing := [cpu for cpu in template.cpu_affinity if cpu not in usable]:
             return f"CPU {missing[0]} was asked for; {socket.gethostname()} has CPUs {sorted(usable)}."
         return ""
@@ -186,33 +138,33 @@ class PlacedTask:
         timer.start()
         return timer
 
-    def _place(self) -> None:
+    def _launch(self) -> None:
         if self._pmi is not None:
-            self._place_together(self._pmi)
+            self._launch_group(self._pmi)
             return
-        for rank in range(self.order.spec.layout.ranks):
+        for rank in range(self.task_run.spec.layout.ranks):
             process = self._process(rank)
             with self._lock:
                 if self._stop is not None:
                     return
-                process.place(self._placer)
+                process.launch(self._launcher)
                 self._processes.append(process)
 
-    def _place_together(self, pmi: PmiName) -> None:
+    def _launch_group(self, pmi: PmiName) -> None:
         """Start all ranks under one PMI; it takes seconds, in which the host goes on.
 
         Dragon 0.15 has been seen to hang in it, once in some hundred times: then it is tried once more.
         """
         shared = rank_environment(self._memory)
 
-        def start() -> tuple[list[PlacedProcess], Together]:
-            processes = [self._process(rank) for rank in range(self.order.spec.layout.ranks)]
+        def start() -> tuple[list[SupervisedProcess], ProcessGroup]:
+            processes = [self._process(rank) for rank in range(self.task_run.spec.layout.ranks)]
             programs = [process.program._replace(env={**shared, **process.program.env}) for process in processes]
-            return processes, self.host.placer.place_together(programs, pmi)
+            return processes, self.node.launcher.launch_group(programs, pmi)
 
-        processes, self._together = in_time(start, _TOGETHER_S, undo=lambda late: _undo(late[1]))
-        for process, placed in zip(processes, self._together.ranks, strict=True):
-            process.placed = placed
+        processes, self._group = in_time(start, _GROUP_START_S, undo=lambda late: _undo(late[1]))
+        for process, launched in zip(processes, self._group.ranks, strict=True):
+            process.process = launched
         with self._lock:
             self._processes = processes
             if self._stop is not None:
@@ -221,29 +173,29 @@ class PlacedTask:
     @property
     def _memory(self) -> Path:
         """A folder for what the MPI library shares between the ranks."""
-        return Path(self.host.config.folder, f"mpi-{self.uid}")
+        return Path(self.node.config.folder, f"mpi-{self.uid}")
 
-    def _process(self, rank: int) -> PlacedProcess:
-        host, order, layout = self.host, self.order, self.order.spec.layout
-        template, work, caps = layout.templates[rank], order.spec.work, host.config.caps
-        process = PlacedProcess(host, host.next_number(), template)
+    def _process(self, rank: int) -> SupervisedProcess:
+        task_run, layout, config = self.task_run, self.task_run.spec.layout, self.node.config
+        template, work, caps = layout.templates[rank], task_run.spec.work, config.caps
+        process = SupervisedProcess(self.node, template)
         if isinstance(work, Command) and self._are_plain(work):
-            arguments = arguments_of(work, order.bindings, load_json)
+            arguments = arguments_of(work, task_run.bindings, load_json)
         else:
-            arguments = process.program_with("rank", RankConfig(order, host.config.sys_path, caps))
+            arguments = process.command_of("rank", RankConfig(task_run, config.sys_path, caps))
         env: dict[str, str | None] = {"RHAPSODY_RANK": str(rank), "RHAPSODY_RANKS": str(layout.ranks)}
-        if self._placer.sets_affinity and template.gpu_affinity:
+        if self._launcher.sets_affinity and template.gpu_affinity:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, template.gpu_affinity))
-        process.prepare(
-            Plan(
+        process.write_plan(
+            ProcessPlan(
                 arguments,
-                host.config.cwd,
+                config.cwd,
                 template.cwd or "",
                 {**env, **template.env},
-                template.cpu_affinity if self._placer.sets_affinity else (),
+                template.cpu_affinity if self._launcher.sets_affinity else (),
                 caps.output_bytes,
-                (order.folder, self.uid, order.attempt),
-                host.events_path,
+                (task_run.folder, self.uid, task_run.attempt),
+                self.node.start_events,
             )
         )
         return process
@@ -251,11 +203,11 @@ class PlacedTask:
     def _are_plain(self, work: Command) -> bool:
         """Whether its arguments can be made here, where no user code may run and nothing long is read."""
         parts = chain.from_iterable(map(parts_of, work.arguments))
-        used = (self.order.bindings[part.uid] for part in parts if isinstance(part, Ref))
+        used = (self.task_run.bindings[part.uid] for part in parts if isinstance(part, Ref))
         return all(value.format == "json" and value.file is None for value in used)
 
     def _join(self) -> list[int]:
-        if self._together is None:
+        if self._group is None:
             return [process.join() for process in self._processes]
         with ThreadPoolExecutor(len(self._processes)) as waiting:
             return list(waiting.map(self._join_together, range(len(self._processes))))
@@ -263,7 +215,7 @@ class PlacedTask:
     def _join_together(self, rank: int) -> int:
         """Wait for a rank; when it has failed, end the others, which would wait for it for ever."""
         code = self._processes[rank].join()
-        end = self._left(rank)
+        end = self._end_of(rank)
         failed = end is None or end.outcome.cause is not None
         with self._lock:
             self._ended.add(rank)
@@ -273,46 +225,46 @@ class PlacedTask:
                 _stop_all(self._processes[other] for other in self._dragged)
         return code
 
-    def _left(self, rank: int) -> RankEnd | None:
+    def _end_of(self, rank: int) -> RankEnd | None:
         """What a rank left that has ended, or None where it was killed."""
         if rank not in self._ends:
-            path, most = self._processes[rank].path, self.host.config.caps.output_bytes
+            path, most = self._processes[rank].path, self.node.config.caps.output_bytes
             try:
-                self._ends[rank] = rank_end(path, self.order, rank, most)
+                self._ends[rank] = rank_end(path, self.task_run, rank, most)
             except OSError as error:
                 lost = RankOutcome(rank, cause=Cause.ERROR, error=f"what it printed could not be kept: {error}")
                 self._ends[rank] = RankEnd(lost, None, time.time())
         return self._ends[rank]
 
     def _rank_end(self, rank: int, code: int) -> RankEnd:
-        found = self._left(rank)
-        if found is None:
-            error = f"its process {self._processes[rank].why or how_it_ended(code)}."
-            found = RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
-        if rank not in self._dragged or found.outcome.cause is None:
-            return found
+        end = self._end_of(rank)
+        if end is None:
+            error = f"its process {self._processes[rank].why_killed or how_it_ended(code)}."
+            end = RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
+        if rank not in self._dragged or end.outcome.cause is None:
+            return end
         error = f"ended because rank {self._failed} failed"
-        return found._replace(outcome=msgspec.structs.replace(found.outcome, cause=Cause.CANCELED, error=error))
+        return end._replace(outcome=msgspec.structs.replace(end.outcome, cause=Cause.CANCELED, error=error))
 
     def _outcome(self, ends: list[RankEnd]) -> Outcome:
         """The task's outcome: DONE where every rank is; its value, output and exit code are rank 0's, or the first
         failed rank's exit code."""
-        ranks = [found.outcome for found in ends]
+        ranks = [end.outcome for end in ends]
         bad = [rank for rank in ranks if rank.cause is not None]
         bad.sort(key=lambda rank: rank.rank != self._failed)  # what failed first, where that is known
-        spec = self.order.spec
+        spec = self.task_run.spec
         state, cause, error, trace = TaskState.DONE, None, "", ""
         if self._stop is not None:
             state = TaskState.CANCELED if self._stop is Cause.CANCELED else TaskState.FAILED
-            cause, error = self._stop, _STOPPED[self._stop].format(timeout=spec.timeout_s)
+            cause, error = self._stop, why_stopped(self._stop, spec.timeout_s)
         elif bad:
             where = f"rank {bad[0].rank} of {len(ranks)}: " if spec.layout.mode == "job" else ""
             state, cause, error, trace = TaskState.FAILED, bad[0].cause, where + bad[0].error, bad[0].traceback
         first = ranks[0] if ranks else RankOutcome(0)
         return Outcome(
             state=state,
-            started=min((found.started for found in ends if found.started is not None), default=None),
-            ended=max((found.ended for found in ends), default=time.time()),
+            started=min((end.started for end in ends if end.started is not None), default=None),
+            ended=max((end.ended for end in ends), default=time.time()),
             value=first.value if state is TaskState.DONE else None,
             stdout=first.stdout,
             stderr=first.stderr,
@@ -327,23 +279,23 @@ class PlacedTask:
 
     def _seems_to_want_mpi(self) -> bool:
         """Whether it is a job of independent ranks whose program, or a file among its arguments, speaks of MPI."""
-        work, layout = self.order.spec.work, self.order.spec.layout
+        work, layout = self.task_run.spec.work, self.task_run.spec.layout
         if not isinstance(work, Command) or layout.ranks < 2 or layout.pmi is not None:
             return False
-        folder = os.path.join(self.host.config.cwd, layout.templates[0].cwd or "")
+        folder = os.path.join(self.node.config.cwd, layout.templates[0].cwd or "")
         names = [work.executable, *(argument for argument in work.arguments if isinstance(argument, str))]
         return any("mpi4py" in name or _speaks_of_mpi(os.path.join(folder, name)) for name in names[:_LOOKED_AT])
 
     def _notes(self, ends: list[RankEnd]) -> tuple[str, ...]:
-        ranks, notes = len(ends), [*left_out(*(found.outcome for found in ends))]
-        left = sum(found.left_running for rank, found in enumerate(ends) if rank not in self._dragged)
+        ranks, notes = len(ends), [*left_out(*(end.outcome for end in ends))]
+        left = sum(end.left_running for rank, end in enumerate(ends) if rank not in self._dragged)
         if left and self._stop is None:
             notes.append(stopped_note(left))
-        if any(found.mpi_alone for found in ends) or self._seems_to_want_mpi():
+        if any(end.mpi_alone for end in ends) or self._seems_to_want_mpi():
             notes.append(_MPI_ALONE)
-        if ranks > self.host.cores:
-            notes.append(f"oversubscribed: {ranks} ranks shared {self.host.cores} cores")
-        if self.order.spec.layout.pmi == "none":
+        if ranks > self.node.cores:
+            notes.append(f"oversubscribed: {ranks} ranks shared {self.node.cores} cores")
+        if self.task_run.spec.layout.pmi == "none":
             notes.append(f'pmi "none": {ranks} independent ranks, no MPI between them')
         return tuple(notes)
 
@@ -365,7 +317,7 @@ def _speaks_of_mpi(path: str) -> bool:
 
 
 _BEGINNING_BYTES = 1024 * 1024
-_TOGETHER_S = (60.0, 120.0)
+_GROUP_START_S = (60.0, 120.0)
 
 
 def in_time(work: Callable[[], T], within_s: Sequence[float], undo: Callable[[T], None]) -> T:
@@ -392,21 +344,14 @@ def _answer(work: Callable[[], T], answer: Future[T]) -> None:
         answer.set_exception(error)
 
 
-def _undo(together: Together) -> None:
-    for placed in together.ranks:
-        placed.terminate()
+def _undo(group: ProcessGroup) -> None:
+    for rank in group.ranks:
+        rank.terminate()
     with suppress(Exception):  # Dragon raises errors of many kinds
-        together.close()
+        group.close()
 
 
-def _stop_all(processes: Iterable[PlacedProcess]) -> None:
+def _stop_all(processes: Iterable[SupervisedProcess]) -> None:
     """End them; does not wait."""
     for process in processes:
         threading.Thread(target=process.stop, daemon=True).start()
-
-
-_STOPPED: dict[Cause, str] = {
-    Cause.CANCELED: "canceled on request",
-    Cause.TIMEOUT: "its time of {timeout} s was up",
-    Cause.LOST: "its process could not be started",
-}

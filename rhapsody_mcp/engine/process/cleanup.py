@@ -15,7 +15,7 @@ from pathlib import Path
 from rhapsody_mcp.engine.process.shared_memory import dragon_files, segments_of, still_there, unlink_unused
 from rhapsody_mcp.engine.process.tree import (
     ENGINE,
-    PLACE,
+    PROCESS_MARK,
     end,
     groups_of,
     marked,
@@ -81,30 +81,30 @@ def end_remains(folder: Path | None, marks: Iterable[str] = ()) -> list[int]:
     program of ours that was started with a file in the folder, or where it descends from such a process or is in one
     session with it. Not found is one that none of this holds for.
     """
-    given, sessions = set(marks), set[int]()
+    known, sessions = set(marks), set[int]()
     notes = {note.stem: note for note in _notes(folder)} if folder is not None else {}
-    others = {mark for mark, note in notes.items() if mark not in given and _is_locked(note)}
+    others = {mark for mark, note in notes.items() if mark not in known and _is_locked(note)}
     notes = {mark: note for mark, note in notes.items() if mark not in others}
-    every = {*notes, *given}
+    every = {*notes, *known}
     if not every:
         return []
     lone = None if others else folder
 
     def left() -> set[int]:
-        own = {pid for mark in every for name in (ENGINE, PLACE) for pid in marked(name, mark)}
+        own = {pid for mark in every for name in (ENGINE, PROCESS_MARK) for pid in marked(name, mark)}
         there = {*writing_into(lone), *programs_with(lone)} if lone else set[int]()
         return relatives(own | there, sessions) - {os.getpid()}
 
-    found = left()
-    launchers = groups_of(found) | {_number(note) for note in notes.values()} - {0}
-    files = segments_of(found).union(*map(dragon_files, launchers))
+    pids = left()
+    launchers = groups_of(pids) | {_number(note) for note in notes.values()} - {0}
+    files = segments_of(pids).union(*map(dragon_files, launchers))
     if folder is not None:
         files |= set().union(*(noted_segments(folder, mark) for mark in every))
     end(left)
     unlink_unused(files)
     for note in notes.values():
         note.unlink(missing_ok=True)
-    return sorted(found)
+    return sorted(pids)
 
 
 def _notes(folder: Path) -> list[Path]:

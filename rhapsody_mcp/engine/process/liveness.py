@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
-from pathlib import Path
+
+from rhapsody_mcp.engine.process.tree import stat_fields
 
 __all__ = ["LOOKS", "Stalls", "is_stopped"]
 
@@ -27,6 +27,4 @@ class Stalls:
 
 def is_stopped(pid: int) -> bool:
     """Whether it is stopped now; never true of one that a debugger traces, or where the system does not tell."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
-    return False
+    return stat_fields(pid)[:1] == [b"T"]

@@ -22,7 +22,7 @@ else:
 __all__ = [
     "ENGINE",
     "LIFELINE",
-    "PLACE",
+    "PROCESS_MARK",
     "adopt_orphans",
     "arguments",
     "descendants",
@@ -40,14 +40,15 @@ __all__ = [
     "relatives",
     "send_signal",
     "started_at",
+    "stat_fields",
     "with_arguments",
     "writing_into",
 ]
 
 ENGINE = "RHAPSODY_ENGINE"
 """Marks every process under a keeper; the value is the keeper's random id."""
-PLACE = "RHAPSODY_PLACE"
-"""Marks every process of one placed process; the value is the engine's id, a dot, and a number."""
+PROCESS_MARK = "RHAPSODY_PLACE"
+"""Marks a launched process and all that it starts; the value is the engine's mark, a dot, and a number."""
 
 LIFELINE = "RHAPSODY_LIFELINE"
 """Names a FIFO whose only writer is the keeper: its readers see end-of-file when that ends, however it ends."""
@@ -87,10 +88,10 @@ def descendants(pid: int, but: Container[int] = ()) -> list[int]:
     for child, parent, _ in _living():
         if child not in but:
             children.setdefault(parent, []).append(child)
-    found = list(children.get(pid, ()))
-    for child in found:
-        found.extend(children.get(child, ()))
-    return found
+    pids_found = list(children.get(pid, ()))
+    for child in pids_found:
+        pids_found.extend(children.get(child, ()))
+    return pids_found
 
 
 def marked(name: str, value: str) -> list[int]:
@@ -99,15 +100,15 @@ def marked(name: str, value: str) -> list[int]:
     A process that cleared its environment is not found.
     """
     exact = f"{name}={value}".encode()
-    found = []
+    pids_found = []
     for pid in _pids():
-        told = _told(pid, "environ")
-        if exact in told and any(entry == exact or entry.startswith(exact + b".") for entry in told.split(b"\0")):
-            found.append(pid)
-    return found
+        data = _read(pid, "environ")
+        if exact in data and any(entry == exact or entry.startswith(exact + b".") for entry in data.split(b"\0")):
+            pids_found.append(pid)
+    return pids_found
 
 
-def _told(pid: int, name: str) -> bytes:
+def _read(pid: int, name: str) -> bytes:
     """What the kernel tells of a process in this file; nothing where there is no such process, or it is another's."""
     try:
         with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
@@ -148,13 +149,15 @@ def relatives(pids: Iterable[int], sessions: set[int]) -> set[int]:
     """The living among these processes, with all that descend from them or are in a session with one of them. The
     sessions that they are in are added to `sessions`, whose processes are relatives as well."""
     parents = {pid: parent for pid, parent, _ in _living()}
-    found = set(pids) & parents.keys()
+    pids_found = set(pids) & parents.keys()
     while True:
-        sessions |= {_session(pid) for pid in found} - {0}
-        more = {pid for pid, parent in parents.items() if parent in found or _session(pid) in sessions} - found
+        sessions |= {_session(pid) for pid in pids_found} - {0}
+        more = {
+            pid for pid, parent in parents.items() if parent in pids_found or _session(pid) in sessions
+        } - pids_found
         if not more:
-            return found
-        found |= more
+            return pids_found
+        pids_found |= more
 
 
 def _session(pid: int) -> int:
@@ -172,15 +175,21 @@ def with_arguments(*wanted: str) -> list[int]:
 
 def arguments(pid: int) -> list[bytes]:
     """Its command line; empty where there is no such process."""
-    told = _told(pid, "cmdline")
-    return told.split(b"\0") if told else []
+    data = _read(pid, "cmdline")
+    return data.split(b"\0") if data else []
 
 
 def started_at(pid: int) -> int:
     """When a process was started, in the kernel's own units since its start; 0 where there is no such process, or
     where the system does not tell. Together with its number it names a process for good."""
-    told = _told(pid, "stat")
-    return int(told.rpartition(b")")[2].split()[19]) if told else 0
+    fields = stat_fields(pid)
+    return int(fields[19]) if fields else 0
+
+
+def stat_fields(pid: int) -> list[bytes]:
+    """What the kernel tells of a process in /proc/PID/stat, from the state (field 3) on; empty where there is no such
+    process, or where the system does not tell."""
+    return _read(pid, "stat").rpartition(b")")[2].split()
 
 
 def group(leader: int) -> list[int]:
@@ -301,7 +310,7 @@ def _living() -> Iterable[tuple[int, int, int]]:
     if not os.path.isdir("/proc"):
         yield from _living_by_ps()
     for pid in _pids():
-        fields = _told(pid, "stat").rpartition(b")")[2].split(None, 3)
+        fields = _read(pid, "stat").rpartition(b")")[2].split(None, 3)
         if fields and fields[0] not in (b"Z", b"X"):
             yield pid, int(fields[1]), int(fields[2])
 

@@ -22,7 +22,7 @@ import msgspec
 
 from rhapsody_mcp.engine.isolation import c_streams
 from rhapsody_mcp.engine.isolation.sources import Sources
-from rhapsody_mcp.engine.messages import Result
+from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.task.error_text import Interrupted, line_in, sendable, trace, words
 from rhapsody_mcp.engine.task.inspection import plain_text, type_name
 from rhapsody_mcp.engine.task.output import end_part, open_part, write_file
@@ -37,7 +37,9 @@ __all__ = ["can_start_threads", "encode", "perform"]
 _NO_CAPS = Caps()
 
 
-def perform(call: Call, bindings: Mapping[str, Value], folder: str, sources: Sources, caps: Caps = _NO_CAPS) -> Result:
+def perform(
+    call: Call, bindings: Mapping[str, Value], folder: str, sources: Sources, caps: Caps = _NO_CAPS
+) -> FunctionResult:
     """Run the call to its end, with the threads that it leaves which are no daemons. Only Interrupted leaves it.
 
     A result that is longer than it may be makes it fail. A process that the function forks ends where it comes back.
@@ -47,12 +49,12 @@ def perform(call: Call, bindings: Mapping[str, Value], folder: str, sources: Sou
     except Interrupted:
         raise
     except _CannotStart as error:
-        return Result(None, Cause.INVALID, f"it cannot start: {error}", error.trace)
+        return FunctionResult(None, Cause.INVALID, f"it cannot start: {error}", error.trace)
     except BaseException as error:
         if _process.is_child:
             _end_child(error)
         exception = _pickled(error, caps.exception_bytes)
-        return Result(None, Cause.ERROR, words(error), _trace(call, error, sources), exception)
+        return FunctionResult(None, Cause.ERROR, words(error), _trace(call, error, sources), exception)
     if _process.is_child:
         _end_child(None)
     return _encoded(value, folder, caps.result_bytes)
@@ -167,15 +169,15 @@ def _end_child(error: BaseException | None) -> NoReturn:
     os._exit(code & 0xFF)
 
 
-def _encoded(value: Any, folder: str, most: int | None) -> Result:
+def _encoded(value: Any, folder: str, most: int | None) -> FunctionResult:
     try:
-        return Result(encode(value, folder, most))
+        return FunctionResult(encode(value, folder, most))
     except _TooLong:
         message = (
             f"its return value of type {type_name(value)} takes more than {most:,} bytes (max_result_bytes in the "
             "settings of the server). Write it into a file and return the file's path, or return a part of it."
         )
-        return Result(None, Cause.ERROR, message, "")
+        return FunctionResult(None, Cause.ERROR, message, "")
     except Interrupted:
         raise
     except BaseException as error:  # a pickler raises whatever a __reduce__ raises
@@ -183,7 +185,7 @@ def _encoded(value: Any, folder: str, most: int | None) -> Result:
             f"its return value of type {type_name(value)} cannot be sent back: {words(error)}. "
             "Return plain data, or write a file and return its path."
         )
-        return Result(None, Cause.ERROR, message, "")
+        return FunctionResult(None, Cause.ERROR, message, "")
 
 
 # --- the function and its arguments

@@ -16,11 +16,11 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 
-from rhapsody_mcp.engine.messages import Result
+from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.task.output import move_stream, write_file, write_pieces
 from rhapsody_mcp.engine.task.output_files import STREAMS
 from rhapsody_mcp.model.outcome import RankOutcome
-from rhapsody_mcp.model.specs import Call, Order
+from rhapsody_mcp.model.specs import Call, TaskRun
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import INLINE_BYTES, PREVIEW_CHARS, Stream, Value
 
@@ -53,7 +53,7 @@ class _Left(NamedTuple):
     left_running: int
 
 
-def rank_end(path: str, order: Order, rank: int, most_output: int | None) -> RankEnd | None:
+def rank_end(path: str, task_run: TaskRun, rank: int, most_output: int | None) -> RankEnd | None:
     """What the supervisor with this path left, which is gone afterwards; None where it was killed. Raises OSError where
     its output or its value cannot be kept."""
     try:
@@ -61,20 +61,20 @@ def rank_end(path: str, order: Order, rank: int, most_output: int | None) -> Ran
     except (FileNotFoundError, EOFError, ValueError):  # not written, or not to its end
         return None
     try:
-        return _end(left, path, order, rank, most_output)
+        return _end(left, path, task_run, rank, most_output)
     finally:
         for suffix in ("outcome", "result", *STREAMS):
             with suppress(FileNotFoundError):
                 os.unlink(f"{path}.{suffix}")
 
 
-def _end(left: _Left, path: str, order: Order, rank: int, most: int | None) -> RankEnd:
-    result, value, stdout, stderr = _result(left, path, order), None, Stream(), Stream()
+def _end(left: _Left, path: str, task_run: TaskRun, rank: int, most: int | None) -> RankEnd:
+    result, value, stdout, stderr = _result(left, path, task_run), None, Stream(), Stream()
     if os.path.exists(f"{path}.out"):
         with open(f"{path}.out", "rb") as printed:
-            stdout, stderr = (move_stream(f"{path}.{suffix}", order.folder, most) for suffix in STREAMS)
+            stdout, stderr = (move_stream(f"{path}.{suffix}", task_run.folder, most) for suffix in STREAMS)
             if result.cause is None and result.value is None:
-                value = _printed_value(printed, stdout, order.folder)
+                value = _printed_value(printed, stdout, task_run.folder)
     outcome = RankOutcome(
         rank=rank,
         host=socket.gethostname(),
@@ -92,19 +92,19 @@ def _end(left: _Left, path: str, order: Order, rank: int, most: int | None) -> R
     return RankEnd(outcome, started, left.ended, left.left_running, result.mpi_alone)
 
 
-def _result(left: _Left, path: str, order: Order) -> Result:
+def _result(left: _Left, path: str, task_run: TaskRun) -> FunctionResult:
     if left.problem:
-        return Result(None, Cause(left.problem), left.words)
+        return FunctionResult(None, Cause(left.problem), left.words)
     with suppress(FileNotFoundError):
-        return msgspec.msgpack.decode(Path(f"{path}.result").read_bytes(), type=Result)
+        return msgspec.msgpack.decode(Path(f"{path}.result").read_bytes(), type=FunctionResult)
     code = left.code or 0
-    if isinstance(order.spec.work, Call):
-        return Result(None, Cause.CRASHED, f"its process {how_it_ended(code)} before the function returned.")
+    if isinstance(task_run.spec.work, Call):
+        return FunctionResult(None, Cause.CRASHED, f"its process {how_it_ended(code)} before the function returned.")
     if code < 0:
-        return Result(None, Cause.CRASHED, f"the program {how_it_ended(code)}.")
+        return FunctionResult(None, Cause.CRASHED, f"the program {how_it_ended(code)}.")
     if code > 0:
-        return Result(None, Cause.EXIT_CODE, f"exit code {code}{_last_words(f'{path}.err')}")
-    return Result()
+        return FunctionResult(None, Cause.EXIT_CODE, f"exit code {code}{_last_words(f'{path}.err')}")
+    return FunctionResult()
 
 
 def _last_words(path: str) -> str:

@@ -94,7 +94,7 @@ class _ScriptWriter:
         self._unwritable = unwritable(candidates)
         self._tasks = [task for task in candidates if task.uid not in self._unwritable]
         self._representatives = {task.uid: representative(task) for task in self._tasks}
-        self._classes = sorted({BACKENDS[plan.name] for plan in plans})
+        self._classes = sorted({BACKENDS[plan.name].class_name for plan in plans})
         every_name = {*_IMPORTS, *_API, *SCRIPT_FUNCTIONS}
         self._sources = SourceWriter(f"{self._preamble(every_name)}\n{_OWN_NAMES}\n")
         functions = {
@@ -257,11 +257,12 @@ class _ScriptWriter:
             arguments["api_key"] = self._code.look_up("ENDPOINT_API_KEY")
         if "url" in arguments:
             arguments["url"] = without_credentials(arguments["url"])
-        for name in {"config_file", "model"} & arguments.keys() if plan.name == "vllm" else ():
+        for name in arguments.keys() & set(BACKENDS[plan.name].paths):
             arguments[name] = _absolute_path(arguments[name])
         if "environment" in arguments:
             arguments["environment"] = self._environment(arguments["environment"])
-        return write_call(BACKENDS[plan.name], [f"{name}={write_value(value)}" for name, value in arguments.items()], 1)
+        written = [f"{name}={write_value(value)}" for name, value in arguments.items()]
+        return write_call(BACKENDS[plan.name].class_name, written, 1)
 
     def _environment(self, environment: dict[str, Any]) -> dict[str, Any]:
         variables = environment.get("variables", {})

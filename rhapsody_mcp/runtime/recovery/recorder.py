@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -192,11 +192,11 @@ class LedgerEngineBook:
         self._ledger, self._key = ledger, key
         self._rows: dict[str, EngineRow] = {}
 
-    async def opened(self, mark: str, kind: Literal["dragon", "local", "vllm"], folder: str) -> None:
+    async def opened(self, mark: str, kind: str, folder: str) -> None:
         row = self._rows[mark] = EngineRow(mark, kind, self._key, 0, 0, folder)
         await self._ledger.commit(PutEngine(row))
 
-    def placed(self, mark: str, pid: int, started: int) -> None:
+    def launched(self, mark: str, pid: int, started: int) -> None:
         self._ledger.write(PutEngine(replace(self._rows[mark], pid=pid, started=started)))
 
     def closed(self, mark: str) -> None:

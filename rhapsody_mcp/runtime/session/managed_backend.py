@@ -8,20 +8,18 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple, Protocol
 
-from rhapsody_mcp.backends.base import Backend, Ended, Event, Running
+from rhapsody_mcp.backends.base import RESTARTS, Backend, Ended, Event, Running, restart_delay_s
 from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Order
+from rhapsody_mcp.model.specs import TaskRun
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader
 
 __all__ = ["CallLater", "EngineNotice", "ManagedBackend", "call_later"]
 
 _log = logging.getLogger(__name__)
-_RESTARTS = 5
-_FIRST_DELAY_S = 1.0
-_ORDERS_PER_STEP = 250
-"""How many orders are submitted in one step of the event loop."""
+_TASK_RUNS_PER_STEP = 250
+"""How many task runs are submitted in one step of the event loop."""
 _CAUSES_WITHOUT_ENGINE = (Cause.LOST, Cause.CANCELED, Cause.INVALID)
 """The causes with which a task may end although no engine works."""
 
@@ -46,12 +44,12 @@ def call_later(delay_s: float, call: Callable[[], object]) -> _Timer:
 
 
 class ManagedBackend:
-    """Accepts orders at any time, and keeps them pending until the backend has started.
+    """Accepts task runs at any time, and keeps them pending until the backend has started.
 
-    An engine that dies is restarted 1, 2, 4, 8 and 16 s later while orders are pending. After five restarts in a row
-    without a finished task, the pending orders end FAILED with cause lost, and the next order begins a new series. A
+    An engine that dies is restarted 1, 2, 4, 8 and 16 s later while tasks are pending. After five restarts in a row
+    without a finished task, the pending tasks end FAILED with cause lost, and the next task begins a new series. A
     failed first start is not repeated. With `idle_s`, an engine without a task for this many seconds is stopped until
-    the next order, unless `is_needed` returns True.
+    the next task, unless `is_needed` returns True.
     """
 
     def __init__(
@@ -69,12 +67,11 @@ class ManagedBackend:
         self._report, self._read, self._call_later = report, read, call_later
         self._notify, self._is_needed, self._idle_s = notify, is_needed, idle_s
         self._ready = self._closed = self._backing_off = False
-        self._pending: list[Order] = []
-        self._live: dict[str, Order] = {}
+        self._pending: list[TaskRun] = []
+        self._live: dict[str, TaskRun] = {}
         self._failures = 0
         self._last_failure = self._activity = self._last_loss = ""
-        if hasattr(backend, "on_loss"):
-            backend.on_loss = self._report_loss
+        backend.on_loss = self._report_loss
         self._start_task: asyncio.Task[None] | None = None
         self._rest_task: asyncio.Task[None] | None = None
         self._idle_timer: _Timer | None = None
@@ -82,27 +79,27 @@ class ManagedBackend:
     @property
     def progress(self) -> str:
         """What the engine does now, for users; empty where the backend reports nothing."""
-        state = "" if self._backing_off else str(getattr(self.backend, "progress", ""))
+        state = "" if self._backing_off else self.backend.progress
         return "; ".join(filter(None, [self._activity, state]))
 
     # --- requests of the session
 
-    def submit(self, orders: Collection[Order]) -> None:
-        """Run the orders. Exactly one Ended is reported for each, whatever happens to the engine."""
+    def submit(self, task_runs: Collection[TaskRun]) -> None:
+        """Run the task runs. Exactly one Ended is reported for each, whatever happens to the engine."""
         self._cancel_idle_timer()
         if self._ready and not self._pending:
             try:
-                self._submit_to_backend(orders)
+                self._submit_to_backend(task_runs)
                 return
             except BackendUnavailable as error:
                 self._mark_dead(str(error))
-        self._pending.extend(orders)
+        self._pending.extend(task_runs)
         self._begin_start()
 
     def withdraw(self, uids: Collection[str]) -> set[str]:
-        """Remove pending orders, and return their uids. Nothing is reported for these tasks."""
-        held = {order.spec.uid for order in self._pending if order.spec.uid in uids}
-        self._pending = [order for order in self._pending if order.spec.uid not in held]
+        """Remove pending task runs, and return their uids. Nothing is reported for these tasks."""
+        held = {task_run.spec.uid for task_run in self._pending if task_run.spec.uid in uids}
+        self._pending = [task_run for task_run in self._pending if task_run.spec.uid not in held]
         return held
 
     def cancel(self, uids: Iterable[str]) -> None:
@@ -111,7 +108,7 @@ class ManagedBackend:
             self.backend.cancel(submitted)
 
     async def close(self) -> None:
-        """Stop the backend. Nothing is reported for pending orders."""
+        """Stop the backend. Nothing is reported for pending task runs."""
         self._closed = True
         self._cancel_idle_timer()
         if self._start_task is not None:
@@ -123,11 +120,11 @@ class ManagedBackend:
 
     # --- submitting to the backend
 
-    def _submit_to_backend(self, orders: Collection[Order]) -> None:
-        by_uid = {order.spec.uid: order for order in orders}
+    def _submit_to_backend(self, task_runs: Collection[TaskRun]) -> None:
+        by_uid = {task_run.spec.uid: task_run for task_run in task_runs}
         self._live |= by_uid
         try:
-            self.backend.submit(list(orders), self._handle_event, self._read)
+            self.backend.submit(list(task_runs), self._handle_event, self._read)
         except BaseException:
             for uid in by_uid:
                 self._live.pop(uid, None)
@@ -146,10 +143,10 @@ class ManagedBackend:
         else:
             self._requeue(self._live.pop(event.uid), event.reason)
 
-    def _requeue(self, order: Order, reason: str) -> None:
+    def _requeue(self, task_run: TaskRun, reason: str) -> None:
         self._mark_dead(reason)
         if not self._closed:
-            self._pending.append(order)
+            self._pending.append(task_run)
             self._begin_start()
 
     def _mark_dead(self, reason: str) -> None:
@@ -179,7 +176,7 @@ class ManagedBackend:
             self._start_task = asyncio.create_task(self._start())
 
     async def _start(self) -> None:
-        """Submit the pending orders, or end them where the backend does not start."""
+        """Submit the pending task runs, or end them where the backend does not start."""
         try:
             while self._pending:
                 if self._ready:
@@ -199,7 +196,7 @@ class ManagedBackend:
             self._continue()
 
     def _continue(self) -> None:
-        if self._pending and not self._closed:  # orders that ended may have queued others
+        if self._pending and not self._closed:  # task runs that ended may have queued others
             self._begin_start()
         self._set_idle_timer()
 
@@ -218,28 +215,28 @@ class ManagedBackend:
             self._ready = True
             self._submit_pending()
             if failures and self._ready:
-                self._post_notice(f"backend {self.backend.name!r} runs again, at attempt {failures} of {_RESTARTS}")
+                self._post_notice(f"backend {self.backend.name!r} runs again, at attempt {failures} of {RESTARTS}")
 
     def _submit_pending(self) -> None:
-        orders, self._pending = self._pending[:_ORDERS_PER_STEP], self._pending[_ORDERS_PER_STEP:]
+        task_runs, self._pending = self._pending[:_TASK_RUNS_PER_STEP], self._pending[_TASK_RUNS_PER_STEP:]
         try:
-            self._submit_to_backend(orders)
+            self._submit_to_backend(task_runs)
         except BaseException as error:
-            self._pending = [*orders, *self._pending]
+            self._pending = [*task_runs, *self._pending]
             self._mark_dead(str(error))
             if not isinstance(error, BackendUnavailable):
                 raise
 
     async def _back_off(self) -> None:
-        if self._failures > _RESTARTS:
+        if self._failures > RESTARTS:
             raise BackendUnavailable(
-                f"its engine was started again {_RESTARTS} times and ended each time before a task did; "
+                f"its engine was started again {RESTARTS} times and ended each time before a task did; "
                 f"the last time: {self._last_failure}"
             )
-        self._activity = f"starting again ({self._failures} of {_RESTARTS}) after: {self._last_failure}"
+        self._activity = f"starting again ({self._failures} of {RESTARTS}) after: {self._last_failure}"
         self._backing_off = True
         delay_over = asyncio.Event()
-        timer = self._call_later(_FIRST_DELAY_S * 2.0 ** (self._failures - 1), delay_over.set)
+        timer = self._call_later(restart_delay_s(self._failures), delay_over.set)
         try:
             await delay_over.wait()
         finally:
@@ -247,12 +244,12 @@ class ManagedBackend:
             timer.cancel()
 
     def _fail_pending(self, cause: Cause, message: str) -> None:
-        orders, self._pending = self._pending, []
+        task_runs, self._pending = self._pending, []
         self._failures = 0
         self._post_notice(message)
-        for order in orders:
+        for task_run in task_runs:
             outcome = Outcome(state=TaskState.FAILED, ended=time.time(), cause=cause, error=message)
-            self._report(Ended(order.spec.uid, outcome))
+            self._report(Ended(task_run.spec.uid, outcome))
 
     # --- resting
 

@@ -63,8 +63,7 @@ class Session:
         if self.work_dir is not None:
             os.makedirs(self.work_dir, exist_ok=True)
             for backend in backends:
-                if hasattr(backend, "work_in"):
-                    backend.work_in(self.work_dir)
+                backend.work_in(self.work_dir)
         self._runner = TaskRunner(
             backends,
             opens_results=opens_results,

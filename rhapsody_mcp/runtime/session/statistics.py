@@ -79,7 +79,4 @@ def _row(task: Task) -> Row:
 
 def _workers(backends: Sequence[Backend]) -> dict[str, int]:
     """The number of workers of each backend that has workers."""
-    descriptions = {backend.name: backend.describe() for backend in backends}
-    return {
-        name: description["num_workers"] for name, description in descriptions.items() if "num_workers" in description
-    }
+    return {backend.name: backend.num_workers for backend in backends if backend.num_workers is not None}

@@ -12,7 +12,7 @@ from rhapsody_mcp.backends.base import Backend, Ended, Running
 from rhapsody_mcp.engine.process.run_dirs import Folder
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Order, TaskSpec
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import NOTHING, Reader, load, load_json
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
@@ -180,7 +180,7 @@ class TaskRunner:
                 self._submit_to_backends([task for task in step if not task.state.final])
 
     def _submit_to_backends(self, tasks: Sequence[Task]) -> None:
-        by_backend: dict[str, list[Order]] = {}
+        by_backend: dict[str, list[TaskRun]] = {}
         folder = str(self.folder)
         for task in tasks:
             if source := self._failed_source(task):
@@ -192,9 +192,9 @@ class TaskRunner:
                 self.for_each.start(task)
                 continue
             task.attempts += 1
-            by_backend.setdefault(task.backend or "", []).append(self._order(task, folder))
-        for name, orders in by_backend.items():
-            self.backends[name].submit(orders)
+            by_backend.setdefault(task.backend or "", []).append(self._task_run(task, folder))
+        for name, task_runs in by_backend.items():
+            self.backends[name].submit(task_runs)
 
     def _failed_source(self, task: Task) -> Task | None:
         for source in task.sources() if task.on_upstream_failure == "cancel" else ():
@@ -202,9 +202,9 @@ class TaskRunner:
                 return source
         return None
 
-    def _order(self, task: Task, folder: str) -> Order:
+    def _task_run(self, task: Task, folder: str) -> TaskRun:
         bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
-        return Order(spec=self._specs[task.uid], bindings=bindings, folder=folder, attempt=max(1, task.attempts))
+        return TaskRun(spec=self._specs[task.uid], bindings=bindings, folder=folder, attempt=max(1, task.attempts))
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,60 @@
+"""Finds out what became of the tasks of a worker that has ended, from start notes and output files."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+
+from rhapsody_mcp.backends.compute.in_flight import InFlightTask
+from rhapsody_mcp.backends.compute.outcomes import crashed, stopped
+from rhapsody_mcp.engine.messages import WorkerExited
+from rhapsody_mcp.engine.task.output import move_stream
+from rhapsody_mcp.engine.task.output_files import MOVES, STREAMS
+from rhapsody_mcp.engine.task.start_log import starts_in
+from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.values import Stream
+
+__all__ = ["noted_starts", "outcomes_after_exit"]
+
+
+async def outcomes_after_exit(
+    tasks: Sequence[InFlightTask], exited: WorkerExited, output_bytes: int | None
+) -> AsyncIterator[tuple[InFlightTask, Outcome]]:
+    """The outcomes of the tasks of a worker that has exited: of each that had started, or was to stop.
+
+    The files with the output of the worker are deleted afterwards.
+    """
+    noted = await noted_starts(tasks)
+    for task in tasks:
+        if task.has_started(noted) or task.stop_cause is not None:
+            output = await asyncio.to_thread(_output, exited.output_path, task.task_run.folder, output_bytes)
+            yield task, stopped(task, output) if task.stop_cause else crashed(task, exited, output)
+    await asyncio.to_thread(_remove_output, exited.output_path)
+
+
+async def noted_starts(tasks: Iterable[InFlightTask]) -> set[tuple[str, int]]:
+    """The starts that the folders of these tasks note: uids with the numbers of attempts."""
+    return await asyncio.to_thread(_read_starts, {task.task_run.folder for task in tasks})
+
+
+def _read_starts(folders: Iterable[str]) -> set[tuple[str, int]]:
+    return {start for folder in folders for start in starts_in(folder)}
+
+
+def _output(path: str, folder: str, output_bytes: int | None) -> tuple[Stream, Stream]:
+    """What a worker left in its files; nothing where the files are gone, as for the second task that asks."""
+    stdout, stderr = (_move(f"{path}.{suffix}", folder, output_bytes) for suffix in STREAMS)
+    return stdout, stderr
+
+
+def _move(path: str, folder: str, output_bytes: int | None) -> Stream:
+    try:
+        return move_stream(path, folder, output_bytes)
+    except OSError:
+        return Stream()
+
+
+def _remove_output(path: str) -> None:
+    for suffix in (*STREAMS, MOVES):
+        Path(f"{path}.{suffix}").unlink(missing_ok=True)

@@ -1,0 +1,350 @@
+"""One life of an engine: its start, what keeps and watches it, its loss, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import secrets
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from rhapsody_mcp.backends.base import BeforeStart, EngineBook
+from rhapsody_mcp.backends.compute.crashes import noted_starts, outcomes_after_exit
+from rhapsody_mcp.backends.compute.dispatcher import Dispatcher
+from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node
+from rhapsody_mcp.backends.compute.transport import Connection, Transport, UnixTransport
+from rhapsody_mcp.backends.engine_process import Keeper
+from rhapsody_mcp.backends.environment import Environment
+from rhapsody_mcp.engine.messages import (
+    FunctionFinished,
+    HostConfig,
+    LauncherName,
+    NodeReady,
+    Ping,
+    Pong,
+    TaskEnded,
+    TaskRevoked,
+    TaskStarted,
+    ToBackend,
+    WorkerExited,
+    WorkerListening,
+    WorkerReady,
+    WorkerStartFailed,
+)
+from rhapsody_mcp.engine.process.liveness import LOOKS, Stalls, is_stopped
+from rhapsody_mcp.engine.process.run_dirs import Folder
+from rhapsody_mcp.engine.process.tree import ENGINE, end, marked
+from rhapsody_mcp.engine.supervisor import GRACE_S
+from rhapsody_mcp.model.errors import BackendUnavailable
+from rhapsody_mcp.model.specs import Caps
+
+__all__ = ["Engine", "EngineConfig"]
+
+_GAVE_UP = "leftover files in /dev/shm"
+"""Dragon's launcher says it last of all; rarely, it stays after that."""
+_SHM_FILE = re.compile(r"DD\w+|\w*\d[DM]|warning: \d+ leftover files in /dev/shm: ?")
+_LOOK_S = 1.0
+_CLOSING_S = 15.0  # the keeper's own grace, and then some
+_LOST_S = 1.5
+_LAST_MESSAGES_S = 2.0
+
+
+class EngineConfig(NamedTuple):
+    """What a backend has its engine be. `host_command` and `host_environment` are of the program on a node, made of
+    the path of its configuration, and of the engine's folder with the environment of the tasks. `on_loss` is called
+    once where the engine ends by itself."""
+
+    backend_name: str
+    launcher: LauncherName
+    slots: int
+    bundles: bool
+    stall_s: float
+    caps: Caps
+    folder: str
+    environment: Environment
+    host_command: Callable[[Path], list[str]]
+    host_environment: Callable[[Path, dict[str, str]], dict[str, str]]
+    book: EngineBook | None
+    before_start: BeforeStart | None
+    on_loss: Callable[[], object]
+
+
+class Engine:
+    """One life of an engine, from the start of its keeper until nothing of it is left."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self.loss: str | None = None
+        """Why the engine takes nothing any more, once that is so."""
+        self.dispatcher = Dispatcher(
+            on_exit=self._settle,
+            before_start=config.before_start,
+            bundles=config.bundles,
+            stop_grace_s=GRACE_S,
+        )
+        self._mark = secrets.token_hex(8)
+        self._folder = Folder()
+        self._log = self._folder.path / "engine.log"
+        self._transport: Transport = UnixTransport(self._folder.path)
+        self._keeper: Keeper | None = None
+        self._watches: list[asyncio.Task[None]] = []
+        self._ending: asyncio.Task[None] | None = None
+        self._agents: dict[Connection, Node] = {}
+        self._unanswered: Counter[Connection] = Counter()
+        self._worker_names: dict[Connection, str] = {}
+        self._settling: set[asyncio.Task[None]] = set()
+        loop = asyncio.get_running_loop()
+        self._node_ready: asyncio.Future[None] = loop.create_future()
+        self._worker_ready: asyncio.Future[None] = loop.create_future()
+        self._workers_ready: asyncio.Future[None] = loop.create_future()
+        self._workers_silent = asyncio.Event()
+        self._workers_silent.set()
+
+    # --- its start
+
+    async def start(self, limit_s: float) -> None:
+        """Returns when a node and a worker can take tasks; the other workers come soon after."""
+        address = await self._transport.listen(self)
+        self._keeper = await self._start_keeper(address)
+        self._watches.append(asyncio.create_task(self._watch_keeper(self._keeper)))
+        giving_up = asyncio.create_task(self._watch_log())
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._node_ready
+                self._watches.append(asyncio.create_task(self._watch_pulse(self._keeper.pid)))
+                if not self._config.bundles:
+                    await self._worker_ready
+                    self._watches.append(asyncio.create_task(self._watch_others(limit_s)))
+        except TimeoutError as error:
+            message = f"the engine of {self._backend} was not ready in {limit_s:.0f} s"
+            raise BackendUnavailable(message + self._last_words()) from error
+        finally:
+            giving_up.cancel()
+
+    async def _start_keeper(self, address: str) -> Keeper:
+        config, path = self._config, self._folder.path / "host.json"
+        host = HostConfig(
+            launcher=config.launcher,
+            mark=self._mark,
+            address=address,
+            folder=str(self._folder.path),
+            sys_path=[entry or os.getcwd() for entry in sys.path],
+            cwd=config.folder or os.getcwd(),
+            batch=config.bundles,
+            stall_s=config.stall_s,
+            caps=config.caps,
+        )
+        path.write_bytes(msgspec.json.encode(host))
+        keeper = Keeper(self._mark, config.launcher, self._folder.path, config.book)
+        await keeper.start(
+            ["--name", config.backend_name, "--log", str(self._log), "--stop", "close"],
+            config.host_command(path),
+            config.host_environment(self._folder.path, await config.environment.build()),
+        )
+        return keeper
+
+    # --- watching
+
+    async def _watch_keeper(self, keeper: Keeper) -> None:
+        code = await keeper.wait()
+        self.lose(f"the engine of {self._backend} ended with exit code {code}{self._last_words()}")
+
+    async def _watch_log(self) -> None:
+        """Notice a launcher that gave up and does not end."""
+        while _GAVE_UP not in self._read_log():  # noqa: ASYNC110 - a file's growth is no event
+            await asyncio.sleep(_LOOK_S)
+        self.lose(f"the engine of {self._backend} gave up its start{self._last_words()}")
+
+    async def _watch_others(self, limit_s: float) -> None:
+        """Notice that the start of a further worker hangs: every start after it would wait for it."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await asyncio.wait([self._workers_ready])
+        except TimeoutError:
+            self.lose(f"a worker of {self._backend} was not ready in {limit_s:.0f} s{self._last_words()}")
+
+    async def _watch_pulse(self, keeper: int) -> None:
+        """Notice an engine that somebody has stopped, and a node agent that does not answer.
+
+        Unanswered pings are counted, and not seconds: a machine that was asleep has missed none.
+        """
+        stalls, stall_s = Stalls(), self._config.stall_s
+        while self._agents:
+            is_silent = any(count >= LOOKS for count in self._unanswered.values())
+            if is_silent or stalls.look([keeper]):
+                what = "host did not answer" if is_silent else "keeper was stopped"
+                self.lose(f"the engine of {self._backend} stood still: its {what} for {stall_s:g} s", 0)
+                return
+            for agent in self._agents:
+                self._unanswered[agent] += 1
+                agent.send(Ping())
+            await asyncio.sleep(stall_s / (LOOKS - 1))
+
+    @property
+    def _backend(self) -> str:
+        return f"backend {self._config.backend_name!r}"
+
+    def _last_words(self) -> str:
+        lines = [line for line in self._read_log().splitlines() if line.strip() and not _SHM_FILE.fullmatch(line)]
+        return ": " + " | ".join(lines[-5:])[-1000:] if lines else ""
+
+    def _read_log(self) -> str:
+        try:
+            return self._log.read_text(errors="replace")
+        except OSError:
+            return ""
+
+    # --- its end
+
+    def lose(self, reason: str, patience_s: float = _LOST_S) -> None:
+        """The engine is gone, or has to go: what runs there is lost, and other tasks are returned once none of it is
+        left. After `patience_s` it is killed."""
+        if self.loss is None:
+            self._config.on_loss()
+            self._stop(reason, patience_s)
+
+    async def close(self) -> None:
+        """End every process, then every task."""
+        self.dispatcher.mark_canceled()
+        if self.loss is None:
+            self._stop(f"{self._backend} was closed", _CLOSING_S)
+        await self.ended()
+
+    async def ended(self) -> None:
+        """Wait until nothing of it is left, where it is lost."""
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
+
+    def _stop(self, reason: str, patience_s: float) -> None:
+        self.loss = reason
+        self.dispatcher.halt()
+        for step in (self._node_ready, self._worker_ready, self._workers_ready):
+            if not step.done():
+                step.set_exception(BackendUnavailable(reason))
+                step.exception()  # nobody may be waiting any more
+        self._ending = asyncio.create_task(self._end(reason, patience_s))
+
+    async def _end(self, reason: str, patience_s: float) -> None:
+        if self._keeper is not None:
+            await self._end_keeper(self._keeper, patience_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_MESSAGES_S):
+                await self._workers_silent.wait()
+        await asyncio.gather(*self._settling)
+        self.dispatcher.abandon(reason, await noted_starts(self.dispatcher.tasks.values()))
+        for watch in self._watches:
+            watch.cancel()
+        self._transport.close()
+        self._folder.remove()
+
+    async def _end_keeper(self, keeper: Keeper, patience_s: float) -> None:
+        """Let the keeper end what it keeps; where that takes too long, end it from here."""
+        keeper.release()
+        if not await _ends(keeper, patience_s):
+            await asyncio.to_thread(end, lambda: marked(ENGINE, self._mark))
+            if is_stopped(keeper.pid) or not await _ends(keeper, _CLOSING_S):
+                keeper.kill()
+        await keeper.wait()
+
+    # --- what its processes say
+
+    def received(self, connection: Connection, messages: Sequence[ToBackend]) -> None:
+        finished = {message.uid for message in messages if type(message) is FunctionFinished}
+        for message in messages:
+            if not (type(message) is TaskStarted and message.uid in finished):  # nobody could see it run
+                self._receive(connection, message)
+
+    def _receive(self, connection: Connection, message: ToBackend) -> None:
+        dispatcher = self.dispatcher
+        match message:
+            case FunctionFinished():
+                dispatcher.function_finished(self._worker_names.get(connection, ""), message)
+            case TaskStarted():
+                dispatcher.task_started(message.uid, message.at)
+            case TaskRevoked():
+                dispatcher.task_revoked(message.uid)
+            case TaskEnded():
+                dispatcher.task_ended(message.uid, message.outcome)
+            case WorkerReady():
+                self._on_worker_ready(connection, message.worker)
+            case WorkerListening():
+                dispatcher.worker_listening(message.worker, connection)
+            case WorkerExited():
+                dispatcher.worker_exited(message)
+            case WorkerStartFailed():
+                self._on_worker_failed(message)
+            case Pong():
+                self._unanswered[connection] = 0
+            case NodeReady():
+                self._on_node_ready(connection, message)
+
+    def disconnected(self, connection: Connection) -> None:
+        worker = self._worker_names.pop(connection, None)
+        if worker is not None:
+            self.dispatcher.worker_disconnected(worker, connection)
+        if not self._worker_names:
+            self._workers_silent.set()
+        if (node := self._agents.pop(connection, None)) is not None:  # its launcher may stay without it
+            node.agent = None
+            self.lose(f"the engine of {self._backend} lost its host{self._last_words()}")
+
+    def _on_node_ready(self, agent: Connection, message: NodeReady) -> None:
+        node = Node(
+            message.host,
+            self._config.slots,
+            agent=agent,
+            cores=message.cores,
+            gpus=message.gpus,
+            memory_gib=message.memory_gib,
+        )
+        self._agents[agent] = node
+        self.dispatcher.add_node(node)
+        _resolve(self._node_ready)
+
+    def _on_worker_ready(self, connection: Connection, worker: str) -> None:
+        if self.dispatcher.worker_ready(worker, connection):
+            self._worker_names[connection] = worker
+            self._workers_silent.clear()
+            _resolve(self._worker_ready)
+            self._look_for_workers()
+
+    def _on_worker_failed(self, message: WorkerStartFailed) -> None:
+        if self.dispatcher.worker_failed(message.worker):
+            self._look_for_workers()
+        else:
+            self.lose(f"{self._backend} could not place a worker: {message.error}")
+
+    def _look_for_workers(self) -> None:
+        if self.dispatcher.all_workers_ready:
+            _resolve(self._workers_ready)
+
+    def _settle(self, tasks: Sequence[InFlightTask], exited: WorkerExited) -> None:
+        """Find out which tasks of a worker that has exited had started, and have the others run elsewhere."""
+        settling = asyncio.create_task(self._settle_tasks(tasks, exited))
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
+
+    async def _settle_tasks(self, tasks: Sequence[InFlightTask], exited: WorkerExited) -> None:
+        async for task, outcome in outcomes_after_exit(tasks, exited, self._config.caps.output_bytes):
+            self.dispatcher.finish(task, outcome)
+        self.dispatcher.requeue(tasks)
+
+
+def _resolve(step: asyncio.Future[None]) -> None:
+    if not step.done():
+        step.set_result(None)
+
+
+async def _ends(keeper: Keeper, within_s: float) -> bool:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            await keeper.wait()
+            return True
+    return False

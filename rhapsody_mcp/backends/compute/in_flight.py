@@ -1,0 +1,122 @@
+"""What is under way in an engine, as the backend sees it: nodes, their workers, and tasks that have not ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from typing import Protocol
+
+from rhapsody_mcp.backends.base import Report
+from rhapsody_mcp.engine.messages import WorkerExited
+from rhapsody_mcp.model.specs import Call, TaskRun
+from rhapsody_mcp.model.states import Cause
+
+__all__ = ["Channel", "InFlightTask", "Node", "Worker"]
+
+
+class Channel(Protocol):
+    """Takes messages for a process of the engine."""
+
+    def send(self, *messages: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Node:
+    """A node with its hardware. `slots` is how many functions, and how many ranks of other tasks, run there at a time.
+
+    `agent` leads to its node agent, and is None once that is gone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        slots: int,
+        *,
+        agent: Channel | None = None,
+        cores: int = 0,
+        gpus: int = 0,
+        memory_gib: float | None = None,
+    ) -> None:
+        self.name, self.slots, self.agent = name, slots, agent
+        self.cores, self.gpus, self.memory_gib = cores, gpus, memory_gib
+        self.workers: dict[str, Worker] = {}
+        self.used_slots = 0
+
+    def slots_for(self, task: InFlightTask) -> int:
+        """The slots that a task takes here: a job with more ranks than there are slots takes all of them."""
+        return min(task.slots, self.slots)
+
+    def has_room_for(self, task: InFlightTask) -> bool:
+        return self.agent is not None and self.used_slots + self.slots_for(task) <= self.slots
+
+    @property
+    def free_slots(self) -> int:
+        return self.slots - self.used_slots
+
+    def send(self, message: object) -> None:
+        """Send a message to the node agent; nothing happens where that is gone."""
+        if self.agent is not None:
+            self.agent.send(message)
+
+
+class Worker:
+    """A worker process. It has `tasks` through which it gets functions, and `control` for interrupts, each once it has
+    connected."""
+
+    def __init__(self, name: str, node: Node, window: int) -> None:
+        self.name, self.node = name, node
+        self.tasks: Channel | None = None
+        self.control: Channel | None = None
+        self.assigned: dict[str, InFlightTask] = {}
+        """Its tasks, the running one first, then those that it gets or has got."""
+        self.recalled: set[str] = set()
+        """Tasks that it was asked to give back."""
+        self.newest_started: InFlightTask | None = None
+        """The task that has started last, until that is reported."""
+        self.window = window
+        """How many functions it may have at a time."""
+        self.exit: WorkerExited | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be given functions."""
+        return self.tasks is not None and self.exit is None
+
+
+class InFlightTask:
+    """A task that has not ended. It waits in a queue, then belongs to a `worker`, or has slots of a `node`."""
+
+    __slots__ = (
+        *("is_sent", "node", "permission", "permission_asked", "report", "runs_in_worker", "started", "stop_cause"),
+        *("task_run", "timer", "uid", "worker"),
+    )
+
+    def __init__(self, task_run: TaskRun, report: Report) -> None:
+        self.task_run, self.report = task_run, report
+        self.uid = task_run.spec.uid
+        self.runs_in_worker = task_run.spec.layout.mode == "native"
+        self.worker: Worker | None = None
+        self.node: Node | None = None
+        self.is_sent = False
+        """Whether its worker, or a node agent, has been asked to run it."""
+        self.permission: asyncio.Future[bool] | None = None
+        """Whether it may start, as `before_start` says, which was asked at `permission_asked` (the loop's time)."""
+        self.permission_asked = 0.0
+        self.started: float | None = None
+        self.stop_cause: Cause | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def size(self) -> int:
+        """The bytes that a worker is sent of it."""
+        work = self.task_run.spec.work
+        return len(work.code) + len(work.arguments) if isinstance(work, Call) else 0
+
+    @property
+    def slots(self) -> int:
+        return max(1, self.task_run.spec.layout.ranks)
+
+    def has_started(self, noted: Collection[tuple[str, int]]) -> bool:
+        """By its worker's message, or by the start notes: uids with the numbers of attempts."""
+        return self.started is not None or (self.uid, self.task_run.attempt) in noted

@@ -1,0 +1,75 @@
+"""The outcomes that a compute backend itself gives to tasks."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from rhapsody_mcp.backends.compute.in_flight import InFlightTask
+from rhapsody_mcp.engine.messages import FunctionFinished, WorkerExited
+from rhapsody_mcp.engine.task.output import left_out, stopped_note
+from rhapsody_mcp.engine.task.rank_result import how_it_ended
+from rhapsody_mcp.model.outcome import Outcome, why_stopped
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import Stream
+
+__all__ = ["crashed", "finished", "lost", "stopped"]
+
+_NO_OUTPUT = (Stream(), Stream())
+
+
+def finished(task: InFlightTask, message: FunctionFinished) -> Outcome:
+    """The outcome of a function that its worker has run to an end."""
+    result = message.result
+    if message.interrupted and task.stop_cause is not None:
+        return stopped(task, (message.stdout, message.stderr), message.started)
+    state = TaskState.DONE if result.cause is None else TaskState.FAILED
+    return Outcome(
+        state=state,
+        started=None if result.cause is Cause.INVALID else message.started,
+        ended=message.ended,
+        value=result.value,
+        stdout=message.stdout,
+        stderr=message.stderr,
+        cause=result.cause,
+        error=result.error,
+        traceback=result.traceback,
+        exception=result.exception,
+        notes=(*left_out(message), *([stopped_note(message.left_running)] if message.left_running else ())),
+    )
+
+
+def stopped(task: InFlightTask, output: tuple[Stream, Stream] = _NO_OUTPUT, started: float | None = None) -> Outcome:
+    """The outcome of a task that was canceled, or whose time was up; `output` is stdout and stderr."""
+    cause = task.stop_cause or Cause.CANCELED
+    outcome = Outcome(
+        state=TaskState.FAILED if cause is Cause.TIMEOUT else TaskState.CANCELED,
+        started=started or task.started,
+        ended=time.time(),
+        cause=cause,
+        error=why_stopped(cause, task.task_run.spec.timeout_s),
+    )
+    return _with_output(outcome, output)
+
+
+def crashed(task: InFlightTask, exited: WorkerExited, output: tuple[Stream, Stream]) -> Outcome:
+    """The outcome of a function whose worker ended under it."""
+    message = f"its process {exited.why or how_it_ended(exited.exit_code)} before the function returned."
+    return _with_output(_failed(Cause.CRASHED, message, task.started, exited.exit_code), output)
+
+
+def lost(task: InFlightTask, reason: str) -> Outcome:
+    """The outcome of a task whose engine ended under it."""
+    return _failed(Cause.LOST, reason, task.started)
+
+
+def _with_output(outcome: Outcome, output: tuple[Stream, Stream]) -> Outcome:
+    with_output = msgspec.structs.replace(outcome, stdout=output[0], stderr=output[1])
+    return msgspec.structs.replace(with_output, notes=tuple(left_out(with_output)))
+
+
+def _failed(cause: Cause, message: str, started: float | None, exit_code: int | None = None) -> Outcome:
+    return Outcome(
+        state=TaskState.FAILED, started=started, ended=time.time(), cause=cause, error=message, exit_code=exit_code
+    )

@@ -1,0 +1,105 @@
+"""How the processes of an engine reach the backend: today over a Unix socket on this machine.
+
+Another transport has another `Transport`, and a branch in `engine.transport.connect` for the form of its addresses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, cast
+
+from rhapsody_mcp.engine.messages import ToBackend
+from rhapsody_mcp.engine.transport import Frames, frame
+
+__all__ = ["Connection", "Receiver", "Transport", "UnixTransport"]
+
+_CHUNK = 1 << 18
+
+
+class Connection(Protocol):
+    """A connection from one process of an engine: its node agent, or a worker, which has two."""
+
+    def send(self, *messages: object) -> None:
+        """Send messages in this order; never blocks. Nothing happens where the other end is gone."""
+
+    def close(self) -> None:
+        """End the connection once all that was sent is on its way."""
+
+
+class Receiver(Protocol):
+    """Gets what comes in, in the event loop."""
+
+    def received(self, connection: Connection, messages: Sequence[ToBackend]) -> None:
+        """The messages of one read, at least one, in the order in which they were sent."""
+
+    def disconnected(self, connection: Connection) -> None:
+        """The other end is gone, and each of its messages has been received."""
+
+
+class Transport(Protocol):
+    async def listen(self, receiver: Receiver) -> str:
+        """Accept connections; the address that the processes of the engine connect to."""
+
+    def close(self) -> None:
+        """Accept no further connection, and end each that there is."""
+
+
+class UnixTransport:
+    """A Unix socket in a folder that only this user can enter."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = str(folder / "backend")
+        self._server: asyncio.Server | None = None
+        self._connections: set[_UnixConnection] = set()
+
+    async def listen(self, receiver: Receiver) -> str:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(lambda: _UnixConnection(receiver, self._connections), self._path)
+        return self._path
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.transport.abort()
+
+
+class _UnixConnection(asyncio.Protocol):
+    """One connection, which is in `connections` for as long as it lasts."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, receiver: Receiver, connections: set[_UnixConnection]) -> None:
+        self._receiver, self._connections = receiver, connections
+        self._frames: Frames[ToBackend] = Frames(ToBackend)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio
+        self._connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        if messages := list(self._frames.feed(data)):
+            self._receiver.received(self, messages)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None:
+            self._receive_rest()
+        self._connections.discard(self)
+        self._receiver.disconnected(self)
+
+    def _receive_rest(self) -> None:
+        """A write to a process that has died ends the connection; earlier messages from there are still to be read."""
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        with suppress(OSError):  # there is no more
+            while data := os.read(descriptor, _CHUNK):
+                self.data_received(data)
+
+    def send(self, *messages: object) -> None:
+        self.transport.write(frame(list(messages)))
+
+    def close(self) -> None:
+        self.transport.close()
