@@ -122,7 +122,7 @@ async def test_a_name_that_could_not_be_used_is_refused(agent: Agent, name: str)
 async def test_an_unknown_name_is_refused_with_the_nearest_one(agent: Agent) -> None:
     await register(agent, SCALE)
     text = await agent.refusal("submit_tasks", session="session-1", tasks=[{"function": "scael", "args": [1]}])
-    assert "tasks[0]: no function is registered as 'scael' (did you mean 'scale'?). RegisteredFunction: scale." in text
+    assert "tasks[0]: no function is registered as 'scael' (did you mean 'scale'?). Registered: scale." in text
     assert "register_function" in text and '"package.module:function"' in text
 
 

@@ -1,4 +1,4 @@
-"""RegisteredFunction functions on real workers, and exported scripts that a fresh process runs."""
+"""Registered functions on real workers, and exported scripts that a fresh process runs."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from rhapsody_mcp.runtime.dataflow.graph import refuse_cycles
 from rhapsody_mcp.runtime.limits import Limits
 from rhapsody_mcp.runtime.session.acceptance import AcceptedTask
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice
-from rhapsody_mcp.runtime.session.statistics import SessionStatistics
+from rhapsody_mcp.runtime.session.statistics import StatisticsCollector
 from rhapsody_mcp.runtime.session.task_runner import TaskRunner
 from rhapsody_mcp.runtime.tasks import Task, leaves, with_children
 
@@ -81,7 +81,7 @@ class Session:
         """Every task that has ended, in the order of the ends; a ForEach is after its children."""
         self.replaced: list[Task] = []
         """The tasks whose name a later task has taken."""
-        self._statistics = SessionStatistics(self.ended, self._runner.unfinished, self._runner.tasks)
+        self._statistics = StatisticsCollector(self.ended, self._runner.unfinished, self._runner.tasks)
         self.on_change: Callable[[Task], None] | None = None
         """Called after each change of a task's state. A start that is reported together with the end is no change."""
         self.notices: deque[EngineNotice] = deque(maxlen=_MAX_NOTICES)

@@ -9,12 +9,12 @@ from rhapsody_mcp.model.statistics import Statistics, Tally
 from rhapsody_mcp.model.task_totals import Row
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, is_hidden, kind_of, leaves, name_of
 
-__all__ = ["SessionStatistics"]
+__all__ = ["StatisticsCollector"]
 
 _BATCH_TASKS = 1000  # ended tasks are added in batches of at least this size
 
 
-class SessionStatistics:
+class StatisticsCollector:
     """The statistics of one session. `ended` grows at its end; `unfinished` are the tasks that have not ended.
 
     Replaced tasks do not count. Of a ForEach with children, the children count.
