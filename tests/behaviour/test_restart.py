@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 import time
 from collections.abc import Callable
@@ -393,9 +394,12 @@ async def test_the_tasks_that_version_0_1_had_not_ended_run(life: Life, old_ledg
 
 
 async def test_a_call_that_version_0_1_answered_is_not_done_twice(life: Life, old_ledger: Path) -> None:
+    tasks = json.loads(OLD_LEDGER.with_suffix(".json").read_text(encoding="utf-8"))
     async with life() as agent:
+        again = await submit(agent, *tasks, idempotency_key="once")
+        assert (again["repeated"], again["first"], again["submitted"]) == (True, "task.000002", len(tasks))
         with pytest.raises(Refused, match="invalid_request"):
-            await submit(agent, {"source": ADD, "args": [1, 2]}, idempotency_key="once")
+            await submit(agent, *tasks[:-1], idempotency_key="once")
 
 
 def test_the_fields_of_a_stored_request_are_those_of_its_version() -> None:

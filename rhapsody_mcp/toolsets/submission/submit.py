@@ -68,12 +68,17 @@ async def _take(
         await open_session.submit(tasks, accepted, stored, submission)
 
 
-def _digest(requests: Sequence[TaskRequest]) -> bytes:
-    """The same for equal requests."""
+def _digest(requests: Sequence[TaskRequest], *, with_defaults: bool = False) -> bytes:
+    """The same for equal requests, also after a version has added a field."""
     digest = hashlib.sha256()
     for request in requests:
-        digest.update(request.model_dump_json().encode() + b"\n")
+        digest.update(request.model_dump_json(exclude_defaults=not with_defaults).encode() + b"\n")
     return digest.digest()
+
+
+def _is_repeated(earlier: Submission, requests: Sequence[TaskRequest]) -> bool:
+    """Whether the requests are those of the earlier call; version 0.1 kept a digest of every field."""
+    return earlier.request_digest in (_digest(requests), _digest(requests, with_defaults=True))
 
 
 def repeated_submission(
@@ -86,7 +91,7 @@ def repeated_submission(
     if key is None or (earlier := open_session.submissions.get(key)) is None:
         return None
     tasks = earlier.tasks
-    if earlier.request_digest != _digest(requests):
+    if not _is_repeated(earlier, requests):
         raise InvalidRequest(
             f"idempotency_key {key!r} belongs to a call with other tasks ({uid_range(tasks[0].uid, tasks[-1].uid)}); "
             "repeat that call as it was, or take a new key."
