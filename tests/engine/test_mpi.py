@@ -312,7 +312,7 @@ async def test_nothing_outlives_an_owner_that_is_killed(when: str, tmp_path: Pat
         sys.executable, "-c", OWNER, str(tmp_path), cwd=Path(__file__).parents[2]
     )
     if when == "while the PMI is tried":
-        await wait_until(lambda: bool(set(family("engine.pmi rank")) - before))
+        await wait_until(lambda: bool(set(family("engine.node.pmi rank")) - before))
     else:
         await wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
     shared = _shared_memory(set(family()) - before - {owner.pid})
