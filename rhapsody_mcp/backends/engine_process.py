@@ -1,4 +1,4 @@
-"""An engine's keeper, as the engine's owner sees it."""
+"""The handle of an engine's owner on the keeper of the engine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from rhapsody_mcp.backends.base import EngineBook
 from rhapsody_mcp.engine.process.cleanup import end_remains, was_killed
 from rhapsody_mcp.engine.process.tree import started_at
 
-__all__ = ["Keeper"]
+__all__ = ["KeeperHandle"]
 
 
-class Keeper:
-    """Keeps one engine from `start` until `wait` returns. Its processes carry `mark`, its files lie in `folder`."""
+class KeeperHandle:
+    """One keeper with its engine, from `start` until `wait` returns. The processes of the engine carry `mark`; its files
+    are in `folder`."""
 
     def __init__(self, mark: str, kind: str, folder: Path, book: EngineBook | None) -> None:
         self._mark, self._kind, self._folder, self._book = mark, kind, folder, book
@@ -23,7 +24,7 @@ class Keeper:
         self._end: asyncio.Task[int] | None = None
 
     async def start(self, options: Sequence[str], command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start a keeper that starts `command`. Where this raises, nothing of it is left."""
+        """Start a keeper that starts `command`. Where this raises, no process and no file is left."""
         try:
             if self._book is not None:
                 await self._book.opened(self._mark, self._kind, str(self._folder))
@@ -53,17 +54,17 @@ class Keeper:
         return self._process.pid
 
     async def wait(self) -> int:
-        """Its exit code, when nothing of the engine is left: where the keeper was killed, this ends the rest."""
+        """The exit code of the keeper, when nothing of the engine is left. Where the keeper was killed, this ends the rest."""
         assert self._end is not None, "it was started"
         return await asyncio.shield(self._end)
 
-    def release(self) -> None:
-        """Let it stop the engine and end."""
+    def stop_engine(self) -> None:
+        """Have the keeper stop the engine and end."""
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
 
     def kill(self) -> None:
-        """Do without it: `wait` ends the engine in its place."""
+        """Kill the keeper; `wait` then ends the engine."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rhapsody_mcp.api import AITask, ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3
-from rhapsody_mcp.backends.engine_process import Keeper
+from rhapsody_mcp.backends.engine_process import KeeperHandle
 from rhapsody_mcp.bench.bare import BareWorkers, no_op
 from rhapsody_mcp.bench.bare_dragon import Took
 from rhapsody_mcp.bench.measurement import Row
@@ -121,7 +121,7 @@ async def _bare_dragon() -> AsyncIterator[_BareDragon]:
     dragon: asyncio.Future[_BareDragon] = asyncio.get_running_loop().create_future()
     address = str(folder.path / "orders")
     server = await asyncio.start_unix_server(lambda *ends: dragon.set_result(_BareDragon(*ends)), address)
-    keeper = Keeper("bench", "dragon", folder.path, None)
+    keeper = KeeperHandle("bench", "dragon", folder.path, None)
     command = backend._host_command(Path(address))
     command[command.index("rhapsody_mcp.engine.host")] = "rhapsody_mcp.bench.bare_dragon"
     environment = backend._host_environment(folder.path, dict(os.environ))
@@ -134,7 +134,7 @@ async def _bare_dragon() -> AsyncIterator[_BareDragon]:
         await made._writer.wait_closed()
     finally:
         server.close()
-        keeper.release()
+        keeper.stop_engine()
         await keeper.wait()
         folder.remove()
 

@@ -14,7 +14,7 @@ import select
 import sys
 
 from rhapsody_mcp.engine.process.tree import adopt_orphans, descendants, end
-from rhapsody_mcp.engine.supervisor import attend, finish, leave
+from rhapsody_mcp.engine.supervisor import attend, finish, write_outcome
 from rhapsody_mcp.engine.task.start_log import NOT_STARTED
 
 TYPE_CHECKING = False
@@ -64,7 +64,7 @@ class _ForkServer:
             readable, _, _ = select.select([self.socket, self.free, self.ended], [], [])
             if self.free in readable:
                 for pid in os.read(self.free, 4096).split():
-                    self._keep(int(pid))
+                    self._mark_idle(int(pid))
             if self.ended in readable:
                 os.read(self.ended, 4096)
                 self._collect()
@@ -85,18 +85,18 @@ class _ForkServer:
             os.kill(self.pids[name], int(command))
 
     def _start(self, name: str) -> None:
-        """With a supervisor that has nothing to do, or with a new one."""
+        """Give a plan to an idle supervisor, or to a new one."""
         if self.idle:
             self.kept.add(name)
-            self._give(self.idle.pop(), name)
+            self._reuse(self.idle.pop(), name)
             return
         try:
             self._fork(name)
         except OSError as error:  # no process more than these
-            leave(f"{self.folder}/{name}", "lost", NOT_STARTED.format(error.strerror))
-            self._say(name, 1)
+            write_outcome(f"{self.folder}/{name}", "lost", NOT_STARTED.format(error.strerror))
+            self._send(name, 1)
 
-    def _give(self, pid: int, name: str) -> None:
+    def _reuse(self, pid: int, name: str) -> None:
         self.names[pid], self.pids[name] = name, pid
         try:
             os.kill(pid, signal.SIGCONT)  # it may have been stopped meanwhile, which nobody looks for
@@ -119,24 +119,24 @@ class _ForkServer:
             os.close(names)
         self.pipes[pid], self.names[pid], self.pids[name] = pipe, name, pid
 
-    def _keep(self, pid: int) -> None:
-        """A supervisor has nothing to do any more."""
+    def _mark_idle(self, pid: int) -> None:
+        """The plan of a supervisor has ended well; the supervisor waits for another plan."""
         if pid not in self.names:  # it was killed after it had said so
             return
-        self._have(pid, 0)
+        self._report_plan_end(pid, 0)
         self.idle.append(pid)
         if len(self.idle) > _MOST_IDLE:
             os.kill(self.idle.pop(0), signal.SIGTERM)
 
-    def _say(self, name: str, code: int) -> None:
+    def _send(self, name: str, code: int) -> None:
         os.write(self.socket, f"{name} {code}\n".encode())
 
-    def _have(self, pid: int, code: int) -> None:
+    def _report_plan_end(self, pid: int, code: int) -> None:
         """The plan of this supervisor has come to an end."""
         name = self.names.pop(pid)
         del self.pids[name]
         self.kept.discard(name)
-        self._say(name, code)
+        self._send(name, code)
 
     def _become(self, name: str, names: int, pipe: int) -> NoReturn:
         signal.set_wakeup_fd(-1)
@@ -148,7 +148,7 @@ class _ForkServer:
         attend(self.folder, name, names, self.done)
 
     def _collect(self) -> None:
-        """Tell of the supervisors that have ended. One that was killed leaves its children to this process."""
+        """Collect the supervisors that have ended. The children of a killed supervisor become children of this process."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -163,10 +163,10 @@ class _ForkServer:
             if pid in self.idle:
                 self.idle.remove(pid)
             if pid in self.names:
-                self._lose(pid, os.waitstatus_to_exitcode(status))
+                self._handle_supervisor_exit(pid, os.waitstatus_to_exitcode(status))
 
-    def _lose(self, pid: int, code: int) -> None:
-        """A supervisor has ended under its plan; one that ended before it knew of it is replaced."""
+    def _handle_supervisor_exit(self, pid: int, code: int) -> None:
+        """A supervisor with a plan has ended. Where it ended before it read the plan, start the plan again."""
         name = self.names[pid]
         if name in self.kept and os.path.exists(f"{self.folder}/{name}"):
             self.kept.remove(name)
@@ -175,7 +175,7 @@ class _ForkServer:
             return
         if code:
             self._end_strays()
-        self._have(pid, code)
+        self._report_plan_end(pid, code)
 
     def _end_strays(self) -> None:
         """End what descends from this process and from no supervisor."""

@@ -40,9 +40,9 @@ from rhapsody_mcp.engine.messages import (
     WorkerExited,
     WorkerStartFailed,
 )
+from rhapsody_mcp.engine.node.context import NodeContext, start_events_path
 from rhapsody_mcp.engine.node.hardware import memory_gib
 from rhapsody_mcp.engine.node.launchers import DragonLauncher, ForkLauncher, Launcher
-from rhapsody_mcp.engine.node.node import Node, start_events_path
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.node.task_processes import ProcessTask
 from rhapsody_mcp.engine.process.liveness import LOOKS, Stalls
@@ -99,7 +99,7 @@ class NodeAgent:
         self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._events.bind(start_events_path(config.folder))
         self._forks = ForkLauncher(config.folder, self._end_without_forks)
-        self._node = Node(config, DragonLauncher() if config.launcher == "dragon" else self._forks, self._forks)
+        self._node = NodeContext(config, DragonLauncher() if config.launcher == "dragon" else self._forks, self._forks)
         self._worker_launcher = _batch_launcher() if config.batch else self._node.launcher
 
     def serve(self) -> None:

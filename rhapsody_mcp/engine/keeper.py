@@ -92,8 +92,8 @@ def _engine(leader: int) -> set[int]:
 
 @contextmanager
 def _noting_segments(folder: Path, mark: str, leader: int) -> Iterator[Callable[[], None]]:
-    """Write down again and again which files in /dev/shm the engine uses: who ends last may not remove them, and
-    nothing else tells of them then. Gives a function that does so at once."""
+    """Record the files in /dev/shm that the engine uses, again and again: the last process of the engine may not remove
+    them, and after its end only this record names them. Gives a function that records them at once."""
     noted: set[str] = set()
     lock, over = threading.Lock(), threading.Event()
 

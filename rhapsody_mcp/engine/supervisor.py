@@ -6,7 +6,7 @@ TERM ends the child's whole tree, politely first, then with KILL; the end of the
 process has ended nothing that it started is left, and the file PLAN.outcome says how the child ended.
 
 One stands over every task that has processes of its own, and over every worker. So it knows nothing of tasks, and
-imports next to nothing: it takes a fifth of the time that one took which imported what tasks are made of.
+imports next to nothing: with the modules of tasks the start would take five times as long.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ __all__ = [
     "execute",
     "find_program",
     "finish",
-    "leave",
     "main",
+    "write_outcome",
 ]
 
 GRACE_S = 2
@@ -74,8 +74,9 @@ def main() -> NoReturn:
 
 
 def attend(folder: str, name: str, names: int, done: int) -> NoReturn:
-    """Be the supervisor of the plan of this name in a folder, and then of those whose names come through a pipe, if
-    there is one, until a plan ends badly; after each that does not, say so through the other."""
+    """Run the plan `name` of a folder, and then each plan whose name comes through the pipe `names` (-1 for none). After
+    each plan that ends well, write the number of this process to the pipe `done`. A plan that fails ends this process.
+    """
     adopt_orphans()
     lifeline, number = open_lifeline(), f"{os.getpid()}\n".encode()
     while name:
@@ -83,7 +84,7 @@ def attend(folder: str, name: str, names: int, done: int) -> NoReturn:
         code = supervisor.run()
         if code or names < 0:
             os._exit(code)
-        supervisor.leave_nothing()
+        supervisor.reset()
         os.write(done, number)
         name = os.read(names, 4096).decode()
     os._exit(0)
@@ -107,7 +108,7 @@ class _Supervisor:
         self.started = 0.0
 
     def run(self) -> int:
-        """Its exit code: a worker's is its child's."""
+        """Run the plan; the exit code, which for a worker is that of the worker."""
         try:
             cwd = self._enter()
             env = self._environment(cwd)
@@ -118,7 +119,7 @@ class _Supervisor:
                 self.outputs.append(Output(f"{self.path}.{suffix}", self.plan["output_bytes"], moves))
             program = find_program(self.plan["arguments"][0], env, cwd)
         except (Impossible, OSError) as error:
-            return self._leave("invalid", str(error))
+            return self._write_outcome("invalid", str(error))
         if self.plan["note"] is None:
             self._report(f"{os.getpid()}")  # before the worker runs tasks: from now on the host sees a supervisor stop
             code, _ = self._watch(program, env)
@@ -126,17 +127,17 @@ class _Supervisor:
         try:
             note_start(*self.plan["note"])
         except OSError as error:
-            return self._leave("lost", NOT_NOTED.format(error))
+            return self._write_outcome("lost", NOT_NOTED.format(error))
         try:
             code, left_running = self._watch(program, env)
         except Impossible as error:
-            return self._leave("invalid", str(error))
+            return self._write_outcome("invalid", str(error))
         except OSError as error:
-            return self._leave("lost", NOT_STARTED.format(error.strerror))
-        return self._leave("", "", code, left_running)
+            return self._write_outcome("lost", NOT_STARTED.format(error.strerror))
+        return self._write_outcome("", "", code, left_running)
 
-    def leave_nothing(self) -> None:
-        """Be as it was before, for the next one."""
+    def reset(self) -> None:
+        """Put signals, output, CPUs and working directory back for the next plan."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for output in self.outputs:
             output.close()
@@ -239,11 +240,11 @@ class _Supervisor:
         for output in self.outputs:
             output.drain()
 
-    def _leave(self, problem: str, message: str, code: int | None = None, left_running: int = 0) -> int:
-        return 0 if leave(self.path, problem, message, self.pid, code, self.started, left_running) else 1
+    def _write_outcome(self, problem: str, message: str, code: int | None = None, left_running: int = 0) -> int:
+        return 0 if write_outcome(self.path, problem, message, self.pid, code, self.started, left_running) else 1
 
 
-def leave(
+def write_outcome(
     path: str,
     problem: str,
     message: str,

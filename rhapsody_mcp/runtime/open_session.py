@@ -37,7 +37,7 @@ class OpenSession:
         self._named: dict[str, Task] = {}
         self.submissions: dict[str, Submission] = {}
         """The submissions that have an idempotency key, by this key."""
-        self.submission_lock = asyncio.Lock()
+        self.naming_lock = asyncio.Lock()
         """Held from the choice of uids and names until `submit` returns."""
 
     def new_uids(self, count: int) -> list[str]:

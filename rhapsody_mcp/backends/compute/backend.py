@@ -144,7 +144,7 @@ class ComputeBackend(BackendBase):
             bundles=self.dispatch == "batch",
             stall_s=self.stall_s,
             caps=self.caps,
-            folder=self.cwd,
+            cwd=self.cwd,
             environment=self.environment,
             host_command=self._host_command,
             host_environment=self._host_environment,

@@ -28,10 +28,10 @@ from rhapsody_mcp.model.states import Cause
 
 __all__ = ["Dispatcher"]
 
-_AT_ONCE = 250
-_QUICK_S = 0.005  # a worker whose functions are quicker is sent several at once
+_STOPPED_PER_TURN = 250  # ended tasks in one turn of the event loop: about 5 ms
+_QUICK_S = 0.005  # a worker with quicker functions gets several at once
 _MOST_SENT = 64
-_MOST_SENT_BYTES = 1024 * 1024  # more waits in the service's memory twice until the worker has read it
+_MOST_SENT_BYTES = 1024 * 1024  # the service holds what a worker has not read twice
 _SOON_S = 0.005
 
 
@@ -85,17 +85,17 @@ class Dispatcher:
 
     @property
     def all_workers_ready(self) -> bool:
-        return all(worker.tasks is not None for worker in self._workers.values())
+        return all(worker.function_channel is not None for worker in self._workers.values())
 
     def worker_ready(self, name: str, tasks: Channel) -> bool:
         """A worker takes functions through this channel; False where no worker has this name any more."""
         worker = self._workers.get(name)
         if worker is None:
             return False
-        worker.tasks = tasks
+        worker.function_channel = tasks
         self._pump()
         if not self._bundles:
-            self._steal()
+            self._recall_unstarted()
         return True
 
     def worker_listening(self, name: str, control: Channel) -> None:
@@ -105,18 +105,18 @@ class Dispatcher:
 
     def worker_disconnected(self, name: str, tasks: Channel) -> None:
         worker = self._workers.get(name)
-        if worker is not None and worker.tasks is tasks:
-            worker.tasks = None
-            self._settle(worker)
+        if worker is not None and worker.function_channel is tasks:
+            worker.function_channel = None
+            self._hand_over_tasks(worker)
 
     def worker_exited(self, message: WorkerExited) -> None:
         worker = self._workers[message.worker]
         worker.exit = message
-        self._settle(worker)
+        self._hand_over_tasks(worker)
 
-    def _settle(self, worker: Worker) -> None:
+    def _hand_over_tasks(self, worker: Worker) -> None:
         """Once a worker has exited and all its messages are received, replace it and hand its tasks over."""
-        if worker.exit is None or worker.tasks is not None:
+        if worker.exit is None or worker.function_channel is not None:
             return
         self._remove(worker)
         tasks = list(worker.assigned.values())
@@ -156,10 +156,10 @@ class Dispatcher:
                 task.node.send(CancelTask(task.uid))
 
     def _finish_stopped(self, queued: list[InFlightTask]) -> None:
-        """Of many, the first now: others are served in between."""
-        for task in queued[:_AT_ONCE]:
+        """Finish these tasks; of many, each further lot in a later turn of the event loop, which serves others in between."""
+        for task in queued[:_STOPPED_PER_TURN]:
             self.finish(task, stopped(task))
-        if rest := queued[_AT_ONCE:]:
+        if rest := queued[_STOPPED_PER_TURN:]:
             asyncio.get_running_loop().call_soon(self._finish_stopped, rest)
 
     def _stop_assigned(self, worker: Worker, uids: Collection[str]) -> None:
@@ -173,8 +173,8 @@ class Dispatcher:
 
     def _interrupt(self, task: InFlightTask, worker: Worker) -> None:
         """First an exception inside the function; where that does not help, its worker is replaced."""
-        if worker.control is not None:
-            worker.control.send(Interrupt(task.uid))
+        if worker.control_channel is not None:
+            worker.control_channel.send(Interrupt(task.uid))
         asyncio.get_running_loop().call_later(self._stop_grace_s, self._stop_worker_of, task, worker)
 
     def _stop_worker_of(self, task: InFlightTask, worker: Worker) -> None:
@@ -282,7 +282,7 @@ class Dispatcher:
 
     def _send(self, worker: Worker, share: Iterable[InFlightTask]) -> None:
         """Send the tasks of the share that are still this worker's."""
-        if worker.tasks is None:
+        if worker.function_channel is None:
             return
         messages: list[object] = []
         for task in share:
@@ -292,18 +292,20 @@ class Dispatcher:
                 task.is_sent = True
                 messages.append(RunFunction(task.uid, work, task_run.bindings, task_run.folder, task_run.attempt))
         if messages:
-            worker.tasks.send(*messages)
+            worker.function_channel.send(*messages)
         else:  # all were canceled meanwhile
             self._pump()
 
-    def _steal(self) -> None:
+    def _recall_unstarted(self) -> None:
         """Where a worker has nothing to do, recall tasks from others that have several and have not started them."""
-        if self._functions or not any(not worker.assigned and worker.tasks for worker in self._workers.values()):
+        if self._functions or not any(
+            not worker.assigned and worker.function_channel for worker in self._workers.values()
+        ):
             return
         for worker in self._workers.values():
-            if len(worker.assigned) > 1 and worker.control is not None and not worker.recalled:
+            if len(worker.assigned) > 1 and worker.control_channel is not None and not worker.recalled:
                 worker.recalled = {task.uid for task in list(worker.assigned.values())[1:] if task.is_sent}
-                worker.control.send(*(Interrupt(uid, running=False) for uid in worker.recalled))
+                worker.control_channel.send(*(Interrupt(uid, running=False) for uid in worker.recalled))
 
     # --- what becomes of tasks
 
@@ -359,12 +361,12 @@ class Dispatcher:
             if len(worker.assigned) <= worker.window // 2:
                 self._feed(worker)
         elif not worker.assigned:
-            self._steal()
+            self._recall_unstarted()
 
     def _let_go(self, worker: Worker) -> None:
         """Have a worker end that has run its bundle: it ends where its connection does."""
-        if not worker.assigned and worker.tasks is not None:
-            worker.tasks.close()
+        if not worker.assigned and worker.function_channel is not None:
+            worker.function_channel.close()
 
     def task_revoked(self, uid: str) -> None:
         """A worker gives this task back; it has not started there, and will not."""

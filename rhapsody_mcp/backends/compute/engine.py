@@ -20,7 +20,7 @@ from rhapsody_mcp.backends.compute.crashes import noted_starts, outcomes_after_e
 from rhapsody_mcp.backends.compute.dispatcher import Dispatcher
 from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node
 from rhapsody_mcp.backends.compute.transport import Connection, Transport, UnixTransport
-from rhapsody_mcp.backends.engine_process import Keeper
+from rhapsody_mcp.backends.engine_process import KeeperHandle
 from rhapsody_mcp.backends.environment import Environment
 from rhapsody_mcp.engine.messages import (
     FunctionFinished,
@@ -67,7 +67,7 @@ class EngineConfig(NamedTuple):
     bundles: bool
     stall_s: float
     caps: Caps
-    folder: str
+    cwd: str
     environment: Environment
     host_command: Callable[[Path], list[str]]
     host_environment: Callable[[Path, dict[str, str]], dict[str, str]]
@@ -93,7 +93,7 @@ class Engine:
         self._folder = Folder()
         self._log = self._folder.path / "engine.log"
         self._transport: Transport = UnixTransport(self._folder.path)
-        self._keeper: Keeper | None = None
+        self._keeper: KeeperHandle | None = None
         self._watches: list[asyncio.Task[None]] = []
         self._ending: asyncio.Task[None] | None = None
         self._agents: dict[Connection, Node] = {}
@@ -128,7 +128,7 @@ class Engine:
         finally:
             giving_up.cancel()
 
-    async def _start_keeper(self, address: str) -> Keeper:
+    async def _start_keeper(self, address: str) -> KeeperHandle:
         config, path = self._config, self._folder.path / "host.json"
         host = HostConfig(
             launcher=config.launcher,
@@ -136,13 +136,13 @@ class Engine:
             address=address,
             folder=str(self._folder.path),
             sys_path=[entry or os.getcwd() for entry in sys.path],
-            cwd=config.folder or os.getcwd(),
+            cwd=config.cwd or os.getcwd(),
             batch=config.bundles,
             stall_s=config.stall_s,
             caps=config.caps,
         )
         path.write_bytes(msgspec.json.encode(host))
-        keeper = Keeper(self._mark, config.launcher, self._folder.path, config.book)
+        keeper = KeeperHandle(self._mark, config.launcher, self._folder.path, config.book)
         await keeper.start(
             ["--name", config.backend_name, "--log", str(self._log), "--stop", "close"],
             config.host_command(path),
@@ -152,7 +152,7 @@ class Engine:
 
     # --- watching
 
-    async def _watch_keeper(self, keeper: Keeper) -> None:
+    async def _watch_keeper(self, keeper: KeeperHandle) -> None:
         code = await keeper.wait()
         self.lose(f"the engine of {self._backend} ended with exit code {code}{self._last_words()}")
 
@@ -244,9 +244,9 @@ class Engine:
         self._transport.close()
         self._folder.remove()
 
-    async def _end_keeper(self, keeper: Keeper, patience_s: float) -> None:
+    async def _end_keeper(self, keeper: KeeperHandle, patience_s: float) -> None:
         """Let the keeper end what it keeps; where that takes too long, end it from here."""
-        keeper.release()
+        keeper.stop_engine()
         if not await _ends(keeper, patience_s):
             await asyncio.to_thread(end, lambda: marked(ENGINE, self._mark))
             if is_stopped(keeper.pid) or not await _ends(keeper, _CLOSING_S):
@@ -342,7 +342,7 @@ def _resolve(step: asyncio.Future[None]) -> None:
         step.set_result(None)
 
 
-async def _ends(keeper: Keeper, within_s: float) -> bool:
+async def _ends(keeper: KeeperHandle, within_s: float) -> bool:
     with suppress(TimeoutError):
         async with asyncio.timeout(within_s):
             await keeper.wait()

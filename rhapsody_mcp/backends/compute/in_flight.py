@@ -61,27 +61,27 @@ class Node:
 
 
 class Worker:
-    """A worker process. It has `tasks` through which it gets functions, and `control` for interrupts, each once it has
-    connected."""
+    """A worker process. Functions go to it through `function_channel`, interrupts through `control_channel`; each is None
+    until the worker has connected."""
 
     def __init__(self, name: str, node: Node, window: int) -> None:
         self.name, self.node = name, node
-        self.tasks: Channel | None = None
-        self.control: Channel | None = None
+        self.function_channel: Channel | None = None
+        self.control_channel: Channel | None = None
         self.assigned: dict[str, InFlightTask] = {}
-        """Its tasks, the running one first, then those that it gets or has got."""
+        """The tasks of the worker by uid: first the running task, then the tasks that wait in the worker or are on their way."""
         self.recalled: set[str] = set()
-        """Tasks that it was asked to give back."""
+        """Tasks that the worker was asked to give back."""
         self.newest_started: InFlightTask | None = None
         """The task that has started last, until that is reported."""
         self.window = window
-        """How many functions it may have at a time."""
+        """How many functions the worker may have at a time."""
         self.exit: WorkerExited | None = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can be given functions."""
-        return self.tasks is not None and self.exit is None
+        """Whether the worker takes functions now."""
+        return self.function_channel is not None and self.exit is None
 
 
 class InFlightTask:
@@ -99,9 +99,9 @@ class InFlightTask:
         self.worker: Worker | None = None
         self.node: Node | None = None
         self.is_sent = False
-        """Whether its worker, or a node agent, has been asked to run it."""
+        """Whether the worker, or the node agent, has been asked to run the task."""
         self.permission: asyncio.Future[bool] | None = None
-        """Whether it may start, as `before_start` says, which was asked at `permission_asked` (the loop's time)."""
+        """The answer of `before_start` to whether the task may start, asked for at `permission_asked` (the loop's time)."""
         self.permission_asked = 0.0
         self.started: float | None = None
         self.stop_cause: Cause | None = None
@@ -109,7 +109,7 @@ class InFlightTask:
 
     @property
     def size(self) -> int:
-        """The bytes that a worker is sent of it."""
+        """The bytes of function and arguments, which a worker gets."""
         work = self.task_run.spec.work
         return len(work.code) + len(work.arguments) if isinstance(work, Call) else 0
 

@@ -12,9 +12,9 @@ from rhapsody_mcp.backends.compute.in_flight import InFlightTask
 __all__ = ["StartGate"]
 
 _AHEAD = 512
-"""One record covers so many tasks, which start soon,"""
+"""Tasks per record: those that start now, and the next in the queue."""
 _VALID_S = 1.0
-"""or a new record is made: much may have changed meanwhile, and a ledger may not be writable any more."""
+"""How long a permission stays valid, in seconds: later, the ledger may not be writable any more."""
 
 
 class StartGate:
@@ -51,5 +51,5 @@ class StartGate:
 
 
 def _has_to_ask(task: InFlightTask, now: float) -> bool:
-    """Whether nobody has asked for it yet, or the answer is too old."""
+    """Whether `before_start` was not asked for this task, or its answer is too old."""
     return task.permission is None or (now - task.permission_asked > _VALID_S and task.permission.done())

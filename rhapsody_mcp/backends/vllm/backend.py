@@ -225,7 +225,7 @@ class DragonVllmInferenceBackend(BackendBase):
         return VllmServer(launch, book=self.book, health_s=self._health_s)
 
     async def _keep_up(self, index: int, runner: PromptRunner, timeout_s: float) -> None:
-        """Start the server at this index again whenever it dies, until no other one serves or that never helps."""
+        """Restart the server at this index whenever it dies. Stop when no server is left, or after RESTARTS failures."""
         failures = 0
         while True:
             server = self._servers[index]

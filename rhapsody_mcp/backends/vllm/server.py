@@ -15,7 +15,7 @@ import httpx2
 import msgspec
 
 from rhapsody_mcp.backends.base import EngineBook
-from rhapsody_mcp.backends.engine_process import Keeper
+from rhapsody_mcp.backends.engine_process import KeeperHandle
 from rhapsody_mcp.backends.inference.openai_client import Answer, ChatServer, Conversation, Lost, Refused
 from rhapsody_mcp.backends.vllm.health import ENGINE_DIED, GONE, Health
 from rhapsody_mcp.engine.process.liveness import is_stopped
@@ -50,7 +50,7 @@ class VllmServer(ChatServer):
         super().__init__(f"http://127.0.0.1:{launch.port}/v1", launch.api_key)
         self.launch = launch
         self._mark, self._book, self._health_s = secrets.token_hex(8), book, health_s
-        self._keeper: Keeper | None = None
+        self._keeper: KeeperHandle | None = None
         self._exit: asyncio.Task[int] | None = None
         self._watch: Health | None = None
         self._health: asyncio.Task[str] | None = None
@@ -113,9 +113,9 @@ class VllmServer(ChatServer):
             await asyncio.wait({self._health})
         await self.close()
 
-    async def _end(self, keeper: Keeper, exit_: asyncio.Task[int]) -> None:
+    async def _end(self, keeper: KeeperHandle, exit_: asyncio.Task[int]) -> None:
         dead = self.is_dead
-        keeper.release()
+        keeper.stop_engine()
         if dead and not exit_.done():
             await asyncio.to_thread(end, lambda: descendants(keeper.pid))
         if not is_stopped(keeper.pid):
@@ -142,10 +142,10 @@ class VllmServer(ChatServer):
             if self.is_dead:
                 await asyncio.sleep(_DYING_S)  # it is cut short
 
-    async def _start_keeper(self) -> Keeper:
+    async def _start_keeper(self) -> KeeperHandle:
         launch = self.launch
         launch.log.unlink(missing_ok=True)  # of an earlier try
-        keeper = Keeper(self._mark, "vllm", launch.log.parent, self._book)
+        keeper = KeeperHandle(self._mark, "vllm", launch.log.parent, self._book)
         name = ["--name", f"vllm-{launch.port}", "--log", str(launch.log)]
         await keeper.start(
             [*name, "--stop", "term", "--grace", str(_STOP_GRACE_S)],

@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 
 from rhapsody_mcp.engine.messages import ProcessPlan
+from rhapsody_mcp.engine.node.context import NodeContext
 from rhapsody_mcp.engine.node.launchers import LaunchedProcess, Launcher, Program
-from rhapsody_mcp.engine.node.node import Node
 from rhapsody_mcp.engine.process.tree import PROCESS_MARK
 from rhapsody_mcp.engine.supervisor import GRACE_S, command
 from rhapsody_mcp.model.specs import Template
@@ -23,7 +23,7 @@ __all__ = ["SupervisedProcess"]
 class SupervisedProcess:
     """A supervisor, which runs what its plan says."""
 
-    def __init__(self, node: Node, template: Template) -> None:
+    def __init__(self, node: NodeContext, template: Template) -> None:
         number = node.next_number()
         self.name = f"p{number}"
         self.path = f"{node.config.folder}/{self.name}"

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from rhapsody_mcp.engine.messages import ProcessPlan, RankConfig
+from rhapsody_mcp.engine.node.context import NodeContext
 from rhapsody_mcp.engine.node.hardware import this_host
 from rhapsody_mcp.engine.node.launchers import Launcher, ProcessGroup
-from rhapsody_mcp.engine.node.node import Node
 from rhapsody_mcp.engine.node.pmi import PmiName, rank_environment
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
@@ -43,7 +43,7 @@ T = TypeVar("T")
 class ProcessTask:
     """A task in processes of its own, one a rank."""
 
-    def __init__(self, node: Node, task_run: TaskRun) -> None:
+    def __init__(self, node: NodeContext, task_run: TaskRun) -> None:
         self.node, self.task_run, self.uid = node, task_run, task_run.spec.uid
         self._launcher: Launcher = node.forks if task_run.spec.layout.forked else node.launcher
         self.reported = False

@@ -180,7 +180,7 @@ class Session:
 
         Nothing else may be submitted meanwhile. Raises SessionClosed, with no task submitted.
         """
-        async with self._runner.submission_lock:
+        async with self._runner.step_lock:
             self._refuse_closed()
             self._submitted += tasks
             await self._runner.submit_in_steps(accepted)

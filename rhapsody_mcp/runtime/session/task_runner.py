@@ -65,7 +65,7 @@ class TaskRunner:
         self._dependencies = Dependencies()
         self._retry_timers: dict[str, asyncio.TimerHandle] = {}
         self._hidden_count = 0
-        self.submission_lock = asyncio.Lock()
+        self.step_lock = asyncio.Lock()
         """Held while tasks are submitted in steps: a cancel waits until all of them are submitted."""
         self._folder = folder.absolute() if folder is not None else None
         if folder is not None:
@@ -216,7 +216,7 @@ class TaskRunner:
 
     async def submit_children(self, parent: ForEach, items: Sequence[Any]) -> None:
         """Make the children of a ForEach and submit them in steps. Raises InvalidTask and LimitExceeded."""
-        async with self.submission_lock:
+        async with self.step_lock:
             if parent.state.final:
                 return
             accept = self.acceptance.accept_children
@@ -324,7 +324,7 @@ class TaskRunner:
 
     async def cancel(self, tasks: Collection[Task], message: str) -> None:
         """Cancel tasks. No pending task among them starts from now on; these end in steps."""
-        async with self.submission_lock:
+        async with self.step_lock:
             while tasks:
                 changed: list[Task] = []
                 for step in steps(self._withdraw(tasks)):

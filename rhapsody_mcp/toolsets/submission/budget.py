@@ -85,7 +85,7 @@ async def ask_to_exceed(
     over = over_budget(Demand(usage.tasks, usage.tokens).plus(demand_of(tasks)), state.settings)
     if not over or repeated_submission(open_session, tasks, idempotency_key) is not None:
         return Confirm()
-    async with open_session.submission_lock:  # a person is not asked about tasks that will be refused
+    async with open_session.naming_lock:  # a person is not asked about tasks that will be refused
         prepared = await prepare_tasks(open_session, tasks)
         await to_thread_if_large(check_tasks, open_session, tasks, prepared)
     return ask(f"This gives {session} {'; '.join(over)}.", context)

@@ -36,7 +36,7 @@ _prepared: ContextVar[_Prepared | None] = ContextVar("prepared", default=None)
 async def prepare_tasks(open_session: OpenSession, requests: Sequence[TaskRequest]) -> list[Task]:
     """The tasks of these requests. A second time in the same call, the same tasks, unless the session has changed.
 
-    The caller holds `open_session.submission_lock`. Raises what `make_tasks` raises.
+    The caller holds `open_session.naming_lock`. Raises what `make_tasks` raises.
     """
     state = _state_of(open_session)
     last = _prepared.get()

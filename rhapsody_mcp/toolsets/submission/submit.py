@@ -35,7 +35,7 @@ async def submit(open_session: OpenSession, requests: Sequence[TaskRequest], key
 
 
 async def _submit(open_session: OpenSession, requests: Sequence[TaskRequest], key: str | None) -> CallToolResult:
-    async with open_session.submission_lock:
+    async with open_session.naming_lock:
         if (repeated := repeated_submission(open_session, requests, key)) is not None:
             return repeated
         tasks = await prepare_tasks(open_session, requests)

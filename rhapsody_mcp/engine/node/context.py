@@ -12,10 +12,10 @@ from rhapsody_mcp.engine.node.hardware import count_cores, count_gpus
 from rhapsody_mcp.engine.node.launchers import TASK_VARIABLES, ForkLauncher, Launcher
 from rhapsody_mcp.engine.node.pmi import Prober
 
-__all__ = ["Node"]
+__all__ = ["NodeContext"]
 
 
-class Node:
+class NodeContext:
     """This node; for use from any thread."""
 
     def __init__(self, config: HostConfig, launcher: Launcher, forks: ForkLauncher) -> None:
