@@ -15,8 +15,8 @@ __all__ = ["KeeperHandle"]
 
 
 class KeeperHandle:
-    """One keeper with its engine, from `start` until `wait` returns. The processes of the engine carry `mark`; its files
-    are in `folder`."""
+    """One keeper with its engine, from `start` until `wait` returns. The processes of the engine carry `mark`, and its
+    files are in `folder`."""
 
     def __init__(self, mark: str, kind: str, folder: Path, book: EngineBook | None) -> None:
         self._mark, self._kind, self._folder, self._book = mark, kind, folder, book
@@ -54,7 +54,7 @@ class KeeperHandle:
         return self._process.pid
 
     async def wait(self) -> int:
-        """The exit code of the keeper, when nothing of the engine is left. Where the keeper was killed, this ends the rest."""
+        """The exit code of the keeper, when nothing of the engine is left. Ends what a killed keeper has left."""
         assert self._end is not None, "it was started"
         return await asyncio.shield(self._end)
 

@@ -148,7 +148,7 @@ class _ForkServer:
         attend(self.folder, name, names, self.done)
 
     def _collect(self) -> None:
-        """Collect the supervisors that have ended. The children of a killed supervisor become children of this process."""
+        """Collect the supervisors that have ended. A killed supervisor leaves its children to this process."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)

@@ -101,7 +101,7 @@ class Dispatcher:
     def worker_listening(self, name: str, control: Channel) -> None:
         """A worker takes interrupts through this channel."""
         if name in self._workers:
-            self._workers[name].control = control
+            self._workers[name].control_channel = control
 
     def worker_disconnected(self, name: str, tasks: Channel) -> None:
         worker = self._workers.get(name)
@@ -156,7 +156,7 @@ class Dispatcher:
                 task.node.send(CancelTask(task.uid))
 
     def _finish_stopped(self, queued: list[InFlightTask]) -> None:
-        """Finish these tasks; of many, each further lot in a later turn of the event loop, which serves others in between."""
+        """Finish these tasks, the first of many now and the others in later turns of the event loop."""
         for task in queued[:_STOPPED_PER_TURN]:
             self.finish(task, stopped(task))
         if rest := queued[_STOPPED_PER_TURN:]:
@@ -298,11 +298,10 @@ class Dispatcher:
 
     def _recall_unstarted(self) -> None:
         """Where a worker has nothing to do, recall tasks from others that have several and have not started them."""
-        if self._functions or not any(
-            not worker.assigned and worker.function_channel for worker in self._workers.values()
-        ):
+        workers = self._workers.values()
+        if self._functions or not any(not worker.assigned and worker.function_channel for worker in workers):
             return
-        for worker in self._workers.values():
+        for worker in workers:
             if len(worker.assigned) > 1 and worker.control_channel is not None and not worker.recalled:
                 worker.recalled = {task.uid for task in list(worker.assigned.values())[1:] if task.is_sent}
                 worker.control_channel.send(*(Interrupt(uid, running=False) for uid in worker.recalled))

@@ -61,15 +61,15 @@ class Node:
 
 
 class Worker:
-    """A worker process. Functions go to it through `function_channel`, interrupts through `control_channel`; each is None
-    until the worker has connected."""
+    """A worker process. Functions go through `function_channel`, interrupts through `control_channel`; each is None until
+    the worker has connected."""
 
     def __init__(self, name: str, node: Node, window: int) -> None:
         self.name, self.node = name, node
         self.function_channel: Channel | None = None
         self.control_channel: Channel | None = None
         self.assigned: dict[str, InFlightTask] = {}
-        """The tasks of the worker by uid: first the running task, then the tasks that wait in the worker or are on their way."""
+        """The tasks of the worker by uid: the running task, then those that wait in the worker or are on their way."""
         self.recalled: set[str] = set()
         """Tasks that the worker was asked to give back."""
         self.newest_started: InFlightTask | None = None
@@ -101,7 +101,7 @@ class InFlightTask:
         self.is_sent = False
         """Whether the worker, or the node agent, has been asked to run the task."""
         self.permission: asyncio.Future[bool] | None = None
-        """The answer of `before_start` to whether the task may start, asked for at `permission_asked` (the loop's time)."""
+        """The answer of `before_start` for this task, asked for at `permission_asked` (the loop's time)."""
         self.permission_asked = 0.0
         self.started: float | None = None
         self.stop_cause: Cause | None = None
