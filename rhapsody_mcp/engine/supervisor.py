@@ -74,7 +74,7 @@ def main() -> NoReturn:
 
 
 def attend(folder: str, name: str, names: int, done: int) -> NoReturn:
-    """Run the plan `name` of a folder, and then each plan whose name comes through the pipe `names` (-1: no pipe). After
+    """Run the plan `name` of a folder, and then each plan whose name comes through the pipe `names` (-1: none). After
     each plan that ends well, write the number of this process to the pipe `done`. A plan that fails ends this process.
     """
     adopt_orphans()

@@ -61,8 +61,8 @@ class Node:
 
 
 class Worker:
-    """A worker process. Functions go through `function_channel`, interrupts through `control_channel`; each is None until
-    the worker has connected."""
+    """A worker process. Functions go through `function_channel`, interrupts through `control_channel`; each is None
+    until the worker has connected."""
 
     def __init__(self, name: str, node: Node, window: int) -> None:
         self.name, self.node = name, node

@@ -225,7 +225,7 @@ class DragonVllmInferenceBackend(BackendBase):
         return VllmServer(launch, book=self.book, health_s=self._health_s)
 
     async def _keep_up(self, index: int, runner: PromptRunner, timeout_s: float) -> None:
-        """Restart the server at this index whenever it dies, until no server is left or RESTARTS restarts have failed."""
+        """Restart the server at this index when it dies, until no server is left or RESTARTS restarts have failed."""
         failures = 0
         while True:
             server = self._servers[index]
