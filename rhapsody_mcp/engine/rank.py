@@ -23,7 +23,7 @@ from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import FunctionResult, RankConfig
 from rhapsody_mcp.engine.supervisor import Impossible, execute, find_program
 from rhapsody_mcp.engine.task.arguments import arguments_of
-from rhapsody_mcp.engine.task.error_text import words
+from rhapsody_mcp.engine.task.error_text import error_message
 from rhapsody_mcp.engine.task.function_call import perform
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.specs import Call, Command, TaskRun
@@ -82,7 +82,7 @@ def _become(work: Command, task_run: TaskRun) -> str:
     except (InvalidTask, Impossible) as error:
         return str(error)
     except BaseException as error:  # unpickling runs the user's own code
-        return f"its arguments cannot be made of the results: {words(error)}"
+        return f"its arguments cannot be made of the results: {error_message(error)}"
     return execute(program, arguments, env)
 
 

@@ -27,8 +27,8 @@ from rhapsody_mcp.engine.process.tree import (
     reap,
     send_signal,
 )
-from rhapsody_mcp.engine.task.output_files import MOVES, STREAMS, Output, shared_count
-from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_NOTED, NOT_STARTED, note_start
+from rhapsody_mcp.engine.task.output_files import MOVE_COUNT, STREAMS, Output, shared_count
+from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_STARTED, START_NOT_LOGGED, log_start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class _Supervisor:
             env = self._environment(cwd)
             if self.plan["cpus"]:
                 os.sched_setaffinity(0, self.plan["cpus"])
-            moves = [0] if self.plan["note"] else shared_count(f"{self.path}.{MOVES}")
+            moves = [0] if self.plan["note"] else shared_count(f"{self.path}.{MOVE_COUNT}")
             for suffix in STREAMS:
                 self.outputs.append(Output(f"{self.path}.{suffix}", self.plan["output_bytes"], moves))
             program = find_program(self.plan["arguments"][0], env, cwd)
@@ -125,9 +125,9 @@ class _Supervisor:
             code, _ = self._watch(program, env)
             return code if code >= 0 else 128 - code
         try:
-            note_start(*self.plan["note"])
+            log_start(*self.plan["note"])
         except OSError as error:
-            return self._write_outcome("lost", NOT_NOTED.format(error))
+            return self._write_outcome("lost", START_NOT_LOGGED.format(error))
         try:
             code, left_running = self._watch(program, env)
         except Impossible as error:
@@ -217,7 +217,7 @@ class _Supervisor:
     def _began(self, pid: int) -> None:
         self.pid, self.started = pid, time.time()
         for output in self.outputs:
-            output.started()
+            output.close_writer()
         if note := self.plan["note"]:
             self._report(f"{os.getpid()}", note[1])
         else:

@@ -45,8 +45,8 @@ from rhapsody_mcp.engine.messages import (
 from rhapsody_mcp.engine.process.tree import adopt_orphans, arguments, end, has_children, own_descendants, reap
 from rhapsody_mcp.engine.task.error_text import Interrupted
 from rhapsody_mcp.engine.task.function_call import can_start_threads, perform
-from rhapsody_mcp.engine.task.function_output import Printed
-from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_NOTED, note_start
+from rhapsody_mcp.engine.task.function_output import FunctionOutput
+from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, START_NOT_LOGGED, log_start
 from rhapsody_mcp.engine.transport import Link
 from rhapsody_mcp.model.states import Cause
 
@@ -127,7 +127,7 @@ class _Worker:
         signal.signal(_INTERRUPT, lambda number, frame: _raise(self.turn, number, frame))
         threading.Thread(target=_listen, args=(config, self.turn, threading.get_ident()), daemon=True).start()
         self.sources, self.edited = Sources(str(path.parent / "sources")), EditedModules()
-        self.printed = Printed(path)
+        self.output = FunctionOutput(path)
         self.state = ProcessState()
         self.threads = _thread._count()
         self.backend = self._connect()
@@ -182,9 +182,9 @@ class _Worker:
         self.state.flush()
         c_streams.flush(look=took_long)
         is_whole = self.state.restore() and is_whole
-        stdout, stderr = self.printed.collect(run.folder, self.config.caps.output_bytes)
+        stdout, stderr = self.output.collect(run.folder, self.config.caps.output_bytes)
         self._forget()
-        is_whole = is_whole and not self.printed.is_closed and can_start_threads()
+        is_whole = is_whole and not self.output.are_pipes_closed and can_start_threads()
         return FunctionFinished(
             run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True)
         ), is_whole
@@ -205,9 +205,9 @@ class _Worker:
         if not _is_in(self.config.cwd):
             return FunctionResult(None, Cause.INVALID, FOLDER_GONE.format(self.config.cwd))
         try:
-            note_start(run.folder, run.uid, run.attempt)
+            log_start(run.folder, run.uid, run.attempt)
         except OSError as error:
-            return FunctionResult(None, Cause.LOST, NOT_NOTED.format(error))
+            return FunctionResult(None, Cause.LOST, START_NOT_LOGGED.format(error))
         return perform(run.call, run.bindings, run.folder, self.sources, self.config.caps)
 
     def _has_no_threads(self) -> bool:
