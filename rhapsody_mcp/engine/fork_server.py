@@ -179,7 +179,7 @@ class _ForkServer:
 
     def _end_strays(self) -> None:
         """End what descends from this process and from no supervisor."""
-        end(lambda: descendants(os.getpid(), but=self.pipes), collects=False)
+        end(lambda: descendants(os.getpid(), excluded=self.pipes), collect_children=False)
 
     def end(self) -> NoReturn:
         """End everything below this process, and itself."""

@@ -45,7 +45,7 @@ from rhapsody_mcp.engine.node.hardware import memory_gib
 from rhapsody_mcp.engine.node.launchers import DragonLauncher, ForkLauncher, Launcher
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.node.task_processes import ProcessTask
-from rhapsody_mcp.engine.process.liveness import LOOKS, Stalls
+from rhapsody_mcp.engine.process.liveness import MIN_CHECKS, StopDetector
 from rhapsody_mcp.engine.process.tree import PROCESS_MARK, adopt_orphans, descendants, end, marked, open_lifeline
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.transport import Link
@@ -229,12 +229,12 @@ class NodeAgent:
 
     def end_stalled(self) -> NoReturn:
         """End what has been stopped for too long: a worker, a supervisor, or everything with its launcher."""
-        stalls, stalled = Stalls(), f"was stopped (as by SIGSTOP) for {self.config.stall_s:g} s"
+        stop_detector, stalled = StopDetector(), f"was stopped (as by SIGSTOP) for {self.config.stall_s:g} s"
         launchers = [os.getppid(), self._forks.pid]
         while True:
-            time.sleep(self.config.stall_s / (LOOKS - 1))
+            time.sleep(self.config.stall_s / (MIN_CHECKS - 1))
             launched = {pid: process for process in self._processes() for pid in self.watched.get(process.name, ())}
-            for pid in stalls.look([*launchers, *launched]):
+            for pid in stop_detector.check([*launchers, *launched]):
                 if pid in launchers:
                     sys.stderr.write(f"what started the host, or its fork server, {stalled}\n")
                     self.end()

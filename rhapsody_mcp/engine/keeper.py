@@ -21,18 +21,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rhapsody_mcp.engine.process.cleanup import keep_note, noted_segments, write_launcher, write_segments
+from rhapsody_mcp.engine.process.cleanup import keeper_note, recorded_segments, write_launcher, write_segments
 from rhapsody_mcp.engine.process.run_dirs import sweep
 from rhapsody_mcp.engine.process.shared_memory import dragon_files, named_segments, segments_of, unlink_unused
 from rhapsody_mcp.engine.process.tree import (
     ENGINE,
     LIFELINE,
     adopt_orphans,
+    child_ends_first,
     descendants,
     end,
     group,
     marked,
-    outlives,
 )
 
 _LOOK_S = 0.25
@@ -46,19 +46,19 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     mark, folder = options.mark or os.urandom(8).hex(), Path(options.log).parent
     adopt_orphans()
-    with keep_note(folder, mark), _lifeline(folder / f"{mark}.lifeline") as writer:
+    with keeper_note(folder, mark), _lifeline(folder / f"{mark}.lifeline") as writer:
         command = _start(options, mark)
         write_launcher(folder, mark, command.pid)
         signal.signal(signal.SIGTERM, lambda *_: os.close(0))
         with _noting_segments(folder, mark, command.pid) as note:
-            if not outlives(command.pid, 0):
+            if not child_ends_first(command.pid, 0):
                 note()
                 _stop(command, options.stop, options.grace, writer)
             note()
             _kill_group(command.pid)
             code = command.wait()
             end(lambda: {*marked(ENGINE, mark), *_engine(command.pid)})
-        unlink_unused(noted_segments(folder, mark) | dragon_files(command.pid))
+        unlink_unused(recorded_segments(folder, mark) | dragon_files(command.pid))
     sweep(folder)
     return code if code >= 0 else 128 - code
 

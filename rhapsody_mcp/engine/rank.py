@@ -18,7 +18,7 @@ from typing import NoReturn, TextIO
 import msgspec
 
 from rhapsody_mcp.engine.isolation import c_streams
-from rhapsody_mcp.engine.isolation.edited_modules import keep_no_bytecode_of_new_files
+from rhapsody_mcp.engine.isolation.edited_modules import skip_bytecode_of_recent_sources
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import FunctionResult, RankConfig
 from rhapsody_mcp.engine.supervisor import Impossible, execute, find_program
@@ -38,7 +38,7 @@ def main() -> NoReturn:
     config = msgspec.msgpack.decode(path.read_bytes(), type=RankConfig)
     path.unlink()
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
-    keep_no_bytecode_of_new_files()
+    skip_bytecode_of_recent_sources()
     result = _result(config, Sources(str(path.parent / "sources")))
     _flush(sys.stdout)
     _flush(sys.stderr)

@@ -20,9 +20,9 @@ import time
 
 from rhapsody_mcp.engine.process.tree import (
     adopt_orphans,
+    child_ends_first,
     end,
     open_lifeline,
-    outlives,
     own_descendants,
     reap,
     send_signal,
@@ -180,7 +180,7 @@ class _Supervisor:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._began(pid)
-        if not outlives(pid, self.lifeline, self.outputs):
+        if not child_ends_first(pid, self.lifeline, self.outputs):
             end(own_descendants)
             os._exit(OWNER_GONE)
         _, status = os.waitpid(pid, 0)

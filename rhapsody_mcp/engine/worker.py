@@ -27,7 +27,7 @@ import cloudpickle.cloudpickle
 import msgspec
 
 from rhapsody_mcp.engine.isolation import c_streams
-from rhapsody_mcp.engine.isolation.edited_modules import EditedModules, keep_no_bytecode_of_new_files
+from rhapsody_mcp.engine.isolation.edited_modules import EditedModules, skip_bytecode_of_recent_sources
 from rhapsody_mcp.engine.isolation.process_state import ProcessState
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import (
@@ -110,7 +110,7 @@ def main() -> NoReturn:
     os.chdir(config.cwd if os.path.isdir(config.cwd) else "/")
     sys.path.insert(0, config.cwd)
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
-    keep_no_bytecode_of_new_files()
+    skip_bytecode_of_recent_sources()
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # our thread, not theirs
     c_streams.buffer_lines()
     with suppress(EOFError, ConnectionError):
@@ -146,7 +146,7 @@ class _Worker:
                 if not self.backend.ready():
                     self._send(unsent)
                 waiting.extend(self.backend.receive())
-                self.edited.drop()
+                self.edited.unload_if_edited()
             if _thread._count() > self.threads:  # one that began after its function had ended
                 break
             run = waiting.popleft()
@@ -180,7 +180,7 @@ class _Worker:
         children = _end_children() if took_long else []
         is_whole = self._has_no_threads() and not children and not self.turn.cut_import  # modules may know of them
         self.state.flush()
-        c_streams.flush(look=took_long)
+        c_streams.flush(find_new_libraries=took_long)
         is_whole = self.state.restore() and is_whole
         stdout, stderr = self.output.collect(run.folder, self.config.caps.output_bytes)
         self._forget()
@@ -222,7 +222,7 @@ class _Worker:
     def _forget(self) -> None:
         """Classes that came with the function: the next one brings its own."""
         self.sources.forget()
-        self.edited.note()
+        self.edited.record_imports()
         if _TRACKED_CLASSES.data:
             _TRACKED_CLASSES.clear()
 

@@ -101,7 +101,8 @@ def _open_named_pipe(path: str) -> tuple[int, int]:
 
 
 def shared_count(path: str) -> MutableSequence[int]:
-    """Return a sequence of one number, initially 0, that all processes share that call this with the same path."""
+    """Return a sequence of one number, initially 0. All processes that call this function with the same path share the
+    number."""
     import mmap
 
     file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
