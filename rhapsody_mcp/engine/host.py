@@ -124,8 +124,8 @@ class NodeAgent:
         it may hold a lock in the memory that it shares with Dragon's launcher, which then never ends.
         """
         self._ending = True
-        self._forks.give_up()
-        self._node.prober.stop()
+        self._forks.resolve_all()
+        self._node.pmi_prober.stop()
         deadline = time.monotonic() + _JOIN_S
         for run in list(self._runs):
             end(self._all_processes)
@@ -183,8 +183,8 @@ class NodeAgent:
         task = self._tasks.get(uid)
         if task is not None or not uid:
             self.watched[name] = [int(pid) for pid in pids.split(",")]
-        if task is not None and not task.reported:
-            task.reported = True
+        if task is not None and not task.has_reported_start:
+            task.has_reported_start = True
             self.send(TaskStarted(uid, float(at)))
 
     def _receive(self, message: ToHost) -> None:
@@ -209,7 +209,7 @@ class NodeAgent:
         try:
             process = SupervisedProcess(self._node, Template())
             plan = ProcessPlan(
-                process.command_of("worker", config),
+                process.module_command("worker", config),
                 env={"PWD": common.cwd},
                 output_bytes=common.caps.output_bytes,
                 started=self._node.start_events,
@@ -225,7 +225,7 @@ class NodeAgent:
             return
         del self._workers[worker]
         self.watched.pop(process.name, None)
-        self.send(WorkerExited(worker, code if code <= 128 else 128 - code, process.why_killed, process.path))
+        self.send(WorkerExited(worker, code if code <= 128 else 128 - code, process.kill_reason, process.path))
 
     def end_stalled(self) -> NoReturn:
         """End what has been stopped for too long: a worker, a supervisor, or everything with its launcher."""

@@ -88,7 +88,7 @@ def test_it_keeps_no_more_supervisors_than_it_has_room_for(
             assert launcher.launch(Program([path], {}, Template())).join() == 0
     finally:
         launcher._socket.shutdown(socket.SHUT_RDWR)
-        assert launcher._child.wait(10) == 0
+        assert launcher._server.wait(10) == 0
         launcher._socket.close()
         os.close(writer)
     assert len({(tmp_path / f"p{number}.out").read_text() for number in range(3)}) == supervisors
