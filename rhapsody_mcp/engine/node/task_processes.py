@@ -230,9 +230,9 @@ class ProcessTask:
     def _collect_rank_end(self, rank: int) -> RankEnd | None:
         """Collect the end of a rank that has ended; None if its supervisor was killed."""
         if rank not in self._rank_ends:
-            path, most = self._processes[rank].path, self.node.config.caps.output_bytes
+            path, max_bytes = self._processes[rank].path, self.node.config.caps.output_bytes
             try:
-                self._rank_ends[rank] = rank_end(path, self.task_run, rank, most)
+                self._rank_ends[rank] = rank_end(path, self.task_run, rank, max_bytes)
             except OSError as error:
                 lost = RankOutcome(rank, cause=Cause.ERROR, error=f"what it printed could not be kept: {error}")
                 self._rank_ends[rank] = RankEnd(lost, None, time.time())

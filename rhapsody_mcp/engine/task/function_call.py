@@ -257,7 +257,7 @@ class _PickleWriter:
     soon as the pickle is longer than `max_bytes`."""
 
     def __init__(self, folder: str, max_bytes: int | None) -> None:
-        self._folder, self._most = folder, max_bytes
+        self._folder, self._max_bytes = folder, max_bytes
         self._memory = io.BytesIO()
         self._file: BinaryIO | None = None
         self.size = 0
@@ -265,7 +265,7 @@ class _PickleWriter:
     def write(self, data: bytes | memoryview) -> int:
         length = memoryview(data).nbytes
         self.size += length
-        if self._most is not None and self.size > self._most:
+        if self._max_bytes is not None and self.size > self._max_bytes:
             raise _TooLong
         if self._file is None and self.size > INLINE_BYTES:
             self._file = open_part(self._folder)
