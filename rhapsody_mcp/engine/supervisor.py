@@ -78,14 +78,14 @@ def run_plans(folder: str, name: str, name_pipe: int, idle_pipe: int) -> NoRetur
     After each successful plan, write the process id of this process to `idle_pipe`. A plan that fails ends this
     process."""
     adopt_orphans()
-    lifeline, number = open_lifeline(), f"{os.getpid()}\n".encode()
+    lifeline, pid_line = open_lifeline(), f"{os.getpid()}\n".encode()
     while name:
         supervisor = _Supervisor(f"{folder}/{name}", lifeline)
         code = supervisor.run()
         if code or name_pipe < 0:
             os._exit(code)
         supervisor.reset()
-        os.write(idle_pipe, number)
+        os.write(idle_pipe, pid_line)
         name = os.read(name_pipe, 4096).decode()
     os._exit(0)
 
@@ -122,9 +122,8 @@ class _Supervisor:
         except (CannotStart, OSError) as error:
             return self._write_outcome("invalid", str(error))
         if self.plan["start_log_entry"] is None:
-            self._report(
-                f"{os.getpid()}"
-            )  # before the worker runs tasks: from now on, the node agent notices a stopped supervisor
+            # before the worker runs tasks: from now on, the node agent notices a stopped supervisor
+            self._report(f"{os.getpid()}")
             code, _ = self._watch(program, env)
             return code if code >= 0 else 128 - code
         try:
@@ -158,7 +157,7 @@ class _Supervisor:
         return env
 
     def _change_directory(self) -> str:
-        """Change to the plan's working directory, and return its path. A relative path starts in the session's folder."""
+        """Change to the plan's working directory, and return its path. A relative path starts in the session folder."""
         plan_cwd: str = self.plan["cwd"]
         session: str = self.plan["folder"]
         cwd = os.path.join(session, plan_cwd) if plan_cwd else session
@@ -167,9 +166,9 @@ class _Supervisor:
         except OSError as error:
             if not os.path.isabs(plan_cwd) and not os.path.isdir(session):
                 raise CannotStart(FOLDER_GONE.format(session)) from None
-            resolved_path = f", which is {cwd} here," if cwd != plan_cwd else ""
+            resolved_text = f", which is {cwd} here," if cwd != plan_cwd else ""
             problem_text = f"cannot be entered ({error.strerror})" if os.path.isdir(cwd) else "is not a folder"
-            raise CannotStart(f"cwd {plan_cwd!r}{resolved_path} {problem_text} on {_node_name()}.") from None
+            raise CannotStart(f"cwd {plan_cwd!r}{resolved_text} {problem_text} on {_node_name()}.") from None
         return cwd
 
     def _watch(self, program: str, env: dict[str, str]) -> tuple[int, int]:
@@ -214,10 +213,8 @@ class _Supervisor:
                 setsigdef=_IGNORED_BY_PYTHON,
             )
         except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in (
-                errno.EAGAIN,
-                errno.ENOMEM,
-            ):  # the process limit is reached
+            # errors of a reached limit, which are not errors of the program
+            if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):
                 raise
             raise CannotStart(_exec_error(program, error)) from None
 

@@ -26,8 +26,8 @@ def flush(find_new_libraries: bool = True) -> None:
     last search."""
     if find_new_libraries and _LoadedLibraries.have_changed():
         _flush_functions[:] = _find_flush_functions()
-    for write_out in _flush_functions:
-        write_out()
+    for flush_streams in _flush_functions:
+        flush_streams()
     _LIBC.fflush(None)
 
 
@@ -103,9 +103,8 @@ def _cpp_flush_functions(path: str) -> list[Callable[[], object]]:
     flush_stream.argtypes, flush_stream.restype = (ctypes.c_void_p,), ctypes.c_void_p
 
     def flush_function(name: str) -> Callable[[], object]:
-        table = ctypes.c_void_p.in_dll(
-            library, name
-        )  # the first word of the stream; null before C++ has created the stream
+        # the first word of the stream object is null before C++ has created the stream
+        table = ctypes.c_void_p.in_dll(library, name)
         return lambda: table and flush_stream(ctypes.addressof(table))
 
     return [flush_function("_ZSt4cout"), flush_function("_ZSt4clog")]

@@ -45,9 +45,7 @@ class ProcessState:
     """
 
     def __init__(self) -> None:
-        sys.modules.pop(
-            "resource", None
-        )  # afterwards, its presence means that user code imported it and may have changed limits
+        sys.modules.pop("resource", None)  # if user code imports it again, `_limits` reads the limits
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash then loses no line
         self._descriptors = [_copy_descriptor(number) for number in _STREAMS]
@@ -152,10 +150,8 @@ def _handlers() -> list[object]:
 
 
 def _set_handlers(saved: list[Any]) -> None:
-    for timer in (
-        _signal.ITIMER_VIRTUAL,
-        _signal.ITIMER_PROF,
-    ):  # these timers are useful only with a handler, which is reset below
+    # a function that set a timer has also set a handler for its signal
+    for timer in (_signal.ITIMER_VIRTUAL, _signal.ITIMER_PROF):
         _signal.setitimer(timer, 0)
     for number, handler in zip(_SIGNALS, saved, strict=True):
         if _signal.getsignal(number) != handler:

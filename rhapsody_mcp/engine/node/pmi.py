@@ -404,10 +404,10 @@ def _check_status(code: int, function: str) -> None:
 
 
 def main() -> None:
-    function = sys.argv[1]
-    if function == "look":
+    mode = sys.argv[1]
+    if mode == "look":
         sys.stdout.buffer.write(msgspec.json.encode(_inspect_installed()))
-    elif function == "try":
+    elif mode == "try":
         _try(Path(sys.argv[2]))
     else:
         _rank(Path(sys.argv[2]))

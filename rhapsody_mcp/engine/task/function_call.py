@@ -50,7 +50,7 @@ def perform(
         value = contextvars.copy_context().run(_run, call, bindings, sources)
     except Interrupted:
         raise
-    except _CannotStart as error:
+    except _CannotLoad as error:
         return FunctionResult(None, Cause.INVALID, f"it cannot start: {error}", error.trace)
     except BaseException as error:
         if _process_flags.is_fork:
@@ -83,7 +83,7 @@ def can_start_threads() -> bool:
     return not _process_flags.has_shut_down_threading
 
 
-class _CannotStart(Exception):
+class _CannotLoad(Exception):
     """Raised with the reason if the function or its arguments cannot be loaded."""
 
     def __init__(self, reason: str, trace: str) -> None:
@@ -98,7 +98,7 @@ def _run(call: Call, bindings: Mapping[str, Value], sources: Sources) -> Any:
     except Interrupted:
         raise
     except BaseException as error:  # unpickling and importing run the user's own code
-        raise _CannotStart(_start_error(call, error, sources), _trace(call, error, sources)) from None
+        raise _CannotLoad(_load_error(call, error, sources), _trace(call, error, sources)) from None
     threads = _thread._count()
     value = function(*args, **kwargs)
     if type(value) not in PLAIN:
@@ -109,7 +109,7 @@ def _run(call: Call, bindings: Mapping[str, Value], sources: Sources) -> Any:
     return value
 
 
-def _start_error(call: Call, error: BaseException, sources: Sources) -> str:
+def _load_error(call: Call, error: BaseException, sources: Sources) -> str:
     if isinstance(error, InvalidTask):
         return sendable(str(error))
     line = error_line(error, sources.path_of(call.code)) if call.form == "source" else None

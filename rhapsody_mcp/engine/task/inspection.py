@@ -44,8 +44,8 @@ def view(value: Value, path: str, start: int | None, limit: int | None, max_byte
     """Return {"view": a View as a dict} of the value at the JSON Pointer `path`: at most `limit` items or characters,
     and at most about `max_bytes` of them.
 
-    Return {"refusal": {"code": ..., "message": ...}} instead of an InvalidTask if the path does not exist, an
-    InvalidRequest if `start` is past the end, or a ResultGone if the value's file is gone.
+    Return {"refusal": {"code": ..., "message": ...}} for an InvalidTask (the path does not exist), an
+    InvalidRequest (`start` is past the end), or a ResultGone (the value's file is gone).
     """
     try:
         part = _follow(load(value), path)

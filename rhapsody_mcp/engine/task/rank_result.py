@@ -58,11 +58,11 @@ def rank_end(path: str, task_run: TaskRun, rank: int, max_output_bytes: int | No
     """Collect the files of the supervisor with this path, and delete them; return None if the supervisor was killed.
     Raises OSError if the output or the value cannot be stored."""
     try:
-        supervised = _SupervisorOutcome(*marshal.loads(Path(f"{path}.outcome").read_bytes()))
+        supervisor_outcome = _SupervisorOutcome(*marshal.loads(Path(f"{path}.outcome").read_bytes()))
     except (FileNotFoundError, EOFError, ValueError):  # missing or incomplete
         return None
     try:
-        return _collect_end(supervised, path, task_run, rank, max_output_bytes)
+        return _collect_end(supervisor_outcome, path, task_run, rank, max_output_bytes)
     finally:
         for suffix in ("outcome", "result", *STREAMS):
             with suppress(FileNotFoundError):
@@ -70,9 +70,9 @@ def rank_end(path: str, task_run: TaskRun, rank: int, max_output_bytes: int | No
 
 
 def _collect_end(
-    supervised: _SupervisorOutcome, path: str, task_run: TaskRun, rank: int, max_bytes: int | None
+    supervisor_outcome: _SupervisorOutcome, path: str, task_run: TaskRun, rank: int, max_bytes: int | None
 ) -> RankEnd:
-    result, value, stdout, stderr = _result(supervised, path, task_run), None, Stream(), Stream()
+    result, value, stdout, stderr = _result(supervisor_outcome, path, task_run), None, Stream(), Stream()
     if os.path.exists(f"{path}.out"):
         with open(f"{path}.out", "rb") as printed:
             stdout, stderr = (move_stream(f"{path}.{suffix}", task_run.folder, max_bytes) for suffix in STREAMS)
@@ -81,8 +81,8 @@ def _collect_end(
     outcome = RankOutcome(
         rank=rank,
         host=socket.gethostname(),
-        pid=supervised.pid,
-        exit_code=None if result.cause is Cause.INVALID else supervised.code,
+        pid=supervisor_outcome.pid,
+        exit_code=None if result.cause is Cause.INVALID else supervisor_outcome.code,
         value=value or result.value,
         stdout=stdout,
         stderr=stderr,
@@ -91,16 +91,16 @@ def _collect_end(
         traceback=result.traceback,
         exception=result.exception,
     )
-    started = None if result.cause is Cause.INVALID or not supervised.started else supervised.started
-    return RankEnd(outcome, started, supervised.ended, supervised.left_running, result.mpi_alone)
+    started = None if result.cause is Cause.INVALID or not supervisor_outcome.started else supervisor_outcome.started
+    return RankEnd(outcome, started, supervisor_outcome.ended, supervisor_outcome.left_running, result.mpi_alone)
 
 
-def _result(supervised: _SupervisorOutcome, path: str, task_run: TaskRun) -> FunctionResult:
-    if supervised.problem:
-        return FunctionResult(None, Cause(supervised.problem), supervised.message)
+def _result(supervisor_outcome: _SupervisorOutcome, path: str, task_run: TaskRun) -> FunctionResult:
+    if supervisor_outcome.problem:
+        return FunctionResult(None, Cause(supervisor_outcome.problem), supervisor_outcome.message)
     with suppress(FileNotFoundError):
         return msgspec.msgpack.decode(Path(f"{path}.result").read_bytes(), type=FunctionResult)
-    code = supervised.code or 0
+    code = supervisor_outcome.code or 0
     if isinstance(task_run.spec.work, Call):
         return FunctionResult(None, Cause.CRASHED, f"its process {how_it_ended(code)} before the function returned.")
     if code < 0:
@@ -191,11 +191,11 @@ class _JsonText:
             text = decoder.decode(data, final=not data)
             if not self.length:
                 text = text.lstrip()
-            if message := text.rstrip():
+            if stripped := text.rstrip():
                 yield from (self._encode_piece(space) for space in trailing_spaces)
-                yield self._encode_piece(message)
+                yield self._encode_piece(stripped)
                 trailing_spaces.clear()
-            trailing_spaces.append(text[len(message) :])  # dropped at the end of the file, kept if text follows
+            trailing_spaces.append(text[len(stripped) :])  # dropped at the end of the file, kept if text follows
             if not data:
                 yield b'"'
                 return
