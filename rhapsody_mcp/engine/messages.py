@@ -251,9 +251,9 @@ class ProcessPlan(msgspec.Struct, frozen=True, gc=False):
     """The program that a supervisor starts. The supervisor reads the plan as a marshaled dict with these keys, because
     it does not import msgspec.
 
-    `env` changes the supervisor's environment; None removes a variable. The program runs in `cwd`, which may be relative
-    to `folder`, the session's folder. `start_log_entry` holds the arguments of `log_start` for a task, and is None for a
-    worker.
+    `env` changes the supervisor's environment; None removes a variable. The program runs in `cwd`, which may be
+    relative to `folder`, the session's folder. `start_log_entry` holds the arguments of `log_start` for a task, and is
+    None for a worker.
 
     When the program starts, the supervisor sends to the datagram socket `start_events` these words, separated by
     blanks: the name of the plan; the processes that the node agent must end if they are stopped (the supervisor, and
