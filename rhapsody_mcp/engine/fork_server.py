@@ -146,8 +146,10 @@ class _ForkServer:
         """In the forked child: close the descriptors of the server, and run plans."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        server_descriptors = (self.socket, self.idle_reader, self.wake_reader, self.wake_writer)
-        for descriptor in (*server_descriptors, pipe, *self.pipes.values()):
+        for descriptor in (
+            *(self.socket, self.idle_reader, self.wake_reader, self.wake_writer, pipe),
+            *self.pipes.values(),
+        ):
             if descriptor >= 0:
                 os.close(descriptor)
         os.setsid()
