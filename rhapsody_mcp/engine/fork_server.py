@@ -4,8 +4,8 @@ Python processes (15 ms).
     python -I -S -c COMMAND FOLDER SOCKET
 
 SOCKET is a descriptor. The server reads lines: `start NAME` starts the plan FOLDER/NAME, and `SIGNAL NAME` sends a
-signal to its supervisor. It writes `NAME CODE` when the plan's processes have ended. At
-end-of-file, the server ends itself and all its descendants.
+signal to its supervisor. It writes `NAME CODE` when the plan's processes have ended. At end-of-file, the server ends
+itself and all its descendants.
 """
 
 from __future__ import annotations
