@@ -147,7 +147,11 @@ class _ForkServer:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for descriptor in (
-            *(self.socket, self.idle_reader, self.wake_reader, self.wake_writer, pipe),
+            self.socket,
+            self.idle_reader,
+            self.wake_reader,
+            self.wake_writer,
+            pipe,
             *self.pipes.values(),
         ):
             if descriptor >= 0:
