@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rhapsody_mcp.engine.process.run_dirs import Folder
+from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.ledger.inspection import LedgerInfo, inspect_ledger
 from rhapsody_mcp.machine import Dependency, Machine, inspect_machine
 from rhapsody_mcp.serving.paths import ServicePaths
@@ -104,7 +104,7 @@ def _pmi(machine: Machine) -> Finding:
 
 def _temporary_folder() -> Finding:
     try:
-        folder = Folder()
+        folder = RunDir()
     except OSError as error:
         return Finding("temporary folder", "missing", f"{error}; set TMPDIR to a folder of yours", needed=True)
     free = shutil.disk_usage(folder.path).free / _GIB

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from rhapsody_mcp.backends.compute.backend import ComputeBackend, path_of_tasks
 from rhapsody_mcp.engine.node.launchers import TASK_VARIABLES
-from rhapsody_mcp.engine.node.pmi import lend_pmix
+from rhapsody_mcp.engine.node.pmi import link_bundled_pmix
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 from rhapsody_mcp.model.specs import Caps
 
@@ -79,7 +79,7 @@ class DragonExecutionBackendV3(ComputeBackend):
     def _host_environment(self, folder: Path, environment: dict[str, str]) -> dict[str, str]:
         environment = {name: value for name, value in environment.items() if "DRAGON" not in name}
         # in its own folder Dragon leaves nothing behind that outlives the engine
-        own = {"TMPDIR": str(folder), **lend_pmix(folder / "lib", environment)}
+        own = {"TMPDIR": str(folder), **link_bundled_pmix(folder / "lib", environment)}
         if "USER" in environment:  # after it Dragon names files in /dev/shm, or after the user's id
             own["USER"] = str(os.getuid())
         usual = {"TMPDIR": gettempdir(), "LD_LIBRARY_PATH": "", **environment}

@@ -18,7 +18,7 @@ from rhapsody_mcp.bench.bare import BareWorkers, no_op
 from rhapsody_mcp.bench.bare_dragon import Took
 from rhapsody_mcp.bench.measurement import Row
 from rhapsody_mcp.engine.node.hardware import count_cores
-from rhapsody_mcp.engine.process.run_dirs import Folder
+from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.engine.transport import Frames, frame
 from rhapsody_mcp.model.errors import RhapsodyError
 
@@ -117,7 +117,7 @@ class _BareDragon:
 @asynccontextmanager
 async def _bare_dragon() -> AsyncIterator[_BareDragon]:
     """A runtime that runs nothing but orders; returns when it can take them."""
-    folder, backend = Folder(), DragonExecutionBackendV3()
+    folder, backend = RunDir(), DragonExecutionBackendV3()
     dragon: asyncio.Future[_BareDragon] = asyncio.get_running_loop().create_future()
     address = str(folder.path / "orders")
     server = await asyncio.start_unix_server(lambda *ends: dragon.set_result(_BareDragon(*ends)), address)

@@ -1,8 +1,8 @@
-"""The node agent, a program that runs inside Dragon or without it: it launches processes, watches and ends them.
+"""The node agent, inside Dragon or without it: it launches processes, watches them and ends them.
 
     python -m rhapsody_mcp.engine.host CONFIG
 
-It ends when the lifeline closes, with everything that it launched.
+When the lifeline closes, the node agent ends with everything that it launched.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from rhapsody_mcp.engine.node.hardware import memory_gib
 from rhapsody_mcp.engine.node.launchers import DragonLauncher, ForkLauncher, Launcher
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.node.task_processes import ProcessTask
-from rhapsody_mcp.engine.process.liveness import LOOKS, Stalls
+from rhapsody_mcp.engine.process.liveness import MIN_CHECKS, StopDetector
 from rhapsody_mcp.engine.process.tree import PROCESS_MARK, adopt_orphans, descendants, end, marked, open_lifeline
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.transport import Link
@@ -71,7 +71,7 @@ def _end_with_owner(agent: NodeAgent) -> None:
     agent.end()
 
 
-_JOIN_S = 3.0
+_JOIN_TIMEOUT_S = 3.0
 
 
 def _batch_launcher() -> Launcher:
@@ -81,96 +81,100 @@ def _batch_launcher() -> Launcher:
 
 
 class NodeAgent:
-    """The main thread talks with the backend; each task and each worker has a thread that waits for its end."""
+    """The main thread exchanges messages with the backend. A thread for each task and each worker waits for its end."""
 
     def __init__(self, config: HostConfig) -> None:
         self.config = config
         self._lock = threading.Lock()
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._free_threads = 0
+        self._work_queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._idle_threads = 0
         self._runs: set[Future[None]] = set()
         self._ending = False
         self._workers: dict[str, SupervisedProcess] = {}
         self._tasks: dict[str, ProcessTask] = {}
         self.watched: dict[str, list[int]] = {}
-        """By the names of plans that run, the processes that must not stand still."""
+        """Name of a running plan to the processes that are ended if they stay stopped."""
         self._outbox: queue.SimpleQueue[FromHost] = queue.SimpleQueue()
-        self._awake, self._wake = os.pipe()
-        self._events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._events.bind(start_events_path(config.folder))
-        self._forks = ForkLauncher(config.folder, self._end_without_forks)
-        self._node = NodeContext(config, DragonLauncher() if config.launcher == "dragon" else self._forks, self._forks)
+        self._wake_reader, self._wake_writer = os.pipe()
+        self._start_events = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._start_events.bind(start_events_path(config.folder))
+        self._fork_launcher = ForkLauncher(config.folder, self._end_without_fork_server)
+        self._node = NodeContext(
+            config, DragonLauncher() if config.launcher == "dragon" else self._fork_launcher, self._fork_launcher
+        )
         self._worker_launcher = _batch_launcher() if config.batch else self._node.launcher
 
     def serve(self) -> None:
         backend: Link[ToHost] = Link(self.config.address, ToHost)
         self.send(NodeReady(socket.gethostname(), os.getpid(), self._node.cores, self._node.gpus, memory_gib()))
         while True:
-            sources: list[Any] = [backend.socket, self._awake, self._events]
+            sources: list[Any] = [backend.socket, self._wake_reader, self._start_events]
             readable, _, _ = select.select(sources, [], [])
             if backend.socket in readable:
                 for message in backend.receive():
-                    self._receive(message)
-            if self._events in readable:
+                    self._handle(message)
+            if self._start_events in readable:
                 self._receive_start_event()
-            if self._awake in readable:
-                os.read(self._awake, 4096)
-                self._send(backend)
+            if self._wake_reader in readable:
+                os.read(self._wake_reader, 4096)
+                self._send_outbox(backend)
 
     def end(self) -> NoReturn:
         """End what was launched, then this process.
 
-        With os._exit, because sys.exit waits for Dragon's threads. Not while a thread here waits for a process:
-        it may hold a lock in the memory that it shares with Dragon's launcher, which then never ends.
+        This calls os._exit, because sys.exit would wait for Dragon's threads. It first waits for the threads here that
+        wait for processes: such a thread may hold a lock in the memory that it shares with Dragon's launcher, and the
+        launcher would never end.
         """
         self._ending = True
-        self._forks.give_up()
-        self._node.prober.stop()
-        deadline = time.monotonic() + _JOIN_S
+        self._fork_launcher.resolve_all()
+        self._node.pmi_prober.stop()
+        deadline = time.monotonic() + _JOIN_TIMEOUT_S
         for run in list(self._runs):
             end(self._all_processes)
             wait([run], max(0.0, deadline - time.monotonic()))
         os._exit(0)
 
-    def _end_without_forks(self) -> NoReturn:
+    def _end_without_fork_server(self) -> NoReturn:
         if not self._ending:
             sys.stderr.write("the host's fork server has ended\n")
         self.end()
 
     def _all_processes(self) -> set[int]:
-        """What was launched, with all below it: a supervisor that is killed would not end its own any more."""
+        """Return the launched processes and their descendants: a supervisor that is killed cannot end its own
+        descendants."""
         launched = {os.getpid(), *marked(PROCESS_MARK, self.config.mark)}
         return launched.union(*map(descendants, launched)) - {os.getpid()}
 
-    def _run(self, target: Callable[..., None], *args: object) -> None:
-        """In a thread that has done its work, or in a new one: however many there are, none waits for another."""
-        self._work.put(partial(target, *args))
+    def _run_in_thread(self, target: Callable[..., None], *args: object) -> None:
+        """Run `target` at once, in an idle thread or in a new one."""
+        self._work_queue.put(partial(target, *args))
         with self._lock:
-            is_free = self._free_threads > 0
-            self._free_threads -= is_free
-        if not is_free:
-            threading.Thread(target=self._take_work, daemon=True).start()
+            has_idle_thread = self._idle_threads > 0
+            self._idle_threads -= has_idle_thread
+        if not has_idle_thread:
+            threading.Thread(target=self._serve_work_queue, daemon=True).start()
 
-    def _take_work(self) -> None:
+    def _serve_work_queue(self) -> None:
         while True:
-            work, run = self._work.get(), Future[None]()
+            work, run = self._work_queue.get(), Future[None]()
             self._runs.add(run)
             try:
                 work()
-            except Exception:  # as of a thread that ends with it
+            except Exception:  # as for an exception that ends a thread
                 sys.excepthook(*sys.exc_info())
             self._runs.discard(run)
             run.set_result(None)
             with self._lock:
-                self._free_threads += 1
+                self._idle_threads += 1
 
     def send(self, message: FromHost) -> None:
-        """Send a message, from any thread; nothing while everything is being ended, which is no news."""
+        """Send a message, from any thread. While this process ends, messages are dropped."""
         if not self._ending:
             self._outbox.put(message)
-            os.write(self._wake, b"\0")
+            os.write(self._wake_writer, b"\0")
 
-    def _send(self, backend: Link[ToHost]) -> None:
+    def _send_outbox(self, backend: Link[ToHost]) -> None:
         messages: list[FromHost] = []
         with suppress(queue.Empty):
             while True:
@@ -179,40 +183,40 @@ class NodeAgent:
             backend.send(*messages)
 
     def _receive_start_event(self) -> None:
-        name, pids, at, uid = self._events.recv(4096).decode().split(" ", 3)
+        name, pids, at, uid = self._start_events.recv(4096).decode().split(" ", 3)
         task = self._tasks.get(uid)
         if task is not None or not uid:
             self.watched[name] = [int(pid) for pid in pids.split(",")]
-        if task is not None and not task.reported:
-            task.reported = True
+        if task is not None and not task.has_reported_start:
+            task.has_reported_start = True
             self.send(TaskStarted(uid, float(at)))
 
-    def _receive(self, message: ToHost) -> None:
+    def _handle(self, message: ToHost) -> None:
         if self._ending:
             return
         if isinstance(message, Ping):
             self.send(Pong())
         elif isinstance(message, StartWorker):
-            self._run(self._run_worker, message.worker)
+            self._run_in_thread(self._run_worker, message.worker)
         elif isinstance(message, StopWorker):
             if message.worker in self._workers:
                 threading.Thread(target=self._workers[message.worker].stop, daemon=True).start()
         elif isinstance(message, StartTask):
             task = self._tasks[message.task_run.spec.uid] = ProcessTask(self._node, message.task_run)
-            self._run(self._run_task, task)
+            self._run_in_thread(self._run_task, task)
         elif message.uid in self._tasks:
             self._tasks[message.uid].cancel()
 
     def _run_worker(self, worker: str) -> None:
-        common = self.config
-        config = WorkerConfig(worker, common.address, common.sys_path, common.cwd, common.caps)
+        agent_config = self.config
+        config = WorkerConfig(worker, agent_config.address, agent_config.sys_path, agent_config.cwd, agent_config.caps)
         try:
             process = SupervisedProcess(self._node, Template())
             plan = ProcessPlan(
-                process.command_of("worker", config),
-                env={"PWD": common.cwd},
-                output_bytes=common.caps.output_bytes,
-                started=self._node.start_events,
+                process.module_command("worker", config),
+                env={"PWD": agent_config.cwd},
+                output_bytes=agent_config.caps.output_bytes,
+                start_events=self._node.start_events,
             )
             process.write_plan(plan)
             process.launch(self._worker_launcher)
@@ -225,16 +229,17 @@ class NodeAgent:
             return
         del self._workers[worker]
         self.watched.pop(process.name, None)
-        self.send(WorkerExited(worker, code if code <= 128 else 128 - code, process.why_killed, process.path))
+        self.send(WorkerExited(worker, code if code <= 128 else 128 - code, process.kill_reason, process.path))
 
     def end_stalled(self) -> NoReturn:
-        """End what has been stopped for too long: a worker, a supervisor, or everything with its launcher."""
-        stalls, stalled = Stalls(), f"was stopped (as by SIGSTOP) for {self.config.stall_s:g} s"
-        launchers = [os.getppid(), self._forks.pid]
+        """Repeatedly check for processes that stay stopped: end a worker or a supervisor with its tree, or everything
+        if the launcher or the fork server is stopped."""
+        stop_detector, stalled = StopDetector(), f"was stopped (as by SIGSTOP) for {self.config.stall_s:g} s"
+        launchers = [os.getppid(), self._fork_launcher.pid]
         while True:
-            time.sleep(self.config.stall_s / (LOOKS - 1))
+            time.sleep(self.config.stall_s / (MIN_CHECKS - 1))
             launched = {pid: process for process in self._processes() for pid in self.watched.get(process.name, ())}
-            for pid in stalls.look([*launchers, *launched]):
+            for pid in stop_detector.check([*launchers, *launched]):
                 if pid in launchers:
                     sys.stderr.write(f"what started the host, or its fork server, {stalled}\n")
                     self.end()

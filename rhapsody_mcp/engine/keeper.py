@@ -1,12 +1,12 @@
-"""Keeps a program alive for as long as its owner lives, and leaves nothing of it behind.
+"""Runs a command as long as its owner lives, and cleans up after it.
 
     python -m rhapsody_mcp.engine.keeper --name NAME --log FILE [OPTIONS] -- COMMAND...
 
-The owner starts it as the leader of a session and holds the other end of its standard input: the lifeline. When
-that closes, also because the owner was killed, the command is stopped: with TERM, or (close) by closing the FIFO
-that RHAPSODY_LIFELINE names, which the command watches. What is still there after the grace is killed, as is
-everything that carries the command's mark, and what they left in /dev/shm; the folder of the log, too, where its
-owner is gone. It ends with the command's exit code.
+The owner starts the keeper as a session leader, and holds the other end of its standard input. When that closes, also
+because the owner was killed, the keeper stops the command: with TERM, or (close) by closing the FIFO that
+RHAPSODY_LIFELINE names and the command watches. After the grace period, in seconds, the keeper kills the remaining
+processes and every process with the command's mark, and deletes their files in /dev/shm; if the owner has ended, also
+the folder of the log. The keeper ends with the command's exit code.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rhapsody_mcp.engine.process.cleanup import keep_note, noted_segments, write_launcher, write_segments
+from rhapsody_mcp.engine.process.cleanup import keeper_note, recorded_segments, write_launcher, write_segments
 from rhapsody_mcp.engine.process.run_dirs import sweep
 from rhapsody_mcp.engine.process.shared_memory import dragon_files, named_segments, segments_of, unlink_unused
 from rhapsody_mcp.engine.process.tree import (
     ENGINE,
     LIFELINE,
     adopt_orphans,
+    child_ends_first,
     descendants,
     end,
     group,
     marked,
-    outlives,
 )
 
-_LOOK_S = 0.25
-_LOOKS = 4
-"""So often after the files in /dev/shm have changed: a new one is mapped a moment after it is made."""
+_CHECK_INTERVAL_S = 0.25
+_CHECKS_AFTER_CHANGE = 4
+"""The number of checks after the files in /dev/shm have changed: a process maps a file a moment after its creation."""
 
 
 def main() -> int:
@@ -46,19 +46,19 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     mark, folder = options.mark or os.urandom(8).hex(), Path(options.log).parent
     adopt_orphans()
-    with keep_note(folder, mark), _lifeline(folder / f"{mark}.lifeline") as writer:
+    with keeper_note(folder, mark), _lifeline(folder / f"{mark}.lifeline") as writer:
         command = _start(options, mark)
         write_launcher(folder, mark, command.pid)
         signal.signal(signal.SIGTERM, lambda *_: os.close(0))
-        with _noting_segments(folder, mark, command.pid) as note:
-            if not outlives(command.pid, 0):
-                note()
+        with _recording_segments(folder, mark, command.pid) as record:
+            if not child_ends_first(command.pid, 0):
+                record()
                 _stop(command, options.stop, options.grace, writer)
-            note()
+            record()
             _kill_group(command.pid)
             code = command.wait()
-            end(lambda: {*marked(ENGINE, mark), *_engine(command.pid)})
-        unlink_unused(noted_segments(folder, mark) | dragon_files(command.pid))
+            end(lambda: {*marked(ENGINE, mark), *_engine_processes(command.pid)})
+        unlink_unused(recorded_segments(folder, mark) | dragon_files(command.pid))
     sweep(folder)
     return code if code >= 0 else 128 - code
 
@@ -78,7 +78,7 @@ def _options() -> argparse.Namespace:
 
 @contextmanager
 def _lifeline(path: Path) -> Iterator[int]:
-    """The writing end of a new FIFO."""
+    """Create a FIFO, and give its writing end."""
     os.mkfifo(path, 0o600)
     try:
         yield os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -86,43 +86,43 @@ def _lifeline(path: Path) -> Iterator[int]:
         path.unlink(missing_ok=True)
 
 
-def _engine(leader: int) -> set[int]:
+def _engine_processes(leader: int) -> set[int]:
     return {*group(leader), *descendants(os.getpid())}
 
 
 @contextmanager
-def _noting_segments(folder: Path, mark: str, leader: int) -> Iterator[Callable[[], None]]:
-    """Record the files in /dev/shm that the engine uses, again and again: the last process of the engine may not remove
-    them, and after its end only this record names them. Gives a function that records them at once."""
-    noted: set[str] = set()
-    lock, over = threading.Lock(), threading.Event()
+def _recording_segments(folder: Path, mark: str, leader: int) -> Iterator[Callable[[], None]]:
+    """Record the files in /dev/shm that the engine uses, whenever they change: the engine may leave files, and after
+    its end only this record names them. Gives a function that updates the record at once."""
+    recorded: set[str] = set()
+    lock, stopped = threading.Lock(), threading.Event()
 
-    def note() -> None:
+    def record() -> None:
         with lock:
-            if not (segments := segments_of(_engine(leader))) <= noted:
-                noted.update(segments)
-                write_segments(folder, mark, noted)
+            if not (segments := segments_of(_engine_processes(leader))) <= recorded:
+                recorded.update(segments)
+                write_segments(folder, mark, recorded)
 
     def watch() -> None:
-        seen, looks = set[str](), 0
-        while not over.wait(_LOOK_S):
-            looks = looks - 1 if (there := named_segments()) == seen else _LOOKS
-            seen = there
-            if looks > 0:
-                note()
+        last_names, checks_left = set[str](), 0
+        while not stopped.wait(_CHECK_INTERVAL_S):
+            checks_left = checks_left - 1 if (names := named_segments()) == last_names else _CHECKS_AFTER_CHANGE
+            last_names = names
+            if checks_left > 0:
+                record()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield note
+        yield record
     finally:
-        over.set()
+        stopped.set()
         watcher.join()
 
 
 def _start(options: argparse.Namespace, mark: str) -> subprocess.Popen[bytes]:
-    """Start the command in a process group of its own; the session stays the keeper's, because Dragon's local
-    services call setpgid, which a session leader may not."""
+    """Start the command in a new process group of the keeper's session. A new session would not work: Dragon's local
+    services call setpgid, which fails in a session leader."""
     lifeline = Path(options.log).with_name(f"{mark}.lifeline")
     with open(options.log, "ab") as log:
         return subprocess.Popen(

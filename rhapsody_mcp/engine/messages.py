@@ -43,13 +43,13 @@ __all__ = [
 ]
 
 LauncherName = Literal["dragon", "local"]
-"""What starts the processes of an engine: Dragon, or forks of this machine."""
+"""The launcher of an engine's processes: Dragon, or forks on this machine."""
 
 # --- backend → worker
 
 
 class RunFunction(msgspec.Struct, frozen=True, tag="run", gc=False):
-    """Run this function."""
+    """Run a function; the result is stored in `folder` if it is long."""
 
     uid: str
     call: Call
@@ -59,7 +59,7 @@ class RunFunction(msgspec.Struct, frozen=True, tag="run", gc=False):
 
 
 class Interrupt(msgspec.Struct, frozen=True, tag="interrupt", gc=False):
-    """Give this task back if it has not started; end it if it is running and `running` says so."""
+    """Revoke a task that has not started; interrupt a running task only if `running` is True."""
 
     uid: str
     running: bool = True
@@ -72,7 +72,7 @@ ToWorker = RunFunction | Interrupt
 
 
 class FunctionResult(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """The result of a function: a value, or a cause with its message and traceback, and the pickled exception."""
+    """The result of a function: a value, or the cause, message, traceback and pickled exception of a failure."""
 
     value: Value | None = None
     cause: Cause | None = None
@@ -80,31 +80,32 @@ class FunctionResult(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     traceback: str = ""
     exception: bytes = b""
     mpi_alone: bool = False
-    """Whether it was one rank of several and its MPI knew of no other."""
+    """Whether the function ran as one rank of several, but its MPI world had size 1."""
 
 
 class WorkerReady(msgspec.Struct, frozen=True, tag="worker_ready", gc=False):
-    """A worker can take tasks; the first message of its first connection."""
+    """The worker accepts tasks. This is the first message on its first connection."""
 
     worker: str
 
 
 class WorkerListening(msgspec.Struct, frozen=True, tag="worker_listening", gc=False):
-    """A worker can take interrupts; the first message of its second connection."""
+    """The worker accepts interrupts. This is the first message on its second connection."""
 
     worker: str
 
 
 class TaskStarted(msgspec.Struct, frozen=True, tag="started", gc=False):
-    """The task's user code has started; a node agent sends it for a task in processes of its own."""
+    """User code of the task has started, at `at` seconds since the epoch. A worker sends it, and for a task in
+    processes of its own the node agent."""
 
     uid: str
     at: float
 
 
 class FunctionFinished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True, gc=False):
-    """A function has ended; `interrupted` where an Interrupt ended it. `left_running` counts the processes that it had
-    started and not waited for, which were ended."""
+    """A function has ended; `interrupted` is True if an Interrupt ended it. `left_running` counts the processes that
+    the function started and did not wait for; the worker ended them."""
 
     uid: str
     started: float
@@ -117,7 +118,7 @@ class FunctionFinished(msgspec.Struct, frozen=True, tag="finished", omit_default
 
 
 class TaskRevoked(msgspec.Struct, frozen=True, tag="revoked", gc=False):
-    """This task will never start here."""
+    """The worker will not start this task."""
 
     uid: str
 
@@ -129,31 +130,31 @@ FromWorker = WorkerReady | WorkerListening | TaskStarted | FunctionFinished | Ta
 
 
 class StartWorker(msgspec.Struct, frozen=True, tag="start_worker", gc=False):
-    """Start a worker of this name."""
+    """Start a worker with this name."""
 
     worker: str
 
 
 class StopWorker(msgspec.Struct, frozen=True, tag="stop_worker", gc=False):
-    """End this worker with everything under it."""
+    """End a worker and its descendants."""
 
     worker: str
 
 
 class StartTask(msgspec.Struct, frozen=True, tag="start_task", gc=False):
-    """Run this task in processes of its own."""
+    """Run a task in processes of its own."""
 
     task_run: TaskRun
 
 
 class CancelTask(msgspec.Struct, frozen=True, tag="cancel_task", gc=False):
-    """End the processes of this task."""
+    """End the processes of a task."""
 
     uid: str
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping", gc=False):
-    """Say Pong."""
+    """Request a Pong."""
 
 
 ToHost = StartWorker | StopWorker | StartTask | CancelTask | Ping
@@ -163,7 +164,7 @@ ToHost = StartWorker | StopWorker | StartTask | CancelTask | Ping
 
 
 class NodeReady(msgspec.Struct, frozen=True, tag="node_ready", gc=False):
-    """A node agent can launch processes; what its node has."""
+    """The node agent can launch processes; the fields describe its node."""
 
     host: str
     pid: int
@@ -173,9 +174,10 @@ class NodeReady(msgspec.Struct, frozen=True, tag="node_ready", gc=False):
 
 
 class WorkerExited(msgspec.Struct, frozen=True, tag="worker_exited", gc=False):
-    """A worker has ended with this exit code, and nothing under it is left; `why` where the node agent has ended it.
+    """A worker has ended with this exit code, and so have its descendants; `why` is set if the node agent ended the
+    worker.
 
-    The files whose names begin with `output_path` and a dot hold the output of the function that it was running.
+    The files whose names begin with `output_path` and a dot hold the output of the function that was running.
     """
 
     worker: str
@@ -185,7 +187,7 @@ class WorkerExited(msgspec.Struct, frozen=True, tag="worker_exited", gc=False):
 
 
 class TaskEnded(msgspec.Struct, frozen=True, tag="task_ended", gc=False):
-    """A task in processes of its own has ended, and no process of it is left."""
+    """A task in processes of its own has ended, and so have all its processes."""
 
     uid: str
     outcome: Outcome
@@ -199,20 +201,21 @@ class WorkerStartFailed(msgspec.Struct, frozen=True, tag="worker_start_failed", 
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong", gc=False):
-    """The node agent still answers."""
+    """The answer to a Ping."""
 
 
 FromHost = NodeReady | WorkerExited | TaskStarted | TaskEnded | WorkerStartFailed | Pong
 ToBackend = FromWorker | FromHost
 
 
-# --- what a program is started with, in a file
+# --- configuration files of programs
 
 
 class HostConfig(msgspec.Struct, frozen=True, gc=False):
-    """`address` is the backend's socket, in a folder that only this user can enter; `mark` marks processes.
+    """The configuration of a node agent. `address` is the backend's socket, in a folder that only this user can enter;
+    `mark` is the engine's mark.
 
-    `batch` sends workers through Dragon's Batch. A worker that has been stopped for `stall_s` is ended.
+    With `batch`, workers start through Dragon's Batch. A worker that was stopped for `stall_s` seconds is ended.
     """
 
     launcher: LauncherName
@@ -227,7 +230,7 @@ class HostConfig(msgspec.Struct, frozen=True, gc=False):
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, gc=False):
-    """A worker that connects to `address`; `cwd` is the folder of its session."""
+    """The configuration of a worker, which connects to `address`; `cwd` is the folder of its session."""
 
     worker: str
     address: str
@@ -237,7 +240,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, gc=False):
 
 
 class RankConfig(msgspec.Struct, frozen=True, gc=False):
-    """The function of a task in a process of its own, or a program whose arguments are pickled results."""
+    """The configuration of a rank: its task is a function, or a program whose arguments are pickled results."""
 
     task_run: TaskRun
     sys_path: list[str]
@@ -245,12 +248,16 @@ class RankConfig(msgspec.Struct, frozen=True, gc=False):
 
 
 class ProcessPlan(msgspec.Struct, frozen=True, gc=False):
-    """What a supervisor starts, which reads it as a dict with these keys, marshaled: it imports no msgspec.
+    """The program that a supervisor starts. The supervisor reads the plan as a marshaled dict with these keys, because
+    it does not import msgspec.
 
-    `env` changes the supervisor's own; None removes a variable. The program runs in `cwd`, which may begin in `folder`,
-    the session's. `note` is the start note of a task, and None for a worker. When its program starts, the supervisor
-    sends to the datagram socket `started`, with blanks in between: the name of this plan, the processes that must not
-    stand still (the supervisor and, with a comma, a worker), the time, and the uid of a task.
+    `env` changes the supervisor's environment; None removes a variable. The program runs in `cwd`, which may be
+    relative to `folder`, the session's folder. `start_log_entry` holds the arguments of `log_start` for a task, and is
+    None for a worker.
+
+    When the program starts, the supervisor sends to the datagram socket `start_events` these words, separated by
+    blanks: the name of the plan; the processes that the node agent must end if they are stopped (the supervisor, and
+    after a comma a worker); the start time; the uid of the task.
     """
 
     arguments: list[str]
@@ -259,5 +266,5 @@ class ProcessPlan(msgspec.Struct, frozen=True, gc=False):
     env: dict[str, str | None] = {}
     cpus: tuple[int, ...] = ()
     output_bytes: int | None = None
-    note: tuple[str, str, int] | None = None
-    started: str = ""
+    start_log_entry: tuple[str, str, int] | None = None
+    start_events: str = ""

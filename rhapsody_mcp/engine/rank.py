@@ -1,9 +1,10 @@
-"""The program that runs a function in a process of its own, or becomes one whose arguments are pickled results.
+"""The program for one rank of a task: it runs a function, or replaces itself by a program whose arguments are pickled
+results.
 
     python -P -m rhapsody_mcp.engine.rank CONFIG
 
-It runs where the task runs, with its variables, under a supervisor. What came of a function, or why there was nothing
-to run, is in the file CONFIG.result afterwards.
+It runs under a supervisor, in the directory and with the variables of the task. Afterwards the file CONFIG.result holds
+the result of the function, or the reason why the program could not start.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from typing import NoReturn, TextIO
 import msgspec
 
 from rhapsody_mcp.engine.isolation import c_streams
-from rhapsody_mcp.engine.isolation.edited_modules import keep_no_bytecode_of_new_files
+from rhapsody_mcp.engine.isolation.edited_modules import skip_bytecode_of_recent_sources
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import FunctionResult, RankConfig
-from rhapsody_mcp.engine.supervisor import Impossible, execute, find_program
+from rhapsody_mcp.engine.supervisor import CannotStart, exec_program, find_program
 from rhapsody_mcp.engine.task.arguments import arguments_of
-from rhapsody_mcp.engine.task.error_text import words
+from rhapsody_mcp.engine.task.error_text import error_message
 from rhapsody_mcp.engine.task.function_call import perform
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.specs import Call, Command, TaskRun
@@ -38,7 +39,7 @@ def main() -> NoReturn:
     config = msgspec.msgpack.decode(path.read_bytes(), type=RankConfig)
     path.unlink()
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
-    keep_no_bytecode_of_new_files()
+    skip_bytecode_of_recent_sources()
     result = _result(config, Sources(str(path.parent / "sources")))
     _flush(sys.stdout)
     _flush(sys.stderr)
@@ -49,23 +50,23 @@ def main() -> NoReturn:
 
 
 def _flush(stream: TextIO) -> None:
-    with suppress(Exception):  # the function may have closed it, or put anything in its place
+    with suppress(Exception):  # the function may have closed or replaced the stream
         stream.flush()
 
 
 def _result(config: RankConfig, sources: Sources) -> FunctionResult:
     task_run, work = config.task_run, config.task_run.spec.work
     if isinstance(work, Command):
-        return FunctionResult(None, Cause.INVALID, _become(work, task_run))
+        return FunctionResult(None, Cause.INVALID, _exec_command(work, task_run))
     assert isinstance(work, Call)
     sys.path.insert(0, os.getcwd())
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash then loses no line
     c_streams.buffer_lines()
     result = perform(work, task_run.bindings, task_run.folder, sources, config.caps)
-    is_alone = task_run.spec.layout.ranks > 1 and task_run.spec.layout.pmi is None and _ran_mpi_alone()
+    is_mpi_alone = task_run.spec.layout.ranks > 1 and task_run.spec.layout.pmi is None and _ran_mpi_alone()
     atexit._run_exitfuncs()
-    return msgspec.structs.replace(result, mpi_alone=is_alone)
+    return msgspec.structs.replace(result, mpi_alone=is_mpi_alone)
 
 
 def _ran_mpi_alone() -> bool:
@@ -73,17 +74,17 @@ def _ran_mpi_alone() -> bool:
     return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() == 1
 
 
-def _become(work: Command, task_run: TaskRun) -> str:
-    """Returns why that could not be."""
+def _exec_command(work: Command, task_run: TaskRun) -> str:
+    """Replace this process by the program. Returns only if that fails, with the reason."""
     env = dict(os.environ)
     try:
         program = find_program(work.executable, env, os.getcwd())
         arguments = arguments_of(work, task_run.bindings, load)
-    except (InvalidTask, Impossible) as error:
+    except (InvalidTask, CannotStart) as error:
         return str(error)
     except BaseException as error:  # unpickling runs the user's own code
-        return f"its arguments cannot be made of the results: {words(error)}"
-    return execute(program, arguments, env)
+        return f"its arguments cannot be made of the results: {error_message(error)}"
+    return exec_program(program, arguments, env)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Frames of messages over a Unix socket.
 
-A frame is eight bytes of length, then a list of messages as msgpack. What was sent is in the kernel's hands: it
-arrives, in order, also when the sender is killed the next moment. (A ZeroMQ socket lost the last message of 36 in
-100 processes that called os._exit after sending it: its own thread sends.)
+A frame is the length in eight bytes, then a list of messages in msgpack. After a send returns, the kernel delivers the
+data in order, even if the sender is killed. (A ZeroMQ socket sends in a thread of its own: 36 of 100 processes that
+called os._exit after a send lost the last message.)
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ Received = TypeVar("Received")
 
 
 def frame(messages: list[object]) -> bytes:
-    """The bytes of one frame."""
+    """Return the bytes of one frame."""
     body = _ENCODER.encode(messages)
     return len(body).to_bytes(_HEADER, "big") + body
 
 
 class Frames(Generic[Received]):
-    """Cuts a stream of bytes into frames. `kind` is the type of one message."""
+    """Splits a stream of bytes into messages. `kind` is the type of one message."""
 
     def __init__(self, kind: object) -> None:
         self._decoder: msgspec.msgpack.Decoder[list[Received]] = msgspec.msgpack.Decoder(list[kind])  # type: ignore[valid-type]
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Received]:
-        """Every message that is complete now."""
+        """Add data, and yield every message that is complete."""
         self._buffer += data
         while len(self._buffer) >= _HEADER:
             end = _HEADER + int.from_bytes(self._buffer[:_HEADER], "big")
@@ -48,7 +48,7 @@ class Frames(Generic[Received]):
 
 
 class Link(Generic[Received]):
-    """A blocking connection to the backend; one thread sends, one receives."""
+    """A blocking connection to the backend; one thread may send while another receives."""
 
     def __init__(self, address: str, kind: object) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -56,11 +56,11 @@ class Link(Generic[Received]):
         self._frames: Frames[Received] = Frames(kind)
 
     def send(self, *messages: object) -> None:
-        """Returns when the kernel has them."""
+        """Send the messages in one frame; return when the kernel has accepted all data."""
         self.socket.sendall(frame(list(messages)))
 
     def receive(self) -> list[Received]:
-        """Wait for messages. Raises EOFError where the backend is gone."""
+        """Wait for messages, and return them. Raises EOFError if the backend has closed the connection."""
         while True:
             data = self.socket.recv(_CHUNK)
             if not data:
@@ -69,5 +69,5 @@ class Link(Generic[Received]):
                 return messages
 
     def ready(self) -> bool:
-        """Whether something can be received now."""
+        """Return whether data can be received without waiting."""
         return bool(select.select([self.socket], [], [], 0)[0])

@@ -1,11 +1,10 @@
-"""A long-lived process that runs native functions, one at a time.
+"""A long-lived process that runs functions, one at a time.
 
     python -P -m rhapsody_mcp.engine.worker CONFIG
 
-The main thread runs them, so that a signal can interrupt one; a second thread listens for interrupts. Its supervisor
-writes what comes through the pipes of stdout and stderr into the files CONFIG.out and CONFIG.err, less the suffix of
-CONFIG. A function finds the process as the one before did; where that cannot be, the worker ends, and another takes its
-place.
+The main thread runs the functions, so that a signal can interrupt a function; a second thread listens for interrupts.
+The supervisor writes the data of the stdout and stderr pipes into two files: CONFIG with the suffix .out or .err. After
+each function the worker restores the state of the process; if that fails, the worker ends, and the backend replaces it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import cloudpickle.cloudpickle
 import msgspec
 
 from rhapsody_mcp.engine.isolation import c_streams
-from rhapsody_mcp.engine.isolation.edited_modules import EditedModules, keep_no_bytecode_of_new_files
+from rhapsody_mcp.engine.isolation.edited_modules import EditedModules, skip_bytecode_of_recent_sources
 from rhapsody_mcp.engine.isolation.process_state import ProcessState
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import (
@@ -45,60 +44,60 @@ from rhapsody_mcp.engine.messages import (
 from rhapsody_mcp.engine.process.tree import adopt_orphans, arguments, end, has_children, own_descendants, reap
 from rhapsody_mcp.engine.task.error_text import Interrupted
 from rhapsody_mcp.engine.task.function_call import can_start_threads, perform
-from rhapsody_mcp.engine.task.function_output import Printed
-from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_NOTED, note_start
+from rhapsody_mcp.engine.task.function_output import FunctionOutput
+from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, START_NOT_LOGGED, log_start
 from rhapsody_mcp.engine.transport import Link
 from rhapsody_mcp.model.states import Cause
 
 __all__ = ["main"]
 
 _INTERRUPT = signal.SIGRTMIN + 6 if sys.platform == "linux" else signal.SIGUSR2
-_REMEMBERED = 10_000
+_MAX_REMEMBERED = 10_000
 
 
-class _Turn:
-    """Which task runs, shared by the two threads: an interrupt reaches that task or none."""
+class _CurrentTask:
+    """The task that runs now, shared by the two threads: an interrupt reaches the task that it names, or none."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.current = ""
-        self.interrupted = ""
-        self.cut_import = False
-        """Whether an interrupt fell into an import: Python does not make such a module whole again."""
-        self.revoked: dict[str, int] = {}
-        """How often: a task that was taken back may have been sent here again, and taken back again."""
+        self.running_uid = ""
+        self.interrupted_uid = ""
+        self.interrupted_import = False
+        """Whether an interrupt has hit an import: Python does not repair a module that was imported halfway."""
+        self.revocations: dict[str, int] = {}
+        """Task uid to the number of revocations: a revoked task may be sent here again, and revoked again."""
         self._started: set[str] = set()
-        self._order: deque[str] = deque()
+        self._started_order: deque[str] = deque()
 
     def begin(self, uid: str) -> bool:
-        """False where the task was revoked before it could start."""
+        """Return False if the task was revoked before it started."""
         with self.lock:
-            if often := self.revoked.pop(uid, 0):
-                if often > 1:
-                    self.revoked[uid] = often - 1
+            if count := self.revocations.pop(uid, 0):
+                if count > 1:
+                    self.revocations[uid] = count - 1
                 return False
-            self.current = uid
+            self.running_uid = uid
             self._started.add(uid)
-            self._order.append(uid)
-            if len(self._order) > _REMEMBERED:
-                self._started.discard(self._order.popleft())
+            self._started_order.append(uid)
+            if len(self._started_order) > _MAX_REMEMBERED:
+                self._started.discard(self._started_order.popleft())
             return True
 
-    def over(self) -> bool:
-        """No interrupt reaches the task any more; True where one has."""
+    def finish(self) -> bool:
+        """Make sure that no later interrupt reaches the task; return whether an interrupt has reached it."""
         with self.lock:
-            uid, self.current = self.current, ""
-            return bool(uid) and self.interrupted == uid
+            uid, self.running_uid = self.running_uid, ""
+            return bool(uid) and self.interrupted_uid == uid
 
     def interrupt(self, message: Interrupt, main: int) -> bool:
-        """True where the task was revoked, because it has not started."""
+        """Interrupt or revoke a task; return True if the task was revoked, because it had not started."""
         with self.lock:
-            if self.current == message.uid and message.running:
-                self.interrupted = message.uid
+            if self.running_uid == message.uid and message.running:
+                self.interrupted_uid = message.uid
                 signal.pthread_kill(main, _INTERRUPT)
             if message.uid in self._started:
                 return False
-            self.revoked[message.uid] = self.revoked.get(message.uid, 0) + 1
+            self.revocations[message.uid] = self.revocations.get(message.uid, 0) + 1
             return True
 
 
@@ -110,8 +109,9 @@ def main() -> NoReturn:
     os.chdir(config.cwd if os.path.isdir(config.cwd) else "/")
     sys.path.insert(0, config.cwd)
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
-    keep_no_bytecode_of_new_files()
-    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # our thread, not theirs
+    skip_bytecode_of_recent_sources()
+    # the second thread is the worker's, not the user's
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     c_streams.buffer_lines()
     with suppress(EOFError, ConnectionError):
         _Worker(config, path).serve()
@@ -119,15 +119,15 @@ def main() -> NoReturn:
 
 
 class _Worker:
-    """Serves the backend at `config.address` until the process is ended from outside, or is not as it was."""
+    """Serves the backend at `config.address` until the process is ended, or its state cannot be restored."""
 
     def __init__(self, config: WorkerConfig, path: Path) -> None:
-        """`path` is that of the configuration."""
-        self.config, self.turn = config, _Turn()
-        signal.signal(_INTERRUPT, lambda number, frame: _raise(self.turn, number, frame))
-        threading.Thread(target=_listen, args=(config, self.turn, threading.get_ident()), daemon=True).start()
-        self.sources, self.edited = Sources(str(path.parent / "sources")), EditedModules()
-        self.printed = Printed(path)
+        """`path` is the path of the configuration file."""
+        self.config, self.current_task = config, _CurrentTask()
+        signal.signal(_INTERRUPT, lambda number, frame: _handle_interrupt_signal(self.current_task, number, frame))
+        threading.Thread(target=_listen, args=(config, self.current_task, threading.get_ident()), daemon=True).start()
+        self.sources, self.edited_modules = Sources(str(path.parent / "sources")), EditedModules()
+        self.output = FunctionOutput(path)
         self.state = ProcessState()
         self.threads = _thread._count()
         self.backend = self._connect()
@@ -138,29 +138,29 @@ class _Worker:
         return backend
 
     def serve(self) -> None:
-        waiting: deque[RunFunction] = deque()
+        queue: deque[RunFunction] = deque()
         unsent: list[FromWorker] = []
-        is_whole = True
-        while is_whole:
-            while not waiting:
+        is_reusable = True
+        while is_reusable:
+            while not queue:
                 if not self.backend.ready():
                     self._send(unsent)
-                waiting.extend(self.backend.receive())
-                self.edited.drop()
-            if _thread._count() > self.threads:  # one that began after its function had ended
+                queue.extend(self.backend.receive())
+                self.edited_modules.unload_if_edited()
+            if _thread._count() > self.threads:  # a thread was started after its function had ended
                 break
-            run = waiting.popleft()
-            if not self.turn.begin(run.uid):
+            run = queue.popleft()
+            if not self.current_task.begin(run.uid):
                 continue
             started = time.time()
             unsent.append(TaskStarted(run.uid, started))
             self._send(unsent)
-            finished, is_whole = self._run(run, started)
+            finished, is_reusable = self._run(run, started)
             unsent.append(finished)
         self._send(unsent)
 
     def _send(self, messages: list[FromWorker]) -> None:
-        """Ends this process where a function has closed the connection, once they are sent."""
+        """Send the messages. If a function has closed the connection, send them on a new one, and end this process."""
         if not messages:
             return
         try:
@@ -173,82 +173,83 @@ class _Worker:
         messages.clear()
 
     def _run(self, run: RunFunction, started: float) -> tuple[FunctionFinished, bool]:
-        """What came of it, and whether this process can run another one."""
+        """Run a function; return its result, and whether this process can run another function."""
         result, interrupted = self._perform(run)
         ended = time.time()
-        took_long = ended - started > _START_S
-        children = _end_children() if took_long else []
-        is_whole = self._has_no_threads() and not children and not self.turn.cut_import  # modules may know of them
+        may_have_side_effects = ended - started > _MIN_SIDE_EFFECT_S
+        children = _end_children() if may_have_side_effects else []
+        # ended children: modules may still refer to them
+        is_reusable = self._has_no_threads() and not children and not self.current_task.interrupted_import
         self.state.flush()
-        c_streams.flush(look=took_long)
-        is_whole = self.state.restore() and is_whole
-        stdout, stderr = self.printed.collect(run.folder, self.config.caps.output_bytes)
-        self._forget()
-        is_whole = is_whole and not self.printed.is_closed and can_start_threads()
+        c_streams.flush(find_new_libraries=may_have_side_effects)
+        is_reusable = self.state.restore() and is_reusable
+        stdout, stderr = self.output.collect(run.folder, self.config.caps.output_bytes)
+        self._forget_definitions()
+        is_reusable = is_reusable and not self.output.are_pipes_closed and can_start_threads()
         return FunctionFinished(
             run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True)
-        ), is_whole
+        ), is_reusable
 
     def _perform(self, run: RunFunction) -> tuple[FunctionResult, bool]:
         interrupted = False
         try:
             try:
-                result = self._attempt(run)
+                result = self._start_and_perform(run)
             finally:
-                interrupted = self.turn.over()
+                interrupted = self.current_task.finish()
         except Interrupted:
-            self.turn.over()
+            self.current_task.finish()
             return FunctionResult(None, Cause.ERROR, "interrupted"), True
         return result, interrupted
 
-    def _attempt(self, run: RunFunction) -> FunctionResult:
-        if not _is_in(self.config.cwd):
+    def _start_and_perform(self, run: RunFunction) -> FunctionResult:
+        if not _change_directory(self.config.cwd):
             return FunctionResult(None, Cause.INVALID, FOLDER_GONE.format(self.config.cwd))
         try:
-            note_start(run.folder, run.uid, run.attempt)
+            log_start(run.folder, run.uid, run.attempt)
         except OSError as error:
-            return FunctionResult(None, Cause.LOST, NOT_NOTED.format(error))
+            return FunctionResult(None, Cause.LOST, START_NOT_LOGGED.format(error))
         return perform(run.call, run.bindings, run.folder, self.sources, self.config.caps)
 
     def _has_no_threads(self) -> bool:
-        """Whether none of the function's is left. One that was joined may not be gone yet."""
+        """Return whether all threads of the function have ended. A joined thread may need a moment to end."""
         if _thread._count() <= self.threads:
             return True
-        deadline = time.monotonic() + _ENDING_S
+        deadline = time.monotonic() + _THREAD_END_S
         while _thread._count() > self.threads and time.monotonic() < deadline:
             time.sleep(0.001)
         return _thread._count() <= self.threads
 
-    def _forget(self) -> None:
-        """Classes that came with the function: the next one brings its own."""
+    def _forget_definitions(self) -> None:
+        """Forget classes and modules of the function: the next function brings its own."""
         self.sources.forget()
-        self.edited.note()
+        self.edited_modules.record_imports()
         if _TRACKED_CLASSES.data:
             _TRACKED_CLASSES.clear()
 
 
 def _end_children() -> list[bool]:
-    """End the processes that the function left; for each, whether the function itself had started it."""
+    """End the processes that the function left; return for each whether the function itself had started it."""
     if not has_children():
         return []
     reap()
-    left = [not any(_HELPER in argument for argument in arguments(pid)) for pid in own_descendants()]
+    left = [not any(_MULTIPROCESSING_HELPER in argument for argument in arguments(pid)) for pid in own_descendants()]
     if left:
         end(own_descendants)
         reap()
     return left
 
 
-_HELPER = b"from multiprocessing."
-"""Python's own start with it: of shared memory, and of the forkserver."""
-_START_S = 0.00005
-"""No process starts, and no library is loaded, in less: what ran shorter need not be looked at for such."""
-_ENDING_S = 0.1
+_MULTIPROCESSING_HELPER = b"from multiprocessing."
+"""In the command line of Python's own helper processes: the resource tracker and the fork server."""
+_MIN_SIDE_EFFECT_S = 0.00005
+"""Seconds. A function that ran shorter cannot have started a process or loaded a library, so neither is checked."""
+_THREAD_END_S = 0.1
 _TRACKED_CLASSES = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID
 
 
-def _is_in(folder: str) -> bool:
-    """Whether this process could go there: an earlier task may have left it, and the folder may be gone."""
+def _change_directory(folder: str) -> bool:
+    """Change to the folder, which an earlier task may have left; return False if the folder is gone."""
     try:
         os.chdir(folder)
     except OSError:
@@ -256,14 +257,14 @@ def _is_in(folder: str) -> bool:
     return True
 
 
-def _raise(turn: _Turn, _number: int, frame: FrameType | None) -> None:
-    if turn.current and turn.current == turn.interrupted:
-        turn.cut_import = turn.cut_import or _imports(frame)
+def _handle_interrupt_signal(current_task: _CurrentTask, _number: int, frame: FrameType | None) -> None:
+    if current_task.running_uid and current_task.running_uid == current_task.interrupted_uid:
+        current_task.interrupted_import = current_task.interrupted_import or _is_importing(frame)
         raise Interrupted
 
 
-def _imports(frame: FrameType | None) -> bool:
-    """Whether an import is under way."""
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether an import is running in this stack."""
     while frame is not None and frame.f_code.co_filename != _IMPORTING:
         frame = frame.f_back
     return frame is not None
@@ -272,14 +273,14 @@ def _imports(frame: FrameType | None) -> bool:
 _IMPORTING = "<frozen importlib._bootstrap>"
 
 
-def _listen(config: WorkerConfig, turn: _Turn, main: int) -> None:
+def _listen(config: WorkerConfig, current_task: _CurrentTask, main: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {_INTERRUPT})
     backend: Link[Interrupt] = Link(config.address, Interrupt)
     backend.send(WorkerListening(config.worker))
     with suppress(EOFError, OSError):
         while True:
             for message in backend.receive():
-                if turn.interrupt(message, main):
+                if current_task.interrupt(message, main):
                     backend.send(TaskRevoked(message.uid))
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from rhapsody_mcp.engine.task.start_log import starts_in
+from rhapsody_mcp.engine.task.start_log import read_starts
 from rhapsody_mcp.ledger.records import (
     Change,
     DropSession,
@@ -136,7 +136,7 @@ def interrupted_tasks(now: float) -> Callable[[Store], list[Change]]:
 
     def read(store: Store) -> list[Change]:
         ends: dict[str, int] = {}
-        starts = {folder: starts_in(folder) for (folder,) in store.read("SELECT folder FROM sessions")}
+        starts = {folder: read_starts(folder) for (folder,) in store.read("SELECT folder FROM sessions")}
         last_signs = _last_signs_of_life(store, now)
         changes = (
             _settle(ends, last_signs[session], starts.get(folder, ()), session, *fields)

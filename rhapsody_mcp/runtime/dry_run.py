@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from rhapsody_mcp.engine.node.hardware import this_host
+from rhapsody_mcp.engine.node.hardware import is_this_host
 from rhapsody_mcp.engine.task.import_check import imports_of
 from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.specs import Layout
@@ -94,7 +94,7 @@ def _unmet_layout_needs(layout: Layout, machine: Machine, folder: str) -> Iterat
     for template in (group.template for group in layout.groups):
         if template.cwd is not None and not os.path.isdir(cwd := os.path.join(folder, template.cwd)):
             yield f"cwd {cwd} is no folder here"
-        if not this_host(template.host_name):
+        if not is_this_host(template.host_name):
             yield f"host {template.host_name!r} is no node of this session, which runs on {machine.host}"
         if any(number >= len(machine.gpus) for number in template.gpu_affinity):
             yield f"GPU {max(template.gpu_affinity)} was asked for, and this machine has {len(machine.gpus) or 'none'}"

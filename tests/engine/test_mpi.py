@@ -21,7 +21,7 @@ import pytest
 
 from rhapsody_mcp.api import ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
-from rhapsody_mcp.engine.node.pmi import lend_pmix
+from rhapsody_mcp.engine.node.pmi import link_bundled_pmix
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.states import Cause
 from tests.processes import family, wait_until
@@ -34,7 +34,7 @@ def _missing() -> str:
     if find_spec("dragon") is None:
         return "Dragon is not installed"
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, **lend_pmix(Path(folder, "lib"), os.environ)}
+        env = {**os.environ, **link_bundled_pmix(Path(folder, "lib"), os.environ)}
         looked = subprocess.run(
             [sys.executable, "-m", "rhapsody_mcp.engine.node.pmi", "look"], env=env, capture_output=True, check=True
         )

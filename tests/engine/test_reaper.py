@@ -255,9 +255,9 @@ async def test_all_of_a_real_vllm_server_killed_at_one_moment_leaves_nothing_aft
 
 
 MAKE_FOLDERS = """
-from rhapsody_mcp.engine.process.run_dirs import Folder
+from rhapsody_mcp.engine.process.run_dirs import RunDir
 for _ in range(100):
-    folders = [Folder() for _ in range(3)]
+    folders = [RunDir() for _ in range(3)]
     assert all((folder.path / "lock").exists() for folder in folders)
     for folder in folders:
         folder.remove()

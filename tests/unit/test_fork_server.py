@@ -57,14 +57,14 @@ def test_a_task_without_a_supervisor_is_lost_and_the_server_goes_on(
 def test_a_supervisor_without_a_child_leaves_a_lost_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_spawn", refuse)
     monkeypatch.setattr("_signal.pthread_sigmask", lambda *_: set())
-    plan = ProcessPlan(["true"], env={}, note=(str(tmp_path), "task.000001", 1))
+    plan = ProcessPlan(["true"], env={}, start_log_entry=(str(tmp_path), "task.000001", 1))
     assert supervisor._Supervisor(written(plan, tmp_path / "p1"), -1).run() == 0
     assert lost(tmp_path) == (Cause.LOST, TOLD, None)
 
 
 SERVER = (
     "import sys; sys.path.append(sys.argv.pop(1)); from rhapsody_mcp.engine import fork_server; "
-    "fork_server._MOST_KEPT = int(sys.argv.pop(1)); fork_server.main()"
+    "fork_server._MAX_REUSABLE = int(sys.argv.pop(1)); fork_server.main()"
 )
 
 
@@ -82,13 +82,13 @@ def test_it_keeps_no_more_supervisors_than_it_has_room_for(
     try:
         for number in range(3):
             plan = ProcessPlan(
-                ["sh", "-c", "echo $PPID"], folder=str(tmp_path), note=(str(tmp_path), f"task.{number}", 1)
+                ["sh", "-c", "echo $PPID"], folder=str(tmp_path), start_log_entry=(str(tmp_path), f"task.{number}", 1)
             )
             path = written(plan, tmp_path / f"p{number}")
             assert launcher.launch(Program([path], {}, Template())).join() == 0
     finally:
         launcher._socket.shutdown(socket.SHUT_RDWR)
-        assert launcher._child.wait(10) == 0
+        assert launcher._server.wait(10) == 0
         launcher._socket.close()
         os.close(writer)
     assert len({(tmp_path / f"p{number}.out").read_text() for number in range(3)}) == supervisors

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rhapsody_mcp.engine.task.start_log import note_start
+from rhapsody_mcp.engine.task.start_log import log_start
 from rhapsody_mcp.ledger.file_system import file_system, is_network
 from rhapsody_mcp.ledger.inspection import inspect_ledger
 from rhapsody_mcp.ledger.ledger import LOCK_FILE, Ledger
@@ -345,7 +345,7 @@ async def test_of_tasks_about_to_start_those_that_did_are_lost_and_the_others_qu
     tmp_path: Path,
 ) -> None:
     """Their folder tells, in which each is noted just before it starts."""
-    note_start(str(tmp_path), "task.000001", 1)
+    log_start(str(tmp_path), "task.000001", 1)
     async with opened(tmp_path / "state") as ledger:
         ledger.write(PutSession(session(folder=str(tmp_path))), tasks(2))
         ledger.write(*(TaskStarted("s", f"task.{number:06d}", 0.0, 1) for number in (0, 1)))

@@ -53,7 +53,7 @@ def test_the_middle_of_a_long_file_is_freed_while_it_is_written(file: int, tmp_p
 def test_a_program_that_opens_its_stdout_anew_takes_nothing_away(output: Output, tmp_path: Path) -> None:
     os.write(output.writer, b"header\n")
     Path(f"/dev/fd/{output.writer}").write_text("body\n")
-    output.started()
+    output.close_writer()
     assert not output.drain(), "nobody writes any more"
     assert (tmp_path / "out").read_text() == "header\nbody\n"
 
@@ -101,7 +101,7 @@ def test_a_limit_that_is_smaller_than_a_message_holds_too(file: int, tmp_path: P
 
 
 def test_where_no_hole_can_be_made_the_file_is_cut(file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_files, "_punch", lambda *_: False)  # as on a file system that cannot
+    monkeypatch.setattr(output_files, "_punch_hole", lambda *_: False)  # as on a file system that cannot
     write(file, 3)
     output_files._trim(file, MOST)
     os.write(file, b"end")

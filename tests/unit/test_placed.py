@@ -6,11 +6,11 @@ import threading
 
 import pytest
 
-from rhapsody_mcp.engine.node.task_processes import in_time
+from rhapsody_mcp.engine.node.task_processes import call_with_timeouts
 
 
 def test_what_comes_in_time_is_taken() -> None:
-    assert in_time(lambda: "done", (30.0,), undo=lambda _: None) == "done"
+    assert call_with_timeouts(lambda: "done", (30.0,), undo=lambda _: None) == "done"
 
 
 def test_what_hangs_is_tried_again_and_undone_when_it_comes_after_all() -> None:
@@ -28,7 +28,7 @@ def test_what_hangs_is_tried_again_and_undone_when_it_comes_after_all() -> None:
         undone_what.append(number)
         undone.set()
 
-    assert in_time(work, (0.01, 30.0), undo=undo) == 1
+    assert call_with_timeouts(work, (0.01, 30.0), undo=undo) == 1
     assert not undone_what
     hangs.set()
     assert undone.wait(30)
@@ -38,7 +38,7 @@ def test_what_hangs_is_tried_again_and_undone_when_it_comes_after_all() -> None:
 def test_what_always_hangs_is_given_up_in_words() -> None:
     hangs = threading.Event()
     with pytest.raises(TimeoutError, match=r"no end of it within 0\.01 s, and again within 0\.02 s"):
-        in_time(hangs.wait, (0.01, 0.02), undo=lambda _: None)
+        call_with_timeouts(hangs.wait, (0.01, 0.02), undo=lambda _: None)
     hangs.set()
 
 
@@ -47,4 +47,4 @@ def test_an_error_is_passed_on_at_once() -> None:
         raise TimeoutError("its own")
 
     with pytest.raises(TimeoutError, match="its own"):
-        in_time(work, (30.0, 30.0), undo=lambda _: None)
+        call_with_timeouts(work, (30.0, 30.0), undo=lambda _: None)

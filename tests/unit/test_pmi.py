@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rhapsody_mcp.engine.node import pmi
-from rhapsody_mcp.engine.node.pmi import Prober
+from rhapsody_mcp.engine.node.pmi import PmiProber
 
 
 def test_a_trial_that_took_too_long_does_not_condemn_later_jobs(
@@ -16,15 +16,15 @@ def test_a_trial_that_took_too_long_does_not_condemn_later_jobs(
 ) -> None:
     tried: list[float] = []
 
-    def late_at_first(_: Prober, __: str, ___: str, within_s: float) -> str:
+    def late_at_first(_: PmiProber, __: str, ___: str, within_s: float) -> str:
         tried.append(within_s)
         if len(tried) < 3:
             raise subprocess.TimeoutExpired("trial", within_s)
         return ""
 
-    monkeypatch.setattr(pmi, "_look_outside", lambda: pmi._Look({"pmix": "", "cray": "none here"}))
-    monkeypatch.setattr(Prober, "_try", late_at_first)
-    prober = Prober(str(tmp_path), [])
+    monkeypatch.setattr(pmi, "_inspect_in_subprocess", lambda: pmi._InstalledPmis({"pmix": "", "cray": "none here"}))
+    monkeypatch.setattr(PmiProber, "_try", late_at_first)
+    prober = PmiProber(str(tmp_path), [])
     first = prober.find("auto").result(60)
     assert first.pmi is None and "Submit the job again" in first.problem
     assert prober.find("auto").result(60).pmi == "pmix"

@@ -10,8 +10,8 @@ from rhapsody_mcp.backends.compute.in_flight import InFlightTask
 from rhapsody_mcp.backends.compute.outcomes import crashed, stopped
 from rhapsody_mcp.engine.messages import WorkerExited
 from rhapsody_mcp.engine.task.output import move_stream
-from rhapsody_mcp.engine.task.output_files import MOVES, STREAMS
-from rhapsody_mcp.engine.task.start_log import starts_in
+from rhapsody_mcp.engine.task.output_files import MOVE_COUNT, STREAMS
+from rhapsody_mcp.engine.task.start_log import read_starts
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.values import Stream
 
@@ -39,7 +39,7 @@ async def noted_starts(tasks: Iterable[InFlightTask]) -> set[tuple[str, int]]:
 
 
 def _read_starts(folders: Iterable[str]) -> set[tuple[str, int]]:
-    return {start for folder in folders for start in starts_in(folder)}
+    return {start for folder in folders for start in read_starts(folder)}
 
 
 def _output(path: str, folder: str, output_bytes: int | None) -> tuple[Stream, Stream]:
@@ -56,5 +56,5 @@ def _move(path: str, folder: str, output_bytes: int | None) -> Stream:
 
 
 def _remove_output(path: str) -> None:
-    for suffix in (*STREAMS, MOVES):
+    for suffix in (*STREAMS, MOVE_COUNT):
         Path(f"{path}.{suffix}").unlink(missing_ok=True)

@@ -38,8 +38,8 @@ from rhapsody_mcp.engine.messages import (
     WorkerReady,
     WorkerStartFailed,
 )
-from rhapsody_mcp.engine.process.liveness import LOOKS, Stalls, is_stopped
-from rhapsody_mcp.engine.process.run_dirs import Folder
+from rhapsody_mcp.engine.process.liveness import MIN_CHECKS, StopDetector, is_stopped
+from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.engine.process.tree import ENGINE, end, marked
 from rhapsody_mcp.engine.supervisor import GRACE_S
 from rhapsody_mcp.model.errors import BackendUnavailable
@@ -90,7 +90,7 @@ class Engine:
             stop_grace_s=GRACE_S,
         )
         self._mark = secrets.token_hex(8)
-        self._folder = Folder()
+        self._folder = RunDir()
         self._log = self._folder.path / "engine.log"
         self._transport: Transport = UnixTransport(self._folder.path)
         self._keeper: KeeperHandle | None = None
@@ -175,17 +175,17 @@ class Engine:
 
         Unanswered pings are counted, and not seconds: a machine that was asleep has missed none.
         """
-        stalls, stall_s = Stalls(), self._config.stall_s
+        stop_detector, stall_s = StopDetector(), self._config.stall_s
         while self._agents:
-            is_silent = any(count >= LOOKS for count in self._unanswered.values())
-            if is_silent or stalls.look([keeper]):
+            is_silent = any(count >= MIN_CHECKS for count in self._unanswered.values())
+            if is_silent or stop_detector.check([keeper]):
                 what = "host did not answer" if is_silent else "keeper was stopped"
                 self.lose(f"the engine of {self._backend} stood still: its {what} for {stall_s:g} s", 0)
                 return
             for agent in self._agents:
                 self._unanswered[agent] += 1
                 agent.send(Ping())
-            await asyncio.sleep(stall_s / (LOOKS - 1))
+            await asyncio.sleep(stall_s / (MIN_CHECKS - 1))
 
     @property
     def _backend(self) -> str:

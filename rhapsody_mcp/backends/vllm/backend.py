@@ -20,7 +20,7 @@ from rhapsody_mcp.backends.local_models import SHIPPED_NOTE
 from rhapsody_mcp.backends.vllm.config import Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm.launch_plan import SCHEMA_OPTIONS, Plan, find_model, look_at_hardware, plan_servers
 from rhapsody_mcp.backends.vllm.server import Launch, VllmServer
-from rhapsody_mcp.engine.process.run_dirs import Folder
+from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask, RhapsodyError, UnknownName
 from rhapsody_mcp.model.specs import Completion, TaskRun, TaskSpec
 from rhapsody_mcp.model.values import Reader
@@ -94,7 +94,7 @@ class DragonVllmInferenceBackend(BackendBase):
         self._lock = asyncio.Lock()
         self._starting: asyncio.Task[None] | None = None
         self._began: float | None = None
-        self._folder: Folder | None = None
+        self._folder: RunDir | None = None
         self._plan: Plan | None = None
         self._servers: list[VllmServer] = []
         self._watches: list[asyncio.Task[None]] = []
@@ -266,7 +266,7 @@ class DragonVllmInferenceBackend(BackendBase):
         model = find_model(config, self._folders)
         hardware = await look_at_hardware(config)
         if self._folder is None:
-            self._folder = Folder()
+            self._folder = RunDir()
         return plan_servers(
             config,
             model,

@@ -1,1 +1,1 @@
-"""What keeps a function from finding what the one before it left in the worker."""
+"""Restores a worker's process after each function, so that no function sees changes of an earlier function."""

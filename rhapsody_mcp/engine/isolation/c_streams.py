@@ -1,4 +1,4 @@
-"""What C, C++ and Fortran code of this process has printed and holds in buffers that Python does not know of."""
+"""Flushes the output buffers of C, C++ and Fortran in this process, which Python does not flush."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ __all__ = ["buffer_lines", "flush"]
 _LIBC = ctypes.CDLL(None)
 _LINE_BUFFERED = 1  # _IOLBF, stdio.h
 _STREAMS = ("stdout", "stderr") if sys.platform == "linux" else ("__stdoutp", "__stderrp")
-_FORTRAN, _CPP = "libgfortran", "libstdc++"
+_FORTRAN_LIBRARY, _CPP_LIBRARY = "libgfortran", "libstdc++"
 
 
 def buffer_lines() -> None:
-    """Have C write out each line when it ends, as it does into a terminal: a crash then loses none. To be called before
-    anything is printed."""
+    """Set C's stdout and stderr to line buffering, so that a crash loses no complete line. Call it before anything is
+    printed."""
     for name in _STREAMS:
         _LIBC.setvbuf(ctypes.c_void_p.in_dll(_LIBC, name), None, _LINE_BUFFERED, ctypes.c_size_t(0))
 
 
-def flush(look: bool = True) -> None:
-    """Write out what the three languages hold, also that of libraries that were loaded since the last `look`."""
-    if look and _Loaded.have_changed():
-        _flushes[:] = _find_flushes()
-    for write_out in _flushes:
-        write_out()
+def flush(find_new_libraries: bool = True) -> None:
+    """Flush the buffers of the three languages. With `find_new_libraries`, include libraries that were loaded since the
+    last search."""
+    if find_new_libraries and _LoadedLibraries.have_changed():
+        _flush_functions[:] = _find_flush_functions()
+    for flush_streams in _flush_functions:
+        flush_streams()
     _LIBC.fflush(None)
 
 
-_flushes: list[Callable[[], object]] = []
+_flush_functions: list[Callable[[], object]] = []
 
 
-class _Object(ctypes.Structure):
+class _LibraryInfo(ctypes.Structure):
     """struct dl_phdr_info, link.h."""
 
     _fields_ = (
@@ -45,48 +46,48 @@ class _Object(ctypes.Structure):
     )
 
 
-_VISIT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Object), ctypes.c_size_t, ctypes.c_void_p)
+_VISIT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_LibraryInfo), ctypes.c_size_t, ctypes.c_void_p)
 
 
-class _Loaded:
-    """The shared libraries of this process; the count of all that were ever loaded tells whether there are new ones."""
+class _LoadedLibraries:
+    """The shared libraries of this process. libc counts every load, so that a changed count means new libraries."""
 
     count = 0
-    seen = 0
+    last_count = 0
 
     @classmethod
     def have_changed(cls) -> bool:
         if sys.platform != "linux":
             return False
-        _LIBC.dl_iterate_phdr(_COUNT, None)
-        changed, cls.seen = cls.seen != cls.count, cls.count
+        _LIBC.dl_iterate_phdr(_READ_LOAD_COUNT, None)
+        changed, cls.last_count = cls.last_count != cls.count, cls.count
         return changed
 
 
-def _count(loaded: ctypes._Pointer[_Object], _size: int, _data: object) -> int:
-    _Loaded.count = loaded.contents.ever_loaded
-    return 1  # the first tells it
+def _read_load_count(loaded: ctypes._Pointer[_LibraryInfo], _size: int, _data: object) -> int:
+    _LoadedLibraries.count = loaded.contents.ever_loaded
+    return 1  # stop: every entry holds the same count
 
 
-_COUNT = _VISIT(_count)
+_READ_LOAD_COUNT = _VISIT(_read_load_count)
 
 
-def _find_flushes() -> list[Callable[[], object]]:
+def _find_flush_functions() -> list[Callable[[], object]]:
     paths: list[str] = []
 
-    def note(loaded: ctypes._Pointer[_Object], _size: int, _data: object) -> int:
+    def add_path(loaded: ctypes._Pointer[_LibraryInfo], _size: int, _data: object) -> int:
         paths.append((loaded.contents.name or b"").decode("utf-8", "replace"))
         return 0
 
-    _LIBC.dl_iterate_phdr(_VISIT(note), None)
-    found: list[Callable[[], object]] = []
+    _LIBC.dl_iterate_phdr(_VISIT(add_path), None)
+    functions: list[Callable[[], object]] = []
     for path in paths:
         name = path.rpartition("/")[2]
-        if name.startswith(_FORTRAN):
-            found.append(_fortran_flush(path))
-        elif name.startswith(_CPP):
-            found += _cpp_flushes(path)
-    return found
+        if name.startswith(_FORTRAN_LIBRARY):
+            functions.append(_fortran_flush(path))
+        elif name.startswith(_CPP_LIBRARY):
+            functions += _cpp_flush_functions(path)
+    return functions
 
 
 def _fortran_flush(path: str) -> Callable[[], object]:
@@ -94,14 +95,16 @@ def _fortran_flush(path: str) -> Callable[[], object]:
     return lambda: every_unit(None)
 
 
-def _cpp_flushes(path: str) -> list[Callable[[], object]]:
-    """std::ostream::flush of std::cout and std::clog, once some code has made them; std::cerr holds nothing back."""
+def _cpp_flush_functions(path: str) -> list[Callable[[], object]]:
+    """Return std::ostream::flush for std::cout and for std::clog, which do nothing before C++ has created these
+    streams. std::cerr is not buffered."""
     library = ctypes.CDLL(path)
     flush_stream = library._ZNSo5flushEv
     flush_stream.argtypes, flush_stream.restype = (ctypes.c_void_p,), ctypes.c_void_p
 
-    def of(name: str) -> Callable[[], object]:
-        table = ctypes.c_void_p.in_dll(library, name)  # its first word, null until it is made
+    def flush_function(name: str) -> Callable[[], object]:
+        # the first word of the stream object is null before C++ has created the stream
+        table = ctypes.c_void_p.in_dll(library, name)
         return lambda: table and flush_stream(ctypes.addressof(table))
 
-    return [of("_ZSt4cout"), of("_ZSt4clog")]
+    return [flush_function("_ZSt4cout"), flush_function("_ZSt4clog")]

@@ -1,4 +1,4 @@
-"""Modules of the user's own that were edited after they were imported: they are imported anew."""
+"""Reimports the user's modules after one of their files was edited."""
 
 from __future__ import annotations
 
@@ -10,70 +10,72 @@ import time
 from importlib.machinery import SourceFileLoader
 from importlib.util import source_from_cache
 
-__all__ = ["EditedModules", "keep_no_bytecode_of_new_files"]
+__all__ = ["EditedModules", "skip_bytecode_of_recent_sources"]
 
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
-_OURS = __name__.partition(".")[0]
-State = tuple[int, ...]
-_GONE: State = ()
-_RECENT: State = (0,)
+_OWN_PACKAGE = __name__.partition(".")[0]
+FileState = tuple[int, ...]
+_MISSING: FileState = ()
+_RECENT: FileState = (0,)
 _RECENT_S = 2.0
-"""A file that was written so short a time ago may be written again without a change of its time or its size."""
+"""Seconds. A file that was written so recently may be written again without a change of its time or its size."""
 
 
 class EditedModules:
-    """The user's own modules in `sys.modules`, as their files were when they were imported."""
+    """The user's modules in `sys.modules`, each with the state of its file at the import."""
 
     def __init__(self) -> None:
         self._standard = sysconfig.get_path("stdlib") + os.sep
-        self._known, self._last = set(sys.modules), next(reversed(sys.modules))
-        self._files: dict[str, tuple[str, State]] = {}
-        """By the module's name, its file, and how that was."""
+        self._known_names, self._last_name = set(sys.modules), next(reversed(sys.modules))
+        self._files: dict[str, tuple[str, FileState]] = {}
+        """Module name to the path of its file and the state of the file."""
 
-    def note(self) -> None:
-        """Look at what was imported since the last time."""
-        if next(reversed(sys.modules)) == self._last:
+    def record_imports(self) -> None:
+        """Record the user's modules that were imported since the last call."""
+        if next(reversed(sys.modules)) == self._last_name:
             return
-        for name in sys.modules.keys() - self._known:
+        for name in sys.modules.keys() - self._known_names:
             path = getattr(sys.modules[name], "__file__", None)
             if isinstance(path, str) and path.endswith(".py") and self._is_users(name, path):
-                self._files[name] = path, _state(path, time.time() - _RECENT_S)
-        self._known, self._last = set(sys.modules), next(reversed(sys.modules))
+                self._files[name] = path, _file_state(path, time.time() - _RECENT_S)
+        self._known_names, self._last_name = set(sys.modules), next(reversed(sys.modules))
 
     def _is_users(self, name: str, path: str) -> bool:
         installed = path.startswith(self._standard) or any(part in path for part in _INSTALLED)
-        return not installed and name.partition(".")[0] != _OURS
+        return not installed and name.partition(".")[0] != _OWN_PACKAGE
 
-    def drop(self) -> None:
-        """Where one was edited, have all be imported anew: they may have taken something from each other."""
-        if all(_state(path) == state for path, state in self._files.values()):
+    def unload_if_edited(self) -> None:
+        """If the file of a module has changed, remove all recorded modules from `sys.modules`: they may hold objects of
+        each other."""
+        if all(_file_state(path) == state for path, state in self._files.values()):
             return
         for name in self._files:
             sys.modules.pop(name, None)
         self._files.clear()
-        self._known, self._last = set(sys.modules), next(reversed(sys.modules))
+        self._known_names, self._last_name = set(sys.modules), next(reversed(sys.modules))
         importlib.invalidate_caches()
 
 
-def _state(path: str, before: float | None = None) -> State:
+def _file_state(path: str, recent_after: float | None = None) -> FileState:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
-        return _GONE
-    if before is not None and found.st_mtime > before:
+        return _MISSING
+    if recent_after is not None and status.st_mtime > recent_after:
         return _RECENT
-    return found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_size
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
 
 
-def keep_no_bytecode_of_new_files() -> None:
-    """Python takes bytecode for that of its source by the second and the size; what is written twice in one second with
-    one size would run as it was the first time."""
-    SourceFileLoader.set_data = _set_data  # type: ignore[method-assign, assignment]
+def skip_bytecode_of_recent_sources() -> None:
+    """Have the import system write no bytecode for a source file that was written less than _RECENT_S seconds ago.
+    Python matches bytecode and source by time in seconds and by size: of two versions written within one second with
+    the same size, it would run the first."""
+    SourceFileLoader.set_data = _write_old_sources_bytecode  # type: ignore[method-assign, assignment]
 
 
-_write = SourceFileLoader.set_data
+_original_set_data = SourceFileLoader.set_data
 
 
-def _set_data(self: SourceFileLoader, path: str, data: bytes, *, _mode: int = 0o666) -> None:
-    if _state(source_from_cache(path), time.time() - _RECENT_S) not in (_GONE, _RECENT):
-        _write(self, path, data, _mode=_mode)
+def _write_old_sources_bytecode(self: SourceFileLoader, path: str, data: bytes, *, _mode: int = 0o666) -> None:
+    if _file_state(source_from_cache(path), time.time() - _RECENT_S) not in (_MISSING, _RECENT):
+        _original_set_data(self, path, data, _mode=_mode)

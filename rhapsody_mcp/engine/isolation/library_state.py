@@ -1,4 +1,4 @@
-"""What common libraries keep for a whole process, put back before the next function runs there."""
+"""Saves and restores the state that common libraries keep for the whole process."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import Any
 __all__ = ["PARTS", "Part", "reseed"]
 
 Part = tuple[Callable[[], Any], Callable[[Any], object]]
-"""What gives a part of the state, and what puts that back. It may raise anything where it cannot."""
+"""A function that reads a part of the state, and one that restores it. Each may raise any exception if it cannot."""
 
 
 # --- random numbers
 
 
 def reseed() -> None:
-    """Have random numbers differ again from task to task where one has set a seed. In `random`, a seed takes away the
-    number that `gauss` has in store; in NumPy, a seed that was given takes the place of a sequence."""
-    if random._inst.gauss_next is not _stored[0]:  # type: ignore[attr-defined]
+    """Seed the random number generators anew if a function has seeded them, so that random numbers differ from task to
+    task. A seed is detected by its side effect: in `random`, it discards the number that `gauss` has stored; in NumPy,
+    an explicit seed replaces the seed sequence."""
+    if random._inst.gauss_next is not _stored_gauss[0]:  # type: ignore[attr-defined]
         random.seed()
         random.gauss(0.0, 1.0)
-        _stored[0] = random._inst.gauss_next  # type: ignore[attr-defined]
+        _stored_gauss[0] = random._inst.gauss_next  # type: ignore[attr-defined]
     if (numpy := sys.modules.get("numpy.random")) is not None:
         source = getattr(numpy, "get_bit_generator", lambda: None)()
         if getattr(source, "seed_seq", source) is None:
@@ -32,35 +33,35 @@ def reseed() -> None:
         _torch_seeds[:] = [torch.seed()]
 
 
-_stored: list[object] = [object()]
+_stored_gauss: list[object] = [object()]
 _torch_seeds: list[int] = []
 
 
 # --- logging
 
 
-_AS_MADE: tuple[Any, ...] = (logging.NOTSET, [], True, False, [])
+_DEFAULT_LOGGER_STATE: tuple[Any, ...] = (logging.NOTSET, [], True, False, [])
 
 
-def _configured() -> dict[str, tuple[object, ...]]:
-    """The loggers that are not as they are made, and what is disabled for all."""
+def _logging_state() -> dict[str, tuple[object, ...]]:
+    """Return the loggers that differ from a new logger, and the level that is disabled for all loggers."""
     root = logging.root
-    found = {"": (root.manager.disable,), root.name: _facts(root)}
+    states = {"": (root.manager.disable,), root.name: _logger_state(root)}
     for logger in root.manager.loggerDict.values():
-        if isinstance(logger, logging.Logger) and (facts := _facts(logger)) != _AS_MADE:
-            found[logger.name] = facts
-    return found
+        if isinstance(logger, logging.Logger) and (state := _logger_state(logger)) != _DEFAULT_LOGGER_STATE:
+            states[logger.name] = state
+    return states
 
 
-def _facts(logger: logging.Logger) -> tuple[object, ...]:
+def _logger_state(logger: logging.Logger) -> tuple[object, ...]:
     return logger.level, logger.handlers[:], logger.propagate, logger.disabled, logger.filters[:]
 
 
-def _configure(saved: dict[str, tuple[Any, ...]]) -> None:
+def _restore_logging(saved: dict[str, tuple[Any, ...]]) -> None:
     logging.disable(saved[""][0])
-    known = logging.root.manager.loggerDict.values()
-    for logger in [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]:
-        level, handlers, propagate, disabled, filters = saved.get(logger.name, _AS_MADE)
+    loggers = logging.root.manager.loggerDict.values()
+    for logger in [logging.root, *(logger for logger in loggers if isinstance(logger, logging.Logger))]:
+        level, handlers, propagate, disabled, filters = saved.get(logger.name, _DEFAULT_LOGGER_STATE)
         for handler in {*logger.handlers} - {*handlers}:
             logger.removeHandler(handler)
             handler.close()
@@ -69,31 +70,31 @@ def _configure(saved: dict[str, tuple[Any, ...]]) -> None:
         logger.propagate, logger.disabled = propagate, disabled
 
 
-# --- others, where they are loaded
+# --- other libraries, if they are loaded
 
 
-def _are_as_made() -> bool:
-    loaded = sys.modules
+def _have_defaults() -> bool:
+    modules = sys.modules
     return (
-        ("torch" not in loaded or _torch_is_as_made(loaded["torch"]))
-        and ("matplotlib.pyplot" not in loaded or not loaded["matplotlib.pyplot"].get_fignums())
-        and ("asyncio.events" not in loaded or vars(loaded["asyncio.events"]).get("_event_loop_policy") is None)
+        ("torch" not in modules or _torch_has_defaults(modules["torch"]))
+        and ("matplotlib.pyplot" not in modules or not modules["matplotlib.pyplot"].get_fignums())
+        and ("asyncio.events" not in modules or vars(modules["asyncio.events"]).get("_event_loop_policy") is None)
     )
 
 
-def _make_anew(_: object) -> None:
-    loaded = sys.modules
-    if "torch" in loaded:
-        _reset_torch(loaded["torch"])
-    if "matplotlib.pyplot" in loaded:
-        loaded["matplotlib.pyplot"].close("all")
-    if "asyncio.events" in loaded:  # a policy that a function has set, or that remembers its event loop
-        vars(loaded["asyncio.events"])["_event_loop_policy"] = None
+def _restore_defaults(_: object) -> None:
+    modules = sys.modules
+    if "torch" in modules:
+        _reset_torch(modules["torch"])
+    if "matplotlib.pyplot" in modules:
+        modules["matplotlib.pyplot"].close("all")
+    if "asyncio.events" in modules:  # set by a function, or holding the function's event loop
+        vars(modules["asyncio.events"])["_event_loop_policy"] = None
 
 
-def _torch_is_as_made(torch: Any) -> bool:
-    is_usual = torch.is_grad_enabled() and torch.get_default_dtype() is torch.float32
-    return bool(is_usual and not torch.are_deterministic_algorithms_enabled())
+def _torch_has_defaults(torch: Any) -> bool:
+    has_default_modes = torch.is_grad_enabled() and torch.get_default_dtype() is torch.float32
+    return bool(has_default_modes and not torch.are_deterministic_algorithms_enabled())
 
 
 def _reset_torch(torch: Any) -> None:
@@ -102,4 +103,4 @@ def _reset_torch(torch: Any) -> None:
     torch.use_deterministic_algorithms(False)
 
 
-PARTS: list[Part] = [(_configured, _configure), (_are_as_made, _make_anew)]
+PARTS: list[Part] = [(_logging_state, _restore_logging), (_have_defaults, _restore_defaults)]

@@ -1,4 +1,4 @@
-"""What a function may change of its process, put back before the next one runs there."""
+"""Saves the state of this process, and restores it after each function."""
 
 from __future__ import annotations
 
@@ -32,62 +32,63 @@ __all__ = ["ProcessState"]
 _SIGNALS = sorted({*range(1, 32)} & {*_signal.valid_signals()} - {_signal.SIGKILL, _signal.SIGSTOP})
 _STREAMS = (0, 1, 2)
 _LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
-_HIGH = 200
-_show_again = getattr(warnings, "_filters_mutated", lambda: None)
-"""Has warnings be shown that were shown to an earlier function."""
+_FIRST_COPY_DESCRIPTOR = 200
+_reset_shown_warnings = getattr(warnings, "_filters_mutated", lambda: None)
+"""Has Python show a warning again that it has shown to an earlier function."""
 
 
 class ProcessState:
-    """How the process was when this was made, in what a function can change and another one would notice.
+    """The state of the process at the creation of this object, as far as a function can change it and a later function
+    would notice.
 
-    Not seen: what a function changes in modules that it imports, but for a few common libraries.
+    Changes in imported modules are not restored, except for the libraries in `library_state`.
     """
 
     def __init__(self) -> None:
-        sys.modules.pop("resource", None)  # whoever imports it may have changed limits
+        sys.modules.pop("resource", None)  # if user code imports it again, `_limits` reads the limits
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash then loses no line
-        self._descriptors = [_copy_out_of_the_way(number) for number in _STREAMS]
+        self._descriptors = [_copy_descriptor(number) for number in _STREAMS]
         self._umask = os.umask(0o077)
         os.umask(self._umask)
         library_state.reseed()
         parts = (*_PARTS, *library_state.PARTS)
-        self._reads, self._writes = [read for read, _ in parts], [write for _, write in parts]
-        self._saved = [copy.copy(read()) for read in self._reads]
+        self._readers, self._writers = [read for read, _ in parts], [write for _, write in parts]
+        self._saved = [copy.copy(read()) for read in self._readers]
 
     def flush(self) -> None:
-        """Write out what Python holds of what was printed."""
+        """Flush Python's stdout and stderr."""
         for stream in {sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__}:
             try:
                 stream.flush()  # type: ignore[union-attr]
-            except Exception:  # the function may have closed it, or put anything in its place
+            except Exception:  # the function may have closed or replaced the stream
                 continue
 
     def restore(self) -> bool:
-        """Put everything back; False where that cannot be done, so that the process has to be replaced."""
+        """Restore the saved state; return False if a part cannot be restored, so that the process must be replaced."""
         _signal.alarm(0)
         faulthandler.cancel_dump_traceback_later()
         os.umask(self._umask)
         library_state.reseed()
-        _show_again()
-        is_whole = self._restore_descriptors()
+        _reset_shown_warnings()
+        is_restored = self._restore_descriptors()
         try:
-            if list(map(call, self._reads)) == self._saved:  # nearly always, and faster than one by one
-                return is_whole
+            if list(map(call, self._readers)) == self._saved:  # the usual case, and faster than one comparison per part
+                return is_restored
         except Exception:  # a closed stream
             pass
-        return self._restore_parts() and is_whole
+        return self._restore_parts() and is_restored
 
     def _restore_parts(self) -> bool:
-        is_whole = True
-        for read, write, saved in zip(self._reads, self._writes, self._saved, strict=True):
+        is_restored = True
+        for read, write, saved in zip(self._readers, self._writers, self._saved, strict=True):
             try:
                 if read() != saved:
                     write(saved)
-                    is_whole = is_whole and read() == saved
+                    is_restored = is_restored and read() == saved
             except Exception:  # a closed stream, a limit that only root may raise
-                is_whole = False
-        return is_whole
+                is_restored = False
+        return is_restored
 
     def _restore_descriptors(self) -> bool:
         try:
@@ -96,14 +97,14 @@ class ProcessState:
             if not (os.get_blocking(1) and os.get_blocking(2)):
                 os.set_blocking(1, True)
                 os.set_blocking(2, True)
-        except OSError:  # the function closed all that it could
+        except OSError:  # the function has closed all descriptors
             return False
         return True
 
 
-def _copy_out_of_the_way(descriptor: int) -> int:
-    """Of functions that close the next few numbers."""
-    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+def _copy_descriptor(descriptor: int) -> int:
+    """Return a copy with a number of at least 200, because some functions close the next few numbers."""
+    return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_COPY_DESCRIPTOR)
 
 
 def _set_environment(saved: dict[bytes, bytes]) -> None:
@@ -139,7 +140,7 @@ def _streams() -> list[object]:
 
 def _set_streams(saved: list[Any]) -> None:
     for stream, encoding, errors in ((sys.stdout, saved[0], saved[2]), (sys.stderr, saved[1], saved[3])):
-        for name in vars(stream).keys() - {"mode"}:  # methods of the user's own
+        for name in vars(stream).keys() - {"mode"}:  # methods that the function has replaced
             delattr(stream, name)
         stream.reconfigure(encoding=encoding, errors=errors, line_buffering=True)  # type: ignore[union-attr]
 
@@ -149,7 +150,8 @@ def _handlers() -> list[object]:
 
 
 def _set_handlers(saved: list[Any]) -> None:
-    for timer in (_signal.ITIMER_VIRTUAL, _signal.ITIMER_PROF):  # whose signals nobody sends who does not handle them
+    # a function that set a timer has also set a handler for its signal
+    for timer in (_signal.ITIMER_VIRTUAL, _signal.ITIMER_PROF):
         _signal.setitimer(timer, 0)
     for number, handler in zip(_SIGNALS, saved, strict=True):
         if _signal.getsignal(number) != handler:
@@ -157,7 +159,7 @@ def _set_handlers(saved: list[Any]) -> None:
 
 
 def _builtins() -> tuple[int, object]:
-    """Those in whose place a user may put something: to look at all takes 2 us."""
+    """Return the number of builtins, and those that users are likely to replace: this takes 2 us."""
     return len(_BUILTINS), _replaceable(_BUILTINS)
 
 
@@ -170,12 +172,12 @@ _replaceable = itemgetter(
 
 
 def _set_builtins(_: object) -> None:
-    for name in _BUILTINS.keys() - _BUILTINS_AT_FIRST.keys():
+    for name in _BUILTINS.keys() - _ORIGINAL_BUILTINS.keys():
         del _BUILTINS[name]
-    _BUILTINS.update(_BUILTINS_AT_FIRST)
+    _BUILTINS.update(_ORIGINAL_BUILTINS)
 
 
-_BUILTINS_AT_FIRST = _BUILTINS.copy()
+_ORIGINAL_BUILTINS = _BUILTINS.copy()
 
 
 def _interpreter() -> list[Any]:
@@ -207,15 +209,15 @@ def _users() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
 
 
 def _set_users(saved: tuple[tuple[int, int, int], tuple[int, int, int]]) -> None:
-    os.setresuid(*saved[0])  # first, so that it may do the second
+    os.setresuid(*saved[0])  # first: it may restore the right to change the groups
     os.setresgid(*saved[1])
 
 
 def _limits() -> list[tuple[int, int]]:
-    """Read anew where somebody may have changed them."""
+    """Read the limits only if a module that can change them is loaded."""
     if "resource" in sys.modules or "psutil" in sys.modules:
         return _read_limits()
-    return _LIMITS_AT_FIRST
+    return _ORIGINAL_LIMITS
 
 
 def _read_limits() -> list[tuple[int, int]]:
@@ -228,10 +230,10 @@ def _set_limits(saved: list[tuple[int, int]]) -> None:
 
 
 def _locale_name() -> str:
-    return _locale.setlocale(_locale.LC_ALL) if "locale" in sys.modules else _LOCALE_AT_FIRST
+    return _locale.setlocale(_locale.LC_ALL) if "locale" in sys.modules else _ORIGINAL_LOCALE
 
 
-_LIMITS_AT_FIRST, _LOCALE_AT_FIRST = _read_limits(), _locale.setlocale(_locale.LC_ALL)
+_ORIGINAL_LIMITS, _ORIGINAL_LOCALE = _read_limits(), _locale.setlocale(_locale.LC_ALL)
 
 _PARTS: list[Part] = [
     (_hooks, _set_hooks),

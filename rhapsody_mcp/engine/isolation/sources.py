@@ -1,4 +1,5 @@
-"""Source texts as modules. Each has a file: so its classes pickle, and processes that it spawns import it by name."""
+"""Loads source texts as modules. Each module has a file, so that its classes can be pickled and spawned processes can
+import it by name."""
 
 from __future__ import annotations
 
@@ -17,24 +18,25 @@ from rhapsody_mcp.engine.task.output import write_file
 __all__ = ["MODULE_PREFIX", "Sources"]
 
 MODULE_PREFIX = "rhapsody_source_"
-_KEPT_BYTES = 8 * 1024 * 1024
+_CACHE_BYTES = 8 * 1024 * 1024
 
 
 class Sources:
-    """The modules of source texts, made anew for each task; what is kept is their compiled code.
+    """The modules of source texts. Each task gets new modules; the compiled code is cached.
 
-    Their files lie in `folder`. What they define travels by value: whoever reads a result has no such module.
+    The files of the modules are in `folder`. Pickles hold the definitions of these modules by value, because the reader
+    of a result cannot import the modules.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        sys.path.append(folder)  # children that are spawned get it, too
+        sys.path.append(folder)  # spawned processes inherit sys.path
         self._codes: OrderedDict[bytes, CodeType] = OrderedDict()
-        self._bytes = 0
+        self._cached_bytes = 0
         self._loaded: list[str] = []
 
     def load(self, text: bytes) -> ModuleType:
-        """Run the text as a new module, which is importable until `forget`. Raises whatever it raises."""
+        """Run the text as a new module, which can be imported until `forget`. Raises every exception of the text."""
         name = _name_of(text)
         code = self._code(text, self.path_of(text))
         spec = spec_from_file_location(name, self.path_of(text))
@@ -46,10 +48,11 @@ class Sources:
         return module
 
     def path_of(self, text: bytes) -> str:
+        """Return the path of the module's file."""
         return os.path.join(self.folder, f"{_name_of(text)}.py")
 
     def forget(self) -> None:
-        """Have the next task make its own."""
+        """Remove the loaded modules, so that the next task gets new ones."""
         for name in self._loaded:
             sys.modules.pop(name, None)
         self._loaded.clear()
@@ -60,9 +63,9 @@ class Sources:
             return self._codes[text]
         self._write(text, path)
         code = self._codes[text] = compile(text.decode(), path, "exec", dont_inherit=True)
-        self._bytes += len(text)
-        while self._bytes > _KEPT_BYTES and len(self._codes) > 1:
-            self._bytes -= len(self._codes.popitem(last=False)[0])
+        self._cached_bytes += len(text)
+        while self._cached_bytes > _CACHE_BYTES and len(self._codes) > 1:
+            self._cached_bytes -= len(self._codes.popitem(last=False)[0])
         return code
 
     def _write(self, text: bytes, path: str) -> None:

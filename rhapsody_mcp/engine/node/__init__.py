@@ -1,1 +1,1 @@
-"""One node of an engine: its hardware, and how processes are started, watched and ended there."""
+"""The parts of a node agent: hardware counts, launchers, and the processes of a task."""

@@ -1,4 +1,4 @@
-"""What a node agent has for each process that it launches: configuration, hardware, launchers."""
+"""What a node agent shares with its tasks and workers: configuration, hardware counts, launchers."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import msgspec
 from rhapsody_mcp.engine.messages import HostConfig
 from rhapsody_mcp.engine.node.hardware import count_cores, count_gpus
 from rhapsody_mcp.engine.node.launchers import TASK_VARIABLES, ForkLauncher, Launcher
-from rhapsody_mcp.engine.node.pmi import Prober
+from rhapsody_mcp.engine.node.pmi import PmiProber
 
 __all__ = ["NodeContext"]
 
 
 class NodeContext:
-    """This node; for use from any thread."""
+    """The context of a node agent; all methods are thread-safe."""
 
-    def __init__(self, config: HostConfig, launcher: Launcher, forks: ForkLauncher) -> None:
+    def __init__(self, config: HostConfig, launcher: Launcher, fork_launcher: ForkLauncher) -> None:
         self.config = config
-        self.launcher, self.forks = launcher, forks
+        self.launcher, self.fork_launcher = launcher, fork_launcher
         self.cores, self.gpus = count_cores(), count_gpus()
-        self.prober = Prober(config.folder, config.sys_path)
+        self.pmi_prober = PmiProber(config.folder, config.sys_path)
         self.task_env = msgspec.json.decode(os.environ.get(TASK_VARIABLES, "{}"), type=dict[str, str])
-        """Variables of what is launched that have other values in this process."""
+        """Variables for launched processes whose values differ from those of this process."""
         self.start_events = start_events_path(config.folder)
-        self._numbers = itertools.count(1)
+        self._process_numbers = itertools.count(1)
 
-    def next_number(self) -> int:
-        """A number for one process."""
-        return next(self._numbers)
+    def next_process_number(self) -> int:
+        """Return a number that no other launched process of this engine has on this node."""
+        return next(self._process_numbers)
 
 
 def start_events_path(folder: str) -> str:
-    """The datagram socket in an engine's folder to which supervisors report starts."""
+    """Return the path of the datagram socket to which supervisors report that a program started."""
     return f"{folder}/started"

@@ -1,4 +1,4 @@
-"""Starts programs as functions of Dragon's Batch: its scheduler decides when and where."""
+"""Starts programs as functions of Dragon's Batch, whose scheduler decides when and where each runs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["BatchLauncher", "run_program"]
 
 
 def run_program(arguments: list[str], env: dict[str, str], cwd: str) -> int:
-    """Run a program to its end and give its exit code: the function that Batch runs.
+    """Run a program to its end, and return its exit code. Batch runs this function.
 
-    User functions run in the program, because a Batch worker that a function ends, or whose value it cannot
-    pickle, blocks its Batch for ever.
+    User functions run in the program, not in the Batch worker: a Batch worker blocks its Batch for ever if a function
+    ends the worker, or returns a value that cannot be pickled.
     """
     import os
     import subprocess
@@ -26,7 +26,7 @@ def run_program(arguments: list[str], env: dict[str, str], cwd: str) -> int:
 
 
 class BatchLauncher:
-    """One Batch, made with this object; that takes about four seconds."""
+    """A launcher with a Batch of its own, which takes about four seconds to create."""
 
     sets_affinity = True
 

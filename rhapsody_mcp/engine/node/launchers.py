@@ -1,4 +1,4 @@
-"""The two ways to start a process on a node: through Dragon, or by a fork."""
+"""Starts processes on a node: through Dragon, or by a fork."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ __all__ = [
 ]
 
 TASK_VARIABLES = "RHAPSODY_TASK_VARIABLES"
-"""Holds a JSON object of variables: the node agent and Dragon run with other values, what they launch gets these."""
+"""Environment variable with a JSON object of variables for launched processes; the node agent and Dragon run with other
+values of these variables."""
 
 
 class Program(NamedTuple):
-    """What to start; `env` is added to the variables that are there, and holds PROCESS_MARK."""
+    """A program to start. `env` is added to the inherited variables, and contains PROCESS_MARK."""
 
     arguments: list[str]
     env: dict[str, str]
@@ -44,73 +45,74 @@ class Program(NamedTuple):
 
 
 class LaunchedProcess(Protocol):
-    """A process that was started."""
+    """A started process, which may have descendants."""
 
     def join(self) -> int:
-        """Wait until it and all that it started has ended, from any thread; its exit code, negative for a signal."""
+        """Wait until the process and its descendants have ended, from any thread. Return its exit code, negative for a
+        signal."""
 
     def terminate(self) -> None:
-        """Send it TERM; nothing happens where it has ended."""
+        """Send TERM to the process. Does nothing if the process has ended."""
 
     def kill(self) -> None:
-        """End it and all that it started at once; the same."""
+        """Kill the process and its descendants at once. Does nothing if they have ended."""
 
 
 class ProcessGroup(Protocol):
-    """The ranks of one job, which find each other through a PMI."""
+    """The ranks of one job that use a PMI."""
 
     ranks: list[LaunchedProcess]
 
     def close(self) -> None:
-        """Free what the job had besides its ranks, which have ended."""
+        """Free the group's resources after its ranks have ended."""
 
 
 class Launcher(Protocol):
     sets_affinity: bool
-    """Whether a launched process has to bind itself to CPUs and GPUs."""
+    """Whether the supervisor must bind the launched process to CPUs and GPUs, because the launcher does not."""
 
     def launch(self, program: Program) -> LaunchedProcess:
-        """Start a program; from any thread."""
+        """Start a program. Thread-safe."""
 
     def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
-        """Start one program a rank, in order, under a PMI that works here; from any thread."""
+        """Start one program for each rank, in order, under a PMI that works on this node. Thread-safe."""
 
 
 class ForkLauncher:
-    """Has supervisors forked by a fork server, which ends with this process. `on_end` is called, in a thread, where the
-    fork server ends first."""
+    """Starts supervisors through a fork server, which ends with this process. If the fork server ends first, `on_end`
+    is called in another thread."""
 
     sets_affinity = True
 
     def __init__(self, folder: str, on_end: Callable[[], object]) -> None:
         self._on_end = on_end
-        self._socket, theirs = socket.socketpair()
+        self._socket, server_end = socket.socketpair()
         self._sending = threading.Lock()
-        with theirs, open(f"{folder}/fork_server.log", "wb") as log:
-            self._child = subprocess.Popen(
-                command("fork_server", folder, str(theirs.fileno())),
+        with server_end, open(f"{folder}/fork_server.log", "wb") as log:
+            self._server = subprocess.Popen(
+                command("fork_server", folder, str(server_end.fileno())),
                 env={name: value for name, value in os.environ.items() if "DRAGON" not in name},
-                pass_fds=[theirs.fileno()],
+                pass_fds=[server_end.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        self.pid = self._child.pid
-        self._codes: dict[str, Future[int]] = {}
+        self.pid = self._server.pid
+        self._exit_codes: dict[str, Future[int]] = {}
         threading.Thread(target=self._listen, daemon=True).start()
 
     def launch(self, program: Program) -> LaunchedProcess:
         name = os.path.basename(program.arguments[-1])
-        code = self._codes[name] = Future[int]()
+        code = self._exit_codes[name] = Future[int]()
         self.send("start", name)
-        return _Forked(self, name, code)
+        return _ForkedProcess(self, name, code)
 
     def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
         raise NotImplementedError("a job that needs a PMI is refused when it is submitted")
 
     def send(self, request: str, name: str) -> None:
-        """Nothing happens where the process that forks has ended, which `on_end` is called for."""
+        """Send a request to the fork server. Does nothing if the fork server has ended."""
         with suppress(OSError), self._sending:
             self._socket.sendall(f"{request} {name}\n".encode())
 
@@ -118,16 +120,16 @@ class ForkLauncher:
         with suppress(OSError), self._socket.makefile("r") as lines:
             for line in lines:
                 name, code = line.split()
-                self._codes.pop(name).set_result(int(code))
+                self._exit_codes.pop(name).set_result(int(code))
         self._on_end()
 
-    def give_up(self) -> None:
-        """Let nobody wait for a launched process any longer."""
-        while self._codes:
-            self._codes.popitem()[1].set_result(-signal.SIGKILL)
+    def resolve_all(self) -> None:
+        """Have every `join` return with the code of KILL."""
+        while self._exit_codes:
+            self._exit_codes.popitem()[1].set_result(-signal.SIGKILL)
 
 
-class _Forked:
+class _ForkedProcess:
     def __init__(self, launcher: ForkLauncher, name: str, code: Future[int]) -> None:
         self._launcher, self._name, self._code = launcher, name, code
 
@@ -142,7 +144,7 @@ class _Forked:
 
 
 class MarkedProcess:
-    """A process that is known by its mark, as all that it starts is."""
+    """A process that is found, with its descendants, by the mark in their environment."""
 
     def __init__(self, mark: str, join: Callable[[], int]) -> None:
         self._mark, self._join = mark, join
@@ -154,7 +156,8 @@ class MarkedProcess:
         return code
 
     def terminate(self) -> None:
-        """By the kernel, not by Dragon: after a Dragon kill its launcher spins at the end and never ends."""
+        """Send TERM through the kernel, not through Dragon: after a kill through Dragon, Dragon's launcher does not end
+        and uses a whole core."""
         send_signal(marked(PROCESS_MARK, self._mark), signal.SIGTERM)
 
     def kill(self) -> None:
@@ -162,18 +165,18 @@ class MarkedProcess:
 
 
 class DragonLauncher:
-    """Starts Dragon processes, where Dragon's policies say.
+    """Starts Dragon processes with the affinity of their templates.
 
-    Their standard streams are /dev/null: Dragon reads a pipe for each other kind, and a grandchild that keeps
-    such a pipe open holds up every later start on its node.
+    Their standard streams are /dev/null. For any other kind of stream, Dragon reads a pipe until it is closed: a
+    grandchild that keeps the pipe open would delay every later start on its node.
     """
 
     sets_affinity = False
 
     def __init__(self) -> None:
         for package in ("dragon", "dragon.native"):
-            _leave_empty(package)
-        with _without("numpy"):
+            _register_empty_package(package)
+        with _empty_module("numpy"):
             from dragon.infrastructure.policy import Policy
             from dragon.native.process import Process
 
@@ -181,10 +184,10 @@ class DragonLauncher:
         self._starting = threading.Lock()
 
     def launch(self, program: Program) -> LaunchedProcess:
-        process = self._process(**self._start_of(program))
+        process = self._process(**self._process_arguments(program))
         with self._starting:
             process.start()
-        return MarkedProcess(program.env[PROCESS_MARK], partial(_code_of, process))
+        return MarkedProcess(program.env[PROCESS_MARK], partial(_exit_code, process))
 
     def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
         from dragon.infrastructure.facts import PMIBackend
@@ -193,24 +196,24 @@ class DragonLauncher:
 
         group = ProcessGroup(restart=False, ignore_error_on_exit=True, pmi=PMIBackend(pmi))
         for program in programs:
-            group.add_process(1, ProcessTemplate(**self._start_of(program)))
+            group.add_process(1, ProcessTemplate(**self._process_arguments(program)))
         group.init()
         try:
             group.start()
-            # ascending ids are the order of the ranks
-            ids = sorted({*group.puids, *(puid for puid, _ in group.inactive_puids)})
+            # ascending process ids are in the order of the ranks
+            puids = sorted({*group.puids, *(puid for puid, _ in group.inactive_puids)})
         except BaseException:
             group.close()
             raise
         return _DragonGroup(
             group,
             [
-                MarkedProcess(program.env[PROCESS_MARK], partial(_code_of, self._process(None, ident=puid)))
-                for puid, program in zip(ids, programs, strict=True)
+                MarkedProcess(program.env[PROCESS_MARK], partial(_exit_code, self._process(None, ident=puid)))
+                for puid, program in zip(puids, programs, strict=True)
             ],
         )
 
-    def _start_of(self, program: Program) -> dict[str, Any]:
+    def _process_arguments(self, program: Program) -> dict[str, Any]:
         return {
             "target": program.arguments[0],
             "args": program.arguments[1:],
@@ -218,11 +221,12 @@ class DragonLauncher:
             "cwd": os.getcwd(),
             "stdout": self._process.DEVNULL,
             "stderr": self._process.DEVNULL,
-            "policy": self._policy_of(program.template),
+            "policy": self._policy_for(program.template),
         }
 
-    def _policy_of(self, template: Template) -> Any:
-        """Without the host_name, which is this node's: under a PMI Dragon breaks where it does not know the name."""
+    def _policy_for(self, template: Template) -> Any:
+        """Return a policy without host_name: the node is always this one, and under a PMI Dragon fails for a name that
+        it does not know."""
         return self._policy(
             placement=self._policy.Placement.DEFAULT,
             cpu_affinity=list(template.cpu_affinity),
@@ -230,9 +234,9 @@ class DragonLauncher:
         )
 
 
-def _leave_empty(package: str) -> None:
-    """Have an import of a part of this package of Dragon import that part alone: Dragon itself imports its Batch and
-    its telemetry, with a web server, which takes 0.14 s."""
+def _register_empty_package(package: str) -> None:
+    """Register this Dragon package in `sys.modules` without running it, so that an import of its submodules runs only
+    these. The package itself imports Batch and the telemetry with a web server, which takes 0.14 s."""
     spec = find_spec(package)
     assert spec is not None, "this process was started by Dragon"
     module = sys.modules.setdefault(package, module_from_spec(spec))
@@ -242,9 +246,9 @@ def _leave_empty(package: str) -> None:
 
 
 @contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Have what is imported meanwhile find an empty module of this name. NumPy takes 0.09 s, and Dragon imports it for
-    keys that are arrays."""
+def _empty_module(module: str) -> Iterator[None]:
+    """Register an empty module of this name during the context. NumPy takes 0.09 s to import, and Dragon needs it only
+    for keys that are arrays."""
     if module in sys.modules:
         yield
         return
@@ -255,17 +259,17 @@ def _without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-def _code_of(process: Any) -> int:
+def _exit_code(process: Any) -> int:
     process.join()
     return int(process.returncode)
 
 
 class _DragonGroup:
-    """Has a manager process and a dictionary in Dragon besides its ranks."""
+    """A group that has a manager process and a dictionary in Dragon."""
 
     def __init__(self, group: Any, ranks: list[LaunchedProcess]) -> None:
         self._group, self.ranks = group, ranks
 
     def close(self) -> None:
-        self._group.join()  # until it knows that they have ended: else it kills them, through Dragon
+        self._group.join()  # wait until the manager knows that the ranks have ended; it would kill them otherwise
         self._group.close()

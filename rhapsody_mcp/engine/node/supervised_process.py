@@ -1,4 +1,4 @@
-"""A program under a supervisor, as the node agent launches, watches and ends it."""
+"""A program under a supervisor: launched, watched and ended by the node agent."""
 
 from __future__ import annotations
 
@@ -21,46 +21,48 @@ __all__ = ["SupervisedProcess"]
 
 
 class SupervisedProcess:
-    """A supervisor, which runs what its plan says."""
+    """A supervisor and the program that its plan names."""
 
     def __init__(self, node: NodeContext, template: Template) -> None:
-        number = node.next_number()
+        number = node.next_process_number()
         self.name = f"p{number}"
         self.path = f"{node.config.folder}/{self.name}"
         self._ended = threading.Event()
         env = {**node.task_env, PROCESS_MARK: f"{node.config.mark}.{number}"}
         self.program = Program(command("supervisor", self.path), env, template)
         self.process: LaunchedProcess
-        """The process, once it was launched."""
-        self.why_killed = ""
-        """Why `kill` ended it."""
+        """The launched process; unset before the launch."""
+        self.kill_reason = ""
+        """The reason given to `kill`; empty if `kill` was not called."""
 
-    def command_of(self, module: str, config: msgspec.Struct) -> list[str]:
-        """The command that runs a module of this package, which finds its configuration in a file."""
+    def module_command(self, module: str, config: msgspec.Struct) -> list[str]:
+        """Write the configuration into a file, and return the command that runs a module of this package with that
+        file."""
         Path(f"{self.path}.config").write_bytes(msgspec.msgpack.encode(config))
         return [sys.executable, "-P", "-m", f"rhapsody_mcp.engine.{module}", f"{self.path}.config"]
 
     def write_plan(self, plan: ProcessPlan) -> None:
+        """Write the plan into the file that the supervisor reads; its variables take precedence."""
         plan = msgspec.structs.replace(plan, env={**self.program.env, **plan.env})
         Path(self.path).write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
 
     def launch(self, launcher: Launcher) -> None:
-        """Start it by itself; the ranks that a PMI joins are started together, and not by this."""
+        """Start the supervisor. The ranks of a group are started together instead, by `launch_group`."""
         self.process = launcher.launch(self.program)
 
     def join(self) -> int:
-        """Wait until it and all that it started has ended; its exit code."""
+        """Wait until the supervisor and its descendants have ended; return its exit code."""
         code = self.process.join()
         self._ended.set()
-        return -signal.SIGKILL if self.why_killed else code
+        return -signal.SIGKILL if self.kill_reason else code
 
-    def kill(self, why: str) -> None:
-        """Kill it with its tree, from another thread than the one that joins it."""
-        self.why_killed = why
+    def kill(self, reason: str) -> None:
+        """Kill the supervisor and its descendants. Call it from another thread than `join`."""
+        self.kill_reason = reason
         self.process.kill()
 
     def stop(self) -> None:
-        """End it with its tree, by TERM and after the grace by KILL; returns once the one or the other is sent."""
+        """Send TERM, and after the grace period kill the tree. Return when the tree has ended or KILL was sent."""
         self.process.terminate()
         if not self._ended.wait(GRACE_S + 1):
             self.process.kill()

@@ -20,7 +20,7 @@ import msgspec
 
 from rhapsody_mcp.engine.messages import ProcessPlan, RankConfig
 from rhapsody_mcp.engine.node.context import NodeContext
-from rhapsody_mcp.engine.node.hardware import this_host
+from rhapsody_mcp.engine.node.hardware import is_this_host
 from rhapsody_mcp.engine.node.launchers import Launcher, ProcessGroup
 from rhapsody_mcp.engine.node.pmi import PmiName, rank_environment
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
@@ -35,49 +35,50 @@ from rhapsody_mcp.model.specs import Command, TaskRun, Template, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Ref, load_json
 
-__all__ = ["ProcessTask", "in_time"]
+__all__ = ["ProcessTask", "call_with_timeouts"]
 
 T = TypeVar("T")
 
 
 class ProcessTask:
-    """A task in processes of its own, one a rank."""
+    """A task that runs in processes of its own, one for each rank."""
 
     def __init__(self, node: NodeContext, task_run: TaskRun) -> None:
         self.node, self.task_run, self.uid = node, task_run, task_run.spec.uid
-        self._launcher: Launcher = node.forks if task_run.spec.layout.forked else node.launcher
-        self.reported = False
-        self._stop: Cause | None = None
-        self._stopped: Future[None] = Future()
+        self._launcher: Launcher = node.fork_launcher if task_run.spec.layout.forked else node.launcher
+        self.has_reported_start = False
+        self._stop_cause: Cause | None = None
+        self._stop_requested: Future[None] = Future()
         self._processes: list[SupervisedProcess] = []
         self._pmi: PmiName | None = None
         self._group: ProcessGroup | None = None
-        self._failed: int | None = None
-        self._ended: set[int] = set()
-        self._ends: dict[int, RankEnd | None] = {}
-        self._dragged: set[int] = set()
+        self._failed_rank: int | None = None
+        self._ended_ranks: set[int] = set()
+        self._rank_ends: dict[int, RankEnd | None] = {}
+        self._ranks_ended_with_failed: set[int] = set()
         self._lock = threading.Lock()
 
     def cancel(self, cause: Cause = Cause.CANCELED) -> None:
-        """End all ranks; does not wait."""
+        """Start to end all ranks, and return at once."""
         with self._lock:
-            if self._stop is None:
-                self._stop = cause
-                self._stopped.set_result(None)
+            if self._stop_cause is None:
+                self._stop_cause = cause
+                self._stop_requested.set_result(None)
                 _stop_all(self._processes)
 
     def processes(self) -> list[SupervisedProcess]:
-        """One a rank that was started."""
+        """Return the supervised processes of the ranks that were started."""
         with self._lock:
             return list(self._processes)
 
     def run(self) -> Outcome | None:
-        """Run it to its end; None where the keeper's end ended it, which the backend notices by itself."""
+        """Run the task to its end. Return None if the end of the keeper ended the task: the backend notices that by
+        itself."""
         for template in self.task_run.spec.layout.templates:
-            if wrong := self._impossible(template):
-                return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=wrong)
-        if wrong := self._find_pmi():
-            return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=wrong)
+            if error_text := self._template_error(template):
+                return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=error_text)
+        if error_text := self._find_pmi():
+            return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=error_text)
         timer = self._timer(self.task_run.spec.timeout_s)
         try:
             self._launch()
@@ -95,33 +96,33 @@ class ProcessTask:
                 timer.cancel()
         if OWNER_GONE in codes:
             return None
-        outcome = self._outcome([self._rank_end(rank, code) for rank, code in enumerate(codes)])
-        self._free()
+        outcome = self._outcome([self._final_rank_end(rank, code) for rank, code in enumerate(codes)])
+        self._free_group()
         return outcome
 
-    def _free(self) -> None:
-        """Give back what a job under a PMI had besides its processes."""
+    def _free_group(self) -> None:
+        """Free the resources of a job with a PMI."""
         if self._group is not None:
-            with suppress(Exception):  # Dragon raises errors of many kinds; the ranks have ended well or badly before
+            with suppress(Exception):  # Dragon raises errors of many kinds; the ranks' results are known
                 self._group.close()
-            shutil.rmtree(self._memory, ignore_errors=True)
+            shutil.rmtree(self._shared_memory_folder, ignore_errors=True)
 
     def _find_pmi(self) -> str:
-        """Learn which PMI its ranks get; why there is none, empty where there is or it needs none."""
+        """Find the PMI of the ranks. Return why there is none; empty if there is one, or if the task needs none."""
         wanted = self.task_run.spec.layout.pmi
         if wanted is None or wanted == "none":
             return ""
-        answer = self.node.prober.find(wanted)
-        either: list[Future[Any]] = [answer, self._stopped]
-        wait(either, return_when=FIRST_COMPLETED)
-        if self._stopped.done():
+        answer = self.node.pmi_prober.find(wanted)
+        futures: list[Future[Any]] = [answer, self._stop_requested]
+        wait(futures, return_when=FIRST_COMPLETED)
+        if self._stop_requested.done():
             return ""
         self._pmi = answer.result().pmi
         return answer.result().problem
 
-    def _impossible(self, template: Template) -> str:
-        """What this node cannot give; empty where it can."""
-        if not this_host(template.host_name):
+    def _template_error(self, template: Template) -> str:
+        """Return why this node cannot run a rank with this template; empty if it can."""
+        if not is_this_host(template.host_name):
             return f"host_name {template.host_name!r} is no node of this engine; it has {socket.gethostname()!r}."
         if missing := [gpu for gpu in template.gpu_affinity if gpu >= self.node.gpus]:
             return f"GPU {missing[0]} was asked for; {socket.gethostname()} has {self.node.gpus or 'no'} GPUs."
@@ -145,44 +146,44 @@ class ProcessTask:
         for rank in range(self.task_run.spec.layout.ranks):
             process = self._process(rank)
             with self._lock:
-                if self._stop is not None:
+                if self._stop_cause is not None:
                     return
                 process.launch(self._launcher)
                 self._processes.append(process)
 
     def _launch_group(self, pmi: PmiName) -> None:
-        """Start all ranks under one PMI; it takes seconds, in which the host goes on.
+        """Start all ranks under one PMI. This takes seconds; the node agent's main thread continues meanwhile.
 
-        Dragon 0.15 has been seen to hang in it, once in some hundred times: then it is tried once more.
+        Dragon 0.15 has hung here about once in 100 starts; therefore a second attempt follows a timeout.
         """
-        shared = rank_environment(self._memory)
+        shared = rank_environment(self._shared_memory_folder)
 
         def start() -> tuple[list[SupervisedProcess], ProcessGroup]:
             processes = [self._process(rank) for rank in range(self.task_run.spec.layout.ranks)]
             programs = [process.program._replace(env={**shared, **process.program.env}) for process in processes]
             return processes, self.node.launcher.launch_group(programs, pmi)
 
-        processes, self._group = in_time(start, _GROUP_START_S, undo=lambda late: _undo(late[1]))
+        processes, self._group = call_with_timeouts(start, _GROUP_START_S, undo=lambda late: _end_group(late[1]))
         for process, launched in zip(processes, self._group.ranks, strict=True):
             process.process = launched
         with self._lock:
             self._processes = processes
-            if self._stop is not None:
+            if self._stop_cause is not None:
                 _stop_all(processes)
 
     @property
-    def _memory(self) -> Path:
-        """A folder for what the MPI library shares between the ranks."""
+    def _shared_memory_folder(self) -> Path:
+        """The folder for the memory that the MPI library shares between the ranks."""
         return Path(self.node.config.folder, f"mpi-{self.uid}")
 
     def _process(self, rank: int) -> SupervisedProcess:
         task_run, layout, config = self.task_run, self.task_run.spec.layout, self.node.config
         template, work, caps = layout.templates[rank], task_run.spec.work, config.caps
         process = SupervisedProcess(self.node, template)
-        if isinstance(work, Command) and self._are_plain(work):
+        if isinstance(work, Command) and self._has_short_json_arguments(work):
             arguments = arguments_of(work, task_run.bindings, load_json)
         else:
-            arguments = process.command_of("rank", RankConfig(task_run, config.sys_path, caps))
+            arguments = process.module_command("rank", RankConfig(task_run, config.sys_path, caps))
         env: dict[str, str | None] = {"RHAPSODY_RANK": str(rank), "RHAPSODY_RANKS": str(layout.ranks)}
         if self._launcher.sets_affinity and template.gpu_affinity:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, template.gpu_affinity))
@@ -200,8 +201,9 @@ class ProcessTask:
         )
         return process
 
-    def _are_plain(self, work: Command) -> bool:
-        """Whether its arguments can be made here, where no user code may run and nothing long is read."""
+    def _has_short_json_arguments(self, work: Command) -> bool:
+        """Return whether all arguments are text or short JSON: the node agent may neither unpickle user data nor read
+        long files."""
         parts = chain.from_iterable(map(parts_of, work.arguments))
         used = (self.task_run.bindings[part.uid] for part in parts if isinstance(part, Ref))
         return all(value.format == "json" and value.file is None for value in used)
@@ -210,56 +212,56 @@ class ProcessTask:
         if self._group is None:
             return [process.join() for process in self._processes]
         with ThreadPoolExecutor(len(self._processes)) as waiting:
-            return list(waiting.map(self._join_together, range(len(self._processes))))
+            return list(waiting.map(self._join_rank, range(len(self._processes))))
 
-    def _join_together(self, rank: int) -> int:
-        """Wait for a rank; when it has failed, end the others, which would wait for it for ever."""
+    def _join_rank(self, rank: int) -> int:
+        """Wait for a rank. If it failed, end the other ranks, which might wait for it for ever."""
         code = self._processes[rank].join()
-        end = self._end_of(rank)
+        end = self._collect_rank_end(rank)
         failed = end is None or end.outcome.cause is not None
         with self._lock:
-            self._ended.add(rank)
-            if failed and self._failed is None and self._stop is None:
-                self._failed = rank
-                self._dragged = set(range(len(self._processes))) - self._ended
-                _stop_all(self._processes[other] for other in self._dragged)
+            self._ended_ranks.add(rank)
+            if failed and self._failed_rank is None and self._stop_cause is None:
+                self._failed_rank = rank
+                self._ranks_ended_with_failed = set(range(len(self._processes))) - self._ended_ranks
+                _stop_all(self._processes[other] for other in self._ranks_ended_with_failed)
         return code
 
-    def _end_of(self, rank: int) -> RankEnd | None:
-        """What a rank left that has ended, or None where it was killed."""
-        if rank not in self._ends:
-            path, most = self._processes[rank].path, self.node.config.caps.output_bytes
+    def _collect_rank_end(self, rank: int) -> RankEnd | None:
+        """Collect the end of a rank that has ended; None if its supervisor was killed."""
+        if rank not in self._rank_ends:
+            path, max_bytes = self._processes[rank].path, self.node.config.caps.output_bytes
             try:
-                self._ends[rank] = rank_end(path, self.task_run, rank, most)
+                self._rank_ends[rank] = rank_end(path, self.task_run, rank, max_bytes)
             except OSError as error:
                 lost = RankOutcome(rank, cause=Cause.ERROR, error=f"what it printed could not be kept: {error}")
-                self._ends[rank] = RankEnd(lost, None, time.time())
-        return self._ends[rank]
+                self._rank_ends[rank] = RankEnd(lost, None, time.time())
+        return self._rank_ends[rank]
 
-    def _rank_end(self, rank: int, code: int) -> RankEnd:
-        end = self._end_of(rank)
+    def _final_rank_end(self, rank: int, code: int) -> RankEnd:
+        end = self._collect_rank_end(rank)
         if end is None:
-            error = f"its process {self._processes[rank].why_killed or how_it_ended(code)}."
+            error = f"its process {self._processes[rank].kill_reason or how_it_ended(code)}."
             end = RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
-        if rank not in self._dragged or end.outcome.cause is None:
+        if rank not in self._ranks_ended_with_failed or end.outcome.cause is None:
             return end
-        error = f"ended because rank {self._failed} failed"
+        error = f"ended because rank {self._failed_rank} failed"
         return end._replace(outcome=msgspec.structs.replace(end.outcome, cause=Cause.CANCELED, error=error))
 
     def _outcome(self, ends: list[RankEnd]) -> Outcome:
-        """The task's outcome: DONE where every rank is; its value, output and exit code are rank 0's, or the first
-        failed rank's exit code."""
+        """Return the outcome of the task: DONE if no rank failed. Value and output are those of rank 0; the exit code
+        is that of the first failed rank, else of rank 0."""
         ranks = [end.outcome for end in ends]
-        bad = [rank for rank in ranks if rank.cause is not None]
-        bad.sort(key=lambda rank: rank.rank != self._failed)  # what failed first, where that is known
+        failed = [rank for rank in ranks if rank.cause is not None]
+        failed.sort(key=lambda rank: rank.rank != self._failed_rank)  # the rank that failed first, if it is known
         spec = self.task_run.spec
         state, cause, error, trace = TaskState.DONE, None, "", ""
-        if self._stop is not None:
-            state = TaskState.CANCELED if self._stop is Cause.CANCELED else TaskState.FAILED
-            cause, error = self._stop, why_stopped(self._stop, spec.timeout_s)
-        elif bad:
-            where = f"rank {bad[0].rank} of {len(ranks)}: " if spec.layout.mode == "job" else ""
-            state, cause, error, trace = TaskState.FAILED, bad[0].cause, where + bad[0].error, bad[0].traceback
+        if self._stop_cause is not None:
+            state = TaskState.CANCELED if self._stop_cause is Cause.CANCELED else TaskState.FAILED
+            cause, error = self._stop_cause, why_stopped(self._stop_cause, spec.timeout_s)
+        elif failed:
+            where = f"rank {failed[0].rank} of {len(ranks)}: " if spec.layout.mode == "job" else ""
+            state, cause, error, trace = TaskState.FAILED, failed[0].cause, where + failed[0].error, failed[0].traceback
         first = ranks[0] if ranks else RankOutcome(0)
         return Outcome(
             state=state,
@@ -268,30 +270,35 @@ class ProcessTask:
             value=first.value if state is TaskState.DONE else None,
             stdout=first.stdout,
             stderr=first.stderr,
-            exit_code=(bad[0] if bad else first).exit_code,
+            exit_code=(failed[0] if failed else first).exit_code,
             cause=cause,
             error=error,
             traceback=trace,
-            exception=bad[0].exception if bad and self._stop is None else b"",
+            exception=failed[0].exception if failed and self._stop_cause is None else b"",
             ranks=tuple(ranks) if spec.layout.mode == "job" else (),
             notes=self._notes(ends),
         )
 
-    def _seems_to_want_mpi(self) -> bool:
-        """Whether it is a job of independent ranks whose program, or a file among its arguments, speaks of MPI."""
+    def _may_use_mpi(self) -> bool:
+        """Return whether the task is a job of independent ranks whose program, or a file among its arguments, mentions
+        MPI."""
         work, layout = self.task_run.spec.work, self.task_run.spec.layout
         if not isinstance(work, Command) or layout.ranks < 2 or layout.pmi is not None:
             return False
         folder = os.path.join(self.node.config.cwd, layout.templates[0].cwd or "")
         names = [work.executable, *(argument for argument in work.arguments if isinstance(argument, str))]
-        return any("mpi4py" in name or _speaks_of_mpi(os.path.join(folder, name)) for name in names[:_LOOKED_AT])
+        return any(
+            "mpi4py" in name or _mentions_mpi(os.path.join(folder, name)) for name in names[:_SEARCHED_ARGUMENTS]
+        )
 
     def _notes(self, ends: list[RankEnd]) -> tuple[str, ...]:
         ranks, notes = len(ends), [*left_out(*(end.outcome for end in ends))]
-        left = sum(end.left_running for rank, end in enumerate(ends) if rank not in self._dragged)
-        if left and self._stop is None:
-            notes.append(stopped_note(left))
-        if any(end.mpi_alone for end in ends) or self._seems_to_want_mpi():
+        left_running = sum(
+            end.left_running for rank, end in enumerate(ends) if rank not in self._ranks_ended_with_failed
+        )
+        if left_running and self._stop_cause is None:
+            notes.append(stopped_note(left_running))
+        if any(end.mpi_alone for end in ends) or self._may_use_mpi():
             notes.append(_MPI_ALONE)
         if ranks > self.node.cores:
             notes.append(f"oversubscribed: {ranks} ranks shared {self.node.cores} cores")
@@ -304,47 +311,50 @@ _MPI_ALONE = (
     "its ranks seem to use MPI, and were started without: each is alone, of a world of size 1. For MPI between them "
     'submit it with mpi: true (in Python: "type": "mpi")'
 )
-_LOOKED_AT = 10
+_SEARCHED_ARGUMENTS = 10
 
 
-def _speaks_of_mpi(path: str) -> bool:
+def _mentions_mpi(path: str) -> bool:
     try:
         with open(path, "rb") as file:
-            beginning = file.read(_BEGINNING_BYTES)
-    except (OSError, ValueError):  # it is no file
+            beginning = file.read(_SEARCHED_BYTES)
+    except (OSError, ValueError):  # not a readable file
         return False
     return b"mpi4py" in beginning or b"MPI_Init" in beginning
 
 
-_BEGINNING_BYTES = 1024 * 1024
+_SEARCHED_BYTES = 1024 * 1024
 _GROUP_START_S = (60.0, 120.0)
 
 
-def in_time(work: Callable[[], T], within_s: Sequence[float], undo: Callable[[T], None]) -> T:
-    """What `work` gives, tried once for each of these bounds; what comes too late is undone when it comes.
+def call_with_timeouts(work: Callable[[], T], timeouts_s: Sequence[float], undo: Callable[[T], None]) -> T:
+    """Call `work` once for each timeout, in seconds, until a call returns in time; return its result. A call that
+    returns too late is undone with `undo`.
 
-    Raises what it raises in time, and TimeoutError where it is late each time.
+    Raises the exception of a call that fails in time, and TimeoutError if no call returns in time.
     """
-    for bound in within_s:
+    for timeout_s in timeouts_s:
         answer: Future[T] = Future()
         threading.Thread(target=_answer, args=(work, answer), daemon=True).start()
         try:
-            return answer.result(bound)
+            return answer.result(timeout_s)
         except FutureTimeout:
             if answer.done():
-                return answer.result()  # at the last moment, or a TimeoutError of its own
+                return answer.result()  # `work` ended at the last moment, or raised TimeoutError itself
             answer.add_done_callback(lambda late: None if late.exception() else undo(late.result()))
-    raise TimeoutError(f"no end of it within {' s, and again within '.join(f'{bound:g}' for bound in within_s)} s")
+    raise TimeoutError(
+        f"no end of it within {' s, and again within '.join(f'{timeout_s:g}' for timeout_s in timeouts_s)} s"
+    )
 
 
 def _answer(work: Callable[[], T], answer: Future[T]) -> None:
     try:
         answer.set_result(work())
-    except Exception as error:  # it belongs to whoever waits for the answer
+    except Exception as error:  # raised again where the result is awaited
         answer.set_exception(error)
 
 
-def _undo(group: ProcessGroup) -> None:
+def _end_group(group: ProcessGroup) -> None:
     for rank in group.ranks:
         rank.terminate()
     with suppress(Exception):  # Dragon raises errors of many kinds
@@ -352,6 +362,6 @@ def _undo(group: ProcessGroup) -> None:
 
 
 def _stop_all(processes: Iterable[SupervisedProcess]) -> None:
-    """End them; does not wait."""
+    """Start to end the processes, and return at once."""
     for process in processes:
         threading.Thread(target=process.stop, daemon=True).start()

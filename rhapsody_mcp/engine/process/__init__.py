@@ -1,1 +1,1 @@
-"""Processes of the operating system: found, ended and cleaned up after."""
+"""Finds and ends processes of the operating system, and deletes what killed processes leave."""

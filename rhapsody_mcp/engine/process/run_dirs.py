@@ -1,4 +1,4 @@
-"""Temporary folders that do not outlive the process that made them, even when that is killed."""
+"""Temporary folders that are deleted even if the process that created them is killed."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rhapsody_mcp.engine.process.cleanup import end_remains, is_kept
+from rhapsody_mcp.engine.process.cleanup import end_remains, has_live_keeper
 
-__all__ = ["Folder", "is_folder", "remove", "sweep", "taken_over"]
+__all__ = ["RunDir", "is_run_dir", "remove", "sweep", "take_over"]
 
 _LOCK = "lock"
 _SOCKET_PATH_BYTES = 80  # a Unix socket's path is at most 103 bytes on macOS, 107 on Linux
 
 
-class Folder:
-    """A folder that only this user can enter. `remove` deletes it; what a killed process left is ended and deleted by
-    the next process that makes one: each folder is locked by its owner for as long as that lives."""
+class RunDir:
+    """A folder that only this user can enter, locked by its owner while the owner lives. `remove` deletes the folder.
+    If the owner is killed, the next process that creates a RunDir ends the remaining processes and deletes the folder.
+    """
 
     def __init__(self) -> None:
         root = _root()
         for folder in root.iterdir():
             sweep(folder)
-        self.path, self._lock = _make(root)
+        self.path, self._lock = _create(root)
 
     def remove(self) -> None:
         """Delete the folder. A second call does nothing."""
@@ -37,7 +38,7 @@ class Folder:
 
 
 def _root() -> Path:
-    """A folder named after the user, in the system's temporary folder; short enough for sockets in it."""
+    """Return a folder named after the user in the system's temporary folder; its path is short enough for sockets."""
     base = tempfile.gettempdir()
     if len(os.fsencode(base)) > _SOCKET_PATH_BYTES - 40:
         base = "/tmp"
@@ -49,8 +50,9 @@ def _root() -> Path:
     return root
 
 
-def _make(root: Path) -> tuple[Path, int]:
-    """A new folder and its lock; another one where somebody swept it away before it was locked."""
+def _create(root: Path) -> tuple[Path, int]:
+    """Create a folder and lock it; create another one if `sweep` of another process deletes the folder before it is
+    locked."""
     while True:
         path = Path(tempfile.mkdtemp(dir=root))
         try:
@@ -63,46 +65,46 @@ def _make(root: Path) -> tuple[Path, int]:
         os.close(lock)
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a `Folder` of this user has this path, or once had it."""
-    plain = path.is_absolute() and ".." not in path.parts and not path.is_symlink()
-    return plain and path.parent.name == f"rhapsody-{os.getuid()}"
+def is_run_dir(path: Path) -> bool:
+    """Return whether the path is that of a RunDir of this user, existing or deleted."""
+    is_normal = path.is_absolute() and ".." not in path.parts and not path.is_symlink()
+    return is_normal and path.parent.name == f"rhapsody-{os.getuid()}"
 
 
 def remove(folder: Path, marks: Iterable[str] = ()) -> list[int]:
-    """Delete a `Folder` that was taken over, with all that is left of its engines and of those with these marks; the
-    processes that were ended."""
+    """Delete a RunDir that was taken over, with the remaining processes of its engines and of the engines with these
+    marks. Return the ids of the ended processes."""
     ended = end_remains(folder, marks)
     shutil.rmtree(folder, ignore_errors=True)
     return ended
 
 
 def sweep(folder: Path) -> None:
-    """Delete a folder whose owner is gone, with what is left of its engines; not while a keeper lives in it, which
-    leaves nothing when it ends."""
+    """Delete a folder whose owner has ended, with the remains of its engines. A folder with a living keeper is left:
+    the keeper cleans up."""
     with suppress(OSError):
-        folder.rmdir()  # where it is empty: not even locked yet, or made again by somebody who was late
-    with taken_over(folder) as taken:
-        if taken and not is_kept(folder):
+        folder.rmdir()  # only succeeds if the folder is empty: not yet locked, or created again too late
+    with take_over(folder) as is_taken_over:
+        if is_taken_over and not has_live_keeper(folder):
             remove(folder)
 
 
 @contextmanager
-def taken_over(folder: Path) -> Iterator[bool]:
-    """Lock a folder in its owner's place; False where its owner lives, where another process has taken it over, and
-    where there is no such folder."""
+def take_over(folder: Path) -> Iterator[bool]:
+    """Lock a folder in place of its owner. Gives False if the owner lives, if another process has taken over the
+    folder, or if there is no such folder."""
     try:
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         yield False
         return
     try:
-        yield _locks(lock)
+        yield _try_lock(lock)
     finally:
         os.close(lock)
 
 
-def _locks(descriptor: int) -> bool:
+def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -1,4 +1,4 @@
-"""Files in /dev/shm that killed processes leave: which they are, and their removal."""
+"""Finds and deletes the files in /dev/shm that killed processes leave."""
 
 from __future__ import annotations
 
@@ -8,43 +8,44 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["dragon_files", "named_segments", "segments_of", "still_there", "unlink_unused"]
+__all__ = ["dragon_files", "existing_files", "named_segments", "segments_of", "unlink_unused"]
 
 _SEGMENTS = ("psm_*", "sem.mp-*", "nccl-*")
 
 
 def dragon_files(launcher: int) -> set[str]:
-    """The files that a Dragon runtime with this launcher's process id makes; its id is part of their names."""
+    """Return the files of the Dragon runtime whose launcher has this process id: their names contain the id."""
     prefix = f"DD{str(os.getuid())[-3:]}{str(launcher)[-3:]}"
     return {*glob.glob(f"/dev/shm/{prefix}*"), *glob.glob(f"/dev/shm/*{launcher}[DM]")}
 
 
 def named_segments() -> set[str]:
-    """Every segment and semaphore of this machine, by its name."""
+    """Return the paths of all segments and semaphores on this machine."""
     return {path for pattern in _SEGMENTS for path in glob.glob(f"/dev/shm/{pattern}")}
 
 
 def segments_of(pids: Iterable[int]) -> set[str]:
-    """The segments and semaphores of Python's multiprocessing, and of NCCL, that these processes use now."""
+    """Return the segments and semaphores, of Python's multiprocessing and of NCCL, that these processes use now."""
     named = named_segments()
     return named & _used(named, (Path(f"/proc/{pid}/maps") for pid in pids)) if named else named
 
 
-def still_there(inodes: dict[str, int]) -> set[str]:
-    """Those of these files that are still the ones with these inodes, and not others of the same names."""
+def existing_files(inodes: dict[str, int]) -> set[str]:
+    """Return the files that still exist with these inodes; a new file of the same name has another inode."""
     return {path for path, inode in inodes.items() if _inode(path) == str(inode)}
 
 
 def unlink_unused(paths: set[str]) -> None:
-    """Remove those that no living process uses: the name of another runtime's may differ only in digits that
-    Dragon leaves out."""
+    """Delete the files that no living process uses. Files of another runtime may be among `paths`: Dragon's file names
+    contain only the last digits of an id."""
     for path in paths - _used(paths, Path("/proc").glob("[0-9]*/maps")) if paths else ():
         with suppress(OSError):
             os.unlink(path)
 
 
 def _used(paths: set[str], maps: Iterable[Path]) -> set[str]:
-    """By inode: a semaphore is mapped under a name that it had before."""
+    """Return the mapped files. Inodes are compared, because /proc shows the name that a semaphore had when it was
+    mapped."""
     inodes = set()
     for file in maps:
         with suppress(OSError):

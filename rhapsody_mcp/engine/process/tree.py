@@ -1,6 +1,6 @@
-"""Finds and ends processes: by what they descend from, and by a mark in their environment.
+"""Finds processes by descent, by an environment variable, or by their files, and ends them.
 
-It imports little, because the supervisor of every program imports it: `signal` alone takes 3 ms.
+This module imports little, because the supervisor of every program imports it: `signal` alone takes 3 ms.
 """
 
 from __future__ import annotations
@@ -25,41 +25,43 @@ __all__ = [
     "PROCESS_MARK",
     "adopt_orphans",
     "arguments",
+    "child_ends_first",
     "descendants",
     "end",
+    "engine_programs_using",
     "group",
     "groups_of",
     "has_children",
     "living",
     "marked",
     "open_lifeline",
-    "outlives",
     "own_descendants",
-    "programs_with",
+    "processes_with_arguments",
+    "processes_writing_into",
     "reap",
     "relatives",
     "send_signal",
     "started_at",
     "stat_fields",
-    "with_arguments",
-    "writing_into",
 ]
 
 ENGINE = "RHAPSODY_ENGINE"
-"""Marks every process under a keeper; the value is the keeper's random id."""
+"""Environment variable of every process under a keeper; the value is the keeper's random id, its mark."""
 PROCESS_MARK = "RHAPSODY_PLACE"
-"""Marks a launched process and all that it starts; the value is the engine's mark, a dot, and a number."""
+"""Environment variable of a launched process and its descendants; the value is the engine's mark, a dot, and a number.
+"""
 
 LIFELINE = "RHAPSODY_LIFELINE"
-"""Names a FIFO whose only writer is the keeper: its readers see end-of-file when that ends, however it ends."""
+"""Environment variable with the path of a FIFO. The keeper is its only writer, so that its readers see end-of-file when
+the keeper ends, even if it is killed."""
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _prctl: list[Callable[..., int]] = []
-"""The function, once it was looked up: that takes as long as five other system calls."""
+"""The C function, cached: the lookup takes as long as five system calls."""
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent ends (Linux; elsewhere nothing happens)."""
+    """Make this process the parent of each descendant whose parent ends. Only Linux supports this."""
     if sys.platform == "linux":
         if not _prctl:
             import ctypes
@@ -69,12 +71,12 @@ def adopt_orphans() -> None:
 
 
 def own_descendants() -> list[int]:
-    """The living processes that descend from this one; one system call where it has no children."""
+    """Return the living descendants of this process; this takes one system call if it has no children."""
     return descendants(os.getpid()) if has_children() else []
 
 
 def has_children() -> bool:
-    """Whether this process has any, also ones that have ended and were not collected."""
+    """Return whether this process has children, including ended children that were not collected."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -82,34 +84,36 @@ def has_children() -> bool:
     return True
 
 
-def descendants(pid: int, but: Container[int] = ()) -> list[int]:
-    """The living processes that descend from this one and from none of the others, parents first."""
+def descendants(pid: int, excluded: Container[int] = ()) -> list[int]:
+    """Return the living descendants of the process, parents first; `excluded` processes and their descendants are left
+    out."""
     children: dict[int, list[int]] = {}
     for child, parent, _ in _living():
-        if child not in but:
+        if child not in excluded:
             children.setdefault(parent, []).append(child)
-    pids_found = list(children.get(pid, ()))
-    for child in pids_found:
-        pids_found.extend(children.get(child, ()))
-    return pids_found
+    pids = list(children.get(pid, ()))
+    for child in pids:
+        pids.extend(children.get(child, ()))
+    return pids
 
 
 def marked(name: str, value: str) -> list[int]:
-    """The processes that were started with this environment variable: exactly this value, or it and a dot.
+    """Return the processes that were started with this environment variable: with exactly this value, or with this
+    value followed by a dot and more.
 
     A process that cleared its environment is not found.
     """
     exact = f"{name}={value}".encode()
-    pids_found = []
+    pids = []
     for pid in _pids():
         data = _read(pid, "environ")
         if exact in data and any(entry == exact or entry.startswith(exact + b".") for entry in data.split(b"\0")):
-            pids_found.append(pid)
-    return pids_found
+            pids.append(pid)
+    return pids
 
 
 def _read(pid: int, name: str) -> bytes:
-    """What the kernel tells of a process in this file; nothing where there is no such process, or it is another's."""
+    """Return the content of /proc/PID/NAME; empty if there is no such process, or if it belongs to another user."""
     try:
         with open(f"/proc/{pid}/{name}", "rb", buffering=0) as file:
             return file.read()
@@ -117,11 +121,11 @@ def _read(pid: int, name: str) -> bytes:
         return b""
 
 
-def writing_into(folder: str | os.PathLike[str]) -> list[int]:
-    """The processes whose standard output or error is a file in this folder, also a deleted one. It finds some that
-    cleared their environment."""
-    inside = os.path.join(os.fspath(folder), "")
-    return [pid for pid in _pids() if any(target.startswith(inside) for target in _outputs(pid))]
+def processes_writing_into(folder: str | os.PathLike[str]) -> list[int]:
+    """Return the processes whose stdout or stderr is a file in this folder, even a deleted one. This also finds
+    processes that cleared their environment."""
+    prefix = os.path.join(os.fspath(folder), "")
+    return [pid for pid in _pids() if any(target.startswith(prefix) for target in _outputs(pid))]
 
 
 def _outputs(pid: int) -> Iterable[str]:
@@ -132,32 +136,32 @@ def _outputs(pid: int) -> Iterable[str]:
             continue
 
 
-def programs_with(folder: str | os.PathLike[str]) -> list[int]:
-    """The processes of our own programs that were started with a file in this folder. It finds some whose environment
-    cannot be read: Dragon writes a title over that of its launcher, and of its host where there are few variables."""
-    inside = os.path.join(os.fspath(folder), "").encode()
-    return [pid for pid in _pids() if _are_in(arguments(pid), b"rhapsody_mcp.engine.", inside)]
+def engine_programs_using(folder: str | os.PathLike[str]) -> list[int]:
+    """Return the processes that run a module of this package with a file of this folder as an argument. This also finds
+    processes whose environment is unreadable: Dragon overwrites the environment of its launcher with a title, and that
+    of the node agent if it has few variables."""
+    prefix = os.path.join(os.fspath(folder), "").encode()
+    return [pid for pid in _pids() if _have_beginnings(arguments(pid), b"rhapsody_mcp.engine.", prefix)]
 
 
-def _are_in(arguments: Sequence[bytes], *beginnings: bytes) -> bool:
-    """Whether there is one with each of these beginnings; what was written anew has blanks between them."""
+def _have_beginnings(arguments: Sequence[bytes], *beginnings: bytes) -> bool:
+    """Return whether each of the beginnings starts an argument. In an overwritten command line, blanks separate the
+    arguments."""
     words = [word for argument in arguments for word in argument.split(b" ")]
     return all(any(word.startswith(beginning) for word in words) for beginning in beginnings)
 
 
 def relatives(pids: Iterable[int], sessions: set[int]) -> set[int]:
-    """The living among these processes, with all that descend from them or are in a session with one of them. The
-    sessions that they are in are added to `sessions`, whose processes are relatives as well."""
+    """Return the living processes among `pids`, their descendants, and all processes in the same sessions. The
+    processes of `sessions` are included; the sessions that are found are added to `sessions`."""
     parents = {pid: parent for pid, parent, _ in _living()}
-    pids_found = set(pids) & parents.keys()
+    family = set(pids) & parents.keys()
     while True:
-        sessions |= {_session(pid) for pid in pids_found} - {0}
-        more = {
-            pid for pid, parent in parents.items() if parent in pids_found or _session(pid) in sessions
-        } - pids_found
+        sessions |= {_session(pid) for pid in family} - {0}
+        more = {pid for pid, parent in parents.items() if parent in family or _session(pid) in sessions} - family
         if not more:
-            return pids_found
-        pids_found |= more
+            return family
+        family |= more
 
 
 def _session(pid: int) -> int:
@@ -167,56 +171,59 @@ def _session(pid: int) -> int:
         return 0
 
 
-def with_arguments(*wanted: str) -> list[int]:
-    """The processes whose command line holds these arguments."""
+def processes_with_arguments(*wanted: str) -> list[int]:
+    """Return the processes whose command line contains all these arguments."""
     words = {argument.encode() for argument in wanted}
     return [pid for pid in _pids() if words <= {*arguments(pid)}]
 
 
 def arguments(pid: int) -> list[bytes]:
-    """Its command line; empty where there is no such process."""
+    """Return the command line of a process; empty if there is no such process."""
     data = _read(pid, "cmdline")
     return data.split(b"\0") if data else []
 
 
 def started_at(pid: int) -> int:
-    """When a process was started, in the kernel's own units since its start; 0 where there is no such process, or
-    where the system does not tell. Together with its number it names a process for good."""
+    """Return the start time of a process in clock ticks since boot; 0 if there is no such process, or on systems
+    without /proc. A process id is reused, but the pair of process id and start time is not."""
     fields = stat_fields(pid)
     return int(fields[19]) if fields else 0
 
 
 def stat_fields(pid: int) -> list[bytes]:
-    """What the kernel tells of a process in /proc/PID/stat, from the state (field 3) on; empty where there is no such
-    process, or where the system does not tell."""
+    """Return the fields of /proc/PID/stat from the state (field 3) on; empty if there is no such process, or on systems
+    without /proc."""
     return _read(pid, "stat").rpartition(b")")[2].split()
 
 
 def group(leader: int) -> list[int]:
-    """The living processes of this process group."""
+    """Return the living processes of a process group."""
     return [pid for pid, _, number in _living() if number == leader]
 
 
 def living(pids: Iterable[int]) -> set[int]:
-    """Those of these processes that have not ended."""
+    """Return the processes that have not ended."""
     return set(pids) & {pid for pid, _, _ in _living()}
 
 
 def groups_of(pids: Iterable[int]) -> set[int]:
-    """The process groups that these processes are in."""
+    """Return the process groups of these processes."""
     wanted = set(pids)
     return {number for pid, _, number in _living() if pid in wanted}
 
 
-def end(find: Callable[[], Iterable[int]], grace_s: float = 0.0, within_s: float = 5.0, collects: bool = True) -> None:
-    """End the processes that `find` names, again and again until it names none: TERM first where there is a
-    grace, then KILL. Gives up after `within_s` more seconds (a process in the kernel's hands cannot be killed).
-    This process's children that end meanwhile are collected, unless it wants to know their exit codes."""
+def end(
+    find: Callable[[], Iterable[int]], grace_s: float = 0.0, within_s: float = 5.0, collect_children: bool = True
+) -> None:
+    """End the processes that `find` returns, repeatedly until `find` returns none. With a grace period, send TERM
+    first, then KILL. Give up `within_s` seconds after the grace period: a process in an uninterruptible system call
+    cannot be killed. Ended children of this process are collected, unless `collect_children` is False because the
+    caller needs their exit codes."""
     deadline = time.monotonic() + grace_s
     if grace_s:
         send_signal(find(), signal.SIGTERM)
         while time.monotonic() < deadline and any(True for _ in find()):
-            if collects:
+            if collect_children:
                 reap()
             time.sleep(0.01)
     while time.monotonic() < deadline + within_s:
@@ -224,30 +231,33 @@ def end(find: Callable[[], Iterable[int]], grace_s: float = 0.0, within_s: float
         if not alive:
             return
         send_signal(alive, signal.SIGKILL)
-        if collects:
+        if collect_children:
             reap()
         time.sleep(0.005)
 
 
-def outlives(pid: int, lifeline: int, outputs: Iterable[Output] = ()) -> bool:
-    """Wait for this process's child to end, or for end-of-file on the lifeline; True where the child ends first.
+def child_ends_first(pid: int, lifeline: int, outputs: Iterable[Output] = ()) -> bool:
+    """Wait until the child `pid` of this process ends, or until end-of-file on the lifeline; return True if the child
+    ends first.
 
-    The child is not collected; other children that end meanwhile, such as adopted ones, are. What the child prints is
-    kept meanwhile. Call it from the main thread.
+    The child is not collected; other children that end meanwhile, such as adopted processes, are. Output of the child
+    is drained meanwhile. Call this function in the main thread.
     """
     signal.signal(signal.SIGCHLD, lambda *_: _collect_others(pid))
     _collect_others(pid)
     child = os.pidfd_open(pid) if sys.platform == "linux" else -1
-    printed = {output.reader: output for output in outputs}
-    ends = [lifeline, child] if child >= 0 else [lifeline]
+    outputs_by_reader = {output.reader: output for output in outputs}
+    end_descriptors = [lifeline, child] if child >= 0 else [lifeline]
     try:
         while not _has_ended(pid):
-            readable, _, _ = select.select([*ends, *printed], [], [], None if child >= 0 else _POLL_S)
+            readable, _, _ = select.select(
+                [*end_descriptors, *outputs_by_reader], [], [], None if child >= 0 else _POLL_S
+            )
             if lifeline in readable and not os.read(lifeline, 4096):
                 return False
-            for reader in printed.keys() & readable:
-                if not printed[reader].drain():
-                    del printed[reader]
+            for reader in outputs_by_reader.keys() & readable:
+                if not outputs_by_reader[reader].drain():
+                    del outputs_by_reader[reader]
     except OSError:  # the lifeline was closed
         return False
     finally:
@@ -258,7 +268,7 @@ def outlives(pid: int, lifeline: int, outputs: Iterable[Output] = ()) -> bool:
 
 
 def _collect_others(pid: int) -> None:
-    """Collect the children that have ended, but this one."""
+    """Collect the children that have ended, except this one."""
     try:
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != pid:
             os.waitpid(ended.si_pid, 0)
@@ -266,7 +276,7 @@ def _collect_others(pid: int) -> None:
         return
 
 
-_POLL_S = 0.2  # where the system has no descriptor for a process
+_POLL_S = 0.2  # for systems without pidfd_open
 
 
 def _has_ended(pid: int) -> bool:
@@ -274,7 +284,8 @@ def _has_ended(pid: int) -> bool:
 
 
 def open_lifeline() -> int:
-    """The reading end of the keeper's lifeline, for a process under it; at end-of-file where the keeper is gone."""
+    """Return the reading end of the keeper's lifeline, for a process under the keeper; if the keeper has ended, a
+    descriptor at end-of-file."""
     try:
         lifeline = os.open(os.environ[LIFELINE], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -284,7 +295,7 @@ def open_lifeline() -> int:
 
 
 def reap() -> None:
-    """Collect this process's children that have ended."""
+    """Collect the children of this process that have ended."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -293,7 +304,7 @@ def reap() -> None:
 
 
 def send_signal(pids: Iterable[int], number: int) -> None:
-    """To those of these processes that are there and this user's."""
+    """Send a signal to those processes that exist and belong to this user."""
     for pid in pids:
         try:
             os.kill(pid, number)
@@ -306,7 +317,7 @@ def _pids() -> list[int]:
 
 
 def _living() -> Iterable[tuple[int, int, int]]:
-    """Each living process with its parent and its process group; zombies are left out."""
+    """Yield each living process with its parent and its process group; zombies are left out."""
     if not os.path.isdir("/proc"):
         yield from _living_by_ps()
     for pid in _pids():

@@ -1,1 +1,1 @@
-"""One task where it runs: its arguments, its function or program, its output and its result."""
+"""Runs one task in the process of the task: arguments, the call or program, output, result."""

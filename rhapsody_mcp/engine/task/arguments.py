@@ -1,4 +1,5 @@
-"""What a program gets as an argument for a task's result: text as it is, bytes as they are, anything else as JSON."""
+"""Converts results of other tasks to arguments of a program: text stays text, bytes stay bytes, other values become
+JSON."""
 
 from __future__ import annotations
 
@@ -19,16 +20,16 @@ __all__ = ["arguments_of"]
 
 
 def arguments_of(work: Command, bindings: Mapping[str, Value], read: Reader) -> list[str]:
-    """The program's name first. Raises InvalidTask where there is no such part of a result, or none that a program can
-    get; `read` raises what it raises."""
-    return [work.executable, *(_joined(argument, bindings, read) for argument in work.arguments)]
+    """Return the argument list, the program's name first. Raises InvalidTask if a JSON Pointer does not exist in a
+    result, or if the value has no form as an argument; also raises every error of `read`."""
+    return [work.executable, *(_argument_text(argument, bindings, read) for argument in work.arguments)]
 
 
-def _joined(argument: Content, bindings: Mapping[str, Value], read: Reader) -> str:
-    return "".join(_text(part, bindings, read) for part in parts_of(argument))
+def _argument_text(argument: Content, bindings: Mapping[str, Value], read: Reader) -> str:
+    return "".join(_part_text(part, bindings, read) for part in parts_of(argument))
 
 
-def _text(argument: str | Ref, bindings: Mapping[str, Value], read: Reader) -> str:
+def _part_text(argument: str | Ref, bindings: Mapping[str, Value], read: Reader) -> str:
     if isinstance(argument, str):
         return argument
     bound = bindings[argument.uid]
@@ -38,7 +39,7 @@ def _text(argument: str | Ref, bindings: Mapping[str, Value], read: Reader) -> s
     if isinstance(value, str):
         return value
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_plain)
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=_json_default)
     except (TypeError, ValueError) as error:
         of = f"{argument.uid} at {argument.path}" if argument.path else argument.uid
         raise InvalidTask(
@@ -47,8 +48,8 @@ def _text(argument: str | Ref, bindings: Mapping[str, Value], read: Reader) -> s
         ) from error
 
 
-def _plain(item: Any) -> Any:
-    """What JSON has for it; NumPy's arrays and numbers, and what is like them, are lists and numbers."""
+def _json_default(item: Any) -> Any:
+    """Convert an object that JSON does not know: a path to text, a NumPy array or scalar to lists and numbers."""
     if isinstance(item, PurePath):
         return str(item)
     if callable(tolist := getattr(item, "tolist", None)):

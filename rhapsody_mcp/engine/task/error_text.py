@@ -1,4 +1,4 @@
-"""What an exception of user code says, as text that is bounded and can be sent."""
+"""Text for an exception of user code: of bounded length, and valid UTF-8."""
 
 from __future__ import annotations
 
@@ -9,62 +9,62 @@ from types import TracebackType
 
 from rhapsody_mcp.model.values import PREVIEW_CHARS
 
-__all__ = ["Interrupted", "bounded", "line_in", "sendable", "trace", "words"]
+__all__ = ["Interrupted", "bounded", "error_line", "error_message", "sendable", "trace"]
 
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_IMPORTING = ("<frozen importlib", importlib.__file__)
-_WORDS_CHARS = 2000
+_PACKAGE_PREFIX = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_IMPORT_FRAMES = ("<frozen importlib", importlib.__file__)
+_MESSAGE_CHARS = 2000
 
 
 class Interrupted(BaseException):
-    """Raised inside a function that is canceled or whose time is up."""
+    """Raised in a function when its task is canceled or its time limit is reached."""
 
 
-def words(error: BaseException) -> str:
-    """Its type and what it says."""
+def error_message(error: BaseException) -> str:
+    """Return the type and the message of an exception, at most 2000 characters."""
     try:
-        said = str(error)
+        message = str(error)
     except Interrupted:
         raise
     except BaseException as failure:  # a __str__ may raise anything
-        said = f"(what it says cannot be shown: its __str__ raised {type(failure).__name__})"
+        message = f"(what it says cannot be shown: its __str__ raised {type(failure).__name__})"
     kind = sendable(type(error).__name__)
-    return bounded(f"{kind}: {said}" if said else kind, _WORDS_CHARS)
+    return bounded(f"{kind}: {message}" if message else kind, _MESSAGE_CHARS)
 
 
 def trace(error: BaseException) -> str:
-    """Its traceback, without the frames of this package that lead to the user's code."""
+    """Return the traceback as text, without the leading frames of this package and of the import system."""
     try:
-        lines = traceback.format_exception(type(error), error, _of_the_user(error.__traceback__))
+        lines = traceback.format_exception(type(error), error, _user_frames(error.__traceback__))
     except Interrupted:
         raise
-    except BaseException:  # an exception of the user's own kind may raise anything when it is looked at
-        lines = [words(error)]
+    except BaseException:  # an attribute of the user's exception class may raise anything
+        lines = [error_message(error)]
     return bounded("".join(lines), PREVIEW_CHARS)
 
 
-def line_in(error: BaseException, path: str) -> int | None:
-    """The last line of this file that was running when it was raised."""
+def error_line(error: BaseException, path: str) -> int | None:
+    """Return the last line of the file `path` that was running when the exception was raised; None if there is none."""
     if isinstance(error, SyntaxError) and error.filename == path:
         return error.lineno
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
     return lines[-1] if lines else None
 
 
-def _of_the_user(frames: TracebackType | None) -> TracebackType | None:
-    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((_OURS, *_IMPORTING)):
+def _user_frames(frames: TracebackType | None) -> TracebackType | None:
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith((_PACKAGE_PREFIX, *_IMPORT_FRAMES)):
         frames = frames.tb_next
     return frames
 
 
-def bounded(text: str, most: int) -> str:
-    """The text as it can be sent; of a longer one, its beginning and its end."""
-    if len(text) > most:
-        left_out = len(text) - most
-        text = f"{text[: most // 2]} [... {left_out} characters left out ...] {text[len(text) - most // 2 :]}"
+def bounded(text: str, max_chars: int) -> str:
+    """Return the text as valid UTF-8; of a longer text, the first and the last `max_chars // 2` characters."""
+    if len(text) > max_chars:
+        left_out = len(text) - max_chars
+        text = f"{text[: max_chars // 2]} [... {left_out} characters left out ...] {text[len(text) - max_chars // 2 :]}"
     return sendable(text)
 
 
 def sendable(text: str) -> str:
-    """With escapes for half characters, as in the name of a file that is not UTF-8."""
+    """Replace lone surrogates by escapes: a file name that is not UTF-8 contains them."""
     return text.encode("utf-8", "backslashreplace").decode()

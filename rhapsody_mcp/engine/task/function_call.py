@@ -1,4 +1,4 @@
-"""Runs one function call where user code may run, and encodes what came of it."""
+"""Runs one function call in a process for user code, and encodes the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import msgspec
 from rhapsody_mcp.engine.isolation import c_streams
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import FunctionResult
-from rhapsody_mcp.engine.task.error_text import Interrupted, line_in, sendable, trace, words
+from rhapsody_mcp.engine.task.error_text import Interrupted, error_line, error_message, sendable, trace
 from rhapsody_mcp.engine.task.inspection import plain_text, type_name
 from rhapsody_mcp.engine.task.output import end_part, open_part, write_file
 from rhapsody_mcp.model.errors import InvalidTask, nearest
@@ -40,49 +40,51 @@ _NO_CAPS = Caps()
 def perform(
     call: Call, bindings: Mapping[str, Value], folder: str, sources: Sources, caps: Caps = _NO_CAPS
 ) -> FunctionResult:
-    """Run the call to its end, with the threads that it leaves which are no daemons. Only Interrupted leaves it.
+    """Run the call, wait for the non-daemon threads that the function started, and return the result. Raises nothing
+    but Interrupted.
 
-    A result that is longer than it may be makes it fail. A process that the function forks ends where it comes back.
+    The call fails if its result is longer than `caps.result_bytes`. In a process that the function forked, this call
+    does not return: the process ends.
     """
     try:
         value = contextvars.copy_context().run(_run, call, bindings, sources)
     except Interrupted:
         raise
-    except _CannotStart as error:
+    except _CannotLoad as error:
         return FunctionResult(None, Cause.INVALID, f"it cannot start: {error}", error.trace)
     except BaseException as error:
-        if _process.is_child:
+        if _process_flags.is_fork:
             _end_child(error)
-        exception = _pickled(error, caps.exception_bytes)
-        return FunctionResult(None, Cause.ERROR, words(error), _trace(call, error, sources), exception)
-    if _process.is_child:
+        exception = _pickled_exception(error, caps.exception_bytes)
+        return FunctionResult(None, Cause.ERROR, error_message(error), _trace(call, error, sources), exception)
+    if _process_flags.is_fork:
         _end_child(None)
-    return _encoded(value, folder, caps.result_bytes)
+    return _encoded_result(value, folder, caps.result_bytes)
 
 
-class _Process:
-    """What became of this process."""
+class _ProcessFlags:
+    """Flags of this process that last for its lifetime."""
 
-    is_child = False
-    """Whether user code has forked it."""
-    has_joined = False
-    """Whether it has waited for threads as at its end: libraries that start threads refuse to from then on."""
+    is_fork = False
+    """Whether user code forked this process."""
+    has_shut_down_threading = False
+    """Whether threading._shutdown was called: afterwards, libraries refuse to start threads."""
 
-    def note_fork(self) -> None:
-        self.is_child = True
+    def mark_fork(self) -> None:
+        self.is_fork = True
 
 
-_process = _Process()
-os.register_at_fork(after_in_child=_process.note_fork)
+_process_flags = _ProcessFlags()
+os.register_at_fork(after_in_child=_process_flags.mark_fork)
 
 
 def can_start_threads() -> bool:
-    """False once a function was waited for whose threads had not ended."""
-    return not _process.has_joined
+    """Return False once a function had returned with threads that this process had to wait for."""
+    return not _process_flags.has_shut_down_threading
 
 
-class _CannotStart(Exception):
-    """Raised with the reason where the function, or its arguments, cannot be had."""
+class _CannotLoad(Exception):
+    """Raised with the reason if the function or its arguments cannot be loaded."""
 
     def __init__(self, reason: str, trace: str) -> None:
         super().__init__(reason)
@@ -96,72 +98,72 @@ def _run(call: Call, bindings: Mapping[str, Value], sources: Sources) -> Any:
     except Interrupted:
         raise
     except BaseException as error:  # unpickling and importing run the user's own code
-        raise _CannotStart(_why_not(call, error, sources), _trace(call, error, sources)) from None
+        raise _CannotLoad(_load_error(call, error, sources), _trace(call, error, sources)) from None
     threads = _thread._count()
     value = function(*args, **kwargs)
     if type(value) not in PLAIN:
-        value = _awaited(value)
-    if _thread._count() > threads and _has_threads_to_wait_for():
-        _process.has_joined = True
+        value = _await_result(value)
+    if _thread._count() > threads and _has_non_daemon_threads():
+        _process_flags.has_shut_down_threading = True
         threading._shutdown()  # type: ignore[attr-defined]  # as at the end of a program
     return value
 
 
-def _why_not(call: Call, error: BaseException, sources: Sources) -> str:
+def _load_error(call: Call, error: BaseException, sources: Sources) -> str:
     if isinstance(error, InvalidTask):
         return sendable(str(error))
-    line = line_in(error, sources.path_of(call.code)) if call.form == "source" else None
-    return f"{words(error)} (line {line} of the source)" if line else words(error)
+    line = error_line(error, sources.path_of(call.code)) if call.form == "source" else None
+    return f"{error_message(error)} (line {line} of the source)" if line else error_message(error)
 
 
 def _trace(call: Call, error: BaseException, sources: Sources) -> str:
-    """With a name in the place of the file that a source text has."""
+    """Return the traceback; the name of the function replaces the path of the file that holds the source text."""
     if call.form != "source":
         return trace(error)
     return trace(error).replace(sources.path_of(call.code), f"<source of {call.entry}>")
 
 
-def _pickled(error: BaseException, most: int) -> bytes:
-    """Empty where it cannot be sent."""
-    if not most:
+def _pickled_exception(error: BaseException, max_bytes: int) -> bytes:
+    """Return the pickled exception; empty if it cannot be pickled or is longer than `max_bytes`."""
+    if not max_bytes:
         return b""
     try:
-        pickled = _Pickled("", min(most, INLINE_BYTES))
+        pickled = _PickleWriter("", min(max_bytes, INLINE_BYTES))
         cloudpickle.dump(error, pickled)
         return pickled.end()[0] or b""
     except Interrupted:
         raise
-    except BaseException:  # _TooLong, and a __reduce__ may raise anything
+    except BaseException:  # _TooLong; a __reduce__ may also raise anything
         return b""
 
 
-def _awaited(value: Any) -> Any:
-    """What a coroutine gives, in an event loop of its own; any other value as it is."""
+def _await_result(value: Any) -> Any:
+    """Await an awaitable in a new event loop, and return its result; return any other value unchanged."""
     if not inspect.isawaitable(value):
         return value
-    import asyncio  # which takes as long as all else that a worker imports
+    import asyncio  # here: the import takes as long as all other imports of a worker together
 
-    return asyncio.run(value if inspect.iscoroutine(value) else _await(value))
+    return asyncio.run(value if inspect.iscoroutine(value) else _coroutine(value))
 
 
-async def _await(value: Any) -> Any:
+async def _coroutine(value: Any) -> Any:
     return await value
 
 
-def _has_threads_to_wait_for() -> bool:
+def _has_non_daemon_threads() -> bool:
     main = threading.main_thread()
     return any(not thread.daemon and thread is not main for thread in threading.enumerate())
 
 
 def _end_child(error: BaseException | None) -> NoReturn:
-    """As a program ends whose last words these are."""
+    """End a forked process as Python ends a program, with an exit code and a message for the exception."""
     code = 0
     if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
         code = error.code or 0
     elif error is not None:
         code = 1
-        said = [f"{error.code}\n"] if isinstance(error, SystemExit) else traceback.format_exception(error)
-        sys.stderr.write("".join(said))
+        lines = [f"{error.code}\n"] if isinstance(error, SystemExit) else traceback.format_exception(error)
+        sys.stderr.write("".join(lines))
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -169,12 +171,12 @@ def _end_child(error: BaseException | None) -> NoReturn:
     os._exit(code & 0xFF)
 
 
-def _encoded(value: Any, folder: str, most: int | None) -> FunctionResult:
+def _encoded_result(value: Any, folder: str, max_bytes: int | None) -> FunctionResult:
     try:
-        return FunctionResult(encode(value, folder, most))
+        return FunctionResult(encode(value, folder, max_bytes))
     except _TooLong:
         message = (
-            f"its return value of type {type_name(value)} takes more than {most:,} bytes (max_result_bytes in the "
+            f"its return value of type {type_name(value)} takes more than {max_bytes:,} bytes (max_result_bytes in the "
             "settings of the server). Write it into a file and return the file's path, or return a part of it."
         )
         return FunctionResult(None, Cause.ERROR, message, "")
@@ -182,7 +184,7 @@ def _encoded(value: Any, folder: str, most: int | None) -> FunctionResult:
         raise
     except BaseException as error:  # a pickler raises whatever a __reduce__ raises
         message = (
-            f"its return value of type {type_name(value)} cannot be sent back: {words(error)}. "
+            f"its return value of type {type_name(value)} cannot be sent back: {error_message(error)}. "
             "Return plain data, or write a file and return its path."
         )
         return FunctionResult(None, Cause.ERROR, message, "")
@@ -199,7 +201,7 @@ def _unpickled(call: Call, bindings: Mapping[str, Value], _: Sources) -> Callabl
 def _imported(call: Call, _bindings: Mapping[str, Value], _sources: Sources) -> Callable[..., Any]:
     module, _, path = call.code.decode().partition(":")
     if module not in sys.modules:
-        importlib.invalidate_caches()  # its file may be new
+        importlib.invalidate_caches()  # the module's file may be new
     function: Any = importlib.import_module(module)
     for name in path.split("."):
         try:
@@ -227,7 +229,7 @@ def _unpickle(data: bytes, bindings: Mapping[str, Value]) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Puts the values of other tasks where the references to them stand."""
+    """Replaces each reference to another task's result by the value."""
 
     def __init__(self, data: bytes, bindings: Mapping[str, Value]) -> None:
         super().__init__(io.BytesIO(data))
@@ -247,15 +249,15 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _TooLong(Exception):
-    """Raised where a value is longer than it may be."""
+    """Raised if a value is longer than the limit."""
 
 
-class _Pickled:
-    """Takes a pickle: in memory while that is short, then in a file of `folder`. It takes `most` bytes and no more: a
-    longer one is not made at all."""
+class _PickleWriter:
+    """A writable file object for a pickle: in memory up to INLINE_BYTES, then in a file of `folder`. Raises _TooLong as
+    soon as the pickle is longer than `max_bytes`."""
 
-    def __init__(self, folder: str, most: int | None) -> None:
-        self._folder, self._most = folder, most
+    def __init__(self, folder: str, max_bytes: int | None) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
         self._memory = io.BytesIO()
         self._file: BinaryIO | None = None
         self.size = 0
@@ -263,7 +265,7 @@ class _Pickled:
     def write(self, data: bytes | memoryview) -> int:
         length = memoryview(data).nbytes
         self.size += length
-        if self._most is not None and self.size > self._most:
+        if self._max_bytes is not None and self.size > self._max_bytes:
             raise _TooLong
         if self._file is None and self.size > INLINE_BYTES:
             self._file = open_part(self._folder)
@@ -271,49 +273,51 @@ class _Pickled:
         return (self._file or self._memory).write(data)
 
     def end(self) -> tuple[bytes, None] | tuple[None, str]:
-        """The data, or the file that has it."""
+        """Return the data, or the path of the file that holds the data."""
         if self._file is None:
             return self._memory.getvalue(), None
         return None, end_part(self._file, ".value")
 
-    def give_up(self) -> None:
+    def discard(self) -> None:
+        """Delete the file, if there is one."""
         if self._file is not None:
             self._file.close()
             os.unlink(self._file.name)
 
 
-def encode(value: Any, folder: str, most: int | None = None) -> Value:
-    """The value as JSON if that gives it back exactly, else as a pickle; in a file of `folder` where it is long.
+def encode(value: Any, folder: str, max_bytes: int | None = None) -> Value:
+    """Encode the value as JSON if JSON keeps it unchanged, else as a pickle. A long encoding is stored in a file of
+    `folder`.
 
-    Raises whatever pickling raises.
+    Raises every error of pickling.
     """
-    data = _json(value, most)
+    data = _json(value, max_bytes)
     if data is not None:
         if len(data) <= INLINE_BYTES:
             return Value("json", type_name(value), len(data), data, length=_length(value))
         file = write_file(data, folder)
         return Value("json", type_name(value), len(data), None, file, _length(value), _preview(value, data))
-    pickled = _Pickled(folder, most)
+    pickled = _PickleWriter(folder, max_bytes)
     try:
         cloudpickle.dump(value, pickled)
-        short, long = pickled.end()
+        data_in_memory, path = pickled.end()
     except BaseException:
-        pickled.give_up()
+        pickled.discard()
         raise
-    return Value("pickle", type_name(value), pickled.size, short, long, _length(value), _preview(value, None))
+    return Value("pickle", type_name(value), pickled.size, data_in_memory, path, _length(value), _preview(value, None))
 
 
-def _json(value: Any, most: int | None) -> bytes | None:
-    """The value as JSON, or None where JSON would change it."""
+def _json(value: Any, max_bytes: int | None) -> bytes | None:
+    """Return the value as JSON, or None if JSON would change it."""
     try:
         if not _is_plain(value):
             return None
-        if most is not None and type(value) is str and len(value) > most:
+        if max_bytes is not None and type(value) is str and len(value) > max_bytes:
             raise _TooLong
         data = msgspec.json.encode(value)
     except (OverflowError, RecursionError, ValueError, msgspec.MsgspecError):
-        return None  # whole numbers of more than 64 bits, half a surrogate pair, circles
-    if most is not None and len(data) > most:
+        return None  # an integer of more than 64 bits, a lone surrogate, a circular reference
+    if max_bytes is not None and len(data) > max_bytes:
         raise _TooLong
     return data
 
@@ -323,7 +327,7 @@ def _is_plain(value: Any) -> bool:
     if kind is str or kind is int or kind is bool or value is None:
         return True
     if kind is float:
-        return bool(value - value == 0.0)  # neither infinite nor not-a-number
+        return bool(value - value == 0.0)  # neither infinite nor NaN
     if kind is list:
         return all(map(_is_plain, value))
     if kind is dict:
@@ -346,17 +350,17 @@ def _preview(value: Any, data: bytes | None) -> str:
     if isinstance(value, bytes | bytearray):
         return f"binary, {len(value)} bytes"
     try:
-        if plain := plain_text(value, _PLAIN_BYTES):
+        if plain := plain_text(value, _PLAIN_PREVIEW_BYTES):
             return plain
-        return sendable(f"{_form(value)}{_REPR.repr(value)}"[:PREVIEW_CHARS])
+        return sendable(f"{_array_summary(value)}{_REPR.repr(value)}"[:PREVIEW_CHARS])
     except Interrupted:
         raise
-    except BaseException:  # a __repr__, or a dict of its own kind, may raise anything
+    except BaseException:  # a __repr__, or a method of a dict's subclass, may raise anything
         return ""
 
 
-def _form(value: Any) -> str:
-    """What arrays, tensors and tables say of themselves, as in `shape (2, 3), dtype float64, 48 bytes: `."""
+def _array_summary(value: Any) -> str:
+    """Describe an array, tensor or table, as in `shape (2, 3), dtype float64, 48 bytes: `; empty for other values."""
     shape, dtype, size = (getattr(value, name, None) for name in ("shape", "dtype", "nbytes"))
     facts = [f"shape {tuple(shape)}"] if isinstance(shape, Sequence) else []
     facts += [f"dtype {dtype}"] if facts and dtype is not None else []
@@ -364,7 +368,7 @@ def _form(value: Any) -> str:
     return f"{', '.join(facts)}: " if facts else ""
 
 
-_PLAIN_BYTES = 2048
+_PLAIN_PREVIEW_BYTES = 2048
 _REPR = reprlib.Repr()
 _REPR.maxother = _REPR.maxstring = _REPR.maxlong = PREVIEW_CHARS
 _REPR.maxtuple = _REPR.maxlist = _REPR.maxset = _REPR.maxfrozenset = _REPR.maxdict = 20

@@ -1,4 +1,4 @@
-"""What the functions of a worker print, told apart by function."""
+"""Separates the output of a worker by function: each function gets what it printed."""
 
 from __future__ import annotations
 
@@ -8,57 +8,58 @@ import time
 from pathlib import Path
 
 from rhapsody_mcp.engine.task.output import collect
-from rhapsody_mcp.engine.task.output_files import MOVES, STREAMS, shared_count
+from rhapsody_mcp.engine.task.output_files import MOVE_COUNT, STREAMS, shared_count
 from rhapsody_mcp.model.values import Stream
 
-__all__ = ["Printed"]
+__all__ = ["FunctionOutput"]
 
-_DRAINED_S = 10.0
-_NOTHING = (Stream(), Stream())
+_DRAIN_TIMEOUT_S = 10.0
+_NO_OUTPUT = (Stream(), Stream())
 
 
-class Printed:
-    """The pipes that stdout and stderr are, and the files that a supervisor moves into what comes through them."""
+class FunctionOutput:
+    """The pipes behind stdout and stderr, and the two files into which the supervisor moves the data of the pipes."""
 
     def __init__(self, path: Path) -> None:
-        """Of the supervisor whose plan has this path; for the process whose stdout and stderr are still the pipes."""
+        """`path` is the path of the supervisor's plan. Create this object while stdout and stderr of the process are
+        still the pipes."""
         self._paths = [path.with_suffix(f".{suffix}") for suffix in STREAMS]
         self._files = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in self._paths]
-        self._moves = shared_count(str(path.with_suffix(f".{MOVES}")))
-        self._collected = self._moves[0]
-        self.is_closed = False
-        """Whether a function has closed what it could."""
+        self._move_count = shared_count(str(path.with_suffix(f".{MOVE_COUNT}")))
+        self._collected_count = self._move_count[0]
+        self.are_pipes_closed = False
+        """Whether a function has closed the descriptors of the pipes."""
         self._pipes = select.poll()
         for descriptor in (1, 2):
             reader = os.open(f"/dev/fd/{descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             self._pipes.register(reader, select.POLLIN)
 
-    def collect(self, folder: str, most: int | None) -> tuple[Stream, Stream]:
-        """What was printed since the last time. To be called when nobody prints."""
-        if self._is_under_way():
-            self._wait()
-        if self._moves[0] == self._collected:
-            return _NOTHING
-        self._collected = self._moves[0]
-        return self._take(0, folder, most), self._take(1, folder, most)
+    def collect(self, folder: str, max_bytes: int | None) -> tuple[Stream, Stream]:
+        """Return the output since the last call. No function may run during the call."""
+        if self._is_data_moving():
+            self._wait_for_data()
+        if self._move_count[0] == self._collected_count:
+            return _NO_OUTPUT
+        self._collected_count = self._move_count[0]
+        return self._collect_stream(0, folder, max_bytes), self._collect_stream(1, folder, max_bytes)
 
-    def _wait(self) -> None:
-        deadline = time.monotonic() + _DRAINED_S
-        while self._is_under_way() and time.monotonic() < deadline:
-            time.sleep(0.00005)  # a pipe tells when there is something, and not when there is nothing
+    def _wait_for_data(self) -> None:
+        deadline = time.monotonic() + _DRAIN_TIMEOUT_S
+        while self._is_data_moving() and time.monotonic() < deadline:
+            time.sleep(0.00005)  # poll() can wait for data in a pipe, but not for an empty pipe
 
-    def _is_under_way(self) -> bool:
-        """Whether something is in a pipe, or on its way into a file."""
+    def _is_data_moving(self) -> bool:
+        """Return whether a pipe holds data, or the supervisor is moving data into a file."""
         for _, event in self._pipes.poll(0):
             if event & select.POLLNVAL:
-                self.is_closed = True
+                self.are_pipes_closed = True
             if event & select.POLLIN:
                 return True
-        return bool(self._moves[0] % 2)
+        return bool(self._move_count[0] % 2)
 
-    def _take(self, stream: int, folder: str, most: int | None) -> Stream:
+    def _collect_stream(self, stream: int, folder: str, max_bytes: int | None) -> Stream:
         try:
-            return collect(self._files[stream], folder, most)
-        except OSError:  # a function has closed all files
+            return collect(self._files[stream], folder, max_bytes)
+        except OSError:  # a function has closed all descriptors
             with open(self._paths[stream], "r+b") as file:
-                return collect(file.fileno(), folder, most)
+                return collect(file.fileno(), folder, max_bytes)

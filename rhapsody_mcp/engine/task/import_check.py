@@ -1,4 +1,4 @@
-"""Looks, where tasks run, whether a function can run there: its source is executed and its imports are tried."""
+"""Checks, in the process for user code, whether a function can run there: executes its source and tries its imports."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ import sys
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 
-from rhapsody_mcp.engine.task.error_text import line_in, words
+from rhapsody_mcp.engine.task.error_text import error_line, error_message
 
 __all__ = ["check", "imports_of"]
 
 
 def check(text: str, entry: str) -> list[str]:
-    """What keeps the function `entry` of this source from running here, in words; empty where nothing does.
+    """Return the problems that keep the function `entry` of the source `text` from running here; empty if there are
+    none.
 
-    Imports inside functions are tried too. Those that the source itself can do without are not: the ones below
-    a `try` that catches their failure, and those for a type checker.
+    The check tries imports inside functions too. It skips imports that the source handles itself: those in a `try` that
+    catches an import error, and those for type checkers.
     """
-    problems = [problem for statement in imports_of(ast.parse(text)) for problem in _try(statement)]
+    problems = [problem for statement in imports_of(ast.parse(text)) for problem in _import_problems(statement)]
     return problems or _execute(text, entry)
 
 
 def imports_of(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The imports that the source cannot do without."""
+    """Yield the import statements that the source cannot do without."""
     children: Iterable[ast.AST] = ast.iter_child_nodes(node)
     if isinstance(node, ast.Import | ast.ImportFrom):
         yield node
@@ -41,25 +42,25 @@ def _catches_failure(handler: ast.ExceptHandler) -> bool:
     return any(name in names for name in ("ImportError", "ModuleNotFoundError", "Exception"))
 
 
-def _try(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
-    """What is wrong with each module, and each name of a module, that the statement imports."""
+def _import_problems(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    """Yield a problem for each module, and each name of a module, that the statement cannot import."""
     if isinstance(statement, ast.Import):
-        wanted = [(alias.name, "") for alias in statement.names]
+        names = [(alias.name, "") for alias in statement.names]
     else:
         module = "." * statement.level + (statement.module or "")
-        wanted = [(module, "" if alias.name == "*" else alias.name) for alias in statement.names]
-    for module, name in wanted:
+        names = [(module, "" if alias.name == "*" else alias.name) for alias in statement.names]
+    for module, name in names:
         try:
-            _import(module, name)
-        except Exception as error:  # a module's own code runs
-            yield f"line {statement.lineno}: {_words(error)}"
+            _import_name(module, name)
+        except Exception as error:  # importing runs the module's code, which may raise anything
+            yield f"line {statement.lineno}: {_problem(error)}"
 
 
-def _import(module: str, name: str) -> None:
+def _import_name(module: str, name: str) -> None:
     if module.startswith("."):
         raise ImportError(f"{module} is relative, and the source belongs to no package; import by the full name")
-    found = importlib.import_module(module)
-    if name and not hasattr(found, name):
+    imported = importlib.import_module(module)
+    if name and not hasattr(imported, name):
         try:
             importlib.import_module(f"{module}.{name}")
         except ModuleNotFoundError:
@@ -67,21 +68,21 @@ def _import(module: str, name: str) -> None:
 
 
 def _execute(text: str, entry: str) -> list[str]:
-    module = sys.modules[_NAME] = ModuleType(_NAME)
+    module = sys.modules[_MODULE_NAME] = ModuleType(_MODULE_NAME)
     filename = f"<source of {entry}>"
     try:
         exec(compile(text, filename, "exec", dont_inherit=True), vars(module))
-    except Exception as error:  # the source's own code runs
-        return [f"its top level fails: {_words(error)} (line {line_in(error, filename)} of the source)"]
+    except Exception as error:  # the source may raise anything
+        return [f"its top level fails: {_problem(error)} (line {error_line(error, filename)} of the source)"]
     finally:
-        del sys.modules[_NAME]
+        del sys.modules[_MODULE_NAME]
     return [] if callable(getattr(module, entry, None)) else [f"its top level leaves no function {entry!r}"]
 
 
-_NAME = "rhapsody_checked_source"
+_MODULE_NAME = "rhapsody_checked_source"
 
 
-def _words(error: Exception) -> str:
+def _problem(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"no module {error.name!r} is installed"
-    return words(error)
+    return error_message(error)

@@ -1,4 +1,4 @@
-"""Makes plain data of a Python object, to look at: bounded, where user code may run."""
+"""Converts a Python object to plain data of bounded size, for display. It runs in a process for user code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rhapsody_mcp.model.values import Value, load
 __all__ = ["View", "as_list", "plain_text", "type_name", "view"]
 
 _DEPTH, _ITEMS, _ELEMENTS, _CHARS = 8, 100, 1000, 1000
-"""How much is shown of what lies inside: levels, items of one container, elements of an array, characters of a text."""
+"""Limits for nested values: levels, items of one container, elements of an array, characters of a text."""
 _CONTAINERS: Any = Mapping | list | tuple | deque | set | frozenset
 _TYPE_CHARS = 200
 _BUILT_IN = frozenset({int, float, str, bool, bytes, type(None), list, dict, tuple})
@@ -31,8 +31,8 @@ _REPR.maxother = _REPR.maxstring = _REPR.maxlong = _CHARS
 
 
 class View(msgspec.Struct, frozen=True):
-    """A run of what an object consists of, from `start` on, of `total` items or characters: a list, a dict, a text or
-    one single value, as plain data."""
+    """Part of an object as plain data: from item or character `start`, of `total` items or characters. A single value
+    has no `total`."""
 
     type: str
     plain: Any
@@ -41,10 +41,11 @@ class View(msgspec.Struct, frozen=True):
 
 
 def view(value: Value, path: str, start: int | None, limit: int | None, max_bytes: int) -> dict[str, Any]:
-    """{"view": a View as a dict} of the part at a JSON Pointer: at most `limit` items or characters, and what fits.
+    """Return {"view": a View as a dict} of the value at the JSON Pointer `path`: at most `limit` items or characters,
+    and at most about `max_bytes` of them.
 
-    {"refusal": {"code": ..., "message": ...}} of an InvalidTask where there is nothing at the path, an InvalidRequest
-    where there is nothing at the start, and a ResultGone where the file is gone.
+    Return {"refusal": {"code": ..., "message": ...}} for an InvalidTask (the path does not exist), an
+    InvalidRequest (`start` is past the end), or a ResultGone (the value's file is gone).
     """
     try:
         part = _follow(load(value), path)
@@ -54,11 +55,13 @@ def view(value: Value, path: str, start: int | None, limit: int | None, max_byte
 
 
 def plain_text(value: Any, max_bytes: int) -> str:
-    """The whole as JSON; empty where it is too long, or an object that says only what it is."""
-    whole = _Plain(max_bytes)
-    made = whole.of(value)
+    """Return the whole value as JSON; empty if the JSON is longer than `max_bytes`, or if the value has only a repr."""
+    converter = _PlainConverter(max_bytes)
+    plain_value = converter.convert(value)
     return (
-        "" if whole.is_cut or (isinstance(made, str) and not _is_scalar(value)) else msgspec.json.encode(made).decode()
+        ""
+        if converter.is_cut or (isinstance(plain_value, str) and not _is_scalar(value))
+        else msgspec.json.encode(plain_value).decode()
     )
 
 
@@ -74,11 +77,13 @@ def _follow(value: Any, path: str) -> Any:
             else:
                 value = parts[int(step)]
         except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {_there(parts, step)}.") from error
+            raise InvalidTask(
+                f"path {path!r} leads nowhere: at {step!r} there is {_describe_position(parts, step)}."
+            ) from error
     return value
 
 
-def _there(parts: Any, step: str) -> str:
+def _describe_position(parts: Any, step: str) -> str:
     if isinstance(parts, Mapping):
         return describe_keys(step, parts)
     return f"a list of length {_length(parts)}" if _length(parts) is not None else f"a {type(parts).__name__}"
@@ -90,23 +95,23 @@ def _view(value: Any, start: int | None, limit: int | None, max_bytes: int) -> V
     if total is None:
         if start is not None or limit is not None:
             raise InvalidRequest(f"this is one value of type {type_name(value)}: leave start and limit out.")
-        return View(type_name(value), _Plain(max_bytes, shows=max_bytes // 2).of(value))
+        return View(type_name(value), _PlainConverter(max_bytes, max_text_chars=max_bytes // 2).convert(value))
     first = max(0, (start or 0) + (total if start and start < 0 else 0))
     if first and first >= total:
         raise InvalidRequest(f"start {start} is past the end: there are {total}, counted from 0.")
     last = total if limit is None else min(total, first + limit)
     if isinstance(parts, str):
         return View(type_name(value), _text(parts[first:last], max_bytes // 4), total, first)
-    plain = _Plain(max_bytes)
+    plain = _PlainConverter(max_bytes)
     if isinstance(parts, Mapping):
         entries = itertools.islice(parts.items(), first, last)
-        return View(type_name(value), {_key(key): part for key, part in plain.fitting(entries)}, total, first)
+        return View(type_name(value), {_key(key): part for key, part in plain.convert_entries(entries)}, total, first)
     numbered = ((number, parts[number]) for number in range(first, last))
-    return View(type_name(value), [part for _, part in plain.fitting(numbered)], total, first)
+    return View(type_name(value), [part for _, part in plain.convert_entries(numbered)], total, first)
 
 
 def _parts(value: Any) -> Any:
-    """What it consists of: a Mapping, or something with a length and numbers; itself where it is one value."""
+    """Return the parts of a value: a Mapping, or a sequence. A single value is returned unchanged."""
     if isinstance(value, Mapping):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -117,7 +122,7 @@ def _parts(value: Any) -> Any:
 
 
 def _length(parts: Any) -> int | None:
-    """None of what is shown as one value."""
+    """Return the number of parts; None for a single value."""
     shape = _shape(parts)
     if shape is not None:
         return shape[0] if shape else None
@@ -128,60 +133,63 @@ def _length(parts: Any) -> int | None:
 # --- as plain data
 
 
-class _Plain:
-    """Makes plain data until it is `left` bytes long; `is_cut` says whether something was left out."""
+class _PlainConverter:
+    """Converts values to plain data of about `max_bytes` in total; `is_cut` is True once something was left out."""
 
-    def __init__(self, max_bytes: int, shows: int = _CHARS) -> None:
-        self.left, self._shows, self.is_cut = max_bytes, shows, False
+    def __init__(self, max_bytes: int, max_text_chars: int = _CHARS) -> None:
+        self.bytes_left, self._max_text_chars, self.is_cut = max_bytes, max_text_chars, False
 
-    def fitting(self, parts: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
-        """The first of these that fit, at least one."""
+    def convert_entries(self, parts: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+        """Yield the first entries, converted, as long as bytes are left; at least one."""
         for number, (key, part) in enumerate(parts):
-            made = self.of(part, 1)
-            self.left -= len(_key(key)) + 4
-            if number and self.left < 0:
+            plain_value = self.convert(part, 1)
+            self.bytes_left -= len(_key(key)) + 4
+            if number and self.bytes_left < 0:
                 return
-            yield key, made
+            yield key, plain_value
 
-    def of(self, value: Any, depth: int = 0) -> Any:
-        made = self._of(value, depth)
-        if not isinstance(made, list | dict):
-            self.left -= 5 if made is None or isinstance(made, bool) else len(str(made)) + 2
-        return made
+    def convert(self, value: Any, depth: int = 0) -> Any:
+        plain_value = self._convert_value(value, depth)
+        if not isinstance(plain_value, list | dict):
+            self.bytes_left -= 5 if plain_value is None or isinstance(plain_value, bool) else len(str(plain_value)) + 2
+        return plain_value
 
-    def _of(self, value: Any, depth: int) -> Any:
+    def _convert_value(self, value: Any, depth: int) -> Any:
         if _is_scalar(value):
             return self._scalar(value)
         if (shape := _shape(value)) is not None:
             if shape == () or math.prod(shape) <= _ELEMENTS:
-                return self.of(value.tolist(), depth)
-            return self._cut(f"{type_name(value)} of shape {shape}, dtype {getattr(value, 'dtype', '?')}")
+                return self.convert(value.tolist(), depth)
+            return self._shortened(f"{type_name(value)} of shape {shape}, dtype {getattr(value, 'dtype', '?')}")
         parts = _parts(value)
         if not isinstance(parts, _CONTAINERS):
             return self._repr(value)
-        if depth >= _DEPTH or self.left < 0:
-            return self._cut(f"{type_name(value)} of {len(parts)} items")
+        if depth >= _DEPTH or self.bytes_left < 0:
+            return self._shortened(f"{type_name(value)} of {len(parts)} items")
         if isinstance(parts, Mapping):
-            entries = {_key(key): self.of(part, depth + 1) for key, part in self._first(parts.items(), depth)}
+            entries = {
+                _key(key): self.convert(part, depth + 1) for key, part in self._affordable_items(parts.items(), depth)
+            }
             more = len(parts) - len(entries)
-            return {**entries, "...": self._cut(f"and {more} more")} if more > 0 else entries
-        items = [self.of(part, depth + 1) for part in self._first(parts, depth)]
+            return {**entries, "...": self._shortened(f"and {more} more")} if more > 0 else entries
+        items = [self.convert(part, depth + 1) for part in self._affordable_items(parts, depth)]
         more = len(parts) - len(items)
-        return [*items, self._cut(f"... and {more} more")] if more > 0 else items
+        return [*items, self._shortened(f"... and {more} more")] if more > 0 else items
 
-    def _first(self, parts: Any, depth: int) -> Iterator[Any]:
+    def _affordable_items(self, parts: Any, depth: int) -> Iterator[Any]:
+        """Yield items as long as bytes are left; of a nested container, at most _ITEMS."""
         for number, part in enumerate(parts):
-            if self.left < 0 or (depth and number >= _ITEMS):
+            if self.bytes_left < 0 or (depth and number >= _ITEMS):
                 return
-            self.left -= 2
+            self.bytes_left -= 2
             yield part
 
     def _scalar(self, value: Any) -> Any:
         if isinstance(value, float):
             return _number(float(value))
         if isinstance(value, str):
-            text = _text(str(value), self._shows)
-            return text if len(text) == len(value) else self._cut(f"{text} ... ({len(value)} characters)")
+            text = _text(str(value), self._max_text_chars)
+            return text if len(text) == len(value) else self._shortened(f"{text} ... ({len(value)} characters)")
         if isinstance(value, int) and not isinstance(value, bool):
             return int(value) if -(2**63) <= value < 2**64 else self._repr(value)
         return value
@@ -196,9 +204,9 @@ class _Plain:
         except BaseException:  # a __repr__ may raise anything
             return type_name(value)
 
-    def _cut(self, told: str) -> str:
+    def _shortened(self, summary: str) -> str:
         self.is_cut = True
-        return told
+        return summary
 
 
 def _is_scalar(value: Any) -> bool:
@@ -212,7 +220,7 @@ def _number(value: float) -> float | str:
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
-    """Of arrays and tensors, which can give their elements as lists."""
+    """Return the shape of an array or tensor that has `tolist`; None for other values."""
     if isinstance(value, type) or not callable(getattr(value, "tolist", None)):
         return None
     shape = getattr(value, "shape", None)
@@ -228,7 +236,7 @@ def _text(text: str, max_chars: int) -> str:
 
 
 def type_name(value: Any) -> str:
-    """With its module, but for what is built in or the user's own."""
+    """Return the name of the type, with its module unless the type is built in or defined by the task's own source."""
     kind = type(value)
     if kind in _BUILT_IN:
         return kind.__name__
@@ -238,9 +246,9 @@ def type_name(value: Any) -> str:
 
 
 def as_list(value: Any) -> list[Any]:
-    """The items in order: of an array as plain numbers, of a set sorted where that is possible.
+    """Return the items as a list: of an array as plain numbers, of a set sorted if its items can be compared.
 
-    Raises TypeError for what is no list and nothing like one.
+    Raises TypeError if the value is text, bytes, a mapping or not iterable.
     """
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         raise TypeError(f"the result is of type {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""What a program has printed, and files that appear whole."""
+"""Collects the output of programs, and writes files atomically."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PIECE_BYTES = 1024 * 1024
 
 
 def write_file(data: bytes, folder: str) -> str:
-    """Write a file that appears whole or not at all, and give its path."""
+    """Write a new file atomically, and return its path."""
     return write_pieces([data], folder)
 
 
 def write_pieces(pieces: Iterable[bytes], folder: str, suffix: str = ".value") -> str:
-    """The same, with no more than a piece at a time in memory."""
+    """Write a new file atomically from pieces, with one piece at a time in memory, and return its path."""
     part = open_part(folder)
     try:
         for piece in pieces:
@@ -37,49 +37,49 @@ def write_pieces(pieces: Iterable[bytes], folder: str, suffix: str = ".value") -
 
 
 def open_part(folder: str) -> BinaryIO:
-    """A file that nobody reads before `end_part`."""
+    """Open a new file whose suffix says that it is not complete; `end_part` completes it."""
     handle, path = tempfile.mkstemp(dir=folder, suffix=".part")
     os.close(handle)
     return open(path, "wb")
 
 
 def end_part(part: BinaryIO, suffix: str) -> str:
-    """It is whole: where it is now."""
+    """Close a file of `open_part`, rename it, and return its new path."""
     part.close()
     path = part.name.removesuffix(".part") + suffix
     os.rename(part.name, path)
     return path
 
 
-def collect(file: int, folder: str, most: int | None) -> Stream:
-    """What was printed into this file, which is empty afterwards."""
+def collect(file: int, folder: str, max_bytes: int | None) -> Stream:
+    """Return the content of an output file, and truncate the file to 0 bytes."""
     size = os.fstat(file).st_size
     if not size:
-        return _NOTHING
-    stream = _stream(file, size, folder, most)
+        return _NO_OUTPUT
+    stream = _stream(file, size, folder, max_bytes)
     os.ftruncate(file, 0)
     return stream
 
 
-_NOTHING = Stream()
+_NO_OUTPUT = Stream()
 
 
-def move_stream(path: str, folder: str, most: int | None) -> Stream:
-    """The same of a file with a name, which is gone afterwards."""
+def move_stream(path: str, folder: str, max_bytes: int | None) -> Stream:
+    """Return the content of the output file at `path`, and delete or move the file."""
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(file).st_size
-        if INLINE_BYTES < size and (most is None or size <= most):
-            with suppress(OSError):  # where it may not be moved, it is copied
-                return Stream(_text(_last(file, size)), _move(path, folder), size)
-        stream = _stream(file, size, folder, most)
+        if INLINE_BYTES < size and (max_bytes is None or size <= max_bytes):
+            with suppress(OSError):  # if the file cannot be moved, it is copied below
+                return Stream(_text(_tail(file, size)), _move_file(path, folder), size)
+        stream = _stream(file, size, folder, max_bytes)
     finally:
         os.close(file)
     os.unlink(path)
     return stream
 
 
-def _move(path: str, folder: str) -> str:
+def _move_file(path: str, folder: str) -> str:
     handle, kept = tempfile.mkstemp(dir=folder, suffix=".output")
     os.close(handle)
     try:
@@ -90,20 +90,21 @@ def _move(path: str, folder: str) -> str:
     return kept
 
 
-def _stream(file: int, size: int, folder: str, most: int | None) -> Stream:
-    """Whole where it is short, else in a file of `folder`; of one that is too long, its beginning and its end."""
-    start, end = middle(size, most) if most is not None and size > most else (size, size)
+def _stream(file: int, size: int, folder: str, max_bytes: int | None) -> Stream:
+    """Return the output: inline if it is short, else in a file of `folder`. Of output longer than `max_bytes`, keep the
+    beginning and the end."""
+    start, end = middle(size, max_bytes) if max_bytes is not None and size > max_bytes else (size, size)
     note = f"\n[... {end - start} bytes left out here ...]\n".encode() if start < end else b""
     kept = start + len(note) + size - end
     if kept <= INLINE_BYTES:
         data = b"".join([*_pieces(file, 0, start), note, *_pieces(file, end, size)])
         return Stream(_text(data), None, len(data), end - start)
     pieces = (piece for part in (_pieces(file, 0, start), [note], _pieces(file, end, size)) for piece in part)
-    last = _last(file, size)
+    tail = _tail(file, size)
     try:
-        return Stream(_text(last), write_pieces(pieces, folder, ".output"), kept, end - start)
-    except OSError:  # the disk is full: what a task did is not lost for what it printed
-        return Stream(_text(last), None, len(last), size - len(last))
+        return Stream(_text(tail), write_pieces(pieces, folder, ".output"), kept, end - start)
+    except OSError:  # the disk is full: the task's result is worth more than its output
+        return Stream(_text(tail), None, len(tail), size - len(tail))
 
 
 def _pieces(file: int, start: int, end: int) -> Iterator[bytes]:
@@ -112,7 +113,7 @@ def _pieces(file: int, start: int, end: int) -> Iterator[bytes]:
         start += len(piece)
 
 
-def _last(file: int, size: int) -> bytes:
+def _tail(file: int, size: int) -> bytes:
     return os.pread(file, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
 
 
@@ -121,23 +122,23 @@ def _text(data: bytes) -> str:
 
 
 def stopped_note(left_running: int) -> str:
-    """A sentence on the processes that a task had started and not waited for."""
+    """Return a sentence on the number of processes that a task had left running."""
     return f"processes that still ran when it ended were stopped: {left_running}; it must wait for what it starts"
 
 
-class _Printed(Protocol):
+class _HasStreams(Protocol):
     @property
     def stdout(self) -> Stream: ...
     @property
     def stderr(self) -> Stream: ...
 
 
-def left_out(*ended: _Printed) -> Iterator[str]:
-    """A sentence for each stream that was too long."""
-    for one in ended:
-        for name, stream in (("stdout", one.stdout), ("stderr", one.stderr)):
+def left_out(*outcomes: _HasStreams) -> Iterator[str]:
+    """Yield a sentence for each stream that was longer than its limit."""
+    for outcome in outcomes:
+        for name, stream in (("stdout", outcome.stdout), ("stderr", outcome.stderr)):
             if stream.left_out:
-                of = f" of rank {one.rank}" if isinstance(one, RankOutcome) and len(ended) > 1 else ""
+                of = f" of rank {outcome.rank}" if isinstance(outcome, RankOutcome) and len(outcomes) > 1 else ""
                 yield (
                     f"{name}{of} was too long: {stream.left_out} bytes before its end are left out (max_output_bytes "
                     "in the settings of the server); write such output into a file"

@@ -1,83 +1,86 @@
-"""The pipe that a program prints into, and the file that keeps what came through it, bounded while the program runs.
+"""The pipe into which a program prints, and the file of bounded size that stores the data of the pipe while the program
+runs.
 
-A pipe and not the file itself: a program that opens /dev/stdout anew would truncate a file.
+The program gets a pipe, not the file: a program that opens /dev/stdout again would truncate the file.
 """
 
 from __future__ import annotations
 
-import os  # and little else: the supervisor of every program imports this
+import os  # import little: the supervisor of every program imports this module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import MutableSequence
 
-__all__ = ["MOVES", "STREAMS", "Output", "middle", "shared_count"]
+__all__ = ["MOVE_COUNT", "STREAMS", "Output", "middle", "shared_count"]
 
 STREAMS = ("out", "err")
-"""What the names of the two files end with."""
-MOVES = "moves"
-"""What the name of the file ends with that a worker and its supervisor share a count in."""
+"""Suffixes of the two output files."""
+MOVE_COUNT = "moves"
+"""Suffix of the file through which a supervisor and its worker share the count of moves."""
 _BLOCK = 4096
 _PIECE = 1 << 20
-_PIECES_A_TURN = 16  # a program that never stops printing must not keep its supervisor from all else
+_PIECES_A_TURN = 16  # the supervisor has other work, also while a program prints without end
 _PUNCH_HOLE = 0x03  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 
 
 class Output:
-    """One of the two streams of a program. `most` bounds the disk that its file takes, up to a quarter more.
+    """Stdout or stderr of a program. The file takes at most `max_bytes` of disk, and up to a quarter more for a short
+    time.
 
-    The number in `moves`, which others may look at, grows by one before something is taken out of the pipe, and by one
-    more when it is in the file.
+    `move_counter` holds one number, which other processes may read. It grows by one before data is read from the pipe,
+    and by one more when the data is in the file: an odd number means that data is moving.
     """
 
-    def __init__(self, path: str, most: int | None, moves: MutableSequence[int]) -> None:
+    def __init__(self, path: str, max_bytes: int | None, move_counter: MutableSequence[int]) -> None:
         self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self.reader, self.writer = _pipe_named(f"{path}.pipe")
-        self._most, self._moves, self._trimmed = most, moves, 0
+        self.reader, self.writer = _open_named_pipe(f"{path}.pipe")
+        self._max_bytes, self._move_counter, self._trimmed = max_bytes, move_counter, 0
 
-    def started(self) -> None:
-        """The program has its end of the pipe."""
+    def close_writer(self) -> None:
+        """Close the writing end, which the program has inherited."""
         os.close(self.writer)
         self.writer = -1
 
     def drain(self) -> bool:
-        """Keep what is in the pipe now, or much of it; False where nobody will write into it any more."""
+        """Move data from the pipe into the file, at most 16 MiB; return False if no process can write into the pipe any
+        more."""
         try:
             for _ in range(_PIECES_A_TURN):
-                if not self._move():
+                if not self._move_data():
                     return False
                 self._trim()
         except BlockingIOError:
             return True
         return True
 
-    def _move(self) -> bool:
-        """False where the pipe has come to its end."""
-        self._moves[0] += 1
+    def _move_data(self) -> bool:
+        """Return False at the end of the pipe's data."""
+        self._move_counter[0] += 1
         try:
             data = os.read(self.reader, _PIECE)
             if data:
-                self._keep(data)
+                self._write(data)
         finally:
-            self._moves[0] += 1
+            self._move_counter[0] += 1
         return bool(data)
 
-    def _keep(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         try:
             while data := data[os.write(self._file, data) :]:
                 continue
-        except OSError:  # the disk is full: what comes now is lost, and the program goes on
+        except OSError:  # the disk is full: this output is lost, and the program continues
             return
 
     def _trim(self) -> None:
-        """Free the disk of what is in the middle, where the file is longer than it may be."""
-        if self._most is None:
+        """Free the disk blocks in the middle of the file, if the file is longer than the limit."""
+        if self._max_bytes is None:
             return
         size = os.fstat(self._file).st_size
-        if size < self._trimmed:  # a worker has emptied it
+        if size < self._trimmed:  # a worker has truncated the file
             self._trimmed = 0
-        if size > self._most and size - self._trimmed > self._most // 4:
-            _trim(self._file, self._most)
+        if size > self._max_bytes and size - self._trimmed > self._max_bytes // 4:
+            _trim(self._file, self._max_bytes)
             self._trimmed = os.fstat(self._file).st_size
 
     def close(self) -> None:
@@ -86,8 +89,9 @@ class Output:
                 os.close(descriptor)
 
 
-def _pipe_named(path: str) -> tuple[int, int]:
-    """The two ends of a pipe whose name, which nobody finds any more, says of each process that has it whose it is."""
+def _open_named_pipe(path: str) -> tuple[int, int]:
+    """Return the two ends of a pipe. Its name is deleted at once, but /proc shows the name for each process that has
+    the pipe open."""
     os.mkfifo(path, 0o600)
     try:
         reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -97,7 +101,8 @@ def _pipe_named(path: str) -> tuple[int, int]:
 
 
 def shared_count(path: str) -> MutableSequence[int]:
-    """One number, at first 0, that every process sees which asks for it by this path."""
+    """Return a sequence of one number, initially 0. All processes that call this function with the same path share the
+    number."""
     import mmap
 
     file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -108,21 +113,21 @@ def shared_count(path: str) -> MutableSequence[int]:
         os.close(file)
 
 
-def _trim(file: int, most: int) -> None:
-    start, end = middle(os.fstat(file).st_size, most)
+def _trim(file: int, max_bytes: int) -> None:
+    start, end = middle(os.fstat(file).st_size, max_bytes)
     first, last = -(-start // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
-    if not _punch(file, first, last - first):
+    if not _punch_hole(file, first, last - first):
         os.ftruncate(file, first)
         os.write(file, b"\n[left out]\n")
 
 
-def middle(size: int, most: int) -> tuple[int, int]:
-    """What of a long output is left out: half of what is kept is its beginning, half its end."""
-    return most // 2, size - (most - most // 2)
+def middle(size: int, max_bytes: int) -> tuple[int, int]:
+    """Return the range of bytes to leave out: the kept bytes are half at the beginning, half at the end."""
+    return max_bytes // 2, size - (max_bytes - max_bytes // 2)
 
 
-def _punch(file: int, start: int, length: int) -> bool:
-    """Make a hole in a file, which takes no disk. False where the system or the file system cannot."""
+def _punch_hole(file: int, start: int, length: int) -> bool:
+    """Make a hole in a file, which frees the disk blocks; return False if the system or the file system cannot."""
     import ctypes
 
     try:

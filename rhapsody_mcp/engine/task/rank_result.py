@@ -1,4 +1,4 @@
-"""What came of one rank of a task: its value, its output, and why it failed."""
+"""The result of one rank of a task: value, output, and error."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["RankEnd", "how_it_ended", "rank_end"]
 
 
 class RankEnd(NamedTuple):
-    """A rank's outcome and its times, seconds since the epoch.
+    """The outcome of a rank and its times, in seconds since the epoch.
 
-    `left_running` counts the processes that it had started and not waited for; they were ended with it. `mpi_alone` is
-    as in a Result.
+    `left_running` counts the processes that the rank started and did not wait for; the supervisor ended them.
+    `mpi_alone` has the same meaning as in FunctionResult.
     """
 
     outcome: RankOutcome
@@ -41,11 +41,12 @@ class RankEnd(NamedTuple):
     mpi_alone: bool = False
 
 
-class _Left(NamedTuple):
-    """What its supervisor left in a file. `problem` is "invalid", "lost", or empty where its program ran."""
+class _SupervisorOutcome(NamedTuple):
+    """The content of the outcome file of a supervisor. `problem` is "invalid" or "lost" if the program did not start,
+    else empty."""
 
     problem: str
-    words: str
+    message: str
     pid: int
     code: int | None
     started: float
@@ -53,33 +54,35 @@ class _Left(NamedTuple):
     left_running: int
 
 
-def rank_end(path: str, task_run: TaskRun, rank: int, most_output: int | None) -> RankEnd | None:
-    """What the supervisor with this path left, which is gone afterwards; None where it was killed. Raises OSError where
-    its output or its value cannot be kept."""
+def rank_end(path: str, task_run: TaskRun, rank: int, max_output_bytes: int | None) -> RankEnd | None:
+    """Collect the files of the supervisor with this path, and delete them; return None if the supervisor was killed.
+    Raises OSError if the output or the value cannot be stored."""
     try:
-        left = _Left(*marshal.loads(Path(f"{path}.outcome").read_bytes()))
-    except (FileNotFoundError, EOFError, ValueError):  # not written, or not to its end
+        supervisor_outcome = _SupervisorOutcome(*marshal.loads(Path(f"{path}.outcome").read_bytes()))
+    except (FileNotFoundError, EOFError, ValueError):  # missing or incomplete
         return None
     try:
-        return _end(left, path, task_run, rank, most_output)
+        return _collect_end(supervisor_outcome, path, task_run, rank, max_output_bytes)
     finally:
         for suffix in ("outcome", "result", *STREAMS):
             with suppress(FileNotFoundError):
                 os.unlink(f"{path}.{suffix}")
 
 
-def _end(left: _Left, path: str, task_run: TaskRun, rank: int, most: int | None) -> RankEnd:
-    result, value, stdout, stderr = _result(left, path, task_run), None, Stream(), Stream()
+def _collect_end(
+    supervisor_outcome: _SupervisorOutcome, path: str, task_run: TaskRun, rank: int, max_bytes: int | None
+) -> RankEnd:
+    result, value, stdout, stderr = _result(supervisor_outcome, path, task_run), None, Stream(), Stream()
     if os.path.exists(f"{path}.out"):
         with open(f"{path}.out", "rb") as printed:
-            stdout, stderr = (move_stream(f"{path}.{suffix}", task_run.folder, most) for suffix in STREAMS)
+            stdout, stderr = (move_stream(f"{path}.{suffix}", task_run.folder, max_bytes) for suffix in STREAMS)
             if result.cause is None and result.value is None:
                 value = _printed_value(printed, stdout, task_run.folder)
     outcome = RankOutcome(
         rank=rank,
         host=socket.gethostname(),
-        pid=left.pid,
-        exit_code=None if result.cause is Cause.INVALID else left.code,
+        pid=supervisor_outcome.pid,
+        exit_code=None if result.cause is Cause.INVALID else supervisor_outcome.code,
         value=value or result.value,
         stdout=stdout,
         stderr=stderr,
@@ -88,39 +91,39 @@ def _end(left: _Left, path: str, task_run: TaskRun, rank: int, most: int | None)
         traceback=result.traceback,
         exception=result.exception,
     )
-    started = None if result.cause is Cause.INVALID or not left.started else left.started
-    return RankEnd(outcome, started, left.ended, left.left_running, result.mpi_alone)
+    started = None if result.cause is Cause.INVALID or not supervisor_outcome.started else supervisor_outcome.started
+    return RankEnd(outcome, started, supervisor_outcome.ended, supervisor_outcome.left_running, result.mpi_alone)
 
 
-def _result(left: _Left, path: str, task_run: TaskRun) -> FunctionResult:
-    if left.problem:
-        return FunctionResult(None, Cause(left.problem), left.words)
+def _result(supervisor_outcome: _SupervisorOutcome, path: str, task_run: TaskRun) -> FunctionResult:
+    if supervisor_outcome.problem:
+        return FunctionResult(None, Cause(supervisor_outcome.problem), supervisor_outcome.message)
     with suppress(FileNotFoundError):
         return msgspec.msgpack.decode(Path(f"{path}.result").read_bytes(), type=FunctionResult)
-    code = left.code or 0
+    code = supervisor_outcome.code or 0
     if isinstance(task_run.spec.work, Call):
         return FunctionResult(None, Cause.CRASHED, f"its process {how_it_ended(code)} before the function returned.")
     if code < 0:
         return FunctionResult(None, Cause.CRASHED, f"the program {how_it_ended(code)}.")
     if code > 0:
-        return FunctionResult(None, Cause.EXIT_CODE, f"exit code {code}{_last_words(f'{path}.err')}")
+        return FunctionResult(None, Cause.EXIT_CODE, f"exit code {code}{_stderr_excerpt(f'{path}.err')}")
     return FunctionResult()
 
 
-def _last_words(path: str) -> str:
-    """The last line of stderr, which often says why."""
+def _stderr_excerpt(path: str) -> str:
+    """Return the last non-empty line of stderr, which often names the reason."""
     with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
-        lines = file.read(_LAST_BYTES).decode("utf-8", "replace").split("\n")
-    words = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return f": {words[:500]}" if words else "; it wrote nothing to stderr"
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _EXCERPT_BYTES))
+        lines = file.read(_EXCERPT_BYTES).decode("utf-8", "replace").split("\n")
+    message = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f": {message[:500]}" if message else "; it wrote nothing to stderr"
 
 
-_LAST_BYTES = 2000
+_EXCERPT_BYTES = 2000
 
 
 def how_it_ended(code: int) -> str:
-    """An exit code in words."""
+    """Describe an exit code; a negative one is a signal."""
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
@@ -132,15 +135,15 @@ def how_it_ended(code: int) -> str:
 
 
 def _printed_value(printed: BinaryIO, stdout: Stream, folder: str) -> Value:
-    """Its standard output without outer white space, as bytes where it is not UTF-8; of one that was too long, what is
-    left of it. No more than a piece of it is in memory at a time."""
+    """Return stdout without surrounding white space as the value; as bytes if stdout is not UTF-8. Of stdout that was
+    too long, the value is the kept part. At most one piece of stdout is in memory at a time."""
     if stdout.file is not None:
         with open(stdout.file, "rb") as kept:
-            return _long(kept, folder)
-    return _short(stdout.text.encode() if stdout.left_out else printed.read(INLINE_BYTES), folder)
+            return _long_value(kept, folder)
+    return _short_value(stdout.text.encode() if stdout.left_out else printed.read(INLINE_BYTES), folder)
 
 
-def _short(data: bytes, folder: str) -> Value:
+def _short_value(data: bytes, folder: str) -> Value:
     try:
         text = data.decode().strip()
     except UnicodeDecodeError:
@@ -151,8 +154,8 @@ def _short(data: bytes, folder: str) -> Value:
     return Value("json", "str", len(encoded), None, write_file(encoded, folder), len(text), text[:PREVIEW_CHARS])
 
 
-def _long(file: BinaryIO, folder: str) -> Value:
-    text = _Text(file)
+def _long_value(file: BinaryIO, folder: str) -> Value:
+    text = _JsonText(file)
     try:
         path = write_pieces(text.pieces(), folder)
     except UnicodeDecodeError:
@@ -162,7 +165,7 @@ def _long(file: BinaryIO, folder: str) -> Value:
     size = os.path.getsize(path)
     if size > INLINE_BYTES:
         return Value("json", "str", size, None, path, text.length, text.preview)
-    data = Path(path).read_bytes()  # nearly all of it was white space
+    data = Path(path).read_bytes()  # short without the surrounding white space
     os.unlink(path)
     return Value("json", "str", size, data, length=text.length)
 
@@ -170,16 +173,17 @@ def _long(file: BinaryIO, folder: str) -> Value:
 _BINARY = "{} bytes that are not UTF-8 text"
 
 
-class _Text:
-    """A file as a JSON string without outer white space, and what is known of it when all its pieces were read."""
+class _JsonText:
+    """Encodes a text file as a JSON string without surrounding white space; `length` and `preview` are complete after
+    the last piece."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.length, self.preview = 0, ""
 
     def pieces(self) -> Iterator[bytes]:
-        """Raises UnicodeDecodeError where it is not UTF-8."""
-        decoder, spaces = codecs.getincrementaldecoder("utf-8")(), list[str]()
+        """Yield the bytes of the JSON string. Raises UnicodeDecodeError if the file is not UTF-8."""
+        decoder, trailing_spaces = codecs.getincrementaldecoder("utf-8")(), list[str]()
         self._file.seek(0)
         yield b'"'
         while True:
@@ -187,16 +191,16 @@ class _Text:
             text = decoder.decode(data, final=not data)
             if not self.length:
                 text = text.lstrip()
-            if words := text.rstrip():
-                yield from (self._piece(space) for space in spaces)
-                yield self._piece(words)
-                spaces.clear()
-            spaces.append(text[len(words) :])  # the end's, unless words follow
+            if stripped := text.rstrip():
+                yield from (self._encode_piece(space) for space in trailing_spaces)
+                yield self._encode_piece(stripped)
+                trailing_spaces.clear()
+            trailing_spaces.append(text[len(stripped) :])  # dropped at the end of the file, kept if text follows
             if not data:
                 yield b'"'
                 return
 
-    def _piece(self, text: str) -> bytes:
+    def _encode_piece(self, text: str) -> bytes:
         self.length += len(text)
         self.preview += text[: PREVIEW_CHARS - len(self.preview)]
         return msgspec.json.encode(text)[1:-1]
@@ -206,7 +210,7 @@ _PIECE_BYTES = 1024 * 1024
 
 
 def _pickle_of_bytes(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """What pickle.dumps makes of a bytes object, without having all of it in memory."""
+    """Yield what pickle.dumps returns for a bytes object, without having the whole object in memory."""
     yield pickle.PROTO + b"\x04" + pickle.BINBYTES8 + size.to_bytes(8, "little")
     file.seek(0)
     yield from iter(partial(file.read, _PIECE_BYTES), b"")

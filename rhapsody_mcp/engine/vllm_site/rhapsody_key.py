@@ -1,4 +1,5 @@
-"""Asks for the server's key where vLLM itself does not: it guards /v1, but not its other addresses that run a model."""
+"""Requires the server's key for all POST requests: vLLM itself requires it only under /v1, but other addresses also run
+a model."""
 
 import hashlib
 import hmac
@@ -14,7 +15,7 @@ _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 
 
 class KeyForEveryPost:
-    """Lets a request with a body through only if it carries the key in VLLM_API_KEY."""
+    """ASGI middleware that answers 401 to a POST request without the key in VLLM_API_KEY."""
 
     def __init__(self, app: _App) -> None:
         self._app = app
@@ -29,8 +30,8 @@ class KeyForEveryPost:
             await self._app(scope, receive, send)
 
     def _has_key(self, scope: _Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(_digest(given), self._expected)
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(_digest(authorization), self._expected)
 
 
 def _digest(text: bytes) -> bytes:

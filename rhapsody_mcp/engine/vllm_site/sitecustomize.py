@@ -1,4 +1,4 @@
-"""Python runs this at its start where the vLLM launcher has put this folder on PYTHONPATH."""
+"""Python runs this module at its start if the vLLM launcher has put this folder on PYTHONPATH."""
 
 import importlib.util
 import os
@@ -7,13 +7,13 @@ from importlib.machinery import PathFinder
 
 
 def hide() -> None:
-    """Make the libraries that the launcher found broken look absent."""
+    """Make the libraries look absent that the launcher could not import."""
     for name in filter(None, os.environ.get("RHAPSODY_HIDDEN_MODULES", "").split(",")):
-        sys.modules[name] = None  # type: ignore[assignment]  # None is how an import is refused
+        sys.modules[name] = None  # type: ignore[assignment]  # None makes an import of the name fail
 
 
-def run_the_environments_own() -> None:
-    """Run the sitecustomize that this one stands before, if there is one."""
+def run_original_sitecustomize() -> None:
+    """Run the environment's sitecustomize, which this module shadows, if there is one."""
     here = os.path.dirname(os.path.abspath(__file__))
     spec = PathFinder.find_spec("sitecustomize", [folder for folder in sys.path if os.path.abspath(folder) != here])
     if spec is not None and spec.loader is not None:
@@ -21,4 +21,4 @@ def run_the_environments_own() -> None:
 
 
 hide()
-run_the_environments_own()
+run_original_sitecustomize()

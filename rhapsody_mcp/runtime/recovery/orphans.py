@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 
 from rhapsody_mcp.engine.process.cleanup import end_remains
-from rhapsody_mcp.engine.process.liveness import Stalls
-from rhapsody_mcp.engine.process.run_dirs import is_folder, remove, taken_over
-from rhapsody_mcp.engine.process.tree import end, living, started_at, with_arguments
+from rhapsody_mcp.engine.process.liveness import StopDetector
+from rhapsody_mcp.engine.process.run_dirs import is_run_dir, remove, take_over
+from rhapsody_mcp.engine.process.tree import end, living, processes_with_arguments, started_at
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import DropEngine, EngineRow
 
@@ -36,10 +36,10 @@ async def end_orphans(ledger: Ledger) -> list[str]:
 
 async def _end_folder(ledger: Ledger, folder: Path, rows: list[EngineRow]) -> list[str]:
     """End the engines of one folder, which have one owner."""
-    if not is_folder(folder):
+    if not is_run_dir(folder):
         return await _end_engines(ledger, rows, folder=None)
     for _ in range(round(_LOCK_WAIT_S / _POLL_S)):
-        with taken_over(folder) as is_taken_over:
+        with take_over(folder) as is_taken_over:
             if is_taken_over or not (folder / "lock").exists():
                 return await _end_engines(ledger, rows, folder)
         await asyncio.sleep(_POLL_S)  # the owner lives, or another process cleans the folder
@@ -62,9 +62,9 @@ async def _end_engines(ledger: Ledger, rows: list[EngineRow], folder: Path | Non
 
 async def _end_keeper(row: EngineRow) -> set[int]:
     """Wait for the end of the keeper, not for a stopped one, then kill it. Returns the pids that were killed."""
-    stalls, polls_left = Stalls(), round(_KEEPER_GRACE_S / _POLL_S)
+    stop_detector, polls_left = StopDetector(), round(_KEEPER_GRACE_S / _POLL_S)
     while keepers := await asyncio.to_thread(_keepers, row):
-        if stalls.look(keepers) or not (polls_left := polls_left - 1):
+        if stop_detector.check(keepers) or not (polls_left := polls_left - 1):
             break
         await asyncio.sleep(_POLL_S)
     await asyncio.to_thread(end, lambda: living(keepers))
@@ -73,7 +73,7 @@ async def _end_keeper(row: EngineRow) -> set[int]:
 
 def _keepers(row: EngineRow) -> set[int]:
     """The pid of the engine's keeper, if it lives: found by its arguments, and by pid and start time where known."""
-    pids = set(with_arguments("rhapsody_mcp.engine.keeper", "--mark", row.mark)) if row.mark else set()
+    pids = set(processes_with_arguments("rhapsody_mcp.engine.keeper", "--mark", row.mark)) if row.mark else set()
     if not row.started:
         return pids
     return {pid for pid in pids if pid == row.pid and started_at(pid) == row.started}

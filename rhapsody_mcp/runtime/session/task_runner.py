@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rhapsody_mcp.backends.base import Backend, Ended, Running
-from rhapsody_mcp.engine.process.run_dirs import Folder
+from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import TaskRun, TaskSpec
@@ -70,7 +70,7 @@ class TaskRunner:
         self._folder = folder.absolute() if folder is not None else None
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._temporary: Folder | None = None
+        self._temporary: RunDir | None = None
         self._background: set[asyncio.Task[None]] = set()
 
     def _manage(self, backend: Backend, idle_s: float | None) -> ManagedBackend:
@@ -210,7 +210,7 @@ class TaskRunner:
     def folder(self) -> Path:
         """The folder of results that are too long for a message."""
         if self._folder is None:
-            self._temporary = Folder()
+            self._temporary = RunDir()
             self._folder = self._temporary.path
         return self._folder
 

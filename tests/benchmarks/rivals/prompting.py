@@ -20,4 +20,4 @@ def prompt(number: int) -> str:
 def settle() -> None:
     """As for this package's servers: variables, and libraries that do not load beside this torch look absent."""
     os.environ |= {"VLLM_PLUGINS": "none", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    vllm_launcher._hide([name for name in vllm_launcher._MEDIA if not vllm_launcher._loads(name)])
+    vllm_launcher._hide([name for name in vllm_launcher._MEDIA_LIBRARIES if not vllm_launcher._can_import(name)])
