@@ -182,7 +182,7 @@ class _Worker:
         self.state.flush()
         c_streams.flush(look=took_long)
         is_whole = self.state.restore() and is_whole
-        stdout, stderr = self.printed.collect(run.folder, self.config.caps.output_bytes)
+        stdout, stderr = self.printed.collect(run.results_folder, self.config.caps.output_bytes)
         self._forget()
         is_whole = is_whole and not self.printed.is_closed and can_start_threads()
         return FunctionFinished(
@@ -205,10 +205,10 @@ class _Worker:
         if not _is_in(self.config.cwd):
             return FunctionResult(None, Cause.INVALID, FOLDER_GONE.format(self.config.cwd))
         try:
-            note_start(run.folder, run.uid, run.attempt)
+            note_start(run.results_folder, run.uid, run.attempt)
         except OSError as error:
             return FunctionResult(None, Cause.LOST, NOT_NOTED.format(error))
-        return perform(run.call, run.bindings, run.folder, self.sources, self.config.caps)
+        return perform(run.call, run.bindings, run.results_folder, self.sources, self.config.caps)
 
     def _has_no_threads(self) -> bool:
         """Whether none of the function's is left. One that was joined may not be gone yet."""

@@ -72,9 +72,9 @@ def _end(left: _Left, path: str, task_run: TaskRun, rank: int, most: int | None)
     result, value, stdout, stderr = _result(left, path, task_run), None, Stream(), Stream()
     if os.path.exists(f"{path}.out"):
         with open(f"{path}.out", "rb") as printed:
-            stdout, stderr = (move_stream(f"{path}.{suffix}", task_run.folder, most) for suffix in STREAMS)
+            stdout, stderr = (move_stream(f"{path}.{suffix}", task_run.results_folder, most) for suffix in STREAMS)
             if result.cause is None and result.value is None:
-                value = _printed_value(printed, stdout, task_run.folder)
+                value = _printed_value(printed, stdout, task_run.results_folder)
     outcome = RankOutcome(
         rank=rank,
         host=socket.gethostname(),
