@@ -1,4 +1,4 @@
-"""A scripted backend: runs functions in this process, in memory, for tests of what is built on a session."""
+"""A backend for tests of code that uses a session: it answers tasks with a function in this process."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Script = Callable[[TaskSpec, list[Any]], Any]
 
 
 class ScriptedBackend(BackendBase):
-    """Answers each task with what `script(spec, values)` returns; what it raises makes the task FAILED.
+    """Answers each task with the return value of `script(spec, values)`; a task whose script raises ends FAILED.
 
-    A script that returns an Outcome gives the whole of what came of the task; an async one is awaited. `values` are
-    the results that the task refers to, in the order of their uids. While `door` is clear, tasks do not start; while
-    `gate` is clear, they stay RUNNING. `received` holds every task run. `start_error` is raised by `start`. `die` ends
-    the engine; `starts` and `rests` count how often it was started, and stopped to rest.
+    The script may be async, and may return a whole Outcome. `values` are the results that the task refers to, in the
+    order of their uids. While the event `may_start` is clear, tasks do not start; while `may_finish` is clear, started
+    tasks stay RUNNING. `received` holds every task run. `start` raises `start_error`, if given. `starts` and `rests`
+    count the calls of `start` and `rest`.
     """
 
     progress: str = ""
@@ -44,15 +44,15 @@ class ScriptedBackend(BackendBase):
     ) -> None:
         self.name, self.kinds, self.script, self.start_error = name, kinds, script, start_error
         self.received: list[TaskRun] = []
-        self.gate, self.door = asyncio.Event(), asyncio.Event()
-        self.gate.set()
-        self.door.set()
+        self.may_finish, self.may_start = asyncio.Event(), asyncio.Event()
+        self.may_finish.set()
+        self.may_start.set()
         self.starts = self.rests = 0
         self._dead = ""
-        self._last: dict[str, Event] = {}
+        self._last_events: dict[str, Event] = {}
         self.closed = False
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._began: dict[str, float] = {}
+        self._started_at: dict[str, float] = {}
 
     async def start(self) -> None:
         if self.closed:
@@ -66,11 +66,12 @@ class ScriptedBackend(BackendBase):
         self.rests += 1
 
     def die(self, reason: str) -> None:
-        """Lose what has started, give the rest back, and take nothing until the next start."""
+        """Simulate the loss of the engine: started tasks end with cause lost, the others are returned, and `submit`
+        raises BackendUnavailable until the next start."""
         self._dead = reason
         for uid, task in self._running.items():
-            lost = Ended(uid, _ended(TaskState.FAILED, Cause.LOST, reason, self._began.get(uid)))
-            self._last[uid] = lost if uid in self._began else Returned(uid, reason)
+            lost = Ended(uid, _ended(TaskState.FAILED, Cause.LOST, reason, self._started_at.get(uid)))
+            self._last_events[uid] = lost if uid in self._started_at else Returned(uid, reason)
             task.cancel()
 
     def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
@@ -79,31 +80,31 @@ class ScriptedBackend(BackendBase):
         self.received.extend(task_runs)
         for task_run in task_runs:
             task = self._running[task_run.spec.uid] = asyncio.create_task(self._run(task_run, report, read))
-            task.add_done_callback(partial(self._over, task_run.spec.uid, report))
+            task.add_done_callback(partial(self._on_end, task_run.spec.uid, report))
 
-    def _over(self, uid: str, report: Report, task: asyncio.Task[None]) -> None:
-        """Also for a task that was canceled before its first step."""
-        if self._running.get(uid) is task:  # and not the next attempt
+    def _on_end(self, uid: str, report: Report, task: asyncio.Task[None]) -> None:
+        """Forget the task, and report its end where it was canceled, also before its first step."""
+        if self._running.get(uid) is task:  # not where the next attempt has begun
             del self._running[uid]
-            self._began.pop(uid, None)
+            self._started_at.pop(uid, None)
         canceled = Ended(uid, _ended(TaskState.CANCELED, Cause.CANCELED, why_stopped(Cause.CANCELED), None))
-        last = self._last.pop(uid, canceled)
+        last = self._last_events.pop(uid, canceled)
         if task.cancelled():
             report(last)
 
     async def _run(self, task_run: TaskRun, report: Report, read: Reader) -> None:
-        await self.door.wait()
+        await self.may_start.wait()
         uid = task_run.spec.uid
-        started = self._began[uid] = time.time()
+        started = self._started_at[uid] = time.time()
         report(Running(uid, started))
         try:
-            await self.gate.wait()
+            await self.may_finish.wait()
             values = [read(task_run.bindings[name]) for name in sorted(task_run.bindings)]
             answer = self.script(task_run.spec, values)
             if isawaitable(answer):
                 answer = await answer
             outcome = answer if isinstance(answer, Outcome) else _done(answer, started)
-        except Exception as error:  # whatever the script raises is the task's failure
+        except Exception as error:  # each error of the script is a failure of the task
             outcome = _ended(TaskState.FAILED, Cause.ERROR, f"{type(error).__name__}: {error}", started)
         report(Ended(uid, outcome))
 

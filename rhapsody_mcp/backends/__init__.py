@@ -1,7 +1,7 @@
-"""Backends, opened by name: only the one that is asked for is imported.
+"""The kinds of backend, by name. The module of a backend is imported only when that backend is used.
 
-Importing this package makes `multiprocessing.set_start_method("dragon")` work in a plain Python process, where it
-means spawn; under Dragon its own start method stays.
+Importing this package registers the start method "dragon" of `multiprocessing` as another name of spawn, so that
+`multiprocessing.set_start_method("dragon")` works in a plain Python process. Under Dragon, Dragon's own method stays.
 """
 
 from __future__ import annotations
@@ -29,24 +29,26 @@ _COMPUTE = "functions and executables, as workers, single processes and jobs of 
 
 
 class Registration(NamedTuple):
-    """A kind of backend. A new one is an entry in `BACKENDS`, and a class that keeps the contract of
-    `backends.base.Backend`."""
+    """Where the class of a backend is, and what the service must know before it imports that class.
+
+    To add a backend, write a class that keeps the contract of `backends.base.Backend`, and add an entry to `BACKENDS`.
+    """
 
     module: str
     class_name: str
     runs: str
-    """What an agent is told that it runs; `{device}` stands for what a model is served on."""
+    """The kinds of task that the backend runs, in words for agents; `{device}` stands for the device of its model."""
     options: tuple[str, ...] = ()
-    """The options of create_session that it takes. They are arguments of its class, unless `runtime.backend_factory`
-    has rules of its own for the backend."""
+    """The options of create_session that the backend takes. Each is an argument of the class, unless
+    `runtime.backend_factory` has a rule of its own for the backend."""
     server_arguments: tuple[str, ...] = ()
-    """Arguments of its class that the server's settings decide: of environment, caps, stall_s, health_s."""
+    """The arguments of the class that come from the server's settings: any of environment, caps, stall_s, health_s."""
     needs: Literal["", "dragon", "vllm"] = ""
-    """The program that it needs on this machine, as `machine.Machine` names it."""
+    """The program that the backend needs on this machine, as `machine.Machine` names it."""
     alternative: str = ""
-    """What else serves where that program is missing."""
+    """A sentence that names another backend for machines without that program."""
     paths: tuple[str, ...] = ()
-    """Arguments that may be paths on this machine."""
+    """The arguments whose value may be a path on this machine."""
 
     def load_class(self) -> Any:
         return getattr(import_module(self.module), self.class_name)
@@ -88,11 +90,14 @@ BACKENDS = {
         ("endpoint_url", "endpoint_model"),
     ),
 }
-"""Every kind of backend, by the name that sessions know it by."""
+"""Every kind of backend, by the name that sessions use."""
 
 
 class _DragonContext(multiprocessing.context.SpawnContext):
-    """Plain spawn under the name that programs for Dragon ask for: tasks run in the backend's own Dragon."""
+    """The spawn start method under the name "dragon", for programs written for Dragon.
+
+    Spawn is enough in this process: tasks run in a Dragon runtime that the backend starts.
+    """
 
     _name = "dragon"
 

@@ -1,4 +1,4 @@
-"""The seam between a session and whatever runs its tasks."""
+"""The interface between a session and the backends that run its tasks."""
 
 from __future__ import annotations
 
@@ -66,14 +66,18 @@ class EngineBook(Protocol):
     """
 
     async def opened(self, mark: str, kind: str, folder: str) -> None:
-        """An engine is about to be started: its processes will carry `mark`, its files lie in `folder`. `kind` is the
-        name of its backend in `BACKENDS`. Returns when that is on the disk; where this raises, nothing is started."""
+        """Record an engine that is about to be started: its processes will carry `mark`, and its files are in `folder`.
+
+        `kind` is the name of the backend in `BACKENDS`. Returns when the record is on the disk. Where this raises, the
+        backend starts nothing.
+        """
 
     def launched(self, mark: str, pid: int, started: int) -> None:
-        """Its keeper runs: this process, with the start time that the kernel gives it (0 where that is not known)."""
+        """The keeper of the engine with this mark runs as process `pid`. `started` is the start time that the kernel
+        gives this process, 0 where it is not known."""
 
     def closed(self, mark: str) -> None:
-        """No process and no file of it is left."""
+        """No process and no file of the engine with this mark is left."""
 
 
 BeforeStart = Callable[[Sequence[str]], Coroutine[Any, Any, bool]]
@@ -93,7 +97,7 @@ class Backend(Protocol):
     """
 
     name: str
-    """What tasks say in `backend` to come here; the session refuses two backends of one name."""
+    """The value of a task's `backend` that sends the task here. A session refuses two backends of one name."""
 
     book: EngineBook | None
     """Set before the first start, or None. A backend records in it each engine that it starts."""
@@ -111,25 +115,25 @@ class Backend(Protocol):
 
     @property
     def num_workers(self) -> int | None:
-        """How many functions run at a time; None where the backend does not bound that."""
+        """How many functions run at a time; None where the backend sets no bound."""
 
     @property
     def progress(self) -> str:
-        """What the engine does now, in words, as in "starting"; empty for nothing to say."""
+        """What the engine does now, in words, as in "starting"; may be empty."""
 
     @property
     def serves_shipped_model(self) -> bool:
-        """Whether prompts go to the model of this package, which is for trials."""
+        """Whether prompts go to the model that is shipped with this package, which is for trials only."""
 
     def work_in(self, folder: str) -> None:
-        """Have tasks start in this folder; empty for the folder of this process.
+        """Set the working directory of tasks; an empty text stands for the working directory of this process.
 
-        Raises InvalidRequest where the backend has started with another one. A backend whose tasks have no folder
-        does nothing.
+        Raises InvalidRequest where the backend has started with another working directory. A backend whose tasks have
+        no working directory does nothing.
         """
 
     def check(self, spec: TaskSpec) -> None:
-        """Raise InvalidTask for what can be known to be wrong before submission. No I/O, no waiting."""
+        """Raise InvalidTask where the task is known to be wrong before its submission. No I/O, no waiting."""
 
     async def start(self) -> None:
         """Get ready to run tasks. A second call waits for the first and then does nothing.
@@ -155,9 +159,9 @@ class Backend(Protocol):
         """
 
     async def rest(self) -> None:
-        """End the engine, as nothing needs it now; `start` makes a new one. Called while no task is here.
+        """End the engine because no task needs it now; `start` makes a new one. Called while the backend has no task.
 
-        Returns when no process of it is left. Nothing happens where none runs.
+        Returns when no process of the engine is left. Nothing happens where no engine runs.
         """
 
     async def close(self) -> None:
@@ -165,22 +169,22 @@ class Backend(Protocol):
         caller: nothing is left running in either case. A closed backend does not start."""
 
     def describe(self) -> dict[str, Any]:
-        """What this backend is and has, in plain JSON data, `backend` for its name; no secrets, no waiting."""
+        """Facts about this backend as plain JSON data; `backend` is its name. No secrets, no waiting."""
 
 
 RESTARTS = 5
-"""How often in a row an engine is started again before its tasks are given up."""
+"""How many restarts of an engine may fail in a row before its tasks are given up."""
 
 
 def restart_delay_s(attempt: int) -> float:
-    """Between the loss of an engine and its restart, of which this is the first, second, ...: 1, 2, 4, 8, 16."""
+    """The seconds to wait before restart number `attempt`, which counts from 1: 1, 2, 4, 8, 16."""
     return 2.0 ** (attempt - 1)
 
 
 class BackendBase:
-    """Defaults for a backend without an engine, and `async with backend`, or `await backend`, which start it.
+    """Defaults for a backend without an engine. `async with backend` and `await backend` start the backend.
 
-    A backend adds `name`, `kinds`, `start`, `submit`, `cancel`, `describe`, and `_close`, which is called once.
+    A subclass adds `name`, `kinds`, `start`, `submit`, `cancel`, `describe`, and `_close`, which is called once.
     """
 
     book: EngineBook | None = None
@@ -198,16 +202,16 @@ class BackendBase:
         return False
 
     def work_in(self, folder: str) -> None:
-        """Its tasks have no folder."""
+        """Do nothing: tasks have no working directory."""
 
     def check(self, spec: TaskSpec) -> None:
-        """No task is known to be wrong."""
+        """Accept every task."""
 
     async def start(self) -> None:
         raise NotImplementedError
 
     async def rest(self) -> None:
-        """There is no engine to end."""
+        """Do nothing: there is no engine."""
 
     async def close(self) -> None:
         if self._closing is None:

@@ -1,4 +1,4 @@
-"""Runs functions and programs through Dragon, on one node."""
+"""The backend that runs functions and programs through Dragon, on one node."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["DragonExecutionBackendV3"]
 
 
 class DragonExecutionBackendV3(ComputeBackend):
-    """Dragon launches every process; native functions go to long-lived workers, or through Dragon's Batch.
+    """Runs tasks in processes that Dragon launches; native functions in long-lived workers, or through Dragon's Batch.
 
-    Dragon runs as a process tree of its own, also where this process is itself managed by Dragon: nothing of it
-    is loaded here. `await backend` returns when it can launch processes.
+    The Dragon runtime is a process tree of its own, also where Dragon manages this process; this process loads no
+    Dragon library. `await backend` returns when Dragon can launch processes.
     """
 
     launcher = "dragon"
@@ -45,10 +45,10 @@ class DragonExecutionBackendV3(ComputeBackend):
         environment: Mapping[str, Any] | None = None,
         caps: Caps | None = None,
     ) -> None:
-        """`num_workers` is one a core where it is not given.
+        """Without `num_workers` there is one worker for each core.
 
-        `dispatch="batch"` has Dragon's Batch scheduler start native functions, in bundles of up to 64, each in a
-        process of its own: with the same guarantees, and much slower where functions are short.
+        With `dispatch="batch"`, Dragon's Batch scheduler starts native functions in bundles of up to 64, each bundle in
+        a process of its own. The guarantees are the same; short functions are much slower.
         """
         super().__init__(num_workers, name, stall_s, environment, caps)
         if num_nodes != 1:
@@ -63,7 +63,7 @@ class DragonExecutionBackendV3(ComputeBackend):
                 "this process runs inside a Dragon runtime of several nodes, where no second one can start. "
                 "Start your program with plain python inside the allocation; the backend starts Dragon itself."
             )
-        if find_spec("dragon") is None or _launcher() is None:
+        if find_spec("dragon") is None or _find_launcher() is None:
             raise BackendUnavailable(
                 "Dragon is not installed in this Python environment. Install it with: pip install "
                 "'dragonhpc[batch,telemetry]' (Linux, Python 3.11 to 3.13); without it, LocalExecutionBackend "
@@ -71,26 +71,28 @@ class DragonExecutionBackendV3(ComputeBackend):
             )
 
     def _host_command(self, config: Path) -> list[str]:
-        launcher = _launcher()
+        launcher = _find_launcher()
         assert launcher is not None
-        # -s: with srun on PATH and no allocation, plain dragon fails
+        # -s is single-node mode: without -s, dragon fails where srun is on PATH and there is no allocation
         return [launcher, "-s", sys.executable, "-m", "rhapsody_mcp.engine.host", str(config)]
 
     def _host_environment(self, folder: Path, environment: dict[str, str]) -> dict[str, str]:
         environment = {name: value for name, value in environment.items() if "DRAGON" not in name}
-        # in its own folder Dragon leaves nothing behind that outlives the engine
-        own = {"TMPDIR": str(folder), **link_bundled_pmix(folder / "lib", environment)}
-        if "USER" in environment:  # after it Dragon names files in /dev/shm, or after the user's id
-            own["USER"] = str(os.getuid())
-        usual = {"TMPDIR": gettempdir(), "LD_LIBRARY_PATH": "", **environment}
-        of_tasks = {name: usual[name] for name in own}
-        of_tasks["PATH"] = path_of_tasks(environment)
+        # the engine's folder is deleted with the engine, and with it the temporary files that Dragon leaves
+        launcher_variables = {"TMPDIR": str(folder), **link_bundled_pmix(folder / "lib", environment)}
+        if "USER" in environment:  # Dragon names files in /dev/shm after USER, or without USER after the user's id
+            launcher_variables["USER"] = str(os.getuid())
+        inherited = {"TMPDIR": gettempdir(), "LD_LIBRARY_PATH": "", **environment}
+        task_variables = {name: inherited[name] for name in launcher_variables}
+        task_variables["PATH"] = path_of_tasks(environment)
         _write_config_shim(folder / "bin")
-        own["PATH"] = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), of_tasks["PATH"]])
-        return {**environment, **own, TASK_VARIABLES: json.dumps(of_tasks)}
+        launcher_variables["PATH"] = os.pathsep.join(
+            [str(folder / "bin"), str(Path(sys.executable).parent), task_variables["PATH"]]
+        )
+        return {**environment, **launcher_variables, TASK_VARIABLES: json.dumps(task_variables)}
 
 
-def _launcher() -> str | None:
+def _find_launcher() -> str | None:
     beside = Path(sys.executable).parent / "dragon"
     return str(beside) if beside.exists() else shutil.which("dragon")
 
@@ -98,7 +100,7 @@ def _launcher() -> str | None:
 def _write_config_shim(folder: Path) -> None:
     """Write a `dragon-config` that answers `--get=KEY` from Dragon's settings file.
 
-    Dragon asks it six times at every start, and its own is a Python program of 0.6 s.
+    Dragon calls `dragon-config` six times at every start, and Dragon's own program takes 0.6 s.
     """
     real = Path(sys.executable).parent / "dragon-config"
     package = find_spec("dragon")

@@ -1,4 +1,4 @@
-"""Runs prompts on an OpenAI-compatible server that somebody else runs."""
+"""The backend that sends prompts to an OpenAI-compatible server which runs already."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from rhapsody_mcp.backends.base import BackendBase, Kind, Report
 from rhapsody_mcp.backends.inference.batching import read_limits
-from rhapsody_mcp.backends.inference.openai_client import ChatServer, Lost, Refused
+from rhapsody_mcp.backends.inference.openai_client import ChatServer, RequestRefused, ServerLost
 from rhapsody_mcp.backends.inference.prompt_runner import Defaults, PromptRunner, check_prompts
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 from rhapsody_mcp.model.specs import TaskRun, TaskSpec
@@ -32,9 +32,12 @@ class EndpointInferenceBackend(BackendBase):
         max_batch_size: int = 256,
         max_batch_wait_ms: int = 500,
     ) -> None:
-        """`url` is as for any OpenAI client, as in "http://host:8000/v1"; `model` is by default the first that the
-        server lists. `max_batch_size` is the most prompts that the server has at a time, and `max_batch_wait_ms`
-        the longest that a prompt waits for others while the server could take it."""
+        """`url` is the base URL of the API, as in "http://host:8000/v1"; `model` is by default the first model that the
+        server lists.
+
+        The server has at most `max_batch_size` prompts at a time. A prompt that the server could take waits at most
+        `max_batch_wait_ms` for others to share a request with.
+        """
         self.name = name
         self._url, self._model, self._api_key = url, model, api_key
         self._limits = read_limits(max_batch_size, max_batch_wait_ms / 1000)
@@ -61,29 +64,32 @@ class EndpointInferenceBackend(BackendBase):
             if self._closing is not None:
                 raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
             if self._runner is None:
-                server = await self._find()
+                server = await self._find_server()
                 self._model = self._model or server.models[0]
                 self._server = server
                 self._runner = PromptRunner([server], Defaults(self._model), self._limits)
 
-    async def _find(self) -> ChatServer:
-        """The server at the URL, or at /v1 below it, where it answers to a request for its models."""
+    async def _find_server(self) -> ChatServer:
+        """The server at the URL, or at /v1 below the URL: the first address that lists its models.
+
+        Raises InvalidSettings where neither does, and BackendUnavailable where no server answers.
+        """
         try:
-            return await self._open(self._url)
-        except Refused as refusal:
+            return await self._open_server(self._url)
+        except RequestRefused as refusal:
             if refusal.status in (401, 403):
                 raise InvalidSettings(f"{self._url} wants another api_key: {refusal}.") from refusal
             first = refusal
-        except Lost as lost:
+        except ServerLost as lost:
             raise BackendUnavailable(f"{lost}. Look whether the server runs, and whether the url is right.") from lost
         try:
-            return await self._open(f"{self._url.rstrip('/')}/v1")
-        except (Refused, Lost):
+            return await self._open_server(f"{self._url.rstrip('/')}/v1")
+        except (RequestRefused, ServerLost):
             raise InvalidSettings(
                 f"{self._url} is no OpenAI-compatible server: {first}. Give the address that has /models below it."
             ) from first
 
-    async def _open(self, url: str) -> ChatServer:
+    async def _open_server(self, url: str) -> ChatServer:
         server = ChatServer(url, self._api_key)
         try:
             await server.ask_models()

@@ -1,4 +1,4 @@
-"""The handle of an engine's owner on the keeper of the engine."""
+"""Starts the keeper process of an engine, waits for its end, and records both in the engine book."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ __all__ = ["KeeperHandle"]
 
 
 class KeeperHandle:
-    """One keeper with its engine, from `start` until `wait` returns. The processes of the engine carry `mark`, and its
-    files are in `folder`."""
+    """The keeper process of one engine, from `start` until `wait` returns.
+
+    The processes of the engine carry `mark`, and the files of the engine are in `folder`.
+    """
 
     def __init__(self, mark: str, kind: str, folder: Path, book: EngineBook | None) -> None:
         self._mark, self._kind, self._folder, self._book = mark, kind, folder, book
         self._process: asyncio.subprocess.Process | None = None
-        self._end: asyncio.Task[int] | None = None
+        self._exit_code: asyncio.Task[int] | None = None
 
     async def start(self, options: Sequence[str], command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start a keeper that starts `command`. Where this raises, no process and no file is left."""
+        """Start a keeper, which starts `command`. Where this raises, no process and no file is left."""
         try:
             if self._book is not None:
                 await self._book.opened(self._mark, self._kind, str(self._folder))
             process = self._process = await self._spawn(options, command, environment)
         except BaseException:
-            await self._finish()
+            await self._clean_up()
             raise
         if self._book is not None:
             self._book.launched(self._mark, process.pid, started_at(process.pid))
-        self._end = asyncio.create_task(self._watch(process))
+        self._exit_code = asyncio.create_task(self._watch(process))
 
     async def _spawn(
         self, options: Sequence[str], command: Sequence[str], environment: Mapping[str, str]
@@ -54,26 +56,29 @@ class KeeperHandle:
         return self._process.pid
 
     async def wait(self) -> int:
-        """The exit code of the keeper, when nothing of the engine is left. Ends what a killed keeper has left."""
-        assert self._end is not None, "it was started"
-        return await asyncio.shield(self._end)
+        """Return the exit code of the keeper once no process of the engine is left.
+
+        Where the keeper was killed, this ends the processes that the keeper left.
+        """
+        assert self._exit_code is not None, "it was started"
+        return await asyncio.shield(self._exit_code)
 
     def stop_engine(self) -> None:
-        """Have the keeper stop the engine and end."""
+        """Ask the keeper to stop the engine and then to exit."""
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
 
     def kill(self) -> None:
-        """Kill the keeper; `wait` then ends the engine."""
+        """Kill the keeper; `wait` then ends the processes of the engine."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 
     async def _watch(self, process: asyncio.subprocess.Process) -> int:
         code = await process.wait()
-        await self._finish()
+        await self._clean_up()
         return code
 
-    async def _finish(self) -> None:
+    async def _clean_up(self) -> None:
         if was_killed(self._folder, self._mark):
             await asyncio.to_thread(end_remains, self._folder, [self._mark])
         if self._book is not None:

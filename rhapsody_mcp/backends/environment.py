@@ -1,4 +1,4 @@
-"""What engines find in their environment: this process's own variables, without some, and with a session's."""
+"""Builds the environment variables of engines: those of this process, less the withheld, plus those of a session."""
 
 from __future__ import annotations
 
@@ -19,15 +19,20 @@ from rhapsody_mcp.model.errors import InvalidSettings
 
 __all__ = ["Environment", "read_environment"]
 
-_SETUP_S = 120.0
+_SETUP_LIMIT_S = 120.0
 _NOT_PASSED_ON = ("_", "SHLVL", "PWD", "OLDPWD", "PYTHONHOME", "RHAPSODY_PATH")
-"""What belongs to the shell itself; PYTHONHOME would break the engine's own Python."""
-_KINDS = {"variables": "an object of texts by name", "setup": "a list of lines for bash"}
+"""Variables of the setup shell that an engine does not get: most describe the shell itself, and PYTHONHOME would break
+the engine's own Python."""
+_VALID = {"variables": "an object of texts by name", "setup": "a list of lines for bash"}
 
 
 class Environment(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """`setup` are lines for a login shell of bash, so that `module` works; the variables are there for them, and win
-    over what they set. `withheld` are patterns of the variables that are not passed on unless `variables` has them."""
+    """The settings of an engine's environment.
+
+    `setup` holds lines for a login shell of bash, so that `module` works there. The lines see `variables`, which also
+    replace what the lines set. `withheld` holds patterns: a variable of this process whose name matches is not passed
+    on, unless `variables` sets it.
+    """
 
     variables: dict[str, str] = {}
     setup: tuple[str, ...] = ()
@@ -42,20 +47,20 @@ class Environment(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknow
         if any("\0" in line for line in self.setup):
             raise InvalidSettings("a line of setup holds a NUL character")
 
-    async def build(self, keeps: Collection[str] = (), within_s: float = _SETUP_S) -> dict[str, str]:
-        """The whole environment of an engine; `keeps` are not withheld unless a pattern is their very name.
+    async def build(self, keeps: Collection[str] = (), within_s: float = _SETUP_LIMIT_S) -> dict[str, str]:
+        """The whole environment of an engine. A name in `keeps` is withheld only where a pattern equals the name.
 
-        Raises InvalidSettings where a line of `setup` fails, or they take longer than `within_s`, with what it wrote to
-        stderr.
+        Raises InvalidSettings, with the output of the line, where a line of `setup` fails, or where all lines together
+        take longer than `within_s`.
         """
         own = {**self._without_secrets(os.environ, keeps), **self.variables}
         if not self.setup:
             return own
-        after = self._without_secrets(await _after(self.setup, own, within_s), keeps)
+        after = self._without_secrets(await _variables_after(self.setup, own, within_s), keeps)
         path = after.get("PATH", os.defpath).split(os.pathsep)
-        same = {name: own[name] for name in _NOT_PASSED_ON if name in own and name != "PYTHONHOME"}
+        unchanged = {name: own[name] for name in _NOT_PASSED_ON if name in own and name != "PYTHONHOME"}
         kept = {name: value for name, value in after.items() if name not in _NOT_PASSED_ON}
-        return {**kept, **same, "PATH": os.pathsep.join(dict.fromkeys(path)), **self.variables}
+        return {**kept, **unchanged, "PATH": os.pathsep.join(dict.fromkeys(path)), **self.variables}
 
     def _without_secrets(self, variables: Mapping[str, str], keeps: Collection[str]) -> dict[str, str]:
         return {name: value for name, value in variables.items() if not self.withholds(name, keeps)}
@@ -67,29 +72,29 @@ class Environment(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknow
 
 
 def read_environment(environment: Mapping[str, Any] | Environment | None) -> Environment:
-    """What a user gives, as `{"variables": {"OMP_NUM_THREADS": "1"}, "setup": ["module load cray-mpich"]}`.
+    """Read a user's settings, as in `{"variables": {"OMP_NUM_THREADS": "1"}, "setup": ["module load cray-mpich"]}`.
 
-    Raises InvalidSettings.
+    Raises InvalidSettings where they are not valid.
     """
     try:
         return msgspec.convert(environment or {}, Environment)
     except msgspec.ValidationError as error:
-        valid = " and ".join(f"{key}, {kind}" for key, kind in _KINDS.items())
+        valid = " and ".join(f"{key}, {kind}" for key, kind in _VALID.items())
         raise InvalidSettings(f"environment is not valid: {error}. It may have {valid}.") from error
 
 
 # --- setup lines
 
 
-async def _after(lines: Collection[str], variables: Mapping[str, str], within_s: float) -> dict[str, str]:
-    """The variables of a login shell that started with these and has run the lines."""
+async def _variables_after(lines: Collection[str], variables: Mapping[str, str], within_s: float) -> dict[str, str]:
+    """The variables of a login shell that started with `variables`, after it has run the lines."""
     mark = f"setup-{secrets.token_hex(8)}-"
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         own = {**variables, "RHAPSODY_PATH": variables.get("PATH", "")}
-        code = await _run(_script(lines, mark), own, out, err, within_s)
-        if code == 0 and (after := _variables(_text(out))):
+        code = await _run_bash(_setup_script(lines, mark), own, out, err, within_s)
+        if code == 0 and (after := _parse_variables(_read_text(out))):
             return after
-        number, _, output = _text(err).rpartition(mark)[2].partition("\n")
+        number, _, output = _read_text(err).rpartition(mark)[2].partition("\n")
     line = list(lines)[int(number) - 1] if number.isdecimal() else "what the login shell does by itself"
     how = {None: f"did not end within {within_s:g} s", 0: "ended the shell"}.get(code, f"ended with exit code {code}")
     said = f": {' | '.join(output.strip().splitlines()[-5:])[-500:]}" if output.strip() else ""
@@ -99,18 +104,21 @@ async def _after(lines: Collection[str], variables: Mapping[str, str], within_s:
     )
 
 
-def _script(lines: Collection[str], mark: str) -> str:
-    """Says on stderr which line it runs, and at the end all variables on what was stdout. The login shell may have
-    replaced PATH: what was there comes first."""
+def _setup_script(lines: Collection[str], mark: str) -> str:
+    """The bash script that runs the lines.
+
+    Before each line the script writes `mark` and the line's number to stderr, and at the end all variables to its
+    original stdout. A login shell may replace PATH: the script puts the folders of the original PATH first.
+    """
     steps = [f"echo {mark}{number} >&2; eval {shlex.quote(line)} || exit" for number, line in enumerate(lines, 1)]
     start = ["exec 3>&1 1>&2", 'PATH="${RHAPSODY_PATH:+$RHAPSODY_PATH:}$PATH"']
     return "\n".join([*start, *steps, "command -p env -0 >&3"])
 
 
-async def _run(
+async def _run_bash(
     script: str, variables: Mapping[str, str], out: IO[bytes], err: IO[bytes], within_s: float
 ) -> int | None:
-    """The exit code; None where it took too long. What it leaves in the background is ended."""
+    """Run the script; the exit code, None where it took too long. Ends the processes that the script left running."""
     try:
         shell = await asyncio.create_subprocess_exec(
             *("bash", "-l", "-c", script),
@@ -133,11 +141,11 @@ async def _run(
         await shell.wait()
 
 
-def _variables(text: str) -> dict[str, str]:
+def _parse_variables(text: str) -> dict[str, str]:
     pairs = (entry.partition("=") for entry in text.split("\0") if "=" in entry)
     return {name: value for name, _, value in pairs}
 
 
-def _text(file: IO[bytes]) -> str:
+def _read_text(file: IO[bytes]) -> str:
     file.seek(0)
     return os.fsdecode(file.read())

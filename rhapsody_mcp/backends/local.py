@@ -1,4 +1,4 @@
-"""Runs functions and programs in processes of this machine, without Dragon: for laptops, macOS, and tests."""
+"""The backend that runs functions and programs in processes of this machine, without Dragon: for laptops and tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["LocalExecutionBackend"]
 
 
 class LocalExecutionBackend(ComputeBackend):
-    """The same modes as the Dragon backend on one machine; no MPI, and no other nodes."""
+    """Runs the same modes of task as the Dragon backend, on this machine only, and without MPI."""
 
     launcher = "local"
 
@@ -26,7 +26,7 @@ class LocalExecutionBackend(ComputeBackend):
         environment: Mapping[str, Any] | None = None,
         caps: Caps | None = None,
     ) -> None:
-        """`num_workers` is one a core where it is not given."""
+        """Without `num_workers` there is one worker for each core."""
         super().__init__(num_workers, name, stall_s, environment, caps)
 
     def check(self, spec: TaskSpec) -> None:

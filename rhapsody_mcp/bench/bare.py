@@ -55,7 +55,7 @@ class BareWorkers:
         self._folder.cleanup()
 
     def run(self, count: int) -> float:
-        """The seconds of so many calls of `no_op`, until all results have arrived."""
+        """The seconds of `count` calls of `no_op`, from the first send until the last result has arrived."""
         began, code = time.perf_counter(), pickle.dumps(no_op)
         unsent, values = iter(range(count)), dict[int, int]()
         open_calls = dict.fromkeys(self._buffers, 0)

@@ -13,9 +13,9 @@ from typing import Any
 
 from rhapsody_mcp.engine.transport import Link
 
-__all__ = ["Took"]
+__all__ = ["Timing"]
 
-Took = tuple[float, str]
+Timing = tuple[float, str]
 """The seconds, and an error text, which is empty on success."""
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     os._exit(0)
 
 
-def _measure(workload: str, count: int) -> Took:
+def _measure(workload: str, count: int) -> Timing:
     began = time.perf_counter()
     try:
         _WORKLOADS[workload](count)
@@ -42,7 +42,7 @@ def _nothing(_: int) -> None:
 
 
 def _processes(count: int) -> None:
-    """Starts all processes before it waits for the first."""
+    """Start all processes, and then wait for each."""
     from dragon.native.process import Process
 
     processes: list[Any] = [Process(**_program(Process)) for _ in range(count)]

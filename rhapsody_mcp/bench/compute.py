@@ -1,4 +1,4 @@
-"""The rows of functions, programs and jobs from Python, on Dragon."""
+"""Benchmarks of functions, programs and jobs from Python, on Dragon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rhapsody_mcp.api import AITask, ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3
 from rhapsody_mcp.backends.engine_process import KeeperHandle
 from rhapsody_mcp.bench.bare import BareWorkers, no_op
-from rhapsody_mcp.bench.bare_dragon import Took
+from rhapsody_mcp.bench.bare_dragon import Timing
 from rhapsody_mcp.bench.measurement import Row
 from rhapsody_mcp.engine.node.hardware import count_cores
 from rhapsody_mcp.engine.process.run_dirs import RunDir
@@ -52,7 +52,7 @@ async def compute_rows(many: int, programs: int) -> AsyncIterator[list[Row]]:
                 Row(
                     f"{programs} programs that do nothing",
                     partial(_programs, session, programs),
-                    partial(dragon.take, "processes", programs),
+                    partial(dragon.measure, "processes", programs),
                     programs,
                     "rate",
                     _PROCESSES,
@@ -60,7 +60,7 @@ async def compute_rows(many: int, programs: int) -> AsyncIterator[list[Row]]:
                 Row(
                     f"{programs} programs with a process_template",
                     partial(_programs, session, programs, process_template={}),
-                    partial(dragon.take, "processes", programs),
+                    partial(dragon.measure, "processes", programs),
                     programs,
                     "rate",
                     _PROCESSES,
@@ -68,7 +68,7 @@ async def compute_rows(many: int, programs: int) -> AsyncIterator[list[Row]]:
                 Row(
                     f"a job of {_RANKS} ranks",
                     partial(_programs, session, 1, process_templates=[(_RANKS, {})]),
-                    partial(dragon.take, "group", _RANKS),
+                    partial(dragon.measure, "group", _RANKS),
                     bare="a Dragon process group",
                 ),
             ]
@@ -85,13 +85,13 @@ async def _programs(session: Session, count: int, **kwargs: Any) -> float:
 
 
 async def run(session: Session, tasks: Sequence[ComputeTask | AITask]) -> float:
-    """The seconds from the submission of tasks that are there until the last has ended."""
+    """Run the tasks; the seconds from their submission until the last has ended."""
     began = time.perf_counter()
     await session.submit_tasks(tasks)
     await session.wait_tasks(tasks)
     took = time.perf_counter() - began
-    if bad := [task for task in tasks if task.state is not TaskState.DONE]:
-        raise RhapsodyError(f"a task of the benchmark did not end DONE: {bad[0].exception}")
+    if failed := [task for task in tasks if task.state is not TaskState.DONE]:
+        raise RhapsodyError(f"a task of the benchmark did not end DONE: {failed[0].exception}")
     return took
 
 
@@ -101,22 +101,22 @@ async def run(session: Session, tasks: Sequence[ComputeTask | AITask]) -> float:
 class _BareDragon:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
-        self._frames: Frames[Took] = Frames(Took)
+        self._frames: Frames[Timing] = Frames(Timing)
 
-    async def take(self, what: str, count: int) -> float:
-        """The seconds that it takes there."""
-        self._writer.write(frame([(what, count)]))
+    async def measure(self, workload: str, count: int) -> float:
+        """The seconds that the workload takes in the bare Dragon runtime."""
+        self._writer.write(frame([(workload, count)]))
         while data := await self._reader.read(1 << 16):
             for took, problem in self._frames.feed(data):
                 if problem:
-                    raise RhapsodyError(f"Dragon itself, asked for {what}: {problem}")
+                    raise RhapsodyError(f"Dragon itself, asked for {workload}: {problem}")
                 return took
         raise RhapsodyError("Dragon ended under the benchmark.")
 
 
 @asynccontextmanager
 async def _bare_dragon() -> AsyncIterator[_BareDragon]:
-    """A runtime that runs nothing but orders; returns when it can take them."""
+    """A Dragon runtime that runs workloads without an engine of this package; entered when the runtime is ready."""
     folder, backend = RunDir(), DragonExecutionBackendV3()
     dragon: asyncio.Future[_BareDragon] = asyncio.get_running_loop().create_future()
     address = str(folder.path / "orders")
@@ -128,10 +128,10 @@ async def _bare_dragon() -> AsyncIterator[_BareDragon]:
     await keeper.start(["--name", "bench", "--log", str(folder.path / "log")], command, environment)
     try:
         async with asyncio.timeout(_READY_S):
-            made = await dragon
-        yield made
-        made._writer.close()
-        await made._writer.wait_closed()
+            connection = await dragon
+        yield connection
+        connection._writer.close()
+        await connection._writer.wait_closed()
     finally:
         server.close()
         keeper.stop_engine()

@@ -1,8 +1,8 @@
-"""A crowd of workers that are not there: one process answers for all of them, in the place of a host.
+"""Measures the dispatcher with simulated workers: one process answers for all workers, in place of a node agent.
 
     python -m rhapsody_mcp.bench.crowd CONFIG
 
-It shows what one dispatcher can do with more workers than this machine has cores.
+So one dispatcher can be measured with more workers than this machine has cores.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from rhapsody_mcp.model.values import Value
 
 __all__ = ["crowd_row"]
 
-_PER_S = 10_000
+_FUNCTIONS_PER_S = 10_000
 
 
 class _CrowdBackend(LocalExecutionBackend):
-    """Has so many workers, wherever it runs."""
+    """A local backend with this number of simulated workers."""
 
     def __init__(self, workers: int) -> None:
         super().__init__()
@@ -61,8 +61,7 @@ class _CrowdBackend(LocalExecutionBackend):
 
 @asynccontextmanager
 async def crowd_row(workers: int, count: int) -> AsyncIterator[list[Row]]:
-    """What share of a core the dispatcher takes at so many tasks a second, all that a session does with them
-    included."""
+    """The benchmark of the dispatcher: its share of a core, session included, at _FUNCTIONS_PER_S."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(files[1], max(files[0], 4 * workers)), files[1]))
     async with Session([await _CrowdBackend(workers)]) as session:
@@ -70,16 +69,16 @@ async def crowd_row(workers: int, count: int) -> AsyncIterator[list[Row]]:
         async def share() -> float:
             before = time.process_time()
             await functions(session, count)
-            return (time.process_time() - before) / count * _PER_S
+            return (time.process_time() - before) / count * _FUNCTIONS_PER_S
 
-        name = f"{workers:,} workers that are not there, at {_PER_S:,} functions a second: the dispatcher"
+        name = f"{workers:,} workers that are not there, at {_FUNCTIONS_PER_S:,} functions a second: the dispatcher"
         yield [Row(name, share, shown="share")]
 
 
 # --- the other side
 
 
-class _Worker(asyncio.Protocol):
+class _SimulatedWorker(asyncio.Protocol):
     def __init__(self, name: str) -> None:
         self._name = name
         self._frames: Frames[ToWorker] = Frames(ToWorker)
@@ -99,7 +98,7 @@ class _Worker(asyncio.Protocol):
                 )
 
 
-class _Host(asyncio.Protocol):
+class _SimulatedNode(asyncio.Protocol):
     def __init__(self, config: HostConfig) -> None:
         self._config = config
         self._frames: Frames[ToHost] = Frames(ToHost)
@@ -114,15 +113,15 @@ class _Host(asyncio.Protocol):
             if isinstance(message, Ping):
                 self._transport.write(frame([Pong()]))
             elif isinstance(message, StartWorker):
-                asyncio.get_running_loop().create_task(self._place(message.worker))
+                asyncio.get_running_loop().create_task(self._connect_worker(message.worker))
 
-    async def _place(self, worker: str) -> None:
+    async def _connect_worker(self, worker: str) -> None:
         control = await self._connect(asyncio.Protocol)
         control.write(frame([WorkerListening(worker)]))
-        await self._connect(partial(_Worker, worker))
+        await self._connect(partial(_SimulatedWorker, worker))
 
     async def _connect(self, protocol: Callable[[], asyncio.Protocol]) -> asyncio.Transport:
-        """Waits for its turn, where many are before the same door."""
+        """Connect to the backend; where its queue of connections is full, wait in a thread."""
         connection = socket.socket(socket.AF_UNIX)
         await asyncio.to_thread(connection.connect, self._config.address)
         transport, _ = await asyncio.get_running_loop().create_unix_connection(protocol, sock=connection)
@@ -131,7 +130,7 @@ class _Host(asyncio.Protocol):
 
 async def _serve(config: HostConfig) -> None:
     loop = asyncio.get_running_loop()
-    await loop.create_unix_connection(partial(_Host, config), config.address)
+    await loop.create_unix_connection(partial(_SimulatedNode, config), config.address)
     await asyncio.to_thread(os.read, open_lifeline(), 1)
 
 

@@ -54,7 +54,7 @@ class RunFunction(msgspec.Struct, frozen=True, tag="run", gc=False):
     uid: str
     call: Call
     bindings: dict[str, Value]
-    folder: str
+    results_folder: str
     attempt: int
 
 

@@ -63,7 +63,7 @@ def _result(config: RankConfig, sources: Sources) -> FunctionResult:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash then loses no line
     c_streams.buffer_lines()
-    result = perform(work, task_run.bindings, task_run.folder, sources, config.caps)
+    result = perform(work, task_run.bindings, task_run.results_folder, sources, config.caps)
     is_mpi_alone = task_run.spec.layout.ranks > 1 and task_run.spec.layout.pmi is None and _ran_mpi_alone()
     atexit._run_exitfuncs()
     return msgspec.structs.replace(result, mpi_alone=is_mpi_alone)

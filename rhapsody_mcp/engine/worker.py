@@ -183,7 +183,7 @@ class _Worker:
         self.state.flush()
         c_streams.flush(find_new_libraries=may_have_side_effects)
         is_reusable = self.state.restore() and is_reusable
-        stdout, stderr = self.output.collect(run.folder, self.config.caps.output_bytes)
+        stdout, stderr = self.output.collect(run.results_folder, self.config.caps.output_bytes)
         self._forget_definitions()
         is_reusable = is_reusable and not self.output.are_pipes_closed and can_start_threads()
         return FunctionFinished(
@@ -206,10 +206,10 @@ class _Worker:
         if not _change_directory(self.config.cwd):
             return FunctionResult(None, Cause.INVALID, FOLDER_GONE.format(self.config.cwd))
         try:
-            log_start(run.folder, run.uid, run.attempt)
+            log_start(run.results_folder, run.uid, run.attempt)
         except OSError as error:
             return FunctionResult(None, Cause.LOST, START_NOT_LOGGED.format(error))
-        return perform(run.call, run.bindings, run.folder, self.sources, self.config.caps)
+        return perform(run.call, run.bindings, run.results_folder, self.sources, self.config.caps)
 
     def _has_no_threads(self) -> bool:
         """Return whether all threads of the function have ended. A joined thread may need a moment to end."""

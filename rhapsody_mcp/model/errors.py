@@ -1,24 +1,26 @@
-"""The errors that this package raises. Each has a stable `code`, and where they apply the id of the task that the error
-is about in `uid`, and the name of the field in `field`.
+"""The errors that this package raises.
+
+Each error has a stable `code`. `uid` is the id of the task that the error is about, and `field` the name of the task's
+field; each is empty where it does not apply.
 
 RhapsodyError
-├── InvalidRequest          what was asked for cannot be done; asking again changes nothing
+├── InvalidRequest          the request is wrong; the same request fails again
 │   ├── InvalidTask         a task's fields contradict each other or are out of range
-│   │   └── ResultGone      the file of a result that it needs is not there any more
+│   │   └── ResultGone      the file of a result that the task needs no longer exists
 │   ├── InvalidSettings     a settings file or a backend's parameter is wrong
 │   └── UnknownName         no backend, session, task, tool argument or model has that name
-├── BackendError            a backend could not do its part now; another time it may
+├── BackendError            a backend could not do its part now; a later try may succeed
 │   └── BackendUnavailable  a backend's program is not installed, did not start, or is gone
-├── LedgerError             what must not be forgotten cannot be read or written
+├── LedgerError             the ledger cannot be read or written
 │   ├── LedgerInUse         another process holds the ledger
-│   ├── LedgerTooNew        a later version of this program wrote it
-│   ├── LedgerDamaged       its file is not what was written
-│   └── LedgerUnavailable   it cannot be written now: the disk is full, read-only, ...; another time it can
-├── LimitExceeded           a limit of the server's settings would be exceeded; nothing was taken
+│   ├── LedgerTooNew        a later version of this program wrote the ledger
+│   ├── LedgerDamaged       the file of the ledger is damaged, or no ledger
+│   └── LedgerUnavailable   the ledger cannot be written now: the disk is full, read-only, ...
+├── LimitExceeded           the request would exceed a limit of the server's settings; nothing was taken
 ├── SessionClosed           the session takes no more tasks
-├── NotConfirmed            what would be lost or exceeded was not agreed to; nothing was changed
-│   └── NeedsForce          nobody could be asked whether they agree
-└── TaskFailed              a task ran and failed, or never could (in `model/outcome.py`)
+├── NotConfirmed            a person was asked and did not agree; nothing was changed
+│   └── NeedsForce          no person could be asked
+└── TaskFailed              a task ran and failed, or could not start (in `model/outcome.py`)
     └── TaskCanceled        a task was canceled before it ended
 """
 
@@ -56,10 +58,11 @@ __all__ = [
 
 
 class RhapsodyError(Exception):
-    """Any error of this package. The text says what was wrong, what is valid and what to do next; programs read `code`,
-    which stays the same from version to version, and never the text.
+    """The base class of the errors of this package.
 
-    `uid` is the id of the task, and `field` the name of the field, that the error is about; empty where there is none.
+    The text says what is wrong, what is valid, and what to do next. Programs should read `code`, which is the same in
+    all versions, and not the text. `uid` is the id of the task that the error is about, and `field` the name of the
+    field; each is empty where it does not apply.
     """
 
     code = "failed"
@@ -69,14 +72,14 @@ class RhapsodyError(Exception):
     def __init__(self, message: str, *, uid: str = "", field: str = "") -> None:
         super().__init__(message)
         self.reason = message
-        """The text without the name of the task."""
+        """The text of the error without the name of the task."""
         if uid:
             self.uid = uid
         if field:
             self.field = field
 
     def of_task(self, label: str, uid: str = "") -> Self:
-        """The same error, whose text begins with the name of the task that it is about."""
+        """A copy of the error, with a text that begins with `label`, the name of the task that the error is about."""
         named = copy(self)
         named.args = (f"{label}: {self.reason}",)
         named.uid = uid or self.uid
@@ -84,7 +87,7 @@ class RhapsodyError(Exception):
 
 
 class InvalidRequest(RhapsodyError, ValueError):
-    """The request is wrong and would fail again."""
+    """The request is wrong; the same request fails again."""
 
     code = "invalid_request"
 
@@ -96,7 +99,7 @@ class InvalidTask(InvalidRequest):
 
 
 class ResultGone(InvalidTask):
-    """The file of a result is not there any more, as where somebody cleaned up; only its task can make it again."""
+    """The file of a result no longer exists, as after a clean-up; only a new run of its task can make it again."""
 
     code = "result_gone"
 
@@ -108,14 +111,14 @@ class InvalidSettings(InvalidRequest):
 
 
 _FIELDS = ("backend", "model")
-"""Kinds of names that are fields of a task."""
+"""The kinds of name that are also fields of a task."""
 
 
 class UnknownName(InvalidRequest):
-    """There is nothing of that kind with that name.
+    """There is no object of this kind with this name.
 
-    `kind`, `name`, `known` (every valid name) and `valid` (the words in their place) are attributes. The code is
-    "unknown_" and the kind, as in "unknown_task".
+    `known` are all valid names; `valid` is a text for the message in place of these names. The code is "unknown_" and
+    the kind, as in "unknown_task".
     """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], valid: str = "") -> None:
@@ -129,7 +132,7 @@ class UnknownName(InvalidRequest):
 
 
 class BackendError(RhapsodyError):
-    """A backend could not do its part now; another time it may."""
+    """A backend could not do its part now; a later try may succeed."""
 
     code = "backend_failed"
 
@@ -141,13 +144,16 @@ class BackendUnavailable(BackendError):
 
 
 class LedgerError(RhapsodyError):
-    """The ledger, which holds what must not be forgotten, cannot be read or written."""
+    """The ledger, the database of tasks and sessions, cannot be read or written."""
 
     code = "ledger_failed"
 
 
 class LedgerInUse(LedgerError):
-    """Another process holds the ledger: `pid` on `host`, since `since` (seconds since the epoch; 0 where unknown)."""
+    """Another process holds the ledger: process `pid` on `host`, since the time `since`.
+
+    `since` is in seconds since the epoch, 0 where unknown; `pid` is 0 where unknown.
+    """
 
     code = "ledger_in_use"
 
@@ -171,19 +177,19 @@ class LedgerTooNew(LedgerError):
 
 
 class LedgerDamaged(LedgerError):
-    """The ledger's file is not what was written, or no ledger; nothing was changed."""
+    """The file of the ledger is damaged, or is no ledger; nothing was changed."""
 
     code = "ledger_damaged"
 
 
 class LedgerUnavailable(LedgerError):
-    """The ledger could not be written now, and what was to be written is withdrawn; another time it may work."""
+    """The ledger could not be written now, and the change was withdrawn; a later try may succeed."""
 
     code = "ledger_unavailable"
 
 
 class LimitExceeded(RhapsodyError):
-    """The request exceeds what the server's settings allow: `limit` is the key of the setting. Nothing was taken."""
+    """The request exceeds a limit of the server's settings; `limit` is the key of the setting. Nothing was taken."""
 
     code = "limit_exceeded"
 
@@ -205,13 +211,13 @@ class NotConfirmed(RhapsodyError):
 
 
 class NeedsForce(NotConfirmed):
-    """A person must agree to this, and the client cannot ask one; nothing was changed."""
+    """A person must agree to the request, and the client cannot ask a person; nothing was changed."""
 
     code = "needs_force"
 
 
 def root_of(error: BaseException) -> BaseException:
-    """The first error of a group, or of the groups in it; any other error itself."""
+    """The first error in an exception group, also in nested groups; an error that is no group itself."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
@@ -221,9 +227,9 @@ _LONGEST_NAME = 128
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` where a known name is close enough to help, else the empty string.
+    """The text `" (did you mean 'x'?)"` with the closest known name; empty where none is close.
 
-    It is looked for among the first thousand: comparing takes time.
+    Only the first 1000 names are compared, because a comparison takes time.
     """
     if len(name) > _LONGEST_NAME:
         return ""
@@ -233,7 +239,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def refuse_unknown(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise InvalidTask for the first of `given` that is not `known`, naming the nearest that is."""
+    """Raise InvalidTask, with the closest known name, for the first name of `given` that is not in `known`."""
     valid = sorted(known)
     for name in given:
         if name not in valid:

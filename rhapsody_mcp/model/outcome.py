@@ -1,4 +1,4 @@
-"""The outcome of a task, and the errors that awaiting a task raises."""
+"""The outcome of a task, and the errors that a task raises when it is awaited."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
 
 
 class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
-    """A final state with its result and its errors. `started` and `ended` are seconds since the epoch.
+    """The final state of a task, with its result or its error. `started` and `ended` are seconds since the epoch.
 
-    `started` is None if user code never ran. `exception` is the pickled exception of a function, or empty; unpickle it
-    only where user code may run. `notes` are sentences about the run ("8 ranks on 2 cores").
+    `started` is None if user code never ran. `exception` is the pickled exception of a function, or empty; unpickle an
+    exception only where user code may run. `notes` are remarks about the run, such as "8 ranks on 2 cores".
     """
 
     state: TaskState
@@ -58,8 +58,10 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
 
 
 class TaskFailed(RhapsodyError):
-    """A task ended FAILED. `task` is the task, `uid` its id, `outcome` what came of it; the text holds the original
-    message. `__cause__` is what its function raised, where that could be sent and opened here."""
+    """A task ended FAILED. `task` is the task, `uid` its id, `outcome` its outcome; the text has the original message.
+
+    `__cause__` is the exception that the function raised, where this process could get and unpickle the exception.
+    """
 
     code = "task_failed"
 
@@ -82,5 +84,5 @@ class TaskCanceled(TaskFailed):
 
 
 def why_stopped(cause: Cause, timeout_s: float | None = None) -> str:
-    """The error text of a task that was ended because somebody canceled it, or because its time was up."""
+    """The error text of a task that was ended by a cancellation or by its time limit."""
     return f"its time of {timeout_s} s was up" if cause is Cause.TIMEOUT else "canceled on request"

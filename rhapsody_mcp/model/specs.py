@@ -1,4 +1,4 @@
-"""What a task is asked to do, as a backend gets it: checked, and with its user objects encoded."""
+"""Task specs: what a backend is given to run, checked, and with the user's objects encoded."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Call(msgspec.Struct, frozen=True, tag="call", gc=False):
-    """A Python function with its arguments.
+    """A call of a Python function.
 
-    `code` is a pickled function, a source text, or "module:function", by `form`; `entry` names the function in
-    a source text. `arguments` is a pickle of `(args, kwargs)` in which a Ref is a persistent id; empty for none.
+    By `form`, `code` is a pickled function, a source text, or "module:function"; `entry` is the name of the function in
+    a source text. `arguments` is a pickle of `(args, kwargs)`, in which a Ref is a persistent id; may be empty.
     """
 
     form: Literal["pickle", "source", "module"]
@@ -31,7 +31,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", gc=False):
 
 
 Content = str | Ref | tuple[str | Ref, ...]
-"""A text. A Ref stands for a result, as it is where that is a text, else as JSON; several parts are one text."""
+"""A text, or parts that are joined to one text. A Ref stands for a result: a text as it is, any other value as JSON."""
 
 
 def parts_of(content: Content) -> tuple[str | Ref, ...]:
@@ -53,13 +53,15 @@ class Message(msgspec.Struct, frozen=True, tag="message", gc=False):
 
 
 class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True, gc=False):
-    """Prompts for a language model, or the messages of one conversation, all with the same parameters. None means the
-    server's default, and a Ref the value that it stands for, which is looked at when the task starts.
+    """Prompts for a language model, or the messages of one conversation, all with the same parameters.
 
-    A Ref among the messages stands for one, or for a list of them. `most_tokens` bounds a max_tokens that is a Ref.
-    `many` says whether the result is a list (one answer a prompt, in order) or the single answer. A Ref as the only
-    prompt may stand for a list of texts. With `json_schema`, a schema as JSON, an answer is the object that the model
-    wrote; with `logprobs` a text and its tokens; else it is a text. With `n` it is a list of so many.
+    A parameter of None means the server's default. The value of a Ref is read and checked when the task starts. In
+    `messages` a Ref stands for one message or a list of messages; as the only prompt it may stand for a list of texts.
+    `most_tokens` bounds the value of a Ref in `max_tokens`.
+
+    The result is a list with one answer for each prompt, in order, if `many` is true, else the single answer. An answer
+    is a text. With `json_schema`, a schema as JSON, an answer is the JSON object that the model wrote; with `logprobs`,
+    a text and its tokens; with `n`, a list of `n` such values.
     """
 
     prompts: tuple[Content, ...] = ()
@@ -80,9 +82,9 @@ class Completion(msgspec.Struct, frozen=True, tag="completion", kw_only=True, gc
 
 
 class Template(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """How a process is started. `env` is merged over the engine's; a None value removes the variable.
+    """How a process is started. `env` is merged over the engine's environment; a None value removes the variable.
 
-    `policy` holds Dragon's placement fields: host_name, cpu_affinity, gpu_affinity.
+    `host_name`, `cpu_affinity` and `gpu_affinity` are the placement fields of Dragon's policies.
     """
 
     env: dict[str, str | None] = {}
@@ -93,17 +95,17 @@ class Template(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class RankGroup(msgspec.Struct, frozen=True, gc=False):
-    """`ranks` processes started alike."""
+    """So many ranks of a job that are started from the same template."""
 
     ranks: int
     template: Template
 
 
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """Which processes a task gets: none of its own (native), one (process), or several (job).
+    """The processes of a task: none of its own (mode native), one (process), or several (job).
 
-    `pmi` is set for a job whose ranks speak MPI to each other: "auto" takes the PMI that works here, "none" runs
-    independent ranks. `forked` is set for a program that nothing was said of: its process needs no placing by Dragon.
+    `pmi` is set for a job of MPI ranks: "auto" selects the PMI that works here, "none" runs independent ranks.
+    `forked` is set for a program without any process template: the node agent may fork it, without Dragon's placement.
     """
 
     mode: Mode
@@ -117,12 +119,12 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     @property
     def templates(self) -> list[Template]:
-        """One for each rank, in rank order."""
+        """The template of each rank, in rank order."""
         return [group.template for group in self.groups for _ in range(group.ranks)]
 
 
 class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
-    """A task as a backend gets it."""
+    """A task for a backend, before the values of its Refs are known."""
 
     uid: str
     work: Call | Command | Completion
@@ -131,9 +133,9 @@ class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc
 
 
 class Caps(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """How many bytes a result may have, encoded, and how many of a stdout or stderr are kept; None for any number.
+    """Limits in bytes: of an encoded result, and of the kept part of each stdout and stderr; None for no limit.
 
-    A pickled exception of up to `exception_bytes` is sent beside its words; 0 is for where nobody may open one.
+    A pickled exception of up to `exception_bytes` is sent together with its text; with 0, none is sent.
     """
 
     result_bytes: int | None = None
@@ -142,12 +144,12 @@ class Caps(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class TaskRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A task that can start: the values that its Refs stand for, by uid, and the folder for what is large.
+    """A task that can start. `bindings` are the values of its Refs, by uid.
 
-    `attempt` is 1 for its first start.
+    `results_folder` is for the files of large results and outputs. `attempt` is 1 for the first start of the task.
     """
 
     spec: TaskSpec
     bindings: dict[str, Value]
-    folder: str
+    results_folder: str
     attempt: int = 1

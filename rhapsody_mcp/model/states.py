@@ -1,4 +1,4 @@
-"""The states of a task and the causes of its failure."""
+"""The states of a task, and the causes of a failure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Cause", "TaskState"]
 
 
 class TaskState(StrEnum):
-    """A task's state, which prints as its name. A task reaches exactly one final state, once."""
+    """The state of a task; a state prints as its name. Each task reaches exactly one final state, once."""
 
     NEW = "NEW"  #: not submitted yet
     WAITING = "WAITING"  #: waits for other tasks

@@ -1,4 +1,4 @@
-"""Encoded results. A result is encoded once; a pickle is decoded only where user code may run."""
+"""Encoded results. A result is encoded once, and a pickle is decoded only where user code may run."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = [
 ]
 
 PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
-"""The types of values without parts."""
+"""The types of values that contain no other values."""
 INLINE_BYTES = 64 * 1024
-"""A larger value, stdout or stderr is stored in a file, so that messages stay small."""
+"""Values and outputs over this size are stored in files, so that messages stay small."""
 PREVIEW_CHARS = 8 * 1024
 
 
 class Ref(msgspec.Struct, frozen=True, tag="ref", gc=False):
-    """The result of another task, or the part of the result at `path`, a JSON Pointer (RFC 6901)."""
+    """A reference to the result of a task, or to the part of the result at `path`, a JSON Pointer (RFC 6901)."""
 
     uid: str
     path: str = ""
 
 
 class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """An encoded result: JSON if that round-trips exactly, else a pickle.
+    """An encoded result: as JSON where JSON gives back an equal result, else as a pickle.
 
     Exactly one of `data` and `file` is set. `size` is in bytes. `preview` is empty for short JSON data.
     """
@@ -60,13 +60,13 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 NOTHING = Value("json", "nothing", 4, b"null")
-"""The result of a task that ended without one: null, as is each part of it."""
+"""Stands for the result of a task that ended without a result. Each part of it is null too."""
 
 
 class Stream(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """The output of a program: `text`, or for long output the whole in `file` and its end in `text`.
+    """The stdout or stderr of a task: the whole as `text`; of long output its end, and the whole in `file`.
 
-    `left_out` counts the bytes that were dropped from the middle of output over the limit.
+    `size` is in bytes. `left_out` is the number of bytes that were dropped from the middle of output over the limit.
     """
 
     text: str = ""
@@ -84,7 +84,7 @@ Reader = Callable[[Value], Any]
 
 
 def load(value: Value) -> Any:
-    """Decode a value. Unpickles: only for values of the user's own tasks, in the user's process."""
+    """Decode a value. This may unpickle: call it only for values of the user's own tasks, in a process of the user."""
     if value.format == "json":
         return msgspec.json.decode(value.read())
     if value.file is None:

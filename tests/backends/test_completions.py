@@ -412,7 +412,7 @@ async def chat_servers(server: StandIn, second: StandIn) -> AsyncIterator[list[C
 
 def order(prompt: str) -> TaskRun:
     spec = TaskSpec(uid=prompt, work=Completion(prompts=(prompt,), many=False), layout=Layout("native"))
-    return TaskRun(spec=spec, bindings={}, folder="")
+    return TaskRun(spec=spec, bindings={}, results_folder="")
 
 
 def read_nothing(value: Value) -> Any:
@@ -463,7 +463,7 @@ async def test_what_a_lost_server_worked_on_is_lost_and_what_waits_goes_to_the_o
     async def lose() -> None:
         await server.until(lambda: len(server.at_work) == 1)
         await second.until(lambda: len(second.at_work) == 1)
-        completions.lose(chat_servers[0], "the server died")
+        completions.remove_server(chat_servers[0], "the server died")
         second.gate.set()
 
     outcomes = await answered(completions, "a", "b", "c", then=lose)
@@ -479,7 +479,7 @@ async def test_without_any_server_left_every_prompt_that_was_not_sent_is_returne
 ) -> None:
     completions = PromptRunner(chat_servers, Defaults("tiny"), Limits())
     for chat_server in chat_servers:
-        completions.lose(chat_server, "the server died")
+        completions.remove_server(chat_server, "the server died")
     events: asyncio.Queue[Event] = asyncio.Queue()
     completions.submit([order("a"), order("b")], events.put_nowait, read_nothing)
     assert [await events.get(), await events.get()] == [
@@ -491,8 +491,8 @@ async def test_without_any_server_left_every_prompt_that_was_not_sent_is_returne
 
 async def test_a_server_in_place_of_one_that_was_lost_gets_prompts(chat_servers: list[ChatServer]) -> None:
     completions = PromptRunner(chat_servers[:1], Defaults("tiny"), Limits())
-    completions.lose(chat_servers[0], "the server died")
-    completions.gain(chat_servers[1])
+    completions.remove_server(chat_servers[0], "the server died")
+    completions.add_server(chat_servers[1])
     outcomes = await answered(completions, "a", "b")
     assert {outcome.state for outcome in outcomes.values()} == {TaskState.DONE}
     await completions.close()

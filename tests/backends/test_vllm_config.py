@@ -14,7 +14,7 @@ import pytest
 from rhapsody_mcp.api import AITask, Session
 from rhapsody_mcp.backends import DragonVllmInferenceBackend
 from rhapsody_mcp.backends.vllm.config import VllmConfig, read_config, sample_config
-from rhapsody_mcp.backends.vllm.launch_plan import Hardware, Plan, find_model, look_at_hardware, plan_servers
+from rhapsody_mcp.backends.vllm.launch_plan import Hardware, Plan, detect_hardware, find_model, plan_servers
 from rhapsody_mcp.engine import vllm_launcher
 from rhapsody_mcp.model.errors import InvalidSettings, InvalidTask
 from rhapsody_mcp.shipped_model import MODEL_DIR, MODEL_NAME
@@ -334,7 +334,7 @@ def test_the_key_is_on_no_command_line() -> None:
 @pytest.mark.anyio
 async def test_an_interpreter_that_cannot_be_run_is_refused() -> None:
     with pytest.raises(InvalidSettings, match=r"server\.python is /no/python, which cannot be run: No such file"):
-        await look_at_hardware(settings(server={"python": "/no/python"}))
+        await detect_hardware(settings(server={"python": "/no/python"}))
 
 
 @pytest.mark.anyio
@@ -348,9 +348,9 @@ async def test_gpus_are_those_that_are_visible_to_this_process(tmp_path: Path, m
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     chosen = settings(server={"python": str(python)})
-    assert await look_at_hardware(chosen) == Hardware(("0", "1"), "cuda")
+    assert await detect_hardware(chosen) == Hardware(("0", "1"), "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert (await look_at_hardware(chosen)).gpus == ("1",)
+    assert (await detect_hardware(chosen)).gpus == ("1",)
 
 
 def test_a_hidden_library_looks_absent_and_the_environments_own_sitecustomize_still_runs(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Person:
 async def hold(agent: Agent, count: int) -> None:
     """A session with so many tasks that run until the gate opens."""
     await agent.session()
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await agent.call(
         "submit_tasks", **SESSION, tasks=[{"name": f"t{number}", "prompt": "x"} for number in range(count)]
     )

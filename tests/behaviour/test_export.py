@@ -172,7 +172,7 @@ async def test_what_failed_and_what_that_canceled_is_in_it_and_what_was_canceled
     await submit(
         agent, {"name": "fail", "source": fail}, {"name": "after-fail", "source": DOUBLE, "args": [{"ref": "fail"}]}
     )
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(
         agent,
         {"name": "endless", "executable": "/bin/sleep"},
@@ -192,7 +192,7 @@ async def test_what_failed_and_what_that_canceled_is_in_it_and_what_was_canceled
 
 
 async def test_order_is_kept_where_a_canceled_task_stood_in_between(agent: Agent, tmp_path: Path) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     last = {"name": "last", "executable": "/bin/cat", "after": ["between", "own"], "on_upstream_failure": "run"}
     await submit(
         agent,
@@ -204,7 +204,7 @@ async def test_order_is_kept_where_a_canceled_task_stood_in_between(agent: Agent
         wait=False,
     )
     await agent.call("cancel_tasks", session="session-1", tasks=["between"], force=True)
-    agent.backend.gate.set()
+    agent.backend.may_finish.set()
     script, _ = await export(agent, tmp_path)
     made = "last = ComputeTask(executable='/bin/cat', name='last', after=[own, before], on_upstream_failure='run')"
     assert "/bin/sleep" not in script and made in script
@@ -240,11 +240,11 @@ async def test_what_failed_where_it_is_imported_does_not_stop_the_script(agent: 
 
 async def test_a_for_each_of_which_some_were_canceled_is_in_it_whole(agent: Agent, tmp_path: Path) -> None:
     await submit(agent, {"name": "done", "source": DOUBLE, "args": [1]})
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     each = {"name": "each", "for_each": [1, 2], "source": DOUBLE, "args": [{"item": True}]}
     await submit(agent, each, each | {"name": "all"}, wait=False)
     await agent.call("cancel_tasks", session="session-1", tasks=["each[0]", "all[0]", "all[1]"], force=True)
-    agent.backend.gate.set()
+    agent.backend.may_finish.set()
     assert (await agent.call("wait_tasks", session="session-1", timeout_s=50))["ended"]
     script, _ = await export(agent, tmp_path)
     assert "name='each'" in script and "name='all'" not in script
@@ -252,12 +252,12 @@ async def test_a_for_each_of_which_some_were_canceled_is_in_it_whole(agent: Agen
 
 
 async def test_it_can_be_written_while_tasks_run(agent: Agent, tmp_path: Path) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"name": "slow", "source": DOUBLE, "args": [1]}, wait=False)
     script, record = await export(agent, tmp_path)
     assert "1 task had not ended when this was written" in script and "name='slow'" in script
     assert record["tasks"][0]["state"] in ("QUEUED", "RUNNING") and "ended" not in record["tasks"][0]
-    agent.backend.gate.set()
+    agent.backend.may_finish.set()
 
 
 async def test_secrets_are_looked_up_where_the_script_runs(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ async def test_what_is_no_list_fails_in_words() -> None:
 
 async def test_canceling_it_cancels_its_tasks() -> None:
     async with open_agent() as agent:
-        agent.backend.gate.clear()
+        agent.backend.may_finish.clear()
         session = await agent.session()
         task = {"name": "all", "source": SQUARE, "args": [{"item": True}], "for_each": [1, 2, 3]}
         await agent.call("submit_tasks", session=session, tasks=[task])

@@ -56,9 +56,9 @@ async def test_a_name_of_its_own_and_an_entry_among_helpers(agent: Agent) -> Non
 
 async def test_registering_again_replaces_it_for_tasks_that_are_submitted_later(agent: Agent) -> None:
     await register(agent, "def version():\n    return 1")
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await agent.call("submit_tasks", session="session-1", tasks=[{"name": "early", "function": "version"}])
-    agent.backend.gate.set()
+    agent.backend.may_finish.set()
     reply = await register(agent, "def version():\n    return 2")
     assert reply["registered"] == {"version": "version()"} and "It replaces an earlier one" in agent.texts[-1]
     assert await results(agent, {"name": "late", "function": "version"}) == {"early": 1, "late": 2}
@@ -171,7 +171,7 @@ async def test_a_check_that_gets_no_worker_in_time_may_be_tried_again_later() ->
 
 async def test_a_check_that_takes_too_long_says_where_long_work_belongs() -> None:
     backend = ScriptedBackend(perform)
-    backend.gate.clear()
+    backend.may_finish.clear()
     async with Session([backend]) as session:
         with pytest.raises(InvalidTask, match=r"did not end within 0.01 s.* do long work inside the function"):
             await FunctionRegistry(session).check(Source(SCALE), None, 0.01)

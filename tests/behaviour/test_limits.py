@@ -48,7 +48,7 @@ async def refused(agent: Agent, *tasks: dict[str, Any], **arguments: Any) -> str
 
 def with_gate() -> ScriptedBackend:
     backend = ScriptedBackend(perform)
-    backend.gate.clear()
+    backend.may_finish.clear()
     return backend
 
 
@@ -109,7 +109,7 @@ async def test_what_has_ended_makes_room_for_other_tasks_in_all_sessions() -> No
         await agent.session()
         other = {"session": "session-2", "tasks": [ONE]}
         assert "max_open_tasks" in await agent.refusal("submit_tasks", **other)
-        backend.gate.set()
+        backend.may_finish.set()
         await agent.call("wait_tasks", session="session-1")
         await agent.call("submit_tasks", **other)
 

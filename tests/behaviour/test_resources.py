@@ -131,7 +131,7 @@ async def test_resources_say_what_the_tools_say(agent: Agent) -> None:
 
 
 async def test_a_task_that_has_not_ended_shows_its_state_and_an_empty_log(agent: Agent) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"name": "train", "prompt": "x"})
     assert (await read_json(agent, TRAIN))["state"] in ("QUEUED", "RUNNING")
     assert await read(agent, f"{TRAIN}/stdout") == ""
@@ -186,12 +186,12 @@ async def test_each_task_of_a_for_each_can_be_read(agent: Agent) -> None:
 
 
 async def test_a_subscriber_hears_of_a_task_and_of_all_that_shows_it(agent: Agent, ears: Ears) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     shown = [ROOT, HOME, f"{HOME}/statistics", TRAIN]
     await submit(agent, {"name": "train", "prompt": "x"})
     with anyio.fail_after(600):
         async with subscribed(agent.client, *shown, f"{TRAIN}/stdout", f"{HOME}/tasks/task.000001/stderr"):
-            agent.backend.gate.set()
+            agent.backend.may_finish.set()
             await ears.until(*shown, f"{TRAIN}/stdout", f"{HOME}/tasks/task.000001/stderr")
             assert (await read_json(agent, TRAIN))["state"] == "DONE"
 
@@ -233,10 +233,10 @@ async def test_the_last_of_many_changes_is_not_lost(era: str, ears: Ears) -> Non
         async with open_agent(era, settings=settings, message_handler=ears) as agent:
             await agent.session()
             async with subscribed(agent.client, HOME):
-                agent.backend.gate.clear()
+                agent.backend.may_finish.clear()
                 await submit(agent, *({"prompt": "x"} for _ in range(1000)))
                 await ears.next()
-                agent.backend.gate.set()
+                agent.backend.may_finish.set()
                 while (await read_json(agent, HOME))["counts"] != {"DONE": 1000}:
                     await ears.next()
     assert len(ears.heard) < 100

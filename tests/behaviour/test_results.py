@@ -334,7 +334,7 @@ async def test_each_rank_of_a_job_can_be_read_and_the_failed_ones_come_first() -
 
 
 async def test_a_task_that_has_not_ended_has_no_result_yet(agent: Agent) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await agent.call("submit_tasks", **SESSION, tasks=[{"name": "run", "prompt": "x"}])
     assert (await agent.call("get_result", **RESULT))["state"] in ("QUEUED", "RUNNING")
     assert "wait_tasks" in agent.texts[-1]

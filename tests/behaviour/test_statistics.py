@@ -202,7 +202,7 @@ async def test_the_children_of_a_for_each_count_and_it_does_not() -> None:
 
 async def test_before_anything_has_ended_statistics_only_count() -> None:
     backend = Clocked()
-    backend.gate.clear()
+    backend.may_finish.clear()
     async with open_agent(backend=backend) as agent:
         await agent.session()
         await agent.call("submit_tasks", **SESSION, tasks=[program("held", "0 to 1")])

@@ -172,7 +172,7 @@ async def test_a_replacement_names_what_its_failure_had_canceled() -> None:
 
 async def test_the_next_wait_is_for_the_same_tasks() -> None:
     async with open_agent() as agent:
-        agent.backend.gate.clear()
+        agent.backend.may_finish.clear()
         session = await agent.session()
         await agent.call("submit_tasks", session=session, tasks=[HELLO])
         await agent.call("wait_tasks", session=session, tasks=["hello"], state="open", timeout_s=0)

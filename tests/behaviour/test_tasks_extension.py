@@ -141,7 +141,7 @@ class Clock:
 @asynccontextmanager
 async def open_house(store: HandleStore | None = None, clock: Clock | None = None) -> AsyncIterator[House]:
     backend = ScriptedBackend(perform)
-    backend.gate.clear()
+    backend.may_finish.clear()
     async with SessionRegistry(lambda _: [backend]) as sessions, TasksExtension(store, clock or Clock()) as tasks:
         async with House(build_server(Settings(wait_cap_s=0.01), sessions, [tasks]), sessions, backend) as house:
             plain = await house.client(declares=None)
@@ -164,7 +164,7 @@ async def test_a_wait_gives_a_handle_at_once_and_its_result_later() -> None:
         handle = await created(client, "wait_tasks", **SESSION)
         assert handle.status == "working" and handle.ttl_ms > 0
         assert (await waits.get(handle.task_id))["status"] == "working"
-        house.backend.gate.set()
+        house.backend.may_finish.set()
         told = await waits.settled(handle.task_id)
         assert told["status"] == "completed" and told["resultType"] == "complete"
         assert told["result"]["structuredContent"]["ended"] is True
@@ -175,7 +175,7 @@ async def test_a_wait_with_a_handle_is_not_cut_at_the_servers_cap() -> None:
     async with open_house() as house:
         client = await house.client(declares=Polls())
         handle = await created(client, "wait_tasks", **SESSION, timeout_s=3600)
-        house.backend.gate.set()
+        house.backend.may_finish.set()
         result = (await Waits(client.session).settled(handle.task_id))["result"]["structuredContent"]
         assert (result["asked_timeout_s"], result["applied_timeout_s"]) == (3600, 3600)
 
@@ -183,7 +183,7 @@ async def test_a_wait_with_a_handle_is_not_cut_at_the_servers_cap() -> None:
 async def test_a_client_with_the_extension_sees_the_result_of_the_call() -> None:
     async with open_house() as house:
         client = await house.client(declares=Polls())
-        house.backend.gate.set()
+        house.backend.may_finish.set()
         result = await client.call_tool("wait_tasks", SESSION)
         assert result.structured_content and result.structured_content["ended"]
 
@@ -230,7 +230,7 @@ async def test_a_canceled_wait_harms_no_task() -> None:
         assert (await waits.send("tasks/cancel", handle.task_id))["resultType"] == "complete"
         assert (await waits.settled(handle.task_id))["status"] == "cancelled"
         assert await house.states() == ["RUNNING"]
-        house.backend.gate.set()
+        house.backend.may_finish.set()
         again = await client.call_tool("wait_tasks", SESSION)
         assert again.structured_content and again.structured_content["counts"] == {"DONE": 1}
         await waits.send("tasks/cancel", handle.task_id)
@@ -266,7 +266,7 @@ async def test_a_result_outlives_the_connection_that_asked_for_it() -> None:
     async with open_house() as house:
         async with Client(house.server, extensions=[Polls()]) as leaves:
             handle = await created(leaves, "wait_tasks", **SESSION)
-        house.backend.gate.set()
+        house.backend.may_finish.set()
         client = await house.client(declares=Polls())
         assert (await Waits(client.session).settled(handle.task_id))["status"] == "completed"
 
@@ -342,7 +342,7 @@ async def test_a_handle_expires_an_hour_after_its_call_ended() -> None:
         handle = await created(client, "wait_tasks", **SESSION)
         clock.time += timedelta(hours=2)
         assert (await waits.get(handle.task_id))["status"] == "working"
-        house.backend.gate.set()
+        house.backend.may_finish.set()
         told = await waits.settled(handle.task_id)
         assert told["ttlMs"] == 3 * 3600 * 1000
         clock.time += timedelta(minutes=59)
@@ -402,7 +402,7 @@ async def test_a_handle_is_its_owners_alone() -> None:
                 assert await Waits(bob.session).refusal(method, handle.task_id) == INVALID_PARAMS
             assert (await Waits(ann.session).get(handle.task_id))["status"] == "working"
             assert await Waits(local.session).refusal("tasks/get", handle.task_id) == INVALID_PARAMS
-            house.backend.gate.set()
+            house.backend.may_finish.set()
             assert (await Waits(ann.session).settled(handle.task_id))["status"] == "completed"
 
 

@@ -47,7 +47,7 @@ async def submit(agent: Agent, *tasks: dict[str, Any]) -> dict[str, Any]:
 async def test_a_wait_is_bounded_by_the_cap_and_says_so() -> None:
     async with open_agent(settings=Settings(wait_cap_s=0.01)) as agent:
         await agent.session()
-        agent.backend.gate.clear()
+        agent.backend.may_finish.clear()
         await submit(agent, {"name": "slow", "prompt": "x"})
         reply = await agent.call("wait_tasks", **SESSION, timeout_s=3600)
         assert (reply["ended"], reply["asked_timeout_s"], reply["applied_timeout_s"]) == (False, 3600, 0.01)
@@ -56,7 +56,7 @@ async def test_a_wait_is_bounded_by_the_cap_and_says_so() -> None:
 
 
 async def test_a_wait_for_one_more_returns_when_that_has_ended(agent: Agent) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"name": "held", "prompt": "x"}, {"name": "stopped", "prompt": "y"})
     replies: list[dict[str, Any]] = []
 
@@ -117,10 +117,10 @@ async def test_a_cursor_of_a_wait_for_other_tasks_says_so_and_repeats_nothing(ag
 
 
 async def test_a_wait_by_state_with_a_cursor_shows_what_ended_after_a_reply_that_was_lost(agent: Agent) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"name": "slow", "prompt": "x"})
     before = await agent.call("wait_tasks", **SESSION, state="open", timeout_s=0)
-    agent.backend.gate.set()
+    agent.backend.may_finish.set()
     await agent.call("wait_tasks", **SESSION, state="open", cursor=before["cursor"])
     again = await agent.call("wait_tasks", **SESSION, state="open", cursor=before["cursor"])
     assert [row["name"] for row in again["done"]] == ["slow"] and again["ended"]
@@ -225,7 +225,7 @@ async def test_notes_that_are_alike_are_told_once() -> None:
 
 
 async def test_what_is_open_says_what_it_waits_for(agent: Agent) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"name": "texts", "prompt": "x"}, {"name": "next", "prompt": {"ref": "texts"}})
     with anyio.fail_after(600):
         while (reply := await agent.call("wait_tasks", **SESSION, timeout_s=0))["counts"].get("RUNNING") != 1:
@@ -288,13 +288,13 @@ def test_no_reply_is_too_long_whatever_tasks_say(count: int, result: Any, error:
 
 async def test_a_wait_reports_progress_with_the_state_of_the_engines(agent: Agent) -> None:
     agent.backend.progress = "loading the model"
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"prompt": "x"})
     told: list[tuple[float, float | None, str | None]] = []
 
     async def on_progress(progress: float, total: float | None, message: str | None) -> None:
         told.append((progress, total, message))
-        agent.backend.gate.set()
+        agent.backend.may_finish.set()
 
     with anyio.fail_after(600):
         result = await agent.client.call_tool("wait_tasks", {**SESSION}, progress_callback=on_progress)
@@ -303,19 +303,19 @@ async def test_a_wait_reports_progress_with_the_state_of_the_engines(agent: Agen
 
 
 async def test_a_canceled_wait_harms_nothing(agent: Agent) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"name": "slow", "prompt": "x"})
     with anyio.move_on_after(0.01) as given_up:
         await agent.client.call_tool("wait_tasks", {**SESSION})
     assert given_up.cancelled_caught
-    agent.backend.gate.set()
+    agent.backend.may_finish.set()
     assert (await agent.call("wait_tasks", **SESSION))["done"][0]["result"] == "answer to x"
 
 
 async def test_a_wait_with_failures_and_open_tasks_says_how_to_go_on_with_both(agent: Agent) -> None:
     await submit(agent, {"name": "bad", "source": "def bad():\n    return 1 / 0"})
     await agent.call("wait_tasks", **SESSION)
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"prompt": "x"})
     await agent.call("wait_tasks", **SESSION, timeout_s=0)
     assert "Next: wait_tasks(" in agent.texts[-1]
@@ -381,7 +381,7 @@ async def test_tasks_are_listed_in_pages_by_state_and_name(agent: Agent) -> None
 async def test_a_cancel_ends_open_tasks_and_leaves_ended_ones(agent: Agent) -> None:
     await submit(agent, {"name": "early", "prompt": "x"})
     await agent.call("wait_tasks", **SESSION)
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"name": "late", "prompt": "y"}, {"name": "next", "prompt": [{"ref": "late"}]})
     assert await agent.call("cancel_tasks", **SESSION, tasks=["early", "late"]) == {
         **{"canceled": 2, "had_ended": 1, "still_ending": []}
@@ -394,7 +394,7 @@ async def test_a_cancel_ends_open_tasks_and_leaves_ended_ones(agent: Agent) -> N
 
 
 async def test_a_closed_session_is_gone_with_what_it_ran(agent: Agent) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"prompt": "x"})
     assert (await agent.call("close_session", **SESSION, force=True))["canceled"] == 1
     assert agent.backend.closed
@@ -480,7 +480,7 @@ async def test_a_sweep_is_open_until_its_results_are_put_together() -> None:
 
 
 async def test_a_cancel_counts_the_tasks_of_a_sweep_as_the_question_does(agent: Agent) -> None:
-    agent.backend.gate.clear()
+    agent.backend.may_finish.clear()
     await submit(agent, {"name": "sweep", "prompt": {"item": True}, "for_each": [str(n) for n in range(29)]})
     assert "cancels 29 tasks" in await agent.refusal("cancel_tasks", **SESSION, tasks=["sweep"])
     assert (await agent.call("cancel_tasks", **SESSION, tasks=["sweep"], force=True))["canceled"] == 29
@@ -507,10 +507,10 @@ class Starting(Held):
 
     def __init__(self) -> None:
         super().__init__("held")
-        self.progress, self.may_start = "starting", anyio.Event()
+        self.progress, self.may_get_ready = "starting", anyio.Event()
 
     async def start(self) -> None:
-        await self.may_start.wait()
+        await self.may_get_ready.wait()
         self.progress = "ready"
 
 
@@ -523,7 +523,7 @@ async def test_what_is_queued_says_why() -> None:
         reply = await agent.call("wait_tasks", **SESSION, timeout_s=0)
         why = "QUEUED until scripted is ready (starting)"
         assert reply["open"] == [f"a {why}", f"sweep {why}"]
-        backend.may_start.set()
+        backend.may_get_ready.set()
         while backend.progress != "ready":
             await anyio.lowlevel.checkpoint()
         reply = await agent.call("wait_tasks", **SESSION, timeout_s=0)

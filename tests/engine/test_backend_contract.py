@@ -56,7 +56,7 @@ def _answer(spec: TaskSpec, values: list[Any]) -> object:
 @asynccontextmanager
 async def scripted() -> AsyncIterator[Case]:
     works = ((ROOT, NATIVE), (Command("true"), ONE_PROCESS), (Completion(prompts=("hi",)), NATIVE))
-    yield Case(lambda: ScriptedBackend(_answer), works, works[0], lambda backend: backend.gate.clear())
+    yield Case(lambda: ScriptedBackend(_answer), works, works[0], lambda backend: backend.may_finish.clear())
 
 
 def compute(open_backend: Callable[..., Any], engine: str) -> Case:
@@ -169,7 +169,7 @@ class Recorder:
 
 
 def task_run(uid: str, work: tuple[Any, Layout], folder: Path) -> TaskRun:
-    return TaskRun(spec=TaskSpec(uid=uid, work=work[0], layout=work[1]), bindings={}, folder=str(folder))
+    return TaskRun(spec=TaskSpec(uid=uid, work=work[0], layout=work[1]), bindings={}, results_folder=str(folder))
 
 
 async def test_a_backend_has_every_member_of_the_protocol(case: Case, backend: Backend) -> None:

@@ -92,7 +92,7 @@ async def test_what_is_refused_or_goes_wrong_is_an_entry_with_the_reason(log: Lo
 
 async def test_a_call_that_its_client_gives_up_is_an_entry(log: Log) -> None:
     backend = ScriptedBackend(perform)
-    backend.gate.clear()
+    backend.may_finish.clear()
     async with recorded(log, backend=backend) as client:
         await client.call_tool("create_session", {})
         await client.call_tool("submit_tasks", {**SESSION, "tasks": [{"name": "a", "prompt": "x"}]})
@@ -105,13 +105,13 @@ async def test_a_call_that_its_client_gives_up_is_an_entry(log: Log) -> None:
 
 async def test_a_call_that_is_answered_with_a_handle_has_an_entry_when_it_ends_too(log: Log) -> None:
     backend = ScriptedBackend(perform)
-    backend.gate.clear()
+    backend.may_finish.clear()
     async with recorded(log, backend=backend, extensions=[Polls()]) as client:
         await client.session.call_tool("create_session", {}, allow_claimed=True)
         tasks = [{"name": "a", "prompt": "x"}]
         await client.session.call_tool("submit_tasks", {**SESSION, "tasks": tasks}, allow_claimed=True)
         handle = await created(client, "wait_tasks", **SESSION)
-        backend.gate.set()
+        backend.may_finish.set()
         await Waits(client.session).settled(handle.task_id)
     deferred, ended = log.entries(tool="wait_tasks")
     assert (deferred["result"], ended["result"], ended["deferred"]) == ("deferred", "ok", True)

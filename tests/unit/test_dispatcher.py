@@ -82,12 +82,12 @@ class Scene:
 
 def function(uid: str) -> TaskRun:
     spec = TaskSpec(uid=uid, work=Call("module", b"a:b"), layout=Layout("native"))
-    return TaskRun(spec=spec, bindings={}, folder="/")
+    return TaskRun(spec=spec, bindings={}, results_folder="/")
 
 
 def job(uid: str, ranks: int) -> TaskRun:
     layout = Layout("job", groups=(RankGroup(ranks, Template()),))
-    return TaskRun(spec=TaskSpec(uid=uid, work=Command("true"), layout=layout), bindings={}, folder="/")
+    return TaskRun(spec=TaskSpec(uid=uid, work=Command("true"), layout=layout), bindings={}, results_folder="/")
 
 
 def finished(uid: str, seconds: float) -> FunctionFinished:

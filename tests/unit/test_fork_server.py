@@ -37,7 +37,9 @@ def written(plan: ProcessPlan, path: Path) -> str:
 
 def lost(folder: Path) -> tuple[Cause | None, str, float | None]:
     spec = TaskSpec(uid="task.000001", work=Command("true"), layout=Layout("process"))
-    found = rank_end(str(folder / "p1"), TaskRun(spec=spec, bindings={}, folder=str(folder), attempt=1), 0, None)
+    found = rank_end(
+        str(folder / "p1"), TaskRun(spec=spec, bindings={}, results_folder=str(folder), attempt=1), 0, None
+    )
     assert found is not None
     return found.outcome.cause, found.outcome.error, found.started
 

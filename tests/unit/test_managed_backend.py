@@ -108,7 +108,7 @@ async def watch() -> AsyncIterator[Callable[..., Watched]]:
 
 def order(uid: str) -> TaskRun:
     return TaskRun(
-        spec=TaskSpec(uid=uid, work=Call("module", b"a:b"), layout=Layout("native")), bindings={}, folder="/"
+        spec=TaskSpec(uid=uid, work=Call("module", b"a:b"), layout=Layout("native")), bindings={}, results_folder="/"
     )
 
 
@@ -121,15 +121,15 @@ DONE, LOST = ("DONE", None), ("FAILED", Cause.LOST)
 
 async def test_what_had_started_is_lost_and_the_rest_runs_on_the_next_engine(watch: Callable[..., Watched]) -> None:
     watched = watch()
-    watched.backend.gate.clear()
+    watched.backend.may_finish.clear()
     await watched.take("started")
-    watched.backend.door.clear()
+    watched.backend.may_start.clear()
     await watched.take("first", "second")
     await watched.die()
     assert watched.outcomes == {"started": LOST}
     assert watched.managed.progress == "starting again (1 of 5) after: the engine was killed"
-    watched.backend.door.set()
-    watched.backend.gate.set()
+    watched.backend.may_start.set()
+    watched.backend.may_finish.set()
     await watched.clock.pass_by(1.0)
     assert watched.outcomes == {"started": LOST, "first": DONE, "second": DONE}
     assert watched.began == ["started", "first", "second"]
@@ -144,7 +144,7 @@ async def test_an_engine_that_dies_again_and_again_is_started_later_and_later_an
     watch: Callable[..., Watched],
 ) -> None:
     watched = watch()
-    watched.backend.door.clear()
+    watched.backend.may_start.clear()
     await watched.take("waits")
     for number, delay_s in enumerate([1, 2, 4, 8, 16], 1):
         await watched.die()
@@ -158,7 +158,7 @@ async def test_an_engine_that_dies_again_and_again_is_started_later_and_later_an
     assert watched.outcomes == {"waits": LOST}
     told = watched.ended["waits"].outcome.error
     assert "started again 5 times" in told and "the engine was killed" in told
-    watched.backend.door.set()
+    watched.backend.may_start.set()
     await watched.take("next")
     assert watched.outcomes["next"] == DONE
     assert watched.backend.starts == 7
@@ -167,18 +167,18 @@ async def test_an_engine_that_dies_again_and_again_is_started_later_and_later_an
 async def test_a_task_that_ends_shows_that_the_engine_is_well(watch: Callable[..., Watched]) -> None:
     watched = watch()
     for number in range(8):
-        watched.backend.door.clear()
+        watched.backend.may_start.clear()
         await watched.take(f"task {number}")
         await watched.die()
         assert "(1 of 5)" in watched.managed.progress
-        watched.backend.door.set()
+        watched.backend.may_start.set()
         await watched.clock.pass_by(1.0)
         assert watched.outcomes[f"task {number}"] == DONE
 
 
 async def test_a_task_that_kills_every_engine_does_not_show_that(watch: Callable[..., Watched]) -> None:
     watched = watch()
-    watched.backend.gate.clear()
+    watched.backend.may_finish.clear()
     for number in range(3):
         await watched.take(f"deadly {number}")
         await watched.clock.pass_by(60.0)
@@ -198,14 +198,14 @@ async def test_an_engine_that_died_without_tasks_is_started_for_the_next(watch: 
 
 async def test_starts_that_fail_after_a_death_are_repeated_and_counted(watch: Callable[..., Watched]) -> None:
     watched = watch()
-    watched.backend.door.clear()
+    watched.backend.may_start.clear()
     await watched.take("waits")
     watched.backend.start_error = BackendUnavailable("no room")
     await watched.die()
     await watched.clock.pass_by(1.0)
     assert watched.managed.progress == "starting again (2 of 5) after: no room"
     watched.backend.start_error = None
-    watched.backend.door.set()
+    watched.backend.may_start.set()
     await watched.clock.pass_by(2.0)
     assert watched.outcomes == {"waits": DONE}
 
@@ -214,7 +214,7 @@ async def test_what_is_withdrawn_while_the_engine_starts_again_is_not_run_and_st
     watch: Callable[..., Watched],
 ) -> None:
     watched = watch()
-    watched.backend.door.clear()
+    watched.backend.may_start.clear()
     await watched.take("first", "second")
     await watched.die()
     assert watched.managed.withdraw({"first", "second", "other"}) == {"first", "second"}
@@ -225,7 +225,7 @@ async def test_what_is_withdrawn_while_the_engine_starts_again_is_not_run_and_st
 
 async def test_closing_ends_the_wait_for_the_next_start(watch: Callable[..., Watched]) -> None:
     watched = watch()
-    watched.backend.door.clear()
+    watched.backend.may_start.clear()
     await watched.take("waits")
     await watched.die()
     await watched.managed.close()
@@ -269,11 +269,11 @@ async def test_an_engine_without_tasks_rests_and_starts_again_on_need(watch: Cal
 
 async def test_tasks_that_run_or_are_still_to_come_keep_an_engine_awake(watch: Callable[..., Watched]) -> None:
     watched = watch(idle_s=900.0)
-    watched.backend.gate.clear()
+    watched.backend.may_finish.clear()
     await watched.take("long")
     await watched.clock.pass_by(9000.0)
     watched.needed = True
-    watched.backend.gate.set()
+    watched.backend.may_finish.set()
     await all_is_still()
     await watched.clock.pass_by(900.0)
     assert (watched.outcomes, watched.backend.rests) == ({"long": DONE}, 0)
@@ -312,7 +312,7 @@ async def test_a_session_tells_of_its_engines_and_does_not_count_a_return_as_an_
     backend = ScriptedBackend(answer)
     task = ComputeTask(executable="true")
     async with Session([backend]) as session:
-        backend.door.clear()
+        backend.may_start.clear()
         await session.submit_tasks([task])
         await all_is_still()
         backend.die("the engine was killed")
@@ -322,7 +322,7 @@ async def test_a_session_tells_of_its_engines_and_does_not_count_a_return_as_an_
         assert [notice.text for notice in session.notices] == [
             "backend 'scripted' lost its engine: the engine was killed"
         ]
-        backend.door.set()
+        backend.may_start.set()
         await session.wait_tasks([task], timeout=600)  # its own clock, one second
     assert (task.state, task.attempts) == (TaskState.DONE, 1)
 

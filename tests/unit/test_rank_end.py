@@ -24,7 +24,7 @@ def end_of(folder: Path, printed: bytes, errors: bytes = b"", code: int = 0, mos
     (folder / "p1.out").write_bytes(printed)
     (folder / "p1.err").write_bytes(errors)
     (folder / "p1.outcome").write_bytes(marshal.dumps(("", "", 42, code, 1.0, 2.0, 0)))
-    order = TaskRun(spec=ORDER, bindings={}, folder=str(results), attempt=1)
+    order = TaskRun(spec=ORDER, bindings={}, results_folder=str(results), attempt=1)
     found = rank_end(str(path), order, 0, most)
     assert found is not None and (found.started, found.ended) == (1.0, 2.0)
     assert sorted(entry.name for entry in folder.iterdir()) == ["results"], "nothing else is left"
@@ -72,5 +72,5 @@ def test_a_failed_program_tells_its_last_words(tmp_path: Path) -> None:
 
 
 def test_of_a_supervisor_that_was_killed_there_is_nothing(tmp_path: Path) -> None:
-    order = TaskRun(spec=ORDER, bindings={}, folder=str(tmp_path), attempt=1)
+    order = TaskRun(spec=ORDER, bindings={}, results_folder=str(tmp_path), attempt=1)
     assert rank_end(str(tmp_path / "p1"), order, 0, None) is None

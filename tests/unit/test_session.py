@@ -120,7 +120,7 @@ async def test_a_failure_that_nobody_awaits_is_silent() -> None:
 
 async def test_cancelling_a_waiter_does_not_cancel_the_task() -> None:
     backend = ScriptedBackend(echo)
-    backend.gate.clear()
+    backend.may_finish.clear()
     task = ComputeTask(work)
     async with Session([backend]) as session:
         await session.submit_tasks([task])
@@ -128,14 +128,14 @@ async def test_cancelling_a_waiter_does_not_cancel_the_task() -> None:
             await asyncio.wait_for(task, 0)
         with pytest.raises(TimeoutError, match="1 of 1 tasks"):
             await session.wait_tasks([task], timeout=0)
-        backend.gate.set()
+        backend.may_finish.set()
         assert await session.wait_tasks([task]) == [task]
     assert task.state is TaskState.DONE
 
 
 async def test_closing_ends_every_task_and_takes_no_more() -> None:
     backend = ScriptedBackend(echo)
-    backend.gate.clear()
+    backend.may_finish.clear()
     running = ComputeTask(work)
     waiting = ComputeTask(work, args=(running,))
     session = Session([backend])
@@ -154,7 +154,7 @@ async def test_cancel_ends_waiting_and_running_tasks_and_leaves_ended_ones() -> 
     async with Session([backend]) as session:
         await session.submit_tasks([done])
         await done
-        backend.gate.clear()
+        backend.may_finish.clear()
         running = ComputeTask(work)
         waiting = ComputeTask(work, args=(running,))
         await session.submit_tasks([running, waiting])

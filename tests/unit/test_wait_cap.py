@@ -30,7 +30,7 @@ class Silent:
 
 
 async def open_task(session: Session, backend: ScriptedBackend) -> Task:
-    backend.gate.clear()
+    backend.may_finish.clear()
     task = ComputeTask(abs, args=(1,))
     await session.submit_tasks([task])
     return task

@@ -1,1 +1,1 @@
-"""Functions and programs, in processes of an engine: what the Dragon and the local backend share."""
+"""Runs functions and programs in the processes of an engine, for the Dragon and the local backend."""

@@ -1,4 +1,4 @@
-"""Runs functions and programs in processes of an engine: what the Dragon and the local backend share."""
+"""The base class of the Dragon and the local backend, which run functions and programs in an engine."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ _RANKS_A_CORE = 32
 
 
 class ComputeBackend(BackendBase):
-    """Runs up to `num_workers` native functions at a time, and up to as many tasks in processes of their own.
+    """Runs up to `num_workers` native functions at a time, and as many tasks in processes of their own.
 
-    A job counts for as many as it has ranks; one with more ranks than `num_workers` runs alone. A worker runs its
-    functions one after the other; when it dies, only the running one fails. A worker, or an engine, that has been
-    stopped for `stall_s`, or an engine that has not answered for so long, counts as dead.
+    A job counts as many tasks as it has ranks; a job with more ranks than `num_workers` runs alone. A worker runs its
+    functions one after the other; when the worker dies, only the running function fails. A worker or an engine that
+    has been stopped for `stall_s` counts as dead, and so does an engine that has not answered for `stall_s`.
     """
 
     launcher: LauncherName
     dispatch: Literal["workers", "batch"] = "workers"
-    """With batch, a worker is started for a bundle of functions and ends with it."""
+    """With "batch", a worker is started for each bundle of functions, and ends with the bundle."""
     kinds: Collection[Kind] = ("function", "executable")
     start_limits_s: tuple[float, float] = (60.0, 120.0)
-    """How long a start may take, and a second one where the first failed: rarely, one of a few seconds hangs."""
+    """The seconds that a first start may take, and a second start after the first has failed. A start takes a few
+    seconds; rarely, it hangs."""
     num_workers: int
     progress: str = "not started"
     alternative: str = ""
-    """What else runs the same tasks."""
+    """The end of an error's text, which names another backend for the same tasks; may be empty."""
 
     def __init__(
         self,
@@ -52,9 +53,9 @@ class ComputeBackend(BackendBase):
         caps: Caps | None = None,
     ) -> None:
         self._cores = count_cores()
-        most = _RANKS_A_CORE * self._cores
-        if num_workers is not None and (not isinstance(num_workers, int) or not 1 <= num_workers <= most):
-            raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number from 1 to {most}.")
+        max_ranks = _RANKS_A_CORE * self._cores
+        if num_workers is not None and (not isinstance(num_workers, int) or not 1 <= num_workers <= max_ranks):
+            raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number from 1 to {max_ranks}.")
         self.name, self.stall_s = name, stall_s
         self.cwd = ""
         self.environment, self.caps = read_environment(environment), caps or Caps()
@@ -63,26 +64,30 @@ class ComputeBackend(BackendBase):
         self._engine: Engine | None = None
 
     def check(self, spec: TaskSpec) -> None:
-        """Refuses more ranks than this node can hold at once: each is two processes."""
-        if spec.layout.ranks > (most := _RANKS_A_CORE * self._cores):
+        """Raise InvalidTask where the task has more ranks than this node can hold; each rank takes two processes."""
+        if spec.layout.ranks > (max_ranks := _RANKS_A_CORE * self._cores):
             raise InvalidTask(
                 f"{spec.layout.ranks} ranks are too many for this machine of {self._cores} cores; "
-                f"valid is up to {most} ({_RANKS_A_CORE} a core)."
+                f"valid is up to {max_ranks} ({_RANKS_A_CORE} a core)."
             )
 
     def _refuse_to_start(self) -> None:
-        """Raise where this machine cannot run the engine."""
+        """Raise InvalidSettings or BackendUnavailable where this machine cannot run the engine."""
 
     def _host_command(self, config: Path) -> list[str]:
-        """The command that runs the host program."""
+        """The command that starts the node agent."""
         return [sys.executable, "-m", "rhapsody_mcp.engine.host", str(config)]
 
     def _host_environment(self, folder: Path, environment: dict[str, str]) -> dict[str, str]:
-        """The environment of the host program, made of that of the tasks; `folder` is the engine's own."""
+        """The environment of the node agent, made of `environment`, which is that of the tasks; `folder` is the
+        engine's folder."""
         return {**environment, "PATH": path_of_tasks(environment)}
 
     def work_in(self, folder: str) -> None:
-        """Raises InvalidRequest where tasks start in another folder already."""
+        """Set the working directory of tasks.
+
+        Raises InvalidRequest where the backend has started with another working directory.
+        """
         if self._engine is not None and folder != self.cwd:
             raise InvalidRequest(
                 f"backend {self.name!r} has started, and its tasks start in {self.cwd or os.getcwd()}; "
@@ -150,10 +155,10 @@ class ComputeBackend(BackendBase):
             host_environment=self._host_environment,
             book=self.book,
             before_start=self.before_start,
-            on_loss=self._lost,
+            on_loss=self._on_loss,
         )
 
-    def _lost(self) -> None:
+    def _on_loss(self) -> None:
         self.progress = "ended; the next task starts it anew"
 
     def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
@@ -188,6 +193,6 @@ class ComputeBackend(BackendBase):
 
 
 def path_of_tasks(environment: Mapping[str, str]) -> str:
-    """The user's own, and last the folder of this Python: `python3` is the same program whatever runs the task."""
+    """The PATH of tasks: the user's own, then the folder of this Python. So each backend finds the same `python3`."""
     folders = [*environment.get("PATH", os.defpath).split(os.pathsep), str(Path(sys.executable).parent)]
     return os.pathsep.join(dict.fromkeys(folders))

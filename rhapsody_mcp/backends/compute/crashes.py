@@ -1,4 +1,4 @@
-"""Finds out what became of the tasks of a worker that has ended, from start notes and output files."""
+"""Works out the outcomes of the tasks of a worker that has exited, from start notes and output files."""
 
 from __future__ import annotations
 
@@ -21,34 +21,36 @@ __all__ = ["noted_starts", "outcomes_after_exit"]
 async def outcomes_after_exit(
     tasks: Sequence[InFlightTask], exited: WorkerExited, output_bytes: int | None
 ) -> AsyncIterator[tuple[InFlightTask, Outcome]]:
-    """The outcomes of the tasks of a worker that has exited: of each that had started, or was to stop.
+    """Yield each of these tasks that had started, or was asked to stop, with its outcome; the others can run again.
 
-    The files with the output of the worker are deleted afterwards.
+    Deletes the output files of the worker at the end.
     """
     noted = await noted_starts(tasks)
     for task in tasks:
         if task.has_started(noted) or task.stop_cause is not None:
-            output = await asyncio.to_thread(_output, exited.output_path, task.task_run.folder, output_bytes)
+            output = await asyncio.to_thread(
+                _take_output, exited.output_path, task.task_run.results_folder, output_bytes
+            )
             yield task, stopped(task, output) if task.stop_cause else crashed(task, exited, output)
     await asyncio.to_thread(_remove_output, exited.output_path)
 
 
 async def noted_starts(tasks: Iterable[InFlightTask]) -> set[tuple[str, int]]:
-    """The starts that the folders of these tasks note: uids with the numbers of attempts."""
-    return await asyncio.to_thread(_read_starts, {task.task_run.folder for task in tasks})
+    """The starts that are noted in the results folders of these tasks, as pairs of a uid and an attempt's number."""
+    return await asyncio.to_thread(_read_starts, {task.task_run.results_folder for task in tasks})
 
 
 def _read_starts(folders: Iterable[str]) -> set[tuple[str, int]]:
     return {start for folder in folders for start in read_starts(folder)}
 
 
-def _output(path: str, folder: str, output_bytes: int | None) -> tuple[Stream, Stream]:
-    """What a worker left in its files; nothing where the files are gone, as for the second task that asks."""
-    stdout, stderr = (_move(f"{path}.{suffix}", folder, output_bytes) for suffix in STREAMS)
+def _take_output(path: str, folder: str, output_bytes: int | None) -> tuple[Stream, Stream]:
+    """Take stdout and stderr of a worker from its files; empty where an earlier task has taken them."""
+    stdout, stderr = (_move_stream(f"{path}.{suffix}", folder, output_bytes) for suffix in STREAMS)
     return stdout, stderr
 
 
-def _move(path: str, folder: str, output_bytes: int | None) -> Stream:
+def _move_stream(path: str, folder: str, output_bytes: int | None) -> Stream:
     try:
         return move_stream(path, folder, output_bytes)
     except OSError:

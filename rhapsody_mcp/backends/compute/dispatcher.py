@@ -1,4 +1,4 @@
-"""Decides which worker, and which node, gets which task."""
+"""Assigns tasks to workers and nodes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from rhapsody_mcp.model.states import Cause
 
 __all__ = ["Dispatcher"]
 
-_STOPPED_PER_TURN = 250  # ended tasks in one turn of the event loop: about 5 ms
-_QUICK_S = 0.005  # a worker with quicker functions gets several at once
-_MOST_SENT = 64
-_MOST_SENT_BYTES = 1024 * 1024  # the service holds what a worker has not read twice
-_SOON_S = 0.005
+_STOPPED_PER_TURN = 250  # stopped tasks that are finished in one turn of the event loop: about 5 ms
+_SHORT_S = 0.005  # a worker gets several functions at a time where each takes less than this
+_MAX_SENT = 64
+_MAX_SENT_BYTES = 1024 * 1024  # the service holds two copies of each message that a worker has not read
+_REPORT_DELAY_S = 0.005
 
 
 class Dispatcher:
-    """Takes tasks, and what the nodes and workers of one engine tell of them; it runs in the event loop.
+    """Assigns the tasks of one engine to its workers and nodes, and reports their starts and ends.
 
-    A native function goes to a worker, which runs one at a time. Each other task goes to the node with the most free
-    slots, as soon as the first in the queue finds enough of them. With `bundles` a worker is started for a bundle of
-    functions and ends with it. A worker that exits is handed to `on_exit` with the tasks that it had: `on_exit` sees to
-    it that each is finished or requeued. `stop_grace_s` is between an interrupt and the end of its worker.
+    Every method is called in the event loop. A native function goes to a worker, which runs one function at a time.
+    The other tasks start in the order of their queue, each on the node with the most free slots, once it has enough.
+    With `bundles`, a worker is started for each bundle of functions and ends with the bundle. When a worker exits,
+    `on_exit` gets the worker's tasks and must finish or requeue each. `stop_grace_s` is the time between the interrupt
+    of a function and the end of its worker.
     """
 
     def __init__(
@@ -60,23 +61,23 @@ class Dispatcher:
         self._gate = StartGate(before_start)
         self._workers: dict[str, Worker] = {}
         self._worker_count = 0
-        self._functions: deque[InFlightTask] = deque()
-        self._others: deque[InFlightTask] = deque()
-        self._reports_soon = False
+        self._function_queue: deque[InFlightTask] = deque()
+        self._process_queue: deque[InFlightTask] = deque()
+        self._report_scheduled = False
 
     # --- nodes and workers
 
     def add_node(self, node: Node) -> None:
         self.nodes.append(node)
         if self._bundles:
-            self._pump()
+            self._assign_tasks()
             return
         for _ in range(node.slots):
             self._start_worker(node)
 
     def _start_worker(self, node: Node) -> None:
         self._worker_count += 1
-        worker = Worker(str(self._worker_count), node, _MOST_SENT if self._bundles else 1)
+        worker = Worker(str(self._worker_count), node, _MAX_SENT if self._bundles else 1)
         self._workers[worker.name] = node.workers[worker.name] = worker
         node.send(StartWorker(worker.name))
 
@@ -88,18 +89,18 @@ class Dispatcher:
         return all(worker.function_channel is not None for worker in self._workers.values())
 
     def worker_ready(self, name: str, tasks: Channel) -> bool:
-        """A worker takes functions through this channel; False where no worker has this name any more."""
+        """The worker takes functions through the channel `tasks`. False where no worker has this name any more."""
         worker = self._workers.get(name)
         if worker is None:
             return False
         worker.function_channel = tasks
-        self._pump()
+        self._assign_tasks()
         if not self._bundles:
             self._recall_unstarted()
         return True
 
     def worker_listening(self, name: str, control: Channel) -> None:
-        """A worker takes interrupts through this channel."""
+        """The worker takes interrupts through the channel `control`."""
         if name in self._workers:
             self._workers[name].control_channel = control
 
@@ -115,7 +116,7 @@ class Dispatcher:
         self._hand_over_tasks(worker)
 
     def _hand_over_tasks(self, worker: Worker) -> None:
-        """Once a worker has exited and all its messages are received, replace it and hand its tasks over."""
+        """Once the worker has exited and its messages are received, pass its tasks to `on_exit`, and replace it."""
         if worker.exit is None or worker.function_channel is not None:
             return
         self._remove(worker)
@@ -125,10 +126,10 @@ class Dispatcher:
         self._on_exit(tasks, worker.exit)
         if not self.is_halted and not self._bundles:
             self._start_worker(worker.node)
-        self._pump()
+        self._assign_tasks()
 
     def worker_failed(self, name: str) -> bool:
-        """A worker could not be started; whether there are others."""
+        """The worker could not be started. Returns whether any other worker is left."""
         self._remove(self._workers[name])
         return bool(self._workers)
 
@@ -138,15 +139,15 @@ class Dispatcher:
         for task_run in task_runs:
             task = InFlightTask(task_run, report)
             self.tasks[task.uid] = task
-            (self._functions if task.runs_in_worker else self._others).append(task)
-        self._pump()
+            (self._function_queue if task.runs_in_worker else self._process_queue).append(task)
+        self._assign_tasks()
 
     def stop(self, uids: Iterable[str], cause: Cause) -> None:
-        """Ask for tasks to end, because they are canceled or their time is up."""
+        """Ask for these tasks to end; `cause` is CANCELED or TIMEOUT. Unknown and ended uids are ignored."""
         stopping = [task for uid in uids if (task := self.tasks.get(uid)) is not None and task.stop_cause is None]
         for task in stopping:
             task.stop_cause = cause
-        queued = [task for queue in (self._functions, self._others) for task in _take_stopped(queue)]
+        queued = [task for queue in (self._function_queue, self._process_queue) for task in _take_stopped(queue)]
         self._finish_stopped(queued)
         uids_left = {task.uid for task in stopping} - {task.uid for task in queued}
         for worker in dict.fromkeys(task.worker for task in stopping if task.worker is not None):
@@ -156,14 +157,14 @@ class Dispatcher:
                 task.node.send(CancelTask(task.uid))
 
     def _finish_stopped(self, queued: list[InFlightTask]) -> None:
-        """Finish these tasks, the first of many now and the others in later turns of the event loop."""
+        """Finish these tasks: up to _STOPPED_PER_TURN now, the others in later turns of the event loop."""
         for task in queued[:_STOPPED_PER_TURN]:
             self.finish(task, stopped(task))
         if rest := queued[_STOPPED_PER_TURN:]:
             asyncio.get_running_loop().call_soon(self._finish_stopped, rest)
 
     def _stop_assigned(self, worker: Worker, uids: Collection[str]) -> None:
-        """The task that runs comes last: none of the others starts in its place."""
+        """Stop these tasks of the worker, the running task last, so that no other of them starts in its place."""
         for task in reversed([task for task in worker.assigned.values() if task.uid in uids]):
             if task.is_sent:
                 self._interrupt(task, worker)
@@ -172,7 +173,7 @@ class Dispatcher:
                 self.finish(task, stopped(task))
 
     def _interrupt(self, task: InFlightTask, worker: Worker) -> None:
-        """First an exception inside the function; where that does not help, its worker is replaced."""
+        """Raise an exception in the function; where it still runs after `stop_grace_s`, stop its worker."""
         if worker.control_channel is not None:
             worker.control_channel.send(Interrupt(task.uid))
         asyncio.get_running_loop().call_later(self._stop_grace_s, self._stop_worker_of, task, worker)
@@ -182,37 +183,37 @@ class Dispatcher:
             worker.node.send(StopWorker(worker.name))
 
     def finish(self, task: InFlightTask, outcome: Outcome) -> None:
-        """Report the end of a task, unless that was reported before."""
+        """Report the end of the task. A second call does nothing."""
         if self.tasks.pop(task.uid, None) is not None:
             if task.timer is not None:
                 task.timer.cancel()
             task.report(Ended(task.uid, outcome))
 
     def requeue(self, tasks: Sequence[InFlightTask]) -> None:
-        """Give these tasks, in order, to other workers before all that wait, unless they have ended."""
+        """Put the tasks that have not ended at the head of the queue, in this order."""
         for task in reversed([task for task in tasks if task.uid in self.tasks]):
             self._requeue(task)
-        self._pump()
+        self._assign_tasks()
 
     def _requeue(self, task: InFlightTask) -> None:
         if task.stop_cause is not None:
             self.finish(task, stopped(task))
         else:
-            self._functions.appendleft(task)
+            self._function_queue.appendleft(task)
 
     # --- the end of the engine
 
     def halt(self) -> None:
-        """Give nothing to anybody any more."""
+        """Assign no further task."""
         self.is_halted = True
 
     def mark_canceled(self) -> None:
-        """Have each task end CANCELED that has not ended."""
+        """Let each task that has not ended end CANCELED."""
         for task in self.tasks.values():
             task.stop_cause = task.stop_cause or Cause.CANCELED
 
     def abandon(self, reason: str, noted_starts: Collection[tuple[str, int]]) -> None:
-        """End every task, or return it where it has not started; nothing of the engine runs any more."""
+        """Report each task as ended, or as returned where it has not started. No process of the engine is left."""
         for task in list(self.tasks.values()):
             if task.stop_cause is not None:
                 self.finish(task, stopped(task))
@@ -224,23 +225,23 @@ class Dispatcher:
 
     # --- who gets what
 
-    def _pump(self) -> None:
-        """Give workers and nodes what they have room for."""
+    def _assign_tasks(self) -> None:
+        """Assign queued tasks to the workers and nodes that have room."""
         if self.is_halted:
             return
         if self._bundles:
             self._start_workers_for_bundles()
         for worker in self._workers.values():
-            if self._functions and worker.is_ready:
-                self._feed(worker)
-        while self._others and (node := self._roomiest_node(self._others[0])) is not None:
-            task = self._others.popleft()
+            if self._function_queue and worker.is_ready:
+                self._feed_worker(worker)
+        while self._process_queue and (node := self._roomiest_node(self._process_queue[0])) is not None:
+            task = self._process_queue.popleft()
             task.node = node
             node.used_slots += node.slots_for(task)
-            self._gate.let_through([task], self._others, partial(self._start, task, node))
+            self._gate.let_through([task], self._process_queue, partial(self._start, task, node))
 
     def _roomiest_node(self, task: InFlightTask) -> Node | None:
-        """The node with the most free slots of those with room for this task."""
+        """Of the nodes with room for this task, the node with the most free slots; None where no node has room."""
         with_room = (node for node in self.nodes if node.has_room_for(task))
         return max(with_room, key=lambda node: node.free_slots, default=None)
 
@@ -257,31 +258,31 @@ class Dispatcher:
         if task.node is not None:
             task.node.used_slots -= task.node.slots_for(task)
         self.finish(task, outcome)
-        self._pump()
+        self._assign_tasks()
 
     def _start_workers_for_bundles(self) -> None:
-        """Start a worker for each bundle that waits; it gets its bundle when it is ready."""
-        bundles = -(-len(self._functions) // _MOST_SENT)
-        coming = sum(not worker.assigned for worker in self._workers.values())
-        for node in _by_turns(self.nodes, bundles - coming):
+        """Start a worker for each waiting bundle; the worker gets its bundle when it is ready."""
+        bundles = -(-len(self._function_queue) // _MAX_SENT)
+        starting = sum(not worker.assigned for worker in self._workers.values())
+        for node in _nodes_with_room(self.nodes, bundles - starting):
             self._start_worker(node)
 
-    def _feed(self, worker: Worker) -> None:
-        fair = -(-len(self._functions) // max(1, len(self._workers)))
-        room = max(0, min(worker.window, max(1, fair)) - len(worker.assigned))
+    def _feed_worker(self, worker: Worker) -> None:
+        fair_share = -(-len(self._function_queue) // max(1, len(self._workers)))
+        room = max(0, min(worker.window, max(1, fair_share)) - len(worker.assigned))
         share: list[InFlightTask] = []
         size = 0
-        while self._functions and len(share) < room and size < _MOST_SENT_BYTES:
-            task = self._functions.popleft()
+        while self._function_queue and len(share) < room and size < _MAX_SENT_BYTES:
+            task = self._function_queue.popleft()
             size += task.size
             share.append(task)
             task.worker = worker
             worker.assigned[task.uid] = task
         if share:
-            self._gate.let_through(share, self._functions, partial(self._send, worker, share))
+            self._gate.let_through(share, self._function_queue, partial(self._send, worker, share))
 
     def _send(self, worker: Worker, share: Iterable[InFlightTask]) -> None:
-        """Send the tasks of the share that are still this worker's."""
+        """Send those tasks of `share` that are still assigned to the worker."""
         if worker.function_channel is None:
             return
         messages: list[object] = []
@@ -290,16 +291,18 @@ class Dispatcher:
             assert isinstance(work, Call)
             if worker.assigned.get(task.uid) is task:
                 task.is_sent = True
-                messages.append(RunFunction(task.uid, work, task_run.bindings, task_run.folder, task_run.attempt))
+                messages.append(
+                    RunFunction(task.uid, work, task_run.bindings, task_run.results_folder, task_run.attempt)
+                )
         if messages:
             worker.function_channel.send(*messages)
-        else:  # all were canceled meanwhile
-            self._pump()
+        else:  # all tasks were canceled meanwhile
+            self._assign_tasks()
 
     def _recall_unstarted(self) -> None:
-        """Where a worker has nothing to do, recall tasks from others that have several and have not started them."""
+        """Where a worker is idle and no function is queued, recall tasks that wait in other workers."""
         workers = self._workers.values()
-        if self._functions or not any(not worker.assigned and worker.function_channel for worker in workers):
+        if self._function_queue or not any(not worker.assigned and worker.function_channel for worker in workers):
             return
         for worker in workers:
             if len(worker.assigned) > 1 and worker.control_channel is not None and not worker.recalled:
@@ -316,15 +319,15 @@ class Dispatcher:
         if task.worker is None:
             self._report_start(task)
             return
-        task.worker.recalled.discard(uid)  # too late to take it back
+        task.worker.recalled.discard(uid)  # too late to recall the task
         task.worker.newest_started = task
-        if not self._reports_soon:
-            self._reports_soon = True
-            asyncio.get_running_loop().call_later(_SOON_S, self._report_starts)
+        if not self._report_scheduled:
+            self._report_scheduled = True
+            asyncio.get_running_loop().call_later(_REPORT_DELAY_S, self._report_starts)
 
     def _report_starts(self) -> None:
-        """Report the functions that run now. One that ends soon nobody could see run, and reports take long."""
-        self._reports_soon = False
+        """Report the functions that run now. The starts of ended functions are not reported, which saves time."""
+        self._report_scheduled = False
         for worker in self._workers.values():
             task, worker.newest_started = worker.newest_started, None
             if task is not None and task.uid in worker.assigned:
@@ -339,36 +342,36 @@ class Dispatcher:
         task.report(Running(task.uid, task.started))
 
     def function_finished(self, worker_name: str, message: FunctionFinished) -> None:
-        """A worker has run a function to an end; the worker may have exited meanwhile."""
+        """A function has ended in a worker, which may have exited meanwhile."""
         worker, task = self._workers.get(worker_name), self.tasks.get(message.uid)
         if worker is not None:
             worker.assigned.pop(message.uid, None)
         if task is not None:
             self.finish(task, finished(task, message))
         if worker is not None:
-            self._go_on(worker, message)
+            self._adjust_and_feed(worker, message)
 
-    def _go_on(self, worker: Worker, message: FunctionFinished) -> None:
-        """Find out how much a worker is sent at a time, and send more."""
+    def _adjust_and_feed(self, worker: Worker, message: FunctionFinished) -> None:
+        """Set how many functions the worker may have at a time, and send it more functions."""
         if self._bundles:
-            self._let_go(worker)
+            self._end_idle_worker(worker)
             return
-        quick = message.ended - message.started < _QUICK_S
-        worker.window = min(worker.window * 2, _MOST_SENT) if quick else 1
+        is_short = message.ended - message.started < _SHORT_S
+        worker.window = min(worker.window * 2, _MAX_SENT) if is_short else 1
         worker.recalled.discard(message.uid)
-        if self._functions and not self.is_halted:
+        if self._function_queue and not self.is_halted:
             if len(worker.assigned) <= worker.window // 2:
-                self._feed(worker)
+                self._feed_worker(worker)
         elif not worker.assigned:
             self._recall_unstarted()
 
-    def _let_go(self, worker: Worker) -> None:
-        """Have a worker end that has run its bundle: it ends where its connection does."""
+    def _end_idle_worker(self, worker: Worker) -> None:
+        """Close the connection of a worker that has run its bundle; the worker then exits."""
         if not worker.assigned and worker.function_channel is not None:
             worker.function_channel.close()
 
     def task_revoked(self, uid: str) -> None:
-        """A worker gives this task back; it has not started there, and will not."""
+        """The worker gives this task back: the task has not started there and never will."""
         task = self.tasks.get(uid)
         if task is None or task.worker is None:
             return
@@ -378,13 +381,13 @@ class Dispatcher:
         self.requeue([task])
 
     def task_ended(self, uid: str, outcome: Outcome) -> None:
-        """A task in processes of its own has ended."""
+        """A program or a job has ended."""
         if (task := self.tasks.get(uid)) is not None:
             self._end_on_node(task, outcome)
 
 
 def _take_stopped(queue: deque[InFlightTask]) -> list[InFlightTask]:
-    """Take the tasks that are to stop out of the queue; the tasks, in order."""
+    """Remove the tasks with a stop cause from the queue, and return them in order."""
     taken = [task for task in queue if task.stop_cause is not None]
     if taken:
         kept = [task for task in queue if task.stop_cause is None]
@@ -393,8 +396,8 @@ def _take_stopped(queue: deque[InFlightTask]) -> list[InFlightTask]:
     return taken
 
 
-def _by_turns(nodes: Sequence[Node], count: int) -> Iterator[Node]:
-    """Up to `count` nodes for one more worker each, always the one with room for the most; the caller adds it."""
+def _nodes_with_room(nodes: Sequence[Node], count: int) -> Iterator[Node]:
+    """Yield up to `count` times the node with room for the most workers; the caller adds a worker to each."""
     for _ in range(count):
         node = max(nodes, key=lambda node: node.slots - len(node.workers), default=None)
         if node is None or len(node.workers) >= node.slots:

@@ -1,4 +1,4 @@
-"""One life of an engine: its start, what keeps and watches it, its loss, its end."""
+"""Starts the processes of an engine, watches them, and ends them."""
 
 from __future__ import annotations
 
@@ -47,19 +47,22 @@ from rhapsody_mcp.model.specs import Caps
 
 __all__ = ["Engine", "EngineConfig"]
 
-_GAVE_UP = "leftover files in /dev/shm"
-"""Dragon's launcher says it last of all; rarely, it stays after that."""
+_GAVE_UP_TEXT = "leftover files in /dev/shm"
+"""The last words of Dragon's launcher when it gives up its start; rarely, the launcher does not exit after them."""
 _SHM_FILE = re.compile(r"DD\w+|\w*\d[DM]|warning: \d+ leftover files in /dev/shm: ?")
-_LOOK_S = 1.0
-_CLOSING_S = 15.0  # the keeper's own grace, and then some
-_LOST_S = 1.5
+_LOG_INTERVAL_S = 1.0
+_CLOSE_PATIENCE_S = 15.0  # longer than the keeper's own grace
+_LOSS_PATIENCE_S = 1.5
 _LAST_MESSAGES_S = 2.0
 
 
 class EngineConfig(NamedTuple):
-    """What a backend has its engine be. `host_command` and `host_environment` are of the program on a node, made of
-    the path of its configuration, and of the engine's folder with the environment of the tasks. `on_loss` is called
-    once where the engine ends by itself."""
+    """The settings of an engine.
+
+    `host_command` makes the command of the node agent from the path of its configuration. `host_environment` makes the
+    environment of the node agent from the engine's folder and the environment of tasks. `cwd` is the working directory
+    of tasks. `on_loss` is called once where the engine ends by itself.
+    """
 
     backend_name: str
     launcher: LauncherName
@@ -77,14 +80,14 @@ class EngineConfig(NamedTuple):
 
 
 class Engine:
-    """One life of an engine, from the start of its keeper until nothing of it is left."""
+    """One engine, from the start of its keeper until no process and no file of the engine is left."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self.loss: str | None = None
-        """Why the engine takes nothing any more, once that is so."""
+        """Why the engine takes no more tasks; None while it takes tasks."""
         self.dispatcher = Dispatcher(
-            on_exit=self._settle,
+            on_exit=self._on_worker_exit,
             before_start=config.before_start,
             bundles=config.bundles,
             stop_grace_s=GRACE_S,
@@ -99,7 +102,7 @@ class Engine:
         self._agents: dict[Connection, Node] = {}
         self._unanswered: Counter[Connection] = Counter()
         self._worker_names: dict[Connection, str] = {}
-        self._settling: set[asyncio.Task[None]] = set()
+        self._exits_in_progress: set[asyncio.Task[None]] = set()
         loop = asyncio.get_running_loop()
         self._node_ready: asyncio.Future[None] = loop.create_future()
         self._worker_ready: asyncio.Future[None] = loop.create_future()
@@ -110,23 +113,26 @@ class Engine:
     # --- its start
 
     async def start(self, limit_s: float) -> None:
-        """Returns when a node and a worker can take tasks; the other workers come soon after."""
+        """Start the engine; return when a node and a worker can take tasks. The other workers get ready soon after.
+
+        Raises BackendUnavailable where that takes longer than `limit_s`, or where the engine ends before.
+        """
         address = await self._transport.listen(self)
         self._keeper = await self._start_keeper(address)
         self._watches.append(asyncio.create_task(self._watch_keeper(self._keeper)))
-        giving_up = asyncio.create_task(self._watch_log())
+        log_watch = asyncio.create_task(self._watch_log())
         try:
             async with asyncio.timeout(limit_s):
                 await self._node_ready
-                self._watches.append(asyncio.create_task(self._watch_pulse(self._keeper.pid)))
+                self._watches.append(asyncio.create_task(self._watch_liveness(self._keeper.pid)))
                 if not self._config.bundles:
                     await self._worker_ready
-                    self._watches.append(asyncio.create_task(self._watch_others(limit_s)))
+                    self._watches.append(asyncio.create_task(self._watch_worker_starts(limit_s)))
         except TimeoutError as error:
             message = f"the engine of {self._backend} was not ready in {limit_s:.0f} s"
             raise BackendUnavailable(message + self._last_words()) from error
         finally:
-            giving_up.cancel()
+            log_watch.cancel()
 
     async def _start_keeper(self, address: str) -> KeeperHandle:
         config, path = self._config, self._folder.path / "host.json"
@@ -157,23 +163,23 @@ class Engine:
         self.lose(f"the engine of {self._backend} ended with exit code {code}{self._last_words()}")
 
     async def _watch_log(self) -> None:
-        """Notice a launcher that gave up and does not end."""
-        while _GAVE_UP not in self._read_log():  # noqa: ASYNC110 - a file's growth is no event
-            await asyncio.sleep(_LOOK_S)
+        """Lose the engine where its launcher has given up and does not exit."""
+        while _GAVE_UP_TEXT not in self._read_log():  # noqa: ASYNC110 - a file's growth is no event
+            await asyncio.sleep(_LOG_INTERVAL_S)
         self.lose(f"the engine of {self._backend} gave up its start{self._last_words()}")
 
-    async def _watch_others(self, limit_s: float) -> None:
-        """Notice that the start of a further worker hangs: every start after it would wait for it."""
+    async def _watch_worker_starts(self, limit_s: float) -> None:
+        """Lose the engine where the start of a further worker hangs, because later starts would wait for that start."""
         try:
             async with asyncio.timeout(limit_s):
                 await asyncio.wait([self._workers_ready])
         except TimeoutError:
             self.lose(f"a worker of {self._backend} was not ready in {limit_s:.0f} s{self._last_words()}")
 
-    async def _watch_pulse(self, keeper: int) -> None:
-        """Notice an engine that somebody has stopped, and a node agent that does not answer.
+    async def _watch_liveness(self, keeper: int) -> None:
+        """Lose the engine where its keeper is stopped (as by SIGSTOP), or where a node agent does not answer pings.
 
-        Unanswered pings are counted, and not seconds: a machine that was asleep has missed none.
+        Unanswered pings count, not seconds: a machine that was asleep has no unanswered pings.
         """
         stop_detector, stall_s = StopDetector(), self._config.stall_s
         while self._agents:
@@ -203,22 +209,24 @@ class Engine:
 
     # --- its end
 
-    def lose(self, reason: str, patience_s: float = _LOST_S) -> None:
-        """The engine is gone, or has to go: what runs there is lost, and other tasks are returned once none of it is
-        left. After `patience_s` it is killed."""
+    def lose(self, reason: str, patience_s: float = _LOSS_PATIENCE_S) -> None:
+        """End an engine that has failed; after `patience_s` the engine is killed.
+
+        Once none of its processes is left, tasks that had started end with cause lost, and the others are returned.
+        """
         if self.loss is None:
             self._config.on_loss()
             self._stop(reason, patience_s)
 
     async def close(self) -> None:
-        """End every process, then every task."""
+        """End every process of the engine, then every task; return when none is left."""
         self.dispatcher.mark_canceled()
         if self.loss is None:
-            self._stop(f"{self._backend} was closed", _CLOSING_S)
+            self._stop(f"{self._backend} was closed", _CLOSE_PATIENCE_S)
         await self.ended()
 
     async def ended(self) -> None:
-        """Wait until nothing of it is left, where it is lost."""
+        """Wait until nothing of an engine is left that was closed or lost; return at once for any other."""
         if self._ending is not None:
             await asyncio.shield(self._ending)
 
@@ -228,7 +236,7 @@ class Engine:
         for step in (self._node_ready, self._worker_ready, self._workers_ready):
             if not step.done():
                 step.set_exception(BackendUnavailable(reason))
-                step.exception()  # nobody may be waiting any more
+                step.exception()  # perhaps nobody waits for this step
         self._ending = asyncio.create_task(self._end(reason, patience_s))
 
     async def _end(self, reason: str, patience_s: float) -> None:
@@ -237,7 +245,7 @@ class Engine:
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_MESSAGES_S):
                 await self._workers_silent.wait()
-        await asyncio.gather(*self._settling)
+        await asyncio.gather(*self._exits_in_progress)
         self.dispatcher.abandon(reason, await noted_starts(self.dispatcher.tasks.values()))
         for watch in self._watches:
             watch.cancel()
@@ -245,11 +253,11 @@ class Engine:
         self._folder.remove()
 
     async def _end_keeper(self, keeper: KeeperHandle, patience_s: float) -> None:
-        """Let the keeper end what it keeps; where that takes too long, end it from here."""
+        """Let the keeper end the engine; where that takes too long, end the engine's processes from here."""
         keeper.stop_engine()
-        if not await _ends(keeper, patience_s):
+        if not await _ends_within(keeper, patience_s):
             await asyncio.to_thread(end, lambda: marked(ENGINE, self._mark))
-            if is_stopped(keeper.pid) or not await _ends(keeper, _CLOSING_S):
+            if is_stopped(keeper.pid) or not await _ends_within(keeper, _CLOSE_PATIENCE_S):
                 keeper.kill()
         await keeper.wait()
 
@@ -258,7 +266,7 @@ class Engine:
     def received(self, connection: Connection, messages: Sequence[ToBackend]) -> None:
         finished = {message.uid for message in messages if type(message) is FunctionFinished}
         for message in messages:
-            if not (type(message) is TaskStarted and message.uid in finished):  # nobody could see it run
+            if not (type(message) is TaskStarted and message.uid in finished):  # nobody could see the task run
                 self._receive(connection, message)
 
     def _receive(self, connection: Connection, message: ToBackend) -> None:
@@ -291,7 +299,7 @@ class Engine:
             self.dispatcher.worker_disconnected(worker, connection)
         if not self._worker_names:
             self._workers_silent.set()
-        if (node := self._agents.pop(connection, None)) is not None:  # its launcher may stay without it
+        if (node := self._agents.pop(connection, None)) is not None:  # the launcher may stay without its node agent
             node.agent = None
             self.lose(f"the engine of {self._backend} lost its host{self._last_words()}")
 
@@ -306,43 +314,43 @@ class Engine:
         )
         self._agents[agent] = node
         self.dispatcher.add_node(node)
-        _resolve(self._node_ready)
+        _set_done(self._node_ready)
 
     def _on_worker_ready(self, connection: Connection, worker: str) -> None:
         if self.dispatcher.worker_ready(worker, connection):
             self._worker_names[connection] = worker
             self._workers_silent.clear()
-            _resolve(self._worker_ready)
-            self._look_for_workers()
+            _set_done(self._worker_ready)
+            self._check_workers_ready()
 
     def _on_worker_failed(self, message: WorkerStartFailed) -> None:
         if self.dispatcher.worker_failed(message.worker):
-            self._look_for_workers()
+            self._check_workers_ready()
         else:
             self.lose(f"{self._backend} could not place a worker: {message.error}")
 
-    def _look_for_workers(self) -> None:
+    def _check_workers_ready(self) -> None:
         if self.dispatcher.all_workers_ready:
-            _resolve(self._workers_ready)
+            _set_done(self._workers_ready)
 
-    def _settle(self, tasks: Sequence[InFlightTask], exited: WorkerExited) -> None:
-        """Find out which tasks of a worker that has exited had started, and have the others run elsewhere."""
-        settling = asyncio.create_task(self._settle_tasks(tasks, exited))
-        self._settling.add(settling)
-        settling.add_done_callback(self._settling.discard)
+    def _on_worker_exit(self, tasks: Sequence[InFlightTask], exited: WorkerExited) -> None:
+        """Finish those tasks of a worker that has exited which had started, and requeue the others."""
+        finishing = asyncio.create_task(self._finish_started(tasks, exited))
+        self._exits_in_progress.add(finishing)
+        finishing.add_done_callback(self._exits_in_progress.discard)
 
-    async def _settle_tasks(self, tasks: Sequence[InFlightTask], exited: WorkerExited) -> None:
+    async def _finish_started(self, tasks: Sequence[InFlightTask], exited: WorkerExited) -> None:
         async for task, outcome in outcomes_after_exit(tasks, exited, self._config.caps.output_bytes):
             self.dispatcher.finish(task, outcome)
         self.dispatcher.requeue(tasks)
 
 
-def _resolve(step: asyncio.Future[None]) -> None:
+def _set_done(step: asyncio.Future[None]) -> None:
     if not step.done():
         step.set_result(None)
 
 
-async def _ends(keeper: KeeperHandle, within_s: float) -> bool:
+async def _ends_within(keeper: KeeperHandle, within_s: float) -> bool:
     with suppress(TimeoutError):
         async with asyncio.timeout(within_s):
             await keeper.wait()

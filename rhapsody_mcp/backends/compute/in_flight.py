@@ -1,4 +1,4 @@
-"""What is under way in an engine, as the backend sees it: nodes, their workers, and tasks that have not ended."""
+"""The backend's records of a running engine: nodes, their workers, and the tasks that have not ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Channel", "InFlightTask", "Node", "Worker"]
 
 
 class Channel(Protocol):
-    """Takes messages for a process of the engine."""
+    """Sends messages to one process of the engine."""
 
     def send(self, *messages: object) -> None: ...
 
@@ -23,9 +23,9 @@ class Channel(Protocol):
 
 
 class Node:
-    """A node with its hardware. `slots` is how many functions, and how many ranks of other tasks, run there at a time.
+    """A node with its hardware. `slots` functions, and as many ranks of other tasks, can run on the node at a time.
 
-    `agent` leads to its node agent, and is None once that is gone.
+    `agent` is the channel to the node agent; None once the agent is gone.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Node:
         self.used_slots = 0
 
     def slots_for(self, task: InFlightTask) -> int:
-        """The slots that a task takes here: a job with more ranks than there are slots takes all of them."""
+        """The slots that a task takes on this node; a job with more ranks than the node has slots takes all slots."""
         return min(task.slots, self.slots)
 
     def has_room_for(self, task: InFlightTask) -> bool:
@@ -55,7 +55,7 @@ class Node:
         return self.slots - self.used_slots
 
     def send(self, message: object) -> None:
-        """Send a message to the node agent; nothing happens where that is gone."""
+        """Send a message to the node agent; does nothing where the agent is gone."""
         if self.agent is not None:
             self.agent.send(message)
 
@@ -69,11 +69,11 @@ class Worker:
         self.function_channel: Channel | None = None
         self.control_channel: Channel | None = None
         self.assigned: dict[str, InFlightTask] = {}
-        """The tasks of the worker by uid: the running task, then those that wait in the worker or are on their way."""
+        """The tasks of the worker by uid: first the running task, then the tasks that wait to be sent or to run."""
         self.recalled: set[str] = set()
-        """Tasks that the worker was asked to give back."""
+        """The uids of the tasks that the worker was asked to give back."""
         self.newest_started: InFlightTask | None = None
-        """The task that has started last, until that is reported."""
+        """The task that has started last, until its start is reported."""
         self.window = window
         """How many functions the worker may have at a time."""
         self.exit: WorkerExited | None = None
@@ -85,7 +85,7 @@ class Worker:
 
 
 class InFlightTask:
-    """A task that has not ended. It waits in a queue, then belongs to a `worker`, or has slots of a `node`."""
+    """A task that has not ended. A task waits in a queue, and then has a `worker`, or slots of a `node`."""
 
     __slots__ = (
         *("is_sent", "node", "permission", "permission_asked", "report", "runs_in_worker", "started", "stop_cause"),
@@ -109,7 +109,7 @@ class InFlightTask:
 
     @property
     def size(self) -> int:
-        """The bytes of function and arguments, which a worker gets."""
+        """The size of the function and its arguments, in bytes; 0 for a program."""
         work = self.task_run.spec.work
         return len(work.code) + len(work.arguments) if isinstance(work, Call) else 0
 
@@ -118,5 +118,5 @@ class InFlightTask:
         return max(1, self.task_run.spec.layout.ranks)
 
     def has_started(self, noted: Collection[tuple[str, int]]) -> bool:
-        """By its worker's message, or by the start notes: uids with the numbers of attempts."""
+        """Whether the task has started, by its worker's message or by `noted`, pairs of a uid and an attempt."""
         return self.started is not None or (self.uid, self.task_run.attempt) in noted

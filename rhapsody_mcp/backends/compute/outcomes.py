@@ -20,7 +20,7 @@ _NO_OUTPUT = (Stream(), Stream())
 
 
 def finished(task: InFlightTask, message: FunctionFinished) -> Outcome:
-    """The outcome of a function that its worker has run to an end."""
+    """The outcome of a function that has ended in its worker."""
     result = message.result
     if message.interrupted and task.stop_cause is not None:
         return stopped(task, (message.stdout, message.stderr), message.started)
@@ -41,7 +41,7 @@ def finished(task: InFlightTask, message: FunctionFinished) -> Outcome:
 
 
 def stopped(task: InFlightTask, output: tuple[Stream, Stream] = _NO_OUTPUT, started: float | None = None) -> Outcome:
-    """The outcome of a task that was canceled, or whose time was up; `output` is stdout and stderr."""
+    """The outcome of a task that was canceled or reached its time limit; `output` is stdout and stderr."""
     cause = task.stop_cause or Cause.CANCELED
     outcome = Outcome(
         state=TaskState.FAILED if cause is Cause.TIMEOUT else TaskState.CANCELED,
@@ -54,13 +54,13 @@ def stopped(task: InFlightTask, output: tuple[Stream, Stream] = _NO_OUTPUT, star
 
 
 def crashed(task: InFlightTask, exited: WorkerExited, output: tuple[Stream, Stream]) -> Outcome:
-    """The outcome of a function whose worker ended under it."""
+    """The outcome of a function whose worker exited before the function returned."""
     message = f"its process {exited.why or how_it_ended(exited.exit_code)} before the function returned."
     return _with_output(_failed(Cause.CRASHED, message, task.started, exited.exit_code), output)
 
 
 def lost(task: InFlightTask, reason: str) -> Outcome:
-    """The outcome of a task whose engine ended under it."""
+    """The outcome of a task that had started when its engine ended."""
     return _failed(Cause.LOST, reason, task.started)
 
 

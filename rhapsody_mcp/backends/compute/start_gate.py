@@ -1,4 +1,4 @@
-"""Keeps tasks from their start until whoever records starts has recorded them."""
+"""Holds tasks back until `before_start` has recorded that they may start."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rhapsody_mcp.backends.compute.in_flight import InFlightTask
 
 __all__ = ["StartGate"]
 
-_AHEAD = 512
-"""Tasks per record: those that start now, and the next in the queue."""
+_QUEUED_PER_REQUEST = 512
+"""How many queued tasks are recorded together with the tasks that start now: one record costs a write to the disk."""
 _VALID_S = 1.0
-"""How long a permission stays valid, in seconds: later, the ledger may not be writable any more."""
+"""How long an answer of `before_start` stays valid, in seconds: later, the ledger may have become read-only."""
 
 
 class StartGate:
-    """Asks `before_start`, where there is one, for batches of tasks."""
+    """Asks `before_start` for permission to start tasks, many tasks at a time; without `before_start` all may start."""
 
     def __init__(self, before_start: BeforeStart | None) -> None:
         self._before_start = before_start
@@ -26,8 +26,10 @@ class StartGate:
     def let_through(
         self, tasks: Sequence[InFlightTask], queue: Sequence[InFlightTask], start: Callable[[], None]
     ) -> None:
-        """Call `start` once these tasks may start; never where one may not. The next tasks of the queue are asked for
-        together with these."""
+        """Call `start` once all these tasks may start; never where one of them may not.
+
+        Permission for the next tasks of `queue` is asked for in the same request.
+        """
         if self._before_start is None:
             start()
             return
@@ -39,17 +41,17 @@ class StartGate:
             start()
 
     def _ask(self, before_start: BeforeStart, tasks: Sequence[InFlightTask], queue: Sequence[InFlightTask]) -> None:
-        now, middle = asyncio.get_running_loop().time(), _AHEAD // 2
+        now, middle = asyncio.get_running_loop().time(), _QUEUED_PER_REQUEST // 2
         further = [queue[middle]] if len(queue) > middle else []
-        if not any(_has_to_ask(task, now) for task in (*tasks, *further)):
+        if not any(_needs_permission(task, now) for task in (*tasks, *further)):
             return
-        nearest = itertools.chain(tasks, itertools.islice(queue, _AHEAD))
-        asking = [task for task in nearest if _has_to_ask(task, now)]
-        permission = asyncio.ensure_future(before_start([task.uid for task in asking]))
-        for task in asking:
+        nearest = itertools.chain(tasks, itertools.islice(queue, _QUEUED_PER_REQUEST))
+        unpermitted = [task for task in nearest if _needs_permission(task, now)]
+        permission = asyncio.ensure_future(before_start([task.uid for task in unpermitted]))
+        for task in unpermitted:
             task.permission, task.permission_asked = permission, now
 
 
-def _has_to_ask(task: InFlightTask, now: float) -> bool:
-    """Whether `before_start` was not asked for this task, or its answer is too old."""
+def _needs_permission(task: InFlightTask, now: float) -> bool:
+    """Whether the task has no permission yet, or one that is too old."""
     return task.permission is None or (now - task.permission_asked > _VALID_S and task.permission.done())

@@ -1,6 +1,7 @@
-"""How the processes of an engine reach the backend: today over a Unix socket on this machine.
+"""Connections between the backend and the processes of an engine, over a Unix socket on this machine.
 
-Another transport has another `Transport`, and a branch in `engine.transport.connect` for the form of its addresses.
+Another transport needs a class that implements `Transport`, and a branch in `engine.transport.connect` for the form of
+its addresses.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _CHUNK = 1 << 18
 
 
 class Connection(Protocol):
-    """A connection from one process of an engine: its node agent, or a worker, which has two."""
+    """A connection from one process of an engine. A node agent has one connection, a worker has two."""
 
     def send(self, *messages: object) -> None:
         """Send messages in this order; never blocks. Nothing happens where the other end is gone."""
@@ -31,25 +32,25 @@ class Connection(Protocol):
 
 
 class Receiver(Protocol):
-    """Gets what comes in, in the event loop."""
+    """Receives messages and disconnections; its methods are called in the event loop."""
 
     def received(self, connection: Connection, messages: Sequence[ToBackend]) -> None:
-        """The messages of one read, at least one, in the order in which they were sent."""
+        """Take the messages of one read: at least one, in the order in which they were sent."""
 
     def disconnected(self, connection: Connection) -> None:
-        """The other end is gone, and each of its messages has been received."""
+        """The other end is gone, and `received` has had each of its messages."""
 
 
 class Transport(Protocol):
     async def listen(self, receiver: Receiver) -> str:
-        """Accept connections; the address that the processes of the engine connect to."""
+        """Accept connections; returns the address for the processes of the engine."""
 
     def close(self) -> None:
-        """Accept no further connection, and end each that there is."""
+        """Accept no further connection, and end each open one."""
 
 
 class UnixTransport:
-    """A Unix socket in a folder that only this user can enter."""
+    """Listens at a Unix socket in `folder`, which only this user can enter."""
 
     def __init__(self, folder: Path) -> None:
         self._path = str(folder / "backend")
@@ -69,7 +70,7 @@ class UnixTransport:
 
 
 class _UnixConnection(asyncio.Protocol):
-    """One connection, which is in `connections` for as long as it lasts."""
+    """One open connection; it is a member of `connections` while it is open."""
 
     transport: asyncio.Transport
 
@@ -78,7 +79,7 @@ class _UnixConnection(asyncio.Protocol):
         self._frames: Frames[ToBackend] = Frames(ToBackend)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's transports are no asyncio.Transport
         self._connections.add(self)
 
     def data_received(self, data: bytes) -> None:
@@ -92,9 +93,9 @@ class _UnixConnection(asyncio.Protocol):
         self._receiver.disconnected(self)
 
     def _receive_rest(self) -> None:
-        """A write to a process that has died ends the connection; earlier messages from there are still to be read."""
+        """Read the messages that a process sent before it died: a failed write ends the connection before that."""
         descriptor = self.transport.get_extra_info("socket").fileno()
-        with suppress(OSError):  # there is no more
+        with suppress(OSError):  # the socket has no more data
             while data := os.read(descriptor, _CHUNK):
                 self.data_received(data)
 

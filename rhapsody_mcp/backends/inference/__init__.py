@@ -1,1 +1,1 @@
-"""Prompts, sent to OpenAI-compatible servers: what every inference backend shares."""
+"""Sends prompts to OpenAI-compatible servers, for the vLLM and the endpoint backend."""

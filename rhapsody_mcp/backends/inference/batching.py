@@ -1,4 +1,4 @@
-"""Sends prompts to servers: those with the same parameters that wait at the same time go out together."""
+"""Sends prompts to servers; waiting prompts with the same parameters share a request."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from typing import Any
 
 import msgspec
 
-from rhapsody_mcp.backends.inference.openai_client import Answer, ChatServer, Conversation, Lost, Refused
+from rhapsody_mcp.backends.inference.openai_client import Answer, ChatServer, Conversation, RequestRefused, ServerLost
 from rhapsody_mcp.model.errors import InvalidSettings
 
 __all__ = ["Limits", "Prompt", "PromptBatcher", "read_limits"]
 
-_EXCHANGES = 8  # batches of the same parameters that one server works on: it joins them, and they end one by one
+_EXCHANGES_PER_GROUP = 8  # open requests of one group on a server, which runs all their prompts together
 _NO_SUCH_ADDRESS = (404, 405, 501)
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """`batch` is the most prompts in one request, `at_once` the most that one server has at a time, and `requests` the
-    most requests, unless a prompt has waited too long. A prompt for which a server has room waits `wait_s` at most, for
-    others to go with."""
+    """Bounds for each server.
+
+    `batch` is the most prompts in one request, `at_once` the most prompts that a server has at a time, and `requests`
+    the most requests, which a prompt that has waited `wait_s` may exceed. A prompt that a server has room for waits
+    `wait_s` seconds at most for other prompts to share its request.
+    """
 
     batch: int = 32
     at_once: int = 1024
@@ -32,10 +35,10 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 def read_limits(max_batch_size: int, wait_s: float, *, batches: bool = True, our_own: bool = False) -> Limits:
-    """The limits that a backend's user gives; without `batches`, every prompt is a request of its own. A server that is
-    `our_own` gets as many requests as prompts.
+    """Make limits of a backend's arguments. Without `batches`, each prompt is sent as a request of its own.
 
-    Raises InvalidSettings.
+    With `our_own`, for a server that this package started, the number of requests is bounded like that of prompts.
+    Raises InvalidSettings where an argument is out of range.
     """
     if not isinstance(max_batch_size, int) or max_batch_size < 1:
         raise InvalidSettings(f"max_batch_size is {max_batch_size!r}; valid is a whole number of at least 1.")
@@ -46,10 +49,11 @@ def read_limits(max_batch_size: int, wait_s: float, *, batches: bool = True, our
 
 
 class Prompt:
-    """A conversation on its way to a server. `answer` ends with an Answer, or raises Refused or Lost.
+    """A conversation that waits for a server or for its answer. `answer` gives an Answer, or raises RequestRefused
+    or ServerLost.
 
-    `parameters` is what all of a batch has in common; `group` keeps apart prompts that shall not share a batch although
-    their parameters are the same. `sent` is called when it goes out, also when it goes out again.
+    Prompts share a request only where their `group` is the same; then their `parameters` must be the same too. `sent`
+    is called each time that the prompt is sent to a server.
     """
 
     def __init__(
@@ -57,8 +61,8 @@ class Prompt:
     ) -> None:
         self.conversation, self.parameters, self.group, self.sent = conversation, parameters, group, sent
         self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.since = asyncio.get_running_loop().time()
-        self.alone = parameters.get("n", 1) > 1  # a batch takes one answer a prompt
+        self.queued_at = asyncio.get_running_loop().time()
+        self.alone = parameters.get("n", 1) > 1  # the batch API gives one answer for each prompt
         self.waiting = True
         self.exchange: asyncio.Task[list[Answer]] | None = None
 
@@ -73,35 +77,38 @@ class Prompt:
     def fail(self, error: Exception) -> None:
         if not self.answer.done():
             self.answer.set_exception(error)
-            self.answer.exception()  # whoever awaits it still gets it; unawaited, it is no news
+            self.answer.exception()  # so asyncio does not log it where nobody awaits the answer
 
 
 class PromptBatcher:
-    """Shares prompts out among servers, the least busy first.
+    """Distributes prompts among servers; each request goes to the server with the fewest prompts.
 
-    A prompt goes out at once where a server has few requests that are like it. Otherwise it waits until one of them
-    ends, or until `limits.wait_s` are over, and then takes along what is like it. A batch that fails is sent again one
-    by one, so that a bad prompt fails alone; so is everything, to a server that takes no batches.
+    A prompt is sent at once where a server has few requests of the prompt's group. Otherwise the prompt waits until one
+    of these requests ends, or for `limits.wait_s` seconds, and is then sent in one request with waiting prompts of its
+    group. After a refused batch its prompts are sent one by one, so that a bad prompt fails alone. A server without the
+    batch API gets every prompt in a request of its own.
     """
 
     def __init__(self, servers: Iterable[ChatServer], limits: Limits) -> None:
         self._loads = [_ServerLoad(server) for server in servers]
         self._limits = limits
         self._queue: deque[Prompt] = deque()
-        self._alike: dict[tuple[bytes, int], deque[Prompt]] = {}
+        self._queues_by_key: dict[tuple[bytes, int], deque[Prompt]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._exchanges: set[asyncio.Task[list[Answer]]] = set()
 
     def ask(self, prompts: Sequence[Prompt]) -> None:
-        """Take these prompts; those that are asked in the same turn of the event loop can go together."""
+        """Queue these prompts; prompts that are queued in the same turn of the event loop can share a request."""
         for prompt in prompts:
             self._queue.append(prompt)
-            self._alike.setdefault(prompt.key, deque()).append(prompt)
-        asyncio.get_running_loop().call_soon(self._pump)
+            self._queues_by_key.setdefault(prompt.key, deque()).append(prompt)
+        asyncio.get_running_loop().call_soon(self._send_waiting)
 
     async def withdraw(self, prompts: Iterable[Prompt]) -> None:
-        """Give up on these prompts, and return when no server works on them: the request that a prompt is part of
-        is ended, and what else was in it is sent again."""
+        """Cancel these prompts; return when no server works on them.
+
+        The request of such a prompt is closed, and the other prompts of that request are sent again.
+        """
         exchanges = set()
         for prompt in prompts:
             prompt.waiting = False
@@ -112,25 +119,28 @@ class PromptBatcher:
         if exchanges:
             await asyncio.wait(exchanges)
 
-    def lose(self, server: ChatServer, message: str) -> None:
-        """This server is gone, with what it was working on; what waits goes to the others, if there are any."""
+    def remove_server(self, server: ChatServer, message: str) -> None:
+        """Fail the prompts of this server, which is gone, and send it no others.
+
+        Waiting prompts go to the other servers, and fail where there is none.
+        """
         for load in self._loads:
             if load.server is server and load.lost is None:
-                load.lost = Lost(message)
+                load.lost = ServerLost(message)
                 for task in load.exchanges:
                     task.cancel()
-        self._pump()
+        self._send_waiting()
 
-    def gain(self, server: ChatServer) -> None:
-        """One more server, in place of one that was lost where there is one."""
+    def add_server(self, server: ChatServer) -> None:
+        """Send prompts to this server too; forget the servers that were lost."""
         self._loads = [*(load for load in self._loads if load.lost is None), _ServerLoad(server)]
-        self._pump()
+        self._send_waiting()
 
     async def close(self) -> None:
-        """Give up on everything."""
+        """Fail every prompt; return when no request is open."""
         for load in self._loads:
-            load.lost = load.lost or Lost("the backend was closed")
-        self._pump()
+            load.lost = load.lost or ServerLost("the backend was closed")
+        self._send_waiting()
         for task in self._exchanges:
             task.cancel()
         if self._exchanges:
@@ -138,11 +148,11 @@ class PromptBatcher:
 
     # --- sending
 
-    def _pump(self) -> None:
-        """Send what can be sent now, and see to it that the rest is looked at again in time."""
+    def _send_waiting(self) -> None:
+        """Send the prompts that can be sent now; look again when the oldest of the others has waited long enough."""
         while (oldest := self._oldest()) is not None:
             now = asyncio.get_running_loop().time()
-            due = oldest.since + self._limits.wait_s
+            due = oldest.queued_at + self._limits.wait_s
             open_loads = [load for load in self._loads if load.lost is None]
             if not open_loads:
                 self._give_up()
@@ -160,17 +170,17 @@ class PromptBatcher:
         return self._queue[0] if self._queue else None
 
     def _batch(self, oldest: Prompt, load: _ServerLoad) -> list[Prompt]:
-        """The prompts to send with this one, itself included."""
-        most = min(self._limits.batch, self._limits.at_once - load.prompts) if load.takes_batches else 1
-        alike = self._alike[oldest.key]
+        """Take the prompts for one request from the queue: the oldest, and others of its group."""
+        max_prompts = min(self._limits.batch, self._limits.at_once - load.prompts) if load.takes_batches else 1
+        queue = self._queues_by_key[oldest.key]
         batch: list[Prompt] = []
-        while alike and len(batch) < most:
-            prompt = alike.popleft()
+        while queue and len(batch) < max_prompts:
+            prompt = queue.popleft()
             if prompt.waiting:
                 batch.append(prompt)
                 prompt.waiting = False
-        if not alike:
-            del self._alike[oldest.key]
+        if not queue:
+            del self._queues_by_key[oldest.key]
         return batch
 
     def _send(self, load: _ServerLoad, batch: list[Prompt]) -> None:
@@ -183,23 +193,23 @@ class PromptBatcher:
         for prompt in batch:
             prompt.exchange = task
             prompt.sent()
-        task.add_done_callback(partial(self._exchanged, load, batch))
+        task.add_done_callback(partial(self._on_exchange_end, load, batch))
 
     def _wake_at(self, due: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_at(due, self._pump)
+        self._timer = asyncio.get_running_loop().call_at(due, self._send_waiting)
 
     def _give_up(self) -> None:
-        """No server is left: fail everything that waits."""
+        """Fail every waiting prompt, because no server is left."""
         while (prompt := self._oldest()) is not None:
             prompt.waiting = False
-            prompt.fail(self._loads[0].lost or Lost("the backend has no server"))
-        self._alike.clear()
+            prompt.fail(self._loads[0].lost or ServerLost("the backend has no server"))
+        self._queues_by_key.clear()
 
     # --- what comes back
 
-    def _exchanged(self, load: _ServerLoad, batch: list[Prompt], task: asyncio.Task[list[Answer]]) -> None:
+    def _on_exchange_end(self, load: _ServerLoad, batch: list[Prompt], task: asyncio.Task[list[Answer]]) -> None:
         self._exchanges.discard(task)
         load.exchanges.discard(task)
         load.exchanges_by_group -= Counter([batch[0].group])
@@ -211,15 +221,18 @@ class PromptBatcher:
             for prompt, answer in zip(batch, task.result(), strict=True):
                 if not prompt.answer.done():
                     prompt.answer.set_result(answer)
-        elif isinstance(error, Refused) and len(batch) > 1:
-            self._split(load, batch, error)
+        elif isinstance(error, RequestRefused) and len(batch) > 1:
+            self._split_batch(load, batch, error)
         else:
-            _fail(batch, error if isinstance(error, Exception) else Lost(str(error)))
+            _fail(batch, error if isinstance(error, Exception) else ServerLost(str(error)))
         self._send_again([prompt for prompt in batch if not prompt.answer.done()])
-        self._pump()
+        self._send_waiting()
 
-    def _split(self, load: _ServerLoad, batch: list[Prompt], refusal: Refused) -> None:
-        """A batch was refused: its prompts go again one by one. 404 may also speak of the model."""
+    def _split_batch(self, load: _ServerLoad, batch: list[Prompt], refusal: RequestRefused) -> None:
+        """Have the prompts of a refused batch sent one by one.
+
+        Where the server has no batch API, it gets no more batches; a 404 says so only where the server has the model.
+        """
         served = batch[0].parameters.get("model") in load.server.models
         if refusal.status in _NO_SUCH_ADDRESS and (refusal.status != 404 or served):
             load.takes_batches = False
@@ -227,27 +240,27 @@ class PromptBatcher:
             prompt.alone = True
 
     def _send_again(self, prompts: list[Prompt]) -> None:
-        """Put prompts back to the head of the queue."""
+        """Put prompts back at the head of the queue."""
         for prompt in reversed(prompts):
             prompt.waiting = True
             self._queue.appendleft(prompt)
-            self._alike.setdefault(prompt.key, deque()).appendleft(prompt)
+            self._queues_by_key.setdefault(prompt.key, deque()).appendleft(prompt)
 
 
 class _ServerLoad:
-    """A server with what it has to do. `lost` says why it takes nothing any more."""
+    """A server with its open requests. `lost` says why the server takes no more prompts; None while it does."""
 
     def __init__(self, server: ChatServer) -> None:
         self.server = server
         self.exchanges: set[asyncio.Task[list[Answer]]] = set()
         self.prompts = 0
         self.exchanges_by_group: Counter[bytes] = Counter()
-        """How many exchanges it works on, by the group of their prompts."""
+        """The number of open requests, by the group of their prompts."""
         self.takes_batches = True
-        self.lost: Lost | None = None
+        self.lost: ServerLost | None = None
 
     def has_room(self, group: bytes, limits: Limits, *, overdue: bool) -> bool:
-        gathers = self.takes_batches and limits.batch > 1 and self.exchanges_by_group[group] >= _EXCHANGES
+        gathers = self.takes_batches and limits.batch > 1 and self.exchanges_by_group[group] >= _EXCHANGES_PER_GROUP
         quiet = len(self.exchanges) < limits.requests and not gathers
         return self.prompts < limits.at_once and (quiet or overdue)
 

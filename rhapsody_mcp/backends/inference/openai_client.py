@@ -1,4 +1,4 @@
-"""Speaks to one OpenAI-compatible server over HTTP."""
+"""An HTTP client for an OpenAI-compatible server."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ import msgspec
 from rhapsody_mcp.model.errors import InvalidSettings
 from rhapsody_mcp.model.outcome import Usage
 
-__all__ = ["Answer", "ChatServer", "Conversation", "Lost", "Refused", "Written"]
+__all__ = ["Answer", "ChatServer", "Conversation", "RequestRefused", "ServerLost", "WrittenText"]
 
 Conversation = list[dict[str, str]]
 
 _CONNECT_S = 10.0
-_LISTING_S = 30.0  # answers may take any time, a list of models may not
-_IDLE_S = 2.0  # servers close a connection that was idle for some seconds; a request must not meet that moment
+_LIST_MODELS_S = 30.0  # only the list of models has a time limit: an answer may take any time
+_KEEPALIVE_S = 2.0  # servers close idle connections after some seconds; the client must do so first
 
 
 _THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
-class Refused(Exception):
-    """The server answered, with an error: `status` is HTTP's, the text is the server's own message."""
+class RequestRefused(Exception):
+    """The server replied with an error: `status` is the HTTP status, the text is the server's message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
 
 
-class Lost(Exception):
-    """The server is gone or cannot be reached; what it would have answered is not known."""
+class ServerLost(Exception):
+    """The server cannot be reached, or ended the connection without a reply."""
 
 
-class Written(msgspec.Struct, frozen=True):
-    """What the model wrote; `cut` where it reached the most tokens that it might write. `logprobs` are its tokens, if
-    they were asked for."""
+class WrittenText(msgspec.Struct, frozen=True):
+    """A text that the model wrote. `cut` says whether the text ended at the token limit.
+
+    `logprobs` are the tokens of the text; None where they were not requested.
+    """
 
     text: str
     cut: bool
@@ -47,70 +49,70 @@ class Written(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What the model wrote to one conversation: one text, or as many as were asked for."""
+    """The answer to one conversation: one text, or as many as the parameter `n` requests."""
 
-    written: tuple[Written, ...]
+    written: tuple[WrittenText, ...]
     usage: Usage | None
 
 
 class ChatServer:
-    """A server, by the address under which it has `models` and `chat/completions`. Close it after use.
+    """A client of the server whose API, with `models` and `chat/completions`, is below `url`. Close it after use.
 
-    `models` are the names that it serves, once `ask_models` has ended.
+    `models` are the names of the models that the server serves; empty before `ask_models`.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
-        """Raises InvalidSettings for what is no address."""
+        """Raises InvalidSettings where `url` is no HTTP address."""
         self.url = url.rstrip("/")
         self.models: tuple[str, ...] = ()
         self._client = httpx2.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
-            limits=httpx2.Limits(keepalive_expiry=_IDLE_S),
-            trust_env=_host(url) not in _THIS_MACHINE,  # where a proxy cannot reach it
+            limits=httpx2.Limits(keepalive_expiry=_KEEPALIVE_S),
+            trust_env=_host_of(url) not in _THIS_MACHINE,  # a proxy cannot reach this machine's loopback
         )
 
     async def ask_models(self) -> Self:
-        """Ask which models it serves. Raises Refused or Lost."""
-        listing = _read(await self._request("GET", "models"), _Models)
+        """Request the names of the models. Raises RequestRefused or ServerLost."""
+        listing = _decode(await self._request("GET", "models"), _Models)
         self.models = tuple(model.id for model in listing.data)
         return self
 
     async def complete(self, parameters: dict[str, Any], conversations: Sequence[Conversation]) -> list[Answer]:
-        """Answer these conversations, in order; several go as one request, which ends well or fails as a whole.
+        """The answers to these conversations, in order, from one request, which succeeds or fails as a whole.
 
-        Cancelling this closes the connection, upon which vLLM ends the work. Raises Refused or Lost.
+        On cancellation the connection is closed, and vLLM then ends its work. Raises RequestRefused or ServerLost.
         """
         if len(conversations) == 1:
             body = {**parameters, "messages": conversations[0]}
-            reply = _read(await self._request("POST", "chat/completions", body), _Reply)
+            reply = _decode(await self._request("POST", "chat/completions", body), _Reply)
         else:
             body = {**parameters, "messages": conversations, "return_token_ids": True}
-            reply = _read(await self._request("POST", "chat/completions/batch", body), _Reply)
+            reply = _decode(await self._request("POST", "chat/completions/batch", body), _Reply)
         wanted = len(conversations) * parameters.get("n", 1)
         if len(reply.choices) != wanted:
-            raise Refused(200, f"the server gave {len(reply.choices)} answers where {wanted} were asked for")
+            raise RequestRefused(200, f"the server gave {len(reply.choices)} answers where {wanted} were asked for")
         return _answers(reply, conversations)
 
     async def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx2.Response:
         content = None if body is None else msgspec.json.encode(body)
         headers = {"Content-Type": "application/json"}
-        timeout = httpx2.Timeout(_LISTING_S if body is None else None, connect=_CONNECT_S)
+        timeout = httpx2.Timeout(_LIST_MODELS_S if body is None else None, connect=_CONNECT_S)
         began = time.monotonic()
         try:
             response = await self._client.request(method, path, content=content, headers=headers, timeout=timeout)
         except httpx2.HTTPError as error:
             after = f" after {time.monotonic() - began:.0f} s" if body is not None else ""
-            raise Lost(f"no answer from {self.url}{after}: {str(error) or type(error).__name__}") from error
+            raise ServerLost(f"no answer from {self.url}{after}: {str(error) or type(error).__name__}") from error
         if not response.is_success:
-            raise Refused(response.status_code, _message(response))
+            raise RequestRefused(response.status_code, _error_message(response))
         return response
 
     async def close(self) -> None:
         await self._client.aclose()
 
 
-def _host(url: str) -> str:
+def _host_of(url: str) -> str:
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL:
@@ -132,17 +134,17 @@ class _Message(msgspec.Struct):
     content: str | None = None
 
 
-class Likely(msgspec.Struct):
+class TokenLogprob(msgspec.Struct):
     """A token, with the natural logarithm of its probability."""
 
     token: str
     logprob: float
 
 
-class Token(Likely):
-    """A token that was written, with those that were the likeliest in its place, itself often among them."""
+class Token(TokenLogprob):
+    """A token of the text, with the likeliest tokens in its place, which may include the token itself."""
 
-    top_logprobs: list[Likely] = []
+    top_logprobs: list[TokenLogprob] = []
 
 
 class _Logprobs(msgspec.Struct):
@@ -170,18 +172,18 @@ class _Reply(msgspec.Struct):
 _T = TypeVar("_T")
 
 
-def _read(response: httpx2.Response, kind: type[_T]) -> _T:
+def _decode(response: httpx2.Response, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(response.content, type=kind)
     except msgspec.MsgspecError as error:
         message = f"{response.url} answers, but not as an OpenAI-compatible server does: {error}"
-        raise Refused(response.status_code, message) from error
+        raise RequestRefused(response.status_code, message) from error
 
 
 def _answers(reply: _Reply, conversations: Sequence[Conversation]) -> list[Answer]:
     choices = sorted(reply.choices, key=lambda choice: choice.index)
     written = [
-        Written(
+        WrittenText(
             choice.message.content or "",
             choice.finish_reason == "length",
             choice.logprobs.content if choice.logprobs else None,
@@ -192,25 +194,28 @@ def _answers(reply: _Reply, conversations: Sequence[Conversation]) -> list[Answe
         tokens = reply.usage
         usage = Usage(tokens.prompt_tokens, tokens.completion_tokens or 0) if tokens else None
         return [Answer(tuple(written), usage)]
-    usages = _usages(reply.usage, choices, conversations) if reply.usage else [None] * len(choices)
+    usages = _usage_of_each(reply.usage, choices, conversations) if reply.usage else [None] * len(choices)
     return [Answer((one,), usage) for one, usage in zip(written, usages, strict=True)]
 
 
-def _usages(total: _Tokens, choices: list[_Choice], conversations: Sequence[Conversation]) -> list[Usage]:
-    """Each conversation's tokens. The server counts a batch as a whole and lists only what it wrote: the prompts'
-    tokens are shared out by length."""
+def _usage_of_each(total: _Tokens, choices: list[_Choice], conversations: Sequence[Conversation]) -> list[Usage]:
+    """The token counts of each conversation.
+
+    The server counts a batch as a whole, and lists only the tokens of its answers; so the tokens of the prompts are
+    distributed in proportion to the prompts' lengths.
+    """
     lengths = [sum(len(message["content"]) for message in conversation) for conversation in conversations]
-    prompts = _shares(total.prompt_tokens, lengths)
+    prompts = _split_total(total.prompt_tokens, lengths)
     written = [None if choice.token_ids is None else len(choice.token_ids) for choice in choices]
-    shared = _shares(total.completion_tokens or 0, [len(choice.message.content or "") for choice in choices])
+    shared = _split_total(total.completion_tokens or 0, [len(choice.message.content or "") for choice in choices])
     return [
         Usage(prompt, share if count is None else count)
         for prompt, count, share in zip(prompts, written, shared, strict=True)
     ]
 
 
-def _shares(total: int, weights: list[int]) -> list[int]:
-    """`total` in whole parts that are as the weights and sum up to it."""
+def _split_total(total: int, weights: list[int]) -> list[int]:
+    """Split `total` into whole numbers in proportion to the weights; their sum is `total`."""
     shares, so_far, given = [], 0, 0
     whole = sum(weights) + len(weights)
     for weight in weights:
@@ -221,8 +226,8 @@ def _shares(total: int, weights: list[int]) -> list[int]:
     return shares
 
 
-def _message(response: httpx2.Response) -> str:
-    """The server's own words, from whichever place a server puts them."""
+def _error_message(response: httpx2.Response) -> str:
+    """The server's error message; servers put it under different keys."""
     try:
         body = json.loads(response.content)
     except ValueError:

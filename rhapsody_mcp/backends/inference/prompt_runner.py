@@ -1,4 +1,4 @@
-"""Turns prompt tasks into chat requests, and the answers into outcomes: what every inference backend shares."""
+"""Turns prompt tasks into chat requests, and the answers into outcomes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.backends.base import Ended, Report, Returned, Running
-from rhapsody_mcp.backends.inference.answer_checks import AnswerChecks
+from rhapsody_mcp.backends.inference.answer_checks import AnswerChecker
 from rhapsody_mcp.backends.inference.batching import Limits, Prompt, PromptBatcher
-from rhapsody_mcp.backends.inference.openai_client import Answer, ChatServer, Conversation, Lost, Refused, Written
+from rhapsody_mcp.backends.inference.openai_client import (
+    Answer,
+    ChatServer,
+    Conversation,
+    RequestRefused,
+    ServerLost,
+    WrittenText,
+)
 from rhapsody_mcp.engine.task.function_call import encode
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName
 from rhapsody_mcp.model.json_pointer import resolve_pointer
@@ -27,20 +34,23 @@ from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, Reader, Ref, Value
 
 __all__ = ["Defaults", "PromptRunner", "check_prompts"]
 
-_LEAST_TOP_P = 1e-6
-"""Stands for a top_p of 0, which vLLM refuses: of any likelihood that a 32-bit float can tell, only the greatest."""
-_NOT_THE_TASKS_FAULT = (408, 425, 429)
+_MIN_TOP_P = 1e-6
+"""Sent in place of a top_p of 0, which vLLM refuses. It leaves only the likeliest token."""
+_TRANSIENT_STATUSES = (408, 425, 429)
 _MANY_PARTS = 1000
 _TOKEN_CHARS = 100
-"""About what a token with the likeliest in its place takes."""
-_ON_CUT = "Raise max_tokens, or let json_schema bound what can be long, with maxLength and maxItems."
+"""The approximate size of a token with its likeliest alternatives, in characters."""
+_CUT_ADVICE = "Raise max_tokens, or let json_schema bound what can be long, with maxLength and maxItems."
 
 logger = logging.getLogger(__name__)
 
 
 class Defaults(msgspec.Struct, frozen=True):
-    """What a request has where its task says nothing. `parameters` are fields of the server's chat API,
-    `schema_options` what goes into a JSON schema besides what the task gives, and `note` what every answer says."""
+    """Default values for the requests of tasks.
+
+    `parameters` are fields of the server's chat API. `schema_options` are added to the JSON schema of each request, and
+    `note` to the notes of each outcome.
+    """
 
     model: str
     parameters: dict[str, Any] = {}
@@ -56,13 +66,13 @@ def check_prompts(spec: TaskSpec) -> None:
 
 
 class PromptRunner:
-    """Answers prompts of tasks with these servers. Close it before the servers."""
+    """Runs the prompts of tasks on these servers. Close the runner before the servers."""
 
     def __init__(self, servers: Iterable[ChatServer], defaults: Defaults, limits: Limits) -> None:
         self._servers = list(servers)
         self._defaults = defaults
         self._batcher = PromptBatcher(self._servers, limits)
-        self._checks = AnswerChecks()
+        self._checks = AnswerChecker()
         self._tasks: dict[str, asyncio.Task[Outcome | Returned]] = {}
 
     def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
@@ -92,16 +102,16 @@ class PromptRunner:
             if uid in self._tasks:
                 self._tasks[uid].cancel()
 
-    def lose(self, server: ChatServer, message: str) -> None:
-        """This server is gone, and so is what it was working on. After the last one, what was not sent is returned."""
-        self._batcher.lose(server, message)
+    def remove_server(self, server: ChatServer, message: str) -> None:
+        """This server is gone, with its prompts. Once no server is left, tasks that were not sent are returned."""
+        self._batcher.remove_server(server, message)
 
-    def gain(self, server: ChatServer) -> None:
-        """Here is one more server."""
-        self._batcher.gain(server)
+    def add_server(self, server: ChatServer) -> None:
+        """Send prompts to this server too."""
+        self._batcher.add_server(server)
 
     async def close(self) -> None:
-        """Cancel every task, and return when no server works on one."""
+        """Cancel every task; return when no server works on any."""
         tasks = list(self._tasks.values())
         self.cancel(list(self._tasks))
         if tasks:
@@ -111,7 +121,7 @@ class PromptRunner:
 
 
 class _PromptTask:
-    """One task on its way to its outcome."""
+    """One task with prompts, from its submission to its outcome."""
 
     def __init__(
         self,
@@ -119,15 +129,15 @@ class _PromptTask:
         report: Report,
         read: Reader,
         batcher: PromptBatcher,
-        checks: AnswerChecks,
+        checks: AnswerChecker,
         defaults: Defaults,
         servers: Sequence[ChatServer],
     ) -> None:
         self.task_run, self.report, self.read = task_run, report, read
         self.batcher, self.checks, self.defaults, self.servers = batcher, checks, defaults, servers
-        self.work = _work(task_run)
+        self.work = _completion_of(task_run)
         self.values: dict[str, Any] = {}
-        """What the Refs that were read stand for, by uid."""
+        """The results that were read for Refs, by uid."""
         self.started: float | None = None
         self.time_limit = asyncio.timeout(None)
 
@@ -138,21 +148,24 @@ class _PromptTask:
             long = sum(len(each) for each in self._contents() if isinstance(each, tuple)) > _MANY_PARTS
             conversations, many = await asyncio.to_thread(self._conversations) if long else self._conversations()
             answers = await self._ask(self._prompts(conversations))
-            return await self._done(answers, many)
+            return await self._outcome(answers, many)
         except InvalidTask as error:
             return self.failed(Cause.INVALID, str(error))
         except TimeoutError:
             return self.failed(Cause.TIMEOUT, why_stopped(Cause.TIMEOUT, timeout_s))
-        except Refused as refusal:
-            server_fault = refusal.status >= 500 or refusal.status in _NOT_THE_TASKS_FAULT
+        except RequestRefused as refusal:
+            server_fault = refusal.status >= 500 or refusal.status in _TRANSIENT_STATUSES
             return self.failed(Cause.ERROR if server_fault else Cause.INVALID, self._explained(refusal))
-        except Lost as lost:
+        except ServerLost as lost:
             if self.started is None:
                 return Returned(self.task_run.spec.uid, str(lost))
             return self.failed(Cause.LOST, str(lost))
 
     def _conversations(self) -> tuple[list[Conversation], bool]:
-        """What to send, and whether the result is a list: also where a lone Ref stands for a list of texts."""
+        """The conversations to send, and whether the result of the task is a list.
+
+        The result is also a list where the only prompt is a Ref to a list of texts.
+        """
         system = self.defaults.system_prompt if self.work.system_prompt is None else self._text(self.work.system_prompt)
         before = [{"role": "system", "content": system}] if system else []
         if messages := [message for each in self.work.messages for message in self._messages(each)]:
@@ -190,7 +203,7 @@ class _PromptTask:
         if self.task_run.bindings.get(ref.uid) == NOTHING:
             return None
         if ref.uid not in self.values:
-            self.values[ref.uid] = _value(ref.uid, self.task_run.bindings, self.read)
+            self.values[ref.uid] = _read_binding(ref.uid, self.task_run.bindings, self.read)
         try:
             return resolve_pointer(self.values[ref.uid], ref.path)
         except InvalidTask as error:
@@ -206,32 +219,32 @@ class _PromptTask:
             async with self.time_limit:
                 self.batcher.ask(prompts)
                 return await asyncio.gather(*(prompt.answer for prompt in prompts))
-        except Refused as refusal:
+        except RequestRefused as refusal:
             if len(prompts) == 1:
                 raise
             number = next(number for number, prompt in enumerate(prompts, 1) if prompt.has_failed)
-            raise Refused(refusal.status, f"prompt {number} of {len(prompts)}: {refusal}") from refusal
+            raise RequestRefused(refusal.status, f"prompt {number} of {len(prompts)}: {refusal}") from refusal
         finally:
             await self.batcher.withdraw(prompts)
 
     def _sent(self) -> None:
-        """The task runs from when the first of its prompts goes out; so does its time."""
+        """Report the start of the task, and start its time limit, when its first prompt is sent."""
         if self.started is None:
             self.started = time.time()
             if (timeout_s := self.task_run.spec.timeout_s) is not None:
                 self.time_limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
             self.report(Running(self.task_run.spec.uid, self.started))
 
-    async def _done(self, answers: list[Answer], many: bool) -> Outcome:
-        usage = _sum([answer.usage for answer in answers])
+    async def _outcome(self, answers: list[Answer], many: bool) -> Outcome:
+        usage = _total_usage([answer.usage for answer in answers])
         written = [one for answer in answers for one in answer.written]
         length = sum(len(one.text) + _TOKEN_CHARS * len(one.logprobs or ()) for one in written)
         try:
             await self._check(answers)
             if length > INLINE_BYTES // 4:  # a character is up to 4 bytes
-                value = await asyncio.to_thread(self._value, answers, many)
+                value = await asyncio.to_thread(self._result_value, answers, many)
             else:
-                value = self._value(answers, many)
+                value = self._result_value(answers, many)
         except SchemaMismatch as unfit:
             return self.failed(Cause.ERROR, str(unfit), usage)
         cut = sum(one.cut for one in written)
@@ -241,12 +254,12 @@ class _PromptTask:
             state=TaskState.DONE, started=self.started, ended=time.time(), value=value, usage=usage, notes=notes
         )
 
-    def _value(self, answers: list[Answer], many: bool) -> Value:
+    def _result_value(self, answers: list[Answer], many: bool) -> Value:
         results_of_each = [[self._result(one) for one in answer.written] for answer in answers]
         results = [result for (result,) in results_of_each] if self.work.n is None else results_of_each
-        return encode(results if many else results[0], self.task_run.folder)
+        return encode(results if many else results[0], self.task_run.results_folder)
 
-    def _result(self, written: Written) -> Any:
+    def _result(self, written: WrittenText) -> Any:
         if self.work.json_schema is not None:
             return msgspec.json.decode(written.text)
         if self.work.logprobs is None:
@@ -256,24 +269,24 @@ class _PromptTask:
         return {"text": written.text, "logprobs": msgspec.to_builtins(written.logprobs)}
 
     async def _check(self, answers: list[Answer]) -> None:
-        """Raises SchemaMismatch for the first that was cut or does not fit the schema."""
+        """Raise SchemaMismatch where an answer was cut or does not fit the schema; does nothing without a schema."""
         if not isinstance(schema := self.work.json_schema, bytes):
             return
         written = [one for answer in answers for one in answer.written]
         cut = next((index for index, one in enumerate(written) if one.cut), None)
         if cut is not None:
-            said = f"was cut at {self._most_tokens()} before its object was whole. {_ON_CUT}"
-            raise SchemaMismatch(f"{_which(cut, answers)} {said}")
-        misfit = await self.checks.first_misfit(schema, [one.text for one in written])
-        if misfit is not None:
-            raise SchemaMismatch(f"{_which(misfit.index, answers)} {misfit.problem}")
+            problem = f"was cut at {self._most_tokens()} before its object was whole. {_CUT_ADVICE}"
+            raise SchemaMismatch(f"{_answer_name(cut, answers)} {problem}")
+        mismatch = await self.checks.first_mismatch(schema, [one.text for one in written])
+        if mismatch is not None:
+            raise SchemaMismatch(f"{_answer_name(mismatch.index, answers)} {mismatch.problem}")
 
     def _most_tokens(self) -> str:
         most = _parameters(self.work, self.defaults).get("max_tokens")
         return "the model's length" if most is None else f"max_tokens ({most})"
 
-    def _explained(self, refusal: Refused) -> str:
-        """The server's message, with what to do where that is known."""
+    def _explained(self, refusal: RequestRefused) -> str:
+        """The server's message, with advice where the reason is known."""
         model = self.work.model if isinstance(self.work.model, str) else self.defaults.model
         served = self.servers[0].models
         if refusal.status == 404 and served and model not in served:
@@ -287,14 +300,14 @@ class _PromptTask:
         return Outcome(state=state, started=self.started, ended=time.time(), cause=cause, error=message, usage=usage)
 
 
-def _which(index: int, answers: Sequence[Answer]) -> str:
-    """Of all that was written, in order."""
+def _answer_name(index: int, answers: Sequence[Answer]) -> str:
+    """The words for the text at this index, counted through all answers, as in "answer 2 of 3 to prompt 1 of 4"."""
     of_each = len(answers[0].written)
     one = f"answer {index % of_each + 1} of {of_each}" if of_each > 1 else "the answer"
     return f"{one} to prompt {index // of_each + 1} of {len(answers)}" if len(answers) > 1 else one
 
 
-def _work(task_run: TaskRun) -> Completion:
+def _completion_of(task_run: TaskRun) -> Completion:
     assert isinstance(task_run.spec.work, Completion), "the session routes by kind, and check_prompts looks again"
     return task_run.spec.work
 
@@ -315,7 +328,7 @@ def _parameters(work: Completion, defaults: Defaults) -> dict[str, Any]:
     }
     parameters = {**defaults.parameters, **{name: value for name, value in own.items() if value is not None}}
     if parameters.get("top_p") == 0.0:
-        parameters["top_p"] = _LEAST_TOP_P
+        parameters["top_p"] = _MIN_TOP_P
     return parameters
 
 
@@ -327,7 +340,7 @@ def _response_format(schema: bytes | Ref | None, options: dict[str, Any]) -> dic
 
 
 def _with_values(work: Completion, value_of: Callable[[Ref], Any]) -> Completion:
-    """With values that are looked at in the place of Refs. Raises InvalidTask."""
+    """Replace the Refs among the sampling parameters by their values. Raises InvalidTask where a value is not valid."""
     given = {field: value_of(value) for field in SAMPLING if isinstance(value := getattr(work, field), Ref)}
     if not given:
         return work
@@ -337,7 +350,7 @@ def _with_values(work: Completion, value_of: Callable[[Ref], Any]) -> Completion
     return msgspec.structs.replace(work, **{field: check_parameter(field, value) for field, value in given.items()})
 
 
-def _value(uid: str, bindings: Mapping[str, Value], read: Reader) -> Any:
+def _read_binding(uid: str, bindings: Mapping[str, Value], read: Reader) -> Any:
     if uid not in bindings:
         raise InvalidTask(f"{uid} has no result that a prompt could hold.")
     try:
@@ -359,7 +372,7 @@ def _as_text(value: Any) -> str:
         ) from error
 
 
-def _sum(usages: list[Usage | None]) -> Usage | None:
+def _total_usage(usages: list[Usage | None]) -> Usage | None:
     known = [usage for usage in usages if usage is not None]
     if not known or len(known) < len(usages):
         return None

@@ -1,1 +1,1 @@
-"""The backend that starts vLLM servers and sends prompts to them."""
+"""The backend that starts vLLM servers and sends prompts to these servers."""

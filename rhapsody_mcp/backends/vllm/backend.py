@@ -1,4 +1,4 @@
-"""Runs prompts on vLLM servers that it starts."""
+"""The backend that starts vLLM servers on this node and sends prompts to these servers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 from rhapsody_mcp.backends.base import RESTARTS, BackendBase, Kind, Report, restart_delay_s
 from rhapsody_mcp.backends.environment import read_environment
 from rhapsody_mcp.backends.inference.batching import Limits, read_limits
-from rhapsody_mcp.backends.inference.openai_client import Lost, Refused
+from rhapsody_mcp.backends.inference.openai_client import RequestRefused, ServerLost
 from rhapsody_mcp.backends.inference.prompt_runner import Defaults, PromptRunner, check_prompts
 from rhapsody_mcp.backends.local_models import SHIPPED_NOTE
 from rhapsody_mcp.backends.vllm.config import Device, VllmConfig, read_config
-from rhapsody_mcp.backends.vllm.launch_plan import SCHEMA_OPTIONS, Plan, find_model, look_at_hardware, plan_servers
+from rhapsody_mcp.backends.vllm.launch_plan import SCHEMA_OPTIONS, Plan, detect_hardware, find_model, plan_servers
 from rhapsody_mcp.backends.vllm.server import Launch, VllmServer
 from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask, RhapsodyError, UnknownName
@@ -31,18 +31,18 @@ __all__ = ["DragonVllmInferenceBackend"]
 _MAX_BATCH_SIZE = 1024
 _MAX_BATCH_WAIT_MS = 500
 _HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""What a server needs to download a model: it keeps them where tasks do not have them."""
+"""The variables for downloads from the Hugging Face hub: the servers get them also where tasks do not."""
 
 _log = logging.getLogger(__name__)
 
 
 class DragonVllmInferenceBackend(BackendBase):
-    """Starts one stock vLLM server for each `tp_size` of `num_gpus`, and shares prompts out among them.
+    """Starts one unmodified vLLM server for each `tp_size` of `num_gpus` GPUs, and distributes prompts among them.
 
-    Server i listens on `port` + i of 127.0.0.1; `urls` are their OpenAI APIs, for any client that has `api_key`.
-    Each is a process of this node that sees its own GPUs and no others (CUDA_VISIBLE_DEVICES); on the CPU, each
-    uses all cores. A server that dies, or that hangs, fails the tasks that it was working on and is started again 1, 2,
-    4, 8 and 16 s later, while others serve; when none is left, `start` starts them all anew.
+    Server i listens on port `port` + i of 127.0.0.1; `urls` are the OpenAI APIs of the servers, for any client that has
+    `api_key`. Each server is a process of this node that sees its own GPUs only (CUDA_VISIBLE_DEVICES); on the CPU,
+    each server uses all cores. When a server dies or hangs, the tasks that it had fail, and it is started again after
+    1, 2, 4, 8 and 16 s while other servers run; when no server is left, `start` starts all of them again.
     """
 
     kinds: tuple[Kind, ...] = ("prompt",)
@@ -64,20 +64,21 @@ class DragonVllmInferenceBackend(BackendBase):
         environment: Mapping[str, Any] | None = None,
         name: str = "vllm",
     ) -> None:
-        """What is given here wins over `config_file`, which is read when the backend starts.
+        """An argument wins over the same setting of `config_file`, which is read when the backend starts.
 
-        config_file        YAML that describes model and hardware; `rhapsody-mcp init` writes one
-        model_name         the name that tasks use, and the model itself where nothing else names it
-        num_nodes          1: a backend serves on its own node
-        num_gpus, tp_size  GPUs in all, and GPUs for one server; without num_gpus, one server on a GPU if there is
-                           one, else on the CPU
-        port               of the first server; None for any that is free
-        max_batch_size     the most prompts that one server has at a time, and that one request holds
-        max_batch_wait_ms  the longest that a prompt waits for others while the server could take it
-        model              what to load: a folder, a hub name, or "shipped" for the model of this package
+        config_file        a YAML file that describes model and hardware; `rhapsody-mcp init` writes an example
+        model_name         the model's name for tasks, and also the model to load where `model` is not given
+        num_nodes          1: all servers run on the node of this process
+        num_gpus, tp_size  GPUs of all servers together, and GPUs of each server; without num_gpus there is one server,
+                           on a GPU if there is one, else on the CPU
+        port               the port of the first server; None for any free port
+        max_batch_size     the most prompts that one server, or one request, has at a time
+        max_batch_wait_ms  the longest time that a prompt waits for others while a server could take it
+        model              the model to load: a folder, a hub name, or "shipped" for the model of this package
         device             "auto", "cpu" or "cuda"
-        environment        of the servers: variables, and setup lines for bash such as module loads
-        health_s           between two looks at whether a server still works; three bad ones in a row end it
+        environment        the servers' environment: variables, and setup lines for bash such as module loads
+        health_s           seconds between two health checks of a server; after three failed checks in a row the server
+                           is ended
         """
         self.name = name
         self.api_key = secrets.token_urlsafe(32)
@@ -101,14 +102,14 @@ class DragonVllmInferenceBackend(BackendBase):
         self._problems: dict[str, str] = {}
         self._runner: PromptRunner | None = None
         self._end_reason = ""
-        self._unused: list[str] = []
-        self._names: tuple[str, ...] | None = None
+        self._unused_keys: list[str] = []
+        self._planned_names: tuple[str, ...] | None = None
 
     # --- what it is
 
     @property
     def urls(self) -> list[str]:
-        """The OpenAI API of each server; empty before the start."""
+        """The base URL of each server's OpenAI API; empty before the start."""
         return [server.url for server in self._servers]
 
     def get_endpoint(self) -> str | None:
@@ -117,11 +118,11 @@ class DragonVllmInferenceBackend(BackendBase):
 
     @property
     def progress(self) -> str:
-        """How far the start is, in words."""
+        """The progress of the start, or the state of the servers, in words."""
         if self._closing is not None:
             return "closed"
         if self._runner is not None:
-            if self._is_dead:
+            if self._all_dead:
                 return "ended; the next prompt starts it anew"
             return "; ".join(["ready", *self._problems.values()])
         if self._began is None:
@@ -141,50 +142,51 @@ class DragonVllmInferenceBackend(BackendBase):
                 "urls": self.urls,
                 "logs": [str(launch.log) for launch in self._plan.launches],
             }
-        if self._unused:
-            described["settings that nothing here needs"] = self._unused
+        if self._unused_keys:
+            described["settings that nothing here needs"] = self._unused_keys
         return described
 
     def check(self, spec: TaskSpec) -> None:
         check_prompts(spec)
-        model, served = spec.work.model if isinstance(spec.work, Completion) else None, self._served()
+        model, served = spec.work.model if isinstance(spec.work, Completion) else None, self._served_names()
         if isinstance(model, str) and served and model not in served:
             raise InvalidTask(str(UnknownName("model", model, served)))
 
-    def _served(self) -> tuple[str, ...]:
-        """The names that a task may use, as the servers say, or before that the settings; empty where neither knows."""
+    def _served_names(self) -> tuple[str, ...]:
+        """The model names that tasks may use, from the servers, or before their start from the settings; empty where
+        unknown."""
         if self._servers and self._servers[0].models:
             return self._servers[0].models
-        if self._names is None:
+        if self._planned_names is None:
             try:
                 config = read_config(self._file, self._overrides)
                 adapters = any("lora" in argument for argument in config.server.extra_args)  # each has a name
-                self._names = () if adapters else find_model(config, self._folders).names
+                self._planned_names = () if adapters else find_model(config, self._model_folders).names
             except InvalidSettings:
-                self._names = ()
-        return self._names
+                self._planned_names = ()
+        return self._planned_names
 
     @property
-    def _folders(self) -> list[Path]:
-        """Where a relative path to a model begins."""
+    def _model_folders(self) -> list[Path]:
+        """The folders that a relative path to a model may start from."""
         return [Path.cwd(), *([self._file.parent] if self._file else [])]
 
     @property
     def serves_shipped_model(self) -> bool:
-        """Whether it serves the model of this package under its own name."""
-        return MODEL_NAME in self._served()
+        """Whether the servers serve the model of this package under that model's own name."""
+        return MODEL_NAME in self._served_names()
 
     # --- its life
 
     @property
-    def _is_dead(self) -> bool:
+    def _all_dead(self) -> bool:
         return all(server.is_dead for server in self._servers)
 
     async def start(self) -> None:
         async with self._lock:
             if self._closing is not None:
                 raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
-            if self._runner is not None and not self._is_dead:
+            if self._runner is not None and not self._all_dead:
                 return
             self._starting = asyncio.create_task(self._start())
             try:
@@ -197,19 +199,19 @@ class DragonVllmInferenceBackend(BackendBase):
                 self._starting = self._began = None
 
     async def _start(self) -> None:
-        self._began, self._names, self._end_reason = time.monotonic(), None, ""
+        self._began, self._planned_names, self._end_reason = time.monotonic(), None, ""
         await self._end_servers()
         config = read_config(self._file, self._overrides)
         limits = self._limits(config)
         plan = await self._make_plan(config)
         self._servers = [self._server(launch) for launch in plan.launches]
-        self._plan, self._unused = plan, config.unused
+        self._plan, self._unused_keys = plan, config.unused
         try:
-            await _together(server.start(config.server.start_timeout_s) for server in self._servers)
+            await _run_all(server.start(config.server.start_timeout_s) for server in self._servers)
         except BaseException as error:
-            await _to_its_end(_stop(self._servers))
+            await _run_uncancelled(_stop_all(self._servers))
             self._servers, self._plan = [], None
-            if isinstance(error, Refused | Lost):
+            if isinstance(error, RequestRefused | ServerLost):
                 raise BackendUnavailable(f"the vLLM server does not answer: {error}") from error
             raise
         llm = config.llm
@@ -217,29 +219,29 @@ class DragonVllmInferenceBackend(BackendBase):
         defaults = Defaults(plan.model.names[0], llm.request_parameters, llm.system_text, SCHEMA_OPTIONS, note)
         self._runner = PromptRunner(self._servers, defaults, limits)
         self._watches = [
-            asyncio.create_task(self._keep_up(index, self._runner, config.server.start_timeout_s))
+            asyncio.create_task(self._restart_when_dead(index, self._runner, config.server.start_timeout_s))
             for index in range(len(self._servers))
         ]
 
     def _server(self, launch: Launch) -> VllmServer:
         return VllmServer(launch, book=self.book, health_s=self._health_s)
 
-    async def _keep_up(self, index: int, runner: PromptRunner, timeout_s: float) -> None:
+    async def _restart_when_dead(self, index: int, runner: PromptRunner, timeout_s: float) -> None:
         """Restart the server at this index when it dies, until no server is left or RESTARTS restarts have failed."""
         failures = 0
         while True:
             server = self._servers[index]
             reason = await server.until_dead()
-            if self._is_dead:
+            if self._all_dead:
                 self._end_reason = reason
             self.on_loss(reason)
-            runner.lose(server, reason)
+            runner.remove_server(server, reason)
             _log.warning("backend %r: %s", self.name, reason)
             await server.stop()
             failures = 0 if server.has_answered else failures
             while server is self._servers[index]:
                 which = f"its server on port {server.launch.port}"
-                if self._is_dead or failures == RESTARTS:
+                if self._all_dead or failures == RESTARTS:
                     self._problems[which] = f"{which} is gone after {failures} tries to start it again: {reason}"
                     return
                 failures += 1
@@ -247,24 +249,24 @@ class DragonVllmInferenceBackend(BackendBase):
                 await asyncio.sleep(restart_delay_s(failures))
                 reason = await self._replace(index, timeout_s) or reason
             self._problems.pop(which, None)
-            runner.gain(self._servers[index])
+            runner.add_server(self._servers[index])
 
     async def _replace(self, index: int, timeout_s: float) -> str:
-        """Start another server for one that is dead; why that failed, empty where it serves."""
+        """Start a server in place of a dead one. Returns the reason of a failure, an empty text on success."""
         server = self._server(self._servers[index].launch)
         try:
             await server.start(timeout_s)
         except BaseException as error:
-            await _to_its_end(server.stop())
-            if isinstance(error, RhapsodyError | Refused | Lost):
+            await _run_uncancelled(server.stop())
+            if isinstance(error, RhapsodyError | RequestRefused | ServerLost):
                 return str(error)
             raise
         self._servers[index] = server
         return ""
 
     async def _make_plan(self, config: VllmConfig) -> Plan:
-        model = find_model(config, self._folders)
-        hardware = await look_at_hardware(config)
+        model = find_model(config, self._model_folders)
+        hardware = await detect_hardware(config)
         if self._folder is None:
             self._folder = RunDir()
         return plan_servers(
@@ -278,7 +280,7 @@ class DragonVllmInferenceBackend(BackendBase):
         )
 
     def _limits(self, config: VllmConfig) -> Limits:
-        """The constructor's bounds where they are not its defaults, else the file's."""
+        """The limits of the constructor; where one has its default value, the limit of the config file."""
         batching = config.input_batching
         at_once, wait_s = self._max_batch_size, self._max_batch_wait_ms / 1000
         if at_once == _MAX_BATCH_SIZE and batching.max_batch_limit is not None:
@@ -288,7 +290,7 @@ class DragonVllmInferenceBackend(BackendBase):
         return read_limits(at_once, wait_s, batches=batching.toggle_on, our_own=True)
 
     def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
-        if self._runner is None or self._is_dead:
+        if self._runner is None or self._all_dead:
             raise BackendUnavailable(self._end_reason or f"no server of backend {self.name!r} is running.")
         self._runner.submit(task_runs, report, read)
 
@@ -301,14 +303,14 @@ class DragonVllmInferenceBackend(BackendBase):
             await self._end_servers()
 
     async def _end_servers(self) -> None:
-        """End every server, and what they were asked."""
+        """End every server, and every prompt on them."""
         for watch in self._watches:
             watch.cancel()
         if self._watches:
             await asyncio.wait(self._watches)
         if self._runner is not None:
             await self._runner.close()
-        await _stop(self._servers)
+        await _stop_all(self._servers)
         self._runner, self._servers, self._watches, self._problems = None, [], [], {}
 
     async def _close(self) -> None:
@@ -320,9 +322,9 @@ class DragonVllmInferenceBackend(BackendBase):
             self._folder.remove()
 
 
-async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run these at the same time; where one fails, cancel the others, and raise when all have ended."""
-    tasks = [asyncio.create_task(work) for work in works]
+async def _run_all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run these coroutines concurrently; where one fails, cancel the others, and raise once all have ended."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         await asyncio.gather(*tasks)
     finally:
@@ -332,7 +334,7 @@ async def _together(works: Iterable[Coroutine[Any, Any, None]]) -> None:
             await asyncio.wait(tasks)
 
 
-async def _stop(servers: Iterable[VllmServer]) -> None:
+async def _stop_all(servers: Iterable[VllmServer]) -> None:
     stops = [asyncio.create_task(server.stop()) for server in servers]
     if stops:
         await asyncio.wait(stops)
@@ -340,9 +342,9 @@ async def _stop(servers: Iterable[VllmServer]) -> None:
         stop.result()
 
 
-async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Run this to its end, also while the caller is being cancelled; the caller is cancelled afterwards."""
-    task = asyncio.create_task(work)
+async def _run_uncancelled(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run the coroutine to its end; a cancellation of the caller takes effect afterwards."""
+    task = asyncio.create_task(coroutine)
     canceled = False
     while not task.done():
         try:

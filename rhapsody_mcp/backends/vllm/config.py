@@ -1,4 +1,4 @@
-"""Reads the YAML file that describes a model and the hardware to serve it on."""
+"""Reads the config file (YAML) of the vLLM backend, which describes a model and the hardware for its servers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rhapsody_mcp.model.errors import InvalidSettings, nearest
 __all__ = ["SHIPPED", "Device", "VllmConfig", "read_config", "sample_config"]
 
 SHIPPED = "shipped"
-"""Stands for the small model that comes with this package."""
+"""The value of `model` that selects the small model of this package."""
 
 Device = Literal["auto", "cpu", "cuda"]
-_Whole = Annotated[int, Field(ge=1)]
+_PositiveInt = Annotated[int, Field(ge=1)]
 _OWN_ARGUMENTS = ("--model", "--served-model-name", "--host", "--port", "--api-key", "--tensor-parallel-size", "-tp")
 
 
@@ -28,17 +28,16 @@ class _Section(BaseModel):
 
 
 class Required(_Section):
-    """What to serve. `hf_token` is for models that a hub gives out with a token only; nothing here needs
-    `flask_secret_key`."""
+    """The model. `hf_token` is for models that need a token for their download; `flask_secret_key` is not used."""
 
     model_name: str | None = None
     hf_token: SecretStr | None = None
-    tp_size: _Whole = 1
+    tp_size: _PositiveInt = 1
     flask_secret_key: SecretStr | None = None
 
 
 class Hardware(_Section):
-    """One server for each `tp_size` of `num_gpus`; -1 stands for all that there are."""
+    """The hardware. There is one server for each `tp_size` of `num_gpus` GPUs; -1 stands for all visible GPUs."""
 
     num_nodes: int = 1
     num_gpus: Annotated[int, Field(ge=-1)] | None = None
@@ -76,14 +75,14 @@ class Hardware(_Section):
 
 
 class Llm(_Section):
-    """Of the server: dtype, max_model_len, gpu_memory_utilization, vllm_log_level. The others are what a request
-    has where its task says nothing."""
+    """Settings of the server (dtype, max_model_len, gpu_memory_utilization, vllm_log_level), and default parameters for
+    the requests of tasks (all others)."""
 
     dtype: str | None = None
-    max_model_len: _Whole | None = None
+    max_model_len: _PositiveInt | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
     vllm_log_level: Literal["debug", "info", "warning", "error"] | None = None
-    max_tokens: _Whole | None = None
+    max_tokens: _PositiveInt | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -127,16 +126,16 @@ class Llm(_Section):
 
 
 class InputBatching(_Section):
-    """Upper bounds. Off, every prompt is a request of its own."""
+    """Upper bounds for batches. With `toggle_on` false, each prompt is sent as a request of its own."""
 
     toggle_on: bool = True
     type: Literal["dynamic"] = "dynamic"
     input_batch_wait_seconds: Annotated[float, Field(ge=0)] | None = None
-    max_batch_limit: _Whole | None = None
+    max_batch_limit: _PositiveInt | None = None
 
 
 class Guardrails(_Section):
-    """There is no prompt guard here: it cannot be switched on."""
+    """A section of other programs: this backend has no prompt guard, and refuses to switch one on."""
 
     toggle_on: bool = False
     prompt_guard_model: str | None = None
@@ -151,7 +150,7 @@ class Guardrails(_Section):
 
 
 class DynamicWorkers(_Section):
-    """Servers run from start to close: they cannot be made to come and go."""
+    """A section of other programs: this backend's servers run from start to close, and it refuses other settings."""
 
     toggle_on: bool = False
     min_active_inf_wrkrs_per_cpu: int | None = None
@@ -168,9 +167,9 @@ class DynamicWorkers(_Section):
 
 
 class Server(_Section):
-    """How the vLLM server is started. `model` is what it loads, where that is not `required.model_name`.
+    """The start of the vLLM servers. `model` is the model to load, by default `required.model_name`.
 
-    `python` is the interpreter of an environment that has vLLM, by default this one.
+    `python` is the Python of an environment with vLLM, by default the Python of this process.
     """
 
     model: str | None = None
@@ -198,7 +197,7 @@ class Server(_Section):
 
 
 class VllmConfig(_Section):
-    """The whole file; every section may be missing. `run_type` and `token` are for other programs that read it."""
+    """The whole config file; each section is optional. `run_type` and `token` are for other programs."""
 
     required: Required = Required()
     hardware: Hardware = Hardware()
@@ -212,7 +211,7 @@ class VllmConfig(_Section):
 
     @property
     def unused(self) -> list[str]:
-        """The keys that are set and that nothing here needs."""
+        """The keys that are set although this backend does not use them."""
         keys = [
             ("flask_secret_key", self.required.flask_secret_key),
             ("run_type", self.run_type),
@@ -222,9 +221,9 @@ class VllmConfig(_Section):
 
 
 def read_config(file: Path | None, overrides: Mapping[str, Mapping[str, Any]]) -> VllmConfig:
-    """The settings of `file`, with `overrides` (section, key, value) over them where the value is not None.
+    """Read the settings of `file`. An override (by section and key) replaces a setting where its value is not None.
 
-    Raises InvalidSettings, which names the file, the key and what is valid.
+    Raises InvalidSettings, which names the source, the key and the valid values.
     """
     sections = {} if file is None else _sections(file)
     _checked(sections, f"config_file {file}")
@@ -257,7 +256,7 @@ def _sections(file: Path) -> dict[str, Any]:
 
 
 def _explained(location: tuple[int | str, ...], kind: str, message: str) -> str:
-    """One problem in words; values are left out, since some of them are secrets."""
+    """A validation error in words, without the value, which may be a secret."""
     names = [str(step) for step in location]
     if kind != "extra_forbidden":
         return f"{'.'.join(names)}: {message.removeprefix('Value error, ')}"
@@ -330,7 +329,7 @@ _SHIPPED_SERVER = """\
 
 
 def sample_config(shipped_model: bool) -> str:
-    """A commented file to start from: for the model that comes with this package, or for a real one on a GPU."""
+    """A config file with comments, for the model of this package or for a model on a GPU."""
     return _SAMPLE.format(
         model_name="# model_name: Qwen2.5-0.5B-Instruct   # the name that tasks use"
         if shipped_model

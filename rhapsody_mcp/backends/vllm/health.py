@@ -1,4 +1,4 @@
-"""Watches a vLLM server that runs: whether it answers, and whether its processes go on."""
+"""Watches a running vLLM server: its health check, and its processes."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ import httpx2
 from rhapsody_mcp.engine.process.liveness import is_stopped
 from rhapsody_mcp.engine.process.tree import descendants
 
-__all__ = ["ENGINE_DIED", "GONE", "Health"]
+__all__ = ["ENGINE_DIED", "GONE", "HealthWatch"]
 
 ENGINE_DIED = "its engine died"
 GONE = "its process is gone"
-_MISSES = 3
-_SOON_S = 0.1  # after the end of one of its processes the server needs a moment to know of it
-_SOON = 20
+_MAX_MISSES = 3
+_SOON_S = 0.1  # the server takes a moment to notice the end of one of its processes
+_SOON_CHECKS = 20
 
 
-class Health:
-    """Looks every `every_s`, and soon after one of the processes under `keeper` has ended.
+class HealthWatch:
+    """Checks a server every `every_s` seconds, and often for a while after a process under `keeper` has ended.
 
-    A server is dead at once where its process or one of its engine's is gone, or where it says that its engine died. It
-    counts as dead where three looks in a row find no answer, or a process of it stopped: while its engine is, the
-    server goes on to answer them, and no request ever ends.
+    The server is dead at once where its process or a process of its engine is gone, or where its health check reports
+    a dead engine. It counts as dead where three checks in a row find no answer or a stopped process: a server whose
+    engine is stopped still answers health checks, but no request ends.
     """
 
     def __init__(self, address: str, keeper: int, every_s: float) -> None:
         self._address, self._keeper, self._every_s = address, keeper, every_s
-        under = descendants(keeper)
-        self._server, self._ends = next(iter(under), 0), _Ends(under)
-        self._engine = {pid: title for pid in under if (title := _title(pid)).startswith("VLLM::")}
+        processes = descendants(keeper)
+        self._server, self._exits = next(iter(processes), 0), _ExitWatch(processes)
+        self._engine = {pid: title for pid in processes if (title := _title(pid)).startswith("VLLM::")}
         self._client = httpx2.AsyncClient(trust_env=False, timeout=every_s)
 
     async def until_dead(self) -> str:
-        """Why it is dead, or counts as dead: the end of a sentence about it."""
-        misses = soon = 0
+        """Wait until the server is dead or counts as dead; returns the reason, as the end of a sentence about it."""
+        misses = soon_checks = 0
         try:
-            while misses < _MISSES:
-                if await self._ends.any_within(_SOON_S if soon else self._every_s):
-                    soon = _SOON
-                problem = await self._look()
+            while misses < _MAX_MISSES:
+                if await self._exits.any_within(_SOON_S if soon_checks else self._every_s):
+                    soon_checks = _SOON_CHECKS
+                problem = await self._problem()
                 if problem == GONE or problem.startswith(ENGINE_DIED):
                     return problem
                 misses = misses + 1 if problem else 0
-                soon = max(0, soon - 1)
+                soon_checks = max(0, soon_checks - 1)
         finally:
-            self._ends.close()
+            self._exits.close()
             await self._client.aclose()
-        return f"{problem}, {_MISSES} times in a row, {self._every_s:g} s apart"
+        return f"{problem}, {_MAX_MISSES} times in a row, {self._every_s:g} s apart"
 
-    def hurry(self) -> None:
-        """Look soon, and for some seconds often: something speaks for the server's end."""
-        self._ends.happened.set()
+    def check_soon(self) -> None:
+        """Check the server soon, and often for some seconds, because it may be dying."""
+        self._exits.exited.set()
 
-    async def _look(self) -> str:
-        """What is wrong; empty where nothing is."""
+    async def _problem(self) -> str:
+        """The server's present problem in words; empty where there is none."""
         living = descendants(self._keeper)
         if self._server not in living:
             return GONE
@@ -76,18 +76,18 @@ class Health:
 
 
 def _title(pid: int) -> str:
-    """What the process calls itself: vLLM's engine and its workers have names of their own."""
+    """The title of the process; vLLM's engine and its workers set titles of their own."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode("utf-8", "replace").strip()
     except OSError:
         return ""
 
 
-class _Ends:
-    """Tells when some of these processes end; where the system has no descriptors for processes, nothing ever."""
+class _ExitWatch:
+    """Notices ends of these processes; never on systems without process descriptors (only Linux has them)."""
 
     def __init__(self, pids: Iterable[int]) -> None:
-        self.happened = asyncio.Event()
+        self.exited = asyncio.Event()
         self._descriptors: set[int] = set()
         for pid in pids:
             self._watch(pid)
@@ -102,7 +102,7 @@ class _Ends:
 
     def _ended(self, descriptor: int) -> None:
         self._forget(descriptor)
-        self.happened.set()
+        self.exited.set()
 
     def _forget(self, descriptor: int) -> None:
         self._descriptors.discard(descriptor)
@@ -110,13 +110,13 @@ class _Ends:
         os.close(descriptor)
 
     async def any_within(self, within_s: float) -> bool:
-        """Wait for an end, so long at most; whether there was one since the last time."""
+        """Wait for an end, for at most `within_s` seconds; returns whether there was one since the last call."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                await self.happened.wait()
-        happened = self.happened.is_set()
-        self.happened.clear()
-        return happened
+                await self.exited.wait()
+        exited = self.exited.is_set()
+        self.exited.clear()
+        return exited
 
     def close(self) -> None:
         for descriptor in list(self._descriptors):

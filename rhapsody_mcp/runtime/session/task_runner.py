@@ -204,7 +204,9 @@ class TaskRunner:
 
     def _task_run(self, task: Task, folder: str) -> TaskRun:
         bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
-        return TaskRun(spec=self._specs[task.uid], bindings=bindings, folder=folder, attempt=max(1, task.attempts))
+        return TaskRun(
+            spec=self._specs[task.uid], bindings=bindings, results_folder=folder, attempt=max(1, task.attempts)
+        )
 
     @property
     def folder(self) -> Path:
