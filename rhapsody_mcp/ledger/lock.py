@@ -11,9 +11,10 @@ from pathlib import Path
 
 import msgspec
 
+from rhapsody_mcp.engine.process.tree import started_at
 from rhapsody_mcp.model.errors import LedgerInUse
 
-__all__ = ["Lock", "LockHolder", "process_start_time", "read_holder"]
+__all__ = ["Lock", "LockHolder", "read_holder"]
 
 _UNSUPPORTED_ERRORS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # on file systems without flock
 
@@ -30,7 +31,7 @@ class LockHolder(msgspec.Struct, frozen=True):
     @property
     def alive(self) -> bool:
         """Whether the process lives on this host; another process with the same pid does not count."""
-        return self.host == socket.gethostname() and self.started > 0 and process_start_time(self.pid) == self.started
+        return self.host == socket.gethostname() and self.started > 0 and started_at(self.pid) == self.started
 
 
 class Lock:
@@ -60,7 +61,7 @@ class Lock:
             other = LockHolder("", 0, 0, 0.0)
         if not locked or other.pid not in (0, os.getpid()):
             raise LedgerInUse(str(self.path.parent), other.host, other.pid, other.since)
-        _write_holder(file, LockHolder(socket.gethostname(), os.getpid(), process_start_time(os.getpid()), time.time()))
+        _write_holder(file, LockHolder(socket.gethostname(), os.getpid(), started_at(os.getpid()), time.time()))
 
     def _flock(self, file: int) -> bool:
         """False where another process has the lock."""
@@ -88,15 +89,6 @@ def read_holder(path: Path) -> LockHolder | None:
         return msgspec.json.decode(path.read_bytes(), type=LockHolder)
     except (OSError, msgspec.DecodeError):
         return None
-
-
-def process_start_time(pid: int) -> int:
-    """A process's start time, in clock ticks since boot; 0 for a dead process and without /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def _write_holder(file: int, holder: LockHolder) -> None:

@@ -20,11 +20,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rhapsody_mcp.engine.process.tree import started_at
 from rhapsody_mcp.engine.task.start_log import log_start
 from rhapsody_mcp.ledger.file_system import file_system, is_network
 from rhapsody_mcp.ledger.inspection import inspect_ledger
 from rhapsody_mcp.ledger.ledger import LOCK_FILE, Ledger
-from rhapsody_mcp.ledger.lock import LockHolder, process_start_time, read_holder
+from rhapsody_mcp.ledger.lock import LockHolder, read_holder
 from rhapsody_mcp.ledger.records import (
     Change,
     CloseSession,
@@ -402,7 +403,7 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.parametrize("left", ["a dead process", "another process of its pid", "half a word"])
 async def test_a_lock_that_was_left_is_taken_over(tmp_path: Path, left: str) -> None:
     with sleeper() as other:
-        started = process_start_time(other.pid)
+        started = started_at(other.pid)
         if left == "a dead process":
             other.kill()
             other.wait()
@@ -411,12 +412,12 @@ async def test_a_lock_that_was_left_is_taken_over(tmp_path: Path, left: str) -> 
         (tmp_path / LOCK_FILE).write_bytes(text)
         async with opened(tmp_path):
             now = read_holder(tmp_path / LOCK_FILE)
-    assert now is not None and now.pid == os.getpid() and now.started == process_start_time(os.getpid())
+    assert now is not None and now.pid == os.getpid() and now.started == started_at(os.getpid())
 
 
 async def test_a_living_process_holds_it_even_where_the_file_system_knows_no_locks(tmp_path: Path) -> None:
     with sleeper() as other:
-        facts = LockHolder(socket.gethostname(), other.pid, process_start_time(other.pid), 5.0)
+        facts = LockHolder(socket.gethostname(), other.pid, started_at(other.pid), 5.0)
         (tmp_path / LOCK_FILE).write_bytes(msgspec.json.encode(facts))
         with pytest.raises(LedgerInUse, match=f"process {other.pid}"):
             Ledger(tmp_path).open()

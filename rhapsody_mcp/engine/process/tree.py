@@ -184,10 +184,10 @@ def arguments(pid: int) -> list[bytes]:
 
 
 def started_at(pid: int) -> int:
-    """Return the start time of a process in clock ticks since boot; 0 if there is no such process, or on systems
-    without /proc. A process id is reused, but the pair of process id and start time is not."""
+    """Return the start time of a process in clock ticks since boot; 0 if the process has ended, or on systems without
+    /proc. A process id is reused, but the pair of process id and start time is not."""
     fields = stat_fields(pid)
-    return int(fields[19]) if fields else 0
+    return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else 0
 
 
 def stat_fields(pid: int) -> list[bytes]:
