@@ -12,8 +12,11 @@ import pytest
 from rhapsody_mcp.api import AITask, ComputeTask, ForEach, Session, Source, UnknownName
 from rhapsody_mcp.model import errors, outcome
 from rhapsody_mcp.model.errors import InvalidTask, LedgerInUse, LimitExceeded, RhapsodyError
+from rhapsody_mcp.runtime.requests.request_batch import make_tasks
+from rhapsody_mcp.runtime.requests.task_request import TaskRequest
 from rhapsody_mcp.serving.daemon.connection import ServiceUnavailable
 from rhapsody_mcp.testing import ScriptedBackend
+from tests.agents import open_agent
 
 CODES = {
     "RhapsodyError": "failed",
@@ -97,6 +100,25 @@ async def test_a_submission_that_is_refused_names_the_task_and_the_field() -> No
             await session.submit_tasks(ComputeTask(print, backend="scriptd"))
         facts = (unknown.value.code, unknown.value.field, unknown.value.name)
         assert facts == ("unknown_backend", "backend", "scriptd")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"source": "def f(): ...", "name": "task.000001"}, "name"),
+        ({"source": "def f(): ...", "seed": 1}, "seed"),
+        ({"executable": "echo", "arguments": [None]}, "arguments"),
+        ({"prompt": "x", "backend": "scriptd"}, "backend"),
+        ({"source": "def f(:"}, "source"),
+    ],
+)
+async def test_a_request_that_is_refused_names_the_field(fields: dict[str, Any], field: str) -> None:
+    async with open_agent() as agent:
+        session = agent.sessions.get(await agent.session())
+        with pytest.raises(InvalidTask) as caught:
+            make_tasks([TaskRequest(**fields)], session)
+        assert (caught.value.code, caught.value.field) == ("invalid_task", field)
 
 
 def test_an_error_that_is_given_the_name_of_its_task_keeps_its_facts() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from graphlib import CycleError, TopologicalSorter
 
+from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName, nearest
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import is_index
@@ -32,19 +33,20 @@ def make_tasks(requests: Sequence[TaskRequest], session: OpenSession) -> list[Ta
     session.session.refuse_count(sum(_task_count(request) for request in requests))
     uids = session.new_uids(len(requests))
     batch = _RequestBatch(requests, uids, session)
-    errors: dict[int, str] = {}
+    backends = {backend.name: backend for backend in session.session.backends}
+    errors: dict[int, InvalidTask | None] = {}
     for index in batch.order():
         if batch.needs[index] & errors.keys():
-            errors[index] = ""  # the error of the request that it needs is reported
+            errors[index] = None  # the error of the request that it needs is reported
             continue
         try:
             with _naming_task(index, requests[index]):
                 task = make_task(requests[index], uids[index], batch.task, session.functions.source)
-                _set_backend(task, _route(requests[index], session))
+                _set_backend(task, _route(requests[index], backends))
                 batch.tasks[index] = task
         except InvalidTask as error:
-            errors[index] = str(error)
-    _raise_errors([errors[index] for index in sorted(errors) if errors[index]])
+            errors[index] = error
+    _raise_errors([error for _, error in sorted(errors.items()) if error is not None])
     return [batch.tasks[index] for index in range(len(requests))]
 
 
@@ -52,10 +54,12 @@ def _task_count(request: TaskRequest) -> int:
     return len(request.for_each) if isinstance(request.for_each, list) else 1
 
 
-def _raise_errors(wrong: Sequence[str]) -> None:
-    if wrong:
-        more = f" And {len(wrong) - _REFUSALS_SHOWN} more tasks are wrong." if len(wrong) > _REFUSALS_SHOWN else ""
-        raise InvalidTask(" ".join(wrong[:_REFUSALS_SHOWN]) + more)
+def _raise_errors(errors: Sequence[InvalidTask]) -> None:
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        more = f" And {len(errors) - _REFUSALS_SHOWN} more tasks are wrong." if len(errors) > _REFUSALS_SHOWN else ""
+        raise InvalidTask(" ".join(map(str, errors[:_REFUSALS_SHOWN])) + more)
 
 
 class _RequestBatch:
@@ -74,11 +78,15 @@ class _RequestBatch:
         if name is None:
             return
         if _TASK_ID.match(name):
-            raise InvalidTask("names of this form are the ids that the server gives; give the task another name.")
+            raise InvalidTask(
+                "names of this form are the ids that the server gives; give the task another name.", field="name"
+            )
         if (other := self._index.get(name)) is not None:
-            raise InvalidTask(f"this is the name of tasks[{other}] of this call; give each its own.")
+            raise InvalidTask(f"this is the name of tasks[{other}] of this call; give each its own.", field="name")
         if self.session.has_name(name):
-            raise InvalidTask("this name is taken by another task of the session; give this one another name.")
+            raise InvalidTask(
+                "this name is taken by another task of the session; give this one another name.", field="name"
+            )
         self._index[name] = index
 
     def order(self) -> list[int]:
@@ -132,13 +140,13 @@ def _refuse_failed(task: Task) -> None:
         )
 
 
-def _route(request: TaskRequest, session: OpenSession) -> str:
-    backends = {backend.name: backend for backend in session.session.backends}
+def _route(request: TaskRequest, backends: Mapping[str, Backend]) -> str:
     try:
         return route(kind_of_request(request), request.backend, backends)
     except NoBackend as error:
         hint = "vllm or endpoint" if error.kind == "prompt" else "dragon or local"
-        raise InvalidTask(f"{error} For a {error.kind}: create_session with {hint} in backends.") from None
+        message = f"{error} For a {error.kind}: create_session with {hint} in backends."
+        raise InvalidTask(message, field=error.field) from None
 
 
 def _set_backend(task: Task, backend: str) -> None:
@@ -151,8 +159,10 @@ def _naming_task(index: int, request: TaskRequest) -> Iterator[None]:
     """Put the label of the task before the message of each error."""
     try:
         yield
-    except (InvalidTask, UnknownName) as error:
-        raise InvalidTask(f"{label_of(index, request)}: {error}") from error
+    except InvalidTask as error:
+        raise error.of_task(label_of(index, request)) from error
+    except UnknownName as error:
+        raise InvalidTask(f"{label_of(index, request)}: {error}", field=error.field) from error
 
 
 def label_of(index: int, request: TaskRequest) -> str:

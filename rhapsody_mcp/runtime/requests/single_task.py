@@ -88,7 +88,9 @@ def form_of(request: TaskRequest) -> str:
         raise InvalidTask(f"a task runs exactly one of {', '.join(FIELDS)}; {found}.")
     if idle := sorted(given - FIELDS[kinds[0]]):
         kind = " or ".join(kind for kind, fields in FIELDS.items() if idle[0] in fields)
-        raise InvalidTask(f"{idle[0]} has no effect on a task with {kinds[0]}; it belongs to one with {kind}.")
+        raise InvalidTask(
+            f"{idle[0]} has no effect on a task with {kinds[0]}; it belongs to one with {kind}.", field=idle[0]
+        )
     return kinds[0]
 
 
@@ -125,7 +127,10 @@ def _argument(value: Any) -> str | Task | Part | Text:
     if isinstance(value, Task | Part | Text):
         return value
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise InvalidTask(f"{value!r} among arguments is a {type(value).__name__}; a program takes texts and numbers.")
+        raise InvalidTask(
+            f"{value!r} among arguments is a {type(value).__name__}; a program takes texts and numbers.",
+            field="arguments",
+        )
     return str(value)
 
 

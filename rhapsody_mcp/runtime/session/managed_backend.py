@@ -10,16 +10,15 @@ from typing import NamedTuple, Protocol
 
 from rhapsody_mcp.backends.base import RESTARTS, Backend, Ended, Event, Running, restart_delay_s
 from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, RhapsodyError
-from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import TaskRun
-from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Reader
+from rhapsody_mcp.runtime.session.outcomes import failed
+from rhapsody_mcp.runtime.session.steps import TASKS_PER_STEP
 
 __all__ = ["CallLater", "EngineNotice", "ManagedBackend", "call_later"]
 
 _log = logging.getLogger(__name__)
-_TASK_RUNS_PER_STEP = 250
-"""How many task runs are submitted in one step of the event loop."""
 _CAUSES_WITHOUT_ENGINE = (Cause.LOST, Cause.CANCELED, Cause.INVALID)
 """The causes with which a task may end although no engine works."""
 
@@ -218,7 +217,7 @@ class ManagedBackend:
                 self._post_notice(f"backend {self.backend.name!r} runs again, at attempt {failures} of {RESTARTS}")
 
     def _submit_pending(self) -> None:
-        task_runs, self._pending = self._pending[:_TASK_RUNS_PER_STEP], self._pending[_TASK_RUNS_PER_STEP:]
+        task_runs, self._pending = self._pending[:TASKS_PER_STEP], self._pending[TASKS_PER_STEP:]
         try:
             self._submit_to_backend(task_runs)
         except BaseException as error:
@@ -248,8 +247,7 @@ class ManagedBackend:
         self._failures = 0
         self._post_notice(message)
         for task_run in task_runs:
-            outcome = Outcome(state=TaskState.FAILED, ended=time.time(), cause=cause, error=message)
-            self._report(Ended(task_run.spec.uid, outcome))
+            self._report(Ended(task_run.spec.uid, failed(cause, message)))
 
     # --- resting
 

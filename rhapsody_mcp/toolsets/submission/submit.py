@@ -78,7 +78,7 @@ def _digest(requests: Sequence[TaskRequest], *, with_defaults: bool = False) -> 
 
 def _is_repeated(earlier: Submission, requests: Sequence[TaskRequest]) -> bool:
     """Whether the requests are those of the earlier call; version 0.1 kept a digest of every field."""
-    return earlier.request_digest in (_digest(requests), _digest(requests, with_defaults=True))
+    return any(earlier.request_digest == _digest(requests, with_defaults=old) for old in (False, True))
 
 
 def repeated_submission(
