@@ -193,8 +193,14 @@ def bench(options: argparse.Namespace) -> int:
 
 def doctor(options: argparse.Namespace) -> int:
     from rhapsody_mcp.doctor import run_doctor
+    from rhapsody_mcp.doctor_nodes import run_doctor_on_nodes
+    from rhapsody_mcp.settings import read_settings
 
-    return run_doctor(_paths(options))
+    if options.nodes is None:
+        return run_doctor(_paths(options))
+    names = ("minutes", "profile", "partition", "account", "qos", "constraint")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return run_doctor_on_nodes(_paths(options), read_settings(), options.nodes, given)
 
 
 def init(options: argparse.Namespace) -> int:

@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import platformdirs
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from msgspec import to_builtins
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from rhapsody_mcp.cards import toolset_names
 from rhapsody_mcp.model.errors import InvalidSettings, UnknownName, nearest
+from rhapsody_mcp.schedulers.options import AllocationProfile, read_profiles
 
 __all__ = ["SECRETS", "Settings", "read_settings", "settings_file"]
 
@@ -20,11 +22,13 @@ SECRETS = (
 )
 """Patterns of the names of environment variables that hold secrets, or lead to them."""
 
+Profiles = Annotated[dict[str, AllocationProfile], PlainValidator(read_profiles), PlainSerializer(to_builtins)]
+
 
 class Settings(BaseModel):
     """The choices of the person who runs the server. Every key has a default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     wait_default_s: Annotated[float, Field(gt=0)] = 25.0
     """How long wait_tasks waits when it is not told, in seconds."""
@@ -55,6 +59,14 @@ class Settings(BaseModel):
     """How many tasks a session takes before submit_tasks asks the person; null for any number."""
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
     """The same for the sum of max_tokens over its prompts; one that does not say it counts as none."""
+    budget_node_hours: Annotated[float, Field(ge=0)] | None = None
+    """How many node-hours the open sessions may use in all, at most, before create_session asks the person; null for
+    any number."""
+    allocation_profiles: Profiles = {}
+    """Presets and limits of sessions with nodes, by name, as in {gpu: {partition: gpu, account: m1234, max_nodes: 8}};
+    the keys are in docs/allocations.md."""
+    default_profile: str | None = None
+    """The profile of sessions with nodes whose scheduler names none; null for no profile."""
     max_sessions: Annotated[int, Field(ge=1)] | None = 32
     """How many sessions may be open at once; null for any number, as in all keys that begin with max_."""
     max_session_tasks: Annotated[int, Field(ge=1)] | None = 100_000
@@ -82,7 +94,8 @@ class Settings(BaseModel):
     min_free_bytes: Annotated[int, Field(ge=0)] = 1024**3
     """Nothing is submitted while less than this is free on the disks of results and of running tasks."""
     allow_source: bool = True
-    """Whether tasks may bring functions as text, and sessions setup lines; where not, functions are imported."""
+    """Whether tasks may bring functions as text, and sessions setup lines and hosts; where not, functions are
+    imported."""
     allowed_executables: tuple[str, ...] | None = None
     """Patterns of the programs that tasks may run, by their full paths with links followed, as in [/usr/bin/*,
     /opt/sim/*]; null for all. What source and modules do is not held to it: forbid those too."""
@@ -93,6 +106,8 @@ class Settings(BaseModel):
     withheld_variables: tuple[str, ...] = SECRETS
     """Patterns of environment variables that tasks do not inherit. A vLLM server keeps HF_TOKEN, to download, unless
     it is listed by its full name."""
+    pilot_idle_s: Annotated[float, Field(gt=0)] = 900.0
+    """A pilot that has no task, and to which no service has spoken for so long, in seconds, gives its nodes back."""
     keep_sessions_days: Annotated[float, Field(gt=0)] = 30.0
     """An open session that has nothing to do, and that nobody has used for so long, is closed, and its results are
     deleted."""
@@ -141,6 +156,10 @@ def read_settings(file: Path | None = None) -> Settings:
     for toolset in settings.toolsets or ():
         if toolset not in (known := toolset_names()):
             raise InvalidSettings(f"{path}: {UnknownName('toolset', toolset, known)}")
+    if (profile := settings.default_profile) is not None and profile not in settings.allocation_profiles:
+        raise InvalidSettings(
+            f"{path}: default_profile: {UnknownName('profile', profile, settings.allocation_profiles)}"
+        )
     return settings
 
 
@@ -187,6 +206,8 @@ def _problems(error: ValidationError) -> list[str]:
     return [
         f"unknown key {key!r}{nearest(key, known)}. Valid: {', '.join(known)}"
         if problem["type"] == "extra_forbidden"
+        else f"{key}: {problem['ctx']['error']}".rstrip(".")
+        if problem["type"] == "value_error"
         else f"{key}: {_ERROR_TEXTS.get(problem['type'], problem['msg'])}, not {problem['input']!r}"
         for problem in error.errors()
         if (key := str(problem["loc"][0]))

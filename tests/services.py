@@ -25,15 +25,17 @@ PROGRAM = [sys.executable, "-m", "rhapsody_mcp"]
 
 
 class OwnService:
-    """A service in `folder`, which is started by whoever needs it first. `environment` is added to its own."""
+    """A service in `folder`, which is started by whoever needs it first. `environment` is added to its own, and
+    `launcher` stands before each command line."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.paths = ServicePaths(folder)
         self.environment: dict[str, str] = {}
+        self.launcher: list[str] = []
 
     def command(self, *words: str | Path) -> list[str]:
-        return [*PROGRAM, *map(str, words), "--folder", str(self.folder)]
+        return [*self.launcher, *PROGRAM, *map(str, words), "--folder", str(self.folder)]
 
     def run(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -73,9 +75,9 @@ class OwnService:
 
 
 @contextmanager
-def own_service() -> Iterator[OwnService]:
+def own_service(parent: Path = Path("/tmp")) -> Iterator[OwnService]:
     """In a folder of a short path: that of a socket is bounded. Afterwards it is stopped, whatever runs in it."""
-    folder = Path(tempfile.mkdtemp(prefix="rhapsody-service-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="rhapsody-service-", dir=parent))
     service = OwnService(folder)
     try:
         yield service

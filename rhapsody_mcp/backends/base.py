@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Generator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import msgspec
@@ -31,21 +32,21 @@ __all__ = [
 Kind = Literal["function", "executable", "prompt"]
 
 
-class Running(msgspec.Struct, frozen=True, gc=False):
+class Running(msgspec.Struct, frozen=True, tag="running", gc=False):
     """The task's user code has started, at this time (seconds since the epoch)."""
 
     uid: str
     at: float
 
 
-class Ended(msgspec.Struct, frozen=True, gc=False):
+class Ended(msgspec.Struct, frozen=True, tag="ended", gc=False):
     """The task has reached a final state, and no process of it is left."""
 
     uid: str
     outcome: Outcome
 
 
-class Returned(msgspec.Struct, frozen=True, gc=False):
+class Returned(msgspec.Struct, frozen=True, tag="returned", gc=False):
     """The backend gives the task back: its engine has ended, and the task has not run and never will.
 
     `reason` is a sentence. The session may submit the task again, to the same backend too.
@@ -121,6 +122,9 @@ class Backend(Protocol):
     def progress(self) -> str:
         """What the engine does now, in words, as in "starting"; may be empty."""
 
+    abandons_start: bool
+    """Whether a start is canceled once no task waits for it: it asks for nodes that others could use."""
+
     @property
     def serves_shipped_model(self) -> bool:
         """Whether prompts go to the model that is shipped with this package, which is for trials only."""
@@ -131,6 +135,13 @@ class Backend(Protocol):
         Raises InvalidRequest where the backend has started with another working directory. A backend whose tasks have
         no working directory does nothing.
         """
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep in this folder what another process needs to go on with the session. Called before the first start."""
+
+    def detach(self) -> None:
+        """Let the next `close` leave running what can run without this process: another process goes on with the
+        session."""
 
     def check(self, spec: TaskSpec) -> None:
         """Raise InvalidTask where the task is known to be wrong before its submission. No I/O, no waiting."""
@@ -158,8 +169,13 @@ class Backend(Protocol):
         A task that ends by itself before the request reaches it keeps its own outcome.
         """
 
+    def drain(self, reason: str) -> None:
+        """Start no further task, and return those that have not started, with this reason; the others go on. The
+        backend is about to be closed. A backend may let all its tasks go on."""
+
     async def rest(self) -> None:
-        """End the engine because no task needs it now; `start` makes a new one. Called while the backend has no task.
+        """End the engine because no task needs it now; `start` makes a new one. Called while the backend has no task,
+        also after a start that failed, to give back what it holds, such as nodes.
 
         Returns when no process of the engine is left. Nothing happens where no engine runs.
         """
@@ -191,6 +207,7 @@ class BackendBase:
     before_start: BeforeStart | None = None
     on_loss: OnLoss = staticmethod(lambda reason: None)
     num_workers: int | None = None
+    abandons_start = False
     _closing: asyncio.Task[None] | None = None
 
     @property
@@ -204,11 +221,20 @@ class BackendBase:
     def work_in(self, folder: str) -> None:
         """Do nothing: tasks have no working directory."""
 
+    def keep_in(self, folder: Path) -> None:
+        """Keep nothing: the backend ends with this process."""
+
+    def detach(self) -> None:
+        """Do nothing: the backend ends with this process."""
+
     def check(self, spec: TaskSpec) -> None:
         """Accept every task."""
 
     async def start(self) -> None:
         raise NotImplementedError
+
+    def drain(self, reason: str) -> None:
+        """Let all tasks go on."""
 
     async def rest(self) -> None:
         """Do nothing: there is no engine."""

@@ -11,7 +11,15 @@ from rhapsody_mcp.backends.base import EngineBook
 from rhapsody_mcp.engine.process.cleanup import end_remains, was_killed
 from rhapsody_mcp.engine.process.tree import started_at
 
-__all__ = ["KeeperHandle"]
+__all__ = ["KeeperHandle", "last_lines"]
+
+
+def last_lines(log: Path, count: int) -> str:
+    """The last lines of a log, joined to one; empty where there is no log."""
+    try:
+        return " | ".join(log.read_text(errors="replace").strip().splitlines()[-count:])
+    except OSError:
+        return ""
 
 
 class KeeperHandle:

@@ -27,12 +27,15 @@ from rhapsody_mcp.engine.messages import (
     FromHost,
     HostConfig,
     NodeReady,
+    OutputTaken,
     Ping,
     Pong,
     ProcessPlan,
     StartTask,
     StartWorker,
+    StepEnded,
     StopWorker,
+    TakeOutput,
     TaskEnded,
     TaskStarted,
     ToHost,
@@ -48,8 +51,13 @@ from rhapsody_mcp.engine.node.task_processes import ProcessTask
 from rhapsody_mcp.engine.process.liveness import MIN_CHECKS, StopDetector
 from rhapsody_mcp.engine.process.tree import PROCESS_MARK, adopt_orphans, descendants, end, marked, open_lifeline
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
+from rhapsody_mcp.engine.task.node_files import local_task_run, results_folder
+from rhapsody_mcp.engine.task.output import take_output
+from rhapsody_mcp.engine.task.start_log import NOT_STARTED
 from rhapsody_mcp.engine.transport import Link
+from rhapsody_mcp.model.outcome import Outcome, failed
 from rhapsody_mcp.model.specs import Template
+from rhapsody_mcp.model.states import Cause
 
 __all__ = ["main"]
 
@@ -100,7 +108,10 @@ class NodeAgent:
         self._start_events.bind(start_events_path(config.folder))
         self._fork_launcher = ForkLauncher(config.folder, self._end_without_fork_server)
         self._node = NodeContext(
-            config, DragonLauncher() if config.launcher == "dragon" else self._fork_launcher, self._fork_launcher
+            config,
+            DragonLauncher() if config.launcher == "dragon" else self._fork_launcher,
+            self._fork_launcher,
+            self.send,
         )
         self._worker_launcher = _batch_launcher() if config.batch else self._node.launcher
 
@@ -198,18 +209,36 @@ class NodeAgent:
             self.send(Pong())
         elif isinstance(message, StartWorker):
             self._run_in_thread(self._run_worker, message.worker)
+        elif isinstance(message, TakeOutput):
+            self._run_in_thread(self._take_output, message)
         elif isinstance(message, StopWorker):
             if message.worker in self._workers:
                 threading.Thread(target=self._workers[message.worker].stop, daemon=True).start()
         elif isinstance(message, StartTask):
-            task = self._tasks[message.task_run.spec.uid] = ProcessTask(self._node, message.task_run)
+            task = self._tasks[message.task_run.spec.uid] = ProcessTask(self._node, message)
             self._run_in_thread(self._run_task, task)
+        elif isinstance(message, StepEnded):
+            if message.uid in self._tasks:
+                self._tasks[message.uid].end_step(message.problem)
         elif message.uid in self._tasks:
-            self._tasks[message.uid].cancel()
+            self._end_task(self._tasks[message.uid], message.failed_rank)
+
+    def _end_task(self, task: ProcessTask, failed_rank: int | None) -> None:
+        if failed_rank is None:
+            task.cancel()
+        else:
+            task.fail(failed_rank)
 
     def _run_worker(self, worker: str) -> None:
         agent_config = self.config
-        config = WorkerConfig(worker, agent_config.address, agent_config.sys_path, agent_config.cwd, agent_config.caps)
+        config = WorkerConfig(
+            worker,
+            agent_config.address,
+            agent_config.sys_path,
+            agent_config.cwd,
+            agent_config.caps,
+            agent_config.link_folder,
+        )
         try:
             process = SupervisedProcess(self._node, Template())
             plan = ProcessPlan(
@@ -231,6 +260,11 @@ class NodeAgent:
         self.watched.pop(process.name, None)
         self.send(WorkerExited(worker, code if code <= 128 else 128 - code, process.kill_reason, process.path))
 
+    def _take_output(self, request: TakeOutput) -> None:
+        folder = request.results_folder and results_folder(request.results_folder, self.config.link_folder)
+        streams = take_output(request.output_path, folder, request.output_bytes)
+        self.send(OutputTaken(request.output_path, *streams))
+
     def end_stalled(self) -> NoReturn:
         """Repeatedly check for processes that stay stopped: end a worker or a supervisor with its tree, or everything
         if the launcher or the fork server is stopped."""
@@ -250,7 +284,12 @@ class NodeAgent:
         return [*list(self._workers.values()), *ranks]
 
     def _run_task(self, task: ProcessTask) -> None:
-        outcome = task.run()
+        try:
+            task.task_run = local_task_run(task.task_run, self.config.link_folder)
+        except OSError as error:
+            outcome: Outcome | None = failed(Cause.LOST, NOT_STARTED.format(error))
+        else:
+            outcome = task.run()
         if outcome is not None:
             del self._tasks[task.uid]
             for process in task.processes():

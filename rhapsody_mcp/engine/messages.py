@@ -13,27 +13,42 @@ from rhapsody_mcp.model.values import Stream, Value
 
 __all__ = [
     "CancelTask",
+    "EndNode",
     "FromHost",
+    "FromNode",
+    "FromServers",
     "FromWorker",
     "FunctionFinished",
     "FunctionResult",
     "HostConfig",
     "Interrupt",
+    "KeeperEnded",
     "LauncherName",
+    "LinkSettings",
+    "NodeHello",
     "NodeReady",
+    "OutputTaken",
     "Ping",
     "Pong",
     "ProcessPlan",
     "RankConfig",
+    "RanksPrepared",
     "RunFunction",
+    "ServersLost",
+    "ServersReady",
+    "ServersRefused",
+    "StartKeeper",
     "StartTask",
     "StartWorker",
+    "StepEnded",
     "StopWorker",
+    "TakeOutput",
     "TaskEnded",
     "TaskRevoked",
     "TaskStarted",
     "ToBackend",
     "ToHost",
+    "ToNode",
     "ToWorker",
     "WorkerConfig",
     "WorkerExited",
@@ -142,22 +157,47 @@ class StopWorker(msgspec.Struct, frozen=True, tag="stop_worker", gc=False):
 
 
 class StartTask(msgspec.Struct, frozen=True, tag="start_task", gc=False):
-    """Run a task in processes of its own."""
+    """Run a task in processes of its own: all its ranks, or only `ranks` where the other ranks run on other nodes.
+
+    `nodes` are the names of all nodes of the task, the node of rank 0 first. With `in_step`, the node agent prepares
+    the ranks, and a step of the scheduler starts them on all nodes.
+    """
 
     task_run: TaskRun
+    ranks: tuple[int, ...] = ()
+    nodes: tuple[str, ...] = ()
+    in_step: bool = False
+
+
+class StepEnded(msgspec.Struct, frozen=True, tag="step_ended", gc=False):
+    """The step of a task has ended; ranks that it did not start never start. `problem` says why, and may be empty."""
+
+    uid: str
+    problem: str
 
 
 class CancelTask(msgspec.Struct, frozen=True, tag="cancel_task", gc=False):
-    """End the processes of a task."""
+    """End the processes of a task on this node; `failed_rank` is the rank on another node whose failure ends them, and
+    None for a cancellation."""
 
     uid: str
+    failed_rank: int | None = None
+
+
+class TakeOutput(msgspec.Struct, frozen=True, tag="take_output", gc=False):
+    """Take what a worker that has exited had printed, from its files at `output_path`; request an OutputTaken. Without
+    a results folder the files are only deleted."""
+
+    output_path: str
+    results_folder: str | None
+    output_bytes: int | None
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping", gc=False):
     """Request a Pong."""
 
 
-ToHost = StartWorker | StopWorker | StartTask | CancelTask | Ping
+ToHost = StartWorker | StopWorker | StartTask | StepEnded | CancelTask | TakeOutput | Ping
 
 
 # --- node agent → backend
@@ -187,7 +227,7 @@ class WorkerExited(msgspec.Struct, frozen=True, tag="worker_exited", gc=False):
 
 
 class TaskEnded(msgspec.Struct, frozen=True, tag="task_ended", gc=False):
-    """A task in processes of its own has ended, and so have all its processes."""
+    """A task in processes of its own has ended on this node, and so have all its processes here."""
 
     uid: str
     outcome: Outcome
@@ -200,15 +240,115 @@ class WorkerStartFailed(msgspec.Struct, frozen=True, tag="worker_start_failed", 
     error: str
 
 
+class RanksPrepared(msgspec.Struct, frozen=True, tag="ranks_prepared", gc=False):
+    """The ranks of a task on this node can be started: each with its shell script, by rank."""
+
+    uid: str
+    scripts: dict[int, str]
+
+
+class OutputTaken(msgspec.Struct, frozen=True, tag="output_taken", gc=False):
+    """The answer to a TakeOutput; the files are deleted."""
+
+    output_path: str
+    stdout: Stream
+    stderr: Stream
+
+
 class Pong(msgspec.Struct, frozen=True, tag="pong", gc=False):
     """The answer to a Ping."""
 
 
-FromHost = NodeReady | WorkerExited | TaskStarted | TaskEnded | WorkerStartFailed | Pong
-ToBackend = FromWorker | FromHost
+FromHost = NodeReady | WorkerExited | TaskStarted | TaskEnded | WorkerStartFailed | RanksPrepared | OutputTaken | Pong
 
 
-# --- configuration files of programs
+# --- model servers of a node → backend
+
+
+class ServersReady(msgspec.Struct, frozen=True, tag="servers_ready", gc=False):
+    """The model servers on these ports of the node answer now; ports that were reported before may be among them."""
+
+    host: str
+    ports: list[int]
+
+
+class ServersLost(msgspec.Struct, frozen=True, tag="servers_lost", gc=False):
+    """The model servers on these ports of the node do not answer any more."""
+
+    ports: list[int]
+    reason: str
+
+
+class ServersRefused(msgspec.Struct, frozen=True, tag="servers_refused", gc=False):
+    """The model servers of the node did not start. `again` is True where another start may succeed."""
+
+    host: str
+    reason: str
+    again: bool
+
+
+FromServers = ServersReady | ServersLost | ServersRefused
+
+ToBackend = FromWorker | FromHost | FromServers
+
+
+# --- node link → backend
+
+
+class NodeHello(msgspec.Struct, frozen=True, tag="node_hello", gc=False):
+    """A node link is connected. `folder` is the folder on its node for the files of engines; it exists."""
+
+    host: str
+    pid: int
+    folder: str
+
+
+class KeeperEnded(msgspec.Struct, frozen=True, tag="keeper_ended", gc=False):
+    """The keeper with this name has ended, and so has everything that it started. `log` is the end of its log."""
+
+    name: str
+    exit_code: int
+    log: str
+
+
+FromNode = NodeHello | KeeperEnded
+
+
+# --- backend → node link
+
+
+class StartKeeper(msgspec.Struct, frozen=True, tag="start_keeper", gc=False):
+    """Write the files into a new folder `name` in the folder of the node link, and start a keeper with these arguments
+    and environment. The new folder is deleted when the keeper has ended."""
+
+    name: str
+    mark: str
+    arguments: list[str]
+    files: dict[str, bytes]
+    environment: dict[str, str]
+
+
+class EndNode(msgspec.Struct, frozen=True, tag="end_node", gc=False):
+    """Stop every keeper, then end."""
+
+
+ToNode = StartKeeper | EndNode
+
+
+# --- configuration of programs
+
+
+class LinkSettings(msgspec.Struct, frozen=True, gc=False):
+    """The configuration of a node link, as JSON in the environment variable `RHAPSODY_NODE_LINK`.
+
+    The node link dials the addresses, in any order; `pem` is the key of the connection. It ends everything on its node
+    when it has heard nothing for `lease_s` seconds: after that the backend may run the tasks of this node elsewhere.
+    """
+
+    addresses: list[str]
+    port: int
+    pem: str
+    lease_s: float
 
 
 class HostConfig(msgspec.Struct, frozen=True, gc=False):
@@ -216,6 +356,7 @@ class HostConfig(msgspec.Struct, frozen=True, gc=False):
     `mark` is the engine's mark.
 
     With `batch`, workers start through Dragon's Batch. A worker that was stopped for `stall_s` seconds is ended.
+    `link_folder` is the folder of the node link; empty where the engine has one node.
     """
 
     launcher: LauncherName
@@ -227,6 +368,7 @@ class HostConfig(msgspec.Struct, frozen=True, gc=False):
     batch: bool = False
     stall_s: float = 10.0
     caps: Caps = Caps()
+    link_folder: str = ""
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, gc=False):
@@ -237,6 +379,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, gc=False):
     sys_path: list[str]
     cwd: str
     caps: Caps = Caps()
+    link_folder: str = ""
 
 
 class RankConfig(msgspec.Struct, frozen=True, gc=False):

@@ -14,7 +14,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import msgspec
 
@@ -66,12 +66,26 @@ def _result(config: RankConfig, sources: Sources) -> FunctionResult:
     result = perform(work, task_run.bindings, task_run.results_folder, sources, config.caps)
     is_mpi_alone = task_run.spec.layout.ranks > 1 and task_run.spec.layout.pmi is None and _ran_mpi_alone()
     atexit._run_exitfuncs()
+    if result.cause is None:
+        _finalize_mpi()
     return msgspec.structs.replace(result, mpi_alone=is_mpi_alone)
 
 
 def _ran_mpi_alone() -> bool:
+    mpi = _initialized_mpi()
+    return mpi is not None and mpi.COMM_WORLD.Get_size() == 1
+
+
+def _finalize_mpi() -> None:
+    """Do what mpi4py does at a normal exit of Python. A PMIx server kills the other ranks when one ends without it."""
+    if (mpi := _initialized_mpi()) is not None and sys.modules["mpi4py"].rc.finalize is not False:
+        mpi.Finalize()
+
+
+def _initialized_mpi() -> Any:
+    """The module mpi4py.MPI where the function has used it; else None."""
     mpi = sys.modules.get("mpi4py.MPI")
-    return mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() and mpi.COMM_WORLD.Get_size() == 1
+    return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None
 
 
 def _exec_command(work: Command, task_run: TaskRun) -> str:

@@ -42,6 +42,7 @@ else:
 __all__ = [
     "GRACE_S",
     "OWNER_GONE",
+    "STARTED",
     "CannotStart",
     "command",
     "exec_program",
@@ -56,6 +57,9 @@ GRACE_S = 2
 """Seconds from TERM to KILL."""
 OWNER_GONE = 86
 """The exit code of a supervisor whose keeper has ended."""
+STARTED = ".started"
+"""The suffix of the FIFO beside a plan. A supervisor that a step of the scheduler starts holds it open while it lives.
+"""
 _END_WAIT_S = 0.1
 _INHERITED_ENV = {**os.environ}
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
@@ -70,7 +74,16 @@ def command(module: str, *arguments: str) -> list[str]:
 
 def main() -> NoReturn:
     adopt_orphans()
+    _show_life(sys.argv[1])
     os._exit(_Supervisor(sys.argv[1], open_lifeline()).run())
+
+
+def _show_life(path: str) -> None:
+    """Hold the FIFO of the plan open, where there is one, until this process ends: nobody is its parent who waits."""
+    try:
+        os.open(path + STARTED, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
 
 
 def run_plans(folder: str, name: str, name_pipe: int, idle_pipe: int) -> NoReturn:

@@ -7,14 +7,16 @@ called os._exit after a send lost the last message.)
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import msgspec
 
-__all__ = ["Frames", "Link", "frame"]
+__all__ = ["Frames", "Link", "frame", "unread_data"]
 
 _HEADER = 8
 _CHUNK = 1 << 20
@@ -26,6 +28,16 @@ def frame(messages: list[object]) -> bytes:
     """Return the bytes of one frame."""
     body = _ENCODER.encode(messages)
     return len(body).to_bytes(_HEADER, "big") + body
+
+
+def unread_data(descriptor: int) -> bytes:
+    """Return what the other end of a socket sent before it died, and asyncio has not read: a failed write ends a
+    connection before that."""
+    data = b""
+    with suppress(OSError):  # the socket has no more data
+        while chunk := os.read(descriptor, _CHUNK):
+            data += chunk
+    return data
 
 
 class Frames(Generic[Received]):

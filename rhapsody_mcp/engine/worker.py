@@ -45,7 +45,8 @@ from rhapsody_mcp.engine.process.tree import adopt_orphans, arguments, end, has_
 from rhapsody_mcp.engine.task.error_text import Interrupted
 from rhapsody_mcp.engine.task.function_call import can_start_threads, perform
 from rhapsody_mcp.engine.task.function_output import FunctionOutput
-from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, START_NOT_LOGGED, log_start
+from rhapsody_mcp.engine.task.node_files import local_bindings, results_folder
+from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_STARTED, START_NOT_LOGGED, log_start
 from rhapsody_mcp.engine.transport import Link
 from rhapsody_mcp.model.states import Cause
 
@@ -174,7 +175,8 @@ class _Worker:
 
     def _run(self, run: RunFunction, started: float) -> tuple[FunctionFinished, bool]:
         """Run a function; return its result, and whether this process can run another function."""
-        result, interrupted = self._perform(run)
+        folder = results_folder(run.results_folder, self.config.link_folder)
+        result, interrupted = self._perform(run, folder)
         ended = time.time()
         may_have_side_effects = ended - started > _MIN_SIDE_EFFECT_S
         children = _end_children() if may_have_side_effects else []
@@ -183,18 +185,18 @@ class _Worker:
         self.state.flush()
         c_streams.flush(find_new_libraries=may_have_side_effects)
         is_reusable = self.state.restore() and is_reusable
-        stdout, stderr = self.output.collect(run.results_folder, self.config.caps.output_bytes)
+        stdout, stderr = self.output.collect(folder, self.config.caps.output_bytes)
         self._forget_definitions()
         is_reusable = is_reusable and not self.output.are_pipes_closed and can_start_threads()
         return FunctionFinished(
             run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True)
         ), is_reusable
 
-    def _perform(self, run: RunFunction) -> tuple[FunctionResult, bool]:
+    def _perform(self, run: RunFunction, folder: str) -> tuple[FunctionResult, bool]:
         interrupted = False
         try:
             try:
-                result = self._start_and_perform(run)
+                result = self._start_and_perform(run, folder)
             finally:
                 interrupted = self.current_task.finish()
         except Interrupted:
@@ -202,14 +204,18 @@ class _Worker:
             return FunctionResult(None, Cause.ERROR, "interrupted"), True
         return result, interrupted
 
-    def _start_and_perform(self, run: RunFunction) -> FunctionResult:
+    def _start_and_perform(self, run: RunFunction, folder: str) -> FunctionResult:
         if not _change_directory(self.config.cwd):
             return FunctionResult(None, Cause.INVALID, FOLDER_GONE.format(self.config.cwd))
         try:
-            log_start(run.results_folder, run.uid, run.attempt)
+            log_start(folder, run.uid, run.attempt)
         except OSError as error:
             return FunctionResult(None, Cause.LOST, START_NOT_LOGGED.format(error))
-        return perform(run.call, run.bindings, run.results_folder, self.sources, self.config.caps)
+        try:
+            bindings = local_bindings(run.bindings, self.config.link_folder)
+        except OSError as error:
+            return FunctionResult(None, Cause.LOST, NOT_STARTED.format(error))
+        return perform(run.call, bindings, folder, self.sources, self.config.caps)
 
     def _has_no_threads(self) -> bool:
         """Return whether all threads of the function have ended. A joined thread may need a moment to end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +70,11 @@ class Ledger:
         self._writer.start()
         self._fsync.start()
         self._open, self._boot_time = True, time.time() - _uptime_s()
+
+    def beat(self) -> bool:
+        """Let other hosts see that the holder of this ledger lives; to be called each second. Blocks while the file
+        system does not answer. Return False where another host has taken the ledger over."""
+        return self._lock.beat()
 
     @property
     def problem(self) -> str:
@@ -139,12 +144,13 @@ class Ledger:
         """A counter's value; 0 for an unknown name."""
         return await self._writer.run(queries.number(name))
 
-    async def reconcile(self, now: float) -> int:
+    async def reconcile(self, now: float, kept: Collection[str] = ()) -> int:
         """Settle the tasks that a crash interrupted, once none of their processes runs. Tasks that had not started, and
         those with attempts left, are queued again; the others become FAILED with cause lost, after all earlier ends.
-        Tasks with children stay as they are: their children determine their end.
+        Tasks with children stay as they are: their children determine their end; so do the tasks of the sessions in
+        `kept`, whose tasks may run on.
         Returns the number of interrupted tasks. Raises as `commit`."""
-        changes = await self._writer.run(queries.interrupted_tasks(now))
+        changes = await self._writer.run(queries.interrupted_tasks(now, kept))
         await self.commit(*changes)
         if changes:
             lost = sum(isinstance(change, TaskEnded) for change in changes)

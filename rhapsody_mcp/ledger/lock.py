@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,9 @@ from rhapsody_mcp.model.errors import LedgerInUse
 __all__ = ["Lock", "LockHolder", "read_holder"]
 
 _UNSUPPORTED_ERRORS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}  # on file systems without flock
+_OTHER_HOST_S = 10.0
+"""How long a holder on another host is watched for a heartbeat; the service of this package has one each second."""
+_LOOK_S = 0.2
 
 
 class LockHolder(msgspec.Struct, frozen=True):
@@ -37,12 +41,16 @@ class LockHolder(msgspec.Struct, frozen=True):
 class Lock:
     """The kernel releases the lock of a process that ends. On a file system without locks, `is_supported` becomes
     False, and the holder in the file counts while its process lives; two processes that acquire the lock in the same
-    millisecond can then both have it."""
+    millisecond can then both have it.
+
+    Some file systems of clusters keep locks on each host by itself. A holder on another host therefore counts while
+    `beat` is called there; a holder that was killed there is waited for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.is_supported = True
         self._file = -1
+        self._holder: LockHolder | None = None
 
     def acquire(self) -> None:
         """Raises LedgerInUse, which names the holder, and OSError where the file cannot be made."""
@@ -57,11 +65,47 @@ class Lock:
     def _claim(self, file: int) -> None:
         locked = self._flock(file)
         other = read_holder(self.path)
-        if other is None or not other.alive:
-            other = LockHolder("", 0, 0, 0.0)
-        if not locked or other.pid not in (0, os.getpid()):
+        if other is not None and (not locked or self._holds(other)):
             raise LedgerInUse(str(self.path.parent), other.host, other.pid, other.since)
-        _write_holder(file, LockHolder(socket.gethostname(), os.getpid(), started_at(os.getpid()), time.time()))
+        if not locked:
+            raise LedgerInUse(str(self.path.parent), "", 0, 0.0)
+        holder = LockHolder(socket.gethostname(), os.getpid(), started_at(os.getpid()), time.time())
+        self._holder = holder if _write_holder(file, holder) else None
+
+    def _holds(self, other: LockHolder) -> bool:
+        """Whether the holder that the file names has the lock, although this process could lock the file."""
+        if other.host == socket.gethostname():
+            return other.alive and other.pid != os.getpid()
+        last_beat, deadline = self._last_beat(), time.monotonic() + _OTHER_HOST_S
+        while time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+            if self._last_beat() != last_beat:
+                return read_holder(self.path) is not None
+        return False
+
+    def _last_beat(self) -> int:
+        """The time of the last change of the file; opening it has a network file system ask its server."""
+        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.fstat(file).st_mtime_ns
+        finally:
+            os.close(file)
+
+    def beat(self) -> bool:
+        """Let other hosts see that this process lives. Return whether it still holds the lock: False means that another
+        host took this process for dead, as after a suspension."""
+        if self._file < 0:
+            return True
+        with suppress(OSError):
+            os.utime(self._file)
+        return self._names_this_process()
+
+    def _names_this_process(self) -> bool:
+        """Whether the file is as this process wrote it; also where it could not be written, or was deleted."""
+        try:
+            return self._holder is None or self.path.read_bytes() == _line_of(self._holder)
+        except OSError:
+            return True
 
     def _flock(self, file: int) -> bool:
         """False where another process has the lock."""
@@ -78,7 +122,8 @@ class Lock:
     def release(self) -> None:
         """A second call does nothing."""
         if self._file >= 0:
-            os.ftruncate(self._file, 0)
+            if self._names_this_process():
+                os.ftruncate(self._file, 0)
             os.close(self._file)
             self._file = -1
 
@@ -91,11 +136,17 @@ def read_holder(path: Path) -> LockHolder | None:
         return None
 
 
-def _write_holder(file: int, holder: LockHolder) -> None:
-    """A full disk is ignored: the lock is held without the text."""
+def _line_of(holder: LockHolder) -> bytes:
+    return msgspec.json.encode(holder) + b"\n"
+
+
+def _write_holder(file: int, holder: LockHolder) -> bool:
+    """False on a full disk: the lock is held without the text."""
     try:
         os.ftruncate(file, 0)
-        os.pwrite(file, msgspec.json.encode(holder) + b"\n", 0)
+        os.pwrite(file, _line_of(holder), 0)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        return False
+    return True

@@ -130,7 +130,7 @@ def number(name: str) -> Callable[[Store], int]:
     return lambda store: int(store.read(sql, name)[0][0])
 
 
-def interrupted_tasks(now: float) -> Callable[[Store], list[Change]]:
+def interrupted_tasks(now: float, kept: Collection[str] = ()) -> Callable[[Store], list[Change]]:
     """The changes that settle the tasks that ran, or may have run, at the last write. The start logs in the sessions'
     folders tell of starts that the ledger misses."""
 
@@ -141,6 +141,7 @@ def interrupted_tasks(now: float) -> Callable[[Store], list[Change]]:
         changes = (
             _settle(ends, last_signs[session], starts.get(folder, ()), session, *fields)
             for folder, session, *fields in store.read(_OPEN_TASKS)
+            if session not in kept
         )
         return [change for change in changes if change is not None]
 

@@ -8,9 +8,11 @@ RhapsodyError
 │   ├── InvalidTask         a task's fields contradict each other or are out of range
 │   │   └── ResultGone      the file of a result that the task needs no longer exists
 │   ├── InvalidSettings     a settings file or a backend's parameter is wrong
+│   ├── SchedulerRefusal    the scheduler of the machine does not take the job
 │   └── UnknownName         no backend, session, task, tool argument or model has that name
 ├── BackendError            a backend could not do its part now; a later try may succeed
-│   └── BackendUnavailable  a backend's program is not installed, did not start, or is gone
+│   ├── BackendUnavailable  a backend's program is not installed, did not start, or is gone
+│   └── SchedulerUnavailable  the scheduler of the machine does not answer
 ├── LedgerError             the ledger cannot be read or written
 │   ├── LedgerInUse         another process holds the ledger
 │   ├── LedgerTooNew        a later version of this program wrote the ledger
@@ -49,6 +51,8 @@ __all__ = [
     "NotConfirmed",
     "ResultGone",
     "RhapsodyError",
+    "SchedulerRefusal",
+    "SchedulerUnavailable",
     "SessionClosed",
     "UnknownName",
     "nearest",
@@ -110,6 +114,12 @@ class InvalidSettings(InvalidRequest):
     code = "invalid_settings"
 
 
+class SchedulerRefusal(InvalidRequest):
+    """The scheduler of the machine, such as Slurm, does not take the job; the text has the scheduler's own words."""
+
+    code = "scheduler_refused"
+
+
 _FIELDS = ("backend", "model")
 """The kinds of name that are also fields of a task."""
 
@@ -143,6 +153,21 @@ class BackendUnavailable(BackendError):
     code = "backend_unavailable"
 
 
+class AllocationsUsedUp(BackendError):
+    """The session has had as many allocations of the scheduler as it may have."""
+
+    code = "allocations_used_up"
+
+
+class SchedulerUnavailable(BackendError):
+    """The scheduler of the machine does not answer; jobs that run go on.
+
+    What was asked for may still happen, because only the answer may be lost: a job may have been submitted.
+    """
+
+    code = "scheduler_unavailable"
+
+
 class LedgerError(RhapsodyError):
     """The ledger, the database of tasks and sessions, cannot be read or written."""
 
@@ -162,8 +187,8 @@ class LedgerInUse(LedgerError):
         holder = f"process {pid} on {host}" if pid else "another process"
         at = f" since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}" if since else ""
         super().__init__(
-            f"the ledger {path} is held by {holder}{at}. Use that one (`rhapsody-mcp service status`), end it "
-            "(`rhapsody-mcp service stop`), or take another folder with --folder."
+            f"the ledger {path} is held by {holder}{at}. Use that one (`rhapsody-mcp service status` on that host), "
+            "end it (`rhapsody-mcp service stop`), or take another folder with --folder."
         )
 
     def __reduce__(self) -> tuple[type[LedgerInUse], tuple[str, str, int, float]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
 
-__all__ = ["Outcome", "RankOutcome", "TaskCanceled", "TaskFailed", "Usage", "why_stopped"]
+__all__ = ["Outcome", "RankOutcome", "TaskCanceled", "TaskFailed", "Usage", "canceled", "failed", "why_stopped"]
 
 
 class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -39,6 +41,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
 
     `started` is None if user code never ran. `exception` is the pickled exception of a function, or empty; unpickle an
     exception only where user code may run. `notes` are remarks about the run, such as "8 ranks on 2 cores".
+    `nodes` are the names of the nodes that the task ran on, the node of rank 0 first; empty on an engine of one node.
     """
 
     state: TaskState
@@ -55,6 +58,19 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
     notes: tuple[str, ...] = ()
     usage: Usage | None = None
     exception: bytes = b""
+    nodes: tuple[str, ...] = ()
+
+
+def failed(cause: Cause, error: str, *, started: float | None = None, exit_code: int | None = None) -> Outcome:
+    """The outcome of a task that ends FAILED now."""
+    return Outcome(
+        state=TaskState.FAILED, started=started, ended=time.time(), cause=cause, error=error, exit_code=exit_code
+    )
+
+
+def canceled(cause: Cause, error: str) -> Outcome:
+    """The outcome of a task that ends CANCELED now, without a result."""
+    return Outcome(state=TaskState.CANCELED, ended=time.time(), cause=cause, error=error)
 
 
 class TaskFailed(RhapsodyError):

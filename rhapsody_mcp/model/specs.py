@@ -105,6 +105,7 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """The processes of a task: none of its own (mode native), one (process), or several (job).
 
     `pmi` is set for a job of MPI ranks: "auto" selects the PMI that works here, "none" runs independent ranks.
+    `ranks_per_node` bounds the ranks of a job on each node; None for no bound.
     `forked` is set for a program without any process template: the node agent may fork it, without Dragon's placement.
     """
 
@@ -112,10 +113,16 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     groups: tuple[RankGroup, ...] = ()
     pmi: Literal["auto", "pmix", "cray", "none"] | None = None
     forked: bool = False
+    ranks_per_node: int | None = None
 
     @property
     def ranks(self) -> int:
         return sum(group.ranks for group in self.groups) if self.groups else 0
+
+    @property
+    def uses_mpi(self) -> bool:
+        """Whether the ranks find each other through a PMI; they then end together, once one of them fails."""
+        return self.pmi not in (None, "none")
 
     @property
     def templates(self) -> list[Template]:
@@ -147,9 +154,11 @@ class TaskRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A task that can start. `bindings` are the values of its Refs, by uid.
 
     `results_folder` is for the files of large results and outputs. `attempt` is 1 for the first start of the task.
+    `resumed` is True where this attempt has started already, in the allocation of an earlier service.
     """
 
     spec: TaskSpec
     bindings: dict[str, Value]
     results_folder: str
     attempt: int = 1
+    resumed: bool = False

@@ -70,20 +70,23 @@ class Busy(TypedDict):
     """The average `share` of a backend's `places` that tasks used, from the first start to the last end, without the
     time in which no submitted task was left.
 
-    A native function uses a worker, a process uses a process slot, and a job uses one slot for each rank.
+    A native function uses a worker, a process uses a process slot, and a job uses one slot for each rank. `seconds` are
+    the sum over the places.
     """
 
     backend: str
     of: Literal["workers", "process slots"]
     places: int
     share: float
+    seconds: float
 
 
 class Statistics(Measures):
     """`makespan` is the time in seconds from the first submission to the last end of the tasks that ran; `idle` is the
     part of it in which no submitted task was left.
 
-    `groups` are by name, the one with the most execution time first.
+    `groups` are by name, the one with the most execution time first. `nodes` are the numbers of tasks that ran on each
+    node, a job on each of its nodes; empty where all ran on one node.
     """
 
     summary: Summary
@@ -92,6 +95,7 @@ class Statistics(Measures):
     busy: list[Busy]
     critical_path: CriticalPath
     groups: dict[str, Measures]
+    nodes: dict[str, int]
 
 
 class Tally:
@@ -168,6 +172,7 @@ class Tally:
             "busy": _busy(parts, workers, gaps),
             "critical_path": find_critical_path(last[2] if last else None, timing, name_of, sources),
             "groups": _slowest_first(groups) if len(groups) > 1 else dict.fromkeys(groups, measures),
+            "nodes": dict(sum((totals.nodes for totals in parts), Counter()).most_common()),
         }
 
     def _groups(self, rest: Tally) -> dict[str, list[Totals]]:
@@ -277,17 +282,17 @@ def _busy(parts: Sequence[Totals], workers: Mapping[str, int], gaps: Sequence[tu
         for (backend, ranks), busy_time in totals.busy.items():
             if backend in workers:
                 used.setdefault((backend, "process slots" if ranks else "workers"), []).append((ranks, busy_time))
-    shares = ((backend, of, _share(uses, workers[backend], gaps)) for (backend, of), uses in used.items())
-    return [
-        {"backend": backend, "of": of, "places": workers[backend], "share": share}
-        for backend, of, share in shares
-        if share is not None
-    ]
+    rows: list[Busy] = []
+    for (backend, of), uses in used.items():
+        places = workers[backend]
+        busy_s = sum(busy.seconds * min(max(ranks, 1), places) for ranks, busy in uses)
+        if (seconds := _present_s([busy for _, busy in uses], gaps)) > 0:
+            share = busy_s / (places * seconds)
+            rows.append({"backend": backend, "of": of, "places": places, "share": share, "seconds": busy_s})
+    return rows
 
 
-def _share(uses: Sequence[tuple[int, BusyTime]], places: int, gaps: Sequence[tuple[float, float]]) -> float | None:
-    """The used share of the places, from busy times by ranks; None where no time has passed."""
-    first, last = min(busy.started for _, busy in uses), max(busy.ended for _, busy in uses)
-    seconds = last - first - sum(max(0.0, min(end, last) - max(start, first)) for start, end in gaps)
-    busy_s = sum(busy.seconds * min(max(ranks, 1), places) for ranks, busy in uses)
-    return busy_s / (places * seconds) if seconds > 0 else None
+def _present_s(uses: Sequence[BusyTime], gaps: Sequence[tuple[float, float]]) -> float:
+    """The seconds from the first start to the last end, without the gaps."""
+    first, last = min(busy.started for busy in uses), max(busy.ended for busy in uses)
+    return last - first - sum(max(0.0, min(end, last) - max(start, first)) for start, end in gaps)

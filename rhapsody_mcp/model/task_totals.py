@@ -32,6 +32,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     backend: str = ""
     ranks: int = 0
     usage: Usage | None = None
+    nodes: tuple[str, ...] = ()
 
 
 class Totals:
@@ -47,6 +48,8 @@ class Totals:
         """The task that ended last, of several the first one: its end, minus its number, its uid."""
         self.busy: dict[tuple[str, int], BusyTime] = {}
         """By backend and ranks."""
+        self.nodes: Counter[str] = Counter()
+        """The tasks that ran on each node, where the nodes are known."""
         self.prompts = TokenTotals()
         self.present = Intervals()
         """The times in which at least one task was submitted and had not ended."""
@@ -91,6 +94,7 @@ class Totals:
                     self.busy[key] = BusyTime()
                 self.busy[key].add(started, ended)
         self.ran += len(runs)
+        self.nodes.update(node for row, _, _, _ in runs for node in row.nodes)
         self.prompts.add([(row, started, ended) for row, _, started, ended in runs if row.kind == "prompt"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,13 +14,21 @@ from msgspec.structs import replace
 
 from rhapsody_mcp.backends import BACKENDS, Registration
 from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.backends.compute.backend import ComputeBackend
 from rhapsody_mcp.backends.environment import Environment
+from rhapsody_mcp.backends.pilot.allocation import Allocation
+from rhapsody_mcp.backends.pilot.backend import PilotBackend
+from rhapsody_mcp.backends.pilot.messages import PlannedBackend
 from rhapsody_mcp.backends.vllm.config import SHIPPED, Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm.launch_plan import find_model, interpreter
 from rhapsody_mcp.machine import Machine, inspect_machine
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Caps
+from rhapsody_mcp.runtime.allocation_plan import DEFAULT_MINUTES, AllocationPlan
 from rhapsody_mcp.runtime.policy import Policy
+from rhapsody_mcp.schedulers.allocation import current_allocation
+from rhapsody_mcp.schedulers.detection import scheduler_here
+from rhapsody_mcp.schedulers.options import SchedulerOptions
 from rhapsody_mcp.settings import Settings
 
 __all__ = ["BackendName", "BackendPlan", "OpenBackends", "SessionConfig", "open_backends", "plan_backends"]
@@ -44,11 +53,22 @@ class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
     endpoint_url: str | None = None
     endpoint_model: str | None = None
     environment: Environment | None = None
+    nodes: int | None = None
+    minutes: int | None = None
+    scheduler: SchedulerOptions | None = None
     folder: str = ""
     """The working directory of the tasks; empty for the working directory of this process."""
 
+    @property
+    def needs_allocation(self) -> bool:
+        """Whether the scheduler is asked for the nodes; the nodes of a job that this process is in are used as they
+        are."""
+        return self.nodes is not None and current_allocation(os.environ) is None
+
 
 OpenBackends = Callable[[SessionConfig], Sequence[Backend]]
+_IN_SERVICE = ("endpoint",)
+"""The backends that stay in the service where the others run in an allocation."""
 
 
 class BackendPlan(msgspec.Struct, frozen=True):
@@ -65,13 +85,45 @@ class BackendPlan(msgspec.Struct, frozen=True):
         backend: Backend = BACKENDS[self.name].load_class()(**{**self.arguments, **self.server_arguments})
         return backend
 
+    def open_for_checks(self, nodes: int) -> Backend:
+        """A backend that checks tasks for so many nodes of an allocation, and is never started."""
+        elsewhere = ("num_nodes", "num_workers")  # this machine may have less
+        here = {name: None if name in elsewhere else value for name, value in self.arguments.items()}
+        backend = replace(self, arguments=here).open()
+        if isinstance(backend, ComputeBackend):
+            backend.plan_nodes(nodes)
+        return backend
+
 
 def open_backends(config: SessionConfig, settings: Settings) -> list[Backend]:
     """The backends of a new session, not started. Raises what `plan_backends` raises."""
-    opened = [plan.open() for plan in plan_backends(config, settings)]
+    plans, nodes = plan_backends(config, settings), config.nodes if config.needs_allocation else None
+    opened = [plan.open() if nodes is None else plan.open_for_checks(nodes) for plan in plans]
     for backend in opened:
         backend.work_in(config.folder)
-    return opened
+    if nodes is None:
+        return opened
+    options = config.scheduler or SchedulerOptions()
+    plan_of_nodes = AllocationPlan(nodes, config.minutes or DEFAULT_MINUTES, options)
+    planned = [
+        PlannedBackend(plan.name, {**plan.arguments, **plan.server_arguments}, config.folder or os.getcwd())
+        for plan in plans
+        if plan.name not in _IN_SERVICE
+    ]
+    python = options.python or sys.executable
+    allocation = Allocation(
+        plan_of_nodes.request,
+        plan_of_nodes.open_scheduler(),
+        planned,
+        setup=options.setup,
+        python=python,
+        allocations=options.allocations,
+        orphan_s=settings.pilot_idle_s,
+    )
+    return [
+        backend if plan.name in _IN_SERVICE else PilotBackend(backend, allocation)
+        for plan, backend in zip(plans, opened, strict=True)
+    ]
 
 
 def plan_backends(config: SessionConfig, settings: Settings) -> list[BackendPlan]:
@@ -85,6 +137,7 @@ def plan_backends(config: SessionConfig, settings: Settings) -> list[BackendPlan
     if len(set(names)) < len(names):
         raise InvalidRequest(f"backends is {list(names)}; name each backend once.", field="backends")
     _refuse_unused_fields(config, names)
+    _refuse_dragon_without_slurm(config, names)
     _check_policy(config, Policy.of(settings))
     arguments = {name: _backend_arguments(name, config, settings, machine) for name in names}
     return [BackendPlan(name, arguments[name], _server_arguments(name, config, settings)) for name in names]
@@ -116,12 +169,29 @@ def _server_arguments(name: BackendName, config: SessionConfig, settings: Settin
 
 
 def _default_backends(config: SessionConfig, machine: Machine) -> tuple[BackendName, ...]:
-    compute: BackendName = "dragon" if machine.dragon.present else "local"
+    compute: BackendName = "dragon" if machine.dragon.present and not _spans_nodes_without_slurm(config) else "local"
     if config.endpoint_url:
         return (compute, "endpoint")
     if config.model or config.device or config.config_file or machine.vllm.present:
         return (compute, "vllm")
     return (compute,)
+
+
+def _spans_nodes_without_slurm(config: SessionConfig) -> bool:
+    """Whether the session asks for several nodes of hosts, or of another scheduler than Slurm."""
+    if (config.nodes or 1) == 1 or not config.needs_allocation:
+        return False
+    options = config.scheduler or SchedulerOptions()
+    return bool(options.hosts) or scheduler_here().name != "slurm"
+
+
+def _refuse_dragon_without_slurm(config: SessionConfig, names: Sequence[BackendName]) -> None:
+    if "dragon" in names and _spans_nodes_without_slurm(config):
+        raise InvalidRequest(
+            "backends has dragon, which runs over several nodes in jobs of Slurm alone: give the local backend, as in "
+            'backends=["local"], or nodes=1.',
+            field="backends",
+        )
 
 
 def _refuse_unused_fields(config: SessionConfig, names: Sequence[BackendName]) -> None:
@@ -144,17 +214,19 @@ def _backend_arguments(
     registration = BACKENDS[name]
     _check_dependency(registration, machine)
     defaults = {"num_workers": num_workers, "environment": environment}
+    nodes = {} if config.nodes is None else {"num_nodes": config.nodes}
     match name:
         case "vllm":
             model = config.model or (None if config.config_file else settings.default_model)
             _check_model(config.config_file, model)
-            _check_device(config, machine)
+            if config.nodes is None:
+                _check_device(config, machine)
             arguments = {"config_file": config.config_file, "model": model, "device": config.device}
-            return {**arguments, "environment": environment}
+            return {**arguments, "environment": environment, **({} if config.config_file else nodes)}
         case "endpoint":
             return _endpoint_arguments(config, settings)
         case _:
-            return {option: defaults.get(option, getattr(config, option)) for option in registration.options}
+            return {option: defaults.get(option, getattr(config, option)) for option in registration.options} | nodes
 
 
 def _check_model(config_file: str | None, model: str | None) -> None:

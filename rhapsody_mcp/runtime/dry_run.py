@@ -11,15 +11,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
-from rhapsody_mcp.engine.node.hardware import is_this_host
+from rhapsody_mcp.engine.node.hardware import is_host
 from rhapsody_mcp.engine.task.import_check import imports_of
 from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.specs import Layout
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, name_of, tasks_text
 
-__all__ = ["PlannedTask", "plan_tasks", "unmet_needs"]
+__all__ = ["PlannedTask", "plan_tasks", "unknown_nodes", "unmet_needs"]
+
+_MANY = 1_000_000
 
 
 class PlannedTask(msgspec.Struct, frozen=True):
@@ -33,6 +36,12 @@ class PlannedTask(msgspec.Struct, frozen=True):
     runs_as: str
     after: tuple[str, ...]
     level: int
+
+
+def unknown_nodes(machine: Machine, gpus_per_node: int) -> Machine:
+    """This machine in the place of nodes that an allocation will have: their names and cores are not known, nor their
+    GPUs where `gpus_per_node` is 0."""
+    return replace(machine, host="", cores=_MANY, gpus=("unknown",) * (gpus_per_node or _MANY))
 
 
 def plan_tasks(tasks: Sequence[Task], machine: Machine) -> list[PlannedTask]:
@@ -91,13 +100,14 @@ def unmet_needs(task: Task, machine: Machine, folder: str = "") -> Iterator[str]
 def _unmet_layout_needs(layout: Layout, machine: Machine, folder: str) -> Iterator[str]:
     if layout.pmi not in (None, "none") and not machine.pmi:
         yield "no PMIx or Cray PMI library was found here, through which MPI ranks find each other"
+    owner = "this machine" if machine.host else "each node"
     for template in (group.template for group in layout.groups):
         if template.cwd is not None and not os.path.isdir(cwd := os.path.join(folder, template.cwd)):
             yield f"cwd {cwd} is no folder here"
-        if not is_this_host(template.host_name):
+        if machine.host and not is_host(template.host_name, machine.host):
             yield f"host {template.host_name!r} is no node of this session, which runs on {machine.host}"
         if any(number >= len(machine.gpus) for number in template.gpu_affinity):
-            yield f"GPU {max(template.gpu_affinity)} was asked for, and this machine has {len(machine.gpus) or 'none'}"
+            yield f"GPU {max(template.gpu_affinity)} was asked for, and {owner} has {len(machine.gpus) or 'none'}"
 
 
 def _unmet_program_needs(executable: str, layout: Layout, folder: str) -> Iterator[str]:

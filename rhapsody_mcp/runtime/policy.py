@@ -115,13 +115,13 @@ class Policy(msgspec.Struct, frozen=True):
                 field=field,
             )
 
-    def check_setup(self) -> None:
+    def check_setup(self, what: str = "setup in environment") -> None:
         """Refuse setup lines, which can run anything, where something is restricted."""
         for key, forbids in (("allow_source", not self.source), ("allowed_executables", self.executables is not None)):
             if forbids:
                 raise InvalidRequest(
-                    f"setup in environment is not allowed here, because {key} in the settings of this server forbids "
-                    "some of what its lines could run. Leave it out, and give variables."
+                    f"{what} is not allowed here, because {key} in the settings of this server forbids some of what "
+                    f"it could run. Leave it out{', and give variables' if 'environment' in what else ''}."
                 )
 
 

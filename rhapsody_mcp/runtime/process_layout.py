@@ -11,7 +11,7 @@ from rhapsody_mcp.model.specs import Layout, RankGroup, Template
 
 __all__ = ["read_layout", "read_timeout", "refuse_half_characters"]
 
-_KEYS = ("process_template", "process_templates", "type", "ranks", "pmi", "timeout")
+_KEYS = ("process_template", "process_templates", "type", "ranks", "ranks_per_node", "pmi", "timeout")
 _TEMPLATE_KEYS = ("env", "cwd", "policy")
 _POLICY_KEYS = ("host_name", "cpu_affinity", "gpu_affinity")
 _PMI = ("auto", "pmix", "cray", "none")
@@ -33,7 +33,11 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
             'ranks and pmi belong to type="mpi"; a job of other processes has process_templates.', field="ranks"
         )
     if "process_templates" in kwargs:
-        return Layout("job", _groups(kwargs["process_templates"]))
+        return Layout("job", _groups(kwargs["process_templates"]), ranks_per_node=_ranks_per_node(kwargs))
+    if "ranks_per_node" in kwargs:
+        raise InvalidTask(
+            'ranks_per_node belongs to a job: give process_templates, or type="mpi" and ranks.', field="ranks_per_node"
+        )
     if "process_template" in kwargs:
         return Layout("process", (RankGroup(1, _template(kwargs["process_template"])),))
     return _NATIVE if native else _FORKED
@@ -65,11 +69,11 @@ def _mpi_layout(kwargs: Mapping[str, Any]) -> Layout:
             raise InvalidTask(
                 f"ranks is {kwargs['ranks']!r}, and process_templates make {count}; leave ranks out.", field="ranks"
             )
-        return Layout("job", groups, pmi)
+        return Layout("job", groups, pmi, ranks_per_node=_ranks_per_node(kwargs))
     if "ranks" not in kwargs:
         raise InvalidTask('type="mpi" needs ranks, the number of its processes.', field="type")
-    group = RankGroup(_rank_count(kwargs["ranks"]), _template(kwargs.get("process_template", {})))
-    return Layout("job", (group,), pmi)
+    group = RankGroup(_count("ranks", kwargs["ranks"]), _template(kwargs.get("process_template", {})))
+    return Layout("job", (group,), pmi, ranks_per_node=_ranks_per_node(kwargs))
 
 
 def _groups(templates: Any) -> tuple[RankGroup, ...]:
@@ -83,13 +87,18 @@ def _groups(templates: Any) -> tuple[RankGroup, ...]:
 def _group(item: Any) -> RankGroup:
     if not isinstance(item, list | tuple) or len(item) != 2:
         raise InvalidTask(f"{item!r} in process_templates is no pair (ranks, template), as in {_EXAMPLE}.")
-    return RankGroup(_rank_count(item[0]), _template(item[1]))
+    return RankGroup(_count("ranks", item[0]), _template(item[1]))
 
 
-def _rank_count(ranks: Any) -> int:
-    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
-        raise InvalidTask(f"ranks is {ranks!r}; valid is a whole number of at least 1.", field="ranks")
-    return ranks
+def _ranks_per_node(kwargs: Mapping[str, Any]) -> int | None:
+    value = kwargs.get("ranks_per_node")
+    return None if value is None else _count("ranks_per_node", value)
+
+
+def _count(field: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidTask(f"{field} is {value!r}; valid is a whole number of at least 1.", field=field)
+    return value
 
 
 def _template(fields: Any) -> Template:

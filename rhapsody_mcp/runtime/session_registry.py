@@ -16,6 +16,7 @@ import msgspec
 import platformdirs
 
 from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.backends.pilot.submission import has_allocation
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import CloseSession, DropSession, PutNumber, PutSession, SessionRow, UseSession
 from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
@@ -59,6 +60,8 @@ class SessionRegistry:
         self._storage, self._engine_idle_s = storage, engine_idle_s
         self._sessions: dict[str, OpenSession] = {}
         self._closing: set[OpenSession] = set()
+        self._closing_again: list[asyncio.Task[None]] = []
+        """The sessions with an allocation whose closing the previous run did not finish."""
         self.limits = Limits(settings or Settings(), self._usages, storage.folder if storage else None)
         self._last_number = 0
         self._watchers: list[Watcher] = []
@@ -193,10 +196,15 @@ class SessionRegistry:
         try:
             for sentence in await end_orphans(self._storage.ledger):
                 _log.warning("%s", sentence)
-            await self._storage.ledger.reconcile(time.time())
+            rows = await self._storage.ledger.sessions()
+            with_allocation = {row.id for row in rows if has_allocation(Path(row.folder))}
+            await self._storage.ledger.reconcile(time.time(), with_allocation)
             self._last_number = await self._storage.ledger.number(_NUMBER_KEY)
-            for row in await self._storage.ledger.sessions():
-                await self._restore_session(row, self._storage)
+            for row in sorted(
+                rows, key=lambda row: not row.closing
+            ):  # an open session may have the id of a closing one
+                await self._restore_session(row, self._storage, row.id in with_allocation)
+            self._closing_again = [asyncio.create_task(self._close(opened)) for opened in self._closing]
             self._log_restored()
         finally:
             self.restored.set()
@@ -206,14 +214,18 @@ class SessionRegistry:
             unfinished = sum(not task.state.final for opened in self.all() for task in leaves(opened.session.tasks))
             _log.info("opened again: %d sessions with %d tasks that have not ended", len(self._sessions), unfinished)
 
-    async def _restore_session(self, row: SessionRow, storage: Storage) -> None:
-        if row.closing:
+    async def _restore_session(self, row: SessionRow, storage: Storage, has_allocation: bool) -> None:
+        if row.closing and not has_allocation:
             await asyncio.to_thread(shutil.rmtree, row.folder, ignore_errors=True)
             storage.ledger.write(DropSession(row.id))
             return
         try:
             config = msgspec.json.decode(row.wanted, type=SessionConfig)
             opened = self._create(row.id, config, self._open_backends(config))
+            if row.closing:
+                del self._sessions[opened.id]
+                self._closing.add(opened)
+                return
             await restore(opened, storage.ledger, row.id)
             self._notify(opened)
         except Exception:  # a session that cannot be read must not prevent the others
@@ -268,6 +280,8 @@ class SessionRegistry:
         self._sessions.clear()
         for opened in suspended:
             opened.session.on_change = opened.recorder.record_while_suspending if opened.recorder is not None else None
+            for backend in opened.session.backends:
+                backend.detach()
         await _run_all(
             [*(opened.session.close() for opened in suspended), *(self._close(closing) for closing in self._closing)]
         )

@@ -22,7 +22,8 @@ _MAX_SOCKET_PATH_BYTES = 100
 @dataclass(frozen=True)
 class ServicePaths:
     """Paths of one service. Without `folder` this is the user's default service, whose paths depend on the uid and the
-    host name alone, not on environment variables. With `folder` it is a separate service with all its files there."""
+    host name alone, not on environment variables. With `folder` it is a separate service with all its files there, on
+    one host at a time: on another host the next service goes on with what the folder has."""
 
     folder: Path | None = None
 
@@ -54,8 +55,9 @@ class ServicePaths:
 
     @property
     def state(self) -> Path:
-        """The folder of the ledger and the logs. Each host has its own, because hosts may share the home folder."""
-        return (self.folder or _user_state()) / self.host
+        """The folder of the ledger and the logs. Of the user's default services each host has its own, because hosts
+        may share the home folder."""
+        return self.folder / "state" if self.folder else _user_state() / self.host
 
     @property
     def log(self) -> Path:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from mcp.types import CallToolResult
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.backends import BACKENDS
 from rhapsody_mcp.backends.environment import Environment
@@ -17,9 +18,18 @@ from rhapsody_mcp.machine import Dependency, Machine, inspect_machine
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import leaves
+from rhapsody_mcp.schedulers.detection import SchedulerDescription, describe_scheduler
 from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.allocations import (
+    allocation_data,
+    allocation_of,
+    allocation_sentence,
+    hours,
+    utilization,
+)
 from rhapsody_mcp.toolsets.replies.base import Reply, reply
 from rhapsody_mcp.toolsets.replies.formatting import NAMES_SHOWN, limited_list
+from rhapsody_mcp.toolsets.replies.scheduler_report import scheduler_data, scheduler_text
 from rhapsody_mcp.toolsets.replies.statistics_report import SessionStatistics, statistics_report, statistics_text
 from rhapsody_mcp.toolsets.sessions import SessionId
 from rhapsody_mcp.toolsets.tooling.schemas import TYPE_ONLY
@@ -28,8 +38,9 @@ __all__ = ["Insight"]
 
 _LIMITS = [key for key in Settings.model_fields if key.startswith("max_")]
 _POLICY = ["allow_source", "allowed_executables", "allowed_modules", "allowed_folders"]
-_BUDGETS = ["budget_tasks", "budget_tokens"]
-_SHOWN_SETTINGS = {"default_model", "default_task_s", "wait_cap_s", "min_free_bytes", *_BUDGETS, *_LIMITS, *_POLICY}
+_BUDGETS = ["budget_tasks", "budget_tokens", "budget_node_hours"]
+_OTHERS = ["default_model", "default_profile", "default_task_s", "wait_cap_s", "min_free_bytes"]
+_SHOWN_SETTINGS = {*_OTHERS, *_BUDGETS, *_LIMITS, *_POLICY}
 """The settings that an agent needs to know."""
 
 
@@ -54,6 +65,7 @@ class SystemReport(Reply):
     mpi: Annotated[str, TYPE_ONLY]
     settings: Annotated[dict[str, Any], TYPE_ONLY]
     environment: Annotated[dict[str, Any], TYPE_ONLY]
+    scheduler: SkipJsonSchema[dict[str, Any] | None] = None
 
 
 class Insight:
@@ -69,14 +81,25 @@ class Insight:
         statistics = open_session.session.get_statistics(group)
         replaced = len(leaves(open_session.session.replaced))
         text = statistics_text(session, group, statistics, replaced)
-        return reply(text, statistics_report(session, group, statistics, replaced))
+        data = statistics_report(session, group, statistics, replaced)
+        if (facts := allocation_of(open_session)) is None:
+            return reply(text, data)
+        slots = max((backend.num_workers or 0 for backend in open_session.session.backends), default=0)
+        share = utilization(facts, statistics, slots) if group is None else None
+        used = f", of which tasks used {share:.0%} of {slots} cores" if share is not None else ""
+        allocation = {**(allocation_data(facts) or {}), **({} if share is None else {"utilization": round(share, 4)})}
+        text += f"\nAllocation: {allocation_sentence(facts)}{used}."
+        return reply(text, data.model_copy(update={"allocation": allocation}))
 
     async def describe_system(self) -> Annotated[CallToolResult, SystemReport]:
-        data = _system(inspect_machine(), self._settings, self._sessions.all())
-        return reply(_system_text(data, self._settings), data)
+        scheduler = await describe_scheduler()
+        data = _system(inspect_machine(), self._settings, self._sessions.all(), scheduler)
+        return reply(_system_text(data, self._settings, scheduler), data)
 
 
-def _system(machine: Machine, settings: Settings, sessions: Sequence[OpenSession]) -> SystemReport:
+def _system(
+    machine: Machine, settings: Settings, sessions: Sequence[OpenSession], scheduler: SchedulerDescription
+) -> SystemReport:
     return SystemReport(
         host=machine.host,
         system=machine.system,
@@ -88,6 +111,7 @@ def _system(machine: Machine, settings: Settings, sessions: Sequence[OpenSession
         mpi=_mpi(machine),
         settings=settings.model_dump(mode="json", include=_SHOWN_SETTINGS, exclude_none=True),
         environment=_environment(settings, sessions),
+        scheduler=scheduler_data(scheduler, settings),
     )
 
 
@@ -125,12 +149,12 @@ def _backend(name: str, runs: str, part: Dependency | None) -> BackendStatus:
     return BackendStatus(name=name, works=part.present, version=part.version or None, runs=runs, missing=missing)
 
 
-def _system_text(data: SystemReport, settings: Settings) -> str:
+def _system_text(data: SystemReport, settings: Settings, scheduler: SchedulerDescription) -> str:
     memory = f", {data.memory_gib:g} GiB memory" if data.memory_gib else ""
     gpus = ", ".join(data.gpus) or "no GPU"
     lines = [f"{data.host}: {data.system}, Python {data.python}, {data.cores} cores{memory}, {gpus}."]
     lines += [f"- {_headline(backend)}: {backend.missing or backend.runs}" for backend in data.backends]
-    lines.append(f"- {data.mpi}.")
+    lines += [f"- {data.mpi}.", *scheduler_text(scheduler, settings)]
     model = shipped_text() if settings.default_model == SHIPPED else f"{settings.default_model}. {models_text()}"
     lines += [f"Default model: {model}", _bounds_text(settings)]
     lines += [_limits_text(settings), *_policy_text(settings), *_environment_text(data.environment)]
@@ -184,4 +208,6 @@ def _bounds_text(settings: Settings) -> str:
     budgets = {"tasks": settings.budget_tasks, "tokens of max_tokens": settings.budget_tokens}
     texts = [f"{most} {what}" for what, most in budgets.items() if most is not None]
     budget = f" Above {' or '.join(texts)} in a session, submit_tasks asks the person." if texts else ""
-    return f"One wait_tasks waits {settings.wait_cap_s:g} s at most.{budget}"
+    nodes = settings.budget_node_hours
+    allocations = "" if nodes is None else f" create_session asks the person above {hours(nodes)} of the open sessions."
+    return f"One wait_tasks waits {settings.wait_cap_s:g} s at most.{budget}{allocations}"

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 from mcp.server.mcpserver import Elicit, Resolve
 from mcp.types import CallToolResult
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.backends.local_models import shipped_text
 from rhapsody_mcp.backends.vllm.config import Device
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
-from rhapsody_mcp.runtime.backend_factory import BackendName, SessionConfig
+from rhapsody_mcp.runtime.allocation_plan import AllocationPlan, ask_scheduler, plan_allocation
+from rhapsody_mcp.runtime.backend_factory import BackendName, SessionConfig, open_backends
 from rhapsody_mcp.runtime.call_context import current_folder
 from rhapsody_mcp.runtime.export.export import export
 from rhapsody_mcp.runtime.export.script import Script
@@ -25,7 +27,17 @@ from rhapsody_mcp.runtime.requests.field_types import Name
 from rhapsody_mcp.runtime.requests.task_request import Env
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import Task, leaves, tasks_text
+from rhapsody_mcp.schedulers.base import Verdict
 from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.allocations import (
+    allocation_data,
+    allocation_of,
+    allocation_sentence,
+    ask_for_node_hours,
+    dry_run_text,
+    plan_text,
+    planned_data,
+)
 from rhapsody_mcp.toolsets.replies.base import Reply, reply
 from rhapsody_mcp.toolsets.replies.formatting import counts_text
 from rhapsody_mcp.toolsets.tooling.confirmation import (
@@ -40,6 +52,7 @@ from rhapsody_mcp.toolsets.tooling.confirmation import (
     task_names,
 )
 from rhapsody_mcp.toolsets.tooling.deferred import defer
+from rhapsody_mcp.toolsets.tooling.schemas import TYPE_ONLY
 
 __all__ = ["SessionId", "Sessions", "session_row"]
 
@@ -64,6 +77,7 @@ class SessionEnvironment(BaseModel):
 
 
 Setup = Annotated[SessionEnvironment, WithJsonSchema({"type": "object"})]
+Options = Annotated[dict[str, Any], WithJsonSchema({"type": "object"})]
 
 
 class BackendRow(Reply):
@@ -73,22 +87,24 @@ class BackendRow(Reply):
 
 class CreatedSession(Reply):
     session: str
-    backends: list[BackendRow]
+    backends: Annotated[list[BackendRow], TYPE_ONLY]
+    allocation: SkipJsonSchema[dict[str, Any] | None] = None
 
 
 class SessionRow(Reply):
     session: str
     backends: list[str]
     counts: dict[str, int]
+    allocation: SkipJsonSchema[dict[str, Any] | None] = None
 
 
 class SessionList(Reply):
-    sessions: list[SessionRow]
+    sessions: Annotated[list[SessionRow], TYPE_ONLY]
 
 
 class CloseReport(Reply):
     session: str
-    counts: dict[str, int]
+    counts: Annotated[dict[str, int], TYPE_ONLY]
     canceled: int
 
 
@@ -144,7 +160,19 @@ class Sessions:
             Setup | None,
             Field(description='Of engines, e.g. {"variables": {"A": "1"}, "setup": ["module load gcc"]} (in bash -l).'),
         ] = None,
+        nodes: Annotated[int | None, Field(ge=1, description="Nodes of a job, for its tasks.")] = None,
+        minutes: Annotated[int | None, Field(ge=1, description="Time limit of the job; default 60.")] = None,
+        scheduler: Annotated[
+            Options | None,
+            Field(description='partition, account, qos, profile, ..., e.g. {"partition": "gpu", "account": "m1"}.'),
+        ] = None,
+        dry_run: Annotated[bool, Field(description="Only ask the scheduler.")] = False,
+        force: Force = False,
+        *,
+        answer: Annotated[Answer, Resolve(ask_for_node_hours)],
     ) -> Annotated[CallToolResult, CreatedSession]:
+        require_agreement(answer)
+        plan = plan_allocation(nodes, minutes, scheduler, self._settings)
         session_config = SessionConfig(
             backends=tuple(backends or ()),
             num_workers=num_workers,
@@ -154,16 +182,26 @@ class Sessions:
             endpoint_url=endpoint_url,
             endpoint_model=endpoint_model,
             environment=None if environment is None else environment.read(),
+            nodes=nodes if plan is None else plan.nodes,
+            minutes=None if plan is None else plan.minutes,
+            scheduler=None if plan is None else plan.options,
             folder=current_folder.get(),
         )
+        verdict = None if plan is None else await ask_scheduler(plan)
+        if dry_run:
+            rows = [_backend_row(backend) for backend in open_backends(session_config, self._settings)]
+            data = CreatedSession(session="", backends=rows, allocation=planned_data(plan, verdict))
+            return reply(_dry_run_text(rows, plan, verdict), data)
         open_session = await self._sessions.open(session_config, name)
         rows = [_backend_row(backend) for backend in open_session.session.backends]
-        return reply(self._created_text(open_session, rows), CreatedSession(session=open_session.id, backends=rows))
+        data = CreatedSession(session=open_session.id, backends=rows, allocation=planned_data(plan, verdict))
+        return reply(self._created_text(open_session, rows, plan), data)
 
-    def _created_text(self, open_session: OpenSession, rows: list[BackendRow]) -> str:
+    def _created_text(self, open_session: OpenSession, rows: list[BackendRow], plan: AllocationPlan | None) -> str:
         idle = self._settings.engine_idle_s
         stop = f"; one that has had no task for {idle:g} s stops until the next (engine_idle_s)" if idle else ""
         lines = [f"{open_session.id} is open. Engines start with the first task that needs them{stop}."]
+        lines += [f"- {plan_text(plan)}"] if plan is not None else []
         lines += [f"- {row.name} runs {', '.join(row.runs)} tasks" for row in rows]
         shipped = (backend.name for backend in open_session.session.backends if backend.serves_shipped_model)
         lines += [f"- {name} serves {shipped_text()}" for name in shipped]
@@ -173,7 +211,10 @@ class Sessions:
 
     async def list_sessions(self) -> Annotated[CallToolResult, SessionList]:
         rows = [session_row(open_session) for open_session in self._sessions.all()]
-        lines = [f"{row.session} ({', '.join(row.backends)}): {counts_text(row.counts)}" for row in rows]
+        lines = [
+            f"{row.session} ({', '.join(row.backends)}): {counts_text(row.counts)}{_allocation_text(open_session)}"
+            for row, open_session in zip(rows, self._sessions.all(), strict=True)
+        ]
         return reply("\n".join(lines) or "No session is open: call create_session.", SessionList(sessions=rows))
 
     async def export_session(
@@ -196,6 +237,17 @@ class Sessions:
         counts = closed.session.get_statistics()["counts"]
         text = f"{session} is closed and nothing of it is running: {counts_text(counts)}. Its results are deleted."
         return reply(text, CloseReport(session=session, counts=counts, canceled=len(running)))
+
+
+def _dry_run_text(rows: list[BackendRow], plan: AllocationPlan | None, verdict: Verdict | None) -> str:
+    lines = [f"Nothing was opened. {dry_run_text(plan, verdict)}"]
+    lines += [f"- {row.name} would run {', '.join(row.runs)} tasks" for row in rows]
+    return "\n".join([*lines, "Next: the same call without dry_run."])
+
+
+def _allocation_text(open_session: OpenSession) -> str:
+    facts = allocation_of(open_session)
+    return "" if facts is None else f"; {allocation_sentence(facts)}"
 
 
 def _beginning(script: str) -> str:
@@ -227,8 +279,12 @@ def _backend_row(backend: Backend) -> BackendRow:
 
 
 def session_row(open_session: OpenSession) -> SessionRow:
-    names = [backend.name for backend in open_session.session.backends]
-    return SessionRow(session=open_session.id, backends=names, counts=open_session.session.counts)
+    return SessionRow(
+        session=open_session.id,
+        backends=[backend.name for backend in open_session.session.backends],
+        counts=open_session.session.counts,
+        allocation=allocation_data(allocation_of(open_session)),
+    )
 
 
 def _full_path(name: str | None) -> str | None:

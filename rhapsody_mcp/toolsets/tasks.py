@@ -90,7 +90,7 @@ class Tasks:
             list[str] | None,
             Field(description='Names or ids, e.g. ["train", "task.000007"]; default is every task of the session.'),
         ] = None,
-        state: Annotated[State | None, Field(description='Only these, e.g. "FAILED"; "open": all not ended.')] = None,
+        state: Annotated[State | None, Field(description='Only these; "open": all not ended.')] = None,
         count: Annotated[
             int | None,
             Field(ge=1, description="Return once so many more have ended (1: any); default is all."),
@@ -121,14 +121,12 @@ class Tasks:
     async def list_tasks(
         self,
         session: SessionId,
-        state: Annotated[
-            State | None, Field(description='Only these, e.g. "FAILED"; "open" for all not ended.')
-        ] = None,
+        state: Annotated[State | None, Field(description='Only these; "open": all not ended.')] = None,
         name_contains: Annotated[str | None, Field(description='Only names with this in them, e.g. "sim-".')] = None,
         for_each: Annotated[str | None, Field(description="Only the tasks of this for_each, by its name.")] = None,
         slowest: Annotated[bool, Field(description="true: longest first, each task of a for_each by itself.")] = False,
         limit: Annotated[int, Field(ge=1, le=50, description="Most tasks in one reply.")] = 20,
-        cursor: Annotated[str | None, Field(description="next_cursor of the reply before, for the next page.")] = None,
+        cursor: Annotated[str | None, Field(description="next_cursor of the reply before.")] = None,
     ) -> Annotated[CallToolResult, TaskPage]:
         open_session = self._sessions.get(session)
         tasks = open_session.session.tasks if for_each is None else _children_of(open_session.task(for_each))
@@ -158,9 +156,7 @@ class Tasks:
         session: SessionId,
         task: Annotated[str, Field(description='Its name or id, e.g. "train" or "task.000002".')],
         path: Annotated[str, Field(description='JSON Pointer to a part of the result, e.g. "/0/label".')] = "",
-        rank: Annotated[
-            int | None, Field(ge=0, description="One rank of a job, from 0, in place of the whole.")
-        ] = None,
+        rank: Annotated[int | None, Field(ge=0, description="One rank of a job, from 0.")] = None,
         start: Annotated[int | None, Field(description="First item or character, from 0; -20: the last 20.")] = None,
         limit: Annotated[int | None, Field(ge=1, description="Most items or characters; default: what fits.")] = None,
         output: Annotated[

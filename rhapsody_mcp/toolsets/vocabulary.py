@@ -21,6 +21,7 @@ _SYNONYMS = {
     "cwd": "workdir work_dir working_dir working_directory directory folder",
     "timeout_s": "timeout walltime time_limit",
     "ranks": "processes nprocs num_procs ntasks cores cpus",
+    "ranks_per_node": "processes_per_node procs_per_node tasks_per_node ntasks_per_node ppn",
     "for_each": "map items sweep repeat",
     "system_prompt": "system instructions",
     "stop_sequences": "stop",

@@ -94,7 +94,7 @@ def test_empty_sections_and_an_empty_file_are_all_defaults(tmp_path: Path) -> No
         ("server: {device: gpu}", "server.device: Input should be 'auto', 'cpu' or 'cuda'"),
         ("guardrails: {toggle_on: true}", "guardrails.toggle_on: this backend has no prompt guard; set it to false"),
         ("dynamic_inf_wrkr: {toggle_on: true}", "dynamic_inf_wrkr.toggle_on: this backend's servers run from start"),
-        ("hardware: {num_nodes: 2}", "hardware.num_nodes: one backend serves on one node"),
+        ("hardware: {num_nodes: 0}", "hardware.num_nodes: valid is a number of nodes from 1, or -1"),
         ("hardware: {node_offset: 1}", "hardware.node_offset: the servers run on the node where the backend is"),
         ("hardware: {num_inf_wrkrs_per_cpu: 2}", "num_gpus / tp_size"),
         ("hardware: {inf_wrkr_queue_maxsize: 2}", "hardware.inf_wrkr_queue_maxsize: tasks wait in the session"),

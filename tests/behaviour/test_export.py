@@ -15,6 +15,7 @@ import pytest
 
 from rhapsody_mcp.settings import Settings
 from tests.agents import ERAS, Agent, open_agent
+from tests.slurm_stand_in import SlurmStandIn
 
 pytestmark = pytest.mark.anyio
 
@@ -55,6 +56,22 @@ async def test_it_is_run_where_the_tasks_of_the_session_were(agent: Agent, tmp_p
     await submit(agent, {"executable": "/bin/cat", "arguments": ["data.txt"]})
     script, _ = await export(agent, tmp_path)
     assert f"    os.chdir({os.getcwd()!r})" in script and "\nimport os\n" in script
+
+
+async def test_a_session_with_nodes_is_repeated_on_this_machine_or_on_the_nodes_of_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SlurmStandIn(tmp_path, monkeypatch)
+    async with open_agent() as agent:
+        await agent.call("create_session", backends=["local"], nodes=2, minutes=5, scheduler={"partition": "gpu"})
+        await submit(agent, {"name": "two", "source": DOUBLE, "args": [1]})
+        script, _ = await export(agent, tmp_path)
+    assert "- The tasks ran on 2 nodes; here they run on this machine or, inside a job of Slurm, on" in script
+    assert 'LocalExecutionBackend(num_nodes=min(2, int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))))' in script
+    file = tmp_path / "script.py"
+    file.write_text(script)
+    ended = await anyio.run_process([sys.executable, str(file)])
+    assert json.loads(ended.stdout) == {"two": {"state": "DONE", "result": 2}}
 
 
 async def test_a_person_reads_functions_and_tasks_in_their_order(agent: Agent, tmp_path: Path) -> None:

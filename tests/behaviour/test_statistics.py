@@ -90,7 +90,7 @@ async def test_statistics_give_counts_times_and_rates_of_what_ran(era: str) -> N
     assert times["queue"]["mean"] == pytest.approx(queue, abs=1e-6)
     assert times["total"]["mean"] == times["queue"]["mean"] + times["execution"]["mean"]
     assert reply["tasks_per_s"] == 0.375
-    assert reply["busy"] == [{"backend": "dragon", "of": "workers", "places": 2, "share": 0.6875}]
+    assert reply["busy"] == [{"backend": "dragon", "of": "workers", "places": 2, "share": 0.6875, "seconds": 11}]
     text = agent.texts[-1]
     assert text.startswith("session-1: 4 tasks (2 DONE, 1 FAILED, 1 CANCELED), ")
     assert "Mean of the 3 that ran and ended: total " in text and " + execution 3.67 s." in text
@@ -155,7 +155,7 @@ async def test_the_time_between_submissions_is_told_apart_and_no_backend_is_idle
             task.submitted, task.outcome = at, Outcome(state=TaskState.DONE, started=at, ended=end)
         reply = await agent.call("get_statistics", **SESSION)
     assert (reply["makespan_s"], reply["idle_s"]) == (88, 80)
-    assert reply["busy"] == [{"backend": "dragon", "of": "workers", "places": 2, "share": 0.5}]
+    assert reply["busy"] == [{"backend": "dragon", "of": "workers", "places": 2, "share": 0.5, "seconds": 8}]
     assert ", 80.00 s of it between submissions, with nothing to do: busy shares leave that out." in agent.texts[-1]
 
 
@@ -224,7 +224,7 @@ async def test_a_python_user_gets_the_same_under_the_keys_of_the_tutorial_and_mo
         assert told["summary"]["total_tasks"] == 4 and dict(told["counts"]) == {"DONE": 4} == session.counts
         assert f"{told['summary']['avg_execution']:.4f}" == "2.0000"
         assert told["times"]["execution"]["p95"] == 3 and told["throughput"] == 0.8
-        assert told["busy"] == [{"backend": "dragon", "of": "process slots", "places": 2, "share": 1.0}]
+        assert told["busy"] == [{"backend": "dragon", "of": "process slots", "places": 2, "share": 1.0, "seconds": 6}]
         assert list(told["groups"]) == ["sweep", "prompt tasks"]
         assert session.get_statistics(group="sweep")["ran"] == 3
 

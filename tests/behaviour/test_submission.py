@@ -230,15 +230,34 @@ async def test_process_layouts_reach_the_backend() -> None:
             program | {"ranks": 2, "mpi": True},
             program | {"process_templates": [{"ranks": 1, "policy": {"gpu_affinity": [0]}}, {"ranks": 2}]},
             program | {"timeout_s": 5},
+            program | {"ranks": 4, "ranks_per_node": 2},
+            program | {"ranks": 4, "ranks_per_node": 2, "mpi": True},
+            program | {"process_templates": [{"ranks": 2}], "ranks_per_node": 1},
         ]
         await agent.call("submit_tasks", session="session-1", tasks=tasks)
         await agent.call("wait_tasks", session="session-1")
     specs = [order.spec for order in backend.received]
-    assert [spec.layout.mode for spec in specs] == ["native", "process", "process", "job", "job", "job", "process"]
-    assert [spec.layout.ranks for spec in specs] == [0, 1, 1, 3, 2, 3, 1]
+    assert [spec.layout.mode for spec in specs] == [
+        "native",
+        "process",
+        "process",
+        "job",
+        "job",
+        "job",
+        "process",
+        *["job"] * 3,
+    ]
+    assert [spec.layout.ranks for spec in specs] == [0, 1, 1, 3, 2, 3, 1, 4, 4, 2]
     assert specs[2].layout.templates[0].cwd == "/tmp" and specs[3].layout.templates[2].env == {"A": "1"}
     assert specs[4].layout.pmi == "auto" and specs[5].layout.templates[0].gpu_affinity == (0,)
     assert specs[6].timeout_s == 5
+    assert [spec.layout.ranks_per_node for spec in specs] == [*[None] * 7, 2, 2, 1]
+
+
+async def test_a_number_of_ranks_on_a_node_without_ranks_is_refused(agent: Agent) -> None:
+    tasks = [{"executable": "/bin/true", "ranks_per_node": 2}]
+    text = await agent.refusal("submit_tasks", session="session-1", tasks=tasks)
+    assert "ranks_per_node needs ranks, the number of processes, as in 4, or process_templates." in text
 
 
 async def test_prompt_parameters_reach_the_backend() -> None:

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.anyio
 TINY = Size(runs=1, functions=20, programs=2, same_prompts=0, other_prompts=0, tasks=2500, workers=20, idle_s=0.1)
 
 
+@pytest.mark.ci
 async def test_every_row_has_its_figures_in_the_table_the_json_and_the_chart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.toolsets.tooling.card_tool import make_tools
 from tests.agents import ERAS, open_agent, wire
 from tests.contract.count_tokens import count_tokens
+from tests.slurm_stand_in import SlurmStandIn
 
 CARDS = read_cards()
 SNAPSHOTS = Path(__file__).parent / "snapshots"
@@ -65,6 +66,7 @@ def write_snapshots(tools: dict[str, dict[str, Any]]) -> None:
 async def test_every_example_works(
     card: Card, example: Any, era: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    SlurmStandIn(tmp_path, monkeypatch)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # what a tool writes without a folder goes there
     async with open_agent(era) as agent:
         if "session" in example.arguments:

@@ -18,7 +18,8 @@ import yaml
 from rhapsody_mcp.cards import read_cards
 from rhapsody_mcp.cli import command_parser
 from rhapsody_mcp.model.values import INLINE_BYTES
-from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.schedulers.options import AllocationProfile
+from rhapsody_mcp.settings import Settings, read_settings
 from tests.contract import settings_table
 from tests.contract.documents import DOCUMENTS, ROOT, blocks, run_example
 from tests.contract.test_imports import KNOWS
@@ -84,6 +85,15 @@ def test_the_table_of_settings_says_what_is_so() -> None:
 def test_the_example_of_settings_is_valid() -> None:
     (example,) = blocks("yaml", "docs/settings.md")
     assert Settings(**yaml.safe_load(example)).default_num_workers == 8
+    (example,) = blocks("yaml", "docs/allocations.md")
+    assert set(Settings(**yaml.safe_load(example)).allocation_profiles) == {"debug", "gpu"}
+    profiles = read_settings(ROOT / "docs/profiles.yaml").allocation_profiles
+    assert all(profile.account for profile in profiles.values())
+
+
+def test_every_option_of_a_profile_is_explained() -> None:
+    explained = set(re.findall(r"`(\w+)`", DOCUMENTS["docs/allocations.md"]))
+    assert not set(AllocationProfile.__struct_fields__) - explained
 
 
 def command_lines(document: str) -> Iterator[list[str]]:

@@ -10,12 +10,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "rhapsody_mcp"
 KNOWS: dict[str, set[str]] = {
     "model": set(),
-    "engine": {"model"},
+    "schedulers": {"model"},
+    "engine": {"model", "schedulers"},
     "ledger": {"model", "engine"},
-    "backends": {"model", "engine", "shipped_model"},
-    "runtime": {"model", "engine", "ledger", "backends", "machine", "settings"},
+    "backends": {"model", "engine", "schedulers", "shipped_model"},
+    "runtime": {"model", "engine", "schedulers", "ledger", "backends", "machine", "settings"},
     "api": {"model", "runtime"},
-    "toolsets": {"model", "backends", "runtime", "machine", "settings", "cards"},
+    "toolsets": {"model", "schedulers", "backends", "runtime", "machine", "settings", "cards"},
     "protocol": {"model", "ledger", "runtime", "settings", "cards", "toolsets"},
     "demo": {"model", "runtime", "api", "backends", "settings", "server", "serving", "shipped_model"},
     "bench": {"model", "engine", "ledger", "backends", "runtime", "api", "settings", "server", "serving", "toolsets"},

@@ -113,7 +113,7 @@ async def most_on_disk(session: Session) -> None:
     """What the files of the engine take, again and again."""
     _seen[:] = [0]
     (backend,) = session.backends
-    folder: Path = backend._engine._folder.path  # type: ignore[attr-defined]  # nothing else knows where it prints
+    folder: Path = backend._engine.folder.path  # type: ignore[attr-defined]  # nothing else knows where it prints
     while True:
         _seen.append(await asyncio.to_thread(disk_of_outputs, str(folder)))
         await asyncio.sleep(0.02)

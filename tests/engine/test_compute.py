@@ -7,6 +7,7 @@ import os
 import signal
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +260,12 @@ async def test_more_ranks_than_a_machine_can_hold_are_refused_at_submission(sess
     task = ComputeTask(executable="true", task_backend_specific_kwargs={"process_templates": [(100_000, {})]})
     with pytest.raises(InvalidTask, match="100000 ranks are too many"):
         await session.submit_tasks([task])
+
+
+async def test_more_ranks_than_ranks_per_node_allows_are_refused_at_submission(session: Session) -> None:
+    layout = {"process_templates": [(3, {})], "ranks_per_node": 2}
+    with pytest.raises(InvalidTask, match="3 ranks with ranks_per_node 2 need 2 nodes, and this engine has 1"):
+        await session.submit_tasks([ComputeTask(executable="true", task_backend_specific_kwargs=layout)])
 
 
 async def test_a_program_is_found_by_path_by_name_and_has_its_exit_code(session: Session) -> None:
@@ -595,7 +602,8 @@ async def test_an_engine_that_dies_fails_its_tasks_as_lost_and_the_next_one_star
         chosen = {"host": host, "keeper": keeper, "launcher": launcher, "all": keeper | launcher | host}
         for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that they die at one moment
             for pid in chosen[victims]:
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):  # some end with one that was killed before them
+                    os.kill(pid, number)
         await session.wait_tasks([task], timeout=600)
         assert (task.state, task.cause) == (TaskState.FAILED, Cause.LOST)
         await wait_until(lambda: not family("sleep", "300"))

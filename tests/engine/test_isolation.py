@@ -487,7 +487,7 @@ async def test_a_thread_that_is_no_daemon_comes_to_its_end(
 
 async def test_workers_that_were_replaced_leave_no_files(session: Session) -> None:
     (backend,) = session.backends
-    folder: Path = backend._engine._folder.path  # type: ignore[attr-defined]  # nothing else knows where it prints
+    folder: Path = backend._engine.folder.path  # type: ignore[attr-defined]  # nothing else knows where it prints
     await one_after_the_other(session, *(ComputeTask(prints_later) for _ in range(3)))
     await wait_until(lambda: len({path.stem for path in folder.glob("p*.out")}) == 1)
     await wait_until(lambda: len(list(folder.glob("p*.moves"))) == 1)

@@ -450,6 +450,7 @@ def command_of(pid: int) -> str:
 # --- two servers, and how they end
 
 
+@pytest.mark.ci
 async def test_two_servers_share_the_prompts_and_a_death_is_told_and_when_none_is_left_they_start_anew(
     tmp_path: Path,
 ) -> None:

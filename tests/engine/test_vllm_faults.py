@@ -76,6 +76,7 @@ async def test_a_prompt_that_was_sent_is_lost_with_its_server_and_one_that_waite
     assert not server_processes("server")
 
 
+@pytest.mark.ci
 async def test_one_server_of_two_is_started_again_while_the_other_serves() -> None:
     backend = DragonVllmInferenceBackend(model="shipped", device="cpu", num_gpus=2, health_s=0.2)
     async with Session([backend]) as session:

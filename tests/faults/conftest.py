@@ -14,5 +14,4 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "ci: what takes nine minutes together")
     config.pluginmanager.register(Matrix(config.getoption("markdown")))

@@ -56,7 +56,7 @@ class World:
     @property
     def state(self) -> Path:
         """Where the service keeps its ledger and the results."""
-        return self.place / socket.gethostname()
+        return self.place / "state"
 
     @property
     def socket(self) -> Path:

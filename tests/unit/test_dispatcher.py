@@ -2,96 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import anyio
 import pytest
 
-from rhapsody_mcp.backends.base import Ended, Event, Returned
-from rhapsody_mcp.backends.compute.dispatcher import Dispatcher
-from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node
-from rhapsody_mcp.engine.messages import (
-    CancelTask,
-    FunctionFinished,
-    FunctionResult,
-    Interrupt,
-    RunFunction,
-    StartTask,
-    StartWorker,
-    WorkerExited,
-)
-from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Call, Command, Layout, RankGroup, TaskRun, TaskSpec, Template
+from rhapsody_mcp.backends.base import Event, Returned, Running
+from rhapsody_mcp.engine.messages import CancelTask, Interrupt, StartWorker, WorkerExited
 from rhapsody_mcp.model.states import Cause, TaskState
+from tests.unit.dispatching import DONE, Notes, Scene, finished, function, job
 
 pytestmark = pytest.mark.anyio
-DONE = Outcome(state=TaskState.DONE, ended=1.0)
-
-
-class Notes:
-    """A channel that keeps what is sent."""
-
-    def __init__(self) -> None:
-        self.messages: list[object] = []
-        self.is_closed = False
-
-    def send(self, *messages: object) -> None:
-        self.messages.extend(messages)
-
-    def close(self) -> None:
-        self.is_closed = True
-
-    @property
-    def uids(self) -> list[str]:
-        """The tasks that it was sent, in order."""
-        starts = (
-            message.task_run.spec.uid if isinstance(message, StartTask) else message.uid
-            for message in self.messages
-            if isinstance(message, StartTask | RunFunction)
-        )
-        return list(starts)
-
-
-class Scene:
-    """A dispatcher, and the events that it reports."""
-
-    def __init__(self, *, bundles: bool = False) -> None:
-        self.events: list[Event] = []
-        self.exits: list[tuple[Sequence[InFlightTask], WorkerExited]] = []
-        self.dispatcher = Dispatcher(on_exit=lambda tasks, exited: self.exits.append((tasks, exited)), bundles=bundles)
-
-    def node(self, name: str, slots: int) -> tuple[Node, Notes]:
-        agent = Notes()
-        node = Node(name, slots, agent=agent)
-        self.dispatcher.add_node(node)
-        return node, agent
-
-    def worker(self, name: str) -> Notes:
-        """A worker that is ready; its interrupts go through the same channel as its functions."""
-        channel = Notes()
-        self.dispatcher.worker_listening(name, channel)
-        assert self.dispatcher.worker_ready(name, channel)
-        return channel
-
-    def submit(self, *task_runs: TaskRun) -> None:
-        self.dispatcher.submit(task_runs, self.events.append)
-
-    @property
-    def states(self) -> dict[str, TaskState]:
-        return {event.uid: event.outcome.state for event in self.events if isinstance(event, Ended)}
-
-
-def function(uid: str) -> TaskRun:
-    spec = TaskSpec(uid=uid, work=Call("module", b"a:b"), layout=Layout("native"))
-    return TaskRun(spec=spec, bindings={}, results_folder="/")
-
-
-def job(uid: str, ranks: int) -> TaskRun:
-    layout = Layout("job", groups=(RankGroup(ranks, Template()),))
-    return TaskRun(spec=TaskSpec(uid=uid, work=Command("true"), layout=layout), bindings={}, results_folder="/")
-
-
-def finished(uid: str, seconds: float) -> FunctionFinished:
-    return FunctionFinished(uid, 0.0, seconds, FunctionResult())
 
 
 async def test_each_node_is_asked_for_a_worker_a_slot() -> None:
@@ -135,9 +54,9 @@ async def test_a_job_larger_than_a_node_takes_all_of_one_and_others_wait_behind_
     node, agent = scene.node("one", 2)
     scene.submit(job("a", 1), job("b", 8), job("c", 1))
     assert agent.uids == ["a"]
-    scene.dispatcher.task_ended("a", DONE)
+    scene.dispatcher.task_ended(node, "a", DONE)
     assert (agent.uids, node.free_slots) == (["a", "b"], 0)
-    scene.dispatcher.task_ended("b", DONE)
+    scene.dispatcher.task_ended(node, "b", DONE)
     assert agent.uids == ["a", "b", "c"]
 
 
@@ -165,6 +84,38 @@ async def test_an_idle_worker_has_others_give_back_what_they_have_not_started() 
     assert first.messages[-1] == Interrupt("c", running=False)
     scene.dispatcher.task_revoked("c")
     assert second.uids == ["d", "e", "c"]
+
+
+async def test_of_the_idle_workers_the_oldest_gets_the_next_function() -> None:
+    scene = Scene()
+    scene.node("one", 3)
+    third, first, second = (scene.worker(name) for name in "312")
+    scene.submit(function("a"), function("b"))
+    scene.dispatcher.function_finished("2", finished("b", seconds=1.0))
+    scene.dispatcher.function_finished("1", finished("a", seconds=1.0))
+    scene.submit(function("c"))
+    assert (first.uids, second.uids, third.uids) == (["a", "c"], ["b"], [])
+
+
+async def test_the_start_of_a_function_is_reported_while_it_runs() -> None:
+    scene = Scene()
+    scene.node("one", 2)
+    scene.worker("1")
+    scene.worker("2")
+    is_reported = anyio.Event()
+
+    def report(event: Event) -> None:
+        scene.events.append(event)
+        if isinstance(event, Running):
+            is_reported.set()
+
+    scene.dispatcher.submit([function("a"), function("b")], report)
+    scene.dispatcher.task_started("a", 1.0)
+    scene.dispatcher.task_started("b", 1.0)
+    scene.dispatcher.function_finished("1", finished("a", seconds=1.0))
+    with anyio.fail_after(10):
+        await is_reported.wait()
+    assert scene.starts == ["b"]
 
 
 async def test_a_worker_that_exits_is_replaced_on_its_node_and_its_tasks_are_handed_over() -> None:

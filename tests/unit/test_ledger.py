@@ -393,6 +393,41 @@ async def test_it_can_be_held_again_once_it_is_given_back(tmp_path: Path) -> Non
         assert read_holder(tmp_path / LOCK_FILE) is None
 
 
+def held_elsewhere(folder: Path) -> Path:
+    """A lock file as another host leaves it whose file system keeps locks on each host by itself."""
+    file = folder / LOCK_FILE
+    file.write_bytes(msgspec.json.encode(LockHolder("login1", 1, 1, 1.0)))
+    return file
+
+
+async def test_a_holder_on_another_host_counts_while_its_heartbeat_goes_on(tmp_path: Path) -> None:
+    file = held_elsewhere(tmp_path)
+    async with asyncio.TaskGroup() as group:
+
+        async def beat() -> None:
+            while True:
+                os.utime(file)
+                await asyncio.sleep(0.05)
+
+        beating = group.create_task(beat())
+        with pytest.raises(LedgerInUse, match="held by process 1 on login1 since"):
+            await asyncio.to_thread(Ledger(tmp_path).open)
+        beating.cancel()
+
+
+async def test_a_holder_that_was_killed_on_another_host_is_succeeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rhapsody_mcp.ledger.lock._OTHER_HOST_S", 0.5)
+    file = held_elsewhere(tmp_path)
+    async with opened(tmp_path) as ledger:
+        holder = read_holder(file)
+        assert holder is not None and holder.host == socket.gethostname()
+        assert ledger.beat()
+        held_elsewhere(tmp_path)
+        assert not ledger.beat()
+
+
 @contextmanager
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:

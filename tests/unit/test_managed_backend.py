@@ -10,7 +10,7 @@ import pytest
 
 from rhapsody_mcp.api import ComputeTask, Session
 from rhapsody_mcp.backends.base import Ended, OnLoss, Running
-from rhapsody_mcp.model.errors import BackendUnavailable
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 from rhapsody_mcp.model.specs import Call, Layout, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import load
@@ -252,6 +252,14 @@ async def test_what_a_refusal_sets_free_gets_a_start_of_its_own(watch: Callable[
 # --- resting
 
 
+async def test_what_a_start_that_failed_holds_is_given_back(watch: Callable[..., Watched]) -> None:
+    watched = watch()
+    watched.backend.start_error = InvalidSettings("wrong network")
+    await watched.take("one")
+    assert watched.outcomes == {"one": ("FAILED", Cause.INVALID)}
+    assert watched.backend.rests == 1
+
+
 async def test_an_engine_without_tasks_rests_and_starts_again_on_need(watch: Callable[..., Watched]) -> None:
     watched = watch(idle_s=900.0)
     await watched.take("first")
@@ -345,3 +353,37 @@ async def test_an_engine_that_ends_while_it_has_nothing_to_do_leaves_a_note_and_
     await all_is_still()
     assert len(notices) == 1
     await managed.close()
+
+
+async def test_a_start_that_asks_for_nodes_is_given_up_once_no_task_waits_for_it(
+    watch: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = watch()
+
+    async def pending() -> None:
+        watched.backend.starts += 1
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watched.backend, "start", pending)
+        for abandons, rests in ((False, 0), (True, 1)):
+            patch.setattr(watched.backend, "abandons_start", abandons)
+            await watched.take("canceled")
+            assert watched.managed.withdraw({"canceled"}) == {"canceled"}
+            await watched.clock.pass_by(9.5)
+            await watched.take("corrected")
+            await watched.clock.pass_by(0.5)
+            assert watched.backend.rests == 0
+            watched.needed = True
+            watched.managed.withdraw({"corrected"})
+            await watched.clock.pass_by(10)
+            assert watched.backend.rests == 0
+            watched.needed = False
+            watched.managed.withdraw({"corrected"})
+            await watched.take("again")
+            watched.managed.withdraw({"again"})
+            await watched.clock.pass_by(10)
+            assert (watched.backend.starts, watched.backend.rests) == (1, rests)
+    await watched.take("next")
+    assert watched.outcomes == {"next": DONE}
+    assert watched.notices == []

@@ -283,6 +283,8 @@ def kwargs(**values: Any) -> dict[str, Any]:
         (kwargs(process_template={}, process_templates=[(1, {})]), "contradict"),
         (kwargs(process_templates=[]), "as in [(2, {}), (2, {})]"),
         (kwargs(process_templates=[(0, {})]), "ranks is 0"),
+        (kwargs(type="mpi", ranks=2, ranks_per_node=0), "ranks_per_node is 0; valid is a whole number of at least 1"),
+        (kwargs(ranks_per_node=2), "ranks_per_node belongs to a job"),
         (kwargs(process_templates=[2]), "no pair"),
         (kwargs(type="mpy", ranks=2), 'the only type is "mpi"'),
         (kwargs(type="mpi"), "needs ranks"),

@@ -171,8 +171,8 @@ def test_workers_are_busy_with_native_functions_and_slots_with_processes() -> No
         ]
     )["busy"]
     assert busy == [
-        {"backend": "dragon", "of": "workers", "places": 2, "share": 0.75},
-        {"backend": "dragon", "of": "process slots", "places": 2, "share": 0.75},
+        {"backend": "dragon", "of": "workers", "places": 2, "share": 0.75, "seconds": 9},
+        {"backend": "dragon", "of": "process slots", "places": 2, "share": 0.75, "seconds": 6},
     ]
 
 

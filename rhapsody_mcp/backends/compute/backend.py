@@ -11,9 +11,12 @@ from typing import Any, Literal
 
 from rhapsody_mcp.backends.base import BackendBase, Kind, Report
 from rhapsody_mcp.backends.compute.engine import Engine, EngineConfig
+from rhapsody_mcp.backends.compute.nodes.allocated import AllocatedNodes, PlannedNodes
+from rhapsody_mcp.backends.compute.nodes.engine import MultiNodeEngine, NodesConfig
+from rhapsody_mcp.backends.compute.placement import refuse_too_many_ranks
 from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.engine.messages import LauncherName
-from rhapsody_mcp.engine.node.hardware import count_cores
+from rhapsody_mcp.engine.network.addresses import refuse_unknown_network
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.specs import Caps, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause
@@ -39,6 +42,8 @@ class ComputeBackend(BackendBase):
     start_limits_s: tuple[float, float] = (60.0, 120.0)
     """The seconds that a first start may take, and a second start after the first has failed. A start takes a few
     seconds; rarely, it hangs."""
+    slurm_only: bool = False
+    """Whether the backend runs on several nodes in jobs of Slurm alone."""
     num_workers: int
     progress: str = "not started"
     alternative: str = ""
@@ -51,36 +56,58 @@ class ComputeBackend(BackendBase):
         stall_s: float,
         environment: Mapping[str, Any] | Environment | None = None,
         caps: Caps | None = None,
+        num_nodes: int | None = None,
+        network_prefix: str | None = None,
     ) -> None:
-        self._cores = count_cores()
-        max_ranks = _RANKS_A_CORE * self._cores
+        self.nodes, self.network_prefix = AllocatedNodes(num_nodes, slurm_only=self.slurm_only), network_prefix
+        self.num_nodes = self.nodes.count
+        cores = sum(self.nodes.cores)
+        max_ranks = _RANKS_A_CORE * cores
         if num_workers is not None and (not isinstance(num_workers, int) or not 1 <= num_workers <= max_ranks):
             raise InvalidSettings(f"num_workers is {num_workers!r}; valid is a whole number from 1 to {max_ranks}.")
         self.name, self.stall_s = name, stall_s
         self.cwd = ""
         self.environment, self.caps = read_environment(environment), caps or Caps()
-        self.num_workers = num_workers or self._cores
+        self.num_workers = num_workers or cores
+        self._slots = num_workers
         self._starting: asyncio.Task[None] | None = None
         self._engine: Engine | None = None
 
+    def plan_nodes(self, count: int) -> None:
+        """Check tasks for `count` nodes of an allocation that another process will be in; this backend never starts."""
+        self.nodes, self.num_nodes = PlannedNodes(count), count
+        self.num_workers *= count
+
     def check(self, spec: TaskSpec) -> None:
-        """Raise InvalidTask where the task has more ranks than this node can hold; each rank takes two processes."""
-        if spec.layout.ranks > (max_ranks := _RANKS_A_CORE * self._cores):
+        """Raise InvalidTask where the task has more ranks than the nodes can hold; each rank takes two processes."""
+        cores = self.nodes.cores
+        refuse_too_many_ranks(spec.layout, len(cores))
+        if spec.layout.ranks > (max_ranks := _RANKS_A_CORE * sum(cores)):
+            machine = "this machine" if len(cores) == 1 else f"{len(cores)} nodes"
             raise InvalidTask(
-                f"{spec.layout.ranks} ranks are too many for this machine of {self._cores} cores; "
+                f"{spec.layout.ranks} ranks are too many for {machine} of {sum(cores)} cores; "
                 f"valid is up to {max_ranks} ({_RANKS_A_CORE} a core)."
             )
 
     def _refuse_to_start(self) -> None:
         """Raise InvalidSettings or BackendUnavailable where this machine cannot run the engine."""
+        if self.num_nodes > 1 and self.network_prefix is not None:
+            refuse_unknown_network(self.network_prefix)
 
     def _host_command(self, config: Path) -> list[str]:
         """The command that starts the node agent."""
         return [sys.executable, "-m", "rhapsody_mcp.engine.host", str(config)]
 
+    def _nodes_config(self) -> NodesConfig:
+        """How node links are started on the nodes of the engine."""
+        raise NotImplementedError
+
     def _host_environment(self, folder: Path, environment: dict[str, str]) -> dict[str, str]:
         """The environment of the node agent, made of `environment`, which is that of the tasks; `folder` is the
         engine's folder."""
+        return self._task_environment(environment)
+
+    def _task_environment(self, environment: dict[str, str]) -> dict[str, str]:
         return {**environment, "PATH": path_of_tasks(environment)}
 
     def work_in(self, folder: str) -> None:
@@ -129,7 +156,7 @@ class ComputeBackend(BackendBase):
         self.progress = "ready"
 
     async def _new_engine(self, limit_s: float) -> Engine:
-        engine = Engine(self._engine_config())
+        engine = self._make_engine()
         try:
             await engine.start(limit_s)
         except BackendUnavailable as error:
@@ -141,11 +168,24 @@ class ComputeBackend(BackendBase):
             raise
         return engine
 
+    def _make_engine(self) -> Engine:
+        config = self._engine_config()
+        if self.num_nodes == 1:
+            return Engine(config)
+        nodes = self._nodes_config()
+        return MultiNodeEngine(config._replace(num_nodes=len(nodes.names)), nodes, self._on_node_lost)
+
+    def _on_node_lost(self, reason: str, host: str | None) -> None:
+        if host is not None:
+            self.nodes.lose(host)
+        self.on_loss(reason)
+
     def _engine_config(self) -> EngineConfig:
         return EngineConfig(
             backend_name=self.name,
             launcher=self.launcher,
-            slots=self.num_workers,
+            num_nodes=self.num_nodes,
+            slots=self._slots,
             bundles=self.dispatch == "batch",
             stall_s=self.stall_s,
             caps=self.caps,
@@ -153,6 +193,7 @@ class ComputeBackend(BackendBase):
             environment=self.environment,
             host_command=self._host_command,
             host_environment=self._host_environment,
+            task_environment=self._task_environment,
             book=self.book,
             before_start=self.before_start,
             on_loss=self._on_loss,
@@ -164,11 +205,15 @@ class ComputeBackend(BackendBase):
     def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
         if self._engine is None or self._engine.loss is not None:
             raise BackendUnavailable((self._engine and self._engine.loss) or f"backend {self.name!r} is not started.")
-        self._engine.dispatcher.submit(task_runs, report)
+        self._engine.submit(task_runs, report)
 
     def cancel(self, uids: Collection[str]) -> None:
         if self._engine is not None:
             self._engine.dispatcher.stop(uids, Cause.CANCELED)
+
+    def drain(self, reason: str) -> None:
+        if self._engine is not None:
+            self._engine.dispatcher.drain(reason)
 
     async def rest(self) -> None:
         if self._engine is not None and self._engine.loss is None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+
+import msgspec
 
 from rhapsody_mcp.backends.base import BeforeStart, Ended, Report, Returned, Running
 from rhapsody_mcp.backends.compute.in_flight import Channel, InFlightTask, Node, Worker
 from rhapsody_mcp.backends.compute.outcomes import finished, lost, stopped
+from rhapsody_mcp.backends.compute.process_dispatcher import ProcessDispatcher, RunStep
 from rhapsody_mcp.backends.compute.start_gate import StartGate
+from rhapsody_mcp.backends.compute.worker_pool import WorkerPool
 from rhapsody_mcp.engine.messages import (
-    CancelTask,
     FunctionFinished,
     Interrupt,
     RunFunction,
-    StartTask,
     StartWorker,
     StopWorker,
     WorkerExited,
@@ -39,10 +41,11 @@ class Dispatcher:
     """Assigns the tasks of one engine to its workers and nodes, and reports their starts and ends.
 
     Every method is called in the event loop. A native function goes to a worker, which runs one function at a time.
-    The other tasks start in the order of their queue, each on the node with the most free slots, once it has enough.
-    With `bundles`, a worker is started for each bundle of functions and ends with the bundle. When a worker exits,
-    `on_exit` gets the worker's tasks and must finish or requeue each. `stop_grace_s` is the time between the interrupt
-    of a function and the end of its worker.
+    A program or a job starts once enough slots are free, in the order of submission. With `bundles`, a worker is
+    started for each bundle of functions and ends with the bundle. When a worker exits, `on_exit` gets the worker's
+    tasks and must finish or requeue each. `stop_grace_s` is the time between the interrupt of a function and the end of
+    its worker. A program or a job that no node can run is refused once `expected_nodes` have joined; see also
+    `expect_nodes`.
     """
 
     def __init__(
@@ -52,86 +55,112 @@ class Dispatcher:
         before_start: BeforeStart | None = None,
         bundles: bool = False,
         stop_grace_s: float = 2.0,
+        expected_nodes: int = 1,
+        run_step: RunStep | None = None,
     ) -> None:
-        self.nodes: list[Node] = []
         self.tasks: dict[str, InFlightTask] = {}
         """Every task that has not ended, by uid."""
         self.is_halted = False
+        self._drain_reason = ""
         self._on_exit, self._bundles, self._stop_grace_s = on_exit, bundles, stop_grace_s
         self._gate = StartGate(before_start)
-        self._workers: dict[str, Worker] = {}
-        self._worker_count = 0
+        self._processes = ProcessDispatcher(self._gate, self.finish, expected_nodes, run_step)
+        self._names_nodes = expected_nodes > 1
+        self._workers = WorkerPool()
         self._function_queue: deque[InFlightTask] = deque()
-        self._process_queue: deque[InFlightTask] = deque()
-        self._report_scheduled = False
+        self._with_new_start: list[Worker] = []
+        """The workers whose newest start is to be reported."""
 
     # --- nodes and workers
 
+    @property
+    def nodes(self) -> Sequence[Node]:
+        return self._processes.nodes
+
     def add_node(self, node: Node) -> None:
-        self.nodes.append(node)
-        if self._bundles:
-            self._assign_tasks()
-            return
-        for _ in range(node.slots):
+        self._processes.add_node(node)
+        self._names_nodes |= len(self.nodes) > 1
+        for _ in range(0 if self._bundles else node.slots):
             self._start_worker(node)
+        self._assign_functions()
+        self._processes.assign()
+
+    def expect_nodes(self, count: int) -> None:
+        """Count on so many nodes from now on."""
+        self._processes.expected_nodes = count
+        self._processes.assign()
 
     def _start_worker(self, node: Node) -> None:
-        self._worker_count += 1
-        worker = Worker(str(self._worker_count), node, _MAX_SENT if self._bundles else 1)
-        self._workers[worker.name] = node.workers[worker.name] = worker
+        worker = self._workers.add(node, _MAX_SENT if self._bundles else 1)
         node.send(StartWorker(worker.name))
-
-    def _remove(self, worker: Worker) -> None:
-        del self._workers[worker.name], worker.node.workers[worker.name]
 
     @property
     def all_workers_ready(self) -> bool:
-        return all(worker.function_channel is not None for worker in self._workers.values())
+        return self._workers.all_ready
 
     def worker_ready(self, name: str, tasks: Channel) -> bool:
         """The worker takes functions through the channel `tasks`. False where no worker has this name any more."""
-        worker = self._workers.get(name)
+        worker = self._workers.by_name.get(name)
         if worker is None:
             return False
-        worker.function_channel = tasks
-        self._assign_tasks()
+        self._workers.set_ready(worker, tasks)
+        self._assign_functions()
         if not self._bundles:
             self._recall_unstarted()
         return True
 
     def worker_listening(self, name: str, control: Channel) -> None:
         """The worker takes interrupts through the channel `control`."""
-        if name in self._workers:
-            self._workers[name].control_channel = control
+        if (worker := self._workers.by_name.get(name)) is not None:
+            worker.control_channel = control
 
     def worker_disconnected(self, name: str, tasks: Channel) -> None:
-        worker = self._workers.get(name)
+        worker = self._workers.by_name.get(name)
         if worker is not None and worker.function_channel is tasks:
             worker.function_channel = None
             self._hand_over_tasks(worker)
 
     def worker_exited(self, message: WorkerExited) -> None:
-        worker = self._workers[message.worker]
-        worker.exit = message
-        self._hand_over_tasks(worker)
+        if (worker := self._workers.by_name.get(message.worker)) is not None:
+            worker.exit = message
+            self._hand_over_tasks(worker)
 
     def _hand_over_tasks(self, worker: Worker) -> None:
         """Once the worker has exited and its messages are received, pass its tasks to `on_exit`, and replace it."""
         if worker.exit is None or worker.function_channel is not None:
             return
-        self._remove(worker)
-        tasks = list(worker.assigned.values())
+        self._workers.remove(worker)
+        tasks, worker.assigned = list(worker.assigned.values()), {}
         for task in tasks:
             task.worker, task.is_sent = None, False
         self._on_exit(tasks, worker.exit)
         if not self.is_halted and not self._bundles:
             self._start_worker(worker.node)
-        self._assign_tasks()
+        self._assign_functions()
 
     def worker_failed(self, name: str) -> bool:
         """The worker could not be started. Returns whether any other worker is left."""
-        self._remove(self._workers[name])
-        return bool(self._workers)
+        if (worker := self._workers.by_name.get(name)) is not None:
+            self._workers.remove(worker)
+        return len(self._workers) > 0
+
+    def lose_node(self, node: Node, reason: str, noted_starts: Collection[tuple[str, int]]) -> None:
+        """Take a node with all its workers out of the engine.
+
+        Its tasks that may have started end with cause lost, the others are queued again, first of all. `noted_starts`
+        are the starts of functions that were noted in results folders. A second call does nothing.
+        """
+        if node not in self.nodes:
+            return
+        tasks = [task for worker in node.workers.values() for task in worker.assigned.values()]
+        for worker in list(node.workers.values()):
+            self._workers.remove(worker)
+            worker.assigned, worker.function_channel = {}, None
+        for task in tasks:
+            if task.stop_cause is not None or task.has_started(noted_starts):
+                self.finish(task, stopped(task) if task.stop_cause else lost(task, reason))
+        self._processes.lose_node(node, reason)
+        self.requeue(tasks)
 
     # --- tasks come and go
 
@@ -139,22 +168,23 @@ class Dispatcher:
         for task_run in task_runs:
             task = InFlightTask(task_run, report)
             self.tasks[task.uid] = task
-            (self._function_queue if task.runs_in_worker else self._process_queue).append(task)
-        self._assign_tasks()
+            (self._function_queue if task.runs_in_worker else self._processes.queue).append(task)
+        self._assign_functions()
+        self._processes.assign()
 
     def stop(self, uids: Iterable[str], cause: Cause) -> None:
         """Ask for these tasks to end; `cause` is CANCELED or TIMEOUT. Unknown and ended uids are ignored."""
         stopping = [task for uid in uids if (task := self.tasks.get(uid)) is not None and task.stop_cause is None]
         for task in stopping:
             task.stop_cause = cause
-        queued = [task for queue in (self._function_queue, self._process_queue) for task in _take_stopped(queue)]
+        queued = [task for queue in (self._function_queue, self._processes.queue) for task in _take_stopped(queue)]
         self._finish_stopped(queued)
         uids_left = {task.uid for task in stopping} - {task.uid for task in queued}
         for worker in dict.fromkeys(task.worker for task in stopping if task.worker is not None):
             self._stop_assigned(worker, uids_left)
         for task in stopping:
-            if task.uid in uids_left and task.node is not None and task.is_sent:
-                task.node.send(CancelTask(task.uid))
+            if task.uid in uids_left:
+                self._processes.stop(task)
 
     def _finish_stopped(self, queued: list[InFlightTask]) -> None:
         """Finish these tasks: up to _STOPPED_PER_TURN now, the others in later turns of the event loop."""
@@ -171,6 +201,7 @@ class Dispatcher:
             else:
                 del worker.assigned[task.uid]
                 self.finish(task, stopped(task))
+        self._workers.note_idle(worker)
 
     def _interrupt(self, task: InFlightTask, worker: Worker) -> None:
         """Raise an exception in the function; where it still runs after `stop_grace_s`, stop its worker."""
@@ -187,25 +218,53 @@ class Dispatcher:
         if self.tasks.pop(task.uid, None) is not None:
             if task.timer is not None:
                 task.timer.cancel()
+            if task.nodes and self._names_nodes:
+                outcome = msgspec.structs.replace(outcome, nodes=task.nodes)
+            task.placement = None
             task.report(Ended(task.uid, outcome))
 
     def requeue(self, tasks: Sequence[InFlightTask]) -> None:
         """Put the tasks that have not ended at the head of the queue, in this order."""
         for task in reversed([task for task in tasks if task.uid in self.tasks]):
             self._requeue(task)
-        self._assign_tasks()
+        self._assign_functions()
 
     def _requeue(self, task: InFlightTask) -> None:
         if task.stop_cause is not None:
             self.finish(task, stopped(task))
+        elif self._drain_reason:
+            self._return(task, self._drain_reason)
         else:
+            task.take_back()
             self._function_queue.appendleft(task)
 
     # --- the end of the engine
 
+    def drain(self, reason: str) -> None:
+        """Start no further task: return those that have not started, also those that a worker gives back."""
+        self.halt()
+        self._drain_reason = reason
+        queued = [*self._function_queue, *self._processes.queue]
+        self._function_queue.clear()
+        self._processes.queue.clear()
+        for worker in self._workers.by_name.values():
+            unsent = [task for task in worker.assigned.values() if not task.is_sent]
+            for task in unsent:
+                del worker.assigned[task.uid]
+            queued += unsent
+            waiting = [task.uid for task in list(worker.assigned.values())[1:]]
+            if waiting and worker.control_channel is not None:
+                worker.control_channel.send(*(Interrupt(uid, running=False) for uid in waiting))
+        for task in queued:
+            self._return(task, reason)
+
+    def _return(self, task: InFlightTask, reason: str) -> None:
+        if self.tasks.pop(task.uid, None) is not None:
+            task.report(Returned(task.uid, reason))
+
     def halt(self) -> None:
         """Assign no further task."""
-        self.is_halted = True
+        self.is_halted = self._processes.is_halted = True
 
     def mark_canceled(self) -> None:
         """Let each task that has not ended end CANCELED."""
@@ -221,49 +280,24 @@ class Dispatcher:
                 self.finish(task, lost(task, reason))
             else:
                 del self.tasks[task.uid]
+                task.placement = None
                 task.report(Returned(task.uid, reason))
 
     # --- who gets what
 
-    def _assign_tasks(self) -> None:
-        """Assign queued tasks to the workers and nodes that have room."""
+    def _assign_functions(self) -> None:
+        """Assign queued functions to idle workers; a busy worker gets further functions when one of its own ends."""
         if self.is_halted:
             return
         if self._bundles:
             self._start_workers_for_bundles()
-        for worker in self._workers.values():
-            if self._function_queue and worker.is_ready:
-                self._feed_worker(worker)
-        while self._process_queue and (node := self._roomiest_node(self._process_queue[0])) is not None:
-            task = self._process_queue.popleft()
-            task.node = node
-            node.used_slots += node.slots_for(task)
-            self._gate.let_through([task], self._process_queue, partial(self._start, task, node))
-
-    def _roomiest_node(self, task: InFlightTask) -> Node | None:
-        """Of the nodes with room for this task, the node with the most free slots; None where no node has room."""
-        with_room = (node for node in self.nodes if node.has_room_for(task))
-        return max(with_room, key=lambda node: node.free_slots, default=None)
-
-    def _start(self, task: InFlightTask, node: Node) -> None:
-        if task.uid not in self.tasks or node.agent is None:
-            return
-        if task.stop_cause is not None:
-            self._end_on_node(task, stopped(task))
-            return
-        task.is_sent = True
-        node.send(StartTask(task.task_run))
-
-    def _end_on_node(self, task: InFlightTask, outcome: Outcome) -> None:
-        if task.node is not None:
-            task.node.used_slots -= task.node.slots_for(task)
-        self.finish(task, outcome)
-        self._assign_tasks()
+        while self._function_queue and (worker := self._workers.first_idle()) is not None:
+            self._feed_worker(worker)
 
     def _start_workers_for_bundles(self) -> None:
         """Start a worker for each waiting bundle; the worker gets its bundle when it is ready."""
         bundles = -(-len(self._function_queue) // _MAX_SENT)
-        starting = sum(not worker.assigned for worker in self._workers.values())
+        starting = sum(not worker.assigned for worker in self._workers.by_name.values())
         for node in _nodes_with_room(self.nodes, bundles - starting):
             self._start_worker(node)
 
@@ -274,6 +308,8 @@ class Dispatcher:
         size = 0
         while self._function_queue and len(share) < room and size < _MAX_SENT_BYTES:
             task = self._function_queue.popleft()
+            if task.uid not in self.tasks:  # its end came after all, from a node that was taken for lost
+                continue
             size += task.size
             share.append(task)
             task.worker = worker
@@ -290,24 +326,24 @@ class Dispatcher:
             task_run, work = task.task_run, task.task_run.spec.work
             assert isinstance(work, Call)
             if worker.assigned.get(task.uid) is task:
-                task.is_sent = True
+                task.is_sent, task.nodes = True, worker.node.names
                 messages.append(
                     RunFunction(task.uid, work, task_run.bindings, task_run.results_folder, task_run.attempt)
                 )
         if messages:
+            self._workers.note_holding(worker)
             worker.function_channel.send(*messages)
         else:  # all tasks were canceled meanwhile
-            self._assign_tasks()
+            self._assign_functions()
 
     def _recall_unstarted(self) -> None:
         """Where a worker is idle and no function is queued, recall tasks that wait in other workers."""
-        workers = self._workers.values()
-        if self._function_queue or not any(not worker.assigned and worker.function_channel for worker in workers):
+        if self._function_queue or self._workers.first_idle() is None:
             return
-        for worker in workers:
-            if len(worker.assigned) > 1 and worker.control_channel is not None and not worker.recalled:
-                worker.recalled = {task.uid for task in list(worker.assigned.values())[1:] if task.is_sent}
-                worker.control_channel.send(*(Interrupt(uid, running=False) for uid in worker.recalled))
+        for worker in self._workers.take_holding():
+            assert worker.control_channel is not None
+            worker.recalled = {task.uid for task in list(worker.assigned.values())[1:] if task.is_sent}
+            worker.control_channel.send(*(Interrupt(uid, running=False) for uid in worker.recalled))
 
     # --- what becomes of tasks
 
@@ -315,20 +351,23 @@ class Dispatcher:
         task = self.tasks.get(uid)
         if task is None:
             return
-        task.started = at
         if task.worker is None:
-            self._report_start(task)
+            if task.started is None:  # the ranks on other nodes start later
+                task.started = at
+                self._report_start(task)
             return
+        task.started = at
         task.worker.recalled.discard(uid)  # too late to recall the task
-        task.worker.newest_started = task
-        if not self._report_scheduled:
-            self._report_scheduled = True
+        if not self._with_new_start:
             asyncio.get_running_loop().call_later(_REPORT_DELAY_S, self._report_starts)
+        if task.worker.newest_started is None:
+            self._with_new_start.append(task.worker)
+        task.worker.newest_started = task
 
     def _report_starts(self) -> None:
         """Report the functions that run now. The starts of ended functions are not reported, which saves time."""
-        self._report_scheduled = False
-        for worker in self._workers.values():
+        workers, self._with_new_start = self._with_new_start, []
+        for worker in workers:
             task, worker.newest_started = worker.newest_started, None
             if task is not None and task.uid in worker.assigned:
                 self._report_start(task)
@@ -343,7 +382,7 @@ class Dispatcher:
 
     def function_finished(self, worker_name: str, message: FunctionFinished) -> None:
         """A function has ended in a worker, which may have exited meanwhile."""
-        worker, task = self._workers.get(worker_name), self.tasks.get(message.uid)
+        worker, task = self._workers.by_name.get(worker_name), self.tasks.get(message.uid)
         if worker is not None:
             worker.assigned.pop(message.uid, None)
         if task is not None:
@@ -363,6 +402,7 @@ class Dispatcher:
             if len(worker.assigned) <= worker.window // 2:
                 self._feed_worker(worker)
         elif not worker.assigned:
+            self._workers.note_idle(worker)
             self._recall_unstarted()
 
     def _end_idle_worker(self, worker: Worker) -> None:
@@ -377,13 +417,18 @@ class Dispatcher:
             return
         task.worker.assigned.pop(uid, None)
         task.worker.recalled.discard(uid)
-        task.worker, task.is_sent = None, False
+        self._workers.note_idle(task.worker)
         self.requeue([task])
 
-    def task_ended(self, uid: str, outcome: Outcome) -> None:
-        """A program or a job has ended."""
+    def ranks_prepared(self, node: Node, uid: str, scripts: Mapping[int, str]) -> None:
+        """A node has prepared its ranks of a task that a step of the scheduler starts."""
         if (task := self.tasks.get(uid)) is not None:
-            self._end_on_node(task, outcome)
+            self._processes.ranks_prepared(node, task, scripts)
+
+    def task_ended(self, node: Node, uid: str, outcome: Outcome) -> None:
+        """A program, or the ranks of a job on this node, have ended."""
+        if (task := self.tasks.get(uid)) is not None:
+            self._processes.ended_on(node, task, outcome)
 
 
 def _take_stopped(queue: deque[InFlightTask]) -> list[InFlightTask]:

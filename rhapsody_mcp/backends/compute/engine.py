@@ -10,15 +10,17 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from rhapsody_mcp.backends.base import BeforeStart, EngineBook
+from rhapsody_mcp.backends.base import BeforeStart, EngineBook, Report
 from rhapsody_mcp.backends.compute.crashes import noted_starts, outcomes_after_exit
 from rhapsody_mcp.backends.compute.dispatcher import Dispatcher
 from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node
+from rhapsody_mcp.backends.compute.process_dispatcher import RunStep
 from rhapsody_mcp.backends.compute.transport import Connection, Transport, UnixTransport
 from rhapsody_mcp.backends.engine_process import KeeperHandle
 from rhapsody_mcp.backends.environment import Environment
@@ -27,8 +29,10 @@ from rhapsody_mcp.engine.messages import (
     HostConfig,
     LauncherName,
     NodeReady,
+    OutputTaken,
     Ping,
     Pong,
+    RanksPrepared,
     TaskEnded,
     TaskRevoked,
     TaskStarted,
@@ -42,8 +46,10 @@ from rhapsody_mcp.engine.process.liveness import MIN_CHECKS, StopDetector, is_st
 from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.engine.process.tree import ENGINE, end, marked
 from rhapsody_mcp.engine.supervisor import GRACE_S
+from rhapsody_mcp.engine.task.output import take_output
 from rhapsody_mcp.model.errors import BackendUnavailable
-from rhapsody_mcp.model.specs import Caps
+from rhapsody_mcp.model.specs import Caps, TaskRun
+from rhapsody_mcp.model.values import Stream
 
 __all__ = ["Engine", "EngineConfig"]
 
@@ -57,16 +63,18 @@ _LAST_MESSAGES_S = 2.0
 
 
 class EngineConfig(NamedTuple):
-    """The settings of an engine.
+    """The settings of an engine. `slots` is the number of functions at a time, None for one a core.
 
     `host_command` makes the command of the node agent from the path of its configuration. `host_environment` makes the
-    environment of the node agent from the engine's folder and the environment of tasks. `cwd` is the working directory
-    of tasks. `on_loss` is called once where the engine ends by itself.
+    environment of the node agent from the engine's folder and the environment of the session, `task_environment` makes
+    that of tasks on other nodes. `cwd` is the working directory of tasks. `on_loss` is called once if the engine ends
+    by itself.
     """
 
     backend_name: str
     launcher: LauncherName
-    slots: int
+    num_nodes: int
+    slots: int | None
     bundles: bool
     stall_s: float
     caps: Caps
@@ -74,6 +82,7 @@ class EngineConfig(NamedTuple):
     environment: Environment
     host_command: Callable[[Path], list[str]]
     host_environment: Callable[[Path, dict[str, str]], dict[str, str]]
+    task_environment: Callable[[dict[str, str]], dict[str, str]]
     book: EngineBook | None
     before_start: BeforeStart | None
     on_loss: Callable[[], object]
@@ -83,7 +92,7 @@ class Engine:
     """One engine, from the start of its keeper until no process and no file of the engine is left."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._config = config
+        self.config = config
         self.loss: str | None = None
         """Why the engine takes no more tasks; None while it takes tasks."""
         self.dispatcher = Dispatcher(
@@ -91,20 +100,24 @@ class Engine:
             before_start=config.before_start,
             bundles=config.bundles,
             stop_grace_s=GRACE_S,
+            expected_nodes=config.num_nodes,
+            run_step=self._run_step,
         )
-        self._mark = secrets.token_hex(8)
-        self._folder = RunDir()
-        self._log = self._folder.path / "engine.log"
-        self._transport: Transport = UnixTransport(self._folder.path)
+        self.mark = secrets.token_hex(8)
+        self.folder = RunDir()
+        self._log = self.folder.path / "engine.log"
+        self._transport = self._make_transport()
         self._keeper: KeeperHandle | None = None
-        self._watches: list[asyncio.Task[None]] = []
+        self.watches: list[asyncio.Task[None]] = []
         self._ending: asyncio.Task[None] | None = None
-        self._agents: dict[Connection, Node] = {}
+        self.agents: dict[Connection, Node] = {}
         self._unanswered: Counter[Connection] = Counter()
         self._worker_names: dict[Connection, str] = {}
+        self._exit_reporters: dict[str, Connection] = {}
+        """The node agent that reported the exit of a worker, by the worker's name."""
         self._exits_in_progress: set[asyncio.Task[None]] = set()
         loop = asyncio.get_running_loop()
-        self._node_ready: asyncio.Future[None] = loop.create_future()
+        self.nodes_ready: asyncio.Future[None] = loop.create_future()
         self._worker_ready: asyncio.Future[None] = loop.create_future()
         self._workers_ready: asyncio.Future[None] = loop.create_future()
         self._workers_silent = asyncio.Event()
@@ -112,61 +125,73 @@ class Engine:
 
     # --- its start
 
+    def _make_transport(self) -> Transport:
+        return UnixTransport(self.folder.path)
+
     async def start(self, limit_s: float) -> None:
-        """Start the engine; return when a node and a worker can take tasks. The other workers get ready soon after.
+        """Start the engine; return when all nodes and a worker can take tasks. The other workers get ready soon after.
 
         Raises BackendUnavailable where that takes longer than `limit_s`, or where the engine ends before.
         """
         address = await self._transport.listen(self)
         self._keeper = await self._start_keeper(address)
-        self._watches.append(asyncio.create_task(self._watch_keeper(self._keeper)))
+        self.watches.append(asyncio.create_task(self._watch_keeper(self._keeper)))
         log_watch = asyncio.create_task(self._watch_log())
         try:
             async with asyncio.timeout(limit_s):
-                await self._node_ready
-                self._watches.append(asyncio.create_task(self._watch_liveness(self._keeper.pid)))
-                if not self._config.bundles:
+                await self.nodes_ready
+                self.watches.append(asyncio.create_task(self._watch_liveness(self._keeper.pid)))
+                if not self.config.bundles:
                     await self._worker_ready
-                    self._watches.append(asyncio.create_task(self._watch_worker_starts(limit_s)))
+                    self.watches.append(asyncio.create_task(self._watch_worker_starts(limit_s)))
         except TimeoutError as error:
-            message = f"the engine of {self._backend} was not ready in {limit_s:.0f} s"
-            raise BackendUnavailable(message + self._last_words()) from error
+            message = f"the engine of {self.backend_words} was not ready in {limit_s:.0f} s"
+            raise BackendUnavailable(message + self.last_words()) from error
         finally:
             log_watch.cancel()
 
     async def _start_keeper(self, address: str) -> KeeperHandle:
-        config, path = self._config, self._folder.path / "host.json"
-        host = HostConfig(
+        config, path = self.config, self.folder.path / "host.json"
+        path.write_bytes(msgspec.json.encode(self.host_config(self.mark, address, str(self.folder.path))))
+        environment = config.host_environment(self.folder.path, await config.environment.build())
+        return await self.start_keeper_of(config.host_command(path), environment)
+
+    def host_config(self, mark: str, address: str, folder: str) -> HostConfig:
+        config = self.config
+        return HostConfig(
             launcher=config.launcher,
-            mark=self._mark,
+            mark=mark,
             address=address,
-            folder=str(self._folder.path),
+            folder=folder,
             sys_path=[entry or os.getcwd() for entry in sys.path],
             cwd=config.cwd or os.getcwd(),
             batch=config.bundles,
             stall_s=config.stall_s,
             caps=config.caps,
         )
-        path.write_bytes(msgspec.json.encode(host))
-        keeper = KeeperHandle(self._mark, config.launcher, self._folder.path, config.book)
-        await keeper.start(
-            ["--name", config.backend_name, "--log", str(self._log), "--stop", "close"],
-            config.host_command(path),
-            config.host_environment(self._folder.path, await config.environment.build()),
-        )
+
+    async def start_keeper_of(self, command: list[str], environment: dict[str, str]) -> KeeperHandle:
+        config = self.config
+        keeper = KeeperHandle(self.mark, config.launcher, self.folder.path, config.book)
+        options = ["--name", config.backend_name, "--log", str(self._log), "--stop", "close"]
+        await keeper.start(options, command, environment)
         return keeper
+
+    def submit(self, task_runs: Sequence[TaskRun], report: Report) -> None:
+        """Take these tasks; the engine has started."""
+        self.dispatcher.submit(task_runs, report)
 
     # --- watching
 
     async def _watch_keeper(self, keeper: KeeperHandle) -> None:
         code = await keeper.wait()
-        self.lose(f"the engine of {self._backend} ended with exit code {code}{self._last_words()}")
+        self.lose(f"the engine of {self.backend_words} ended with exit code {code}{self.last_words()}")
 
     async def _watch_log(self) -> None:
         """Lose the engine where its launcher has given up and does not exit."""
         while _GAVE_UP_TEXT not in self._read_log():  # noqa: ASYNC110 - a file's growth is no event
             await asyncio.sleep(_LOG_INTERVAL_S)
-        self.lose(f"the engine of {self._backend} gave up its start{self._last_words()}")
+        self.lose(f"the engine of {self.backend_words} gave up its start{self.last_words()}")
 
     async def _watch_worker_starts(self, limit_s: float) -> None:
         """Lose the engine where the start of a further worker hangs, because later starts would wait for that start."""
@@ -174,30 +199,36 @@ class Engine:
             async with asyncio.timeout(limit_s):
                 await asyncio.wait([self._workers_ready])
         except TimeoutError:
-            self.lose(f"a worker of {self._backend} was not ready in {limit_s:.0f} s{self._last_words()}")
+            self.lose(f"a worker of {self.backend_words} was not ready in {limit_s:.0f} s{self.last_words()}")
 
     async def _watch_liveness(self, keeper: int) -> None:
-        """Lose the engine where its keeper is stopped (as by SIGSTOP), or where a node agent does not answer pings.
+        """Lose the engine where its keeper is stopped (as by SIGSTOP), and find node agents that do not answer pings.
 
         Unanswered pings count, not seconds: a machine that was asleep has no unanswered pings.
         """
-        stop_detector, stall_s = StopDetector(), self._config.stall_s
-        while self._agents:
-            is_silent = any(count >= MIN_CHECKS for count in self._unanswered.values())
-            if is_silent or stop_detector.check([keeper]):
-                what = "host did not answer" if is_silent else "keeper was stopped"
-                self.lose(f"the engine of {self._backend} stood still: its {what} for {stall_s:g} s", 0)
+        stop_detector, stall_s = StopDetector(), self.config.stall_s
+        while self.loss is None:
+            if stop_detector.check([keeper]):
+                self.lose(
+                    f"the engine of {self.backend_words} stood still: its keeper was stopped for {stall_s:g} s", 0
+                )
                 return
-            for agent in self._agents:
+            for agent in list(self.agents):
+                if self._unanswered[agent] >= MIN_CHECKS:
+                    self._on_silent_agent(agent)
                 self._unanswered[agent] += 1
                 agent.send(Ping())
             await asyncio.sleep(stall_s / (MIN_CHECKS - 1))
 
-    @property
-    def _backend(self) -> str:
-        return f"backend {self._config.backend_name!r}"
+    def _on_silent_agent(self, agent: Connection) -> None:
+        stall_s = self.config.stall_s
+        self.lose(f"the engine of {self.backend_words} stood still: its host did not answer for {stall_s:g} s", 0)
 
-    def _last_words(self) -> str:
+    @property
+    def backend_words(self) -> str:
+        return f"backend {self.config.backend_name!r}"
+
+    def last_words(self) -> str:
         lines = [line for line in self._read_log().splitlines() if line.strip() and not _SHM_FILE.fullmatch(line)]
         return ": " + " | ".join(lines[-5:])[-1000:] if lines else ""
 
@@ -215,14 +246,14 @@ class Engine:
         Once none of its processes is left, tasks that had started end with cause lost, and the others are returned.
         """
         if self.loss is None:
-            self._config.on_loss()
+            self.config.on_loss()
             self._stop(reason, patience_s)
 
     async def close(self) -> None:
         """End every process of the engine, then every task; return when none is left."""
         self.dispatcher.mark_canceled()
         if self.loss is None:
-            self._stop(f"{self._backend} was closed", _CLOSE_PATIENCE_S)
+            self._stop(f"{self.backend_words} was closed", _CLOSE_PATIENCE_S)
         await self.ended()
 
     async def ended(self) -> None:
@@ -233,30 +264,33 @@ class Engine:
     def _stop(self, reason: str, patience_s: float) -> None:
         self.loss = reason
         self.dispatcher.halt()
-        for step in (self._node_ready, self._worker_ready, self._workers_ready):
+        for step in (self.nodes_ready, self._worker_ready, self._workers_ready):
             if not step.done():
                 step.set_exception(BackendUnavailable(reason))
                 step.exception()  # perhaps nobody waits for this step
         self._ending = asyncio.create_task(self._end(reason, patience_s))
 
     async def _end(self, reason: str, patience_s: float) -> None:
-        if self._keeper is not None:
-            await self._end_keeper(self._keeper, patience_s)
+        await self._end_processes(patience_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(_LAST_MESSAGES_S):
                 await self._workers_silent.wait()
         await asyncio.gather(*self._exits_in_progress)
         self.dispatcher.abandon(reason, await noted_starts(self.dispatcher.tasks.values()))
-        for watch in self._watches:
+        for watch in self.watches:
             watch.cancel()
         self._transport.close()
-        self._folder.remove()
+        self.folder.remove()
+
+    async def _end_processes(self, patience_s: float) -> None:
+        if self._keeper is not None:
+            await self._end_keeper(self._keeper, patience_s)
 
     async def _end_keeper(self, keeper: KeeperHandle, patience_s: float) -> None:
         """Let the keeper end the engine; where that takes too long, end the engine's processes from here."""
         keeper.stop_engine()
         if not await _ends_within(keeper, patience_s):
-            await asyncio.to_thread(end, lambda: marked(ENGINE, self._mark))
+            await asyncio.to_thread(end, lambda: marked(ENGINE, self.mark))
             if is_stopped(keeper.pid) or not await _ends_within(keeper, _CLOSE_PATIENCE_S):
                 keeper.kill()
         await keeper.wait()
@@ -278,14 +312,19 @@ class Engine:
                 dispatcher.task_started(message.uid, message.at)
             case TaskRevoked():
                 dispatcher.task_revoked(message.uid)
-            case TaskEnded():
-                dispatcher.task_ended(message.uid, message.outcome)
+            case TaskEnded() if connection in self.agents:
+                dispatcher.task_ended(self.agents[connection], message.uid, message.outcome)
             case WorkerReady():
                 self._on_worker_ready(connection, message.worker)
             case WorkerListening():
                 dispatcher.worker_listening(message.worker, connection)
             case WorkerExited():
+                self._exit_reporters[message.worker] = connection
                 dispatcher.worker_exited(message)
+            case RanksPrepared():
+                dispatcher.ranks_prepared(self.agents[connection], message.uid, message.scripts)
+            case OutputTaken():
+                self._on_output_taken(connection, message)
             case WorkerStartFailed():
                 self._on_worker_failed(message)
             case Pong():
@@ -299,37 +338,44 @@ class Engine:
             self.dispatcher.worker_disconnected(worker, connection)
         if not self._worker_names:
             self._workers_silent.set()
-        if (node := self._agents.pop(connection, None)) is not None:  # the launcher may stay without its node agent
+        if (node := self.agents.pop(connection, None)) is not None:  # the launcher may stay without its node agent
             node.agent = None
-            self.lose(f"the engine of {self._backend} lost its host{self._last_words()}")
+            self._on_agent_gone(connection, node)
+
+    def _on_agent_gone(self, agent: Connection, node: Node) -> None:
+        self.lose(f"the engine of {self.backend_words} lost its host{self.last_words()}")
 
     def _on_node_ready(self, agent: Connection, message: NodeReady) -> None:
         node = Node(
             message.host,
-            self._config.slots,
+            self._slots_of(message),
             agent=agent,
             cores=message.cores,
             gpus=message.gpus,
             memory_gib=message.memory_gib,
         )
-        self._agents[agent] = node
+        self.agents[agent] = node
         self.dispatcher.add_node(node)
-        _set_done(self._node_ready)
+        if len(self.agents) == self.config.num_nodes:
+            _set_done(self.nodes_ready)
+
+    def _slots_of(self, node: NodeReady) -> int:
+        return self.config.slots or node.cores
 
     def _on_worker_ready(self, connection: Connection, worker: str) -> None:
         if self.dispatcher.worker_ready(worker, connection):
             self._worker_names[connection] = worker
             self._workers_silent.clear()
             _set_done(self._worker_ready)
-            self._check_workers_ready()
+            self.check_workers_ready()
 
     def _on_worker_failed(self, message: WorkerStartFailed) -> None:
         if self.dispatcher.worker_failed(message.worker):
-            self._check_workers_ready()
+            self.check_workers_ready()
         else:
-            self.lose(f"{self._backend} could not place a worker: {message.error}")
+            self.lose(f"{self.backend_words} could not place a worker: {message.error}")
 
-    def _check_workers_ready(self) -> None:
+    def check_workers_ready(self) -> None:
         if self.dispatcher.all_workers_ready:
             _set_done(self._workers_ready)
 
@@ -340,9 +386,19 @@ class Engine:
         finishing.add_done_callback(self._exits_in_progress.discard)
 
     async def _finish_started(self, tasks: Sequence[InFlightTask], exited: WorkerExited) -> None:
-        async for task, outcome in outcomes_after_exit(tasks, exited, self._config.caps.output_bytes):
+        agent = self._exit_reporters.pop(exited.worker)
+        async for task, outcome in outcomes_after_exit(tasks, exited, partial(self._take_output, agent)):
             self.dispatcher.finish(task, outcome)
         self.dispatcher.requeue(tasks)
+
+    _run_step: RunStep | None = None
+    """One node starts the ranks of MPI jobs through Dragon."""
+
+    async def _take_output(self, agent: Connection, path: str, folder: str | None) -> tuple[Stream, Stream]:
+        return await asyncio.to_thread(take_output, path, folder, self.config.caps.output_bytes)
+
+    def _on_output_taken(self, agent: Connection, message: OutputTaken) -> None:
+        """Do nothing: the engine takes outputs by itself."""
 
 
 def _set_done(step: asyncio.Future[None]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from rhapsody_mcp.backends.base import Report
 from rhapsody_mcp.engine.messages import WorkerExited
+from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Call, TaskRun
 from rhapsody_mcp.model.states import Cause
 
-__all__ = ["Channel", "InFlightTask", "Node", "Worker"]
+__all__ = ["Channel", "InFlightTask", "Node", "Placement", "Worker"]
 
 
 class Channel(Protocol):
@@ -39,20 +40,27 @@ class Node:
         memory_gib: float | None = None,
     ) -> None:
         self.name, self.slots, self.agent = name, slots, agent
+        self.names = (name,)
+        """The name, as the `nodes` of a task."""
         self.cores, self.gpus, self.memory_gib = cores, gpus, memory_gib
         self.workers: dict[str, Worker] = {}
+        self.process_tasks: dict[str, InFlightTask] = {}
+        """By uid, the programs and jobs that hold slots of this node, in the order in which they got them."""
         self.used_slots = 0
-
-    def slots_for(self, task: InFlightTask) -> int:
-        """The slots that a task takes on this node; a job with more ranks than the node has slots takes all slots."""
-        return min(task.slots, self.slots)
-
-    def has_room_for(self, task: InFlightTask) -> bool:
-        return self.agent is not None and self.used_slots + self.slots_for(task) <= self.slots
 
     @property
     def free_slots(self) -> int:
         return self.slots - self.used_slots
+
+    def reserve(self, task: InFlightTask, ranks: int) -> None:
+        """Give this many ranks of the task their slots; more ranks than the node has slots share all slots."""
+        self.process_tasks[task.uid] = task
+        self.used_slots += min(ranks, self.slots)
+
+    def release(self, task: InFlightTask, ranks: int) -> None:
+        """Take back the slots of `reserve`."""
+        del self.process_tasks[task.uid]
+        self.used_slots -= min(ranks, self.slots)
 
     def send(self, message: object) -> None:
         """Send a message to the node agent; does nothing where the agent is gone."""
@@ -64,8 +72,8 @@ class Worker:
     """A worker process. Functions go through `function_channel`, interrupts through `control_channel`; each is None
     until the worker has connected."""
 
-    def __init__(self, name: str, node: Node, window: int) -> None:
-        self.name, self.node = name, node
+    def __init__(self, number: int, node: Node, window: int) -> None:
+        self.number, self.name, self.node = number, str(number), node
         self.function_channel: Channel | None = None
         self.control_channel: Channel | None = None
         self.assigned: dict[str, InFlightTask] = {}
@@ -77,19 +85,44 @@ class Worker:
         self.window = window
         """How many functions the worker may have at a time."""
         self.exit: WorkerExited | None = None
+        self.is_listed = False
+        """Whether the worker is in the pool's list of workers that may be idle."""
 
     @property
     def is_ready(self) -> bool:
         """Whether the worker takes functions now."""
         return self.function_channel is not None and self.exit is None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the worker takes functions now and has none."""
+        return not self.assigned and self.is_ready
+
+
+class Placement:
+    """The nodes that a program or a job got: `ranks` holds the ranks of each node, the node of rank 0 first."""
+
+    def __init__(self, ranks: Mapping[Node, tuple[int, ...]]) -> None:
+        self.ranks = ranks
+        self.outcomes: dict[Node, Outcome] = {}
+        """The outcome of each node's ranks, once all of these have ended."""
+        self.scripts: dict[int, tuple[Node, str]] = {}
+        """The node and the shell script of each rank that a step of the scheduler will start, by rank."""
+        self.failed_first: Node | None = None
+        """The node whose failure ended the ranks of the other nodes."""
+
+    @property
+    def running(self) -> list[Node]:
+        """The nodes whose ranks have not ended."""
+        return [node for node in self.ranks if node not in self.outcomes]
+
 
 class InFlightTask:
-    """A task that has not ended. A task waits in a queue, and then has a `worker`, or slots of a `node`."""
+    """A task that has not ended. A task waits in a queue, and then has a `worker`, or slots in its `placement`."""
 
     __slots__ = (
-        *("is_sent", "node", "permission", "permission_asked", "report", "runs_in_worker", "started", "stop_cause"),
-        *("task_run", "timer", "uid", "worker"),
+        *("is_sent", "nodes", "permission", "permission_asked", "placement", "report", "runs_in_worker", "started"),
+        *("stop_cause", "task_run", "timer", "uid", "worker"),
     )
 
     def __init__(self, task_run: TaskRun, report: Report) -> None:
@@ -97,9 +130,11 @@ class InFlightTask:
         self.uid = task_run.spec.uid
         self.runs_in_worker = task_run.spec.layout.mode == "native"
         self.worker: Worker | None = None
-        self.node: Node | None = None
+        self.placement: Placement | None = None
         self.is_sent = False
-        """Whether the worker, or the node agent, has been asked to run the task."""
+        """Whether the worker, or the node agents, have been asked to run the task."""
+        self.nodes: tuple[str, ...] = ()
+        """The names of the nodes that have been asked to run the task, the node of rank 0 first."""
         self.permission: asyncio.Future[bool] | None = None
         """The answer of `before_start` for this task, asked for at `permission_asked` (the loop's time)."""
         self.permission_asked = 0.0
@@ -113,9 +148,9 @@ class InFlightTask:
         work = self.task_run.spec.work
         return len(work.code) + len(work.arguments) if isinstance(work, Call) else 0
 
-    @property
-    def slots(self) -> int:
-        return max(1, self.task_run.spec.layout.ranks)
+    def take_back(self) -> None:
+        """Note that the task is assigned to no worker and no node any more."""
+        self.worker, self.placement, self.is_sent, self.nodes = None, None, False, ()
 
     def has_started(self, noted: Collection[tuple[str, int]]) -> bool:
         """Whether the task has started, by its worker's message or by `noted`, pairs of a uid and an attempt."""

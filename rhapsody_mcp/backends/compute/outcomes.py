@@ -10,11 +10,11 @@ from rhapsody_mcp.backends.compute.in_flight import InFlightTask
 from rhapsody_mcp.engine.messages import FunctionFinished, WorkerExited
 from rhapsody_mcp.engine.task.output import left_out, stopped_note
 from rhapsody_mcp.engine.task.rank_result import how_it_ended
-from rhapsody_mcp.model.outcome import Outcome, why_stopped
+from rhapsody_mcp.model.outcome import Outcome, failed, why_stopped
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream
 
-__all__ = ["crashed", "finished", "lost", "stopped"]
+__all__ = ["crashed", "finished", "lost", "refused", "stopped"]
 
 _NO_OUTPUT = (Stream(), Stream())
 
@@ -56,20 +56,19 @@ def stopped(task: InFlightTask, output: tuple[Stream, Stream] = _NO_OUTPUT, star
 def crashed(task: InFlightTask, exited: WorkerExited, output: tuple[Stream, Stream]) -> Outcome:
     """The outcome of a function whose worker exited before the function returned."""
     message = f"its process {exited.why or how_it_ended(exited.exit_code)} before the function returned."
-    return _with_output(_failed(Cause.CRASHED, message, task.started, exited.exit_code), output)
+    return _with_output(failed(Cause.CRASHED, message, started=task.started, exit_code=exited.exit_code), output)
 
 
 def lost(task: InFlightTask, reason: str) -> Outcome:
-    """The outcome of a task that had started when its engine ended."""
-    return _failed(Cause.LOST, reason, task.started)
+    """The outcome of a task whose engine or node ended, or is not there."""
+    return failed(Cause.LOST, reason, started=task.started)
+
+
+def refused(message: str) -> Outcome:
+    """The outcome of a task that cannot run on this engine."""
+    return failed(Cause.INVALID, message)
 
 
 def _with_output(outcome: Outcome, output: tuple[Stream, Stream]) -> Outcome:
     with_output = msgspec.structs.replace(outcome, stdout=output[0], stderr=output[1])
     return msgspec.structs.replace(with_output, notes=tuple(left_out(with_output)))
-
-
-def _failed(cause: Cause, message: str, started: float | None, exit_code: int | None = None) -> Outcome:
-    return Outcome(
-        state=TaskState.FAILED, started=started, ended=time.time(), cause=cause, error=message, exit_code=exit_code
-    )

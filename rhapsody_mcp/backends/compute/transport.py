@@ -1,24 +1,19 @@
 """Connections between the backend and the processes of an engine, over a Unix socket on this machine.
 
-Another transport needs a class that implements `Transport`, and a branch in `engine.transport.connect` for the form of
-its addresses.
+The nodes of an engine with several nodes connect through `backends.compute.nodes.transport`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, cast
 
 from rhapsody_mcp.engine.messages import ToBackend
-from rhapsody_mcp.engine.transport import Frames, frame
+from rhapsody_mcp.engine.transport import Frames, frame, unread_data
 
 __all__ = ["Connection", "Receiver", "Transport", "UnixTransport"]
-
-_CHUNK = 1 << 18
 
 
 class Connection(Protocol):
@@ -87,17 +82,10 @@ class _UnixConnection(asyncio.Protocol):
             self._receiver.received(self, messages)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc is not None:
-            self._receive_rest()
+        if exc is not None and (rest := unread_data(self.transport.get_extra_info("socket").fileno())):
+            self.data_received(rest)
         self._connections.discard(self)
         self._receiver.disconnected(self)
-
-    def _receive_rest(self) -> None:
-        """Read the messages that a process sent before it died: a failed write ends the connection before that."""
-        descriptor = self.transport.get_extra_info("socket").fileno()
-        with suppress(OSError):  # the socket has no more data
-            while data := os.read(descriptor, _CHUNK):
-                self.data_received(data)
 
     def send(self, *messages: object) -> None:
         self.transport.write(frame(list(messages)))

@@ -11,6 +11,8 @@ from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from rhapsody_mcp.backends.base import RESTARTS, BackendBase, Kind, Report, restart_delay_s
 from rhapsody_mcp.backends.environment import read_environment
 from rhapsody_mcp.backends.inference.batching import Limits, read_limits
@@ -19,6 +21,7 @@ from rhapsody_mcp.backends.inference.prompt_runner import Defaults, PromptRunner
 from rhapsody_mcp.backends.local_models import SHIPPED_NOTE
 from rhapsody_mcp.backends.vllm.config import Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm.launch_plan import SCHEMA_OPTIONS, Plan, detect_hardware, find_model, plan_servers
+from rhapsody_mcp.backends.vllm.nodes import RemoteServer, ServerNodes, other_hosts, with_share
 from rhapsody_mcp.backends.vllm.server import Launch, VllmServer
 from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings, InvalidTask, RhapsodyError, UnknownName
@@ -68,7 +71,7 @@ class DragonVllmInferenceBackend(BackendBase):
 
         config_file        a YAML file that describes model and hardware; `rhapsody-mcp init` writes an example
         model_name         the model's name for tasks, and also the model to load where `model` is not given
-        num_nodes          1: all servers run on the node of this process
+        num_nodes          how many nodes of the allocation that this process is in have servers; -1 for all of them
         num_gpus, tp_size  GPUs of all servers together, and GPUs of each server; without num_gpus there is one server,
                            on a GPU if there is one, else on the CPU
         port               the port of the first server; None for any free port
@@ -81,6 +84,16 @@ class DragonVllmInferenceBackend(BackendBase):
                            is ended
         """
         self.name = name
+        self._arguments: dict[str, Any] = {
+            "config_file": None if config_file is None else os.path.abspath(os.path.expanduser(config_file)),
+            "model_name": model_name,
+            "tp_size": tp_size,
+            "model": model,
+            "device": device,
+            "health_s": health_s,
+            "environment": msgspec.to_builtins(read_environment(environment)),
+        }
+        self._nodes: ServerNodes | None = None
         self.api_key = secrets.token_urlsafe(32)
         self._file = None if config_file is None else Path(os.path.expanduser(config_file)).absolute()
         self._overrides: dict[str, dict[str, Any]] = {
@@ -110,7 +123,7 @@ class DragonVllmInferenceBackend(BackendBase):
     @property
     def urls(self) -> list[str]:
         """The base URL of each server's OpenAI API; empty before the start."""
-        return [server.url for server in self._servers]
+        return [server.url for server in (*self._servers, *self._remote_servers)]
 
     def get_endpoint(self) -> str | None:
         """The address of the first server, as in `http://127.0.0.1:8000`; None before the start."""
@@ -138,7 +151,7 @@ class DragonVllmInferenceBackend(BackendBase):
                 "models": list(self._plan.model.names),
                 "source": self._plan.model.source,
                 "device": self._plan.device,
-                "replicas": len(self._plan.launches),
+                "replicas": len(self._servers) + len(self._remote_servers),
                 "urls": self.urls,
                 "logs": [str(launch.log) for launch in self._plan.launches],
             }
@@ -180,7 +193,15 @@ class DragonVllmInferenceBackend(BackendBase):
 
     @property
     def _all_dead(self) -> bool:
-        return all(server.is_dead for server in self._servers)
+        return all(server.is_dead for server in self._servers) and not self._remote_servers
+
+    @property
+    def _remote_servers(self) -> list[RemoteServer]:
+        return list(self._nodes.servers.values()) if self._nodes is not None else []
+
+    def living_ports(self) -> set[int]:
+        """The ports of the servers of this node that are not dead."""
+        return {server.launch.port for server in self._servers if not server.is_dead}
 
     async def start(self) -> None:
         async with self._lock:
@@ -203,25 +224,64 @@ class DragonVllmInferenceBackend(BackendBase):
         await self._end_servers()
         config = read_config(self._file, self._overrides)
         limits = self._limits(config)
+        hosts = other_hosts(config.hardware.num_nodes)
+        config = with_share(config, 1 + len(hosts))
         plan = await self._make_plan(config)
         self._servers = [self._server(launch) for launch in plan.launches]
         self._plan, self._unused_keys = plan, config.unused
+        starts = [server.start(config.server.start_timeout_s) for server in self._servers]
+        if hosts:
+            self._nodes = await self._server_nodes(hosts, config)
+            starts.append(self._nodes.start(config.server.start_timeout_s))
         try:
-            await _run_all(server.start(config.server.start_timeout_s) for server in self._servers)
+            await _run_all(starts)
         except BaseException as error:
-            await _run_uncancelled(_stop_all(self._servers))
-            self._servers, self._plan = [], None
+            await _run_uncancelled(self._stop_servers())
+            self._plan = None
             if isinstance(error, RequestRefused | ServerLost):
                 raise BackendUnavailable(f"the vLLM server does not answer: {error}") from error
             raise
         llm = config.llm
         note = SHIPPED_NOTE if plan.model.source == str(MODEL_DIR.resolve()) else ""
         defaults = Defaults(plan.model.names[0], llm.request_parameters, llm.system_text, SCHEMA_OPTIONS, note)
-        self._runner = PromptRunner(self._servers, defaults, limits)
+        self._runner = PromptRunner([*self._servers, *self._remote_servers], defaults, limits)
         self._watches = [
             asyncio.create_task(self._restart_when_dead(index, self._runner, config.server.start_timeout_s))
             for index in range(len(self._servers))
         ]
+
+    async def _server_nodes(self, hosts: Sequence[str], config: VllmConfig) -> ServerNodes:
+        assert self._folder is not None, "the plan has made it"
+        return ServerNodes(
+            hosts,
+            {**self._arguments, "num_nodes": 1, "num_gpus": config.hardware.num_gpus},
+            self.api_key,
+            await self.environment.build(_HUB_TOKENS),
+            folder=self._folder.path,
+            book=self.book,
+            on_ready=self._add_remote,
+            on_lost=self._lose_remote,
+        )
+
+    def _add_remote(self, server: RemoteServer) -> None:
+        self._problems.pop(server.url, None)
+        if self._runner is not None:
+            self._runner.add_server(server)
+
+    def _lose_remote(self, server: RemoteServer, reason: str) -> None:
+        if self._runner is not None:
+            if self._all_dead:
+                self._end_reason = reason
+            self.on_loss(reason)
+            self._problems[server.url] = reason
+            self._runner.remove_server(server, reason)
+
+    async def _stop_servers(self) -> None:
+        nodes, self._nodes = self._nodes, None
+        if nodes is not None:
+            await nodes.stop()
+        await _stop_all(self._servers)
+        self._servers = []
 
     def _server(self, launch: Launch) -> VllmServer:
         return VllmServer(launch, book=self.book, health_s=self._health_s)
@@ -310,8 +370,9 @@ class DragonVllmInferenceBackend(BackendBase):
             await asyncio.wait(self._watches)
         if self._runner is not None:
             await self._runner.close()
-        await _stop_all(self._servers)
-        self._runner, self._servers, self._watches, self._problems = None, [], [], {}
+        self._runner = None
+        await self._stop_servers()
+        self._watches, self._problems = [], {}
 
     async def _close(self) -> None:
         if self._starting is not None:

@@ -37,7 +37,10 @@ class Required(_Section):
 
 
 class Hardware(_Section):
-    """The hardware. There is one server for each `tp_size` of `num_gpus` GPUs; -1 stands for all visible GPUs."""
+    """The hardware. There is one server for each `tp_size` of `num_gpus` GPUs; -1 stands for all visible GPUs.
+
+    On several nodes, which an allocation must have, each node gets its share of `num_gpus`.
+    """
 
     num_nodes: int = 1
     num_gpus: Annotated[int, Field(ge=-1)] | None = None
@@ -47,9 +50,9 @@ class Hardware(_Section):
 
     @field_validator("num_nodes")
     @classmethod
-    def _one_node(cls, value: int) -> int:
-        if value not in (1, -1):
-            raise ValueError("one backend serves on one node; for more nodes, start one backend on each")
+    def _some_nodes(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError("valid is a number of nodes from 1, or -1 for all nodes of the allocation")
         return value
 
     @field_validator("num_inf_wrkrs_per_cpu")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 
 import msgspec
 
-from rhapsody_mcp.engine.messages import HostConfig
+from rhapsody_mcp.engine.messages import HostConfig, RanksPrepared
 from rhapsody_mcp.engine.node.hardware import count_cores, count_gpus
 from rhapsody_mcp.engine.node.launchers import TASK_VARIABLES, ForkLauncher, Launcher
 from rhapsody_mcp.engine.node.pmi import PmiProber
@@ -18,8 +19,15 @@ __all__ = ["NodeContext"]
 class NodeContext:
     """The context of a node agent; all methods are thread-safe."""
 
-    def __init__(self, config: HostConfig, launcher: Launcher, fork_launcher: ForkLauncher) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: HostConfig,
+        launcher: Launcher,
+        fork_launcher: ForkLauncher,
+        report_prepared: Callable[[RanksPrepared], None],
+    ) -> None:
+        """`report_prepared` tells the backend of ranks that a step of the scheduler can start."""
+        self.config, self.report_prepared = config, report_prepared
         self.launcher, self.fork_launcher = launcher, fork_launcher
         self.cores, self.gpus = count_cores(), count_gpus()
         self.pmi_prober = PmiProber(config.folder, config.sys_path)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
-__all__ = ["count_cores", "count_gpus", "gpu_names", "is_this_host", "memory_gib"]
+__all__ = ["count_cores", "count_gpus", "gpu_names", "is_host", "memory_gib"]
 
 _GIB = 1024**3
 _NVIDIA_PROC = Path("/proc/driver/nvidia/gpus")
@@ -57,6 +56,10 @@ def memory_gib() -> float | None:
         return None
 
 
-def is_this_host(name: str | None) -> bool:
-    """Return whether the host_name of a policy means this node; None means any node."""
-    return name in (None, socket.gethostname(), socket.gethostname().split(".")[0], "localhost")
+def is_host(name: str | None, host: str) -> bool:
+    """Return whether the name of a node, or the host_name of a policy, means the host that calls itself `host`; None
+    and localhost mean any host. The name may have a user, as in "me@n1", and one of both a domain."""
+    if name in (None, "localhost"):
+        return True
+    node = name.rpartition("@")[2]
+    return host in (node, node.split(".")[0]) or node == host.split(".")[0]

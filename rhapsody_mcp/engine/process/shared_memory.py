@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["dragon_files", "existing_files", "named_segments", "segments_of", "unlink_unused"]
+__all__ = ["dragon_files", "existing_files", "named_segments", "old_dragon_files", "segments_of", "unlink_unused"]
 
+_NEW_S = 1.0
 _SEGMENTS = ("psm_*", "sem.mp-*", "nccl-*")
 
 
@@ -17,6 +19,20 @@ def dragon_files(launcher: int) -> set[str]:
     """Return the files of the Dragon runtime whose launcher has this process id: their names contain the id."""
     prefix = f"DD{str(os.getuid())[-3:]}{str(launcher)[-3:]}"
     return {*glob.glob(f"/dev/shm/{prefix}*"), *glob.glob(f"/dev/shm/*{launcher}[DM]")}
+
+
+def old_dragon_files() -> set[str]:
+    """Return the files of all Dragon runtimes of this user, without those that may be new: a process maps a file a
+    moment after its creation. The names contain process ids, on each node other ones."""
+    limit = time.time() - _NEW_S
+    return {path for path in glob.glob(f"/dev/shm/DD{str(os.getuid())[-3:]}*") if _changed(path) < limit}
+
+
+def _changed(path: str) -> float:
+    try:
+        return os.stat(path).st_ctime
+    except OSError:
+        return time.time()
 
 
 def named_segments() -> set[str]:

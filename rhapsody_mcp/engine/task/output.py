@@ -8,11 +8,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import BinaryIO, Protocol
 
-from rhapsody_mcp.engine.task.output_files import middle
+from rhapsody_mcp.engine.task.output_files import MOVE_COUNT, STREAMS, middle
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.values import INLINE_BYTES, Stream
 
-__all__ = ["collect", "end_part", "left_out", "move_stream", "open_part", "stopped_note", "write_file", "write_pieces"]
+__all__ = [
+    *("collect", "end_part", "left_out", "move_stream", "open_part", "stopped_note", "take_output", "write_file"),
+    "write_pieces",
+]
 
 _TAIL_BYTES = INLINE_BYTES // 4
 _PIECE_BYTES = 1024 * 1024
@@ -77,6 +80,25 @@ def move_stream(path: str, folder: str, max_bytes: int | None) -> Stream:
         os.close(file)
     os.unlink(path)
     return stream
+
+
+def take_output(path: str, folder: str | None, max_bytes: int | None) -> tuple[Stream, Stream]:
+    """Return stdout and stderr of a worker that has exited, and delete its files; empty if they were taken before, or
+    without a folder."""
+    stdout, stderr = _NO_OUTPUT, _NO_OUTPUT
+    if folder is not None:
+        stdout, stderr = (_move_stream_if_there(f"{path}.{suffix}", folder, max_bytes) for suffix in STREAMS)
+    for suffix in (*STREAMS, MOVE_COUNT):
+        with suppress(FileNotFoundError):
+            os.unlink(f"{path}.{suffix}")
+    return stdout, stderr
+
+
+def _move_stream_if_there(path: str, folder: str, max_bytes: int | None) -> Stream:
+    try:
+        return move_stream(path, folder, max_bytes)
+    except OSError:
+        return _NO_OUTPUT
 
 
 def _move_file(path: str, folder: str) -> str:

@@ -21,7 +21,7 @@ from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.backend_factory import BackendPlan
 from rhapsody_mcp.runtime.export.function_source import SourceWriter
-from rhapsody_mcp.runtime.export.literals import write_call, write_value
+from rhapsody_mcp.runtime.export.literals import Code, write_call, write_value
 from rhapsody_mcp.runtime.export.script_functions import NEEDED_NAMES, SCRIPT_FUNCTIONS
 from rhapsody_mcp.runtime.export.task_code import TaskCode, representative
 from rhapsody_mcp.runtime.export.task_selection import also_after, by_need, repeatable, submissions, unwritable
@@ -37,8 +37,9 @@ _MAIN = """\
 if __name__ == "__main__":
     print(json.dumps(asyncio.run(repeat()), indent=1))
 """
-_WIDTH, _MAX_SUSPECTS = 80, 10
+_WIDTH, _MAX_SUSPECTS, _MAX_NODES = 80, 10, 8
 _LIST_SEPARATOR = re.compile(r"[\"'],\s*[\"']")
+_NODES_HERE = 'int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))'
 _OWN_NAMES = "repeat = session = results = item = task = label = _ = None"
 
 
@@ -161,6 +162,9 @@ class _ScriptWriter:
         """Sentences on how to run the script, and on how far its results repeat."""
         yield f"Run it with a Python that has rhapsody-mcp, such as {sys.executable}"
         yield "Functions and programs repeat, unless they read a clock, chance, the network or files that change"
+        if (count := max(plan.arguments.get("num_nodes", 1) for plan in self._plans)) > 1:
+            where = "here they run on this machine or, inside a job of Slurm, on its nodes"
+            yield f"The tasks ran on {self._nodes_text(count)}; {where}"
         if any(isinstance(work, AITask) for work in self._representatives.values()):
             yield "A model repeats its answers at temperature 0, with the same weights, versions and kind of device"
         if random := [work for work in self._representatives.values() if has_random_answers(work)]:
@@ -181,6 +185,12 @@ class _ScriptWriter:
         if self._suspects:
             shown = ", ".join(self._suspects[:_MAX_SUSPECTS]) + (", ..." if len(self._suspects) > _MAX_SUSPECTS else "")
             yield f"Look before you pass it on, some look like secrets: {shown}"
+
+    def _nodes_text(self, count: int) -> str:
+        """As in "2 nodes (node1, node2)"."""
+        names = sorted({node for task in leaves(self._tasks) for node in task.nodes})
+        shown = ", ".join(names[:_MAX_NODES]) + (", ..." if len(names) > _MAX_NODES else "")
+        return f"{count} nodes{f' ({shown})' if names else ''}"
 
     def _preamble(self, used: set[str]) -> str:
         """The imports and the functions of the script, as far as the names in `used` need them."""
@@ -259,6 +269,8 @@ class _ScriptWriter:
             arguments["url"] = without_credentials(arguments["url"])
         for name in arguments.keys() & set(BACKENDS[plan.name].paths):
             arguments[name] = _absolute_path(arguments[name])
+        if "num_nodes" in arguments:
+            arguments["num_nodes"] = Code(f"min({arguments['num_nodes']}, {_NODES_HERE})")
         if "environment" in arguments:
             arguments["environment"] = self._environment(arguments["environment"])
         written = [f"{name}={write_value(value)}" for name, value in arguments.items()]

@@ -86,3 +86,5 @@ def _restore_state(task: Task, row: TaskRow) -> None:
         task.state, task.outcome, task.started = row.outcome.state, row.outcome, row.outcome.started
         if row.started is None and task.started is not None and not isinstance(task, ForEach):
             task.attempts += 1  # the start was reported together with the end
+    elif row.started is not None and not isinstance(task, ForEach):
+        task.attempts, task.is_resumed = row.attempts - 1, True  # this attempt may run on, in an allocation

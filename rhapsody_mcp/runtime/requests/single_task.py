@@ -103,6 +103,7 @@ def backend_kwargs(form: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 def _layout(fields: Mapping[str, Any]) -> dict[str, Any]:
     template = {key: value for key in ("env", "cwd") if (value := fields[key]) is not None}
     ranks, groups = fields["ranks"], fields["process_templates"]
+    most = {"ranks_per_node": fields["ranks_per_node"]} if fields["ranks_per_node"] is not None else {}
     if groups is not None:
         others = ("cwd", "env", "mpi", "process", "ranks")
         if clash := [key for key in others if fields[key] is not None and fields[key] is not False]:
@@ -113,13 +114,18 @@ def _layout(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise InvalidTask(
                 'process_templates is empty; give at least one group, as in [{"ranks": 2}].', field="process_templates"
             )
-        return {"process_templates": [(group.ranks, group.template) for group in groups]}
+        return {"process_templates": [(group.ranks, group.template) for group in groups], **most}
     if fields["mpi"]:
         if ranks is None:
             raise InvalidTask("mpi needs ranks, the number of processes, as in 4.", field="mpi")
-        return {"type": "mpi", "ranks": ranks, "process_template": template}
+        return {"type": "mpi", "ranks": ranks, "process_template": template, **most}
     if ranks is not None:
-        return {"process_templates": [(ranks, template)]}
+        return {"process_templates": [(ranks, template)], **most}
+    if most:
+        raise InvalidTask(
+            "ranks_per_node needs ranks, the number of processes, as in 4, or process_templates.",
+            field="ranks_per_node",
+        )
     return {"process_template": template} if template or fields["process"] else {}
 
 

@@ -142,22 +142,23 @@ class TaskRequest(_StrictModel):
         dict[str, Any] | None,
         Field(description="JSON schema of the answer, which is then an object."),
     ] = None
-    backend: Annotated[str | None, Field(description="Default is the session's first that can run it.")] = None
-    process: Annotated[bool, Field(description="true gives a function a process of its own.")] = False
+    backend: Annotated[str | None, Field(description="Default: the session's first that can run it.")] = None
+    process: Annotated[bool, Field(description="true: a process of its own.")] = False
     ranks: Annotated[
         int | None,
-        Field(ge=1, description="Run it as a job of this many processes, with RHAPSODY_RANK and RHAPSODY_RANKS set."),
+        Field(ge=1, description="Processes of a job; each has RHAPSODY_RANK and RHAPSODY_RANKS."),
     ] = None
-    mpi: Annotated[bool, Field(description="true: the ranks speak MPI; else they run independently.")] = False
+    ranks_per_node: Annotated[int | None, Field(ge=1, description="Most ranks on a node.")] = None
+    mpi: Annotated[bool, Field(description="true: the ranks speak MPI; else they are independent.")] = False
     process_templates: Annotated[
         list[RankGroup] | None,
-        Field(description='A job whose processes differ, e.g. [{"ranks": 2}, {"ranks": 1, "env": {"ROLE": "head"}}].'),
+        Field(description='A job of different processes, e.g. [{"ranks": 2}, {"ranks": 1, "cwd": "head"}].'),
     ] = None
     env: Annotated[
         Env | None,
-        Field(description='Environment variables, e.g. {"OMP_NUM_THREADS": "1"}; gives a process of its own.'),
+        Field(description='Environment variables, e.g. {"OMP_NUM_THREADS": "1"}.'),
     ] = None
-    cwd: Annotated[str | None, Field(description="Working directory; gives a process of its own.")] = None
+    cwd: Annotated[str | None, Field(description="Working directory.")] = None
     timeout_s: Annotated[float | None, Field(gt=0, description="FAILED after this many seconds of running.")] = None
     for_each: Annotated[
         list[Any] | dict[str, Any] | Annotated[int, Field(ge=1, le=100_000, strict=True)] | None,
@@ -196,7 +197,7 @@ STAND_IN_FIELDS = frozenset(SAMPLING)
 _FLOW_FIELDS = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure"}
 COMMON_FIELDS = {"name", "backend", "timeout_s", *_FLOW_FIELDS}
 """Fields of every form of task."""
-_PROCESS_FIELDS = {"process", "ranks", "mpi", "process_templates", "env", "cwd"}
+_PROCESS_FIELDS = {"process", "ranks", "ranks_per_node", "mpi", "process_templates", "env", "cwd"}
 _MODEL_FIELDS = {"system_prompt", *SAMPLING, *COMMON_FIELDS}
 FIELDS = {
     "source": {"source", "entry", "args", "kwargs", *_PROCESS_FIELDS, *COMMON_FIELDS},

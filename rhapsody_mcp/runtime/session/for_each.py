@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rhapsody_mcp.model.errors import InvalidTask, LimitExceeded, RhapsodyError
-from rhapsody_mcp.model.outcome import Outcome, TaskFailed
+from rhapsody_mcp.model.outcome import Outcome, TaskFailed, failed
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Value
 from rhapsody_mcp.runtime.dataflow.for_each_values import join, outcome_of, read_items
 from rhapsody_mcp.runtime.serialization import Module
-from rhapsody_mcp.runtime.session.outcomes import failed
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Part, Task
 
 __all__ = ["ForEachRunner"]

@@ -10,15 +10,17 @@ from typing import NamedTuple, Protocol
 
 from rhapsody_mcp.backends.base import RESTARTS, Backend, Ended, Event, Running, restart_delay_s
 from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, RhapsodyError
+from rhapsody_mcp.model.outcome import failed
 from rhapsody_mcp.model.specs import TaskRun
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Reader
-from rhapsody_mcp.runtime.session.outcomes import failed
 from rhapsody_mcp.runtime.session.steps import TASKS_PER_STEP
 
 __all__ = ["CallLater", "EngineNotice", "ManagedBackend", "call_later"]
 
 _log = logging.getLogger(__name__)
+_ABANDON_S = 10.0
+"""How long after the withdrawal of its last task a start is given up: corrected tasks may follow."""
 _CAUSES_WITHOUT_ENGINE = (Cause.LOST, Cause.CANCELED, Cause.INVALID)
 """The causes with which a task may end although no engine works."""
 
@@ -99,6 +101,8 @@ class ManagedBackend:
         """Remove pending task runs, and return their uids. Nothing is reported for these tasks."""
         held = {task_run.spec.uid for task_run in self._pending if task_run.spec.uid in uids}
         self._pending = [task_run for task_run in self._pending if task_run.spec.uid not in held]
+        if held and self.backend.abandons_start:
+            self._call_later(_ABANDON_S, self._abandon_start)
         return held
 
     def cancel(self, uids: Iterable[str]) -> None:
@@ -199,6 +203,12 @@ class ManagedBackend:
             self._begin_start()
         self._set_idle_timer()
 
+    def _abandon_start(self) -> None:
+        """Give up a start that no task waits for any more."""
+        if self._start_task is not None and not self._pending and not self._is_needed():
+            self._start_task.cancel()
+            self._give_back()
+
     async def _try_start(self) -> None:
         if failures := self._failures:
             await self._back_off()
@@ -248,6 +258,8 @@ class ManagedBackend:
         self._post_notice(message)
         for task_run in task_runs:
             self._report(Ended(task_run.spec.uid, failed(cause, message)))
+        if not self._closed:
+            self._give_back()
 
     # --- resting
 
@@ -270,10 +282,18 @@ class ManagedBackend:
         self._rest_task = asyncio.create_task(self.backend.rest())
         self._rest_task.add_done_callback(self._handle_rested)
 
-    def _handle_rested(self, rest: asyncio.Task[None]) -> None:
+    def _give_back(self) -> None:
+        """Give back what a start that failed or was canceled still holds, such as nodes."""
+        self._rest_task = asyncio.create_task(self.backend.rest())
+        self._rest_task.add_done_callback(self._forget_rest)
+
+    def _forget_rest(self, rest: asyncio.Task[None]) -> None:
         self._rest_task = None
         if not rest.cancelled() and (error := rest.exception()) is not None:
             _log.error("backend %r did not stop to rest", self.backend.name, exc_info=error)
+
+    def _handle_rested(self, rest: asyncio.Task[None]) -> None:
+        self._forget_rest(rest)
         self._post_notice(
             f"backend {self.backend.name!r} had no task for {self._idle_s:g} s and was stopped until the next one"
         )

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import pickle
-import time
 
 from msgspec.structs import replace
 
-from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.outcome import Outcome, canceled
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader
 from rhapsody_mcp.runtime.tasks import Task, name_of, rank_of
 
-__all__ = ["canceled", "canceled_by_upstream", "failed", "open_results", "with_attempts"]
+__all__ = ["canceled_by_upstream", "open_results", "with_attempts"]
 
 _UPSTREAM_CHARS = 300
-
-
-def canceled(cause: Cause, message: str) -> Outcome:
-    return Outcome(state=TaskState.CANCELED, ended=time.time(), cause=cause, error=message)
-
-
-def failed(cause: Cause, message: str) -> Outcome:
-    return Outcome(state=TaskState.FAILED, ended=time.time(), cause=cause, error=message)
 
 
 def canceled_by_upstream(source: Task) -> Outcome:

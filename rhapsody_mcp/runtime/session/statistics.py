@@ -74,6 +74,7 @@ def _row(task: Task) -> Row:
         backend=task.backend or "",
         ranks=task.layout.ranks if isinstance(task, ComputeTask) else 0,
         usage=task.outcome.usage if task.outcome else None,
+        nodes=task.nodes,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rhapsody_mcp.backends.base import Backend, Ended, Running
 from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.model.errors import RhapsodyError
-from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.outcome import Outcome, canceled, failed
 from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import NOTHING, Reader, load, load_json
@@ -21,7 +21,7 @@ from rhapsody_mcp.runtime.session.acceptance import Acceptance, AcceptedTask
 from rhapsody_mcp.runtime.session.dependencies import Dependencies
 from rhapsody_mcp.runtime.session.for_each import ForEachRunner
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice, ManagedBackend
-from rhapsody_mcp.runtime.session.outcomes import canceled, canceled_by_upstream, failed, open_results, with_attempts
+from rhapsody_mcp.runtime.session.outcomes import canceled_by_upstream, open_results, with_attempts
 from rhapsody_mcp.runtime.session.steps import TASKS_PER_STEP, steps
 from rhapsody_mcp.runtime.tasks import ForEach, Task, is_hidden, reference
 
@@ -68,8 +68,10 @@ class TaskRunner:
         self.step_lock = asyncio.Lock()
         """Held while tasks are submitted in steps: a cancel waits until all of them are submitted."""
         self._folder = folder.absolute() if folder is not None else None
-        if folder is not None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._folder is not None:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for backend in backends:
+                backend.keep_in(self._folder)
         self._temporary: RunDir | None = None
         self._background: set[asyncio.Task[None]] = set()
 
@@ -204,8 +206,13 @@ class TaskRunner:
 
     def _task_run(self, task: Task, folder: str) -> TaskRun:
         bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
+        is_resumed, task.is_resumed = task.is_resumed, False
         return TaskRun(
-            spec=self._specs[task.uid], bindings=bindings, results_folder=folder, attempt=max(1, task.attempts)
+            spec=self._specs[task.uid],
+            bindings=bindings,
+            results_folder=folder,
+            attempt=max(1, task.attempts),
+            resumed=is_resumed,
         )
 
     @property

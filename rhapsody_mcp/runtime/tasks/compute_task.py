@@ -40,6 +40,7 @@ class ComputeTask(Task):
     task_backend_specific_kwargs
         process_template   a dict (env, cwd, policy): a process of its own
         process_templates  a list of (ranks, dict): a job of several processes
+        ranks_per_node     the most ranks of a job on each node; default: as many as have free slots there
         type, ranks        "mpi" and a number: a job whose ranks speak MPI; pmi: "auto", "pmix", "cray", "none"
         timeout            seconds, in every mode
     """

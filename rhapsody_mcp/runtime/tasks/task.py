@@ -135,6 +135,8 @@ class Task:
     # 1.3 KB more.
     last_failure = ""
     replaced_by: str | None = None
+    is_resumed = False
+    """Whether its next attempt may run already, in an allocation that an earlier service had."""
     raised: BaseException | None = None
     """The exception that the function raised, where it can be pickled and opened in this process."""
 
@@ -162,6 +164,16 @@ class Task:
     @property
     def exit_code(self) -> int | None:
         return self.outcome.exit_code if self.outcome else None
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names of the nodes that the task ran on, the node of rank 0 first; empty on an engine of one node."""
+        return self.outcome.nodes if self.outcome else ()
+
+    @property
+    def node(self) -> str | None:
+        """The node that the task ran on, of a job the node of rank 0; None on an engine of one node."""
+        return next(iter(self.nodes), None)
 
     @property
     def exception(self) -> TaskFailed | None:

@@ -69,7 +69,7 @@ async def run_service(
                 state = ServiceState(
                     paths=listener.paths, settings=settings, config=config, sessions=sessions, tasks=tasks, audit=audit
                 )
-                await Service(state, listener).run(ready)
+                await Service(state, listener, ledger).run(ready)
     finally:
         listener.publish("ends")
         await ledger.close()
@@ -86,8 +86,8 @@ def _raise_file_limit() -> None:
 class Service:
     """Serves sessions that outlive the connections of clients."""
 
-    def __init__(self, state: ServiceState, listener: UnixListener) -> None:
-        self._state, self._listener = state, listener
+    def __init__(self, state: ServiceState, listener: UnixListener, ledger: Ledger) -> None:
+        self._state, self._listener, self._ledger = state, listener, ledger
         self._settings, self._sessions = state.settings, state.sessions
         self._last_use = time.monotonic()
         self._client_scopes: set[anyio.CancelScope] = set()
@@ -146,6 +146,9 @@ class Service:
     async def _note_life(self) -> None:
         while True:
             await anyio.sleep(_ALIVE_S)
+            if not await anyio.to_thread.run_sync(self._ledger.beat):
+                _log.critical("another host has taken its ledger over: process %d ends at once", os.getpid())
+                os._exit(1)  # a clean end would write to the ledger; the keepers end the engines
             self._sessions.write_heartbeats()
 
     def _disconnect_clients(self) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves
-from rhapsody_mcp.toolsets.replies.formatting import counts_text, duration, one_line, rounded, shortened
+from rhapsody_mcp.toolsets.replies.formatting import counts_text, duration, limited_list, one_line, rounded, shortened
 
 __all__ = [
     "REPLY_BYTES",
@@ -33,6 +33,7 @@ REPLY_BYTES = 24_000
 25,000 tokens."""
 _ERROR_CHARS = 300
 _SAME = "the same as above"
+_NODES = 3
 _SMALLEST_SHARE = 1 / 256
 
 
@@ -49,15 +50,17 @@ class Row(Reply):
     name: SkipJsonSchema[str | None] = None
     state: str
     seconds: SkipJsonSchema[float | None] = None
+    nodes: SkipJsonSchema[str | None] = None
     counts: SkipJsonSchema[dict[str, int] | None] = None
     replaced_by: SkipJsonSchema[str | None] = None
 
     def head(self) -> str:
-        """As in `task.000002 train DONE in 0.31 s`."""
+        """As in `task.000002 train DONE in 0.31 s on node1`."""
         replaced = f", replaced by {self.replaced_by}" if self.replaced_by else ""
         took = "" if self.seconds is None else f"in {duration(self.seconds)}"
+        where = f"on {self.nodes}" if self.nodes else ""
         counts = f"({counts_text(self.counts)})" if self.counts else ""
-        return " ".join(part for part in (self.task, self.name, self.state, took, counts) if part) + replaced
+        return " ".join(part for part in (self.task, self.name, self.state, took, where, counts) if part) + replaced
 
 
 class TaskRow(Row):
@@ -84,7 +87,7 @@ TaskRows = Annotated[
         {
             "type": "array",
             "items": {"type": "object"},
-            "description": "Each has task (its id), name, state, kind, backend, seconds it ran, cause and error.",
+            "description": "Each: task (its id), name, state, kind, backend, seconds, cause, error.",
         }
     ),
 ]
@@ -119,6 +122,7 @@ def row_fields(task: Task) -> dict[str, Any]:
         "name": task.name,
         "state": task.state.value,
         "seconds": rounded(task.timing.execution_s) if task.outcome else None,
+        "nodes": limited_list(task.nodes, _NODES) or None,
         "counts": count_states(leaves([task])) if isinstance(task, ForEach) and task.children else None,
         "replaced_by": (task.parent or task).replaced_by,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic.json_schema import SkipJsonSchema
@@ -11,13 +11,15 @@ from rhapsody_mcp.model.critical_path import CriticalPath, Step
 from rhapsody_mcp.model.statistics import Measures, Spread, Statistics, Times, Tokens
 from rhapsody_mcp.runtime.tasks import tasks_text
 from rhapsody_mcp.toolsets.replies.base import Reply
-from rhapsody_mcp.toolsets.replies.formatting import counts_text, duration, one_line
+from rhapsody_mcp.toolsets.replies.formatting import counts_text, duration, limited_list, one_line
 from rhapsody_mcp.toolsets.tooling.schemas import TYPE_ONLY
 
 __all__ = ["SessionStatistics", "statistics_report", "statistics_text"]
 
 _GROUPS_IN_DATA = 10
 _GROUPS_IN_TEXT = 8
+_NODES_IN_DATA = 64
+_NODES_IN_TEXT = 8
 _STEPS_IN_DATA = 20
 _STEPS_IN_TEXT = 6
 _COLUMNS = ["p50/p95/p99, seconds", "tasks", "failed", "queue", "execution", "total", "tasks/s"]
@@ -37,9 +39,12 @@ class SessionStatistics(Reply):
     tokens: SkipJsonSchema[dict[str, float | None] | None] = None
     busy: SkipJsonSchema[list[dict[str, Any]] | None] = None
     critical_path: SkipJsonSchema[dict[str, Any] | None] = None
+    nodes: SkipJsonSchema[dict[str, int] | None] = None
+    nodes_left_out: SkipJsonSchema[int | None] = None
     groups: Annotated[dict[str, dict[str, Any]], TYPE_ONLY]
     groups_left_out: SkipJsonSchema[int | None] = None
     replaced: SkipJsonSchema[int | None] = None
+    allocation: SkipJsonSchema[dict[str, Any] | None] = None
 
 
 def statistics_report(session: str, group: str | None, statistics: Statistics, replaced: int) -> SessionStatistics:
@@ -63,8 +68,13 @@ def _ran(statistics: Statistics) -> dict[str, Any]:
         **_measures(statistics),
         "makespan_s": round(statistics["makespan"], 6),
         "idle_s": round(statistics["idle"], 6) or None,
-        "busy": [{**busy, "share": round(busy["share"], 4)} for busy in statistics["busy"]],
+        "busy": [
+            {**busy, "share": round(busy["share"], 4), "seconds": round(busy["seconds"], 6)}
+            for busy in statistics["busy"]
+        ],
         "critical_path": _path(statistics["critical_path"]),
+        "nodes": dict(list(statistics["nodes"].items())[:_NODES_IN_DATA]) or None,
+        "nodes_left_out": max(0, len(statistics["nodes"]) - _NODES_IN_DATA) or None,
     }
 
 
@@ -151,6 +161,7 @@ def statistics_text(session: str, group: str | None, statistics: Statistics, rep
         f"{head}, {span}{_idle_text(statistics)}.",
         _means(statistics),
         _rates(statistics),
+        *_nodes_lines(statistics["nodes"]),
         f"Critical path: {_path_text(statistics['critical_path'], statistics['makespan'])}",
         *_table(_table_rows(statistics)),
     ]
@@ -185,6 +196,11 @@ def _rates(statistics: Statistics) -> str:
         f"{busy['backend']}: {busy['share']:.0%} of {busy['places']} {busy['of']} busy." for busy in statistics["busy"]
     ]
     return " ".join(parts)
+
+
+def _nodes_lines(nodes: Mapping[str, int]) -> list[str]:
+    counts = [f"{one_line(node)} {count}" for node, count in nodes.items()]
+    return [f"Tasks by node: {limited_list(counts, _NODES_IN_TEXT)}."] if counts else []
 
 
 def _path_text(path: CriticalPath, makespan: float) -> str:

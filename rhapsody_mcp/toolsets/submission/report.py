@@ -19,8 +19,7 @@ __all__ = ["SubmissionReport", "backends_text", "report_fields", "submission_rep
 
 
 class SubmissionReport(Reply):
-    """`repeated`: by an earlier call with the same key. A dry run gives `graph` and `problems`, and the ids that tasks
-    would get."""
+    """`repeated`: by an earlier call with the same key. A dry run gives `graph`, `problems` and the ids to be."""
 
     session: str
     submitted: int

@@ -68,11 +68,16 @@ async def _take(
         await open_session.submit(tasks, accepted, stored, submission)
 
 
+_ADDED_FIELDS = {"ranks_per_node"}
+"""Fields of a request that version 0.1 did not have."""
+
+
 def _digest(requests: Sequence[TaskRequest], *, with_defaults: bool = False) -> bytes:
     """The same for equal requests, also after a version has added a field."""
     digest = hashlib.sha256()
     for request in requests:
-        digest.update(request.model_dump_json(exclude_defaults=not with_defaults).encode() + b"\n")
+        unset = _ADDED_FIELDS - request.given_fields()
+        digest.update(request.model_dump_json(exclude=unset, exclude_defaults=not with_defaults).encode() + b"\n")
     return digest.digest()
 
 

@@ -15,10 +15,18 @@ from pydantic.json_schema import SkipJsonSchema
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
+from rhapsody_mcp.toolsets.allocations import (
+    AllocationFacts,
+    allocation_data,
+    allocation_of,
+    allocation_sentence,
+    is_pending,
+)
 from rhapsody_mcp.toolsets.replies.base import Reply, Row, count_states, fitted, reply, row_fields
 from rhapsody_mcp.toolsets.replies.failure_groups import FailureGroups, group_failures, group_notes
 from rhapsody_mcp.toolsets.replies.formatting import call_text, counts_text, duration, one_line, shortened
 from rhapsody_mcp.toolsets.replies.previews import preview_task, printed_only_text
+from rhapsody_mcp.toolsets.tooling.schemas import TYPE_ONLY
 from rhapsody_mcp.toolsets.waiting.selection import SelectedTasks, has_children
 
 __all__ = ["WaitReport", "wait_report"]
@@ -27,6 +35,8 @@ _READY = "ready"
 _ROWS, _RESULTS_CHARS, _RESULT_CHARS, _PASSED_ON_CHARS = 20, 3000, 1200, 400
 _GROUPS, _NAMES_SHOWN, _NOTES, _SOURCES = 5, 5, 5, 3
 _NAMES_REPEATED = 50
+_STATE_CHARS = 60
+"""A longer state of an engine is not repeated for each task."""
 _NOTICES, _RECENT_S, _JUST_NOW_S = 2, 600.0, 5.0
 _HAVE_DETAILS = (Cause.ERROR, Cause.EXIT_CODE, Cause.CRASHED, Cause.TIMEOUT)
 """Causes of failures that `get_result` shows a traceback or output for."""
@@ -47,7 +57,7 @@ class WaitReport(Reply):
     """Also, where there are any: open (some that are, and why), notes, engines."""
 
     ended: Annotated[bool, Field(description="Whether all have.")]
-    counts: Annotated[dict[str, int], Field(description="Tasks by state.")]
+    counts: Annotated[dict[str, int], TYPE_ONLY]
     done: Annotated[
         list[ResultRow],
         WithJsonSchema(
@@ -68,6 +78,7 @@ class WaitReport(Reply):
     open: SkipJsonSchema[list[str] | None] = None
     notes: SkipJsonSchema[list[str] | None] = None
     engines: SkipJsonSchema[dict[str, str] | None] = None
+    allocation: SkipJsonSchema[dict[str, Any] | None] = None
 
 
 def wait_report(
@@ -84,6 +95,7 @@ def wait_report(
     all_ended = all(task.state.final for task in selected.until)
     notes = _notes(selected, [task for _, task in news])
     engines = selected.open_session.session.engines
+    allocation = allocation_of(selected.open_session)
 
     def build(share: float) -> CallToolResult:
         room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
@@ -99,12 +111,13 @@ def wait_report(
             open=None if all_ended else _open(selected),
             notes=notes or None,
             engines=engines or None,
+            allocation=allocation_data(allocation),
             cursor=selected.cursor(position),
             asked_timeout_s=asked_timeout_s,
             applied_timeout_s=applied_timeout_s,
             waited_s=round(waited_s, 3),
         )
-        return reply(_text(data, [row.line(text) for row, text in rows], selected), data)
+        return reply(_text(data, [row.line(text) for row, text in rows], selected, allocation), data)
 
     return fitted(build)
 
@@ -180,7 +193,7 @@ def _why(task: Task, running: Counter[str | None], engines: dict[str, str]) -> s
     if task.state is not TaskState.QUEUED or task.backend is None:
         return ""
     if (state := engines.get(task.backend, _READY)) != _READY:
-        return f" until {task.backend} is ready ({state})"
+        return f" until {task.backend} is ready{f' ({state})' if len(state) <= _STATE_CHARS else ''}"
     if running[task.backend]:
         return f" behind {running[task.backend]} running on {task.backend}"
     return f" at {task.backend}, which has not started it yet"
@@ -189,7 +202,7 @@ def _why(task: Task, running: Counter[str | None], engines: dict[str, str]) -> s
 # --- as text
 
 
-def _text(data: WaitReport, rows: list[str], selected: SelectedTasks) -> str:
+def _text(data: WaitReport, rows: list[str], selected: SelectedTasks, allocation: AllocationFacts | None) -> str:
     session = selected.open_session.id
     if not data.counts and selected.tasks:
         return f"None of them is {selected.state}: {_states_text(selected.tasks)}."
@@ -197,7 +210,12 @@ def _text(data: WaitReport, rows: list[str], selected: SelectedTasks) -> str:
         return f'There is no task to wait for.\nNext: submit_tasks(session="{session}", tasks=[...]).'
     lines = [_first_line(data)]
     if data.engines and not data.ended:
-        lines.append(f"Engines: {', '.join(f'{name} {state}' for name, state in data.engines.items())}.")
+        lines.append(f"Engines: {_engines_text(data.engines)}.")
+    is_told = allocation is not None and any(
+        f"job {allocation.job} " in state for state in (data.engines or {}).values()
+    )
+    if allocation is not None and allocation.on and not is_told:
+        lines.append(f"Allocation: {allocation_sentence(allocation)}.")
     if data.open:
         lines.append(f"Open: {one_line('; '.join(data.open))}.")
     if rows or data.failures:
@@ -207,7 +225,15 @@ def _text(data: WaitReport, rows: list[str], selected: SelectedTasks) -> str:
         lines.append(f"... and {data.done_not_shown} more DONE: {_repeated_call(data, selected)} shows the next.")
     lines += [*(group.line() for group in data.failures), *_hidden_failures(data, session)]
     lines += [f"Note: {one_line(note).rstrip('.')}." for note in data.notes or []]
-    return "\n".join([*lines, *_next_steps(data, selected)])
+    return "\n".join([*lines, *_next_steps(data, selected, allocation)])
+
+
+def _engines_text(engines: dict[str, str]) -> str:
+    """As in `dragon ready, vllm starting`; engines in the same state together."""
+    names: dict[str, list[str]] = {}
+    for name, state in engines.items():
+        names.setdefault(state, []).append(name)
+    return ", ".join(f"{' and '.join(same)} {state}" for state, same in names.items())
 
 
 def _hidden_failures(data: WaitReport, session: str) -> list[str]:
@@ -245,11 +271,13 @@ def _repeated_call(data: WaitReport, selected: SelectedTasks) -> str:
     return call_text("wait_tasks", session=session, tasks=names, state=state, cursor=data.cursor)
 
 
-def _next_steps(data: WaitReport, selected: SelectedTasks) -> list[str]:
+def _next_steps(data: WaitReport, selected: SelectedTasks, allocation: AllocationFacts | None) -> list[str]:
     steps, session = [], selected.open_session.id
     if not data.ended:
         again = _repeated_call(data, selected)
         steps.append(f"{again} again, which shows what ends from now on; nothing is lost meanwhile")
+    if is_pending(allocation):
+        steps.append(f"{call_text('close_session', session=session)} to give up waiting for the job, which ends it")
     if failed := [group.tasks[0] for group in data.failures if group.cause in _HAVE_DETAILS]:
         steps.append(f"{call_text('get_result', session=session, task=failed[0])} for its traceback and output")
     return [f"Next: {step}." for step in steps]

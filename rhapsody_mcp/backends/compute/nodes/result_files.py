@@ -1,0 +1,87 @@
+"""Copies the files of results from nodes that do not see the folder of their session."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from msgspec.structs import replace
+
+from rhapsody_mcp.backends.base import Ended, Event, Report
+from rhapsody_mcp.engine.network.files import fetch_file
+from rhapsody_mcp.engine.network.multiplexer import Multiplexer
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import Stream, Value
+
+__all__ = ["ResultFiles"]
+
+T = TypeVar("T", Outcome, RankOutcome)
+HasFile = TypeVar("HasFile", Value, Stream)
+
+
+class ResultFiles:
+    """Reports the end of a task once the files of its outcome are here.
+
+    `find_node` returns the connection of the node on which a file lies; None for a file that lies here.
+    """
+
+    def __init__(self, find_node: Callable[[str], Multiplexer | None]) -> None:
+        self._find_node = find_node
+        self._copies: set[asyncio.Task[None]] = set()
+
+    def report_with(self, report: Report, folder: str) -> Report:
+        """Return a report function that copies files into `folder` before it calls `report`."""
+
+        def report_with_files(event: Event) -> None:
+            if isinstance(event, Ended) and any(map(self._find_node, _files(event.outcome))):
+                copy = asyncio.create_task(self._report_copied(event, report, folder))
+                self._copies.add(copy)
+                copy.add_done_callback(self._copies.discard)
+            else:
+                report(event)
+
+        return report_with_files
+
+    async def finish(self) -> None:
+        """Wait until every end that was to be reported is reported."""
+        while self._copies:
+            await asyncio.wait(self._copies)
+
+    async def _report_copied(self, event: Ended, report: Report, folder: str) -> None:
+        try:
+            outcome = await self._copied(event.outcome, folder)
+        except OSError as error:
+            outcome = _without_files(event.outcome, f"it ended {event.outcome.state}, and its result is lost: {error}")
+        report(Ended(event.uid, outcome))
+
+    async def _copied(self, outcome: Outcome, folder: str) -> Outcome:
+        ranks = [await self._with_copies(rank, folder) for rank in outcome.ranks]
+        return replace(await self._with_copies(outcome, folder), ranks=tuple(ranks))
+
+    async def _with_copies(self, outcome: T, folder: str) -> T:
+        return replace(
+            outcome,
+            value=outcome.value and await self._copy(outcome.value, folder),
+            stdout=await self._copy(outcome.stdout, folder),
+            stderr=await self._copy(outcome.stderr, folder),
+        )
+
+    async def _copy(self, holder: HasFile, folder: str) -> HasFile:
+        if holder.file is None or (node := self._find_node(holder.file)) is None:
+            return holder
+        return replace(holder, file=await fetch_file(node, holder.file, folder))
+
+
+def _files(outcome: Outcome | RankOutcome) -> list[str]:
+    holders: list[Value | Stream | None] = [outcome.value, outcome.stdout, outcome.stderr]
+    files = [holder.file for holder in holders if holder is not None and holder.file is not None]
+    ranks = outcome.ranks if isinstance(outcome, Outcome) else ()
+    return [*files, *(file for rank in ranks for file in _files(rank))]
+
+
+def _without_files(outcome: Outcome, error: str) -> Outcome:
+    state = TaskState.FAILED if outcome.state is TaskState.DONE else outcome.state
+    cause = outcome.cause or Cause.LOST
+    return Outcome(state=state, started=outcome.started, ended=outcome.ended, cause=cause, error=outcome.error or error)

@@ -1,0 +1,178 @@
+"""Decides on which nodes the ranks of a task run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from heapq import heapify, heappop, heapreplace
+from itertools import islice
+
+from rhapsody_mcp.backends.compute.in_flight import Node
+from rhapsody_mcp.engine.node.hardware import is_host
+from rhapsody_mcp.model.errors import InvalidSettings, InvalidTask
+from rhapsody_mcp.model.specs import Layout
+
+__all__ = ["lost_host", "place", "refuse_too_many_ranks", "slots_of_nodes"]
+
+_NAMED = 10
+_ANY = (None, "localhost")
+
+
+def place(layout: Layout, nodes: Sequence[Node], *, mpi_over_nodes: bool = False) -> dict[Node, tuple[int, ...]] | None:
+    """The ranks of each node that the task gets now, the node of rank 0 first; None while the task has to wait.
+
+    The nodes with the most free slots are filled, and the ranks are in the order of `nodes`. Ranks that speak MPI get
+    one node. A job with more ranks than all slots waits until no process uses a slot, and then gets ranks on each node
+    in proportion to its slots. Raises InvalidTask where the task can never run on these nodes.
+    """
+    most = layout.ranks_per_node or layout.ranks
+    pinned = _pinned_ranks(layout, nodes)
+    refuse_too_many_ranks(layout, len(nodes))
+    _refuse_too_many_pinned(pinned, most)
+    if layout.uses_mpi and len(nodes) > 1 and not mpi_over_nodes:
+        return _place_on_one_node(layout, nodes, pinned)
+    counts = _rank_counts(layout.ranks, nodes, {node: len(ranks) for node, ranks in pinned.items()}, most)
+    return None if counts is None else _in_rank_order(layout.ranks, counts, pinned)
+
+
+def _pinned_ranks(layout: Layout, nodes: Sequence[Node]) -> dict[Node, list[int]]:
+    """The ranks whose template names their node."""
+    pinned: dict[Node, list[int]] = {}
+    rank = 0
+    for group in layout.groups:
+        name = group.template.host_name
+        if name not in _ANY:
+            node = next((node for node in nodes if is_host(name, node.name)), None)
+            if node is None:
+                raise InvalidTask(f"host_name {name!r} is no node of this engine; it has {_names(nodes)}.")
+            pinned.setdefault(node, []).extend(range(rank, rank + group.ranks))
+        rank += group.ranks
+    return pinned
+
+
+def refuse_too_many_ranks(layout: Layout, nodes: int) -> None:
+    """Raise InvalidTask where `ranks_per_node` allows too few ranks on this number of nodes."""
+    most = layout.ranks_per_node
+    if most is not None and layout.ranks > most * nodes:
+        raise InvalidTask(
+            f"{layout.ranks} ranks with ranks_per_node {most} need {-(-layout.ranks // most)} nodes, and this engine "
+            f"has {nodes}; valid is up to {most * nodes} ranks, or a larger ranks_per_node.",
+            field="ranks_per_node",
+        )
+
+
+def _refuse_too_many_pinned(pinned: Mapping[Node, Sequence[int]], most: int) -> None:
+    for node, ranks in pinned.items():
+        if len(ranks) > most:
+            raise InvalidTask(
+                f"host_name puts {len(ranks)} ranks on {node.name}, and ranks_per_node is {most}; "
+                f"valid is up to {most}, or a larger ranks_per_node."
+            )
+
+
+def _place_on_one_node(
+    layout: Layout, nodes: Sequence[Node], pinned: Mapping[Node, Sequence[int]]
+) -> dict[Node, tuple[int, ...]] | None:
+    """Place a job that cannot run on several nodes."""
+    if len(pinned) > 1:
+        raise InvalidTask(
+            f"ranks that speak MPI run on one node, and host_name names {len(pinned)} ({_names(list(pinned))}); "
+            "valid is the same host_name for all ranks, or none."
+        )
+    most = layout.ranks_per_node or layout.ranks
+    fitting = [node for node in pinned or nodes if layout.ranks <= min(node.slots, most)]
+    if not fitting:
+        largest = max(min(node.slots, most) for node in pinned or nodes)
+        raise InvalidTask(
+            f"{layout.ranks} ranks that speak MPI are too many for one node, and this engine does not run MPI over "
+            f'several nodes; valid is up to {largest} ranks, or ranks without MPI (in Python: "pmi": "none").'
+        )
+    free = [node for node in fitting if node.agent is not None and node.free_slots >= layout.ranks]
+    node = max(free, key=lambda node: node.free_slots, default=None)
+    return None if node is None else {node: tuple(range(layout.ranks))}
+
+
+def _rank_counts(ranks: int, nodes: Sequence[Node], pinned: Mapping[Node, int], most: int) -> dict[Node, int] | None:
+    """The number of ranks of each node; None where too few slots are free."""
+    unpinned = ranks - sum(pinned.values())
+    if unpinned > sum(_room(node.slots, most, pinned.get(node, 0)) for node in nodes):
+        if any(node.used_slots for node in nodes):
+            return None
+        limits = [most - pinned.get(node, 0) for node in nodes]
+        more = dict(zip(nodes, _in_proportion(unpinned, [node.slots for node in nodes], limits), strict=True))
+    else:
+        more = _fill(unpinned, nodes, pinned, most)
+    counts = {node: count for node in nodes if (count := pinned.get(node, 0) + more.get(node, 0))}
+    is_free = all(node.agent and node.free_slots >= min(count, node.slots) for node, count in counts.items())
+    return counts if is_free and sum(counts.values()) == ranks else None
+
+
+def _fill(ranks: int, nodes: Sequence[Node], pinned: Mapping[Node, int], most: int) -> dict[Node, int]:
+    """Spread ranks over free slots, node after node, the node with the most free slots first."""
+    counts: dict[Node, int] = {}
+    for node in sorted(nodes, key=lambda node: node.free_slots, reverse=True):
+        counts[node] = min(ranks, _room(node.free_slots, most, pinned.get(node, 0)))
+        ranks -= counts[node]
+        if not ranks:
+            break
+    return counts
+
+
+def _room(slots: int, most: int, pinned: int) -> int:
+    return max(0, min(slots, most) - pinned)
+
+
+def _in_rank_order(
+    ranks: int, counts: Mapping[Node, int], pinned: Mapping[Node, Sequence[int]]
+) -> dict[Node, tuple[int, ...]]:
+    """The ranks of each node: pinned ranks where they belong, the others in order, node after node."""
+    placed = {node: list(pinned.get(node, ())) for node in counts}
+    pinned_ranks = {rank for numbers in pinned.values() for rank in numbers}
+    unpinned = (rank for rank in range(ranks) if rank not in pinned_ranks)
+    for node, count in counts.items():
+        placed[node] += islice(unpinned, count - len(placed[node]))
+    in_order = sorted(placed.items(), key=lambda item: min(item[1]))
+    return {node: tuple(sorted(numbers)) for node, numbers in in_order}
+
+
+def _in_proportion(count: int, sizes: Sequence[int], limits: Sequence[int], least: int = 0) -> list[int]:
+    """Split `count` in proportion to `sizes`, into parts of at least `least` and at most their limit; the limits
+    together allow `count`."""
+    parts = [least] * len(sizes)
+    loads = [((least + 1) / size, index) for index, size in enumerate(sizes) if limits[index] > least]
+    heapify(loads)
+    for _ in range(count - sum(parts)):
+        _, index = loads[0]
+        parts[index] += 1
+        if parts[index] < limits[index]:
+            heapreplace(loads, ((parts[index] + 1) / sizes[index], index))
+        else:
+            heappop(loads)
+    return parts
+
+
+def lost_host(layout: Layout, lost: Mapping[str, str]) -> str:
+    """Why a task cannot run whose host_name means one of the lost nodes; empty for any other task. `lost` holds the
+    reasons by the names of nodes."""
+    hosts = [group.template.host_name for group in layout.groups]
+    gone = [(host, name) for host in hosts if host not in _ANY for name in lost if is_host(host, name)]
+    return f"host_name {gone[0][0]!r} means a node that was lost: {lost[gone[0][1]]}" if gone else ""
+
+
+def slots_of_nodes(num_workers: int | None, cores: Sequence[int]) -> list[int]:
+    """The slots of each node, from the cores of each: `num_workers` in proportion to the cores, at least one a node;
+    without `num_workers` one a core.
+
+    Raises InvalidSettings for fewer workers than nodes.
+    """
+    if num_workers is None:
+        return list(cores)
+    if num_workers < len(cores):
+        raise InvalidSettings(
+            f"num_workers is {num_workers}, and the engine has {len(cores)} nodes; valid is at least one worker a node."
+        )
+    return _in_proportion(num_workers, cores, [num_workers] * len(cores), least=1)
+
+
+def _names(nodes: Sequence[Node]) -> str:
+    more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
+    return ", ".join(repr(node.name) for node in nodes[:_NAMED]) + more

@@ -1,0 +1,325 @@
+"""The proxy of a backend that runs in an allocation."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from rhapsody_mcp.backends.base import Backend, BackendBase, Ended, Event, Kind, Report, Returned, Running
+from rhapsody_mcp.backends.compute.crashes import starts_in
+from rhapsody_mcp.backends.compute.nodes.result_files import ResultFiles
+from rhapsody_mcp.backends.pilot.allocation import Allocation
+from rhapsody_mcp.backends.pilot.messages import (
+    BackendFacts,
+    BackendLost,
+    BackendReady,
+    BackendRefused,
+    BackendRested,
+    Body,
+    Cancel,
+    Draining,
+    Events,
+    FromPilot,
+    Progress,
+    Rest,
+    Start,
+    Submit,
+)
+from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.outcome import canceled, failed, why_stopped
+from rhapsody_mcp.model.specs import TaskRun, TaskSpec
+from rhapsody_mcp.model.states import Cause
+from rhapsody_mcp.model.values import Reader
+
+__all__ = ["PilotBackend"]
+
+
+_ALL_HERE_S = 1.0
+"""How long after the first task of an earlier service all of them are submitted, in seconds."""
+_CLAIM_S = 60.0
+"""How long events are kept for tasks that are not submitted yet, in seconds."""
+
+
+class _Live:
+    """A task that has not ended. `is_sent` is whether the pilot was asked to run the task."""
+
+    def __init__(self, run: TaskRun, report: Report) -> None:
+        self.run, self.report = run, report
+        self.is_sent = self.is_canceled = False
+        self.started = run.resumed
+
+
+class PilotBackend(BackendBase):
+    """Runs the tasks of `local`, a backend that is never started here, in an allocation.
+
+    The start asks for the nodes, and returns when the backend has started there, which may take hours. Where the
+    allocation ends, tasks that had started end with cause lost, and the others are returned; the next start asks for
+    another allocation.
+    """
+
+    abandons_start = True
+
+    def __init__(self, local: Backend, allocation: Allocation) -> None:
+        self.name = local.name
+        self._local, self._allocation = local, allocation
+        self._live: dict[str, _Live] = {}
+        self._facts: dict[str, Any] = {}
+        self._progress = ""
+        self._is_ready = self._is_detached = self._is_draining = False
+        self._starting: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._rested: asyncio.Future[None] | None = None
+        self._files = ResultFiles(allocation.node_of)
+        self._sending: asyncio.Task[None] | None = None
+        self._unsent: list[_Live] = []
+        self._early: dict[tuple[str, int], list[Event]] = {}
+        """Events of tasks that an earlier service had, and this one has not submitted yet, by uid and attempt."""
+        self._loss = f"backend {self.name!r} is not started."
+        allocation.users[self.name] = self
+
+    @property
+    def kinds(self) -> Collection[Kind]:
+        return self._local.kinds
+
+    @property
+    def num_workers(self) -> int | None:  # type: ignore[override]
+        return self._facts.get("num_workers", self._local.num_workers)
+
+    @property
+    def progress(self) -> str:
+        return (
+            self._progress if self._is_ready else "; ".join(filter(None, [self._allocation.progress, self._progress]))
+        )
+
+    @property
+    def serves_shipped_model(self) -> bool:
+        return self._local.serves_shipped_model
+
+    def work_in(self, folder: str) -> None:
+        self._local.work_in(folder)
+
+    def keep_in(self, folder: Path) -> None:
+        self._allocation.keep_in(folder)
+
+    def detach(self) -> None:
+        self._is_detached = True
+
+    def check(self, spec: TaskSpec) -> None:
+        self._local.check(spec)
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._local.describe(), **self._facts, **self._allocation.describe()}
+
+    # --- its start and end
+
+    async def start(self) -> None:
+        if self._closing is not None:
+            raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
+        if self._is_ready:
+            return
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+            self._starting.add_done_callback(self._forget_start)
+        await asyncio.shield(self._starting)
+
+    def _forget_start(self, _: asyncio.Task[None]) -> None:
+        self._starting = None
+
+    async def _start(self) -> None:
+        await self._allocation.acquire(self)
+        if self._allocation.is_over:
+            self._is_ready = True
+            return
+        self._started = asyncio.get_running_loop().create_future()
+        self._allocation.send(Start(self.name))
+        await self._started
+
+    async def rest(self) -> None:
+        if not self._is_ready:  # the start has failed, or no task waits for it
+            await self._give_up_start()
+            await self._allocation.leave(self)
+            return
+        self._is_ready = False
+        self._loss = f"backend {self.name!r} is at rest."
+        self._rested = asyncio.get_running_loop().create_future()
+        self._allocation.send(Rest(self.name))
+        await self._rested
+        await self._allocation.leave(self)
+
+    async def _close(self) -> None:
+        self._is_ready = False
+        await self._give_up_start()
+        if self._is_detached:
+            self._allocation.detach()
+        else:
+            await self._allocation.leave(self)
+        await self._files.finish()
+        for live in list(self._live.values()):
+            self._end_canceled(live)
+
+    async def _give_up_start(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
+
+    def lose(self, reason: str, unsent: Sequence[Body]) -> None:
+        """The pilot is gone, and never got the messages `unsent`."""
+        self._is_ready, self._is_draining, self._loss = False, False, reason or self._loss
+        never_sent = {run.spec.uid for body in unsent if isinstance(body, Submit) for run in body.task_runs}
+        noted = starts_in({live.run.results_folder for live in self._live.values()})
+        for waiting in (self._started, self._rested):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(BackendUnavailable(reason))
+                waiting.exception()
+        for uid, live in list(self._live.items()):
+            if live.is_canceled:
+                self._end_canceled(live)
+            elif self._may_have_started(live, uid in never_sent, noted):
+                self._end(live, Ended(uid, failed(Cause.LOST, reason)))
+            else:
+                self._end(live, Returned(uid, reason))
+
+    def _may_have_started(self, live: _Live, is_never_sent: bool, noted: Collection[tuple[str, int]]) -> bool:
+        """Whether the task may have started. Notes of starts are complete where the nodes see the results folder."""
+        if live.started or (live.run.spec.uid, live.run.attempt) in noted:
+            return True
+        return live.is_sent and not is_never_sent and not self._allocation.notes_are_complete
+
+    # --- tasks
+
+    def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
+        if not self._is_ready:
+            raise BackendUnavailable(self._loss)
+        for run in task_runs:
+            self._allocation.result_folders.add(run.results_folder)
+            live = self._live[run.spec.uid] = _Live(run, self._files.report_with(report, run.results_folder))
+            early = self._early.pop((run.spec.uid, run.attempt), [])
+            live.is_sent = bool(early)
+            for event in early:
+                self._receive_event(event, run.attempt)
+            if not early:
+                self._unsent.append(live)
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._return_unsent() if self._allocation.is_over else self._send())
+
+    async def _return_unsent(self) -> None:
+        """Once all tasks of an allocation that is over are here: end those that had started, return the others."""
+        await asyncio.sleep(_ALL_HERE_S)
+        self._sending, self._unsent = None, []
+        self.lose(self._loss, ())
+
+    async def _send(self) -> None:
+        """Send tasks that wait, once it is on the disk that they may start."""
+        while self._unsent:
+            batch, self._unsent = self._unsent, []
+            uids = [live.run.spec.uid for live in batch]
+            if self.before_start is not None and not await self.before_start(uids):
+                break
+            if not self._is_ready:
+                break
+            runs = [live.run for live in batch if self._live.get(live.run.spec.uid) is live and self._can_run(live)]
+            for run in runs:
+                self._live[run.spec.uid].is_sent = True
+            if runs:
+                self._allocation.send(Submit(self.name, runs))
+        self._sending = None
+        self._end_if_only_waiting()
+
+    def _can_run(self, live: _Live) -> bool:
+        """Whether this allocation can run the task; else the task waits for the next one."""
+        timeout_s = live.run.spec.timeout_s
+        return not self._is_draining and (timeout_s is None or self._allocation.has_time_for(timeout_s))
+
+    def _end_if_only_waiting(self) -> None:
+        """End the allocation where it can run none of the tasks that are left."""
+        if self._live and not self._unsent and self.is_waiting:
+            self._allocation.end_if_unused()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no task of this backend runs in the allocation."""
+        return not any(live.is_sent for live in self._live.values())
+
+    def cancel(self, uids: Collection[str]) -> None:
+        sent = []
+        for uid in uids:
+            if (live := self._live.get(uid)) is None:
+                continue
+            live.is_canceled = True
+            if live.is_sent:
+                sent.append(uid)
+            else:
+                self._end_canceled(live)
+        if sent and self._is_ready:
+            self._allocation.send(Cancel(self.name, sent))
+
+    def _end_canceled(self, live: _Live) -> None:
+        self._end(live, Ended(live.run.spec.uid, canceled(Cause.CANCELED, why_stopped(Cause.CANCELED))))
+
+    def _end(self, live: _Live, event: Event) -> None:
+        del self._live[live.run.spec.uid]
+        live.report(event)
+
+    # --- what the pilot says
+
+    def receive(self, message: FromPilot) -> Awaitable[None] | None:
+        match message:
+            case Events():
+                for event, attempt in zip(message.events, message.attempts, strict=True):
+                    self._receive_event(event, attempt)
+                self._end_if_only_waiting()
+                return self._recorded(message)
+            case BackendReady():
+                if self._started is not None and not self._started.done():  # the start may have been given up
+                    self._is_ready, self._progress = True, "ready"
+                    self._started.set_result(None)
+            case BackendRefused():
+                self._refuse(message)
+            case BackendRested():
+                _resolve(self._rested)
+            case BackendLost():
+                self.on_loss(message.reason)
+            case Draining():
+                self._is_draining = True
+                self.on_loss(message.reason)
+            case Progress():
+                self._progress = message.text
+            case BackendFacts():
+                self._facts = message.facts
+        return None
+
+    def _refuse(self, message: BackendRefused) -> None:
+        error = BackendUnavailable(message.reason) if message.again else InvalidSettings(message.reason)
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(error)
+
+    def _receive_event(self, event: Event, attempt: int) -> None:
+        live = self._live.get(event.uid)
+        if live is None or live.run.attempt != attempt:
+            self._early.setdefault((event.uid, attempt), []).append(event)
+            return
+        if isinstance(event, Running):
+            live.started = True
+            live.report(event)
+        elif isinstance(event, Returned) and self._is_draining:
+            live.is_sent = False  # the task waits for the next allocation
+        else:
+            self._end(live, event)
+
+    async def _recorded(self, message: Events) -> None:
+        """Return when what was reported is on the disk. Events whose tasks this service does not have yet get time."""
+        keys = {(event.uid, attempt) for event, attempt in zip(message.events, message.attempts, strict=True)}
+        if keys & self._early.keys():
+            await asyncio.sleep(_CLAIM_S)
+            for key in keys:
+                self._early.pop(key, None)
+        await self._files.finish()
+        if self.before_start is not None:
+            await self.before_start([])
+
+
+def _resolve(waiting: asyncio.Future[None] | None) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)

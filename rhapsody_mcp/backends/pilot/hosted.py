@@ -1,0 +1,235 @@
+"""A backend as the pilot runs it: orders of the service come in, events go out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+
+import msgspec
+from msgspec.structs import replace
+
+from rhapsody_mcp.backends import BACKENDS
+from rhapsody_mcp.backends.base import Backend, Ended, Event, Returned, Running
+from rhapsody_mcp.backends.pilot.messages import (
+    BackendFacts,
+    BackendLost,
+    BackendReady,
+    BackendRefused,
+    BackendRested,
+    Body,
+    Cancel,
+    Draining,
+    Events,
+    PlannedBackend,
+    Progress,
+    Rest,
+    Start,
+    Submit,
+)
+from rhapsody_mcp.engine.network.files import fetch_file
+from rhapsody_mcp.engine.network.multiplexer import Multiplexer
+from rhapsody_mcp.engine.supervisor import GRACE_S
+from rhapsody_mcp.engine.task.node_files import results_folder
+from rhapsody_mcp.model.errors import BackendUnavailable, RhapsodyError
+from rhapsody_mcp.model.outcome import failed
+from rhapsody_mcp.model.specs import Caps, TaskRun
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import Value, load_json
+
+__all__ = ["HostedBackend"]
+
+_PROGRESS_S = 0.5
+
+
+class HostedBackend:
+    """`send` delivers a message to the service. `connection` gives the connection with it, None while there is none."""
+
+    def __init__(
+        self,
+        plan: PlannedBackend,
+        send: Callable[[Body], None],
+        folder: str,
+        connection: Callable[[], Multiplexer | None],
+    ) -> None:
+        self._name, self._send, self._folder, self._connection = plan.name, send, folder, connection
+        caps = {"caps": msgspec.convert(plan.arguments["caps"], Caps)} if "caps" in plan.arguments else {}
+        self._backend: Backend = BACKENDS[plan.name].load_class()(**{**plan.arguments, **caps})
+        self._backend.work_in(plan.folder)
+        self._backend.on_loss = lambda reason: send(BackendLost(self._name, reason))
+        self._orders: asyncio.Task[None] | None = None
+        self._attempts: dict[str, int] = {}
+        """The number of the latest attempt of each task that this pilot has had, by uid."""
+        self._live: dict[str, Running | None] = {}
+        """The tasks that have not ended, by uid, each with its start."""
+        self._none_runs = asyncio.Event()
+        self._canceled: set[str] = set()
+        self._copying: set[asyncio.Task[None]] = set()
+        self._unsent: list[tuple[Event, int]] = []
+        """Events that are not sent yet, each with the number of its task's attempt."""
+        self._end_reason = ""
+
+    @property
+    def has_tasks(self) -> bool:
+        return bool(self._live)
+
+    # --- orders
+
+    def receive(self, order: Start | Submit | Cancel | Rest) -> None:
+        match order:
+            case Start():
+                self._follow(self._start())
+            case Rest():
+                self._follow(self._rest())
+            case Submit():
+                self._submit(order.task_runs)
+            case Cancel():
+                self._canceled.update(order.uids)
+                self._backend.cancel(order.uids)
+
+    def _follow(self, coroutine: Coroutine[None, None, None]) -> None:
+        """Run the coroutine after the one before."""
+        before = self._orders
+
+        async def run() -> None:
+            if before is not None:
+                await asyncio.wait([before])
+            await coroutine
+
+        self._orders = asyncio.create_task(run())
+
+    async def _start(self) -> None:
+        reporting = asyncio.create_task(self._report_progress())
+        try:
+            await self._backend.start()
+        except RhapsodyError as error:
+            self._send(BackendRefused(self._name, str(error), isinstance(error, BackendUnavailable)))
+        except Exception as error:  # a bug of a backend must not leave the service waiting
+            self._send(BackendRefused(self._name, repr(error), True))
+        else:
+            self._send(BackendFacts(self._name, self._backend.describe()))
+            self._send(BackendReady(self._name))
+        finally:
+            reporting.cancel()
+
+    async def _report_progress(self) -> None:
+        reported = ""
+        while True:
+            if (text := self._backend.progress) != reported:
+                reported = text
+                self._send(Progress(self._name, text))
+            await asyncio.sleep(_PROGRESS_S)
+
+    async def _rest(self) -> None:
+        await self._backend.rest()
+        self._send(BackendRested(self._name))
+
+    # --- tasks
+
+    def _submit(self, task_runs: Sequence[TaskRun]) -> None:
+        new = [run for run in task_runs if self._attempts.get(run.spec.uid) != run.attempt]
+        for run in new:
+            self._attempts[run.spec.uid] = run.attempt
+            self._live[run.spec.uid] = None
+        here: list[TaskRun] = []
+        elsewhere: list[TaskRun] = []
+        for run in new:
+            local = replace(run, results_folder=results_folder(run.results_folder, self._folder))
+            (elsewhere if local.results_folder != run.results_folder and _has_files(run) else here).append(local)
+        if here:
+            self._submit_to_backend(here)
+        for run in elsewhere:
+            self._copying.add(copying := asyncio.create_task(self._submit_with_inputs(run)))
+            copying.add_done_callback(self._copying.discard)
+
+    def _submit_to_backend(self, task_runs: Sequence[TaskRun]) -> None:
+        try:
+            self._backend.submit(task_runs, self._report, load_json)
+        except BackendUnavailable as error:
+            for run in task_runs:
+                self._report(Returned(run.spec.uid, str(error)))
+
+    async def _submit_with_inputs(self, run: TaskRun) -> None:
+        """Copy the inputs to this node first."""
+        try:
+            bindings = {uid: await self._local_value(value, run.results_folder) for uid, value in run.bindings.items()}
+        except OSError as error:
+            self._report(Ended(run.spec.uid, failed(Cause.LOST, f"it was not started: {error}")))
+        else:
+            self._submit_to_backend([replace(run, bindings=bindings)])
+
+    async def _local_value(self, value: Value, folder: str) -> Value:
+        if value.file is None:
+            return value
+        if (connection := self._connection()) is None:
+            raise OSError(None, f"the connection was lost before its input {value.file} was here")
+        return replace(value, file=await fetch_file(connection, value.file, folder))
+
+    # --- events
+
+    def _report(self, event: Event) -> None:
+        if isinstance(event, Running):
+            self._live[event.uid] = event
+        else:
+            started = self._live.pop(event.uid, None)
+            if self._end_reason and not any(self._live.values()):
+                self._none_runs.set()
+            if isinstance(event, Ended) and self._end_reason and event.outcome.cause is Cause.CANCELED:
+                event = self._stopped_by_end(event, started)
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append((event, self._attempts[event.uid]))
+        if isinstance(event, Returned):  # this attempt may come again
+            del self._attempts[event.uid]
+
+    def _stopped_by_end(self, event: Ended, started: Running | None) -> Event:
+        """The event of a task that ended because the allocation ends, unless somebody had canceled the task."""
+        if event.uid in self._canceled:
+            return event
+        if started is None:
+            return Returned(event.uid, self._end_reason)
+        outcome = replace(event.outcome, state=TaskState.FAILED, cause=Cause.LOST, error=self._end_reason)
+        return Ended(event.uid, outcome)
+
+    def _flush(self) -> None:
+        if self._unsent:
+            pairs, self._unsent = self._unsent, []
+            self._send(Events(self._name, [event for event, _ in pairs], [attempt for _, attempt in pairs]))
+
+    def report_state(self) -> None:
+        """Report anew what a service needs that has just taken over: which tasks run, and the facts of the backend."""
+        for event in self._live.values():
+            if event is not None:
+                self._unsent.append((event, self._attempts[event.uid]))
+        self._flush()
+        self._send(BackendFacts(self._name, self._backend.describe()))
+
+    def drain(self, reason: str) -> None:
+        """Start no further task."""
+        self._send(Draining(self._name, reason))
+        self._backend.drain(reason)
+
+    async def stop_tasks(self, reason: str) -> None:
+        """Let running tasks say their last words: programs get SIGTERM. Return when all have ended, or some seconds
+        later. Tasks that had started end with cause lost and this reason."""
+        self._end_reason = reason
+        self._backend.cancel([uid for uid, started in self._live.items() if started is not None])
+        self._none_runs.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S + 1):
+                if any(self._live.values()):
+                    await self._none_runs.wait()
+
+    async def close(self, reason: str) -> None:
+        """End the backend. Tasks that had started end with cause lost and this reason, the others are returned."""
+        self._end_reason = reason
+        if self._orders is not None:
+            self._orders.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._orders
+        await self._backend.close()
+        self._flush()
+
+
+def _has_files(run: TaskRun) -> bool:
+    return any(value.file is not None for value in run.bindings.values())

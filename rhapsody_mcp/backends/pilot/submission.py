@@ -1,0 +1,128 @@
+"""Submits the job of an allocation once, whatever dies meanwhile, and finds the job again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+import msgspec
+from msgspec.structs import replace
+
+from rhapsody_mcp.model.errors import BackendUnavailable, SchedulerRefusal, SchedulerUnavailable
+from rhapsody_mcp.schedulers.base import AllocationRequest, Scheduler
+
+__all__ = ["PATIENCE_S", "AllocationRecord", "Submission", "has_allocation", "write_private"]
+
+_NAME = "allocation.json"
+PATIENCE_S = 600.0
+"""How long a scheduler that does not answer is asked again for an allocation, in seconds."""
+_AGAIN_S = 15.0
+
+
+class AllocationRecord(msgspec.Struct, frozen=True):
+    """What the next service needs to find the allocation of a session again.
+
+    `pem` is the key of the connection, and `port` the port on which the service listened. `job` is empty until the
+    scheduler has named the job; until then `job_name` finds it.
+    """
+
+    pem: str
+    port: int
+    job_name: str = ""
+    job: str = ""
+
+    def save(self, folder: Path) -> None:
+        """Raises BackendUnavailable where the folder cannot be written."""
+        write_private(folder / _NAME, msgspec.json.encode(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self | None:
+        """None where no service has left one."""
+        with suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode((folder / _NAME).read_bytes(), type=cls)
+        return None
+
+
+def has_allocation(folder: Path) -> bool:
+    """Whether a session with this folder has a job that its service has not ended."""
+    return (folder / _NAME).exists()
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that only this user can read. Raises BackendUnavailable, with the old file as it was."""
+    part = path.with_suffix(".part")
+    try:
+        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(data)
+        part.rename(path)
+    except OSError as error:
+        raise BackendUnavailable(f"{path} cannot be written: {error.strerror}") from error
+
+
+class Submission:
+    """The jobs of one session. What stands in the folder of the session outlives this process."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.problem = ""
+        """What the scheduler said last where it did not answer."""
+
+    async def submit(
+        self, request: AllocationRequest, script: str, log: Path, record: AllocationRecord, folder: Path
+    ) -> str:
+        """Submit the job, once, also where the scheduler does not answer for a while; return the id of the job.
+
+        Raises SchedulerRefusal, with nothing submitted, and BackendUnavailable: `find_again` tells whether there is a
+        job.
+        """
+        record = replace(record, job_name=f"rhapsody-{secrets.token_hex(4)}", job="")
+        record.save(folder)
+        try:
+            job = await self._submit_once(replace(request, job_name=record.job_name), script, log)
+        except SchedulerRefusal:
+            self.forget(folder)
+            raise
+        self.problem = ""
+        with suppress(BackendUnavailable):  # the name finds the job too
+            replace(record, job=job).save(folder)
+        return job
+
+    async def _submit_once(self, request: AllocationRequest, script: str, log: Path) -> str:
+        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        while True:
+            try:
+                return await self._scheduler.submit(request, script, log)
+            except SchedulerUnavailable as error:
+                self.problem = str(error)
+                await asyncio.sleep(_AGAIN_S)
+                if job := await self._job_of(request.job_name, deadline):
+                    return job
+
+    async def _job_of(self, job_name: str, deadline: float) -> str:
+        """The job with this name, which the scheduler may have taken, else an empty text. Waits until it answers."""
+        while asyncio.get_running_loop().time() < deadline:
+            with suppress(SchedulerUnavailable):
+                return next(iter(await self._scheduler.find_jobs(job_name)), "")
+            await asyncio.sleep(_AGAIN_S)
+        raise BackendUnavailable(
+            f"no allocation could be requested, because the scheduler does not answer: {self.problem}"
+        )
+
+    async def find_again(self, folder: Path, within_s: float = PATIENCE_S) -> AllocationRecord | None:
+        """The record of an earlier service, or of a submission that was interrupted, with its job where there is one.
+
+        Raises BackendUnavailable where the scheduler must be asked, and does not answer.
+        """
+        record = AllocationRecord.load(folder)
+        if record is None or record.job:
+            return record
+        deadline = asyncio.get_running_loop().time() + within_s
+        return replace(record, job=await self._job_of(record.job_name, deadline))
+
+    def forget(self, folder: Path) -> None:
+        """Forget the job, which is over."""
+        (folder / _NAME).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""The scheduler of an HPC machine: allocations of nodes, asked for and watched."""

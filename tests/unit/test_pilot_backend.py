@@ -1,0 +1,77 @@
+"""The proxy of a backend that runs in an allocation, without a pilot."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, cast
+
+import pytest
+
+from rhapsody_mcp.backends.base import Ended, Event, Running
+from rhapsody_mcp.backends.pilot.allocation import Allocation
+from rhapsody_mcp.backends.pilot.backend import PilotBackend
+from rhapsody_mcp.backends.pilot.messages import BackendReady, Body, Events, Start, Submit
+from rhapsody_mcp.model.outcome import canceled
+from rhapsody_mcp.model.states import Cause
+from rhapsody_mcp.testing import ScriptedBackend
+from tests.processes import wait_until
+from tests.unit.dispatching import function
+
+pytestmark = pytest.mark.anyio
+
+
+class Granted:
+    """An allocation whose pilot answers each start of a backend."""
+
+    is_over = False
+
+    def __init__(self) -> None:
+        self.users: dict[str, PilotBackend] = {}
+        self.result_folders: set[str] = set()
+        self.sent: list[Body] = []
+        self.is_ended = False
+
+    async def acquire(self, user: PilotBackend) -> None:
+        self.users[user.name] = user
+
+    async def leave(self, user: PilotBackend) -> None:
+        self.is_ended = True
+
+    def send(self, body: Body) -> None:
+        self.sent.append(body)
+        if isinstance(body, Start):
+            self.users[body.backend].receive(BackendReady(body.backend))
+
+    def end_if_unused(self) -> None:
+        self.is_ended = self.is_ended or all(user.is_waiting for user in self.users.values())
+
+    def node_of(self, path: str) -> None:
+        return None
+
+    @property
+    def submitted(self) -> list[str]:
+        return [run.spec.uid for body in self.sent if isinstance(body, Submit) for run in body.task_runs]
+
+
+def tell(backend: PilotBackend, event: Event) -> None:
+    """What the pilot says of a first attempt; the acknowledgement is not waited for."""
+    cast(Any, backend.receive(Events(backend.name, [event], [1]))).close()
+
+
+async def test_an_allocation_is_kept_for_a_task_that_an_earlier_service_had_sent() -> None:
+    granted, events = Granted(), list[Event]()
+    backend = PilotBackend(ScriptedBackend(lambda *_: None), cast(Allocation, granted))
+    await backend.start()
+
+    async def before_start(uids: Collection[str]) -> bool:
+        return True
+
+    backend.before_start = before_start
+    tell(backend, Running("a", 1.0))
+    backend.submit([function("a"), function("b")], events.append, cast(Any, None))
+    await wait_until(lambda: granted.submitted == ["b"], 10)
+    tell(backend, Ended("b", canceled(Cause.CANCELED, "x")))
+    assert [type(event) for event in events] == [Running, Ended] and not granted.is_ended
+    tell(backend, Ended("a", canceled(Cause.CANCELED, "x")))
+    assert [event.uid for event in events] == ["a", "b", "a"]
+    await backend.close()
