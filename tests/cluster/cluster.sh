@@ -57,7 +57,7 @@ ProctrackType=proctrack/$track
 TaskPlugin=task/affinity
 ReturnToService=2
 SlurmdTimeout=20
-KillWait=5
+KillWait=30
 MinJobAge=600
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2,sched_min_interval=0

@@ -228,10 +228,24 @@ async def test_tasks_for_a_lost_node_end_with_the_reason_until_it_joins_again() 
     scene.node("two", 1)
     scene.dispatcher.lose_node(one, "its network failed", set())
     scene.submit(process_on("a", "one"))
-    assert scene.outcomes["a"].error == "host_name 'one' means a node that was lost: its network failed"
+    assert scene.outcomes["a"].cause is Cause.LOST
+    assert scene.outcomes["a"].error == (
+        "host_name 'one' is no node of this engine; it has 'two'. It had more: its network failed"
+    )
     _, again = scene.node("one", 1)
     scene.submit(process_on("b", "one"))
     assert again.messages == [StartWorker("3"), StartTask(process_on("b", "one"), (), ("one",))]
+
+
+async def test_a_job_that_fits_no_more_after_a_loss_is_lost_and_one_that_never_did_is_invalid() -> None:
+    scene = Scene(expected_nodes=2)
+    one, _ = scene.node("one", 1)
+    scene.node("two", 1)
+    scene.dispatcher.lose_node(one, "its network failed", set())
+    scene.submit(job("a", 4, ranks_per_node=2), job("b", 5, ranks_per_node=2))
+    assert {uid: outcome.cause for uid, outcome in scene.outcomes.items()} == {"a": Cause.LOST, "b": Cause.INVALID}
+    assert "this engine has 1; valid is up to 2 ranks" in str(scene.outcomes["a"].error)
+    assert str(scene.outcomes["a"].error).endswith("It had more: its network failed")
 
 
 async def test_the_workers_of_a_lost_node_are_not_waited_for_and_not_replaced() -> None:

@@ -11,7 +11,7 @@ from rhapsody_mcp.engine.node.hardware import is_host
 from rhapsody_mcp.model.errors import InvalidSettings, InvalidTask
 from rhapsody_mcp.model.specs import Layout
 
-__all__ = ["lost_host", "place", "refuse_too_many_ranks", "slots_of_nodes"]
+__all__ = ["place", "refuse_too_many_ranks", "slots_of_nodes"]
 
 _NAMED = 10
 _ANY = (None, "localhost")
@@ -148,14 +148,6 @@ def _in_proportion(count: int, sizes: Sequence[int], limits: Sequence[int], leas
         else:
             heappop(loads)
     return parts
-
-
-def lost_host(layout: Layout, lost: Mapping[str, str]) -> str:
-    """Why a task cannot run whose host_name means one of the lost nodes; empty for any other task. `lost` holds the
-    reasons by the names of nodes."""
-    hosts = [group.template.host_name for group in layout.groups]
-    gone = [(host, name) for host in hosts if host not in _ANY for name in lost if is_host(host, name)]
-    return f"host_name {gone[0][0]!r} means a node that was lost: {lost[gone[0][1]]}" if gone else ""
 
 
 def slots_of_nodes(num_workers: int | None, cores: Sequence[int]) -> list[int]:

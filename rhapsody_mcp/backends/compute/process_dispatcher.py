@@ -10,7 +10,7 @@ from rhapsody_mcp.backends.compute.free_slots import FreeSlots
 from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node, Placement
 from rhapsody_mcp.backends.compute.job_parts import JobPart, failed_rank, merged
 from rhapsody_mcp.backends.compute.outcomes import lost, refused, stopped
-from rhapsody_mcp.backends.compute.placement import lost_host, place
+from rhapsody_mcp.backends.compute.placement import place
 from rhapsody_mcp.backends.compute.start_gate import StartGate
 from rhapsody_mcp.engine.messages import CancelTask, StartTask
 from rhapsody_mcp.model.errors import InvalidTask
@@ -44,7 +44,7 @@ class ProcessDispatcher:
         self._free_slots = FreeSlots()
         self.expected_nodes = expected_nodes
         self._gate, self._finish, self._run_step = gate, finish, run_step
-        self._lost: dict[str, str] = {}
+        self._lost: dict[str, tuple[Node, str]] = {}
         """The nodes that were lost, by name, with the reason."""
 
     def add_node(self, node: Node) -> None:
@@ -68,8 +68,7 @@ class ProcessDispatcher:
             if not is_complete:
                 return False
             self.queue.popleft()
-            reason = lost_host(layout, self._lost)
-            self._finish(task, lost(task, reason) if reason else refused(str(error)))
+            self._finish(task, self._unplaceable(task, str(error)))
             return True
         if ranks is None or (not is_complete and layout.ranks > sum(node.slots for node in self.nodes)):
             return False
@@ -80,6 +79,15 @@ class ProcessDispatcher:
             self._free_slots.update(node)
         self._gate.let_through([task], self.queue, partial(self._start, task, task.placement))
         return True
+
+    def _unplaceable(self, task: InFlightTask, error: str) -> Outcome:
+        """The outcome of a task that never fits on these nodes: lost where it would with the nodes that were lost."""
+        all_nodes = [*self.nodes, *(node for node, _ in self._lost.values())]
+        try:
+            place(task.task_run.spec.layout, all_nodes, mpi_over_nodes=self._run_step is not None)
+        except InvalidTask:
+            return refused(error)
+        return lost(task, f"{error} It had more: {'; '.join(reason for _, reason in self._lost.values())}")
 
     def _place(self, layout: Layout) -> Mapping[Node, tuple[int, ...]] | None:
         """As `place`, which looks at all nodes; a task that fits on the node with the most free slots needs no look."""
@@ -163,7 +171,7 @@ class ProcessDispatcher:
         node.agent = None
         self.nodes.remove(node)
         self._free_slots.remove(node)
-        self._lost[node.name] = reason
+        self._lost[node.name] = node, reason
         tasks = list(node.process_tasks.values())
         for task in reversed([task for task in tasks if not task.is_sent]):
             self._requeue(task)
