@@ -35,7 +35,7 @@ def stdio(options: argparse.Namespace) -> int:
 def _stdio_in_process(options: argparse.Namespace) -> int:
     import anyio
 
-    from rhapsody_mcp.serving.gc_tuning import collect_less
+    from rhapsody_mcp.engine.process.gc_tuning import collect_less
     from rhapsody_mcp.serving.stdio.server import serve_stdio
 
     collect_less()
@@ -59,7 +59,7 @@ def http(options: argparse.Namespace) -> int:
 def _http_in_process(options: argparse.Namespace) -> int:
     import anyio
 
-    from rhapsody_mcp.serving.gc_tuning import collect_less
+    from rhapsody_mcp.engine.process.gc_tuning import collect_less
     from rhapsody_mcp.serving.http.listeners import listen_on_host, listen_on_socket
     from rhapsody_mcp.serving.http.server import serve_http
 
@@ -116,8 +116,8 @@ def service_run(options: argparse.Namespace) -> int:
         with UnixListener(_paths(options)) as listener:
             import anyio
 
+            from rhapsody_mcp.engine.process.gc_tuning import collect_less
             from rhapsody_mcp.serving.daemon.service import run_service
-            from rhapsody_mcp.serving.gc_tuning import collect_less
 
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
             logging.getLogger("rhapsody_mcp").setLevel(logging.INFO)

@@ -21,6 +21,7 @@ from mcp import Client
 
 from rhapsody_mcp.backends.base import BackendBase, Ended, Kind, Report, Running
 from rhapsody_mcp.bench.measurement import Row, Unit
+from rhapsody_mcp.engine.process.gc_tuning import collect_less
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome
@@ -30,7 +31,6 @@ from rhapsody_mcp.model.values import Reader, Value
 from rhapsody_mcp.runtime.recovery.recorder import Storage
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import build_server
-from rhapsody_mcp.serving.gc_tuning import collect_less
 from rhapsody_mcp.settings import Settings
 
 __all__ = ["Growth", "growth_rows"]

@@ -25,6 +25,7 @@ from rhapsody_mcp.settings import Settings
 from tests.cluster.cluster import Cluster
 
 FUNCTIONS, SINGLES, SLEEPS, SLOTS = 10_000, 200, 1000, 16
+ROUNDS, WORKERS = 7, 2
 IDLE_S = 30.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -78,12 +79,10 @@ async def run(opened: Session, count: int, function: Callable[[], None] = nothin
 
 
 async def functions(opened: Session, *owner: str) -> tuple[float, float]:
-    """Functions for each second of CPU of the machine, and the microseconds of CPU of their dispatcher's process for
-    each function."""
-    await run(opened, FUNCTIONS)
+    """Microseconds of CPU for each function: of the machine, and of the dispatcher's process."""
     before, owned = machine_cpu_s(), cpu_s(*owner)
     await run(opened, FUNCTIONS)
-    return FUNCTIONS / (machine_cpu_s() - before), (cpu_s(*owner) - owned) / FUNCTIONS * 1e6
+    return (machine_cpu_s() - before) / FUNCTIONS * 1e6, (cpu_s(*owner) - owned) / FUNCTIONS * 1e6
 
 
 async def one_function(opened: Session) -> float:
@@ -111,30 +110,47 @@ def row(work: str, measured: str, beside: str, ratio: float | str) -> None:
 
 
 async def throughput() -> None:
-    async with Session([LocalExecutionBackend(num_workers=2)]) as direct:
-        await run(direct, 1)
-        rate, cpu = await functions(direct, "tests.cluster.reach")
-        single = await one_function(direct)
+    """A session in an allocation and one without take turns, and the medians count."""
     with Cluster(2, cpus=1) as cluster:
-        async with session(cluster) as opened:
-            pilot_rate, pilot_cpu = await functions(opened, "backends.pilot.pilot")
-            pilot_single = await one_function(opened)
+        async with (
+            Session([LocalExecutionBackend(num_workers=WORKERS)]) as direct,
+            session(cluster, num_workers=WORKERS) as opened,
+        ):
+            cpu, singles = [], []
+            for measured in range(-1, ROUNDS):
+                beside = await functions(direct, "tests.cluster.reach")
+                inside = await functions(opened, "backends.pilot.pilot")
+                if measured >= 0:
+                    cpu.append((*inside, *beside))
+                    singles.append((await one_function(opened), await one_function(direct)))
             idle = {"pilot": "backends.pilot.pilot", "node agent": "engine.host"}
             before = {name: cpu_s(words) for name, words in idle.items()}
             await asyncio.sleep(IDLE_S)
             shares = {name: (cpu_s(words) - before[name]) / IDLE_S for name, words in idle.items()}
-    row(f"{FUNCTIONS:,} functions, a core-second of CPU", f"{pilot_rate:,.0f}", f"{rate:,.0f}", pilot_rate / rate)
-    row("CPU of the dispatcher's process a function", f"{pilot_cpu:.0f} µs", f"{cpu:.0f} µs", pilot_cpu / cpu)
-    row("one function", f"{pilot_single:.2f} ms", f"{single:.2f} ms", f"+{pilot_single - single:.2f} ms")
+    all_cpu, pilot_cpu, all_beside, beside_cpu = (statistics.median(column) for column in zip(*cpu, strict=True))
+    single, single_beside = (statistics.median(column) for column in zip(*singles, strict=True))
+    rate, rate_beside = 1e6 / all_cpu, 1e6 / all_beside
+    ratio = statistics.median(row[2] / row[0] for row in cpu)
+    row(f"{FUNCTIONS:,} functions, a core-second of CPU", f"{rate:,.0f}", f"{rate_beside:,.0f}", ratio)
+    row(
+        "CPU of the dispatcher's process a function",
+        f"{pilot_cpu:.0f} µs",
+        f"{beside_cpu:.0f} µs",
+        pilot_cpu / beside_cpu,
+    )
+    row("one function", f"{single:.2f} ms", f"{single_beside:.2f} ms", f"+{single - single_beside:.2f} ms")
     row("the idle pilot", f"{shares['pilot']:.2%} of a core", "", "")
     row("an idle node agent", f"{shares['node agent'] / 2:.2%} of a core", "", "")
 
 
 async def utilization() -> None:
+    """After a first wave, which waits for all workers: a backend is ready with its first worker."""
     for nodes in (2, 4, 8):
+        slots = nodes * SLOTS
         with Cluster(nodes, cpus=SLOTS) as cluster:
-            async with session(cluster, nodes, num_workers=nodes * SLOTS) as opened:
-                share = busy_share(await run(opened, SLEEPS, sleep), nodes * SLOTS)
+            async with session(cluster, nodes, num_workers=slots) as opened:
+                await run(opened, 2 * slots, sleep)
+                share = busy_share(await run(opened, SLEEPS, sleep), slots)
         row(f"{SLEEPS:,} functions of 1 s on {nodes} nodes of {SLOTS} slots", f"{share:.1%} of the slots busy", "", "")
 
 

@@ -45,6 +45,8 @@ _CLAIM_S = 60.0
 class _Live:
     """A task that has not ended. `is_sent` is whether the pilot was asked to run the task."""
 
+    __slots__ = ("is_canceled", "is_sent", "report", "run", "started")
+
     def __init__(self, run: TaskRun, report: Report) -> None:
         self.run, self.report = run, report
         self.is_sent = self.is_canceled = False
@@ -192,10 +194,13 @@ class PilotBackend(BackendBase):
     def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
         if not self._is_ready:
             raise BackendUnavailable(self._loss)
+        reports = {
+            folder: self._files.report_with(report, folder) for folder in {run.results_folder for run in task_runs}
+        }
+        self._allocation.result_folders.update(reports)
         for run in task_runs:
-            self._allocation.result_folders.add(run.results_folder)
-            live = self._live[run.spec.uid] = _Live(run, self._files.report_with(report, run.results_folder))
-            early = self._early.pop((run.spec.uid, run.attempt), [])
+            live = self._live[run.spec.uid] = _Live(run, reports[run.results_folder])
+            early = self._early.pop((run.spec.uid, run.attempt), ())
             live.is_sent = bool(early)
             for event in early:
                 self._receive_event(event, run.attempt)
@@ -310,8 +315,11 @@ class PilotBackend(BackendBase):
 
     async def _recorded(self, message: Events) -> None:
         """Return when what was reported is on the disk. Events whose tasks this service does not have yet get time."""
-        keys = {(event.uid, attempt) for event, attempt in zip(message.events, message.attempts, strict=True)}
-        if keys & self._early.keys():
+        keys = set[tuple[str, int]]()
+        if self._early:
+            pairs = zip(message.events, message.attempts, strict=True)
+            keys = {(event.uid, attempt) for event, attempt in pairs} & self._early.keys()
+        if keys:
             await asyncio.sleep(_CLAIM_S)
             for key in keys:
                 self._early.pop(key, None)

@@ -26,6 +26,7 @@ from rhapsody_mcp.backends.pilot.saved_events import save_events
 from rhapsody_mcp.engine.network.dial import dial
 from rhapsody_mcp.engine.network.files import FileServer
 from rhapsody_mcp.engine.network.multiplexer import Multiplexer, Stream
+from rhapsody_mcp.engine.process.gc_tuning import collect_less
 from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.engine.task.node_files import RESULTS
 from rhapsody_mcp.schedulers.allocation import current_allocation
@@ -49,6 +50,7 @@ DEADLINE = "RHAPSODY_DEADLINE"
 def main() -> int:
     config = msgspec.json.decode(os.environ.pop(PILOT), type=PilotConfig)
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
+    collect_less()
     folder = RunDir()
     (folder.path / RESULTS).mkdir()
     try:

@@ -75,10 +75,11 @@ class ResultFiles:
 
 
 def _files(outcome: Outcome | RankOutcome) -> list[str]:
-    holders: list[Value | Stream | None] = [outcome.value, outcome.stdout, outcome.stderr]
+    holders: tuple[Value | Stream | None, ...] = (outcome.value, outcome.stdout, outcome.stderr)
     files = [holder.file for holder in holders if holder is not None and holder.file is not None]
-    ranks = outcome.ranks if isinstance(outcome, Outcome) else ()
-    return [*files, *(file for rank in ranks for file in _files(rank))]
+    for rank in outcome.ranks if isinstance(outcome, Outcome) else ():
+        files += _files(rank)
+    return files
 
 
 def _without_files(outcome: Outcome, error: str) -> Outcome:
