@@ -70,13 +70,13 @@ def main() -> None:
     threading.Thread(target=agent.end_stalled, daemon=True).start()
     with suppress(EOFError, ConnectionError):
         agent.serve()
-    agent.end()
+    agent.end("the connection with the backend has ended")
 
 
 def _end_with_owner(agent: NodeAgent) -> None:
     """Wait for the lifeline to close, then end everything."""
     os.read(open_lifeline(), 1)
-    agent.end()
+    agent.end("the keeper has closed the lifeline")
 
 
 _JOIN_TIMEOUT_S = 3.0
@@ -130,13 +130,15 @@ class NodeAgent:
                 os.read(self._wake_reader, 4096)
                 self._send_outbox(backend)
 
-    def end(self) -> NoReturn:
-        """End what was launched, then this process.
+    def end(self, reason: str) -> NoReturn:
+        """End what was launched, then this process. The reason goes into the log.
 
         This calls os._exit, because sys.exit would wait for Dragon's threads. It first waits for the threads here that
         wait for processes: such a thread may hold a lock in the memory that it shares with Dragon's launcher, and the
         launcher would never end.
         """
+        if not self._ending:
+            sys.stderr.write(f"{reason}\n")
         self._ending = True
         self._fork_launcher.resolve_all()
         self._node.pmi_prober.stop()
@@ -147,9 +149,7 @@ class NodeAgent:
         os._exit(0)
 
     def _end_without_fork_server(self) -> NoReturn:
-        if not self._ending:
-            sys.stderr.write("the host's fork server has ended\n")
-        self.end()
+        self.end("the host's fork server has ended")
 
     def _all_processes(self) -> set[int]:
         """Return the launched processes and their descendants: a supervisor that is killed cannot end its own
@@ -275,8 +275,7 @@ class NodeAgent:
             launched = {pid: process for process in self._processes() for pid in self.watched.get(process.name, ())}
             for pid in stop_detector.check([*launchers, *launched]):
                 if pid in launchers:
-                    sys.stderr.write(f"what started the host, or its fork server, {stalled}\n")
-                    self.end()
+                    self.end(f"what started the host, or its fork server, {stalled}")
                 launched[pid].kill(f"{stalled}, and was ended for that")
 
     def _processes(self) -> list[SupervisedProcess]:

@@ -120,7 +120,8 @@ class ForkLauncher:
         with suppress(OSError), self._socket.makefile("r") as lines:
             for line in lines:
                 name, code = line.split()
-                self._exit_codes.pop(name).set_result(int(code))
+                if (exit_code := self._exit_codes.pop(name, None)) is not None:  # `resolve_all` was not there first
+                    exit_code.set_result(int(code))
         self._on_end()
 
     def resolve_all(self) -> None:
