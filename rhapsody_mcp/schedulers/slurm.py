@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -38,10 +39,19 @@ _TIMEOUT_S = 60.0  # without slurmctld, squeue of Slurm 22.05 gave up after 10 t
 _UNKNOWN_JOB = "Invalid job id"
 _DEFAULT_LINES = ("--no-requeue", "--no-kill", "--open-mode=append", "--exclusive")
 _OPTIONS = ("partition", "account", "qos", "constraint", "reservation")
-_FORBIDDEN = ("--array", "-a", "--wrap", "--wait", "-W", "--test-only", "--parsable", "--output", "-o", "--help", "-h")
-"""Options that change what `sbatch` prints or takes: the answer could not be read, or the job would not be one."""
-_DEAD_STATES = ("down", "fail", "error")
-"""How the words of `sinfo` for dead nodes begin: "down*" is a node that does not answer."""
+_FORBIDDEN = {
+    **dict.fromkeys(("--nodes", "-N"), "give nodes of create_session"),
+    **dict.fromkeys(("--time", "-t", "--time-min"), "give minutes of create_session"),
+    **dict.fromkeys(("--array", "-a", "--clusters", "-M", "--cluster"), "a session has one job on this cluster"),
+    **dict.fromkeys(("--wrap", "--wait", "-W", "--test-only", "--parsable", "--output", "-o"), "the session sets it"),
+    **dict.fromkeys(("--help", "-h", "--usage", "--version", "-V"), "it submits nothing"),
+}
+"""Options that other arguments stand for, or that change what `sbatch` prints or takes, each with what to do."""
+_FLAGS = "HIkOQsv"
+"""One-letter options of `sbatch` without a value: others may follow in the same word."""
+_DEAD_STATES = ("down", "error")
+"""How the words of `sinfo` for dead nodes begin: "down*" is a node that does not answer. One that is "failing" works,
+and is expected to fail."""
 _FOREIGN_FORMATS = ("SQUEUE_", "SINFO_", "SACCT_")
 """Variables of users for what the commands print."""
 
@@ -146,13 +156,22 @@ def _options(request: AllocationRequest, script: str) -> list[str]:
     if not script.startswith("#!"):
         raise no_interpreter()
     for line in request.lines:
-        if line.partition("=")[0] in _FORBIDDEN:
+        if (option := _forbidden_option(line)) is not None:
             raise InvalidRequest(
-                f"the line {line!r} cannot be given to the scheduler: valid is any option of sbatch but "
-                f"{', '.join(_FORBIDDEN)}.",
+                f"the line {line!r} cannot be given to the scheduler: it is {option} of sbatch: {_FORBIDDEN[option]}. "
+                f"Valid is any option of sbatch but {', '.join(name for name in _FORBIDDEN if name[1] == '-')}.",
                 field="lines",
             )
     return [*_field_options(request), *_DEFAULT_LINES, *request.lines]
+
+
+def _forbidden_option(line: str) -> str | None:
+    """The forbidden option that `sbatch` takes this line for, also abbreviated, as in "-N4", "-HN4" and "--arr=0-9"."""
+    name = re.split(r"[=\s]", line.strip(), maxsplit=1)[0]
+    if name.startswith("--"):
+        return next((option for option in _FORBIDDEN if option.startswith(name)), None)
+    short = f"-{name[1:].lstrip(_FLAGS)[:1]}"
+    return short if short in _FORBIDDEN else None
 
 
 def _field_options(request: AllocationRequest) -> Iterator[str]:

@@ -81,7 +81,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"nodes": 1, "scheduler": {"lines": [1]}}, "lines in scheduler is [1]; valid is a list of texts"),
     ({"nodes": 1, "scheduler": {"lines": "exclusive"}}, "valid is one option of the submit command with its value"),
-    ({"nodes": 1, "scheduler": {"lines": "--array=1-3"}}, "cannot be given to the scheduler: valid is any option of"),
+    ({"nodes": 1, "scheduler": {"lines": "--array=1-3"}}, "cannot be given to the scheduler: it is --array of sbatch"),
     ({"nodes": 1, "scheduler": {"python": "python3"}}, "valid is the full path of an interpreter that the nodes can"),
     ({"nodes": 1, "scheduler": {"profile": "x"}}, "unknown profile 'x'. Valid: none: the settings have no profiles"),
     ({"nodes": 0}, "nodes"),

@@ -207,7 +207,8 @@ async def test_a_service_that_stops_leaves_the_pilot_at_work(login: Login) -> No
         await login.open(client)
         await login.submit(client, 12, 1)
         await login.until_started(4)
-    login.service.run("service", "stop")
+    stopped = login.service.run("service", "stop", "--force")
+    assert stopped.returncode == 0, stopped.stderr
     await login.until_started(12)
     async with login.client() as client:
         async with closed_at_the_end(login, client):

@@ -60,8 +60,17 @@ def test_jobs_that_are_over_are_found_again_by_the_next_service(tmp_path: Path) 
     history = AllocationHistory()
     history.add(tmp_path, node_time("6", REQUEST, ended, None))
     history.add(tmp_path, node_time("7", REQUEST, JobStatus(state=JobState.ENDED, ends_at=200), None))
-    assert history.jobs(tmp_path) == AllocationHistory().jobs(tmp_path) == [NodeTime("6", 2, 100, 160)]
+    assert history.jobs(tmp_path) == AllocationHistory().jobs(tmp_path) == [NodeTime("6", 2, 100, 160, False)]
     assert history.jobs(tmp_path)[0].node_s == 120
+
+
+def test_a_job_that_was_given_back_leaves_its_time_to_the_next_and_others_use_up_their_turn(tmp_path: Path) -> None:
+    history = AllocationHistory()
+    assert history.minutes_left(tmp_path, 2, 10, 2) == 10
+    history.add(tmp_path, NodeTime("6", 2, 0, 900, counts=False))
+    assert history.minutes_left(tmp_path, 2, 10, 2) == 5
+    history.add(tmp_path, NodeTime("7", 2, 900, 960))
+    assert (history.minutes_left(tmp_path, 2, 10, 2), history.minutes_left(tmp_path, 2, 10, 1)) == (4, 0)
 
 
 @pytest.mark.parametrize(

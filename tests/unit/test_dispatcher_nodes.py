@@ -228,6 +228,8 @@ async def test_tasks_for_a_lost_node_end_with_the_reason_until_it_joins_again() 
     scene.node("two", 1)
     scene.dispatcher.lose_node(one, "its network failed", set())
     scene.submit(process_on("a", "one"))
+    assert not scene.outcomes, "the node may join again"
+    scene.dispatcher.processes.give_up_node("one", "its network failed")
     assert scene.outcomes["a"].cause is Cause.LOST
     assert scene.outcomes["a"].error == (
         "host_name 'one' is no node of this engine; it has 'two'. It had more: its network failed"
@@ -242,6 +244,7 @@ async def test_a_job_that_fits_no_more_after_a_loss_is_lost_and_one_that_never_d
     one, _ = scene.node("one", 1)
     scene.node("two", 1)
     scene.dispatcher.lose_node(one, "its network failed", set())
+    scene.dispatcher.processes.give_up_node("one", "its network failed")
     scene.submit(job("a", 4, ranks_per_node=2), job("b", 5, ranks_per_node=2))
     assert {uid: outcome.cause for uid, outcome in scene.outcomes.items()} == {"a": Cause.LOST, "b": Cause.INVALID}
     assert "this engine has 1; valid is up to 2 ranks" in str(scene.outcomes["a"].error)

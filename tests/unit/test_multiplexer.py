@@ -184,7 +184,7 @@ async def test_a_file_is_copied(tmp_path: Path, size: int) -> None:
     assert (source / "result.pkl").exists()
 
 
-async def test_a_moved_file_is_deleted_once_it_is_sent(tmp_path: Path) -> None:
+async def test_a_moved_file_is_deleted_once_it_is_there(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     (tmp_path / "file").write_bytes(b"moved")
@@ -262,3 +262,10 @@ async def test_an_address_that_answers_is_enough(tmp_path: Path) -> None:
             await chosen.lost.wait()
             await pair.served[0].lost.wait()
         assert await dial(["127.0.0.2"], port, KEY, lambda: Multiplexer(is_server=False, open_stream=pair.open)) is None
+
+
+async def test_a_file_over_a_connection_that_is_lost_is_an_error_at_once(tmp_path: Path) -> None:
+    async with connected(tmp_path) as (_, client):
+        await client.close_and_wait(10)
+        with pytest.raises(OSError, match="cannot read it, or is gone"), anyio.fail_after(10):
+            await fetch_file(client, str(tmp_path / "file"), str(tmp_path))

@@ -10,7 +10,7 @@ import pytest
 from rhapsody_mcp.backends.base import Ended, Event, Running
 from rhapsody_mcp.backends.pilot.allocation import Allocation
 from rhapsody_mcp.backends.pilot.backend import PilotBackend
-from rhapsody_mcp.backends.pilot.messages import BackendReady, Body, Events, Start, Submit
+from rhapsody_mcp.backends.pilot.messages import BackendReady, Body, Cancel, Events, Start, Submit
 from rhapsody_mcp.model.outcome import canceled
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.testing import ScriptedBackend
@@ -48,6 +48,13 @@ class Granted:
     def node_of(self, path: str) -> None:
         return None
 
+    async def reconnected(self, lost: object) -> bool:
+        return False
+
+    def hand_over(self) -> None: ...
+
+    def detach(self) -> None: ...
+
     @property
     def submitted(self) -> list[str]:
         return [run.spec.uid for body in self.sent if isinstance(body, Submit) for run in body.task_runs]
@@ -75,3 +82,16 @@ async def test_an_allocation_is_kept_for_a_task_that_an_earlier_service_had_sent
     tell(backend, Ended("a", canceled(Cause.CANCELED, "x")))
     assert [event.uid for event in events] == ["a", "b", "a"]
     await backend.close()
+
+
+async def test_a_cancellation_after_the_hand_over_does_not_reach_the_pilot() -> None:
+    granted, events = Granted(), list[Event]()
+    backend = PilotBackend(ScriptedBackend(lambda *_: None), cast(Allocation, granted))
+    await backend.start()
+    backend.submit([function("a")], events.append, cast(Any, None))
+    await wait_until(lambda: granted.submitted == ["a"], 10)
+    backend.detach()
+    backend.cancel(["a"])
+    await backend.close()
+    assert not [body for body in granted.sent if isinstance(body, Cancel)]
+    assert [type(event) for event in events] == [Ended]

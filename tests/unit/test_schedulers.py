@@ -277,11 +277,30 @@ def install(folder: Path, name: str, script: str) -> dict[str, str]:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("line", ["--array=1-3", "--wait", "-W", "--output=x", "--wrap=true"])
+@pytest.mark.parametrize("line", ["--array=1-3", "--arr=1-3", "-a1", "--wait", "-W", "--output=x", "--wrap=true"])
 async def test_a_line_that_changes_what_a_job_is_is_refused(line: str, tmp_path: Path) -> None:
     slurm = Slurm(install(tmp_path, "sinfo", "true"))
     with pytest.raises(InvalidRequest, match="cannot be given to the scheduler"):
         await slurm.submit(AllocationRequest(nodes=1, minutes=1, lines=(line,)), "#!/bin/sh\n", tmp_path / "log")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("line", ["--nodes=4", "-N4", "-N 4", "-HN4", "--time=9", "--tim=9", "-t9", "--clusters=x"])
+async def test_a_line_that_would_pass_a_limit_is_refused_with_what_to_do(line: str, tmp_path: Path) -> None:
+    slurm = Slurm(install(tmp_path, "sinfo", "true"))
+    with pytest.raises(InvalidRequest, match=r"of sbatch: (give nodes|give minutes|a session has one job)"):
+        await slurm.submit(AllocationRequest(nodes=1, minutes=1, lines=(line,)), "#!/bin/sh\n", tmp_path / "log")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("line", ["--nodelist=n1", "-w n1", "--no-requeue", "--wait-all-nodes=1", "-Aproject", "-H"])
+async def test_other_lines_are_given_to_the_scheduler(line: str, tmp_path: Path) -> None:
+    environment = install(tmp_path, "sinfo", "true") | install(
+        tmp_path, "sbatch", f'echo "$@" >{tmp_path}/given; echo 7'
+    )
+    request = AllocationRequest(nodes=1, minutes=1, lines=(line,))
+    assert await Slurm(environment).submit(request, "#!/bin/sh\n", tmp_path / "log") == "7"
+    assert line in (tmp_path / "given").read_text()
 
 
 @pytest.mark.anyio

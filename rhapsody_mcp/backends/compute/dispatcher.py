@@ -64,7 +64,7 @@ class Dispatcher:
         self._drain_reason = ""
         self._on_exit, self._bundles, self._stop_grace_s = on_exit, bundles, stop_grace_s
         self._gate = StartGate(before_start)
-        self._processes = ProcessDispatcher(self._gate, self.finish, expected_nodes, run_step)
+        self.processes = ProcessDispatcher(self._gate, self.finish, expected_nodes, run_step)
         self._names_nodes = expected_nodes > 1
         self._workers = WorkerPool()
         self._function_queue: deque[InFlightTask] = deque()
@@ -75,20 +75,20 @@ class Dispatcher:
 
     @property
     def nodes(self) -> Sequence[Node]:
-        return self._processes.nodes
+        return self.processes.nodes
 
     def add_node(self, node: Node) -> None:
-        self._processes.add_node(node)
+        self.processes.add_node(node)
         self._names_nodes |= len(self.nodes) > 1
         for _ in range(0 if self._bundles else node.slots):
             self._start_worker(node)
         self._assign_functions()
-        self._processes.assign()
+        self.processes.assign()
 
     def expect_nodes(self, count: int) -> None:
         """Count on so many nodes from now on."""
-        self._processes.expected_nodes = count
-        self._processes.assign()
+        self.processes.expected_nodes = count
+        self.processes.assign()
 
     def _start_worker(self, node: Node) -> None:
         worker = self._workers.add(node, _MAX_SENT if self._bundles else 1)
@@ -159,7 +159,7 @@ class Dispatcher:
         for task in tasks:
             if task.stop_cause is not None or task.has_started(noted_starts):
                 self.finish(task, stopped(task) if task.stop_cause else lost(task, reason))
-        self._processes.lose_node(node, reason)
+        self.processes.lose_node(node, reason)
         self.requeue(tasks)
 
     # --- tasks come and go
@@ -168,23 +168,23 @@ class Dispatcher:
         for task_run in task_runs:
             task = InFlightTask(task_run, report)
             self.tasks[task.uid] = task
-            (self._function_queue if task.runs_in_worker else self._processes.queue).append(task)
+            (self._function_queue if task.runs_in_worker else self.processes.queue).append(task)
         self._assign_functions()
-        self._processes.assign()
+        self.processes.assign()
 
     def stop(self, uids: Iterable[str], cause: Cause) -> None:
         """Ask for these tasks to end; `cause` is CANCELED or TIMEOUT. Unknown and ended uids are ignored."""
         stopping = [task for uid in uids if (task := self.tasks.get(uid)) is not None and task.stop_cause is None]
         for task in stopping:
             task.stop_cause = cause
-        queued = [task for queue in (self._function_queue, self._processes.queue) for task in _take_stopped(queue)]
+        queued = [task for queue in (self._function_queue, self.processes.queue) for task in _take_stopped(queue)]
         self._finish_stopped(queued)
         uids_left = {task.uid for task in stopping} - {task.uid for task in queued}
         for worker in dict.fromkeys(task.worker for task in stopping if task.worker is not None):
             self._stop_assigned(worker, uids_left)
         for task in stopping:
             if task.uid in uids_left:
-                self._processes.stop(task)
+                self.processes.stop(task)
 
     def _finish_stopped(self, queued: list[InFlightTask]) -> None:
         """Finish these tasks: up to _STOPPED_PER_TURN now, the others in later turns of the event loop."""
@@ -244,9 +244,9 @@ class Dispatcher:
         """Start no further task: return those that have not started, also those that a worker gives back."""
         self.halt()
         self._drain_reason = reason
-        queued = [*self._function_queue, *self._processes.queue]
+        queued = [*self._function_queue, *self.processes.queue]
         self._function_queue.clear()
-        self._processes.queue.clear()
+        self.processes.queue.clear()
         for worker in self._workers.by_name.values():
             unsent = [task for task in worker.assigned.values() if not task.is_sent]
             for task in unsent:
@@ -264,7 +264,7 @@ class Dispatcher:
 
     def halt(self) -> None:
         """Assign no further task."""
-        self.is_halted = self._processes.is_halted = True
+        self.is_halted = self.processes.is_halted = True
 
     def mark_canceled(self) -> None:
         """Let each task that has not ended end CANCELED."""
@@ -423,12 +423,12 @@ class Dispatcher:
     def ranks_prepared(self, node: Node, uid: str, scripts: Mapping[int, str]) -> None:
         """A node has prepared its ranks of a task that a step of the scheduler starts."""
         if (task := self.tasks.get(uid)) is not None:
-            self._processes.ranks_prepared(node, task, scripts)
+            self.processes.ranks_prepared(node, task, scripts)
 
     def task_ended(self, node: Node, uid: str, outcome: Outcome) -> None:
         """A program, or the ranks of a job on this node, have ended."""
         if (task := self.tasks.get(uid)) is not None:
-            self._processes.ended_on(node, task, outcome)
+            self.processes.ended_on(node, task, outcome)
 
 
 def _take_stopped(queue: deque[InFlightTask]) -> list[InFlightTask]:

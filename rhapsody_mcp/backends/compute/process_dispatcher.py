@@ -45,12 +45,15 @@ class ProcessDispatcher:
         self.expected_nodes = expected_nodes
         self._gate, self._finish, self._run_step = gate, finish, run_step
         self._lost: dict[str, tuple[Node, str]] = {}
-        """The nodes that were lost, by name, with the reason."""
+        """The nodes that are gone for good, by name, with the reason."""
+        self._away: dict[str, Node] = {}
+        """The nodes that were lost and may be added again."""
 
     def add_node(self, node: Node) -> None:
         self.nodes.append(node)
         self._free_slots.add(node)
         self._lost.pop(node.name, None)
+        self._away.pop(node.name, None)
 
     def assign(self) -> None:
         """Start queued tasks while there are slots for them."""
@@ -167,17 +170,24 @@ class ProcessDispatcher:
                 other.send(CancelTask(task.uid, failed_rank(_part(placement, node))))
 
     def lose_node(self, node: Node, reason: str) -> None:
-        """Finish the tasks of a node that is gone which may have started, and queue the others again."""
+        """Finish the tasks of a node that is gone which may have started, and queue the others again. Tasks that no
+        other node can run wait until the node is added again, or given up."""
         node.agent = None
         self.nodes.remove(node)
         self._free_slots.remove(node)
-        self._lost[node.name] = node, reason
+        self._away[node.name] = node
         tasks = list(node.process_tasks.values())
         for task in reversed([task for task in tasks if not task.is_sent]):
             self._requeue(task)
         for task in [task for task in tasks if task.is_sent]:
             self.ended_on(node, task, stopped(task) if task.stop_cause else lost(task, reason))
         self.assign()
+
+    def give_up_node(self, name: str, reason: str) -> None:
+        """A node that was lost does not come back. Does nothing for a node that never was there."""
+        if (node := self._away.pop(name, None)) is not None:
+            self._lost[name] = node, reason
+            self.assign()
 
     def _requeue(self, task: InFlightTask) -> None:
         assert task.placement is not None

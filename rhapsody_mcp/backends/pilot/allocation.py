@@ -10,13 +10,14 @@ import time
 from collections.abc import Awaitable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import platformdirs
 
 from rhapsody_mcp.backends.compute.nodes.keys import new_key
 from rhapsody_mcp.backends.pilot.allocation_facts import AllocationFacts, allocation_text, make_facts
+from rhapsody_mcp.backends.pilot.allocation_user import AllocationUser
 from rhapsody_mcp.backends.pilot.delivery import Delivery
 from rhapsody_mcp.backends.pilot.job_script import job_script, why_ended
 from rhapsody_mcp.backends.pilot.messages import (
@@ -38,34 +39,22 @@ from rhapsody_mcp.engine.network.multiplexer import Multiplexer, Stream
 from rhapsody_mcp.model.errors import AllocationsUsedUp, BackendUnavailable, SchedulerRefusal, SchedulerUnavailable
 from rhapsody_mcp.schedulers.base import AllocationRequest, JobState, JobStatus, Scheduler
 
-__all__ = ["Allocation", "AllocationUser"]
+__all__ = ["Allocation"]
 
 _ADDRESS = "service.json"
 _LOG = "pilot.log"
+_APART = "pilot.apart"
+"""A file of the session's folder that says that its pilot, which has tasks, does not see the folder."""
 _POLL_S = (1.0, 15.0)
 """The seconds between two questions to the scheduler: at first, and in the end."""
 _CONNECTED_POLL_S = 120.0
 """The same while the pilot speaks."""
 _RELEASE_S = 30.0
+_SILENT_S = 15.0
+"""How long a pilot has to be silent before its node may count as dead, in seconds: it dials again every 5 s."""
 _DRAIN_S, _DRAIN_SHARE = 120.0, 0.1
 """No task is started in the last two minutes of an allocation, in the last tenth of a short one."""
 _MAX_FAILURES = 3
-
-
-class AllocationUser(Protocol):
-    """A backend that runs in the allocation."""
-
-    name: str
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether no task of the backend runs in the allocation."""
-
-    def receive(self, message: FromPilot) -> Awaitable[None] | None:
-        """Take a message of the pilot. The message counts as delivered when the returned awaitable is done."""
-
-    def lose(self, reason: str, unsent: Sequence[Body]) -> None:
-        """The pilot is gone, and never got the messages `unsent`."""
 
 
 def _done() -> asyncio.Future[None]:
@@ -88,8 +77,10 @@ class Allocation:
         orphan_s: float = 600.0,
         allocations: int = 1,
     ) -> None:
-        """`allocations` is how many may be requested one after the other; a start that failed does not count."""
+        """`allocations` is how many may be requested one after the other; see `NodeTime.counts`. What they may use
+        together, nodes times minutes times `allocations`, bounds the time of each job."""
         self.request, self._scheduler, self._planned = request, scheduler, list(backends)
+        self._minutes = request.minutes
         self._setup, self._python, self._orphan_s = setup, python, orphan_s
         self._submission = Submission(scheduler)
         self.folder = Path()
@@ -108,10 +99,13 @@ class Allocation:
         self._keeping_alive: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
-        self._failures = self._granted = 0
+        self._failures, self._is_given_back = 0, False
         self._allocations, self._history = allocations, AllocationHistory()
         self._port, self._last_loss, self._end_cause = 0, "", ""
         self._background: set[asyncio.Future[None]] = set()
+        self._is_handed_over = False
+        self._silent_since: float | None = None
+        self._releasing: asyncio.Task[None] | None = None
         self.result_folders: set[str] = set()
 
     @property
@@ -122,7 +116,7 @@ class Allocation:
     @property
     def notes_are_complete(self) -> bool:
         """Whether the nodes note each start of a task in the folder of the session."""
-        return self.pilot is not None and self.pilot.sees_folder
+        return self.pilot.sees_folder if self.pilot is not None else not (self.folder / _APART).exists()
 
     def describe(self) -> dict[str, Any]:
         """Facts about the allocation, as plain data."""
@@ -153,6 +147,8 @@ class Allocation:
 
     async def acquire(self, user: AllocationUser) -> None:
         """Return when a pilot is there, or when `is_over`. Raises BackendUnavailable where the job ends before."""
+        while self._releasing is not None:
+            await asyncio.wait({self._releasing})
         self._needed_by.add(user.name)
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
@@ -179,7 +175,17 @@ class Allocation:
             await self.release()
 
     async def release(self) -> None:
-        """End the job and give its nodes back; return when the scheduler has them."""
+        """End the job and give its nodes back; return when the scheduler has them. A start waits for that."""
+        if self._releasing is None:
+            self._releasing = asyncio.create_task(self._release())
+            self._releasing.add_done_callback(self._forget_release)
+        await asyncio.shield(self._releasing)
+
+    def _forget_release(self, _: asyncio.Task[None]) -> None:
+        self._releasing = None
+
+    async def _release(self) -> None:
+        self._is_given_back = True
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
@@ -195,14 +201,18 @@ class Allocation:
                 await asyncio.wait({self._watch}, timeout=_RELEASE_S)
         if not self.job:
             return
-        with suppress(SchedulerUnavailable, SchedulerRefusal):
-            await self._scheduler.cancel(self.job)
+        await self._submission.cancel(self.job)
+        self._tell_users("its nodes were given back")
         self._forget()
 
     def end_if_unused(self) -> None:
         """Give the nodes back where all tasks that are left wait for the next allocation."""
         if self._delivery is not None and all(user.is_waiting for user in self.users.values()):
             self._delivery.send(Release())
+
+    def hand_over(self) -> None:
+        """Take no message of the pilot any more: what it reports from now on is for the process that takes over."""
+        self._is_handed_over = True
 
     def detach(self) -> None:
         """Leave the pilot alone: another process will take the session over."""
@@ -235,11 +245,14 @@ class Allocation:
                 f"{self._failures} allocations in a row ended before anything ran; the last: {self._last_loss}. No "
                 "other is requested; close this session and open another."
             )
-        if self._granted >= self._allocations:
+        minutes = self._history.minutes_left(self.folder, self.request.nodes, self._minutes, self._allocations)
+        if minutes < 1:
+            before = f"{self._last_loss}. " if self._last_loss else ""
             raise AllocationsUsedUp(
-                f"{self._last_loss}. The session may have {self._allocations} of them, one after the other "
-                "(allocations in scheduler, of create_session)"
+                f"{before}The session may have {self._allocations} of them, one after the other, each for "
+                f"{self._minutes} min (allocations in scheduler, of create_session)"
             )
+        self.request = msgspec.structs.replace(self.request, minutes=minutes)
         record = AllocationRecord(self._pem, self._port)
         self.job = await self._submission.submit(self.request, self._script(), self.folder / _LOG, record, self.folder)
         self._last_loss = ""
@@ -306,11 +319,21 @@ class Allocation:
         is_there = self.pilot is not None and path.startswith(f"{self.pilot.folder}/")
         return self._multiplexer if is_there else None
 
+    async def reconnected(self, lost: Multiplexer) -> bool:
+        """Wait until the pilot is connected again after the loss of this connection; False where the job is over."""
+        while self._multiplexer is lost and self._delivery is not None and self._watch is not None:
+            waiting = asyncio.create_task(self._delivery.connected.wait())
+            await asyncio.wait([waiting, self._watch], return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+        return self._multiplexer is not None
+
     def _receive(self, message: FromPilot, number: int) -> None:
+        if self._is_handed_over:
+            return
         if isinstance(message, PilotReady):
             self.pilot = message
-            if not self._ready.is_set():
-                self._granted += 1
+            if not message.sees_folder:
+                (self.folder / _APART).touch()
             self._ready.set()
             done: Awaitable[None] | None = None
         else:
@@ -323,7 +346,7 @@ class Allocation:
     def _settle(self) -> None:
         """Acknowledge the messages up to the first whose events are not on the disk."""
         last = 0
-        while self._unsettled and self._unsettled[0][1].done():
+        while not self._is_handed_over and self._unsettled and self._unsettled[0][1].done():
             last = self._unsettled.pop(0)[0]
         if last and self._delivery is not None:
             self._delivery.settle(last)
@@ -360,7 +383,12 @@ class Allocation:
 
     async def _end_without_pilot(self) -> None:
         """End the job where its pilot's node is dead: a job that goes on without a node would keep the others."""
-        if not self._is_speaking and (node := await self._scheduler.dead_script_node(self.job)):
+        now = asyncio.get_running_loop().time()
+        if self._is_speaking:
+            self._silent_since = None
+            return
+        self._silent_since = now if self._silent_since is None else self._silent_since
+        if now - self._silent_since > _SILENT_S and (node := await self._scheduler.dead_script_node(self.job)):
             self._end_cause = f"its pilot was on node {node}, which is down; "
             await self._scheduler.cancel(self.job)
 
@@ -379,17 +407,20 @@ class Allocation:
         """The job is over: tell the backends, after what the pilot has left for them."""
         self._failures = 0 if self._ready.is_set() else self._failures + 1
         self._last_loss = reason
-        unsent = self._delivery.unacknowledged if self._delivery is not None else []
         for events in load_events(str(self.folder)):
             self._receive_saved(events)
+        self._tell_users(reason)
+        self._forget()
+
+    def _tell_users(self, reason: str) -> None:
+        unsent = self._delivery.unwritten if self._delivery is not None else []
         for user in list(self.users.values()):
             user.lose(reason, unsent)
-        self._forget()
 
     def _on_new_pilot(self) -> None:
         """The scheduler has run the job again: what the pilot before had is gone."""
         assert self._delivery is not None, "a pilot says hello through it"
-        unsent, self._unsettled = self._delivery.unacknowledged, []
+        unsent, self._unsettled = self._delivery.unwritten, []
         self._delivery.drop_unacknowledged()
         for user in list(self.users.values()):
             user.lose(f"job {self.job} of the allocation was run again by the scheduler", unsent)
@@ -403,7 +434,11 @@ class Allocation:
         """Forget the job, which is over, or ends by itself: its key opens nothing any more."""
         self._close_connection()
         self._pem, self._port = "", 0
-        self._history.add(self.folder, node_time(self.job, self.request, self.status, self.pilot))
+        used = node_time(self.job, self.request, self.status, self.pilot, is_given_back=self._is_given_back)
+        self._history.add(self.folder, used)
+        self._is_given_back = False
         self.job, self.pilot, self.status, self._delivery, self._end_cause = "", None, None, None, ""
+        self._silent_since = None
         self._needed_by.clear()
+        (self.folder / _APART).unlink(missing_ok=True)
         self._submission.forget(self.folder)

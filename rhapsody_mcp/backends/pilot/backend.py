@@ -73,7 +73,7 @@ class PilotBackend(BackendBase):
         self._starting: asyncio.Task[None] | None = None
         self._started: asyncio.Future[None] | None = None
         self._rested: asyncio.Future[None] | None = None
-        self._files = ResultFiles(allocation.node_of)
+        self._files = ResultFiles(allocation.node_of, allocation.reconnected)
         self._sending: asyncio.Task[None] | None = None
         self._unsent: list[_Live] = []
         self._early: dict[tuple[str, int], list[Event]] = {}
@@ -107,6 +107,7 @@ class PilotBackend(BackendBase):
 
     def detach(self) -> None:
         self._is_detached = True
+        self._allocation.hand_over()
 
     def check(self, spec: TaskSpec) -> None:
         self._local.check(spec)
@@ -213,6 +214,8 @@ class PilotBackend(BackendBase):
         """Once all tasks of an allocation that is over are here: end those that had started, return the others."""
         await asyncio.sleep(_ALL_HERE_S)
         self._sending, self._unsent = None, []
+        for live in self._live.values():  # the earlier service may have sent it
+            live.is_sent = True
         self.lose(self._loss, ())
 
     async def _send(self) -> None:
@@ -244,10 +247,12 @@ class PilotBackend(BackendBase):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether no task of this backend runs in the allocation."""
-        return not any(live.is_sent for live in self._live.values())
+        """Whether no task of this backend runs in the allocation, or is about to."""
+        return self._starting is None and not any(live.is_sent for live in self._live.values())
 
     def cancel(self, uids: Collection[str]) -> None:
+        if self._is_detached:  # the tasks go on there
+            return
         sent = []
         for uid in uids:
             if (live := self._live.get(uid)) is None:
@@ -320,12 +325,20 @@ class PilotBackend(BackendBase):
             pairs = zip(message.events, message.attempts, strict=True)
             keys = {(event.uid, attempt) for event, attempt in pairs} & self._early.keys()
         if keys:
-            await asyncio.sleep(_CLAIM_S)
+            await self._until_claimed()
             for key in keys:
                 self._early.pop(key, None)
         await self._files.finish()
         if self.before_start is not None:
             await self.before_start([])
+
+    async def _until_claimed(self) -> None:
+        """Return when this service has had the time to submit what an earlier one had: it does so once the backend is
+        ready."""
+        was_ready = False
+        while not was_ready:
+            was_ready = self._is_ready
+            await asyncio.sleep(_CLAIM_S)
 
 
 def _resolve(waiting: asyncio.Future[None] | None) -> None:

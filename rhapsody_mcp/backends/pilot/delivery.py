@@ -40,19 +40,28 @@ class Delivery(Generic[Received]):
         self._receive, self._on_hello, self._on_new_life = receive, on_hello, on_new_life
         self._life = os.urandom(8).hex()
         self._other_life, self._received, self._settled = "", 0, 0
-        self._sent = 0
+        self._sent = self._written = 0
         self._unacknowledged: deque[Numbered] = deque()
         self._connection: Multiplexer | None = None
         self.acknowledged = asyncio.Event()
         """Set once nothing is unacknowledged, and where the connection is lost."""
-        self.is_connected = False
-        """Whether both ends have said hello on the present connection."""
+        self.connected = asyncio.Event()
+        """Set while both ends have said hello on the present connection."""
         self._frames: Frames[Hello | Ack | Numbered] = Frames(Hello | Ack | Numbered)
 
     @property
     def unacknowledged(self) -> list[Body]:
         """The messages that the other end may not have, in order."""
         return [numbered.body for numbered in self._unacknowledged]
+
+    @property
+    def is_connected(self) -> bool:
+        return self.connected.is_set()
+
+    @property
+    def unwritten(self) -> list[Body]:
+        """The messages that the other end certainly does not have: they were written to no connection."""
+        return [numbered.body for numbered in self._unacknowledged if numbered.number > self._written]
 
     def send(self, body: Body) -> None:
         """Send a message now, or on the next connection."""
@@ -61,7 +70,7 @@ class Delivery(Generic[Received]):
         self._unacknowledged.append(numbered)
         self.acknowledged.clear()
         if self.is_connected:
-            self._write(numbered)
+            self._write_numbered(numbered)
 
     def settle(self, number: int) -> None:
         """Acknowledge all messages up to this number."""
@@ -74,7 +83,8 @@ class Delivery(Generic[Received]):
         if self._connection is not None:
             self._connection.control.user = None  # its end says nothing of the new one
             self._connection.abort()
-        self._connection, self.is_connected = connection, False
+        self._connection = connection
+        self.connected.clear()
         self._frames = Frames(Hello | Ack | Numbered)
         connection.control.user = self
         self._write(Hello(self._life, self._other_life, self._settled))
@@ -87,6 +97,10 @@ class Delivery(Generic[Received]):
             self.settle(0)
             if (connection := self._connection) is not None and loop.time() - connection.last_received > _SILENCE_S:
                 connection.abort()
+
+    def _write_numbered(self, numbered: Numbered) -> None:
+        self._written = max(self._written, numbered.number)
+        self._write(numbered)
 
     def _write(self, message: object) -> None:
         if self._connection is not None:
@@ -110,9 +124,9 @@ class Delivery(Generic[Received]):
             self._other_life, self._received, self._settled = hello.life, 0, 0
         if hello.of == self._life:
             self._forget(hello.received)
-        self.is_connected = True
+        self.connected.set()
         for numbered in self._unacknowledged:
-            self._write(numbered)
+            self._write_numbered(numbered)
         self._on_hello()
 
     def drop_unacknowledged(self) -> None:
@@ -126,5 +140,5 @@ class Delivery(Generic[Received]):
             self.acknowledged.set()
 
     def stream_ended(self) -> None:
-        self.is_connected = False
+        self.connected.clear()
         self.acknowledged.set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -31,8 +31,9 @@ from rhapsody_mcp.engine.network.files import fetch_file
 from rhapsody_mcp.engine.network.multiplexer import Multiplexer
 from rhapsody_mcp.engine.supervisor import GRACE_S
 from rhapsody_mcp.engine.task.node_files import results_folder
+from rhapsody_mcp.engine.task.start_log import NOT_STARTED
 from rhapsody_mcp.model.errors import BackendUnavailable, RhapsodyError
-from rhapsody_mcp.model.outcome import failed
+from rhapsody_mcp.model.outcome import canceled, failed, why_stopped
 from rhapsody_mcp.model.specs import Caps, TaskRun
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Value, load_json
@@ -43,14 +44,14 @@ _PROGRESS_S = 0.5
 
 
 class HostedBackend:
-    """`send` delivers a message to the service. `connection` gives the connection with it, None while there is none."""
+    """`send` delivers a message to the service. `connection` gives the connection with it, once there is one."""
 
     def __init__(
         self,
         plan: PlannedBackend,
         send: Callable[[Body], None],
         folder: str,
-        connection: Callable[[], Multiplexer | None],
+        connection: Callable[[], Awaitable[Multiplexer]],
     ) -> None:
         self._name, self._send, self._folder, self._connection = plan.name, send, folder, connection
         caps = {"caps": msgspec.convert(plan.arguments["caps"], Caps)} if "caps" in plan.arguments else {}
@@ -150,20 +151,22 @@ class HostedBackend:
                 self._report(Returned(run.spec.uid, str(error)))
 
     async def _submit_with_inputs(self, run: TaskRun) -> None:
-        """Copy the inputs to this node first."""
-        try:
-            bindings = {uid: await self._local_value(value, run.results_folder) for uid, value in run.bindings.items()}
-        except OSError as error:
-            self._report(Ended(run.spec.uid, failed(Cause.LOST, f"it was not started: {error}")))
+        """Copy the inputs to this node first; where the connection is lost meanwhile, over the next one."""
+        uid, bindings = run.spec.uid, None
+        while bindings is None:
+            connection = await self._connection()
+            try:
+                bindings = {
+                    of: await _copied(value, connection, run.results_folder) for of, value in run.bindings.items()
+                }
+            except OSError as error:
+                if not connection.lost.is_set():
+                    self._report(Ended(uid, failed(Cause.LOST, NOT_STARTED.format(error))))
+                    return
+        if uid in self._canceled:
+            self._report(Ended(uid, canceled(Cause.CANCELED, why_stopped(Cause.CANCELED))))
         else:
             self._submit_to_backend([replace(run, bindings=bindings)])
-
-    async def _local_value(self, value: Value, folder: str) -> Value:
-        if value.file is None:
-            return value
-        if (connection := self._connection()) is None:
-            raise OSError(None, f"the connection was lost before its input {value.file} was here")
-        return replace(value, file=await fetch_file(connection, value.file, folder))
 
     # --- events
 
@@ -227,8 +230,17 @@ class HostedBackend:
             self._orders.cancel()
             with suppress(asyncio.CancelledError):
                 await self._orders
+        for copying in self._copying:
+            copying.cancel()
+        await asyncio.gather(*self._copying, return_exceptions=True)
         await self._backend.close()
+        for uid in list(self._live):  # their inputs were not here yet
+            self._report(Returned(uid, reason))
         self._flush()
+
+
+async def _copied(value: Value, connection: Multiplexer, folder: str) -> Value:
+    return value if value.file is None else replace(value, file=await fetch_file(connection, value.file, folder))
 
 
 def _has_files(run: TaskRun) -> bool:

@@ -17,12 +17,14 @@ _HISTORY = "allocations.jsonl"
 
 
 class NodeTime(msgspec.Struct, frozen=True, array_like=True):
-    """The nodes of one job, from its start to its end."""
+    """The nodes of one job, from its start to its end. `counts` says whether it is one of the session's `allocations`:
+    one whose pilot never came is not, and neither is one that was given back because no task needed it."""
 
     job: str
     nodes: int
     started: float
     ended: float
+    counts: bool = True
 
     @property
     def node_s(self) -> float:
@@ -51,9 +53,23 @@ class AllocationHistory:
                 self._jobs = [msgspec.json.decode(line, type=NodeTime) for line in lines]
         return self._jobs
 
+    def minutes_left(self, folder: Path, nodes: int, minutes: int, allocations: int) -> int:
+        """The minutes of the next job of a session that may have `allocations` jobs of `minutes`; 0 where it may have
+        no further one."""
+        jobs = self.jobs(folder)
+        if sum(job.counts for job in jobs) >= allocations:
+            return 0
+        used = sum(job.node_s for job in jobs) / 60 / nodes
+        return max(0, min(minutes, round(minutes * allocations - used)))
+
 
 def node_time(
-    job: str, request: AllocationRequest, status: JobStatus | None, pilot: PilotReady | None
+    job: str,
+    request: AllocationRequest,
+    status: JobStatus | None,
+    pilot: PilotReady | None,
+    *,
+    is_given_back: bool = False,
 ) -> NodeTime | None:
     """The nodes that the job has had, until now or until its end; None where the job has not started."""
     started = status.started_at if status is not None else None
@@ -63,4 +79,5 @@ def node_time(
         return None
     nodes = len(status.nodes) if status is not None and status.nodes else request.nodes
     ended = status.ends_at if status is not None and status.state is JobState.ENDED else None
-    return NodeTime(job, nodes, started, time.time() if ended is None else ended)
+    counts = pilot is not None and not is_given_back
+    return NodeTime(job, nodes, started, time.time() if ended is None else ended, counts)

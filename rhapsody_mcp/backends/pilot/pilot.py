@@ -21,7 +21,7 @@ import msgspec
 
 from rhapsody_mcp.backends.pilot.delivery import Delivery
 from rhapsody_mcp.backends.pilot.hosted import HostedBackend
-from rhapsody_mcp.backends.pilot.messages import FromService, PilotConfig, PilotReady, Release
+from rhapsody_mcp.backends.pilot.messages import Events, FromService, PilotConfig, PilotReady, Release
 from rhapsody_mcp.backends.pilot.saved_events import save_events
 from rhapsody_mcp.engine.network.dial import dial
 from rhapsody_mcp.engine.network.files import FileServer
@@ -130,11 +130,16 @@ class _Pilot:
         return any(backend.has_tasks for backend in self._backends.values())
 
     def _is_orphaned(self) -> bool:
-        """Whether nobody has spoken to this pilot for too long, and nothing is left to do."""
+        """Whether nobody has spoken to this pilot for too long, and nothing is left to do. What the pilot still has to
+        report is something to do, unless the folder of the session can keep it."""
         now = asyncio.get_running_loop().time()
-        if self._delivery.is_connected or self._has_tasks():
+        if self._delivery.is_connected or self._has_tasks() or self._has_news():
             self._last_contact = now
         return now - self._last_contact > self._config.orphan_s
+
+    def _has_news(self) -> bool:
+        is_news = any(isinstance(body, Events) for body in self._delivery.unacknowledged)
+        return is_news and not os.path.isdir(self._config.folder)
 
     async def _deliver_rest(self) -> None:
         """Wait a moment until the service has acknowledged everything."""
@@ -171,8 +176,10 @@ class _Pilot:
         results = str(self._folder / RESULTS)
         FileServer(stream, lambda path: os.path.dirname(path) == results, moves=True)
 
-    def _fetch_from(self) -> Multiplexer | None:
-        return self._connection if self._delivery.is_connected else None
+    async def _fetch_from(self) -> Multiplexer:
+        await self._delivery.connected.wait()
+        assert self._connection is not None, "it is connected"
+        return self._connection
 
     # --- what the service asks for
 

@@ -123,6 +123,18 @@ class Submission:
         deadline = asyncio.get_running_loop().time() + within_s
         return replace(record, job=await self._job_of(record.job_name, deadline))
 
+    async def cancel(self, job: str) -> None:
+        """Cancel the job; where the scheduler does not answer, try again for a while."""
+        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        while asyncio.get_running_loop().time() < deadline:
+            with suppress(SchedulerRefusal):
+                try:
+                    await self._scheduler.cancel(job)
+                except SchedulerUnavailable:
+                    await asyncio.sleep(_AGAIN_S)
+                    continue
+            return
+
     def forget(self, folder: Path) -> None:
         """Forget the job, which is over."""
         (folder / _NAME).unlink(missing_ok=True)

@@ -21,7 +21,11 @@ async def dial(
 
     `multiplexer` makes the end of a connection, one for each address.
     """
-    loop, context = asyncio.get_running_loop(), tls.context(pem, server=False)
+    loop = asyncio.get_running_loop()
+    try:
+        context = tls.context(pem, server=False)
+    except OSError:  # there is no room for its temporary file now
+        return None
     trials = [
         asyncio.create_task(loop.create_connection(multiplexer, address, port, ssl=context)) for address in addresses
     ]

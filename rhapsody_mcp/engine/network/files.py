@@ -1,7 +1,8 @@
 """Copies files over a stream of a multiplexer, from disk to disk, a piece at a time.
 
 The end that needs a file opens a stream of kind FILE and sends the path. The other end answers with the size in eight
-bytes, then the content. A stream that ends before means that the file cannot be read.
+bytes, then the content. A stream that ends before means that the file cannot be read. A file that is moved is deleted
+once the end that needs it has said, with one byte, that it has the file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = ["FileServer", "fetch_file"]
 
 _SIZE_BYTES = 8
 _PIECE_BYTES = 1 << 18
+_RECEIVED = b"r"
 
 
 async def fetch_file(connection: Multiplexer, path: str, folder: str) -> str:
@@ -29,7 +31,9 @@ async def fetch_file(connection: Multiplexer, path: str, folder: str) -> str:
     stream = connection.new_stream(arriving, FILE)
     stream.write(path.encode("utf-8", "surrogateescape") + b"\0")
     try:
-        return await arriving.path
+        copy = await arriving.path
+        stream.write(_RECEIVED)
+        return copy
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be copied: {error.strerror or error}") from error
     finally:
@@ -75,34 +79,41 @@ class _ArrivingFile:
 
 class FileServer:
     """Answers one request for a file. `may_read` says whether the other end may read a path. With `moves`, the file is
-    deleted once it is sent."""
+    deleted once the other end has it."""
 
     def __init__(self, stream: Stream, may_read: Callable[[str], bool], *, moves: bool = False) -> None:
         self._stream, self._may_read, self._moves = stream, may_read, moves
-        self._request = b""
+        self._request, self._path = b"", ""
         self._sending: asyncio.Task[None] | None = None
         stream.user = self
 
     def stream_received(self, data: bytes) -> None:
         self._request += data
-        if self._request.endswith(b"\0") and self._sending is None:
-            path = os.fsdecode(self._request[:-1])
-            self._sending = asyncio.create_task(self._send(path))
+        if self._sending is not None:
+            self._delete()
+        elif self._request.endswith(b"\0"):
+            self._path = os.fsdecode(self._request[:-1])
+            self._sending = asyncio.create_task(self._send())
+
+    def _delete(self) -> None:
+        if self._moves and self._may_read(self._path):
+            with suppress(OSError):
+                os.unlink(self._path)
 
     def stream_ended(self) -> None:
         if self._sending is not None:
             self._sending.cancel()
 
-    async def _send(self, path: str) -> None:
+    async def _send(self) -> None:
         with suppress(OSError):
-            if self._may_read(path):
-                await self._send_content(path)
-                if self._moves:
-                    os.unlink(path)
+            if self._may_read(self._path):
+                await self._send_content()
+                if self._moves:  # the other end ends the stream
+                    return
         self._stream.end()
 
-    async def _send_content(self, path: str) -> None:
-        with open(path, "rb") as file:  # noqa: ASYNC230 - a piece is read in less than a millisecond
+    async def _send_content(self) -> None:
+        with open(self._path, "rb") as file:  # noqa: ASYNC230 - a piece is read in less than a millisecond
             size = os.fstat(file.fileno()).st_size
             self._stream.write(size.to_bytes(_SIZE_BYTES, "big"))
             while piece := file.read(_PIECE_BYTES):

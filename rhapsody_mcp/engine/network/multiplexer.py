@@ -85,9 +85,12 @@ class Multiplexer(asyncio.Protocol):
     # --- streams
 
     def new_stream(self, user: StreamUser, kind: bytes) -> Stream:
-        """Open a stream."""
+        """Open a stream; it ends at once where the connection is lost."""
         stream = self._streams[self._next_number] = Stream(self, self._next_number)
         stream.user = user
+        if self.lost.is_set():
+            del self._streams[stream.number]
+            asyncio.get_running_loop().call_soon(user.stream_ended)
         self._next_number += 2
         stream.write(kind)
         return stream

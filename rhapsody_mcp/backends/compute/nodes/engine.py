@@ -241,6 +241,7 @@ class MultiNodeEngine(Engine):
             self._on_node_lost(f"{reason}; it joins again", None)
             link.start_keeper()
             return
+        self.dispatcher.processes.give_up_node(link.host, reason)
         self._on_node_lost(reason, None if is_usable else link.host)
         link.end()
         if not self.agents:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from msgspec.structs import replace
@@ -24,11 +24,16 @@ HasFile = TypeVar("HasFile", Value, Stream)
 class ResultFiles:
     """Reports the end of a task once the files of its outcome are here.
 
-    `find_node` returns the connection of the node on which a file lies; None for a file that lies here.
+    `find_node` returns the connection of the node on which a file lies; None for a file that lies here. Where that
+    connection is lost, `reconnected` waits for the next one with the same node, and says whether there is one.
     """
 
-    def __init__(self, find_node: Callable[[str], Multiplexer | None]) -> None:
-        self._find_node = find_node
+    def __init__(
+        self,
+        find_node: Callable[[str], Multiplexer | None],
+        reconnected: Callable[[Multiplexer], Awaitable[bool]] | None = None,
+    ) -> None:
+        self._find_node, self._reconnected = find_node, reconnected
         self._copies: set[asyncio.Task[None]] = set()
 
     def report_with(self, report: Report, folder: str) -> Report:
@@ -69,9 +74,13 @@ class ResultFiles:
         )
 
     async def _copy(self, holder: HasFile, folder: str) -> HasFile:
-        if holder.file is None or (node := self._find_node(holder.file)) is None:
-            return holder
-        return replace(holder, file=await fetch_file(node, holder.file, folder))
+        while holder.file is not None and (node := self._find_node(holder.file)) is not None:
+            try:
+                return replace(holder, file=await fetch_file(node, holder.file, folder))
+            except OSError:
+                if self._reconnected is None or not node.lost.is_set() or not await self._reconnected(node):
+                    raise
+        return holder
 
 
 def _files(outcome: Outcome | RankOutcome) -> list[str]:
