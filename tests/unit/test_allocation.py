@@ -1,0 +1,100 @@
+"""An allocation is requested and given back once, also where the scheduler does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from rhapsody_mcp.backends.pilot import submission
+from rhapsody_mcp.backends.pilot.allocation import Allocation
+from rhapsody_mcp.backends.pilot.allocation_user import AllocationUser
+from rhapsody_mcp.backends.pilot.submission import has_allocation
+from rhapsody_mcp.model.errors import SchedulerUnavailable
+from rhapsody_mcp.schedulers.base import AllocationRequest, JobState, JobStatus, Partition, Scheduler, Verdict
+from rhapsody_mcp.testing import ScriptedBackend
+from tests.processes import wait_until
+
+pytestmark = pytest.mark.anyio
+
+
+class Waiting(Scheduler):
+    """A scheduler whose jobs stay pending. The first `unanswered` cancellations get no answer; the others wait for
+    `may_cancel`."""
+
+    name = "waiting"
+
+    def __init__(self, unanswered: int = 0) -> None:
+        self.unanswered, self.submitted = unanswered, 0
+        self.canceled: list[str] = []
+        self.may_cancel = asyncio.Event()
+
+    async def version(self) -> str:
+        return "1"
+
+    async def submit(self, request: AllocationRequest, script: str, log: Path) -> str:
+        self.submitted += 1
+        return str(self.submitted)
+
+    async def check(self, request: AllocationRequest, script: str) -> Verdict:
+        raise NotImplementedError
+
+    async def status(self, job_ids: Collection[str]) -> dict[str, JobStatus]:
+        return {job: JobStatus(state=JobState.PENDING) for job in job_ids}
+
+    async def find_jobs(self, job_name: str) -> list[str]:
+        return []
+
+    async def cancel(self, job_id: str) -> None:
+        if self.unanswered:
+            self.unanswered -= 1
+            raise SchedulerUnavailable("no answer")
+        await self.may_cancel.wait()
+        self.canceled.append(job_id)
+
+    async def partitions(self) -> list[Partition]:
+        return []
+
+
+def made(scheduler: Scheduler, folder: Path) -> tuple[Allocation, AllocationUser]:
+    """An allocation, and a backend that can ask for it."""
+    allocation = Allocation(AllocationRequest(nodes=1, minutes=1), scheduler, [])
+    allocation.keep_in(folder)
+    return allocation, cast(AllocationUser, ScriptedBackend(lambda *_: None))
+
+
+async def test_a_job_that_cannot_be_canceled_at_once_is_canceled_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "_AGAIN_S", 0.01)
+    scheduler = Waiting(unanswered=2)
+    scheduler.may_cancel.set()
+    allocation, user = made(scheduler, tmp_path)
+    start = asyncio.create_task(allocation.acquire(user))
+    await wait_until(lambda: allocation.job == "1", 10)
+    await allocation.leave(user)
+    assert (scheduler.canceled, scheduler.unanswered) == (["1"], 0)
+    assert not allocation.job and not has_allocation(tmp_path)
+    assert isinstance((await asyncio.gather(start, return_exceptions=True))[0], asyncio.CancelledError)
+
+
+async def test_a_start_waits_until_the_job_before_is_given_back(tmp_path: Path) -> None:
+    scheduler = Waiting()
+    allocation, user = made(scheduler, tmp_path)
+    start = asyncio.create_task(allocation.acquire(user))
+    await wait_until(lambda: allocation.job == "1", 10)
+    release = asyncio.create_task(allocation.leave(user))
+    await asyncio.gather(start, return_exceptions=True)
+    again = asyncio.create_task(allocation.acquire(user))
+    for _ in range(10):  # turns of the loop, more than a submission needs
+        await asyncio.sleep(0)
+    assert scheduler.submitted == 1
+    scheduler.may_cancel.set()
+    await release
+    await wait_until(lambda: allocation.job == "2", 10)
+    await allocation.leave(user)
+    assert scheduler.canceled == ["1", "2"]
+    await asyncio.gather(again, return_exceptions=True)
