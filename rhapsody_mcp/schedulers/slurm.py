@@ -44,10 +44,11 @@ _FORBIDDEN = {
     **dict.fromkeys(("--time", "-t", "--time-min"), "give minutes of create_session"),
     **dict.fromkeys(("--array", "-a", "--clusters", "-M", "--cluster"), "a session has one job on this cluster"),
     **dict.fromkeys(("--wrap", "--wait", "-W", "--test-only", "--parsable", "--output", "-o"), "the session sets it"),
+    **dict.fromkeys(("--job-name", "-J", "--quiet", "-Q"), "the session needs it to find the job"),
     **dict.fromkeys(("--help", "-h", "--usage", "--version", "-V"), "it submits nothing"),
 }
 """Options that other arguments stand for, or that change what `sbatch` prints or takes, each with what to do."""
-_FLAGS = "HIkOQsv"
+_FLAGS = "HIkOsv"
 """One-letter options of `sbatch` without a value: others may follow in the same word."""
 _DEAD_STATES = ("down", "error")
 """How the words of `sinfo` for dead nodes begin: "down*" is a node that does not answer. One that is "failing" works,
@@ -83,7 +84,9 @@ class Slurm(Scheduler):
         result = await run_command(arguments, self._job_environment, stdin=script, within_s=self._timeout_s)
         if result.exit_code != 0:
             raise _submission_error(result, partitions)
-        return result.stdout.split()[-1].partition(";")[0]  # "29", or "29;cluster" in a federation
+        if not (words := result.stdout.split()):
+            raise _unavailable(result)
+        return words[-1].partition(";")[0]  # "29", or "29;cluster" in a federation
 
     async def check(self, request: AllocationRequest, script: str) -> Verdict:
         partitions = await self.partitions()

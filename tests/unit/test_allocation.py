@@ -12,8 +12,9 @@ import pytest
 from rhapsody_mcp.backends.pilot import submission
 from rhapsody_mcp.backends.pilot.allocation import Allocation
 from rhapsody_mcp.backends.pilot.allocation_user import AllocationUser
-from rhapsody_mcp.backends.pilot.submission import has_allocation
-from rhapsody_mcp.model.errors import SchedulerUnavailable
+from rhapsody_mcp.backends.pilot.node_time import AllocationHistory
+from rhapsody_mcp.backends.pilot.submission import AllocationRecord, has_allocation
+from rhapsody_mcp.model.errors import BackendUnavailable, SchedulerUnavailable
 from rhapsody_mcp.schedulers.base import AllocationRequest, JobState, JobStatus, Partition, Scheduler, Verdict
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.processes import wait_until
@@ -31,6 +32,7 @@ class Waiting(Scheduler):
         self.unanswered, self.submitted = unanswered, 0
         self.canceled: list[str] = []
         self.may_cancel = asyncio.Event()
+        self.states: dict[str, JobState] = {}
 
     async def version(self) -> str:
         return "1"
@@ -43,7 +45,7 @@ class Waiting(Scheduler):
         raise NotImplementedError
 
     async def status(self, job_ids: Collection[str]) -> dict[str, JobStatus]:
-        return {job: JobStatus(state=JobState.PENDING) for job in job_ids}
+        return {job: JobStatus(state=self.states.get(job, JobState.PENDING)) for job in job_ids}
 
     async def find_jobs(self, job_name: str) -> list[str]:
         return []
@@ -98,3 +100,33 @@ async def test_a_start_waits_until_the_job_before_is_given_back(tmp_path: Path) 
     await allocation.leave(user)
     assert scheduler.canceled == ["1", "2"]
     await asyncio.gather(again, return_exceptions=True)
+
+
+@pytest.mark.parametrize("is_given_back", [False, True])
+async def test_a_job_that_had_a_pilot_counts_unless_it_is_given_back(tmp_path: Path, is_given_back: bool) -> None:
+    AllocationRecord("", 0, "rhapsody-x", "7", minutes=10, had_pilot=True).save(tmp_path)
+    scheduler = Waiting()
+    scheduler.may_cancel.set()
+    scheduler.states["7"] = JobState.RUNNING if is_given_back else JobState.ENDED
+    allocation, user = made(scheduler, tmp_path)
+    start = asyncio.create_task(allocation.acquire(user))
+    if is_given_back:
+        await wait_until(lambda: allocation.status is not None, 10)
+        await allocation.leave(user)
+    await asyncio.gather(start, return_exceptions=True)
+    assert [job.counts for job in AllocationHistory().jobs(tmp_path)] == [not is_given_back]
+
+
+async def test_a_job_that_cannot_be_canceled_is_kept_for_the_next_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "_CANCEL_S", 0.0)
+    monkeypatch.setattr(submission, "_AGAIN_S", 0.01)
+    allocation, user = made(Waiting(unanswered=1000), tmp_path)
+    start = asyncio.create_task(allocation.acquire(user))
+    await wait_until(lambda: allocation.job == "1", 10)
+    with pytest.raises(BackendUnavailable, match="job 1 could not be canceled, and may go on: no answer"):
+        await allocation.leave(user)
+    assert has_allocation(tmp_path)
+    allocation.detach()
+    await asyncio.gather(start, return_exceptions=True)

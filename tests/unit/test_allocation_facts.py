@@ -60,7 +60,7 @@ def test_jobs_that_are_over_are_found_again_by_the_next_service(tmp_path: Path) 
     history = AllocationHistory()
     history.add(tmp_path, node_time("6", REQUEST, ended, None))
     history.add(tmp_path, node_time("7", REQUEST, JobStatus(state=JobState.ENDED, ends_at=200), None))
-    assert history.jobs(tmp_path) == AllocationHistory().jobs(tmp_path) == [NodeTime("6", 2, 100, 160, False)]
+    assert history.jobs(tmp_path) == AllocationHistory().jobs(tmp_path) == [NodeTime("6", 2, 100, 160)]
     assert history.jobs(tmp_path)[0].node_s == 120
 
 

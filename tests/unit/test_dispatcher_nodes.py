@@ -215,6 +215,7 @@ async def test_a_job_that_no_node_was_asked_to_start_is_queued_again() -> None:
     two, second = scene.node("two", 2)
     scene.submit(job("a", 4), job("b", 1))
     scene.dispatcher.lose_node(one, "one is gone", set())
+    scene.dispatcher.processes.give_up_node("one", "one is gone")
     permission.set_result(True)
     for _ in range(10):  # turns of the loop, more than the answer needs
         await asyncio.sleep(0)
@@ -237,6 +238,17 @@ async def test_tasks_for_a_lost_node_end_with_the_reason_until_it_joins_again() 
     _, again = scene.node("one", 1)
     scene.submit(process_on("b", "one"))
     assert again.messages == [StartWorker("3"), StartTask(process_on("b", "one"), (), ("one",))]
+
+
+async def test_a_job_waits_for_a_node_that_is_away_also_where_others_came_than_were_expected() -> None:
+    scene = Scene(expected_nodes=2)
+    for name in ("one", "two", "three"):
+        scene.node(name, 1)
+    scene.dispatcher.lose_node(scene.dispatcher.nodes[2], "its network failed", set())
+    scene.submit(job("a", 3, ranks_per_node=1))
+    assert not scene.outcomes
+    scene.dispatcher.processes.give_up_node("three", "its network failed")
+    assert scene.outcomes["a"].cause is Cause.LOST
 
 
 async def test_a_job_that_fits_no_more_after_a_loss_is_lost_and_one_that_never_did_is_invalid() -> None:

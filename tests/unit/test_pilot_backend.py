@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
 from typing import Any, cast
 
@@ -95,3 +96,15 @@ async def test_a_cancellation_after_the_hand_over_does_not_reach_the_pilot() -> 
     await backend.close()
     assert not [body for body in granted.sent if isinstance(body, Cancel)]
     assert [type(event) for event in events] == [Ended]
+
+
+async def test_a_hand_over_does_not_wait_for_a_pilot_that_stops_an_engine() -> None:
+    granted = Granted()
+    backend = PilotBackend(ScriptedBackend(lambda *_: None), cast(Allocation, granted))
+    await backend.start()
+    rest = asyncio.create_task(backend.rest())
+    await asyncio.sleep(0)
+    backend.detach()
+    await rest
+    assert not granted.is_ended
+    await backend.close()

@@ -64,7 +64,7 @@ class ProcessDispatcher:
         """Start or refuse the first task of the queue. False where the task has to wait."""
         task = self.queue[0]
         layout = task.task_run.spec.layout
-        is_complete = len(self.nodes) + len(self._lost) >= self.expected_nodes
+        is_complete = not self._away and len(self.nodes) + len(self._lost) >= self.expected_nodes
         try:
             ranks = self._place(layout)
         except InvalidTask as error:

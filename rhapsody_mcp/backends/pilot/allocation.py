@@ -99,7 +99,7 @@ class Allocation:
         self._keeping_alive: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._ready = asyncio.Event()
-        self._failures, self._is_given_back = 0, False
+        self._failures, self._is_given_back, self._had_pilot = 0, False, False
         self._allocations, self._history = allocations, AllocationHistory()
         self._port, self._last_loss, self._end_cause = 0, "", ""
         self._background: set[asyncio.Future[None]] = set()
@@ -185,7 +185,6 @@ class Allocation:
         self._releasing = None
 
     async def _release(self) -> None:
-        self._is_given_back = True
         if self._starting is not None:
             self._starting.cancel()
             await asyncio.gather(self._starting, return_exceptions=True)
@@ -195,6 +194,7 @@ class Allocation:
         if not self.job:  # a job that was taken all the same finds nobody, and ends by itself
             self._close_connection()
             return
+        self._is_given_back = True
         if self._delivery is not None and self._delivery.is_connected:
             self._delivery.send(Release())
             if self._watch is not None:
@@ -275,7 +275,8 @@ class Allocation:
     async def _find_again(self, within_s: float = PATIENCE_S) -> None:
         """Find the job that an earlier service has requested. Raises BackendUnavailable."""
         if self.folder != Path() and (record := await self._submission.find_again(self.folder, within_s)) is not None:
-            self.job, self._pem, self._port = record.job, record.pem, record.port
+            self.job, self._pem, self._port, self._had_pilot = record.job, record.pem, record.port, record.had_pilot
+            self.request = msgspec.structs.replace(self.request, minutes=record.minutes or self._minutes)
 
     # --- the connection
 
@@ -331,9 +332,12 @@ class Allocation:
         if self._is_handed_over:
             return
         if isinstance(message, PilotReady):
-            self.pilot = message
-            if not message.sees_folder:
-                (self.folder / _APART).touch()
+            self.pilot, self._had_pilot = message, True
+            self._submission.note_pilot(self.folder)
+            with suppress(OSError):
+                (self.folder / _APART).unlink(missing_ok=True) if message.sees_folder else (
+                    self.folder / _APART
+                ).touch()
             self._ready.set()
             done: Awaitable[None] | None = None
         else:
@@ -434,11 +438,12 @@ class Allocation:
         """Forget the job, which is over, or ends by itself: its key opens nothing any more."""
         self._close_connection()
         self._pem, self._port = "", 0
-        used = node_time(self.job, self.request, self.status, self.pilot, is_given_back=self._is_given_back)
-        self._history.add(self.folder, used)
-        self._is_given_back = False
+        used = node_time(self.job, self.request, self.status, self.pilot, had_pilot=self._had_pilot)
+        counts = self._had_pilot and not self._is_given_back
+        self._history.add(self.folder, used and msgspec.structs.replace(used, counts=counts))
+        self._is_given_back = self._had_pilot = False
         self.job, self.pilot, self.status, self._delivery, self._end_cause = "", None, None, None, ""
         self._silent_since = None
         self._needed_by.clear()
-        (self.folder / _APART).unlink(missing_ok=True)
+        self._unsettled = []
         self._submission.forget(self.folder)

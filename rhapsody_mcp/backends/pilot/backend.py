@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ __all__ = ["PilotBackend"]
 
 _ALL_HERE_S = 1.0
 """How long after the first task of an earlier service all of them are submitted, in seconds."""
+_COPY_S = 30.0
+"""How long files that are on their way are waited for when another process takes over, in seconds."""
 _CLAIM_S = 60.0
 """How long events are kept for tasks that are not submitted yet, in seconds."""
 
@@ -106,8 +109,9 @@ class PilotBackend(BackendBase):
         self._allocation.keep_in(folder)
 
     def detach(self) -> None:
-        self._is_detached = True
+        self._is_detached = self._files.is_closed = True
         self._allocation.hand_over()
+        _resolve(self._rested)
 
     def check(self, spec: TaskSpec) -> None:
         self._local.check(spec)
@@ -149,12 +153,16 @@ class PilotBackend(BackendBase):
         self._rested = asyncio.get_running_loop().create_future()
         self._allocation.send(Rest(self.name))
         await self._rested
-        await self._allocation.leave(self)
+        if not self._is_detached:
+            await self._allocation.leave(self)
 
     async def _close(self) -> None:
         self._is_ready = False
         await self._give_up_start()
         if self._is_detached:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_COPY_S):
+                    await self._files.finish()
             self._allocation.detach()
         else:
             await self._allocation.leave(self)
@@ -333,12 +341,13 @@ class PilotBackend(BackendBase):
             await self.before_start([])
 
     async def _until_claimed(self) -> None:
-        """Return when this service has had the time to submit what an earlier one had: it does so once the backend is
-        ready."""
-        was_ready = False
-        while not was_ready:
-            was_ready = self._is_ready
+        """Return when this service has had the time to submit what an earlier one had: it does so once the start of the
+        backend is over."""
+        was_starting = True
+        while was_starting and self._closing is None:
+            was_starting = self._starting is not None
             await asyncio.sleep(_CLAIM_S)
+            was_starting |= self._starting is not None
 
 
 def _resolve(waiting: asyncio.Future[None] | None) -> None:

@@ -69,15 +69,16 @@ def node_time(
     status: JobStatus | None,
     pilot: PilotReady | None,
     *,
-    is_given_back: bool = False,
+    had_pilot: bool = False,
 ) -> NodeTime | None:
     """The nodes that the job has had, until now or until its end; None where the job has not started."""
     started = status.started_at if status is not None else None
     if started is None and pilot is not None:
         started = pilot.ends - 60 * request.minutes
+    if started is None and had_pilot:  # an earlier service saw the pilot: the job may have had all its time
+        started = time.time() - 60 * request.minutes
     if started is None:
         return None
     nodes = len(status.nodes) if status is not None and status.nodes else request.nodes
     ended = status.ends_at if status is not None and status.state is JobState.ENDED else None
-    counts = pilot is not None and not is_given_back
-    return NodeTime(job, nodes, started, time.time() if ended is None else ended, counts)
+    return NodeTime(job, nodes, started, time.time() if ended is None else ended)

@@ -20,7 +20,7 @@ __all__ = ["PATIENCE_S", "AllocationRecord", "Submission", "has_allocation", "wr
 _NAME = "allocation.json"
 PATIENCE_S = 600.0
 """How long a scheduler that does not answer is asked again for an allocation, in seconds."""
-_AGAIN_S = 15.0
+_AGAIN_S, _CANCEL_S = 15.0, 60.0
 
 
 class AllocationRecord(msgspec.Struct, frozen=True):
@@ -34,6 +34,10 @@ class AllocationRecord(msgspec.Struct, frozen=True):
     port: int
     job_name: str = ""
     job: str = ""
+    minutes: int = 0
+    """The time limit of the job; 0 in records of an older version."""
+    had_pilot: bool = False
+    """Whether the pilot of the job has reported."""
 
     def save(self, folder: Path) -> None:
         """Raises BackendUnavailable where the folder cannot be written."""
@@ -70,6 +74,7 @@ class Submission:
         self._scheduler = scheduler
         self.problem = ""
         """What the scheduler said last where it did not answer."""
+        self._record: AllocationRecord | None = None
 
     async def submit(
         self, request: AllocationRequest, script: str, log: Path, record: AllocationRecord, folder: Path
@@ -79,7 +84,7 @@ class Submission:
         Raises SchedulerRefusal, with nothing submitted, and BackendUnavailable: `find_again` tells whether there is a
         job.
         """
-        record = replace(record, job_name=f"rhapsody-{secrets.token_hex(4)}", job="")
+        record = replace(record, job_name=f"rhapsody-{secrets.token_hex(4)}", job="", minutes=request.minutes)
         record.save(folder)
         try:
             job = await self._submit_once(replace(request, job_name=record.job_name), script, log)
@@ -87,9 +92,17 @@ class Submission:
             self.forget(folder)
             raise
         self.problem = ""
+        self._record = replace(record, job=job)
         with suppress(BackendUnavailable):  # the name finds the job too
-            replace(record, job=job).save(folder)
+            self._record.save(folder)
         return job
+
+    def note_pilot(self, folder: Path) -> None:
+        """Note that the pilot of the job has reported."""
+        if self._record is not None and not self._record.had_pilot:
+            self._record = replace(self._record, had_pilot=True)
+            with suppress(BackendUnavailable):
+                self._record.save(folder)
 
     async def _submit_once(self, request: AllocationRequest, script: str, log: Path) -> str:
         deadline = asyncio.get_running_loop().time() + PATIENCE_S
@@ -118,23 +131,29 @@ class Submission:
         Raises BackendUnavailable where the scheduler must be asked, and does not answer.
         """
         record = AllocationRecord.load(folder)
-        if record is None or record.job:
-            return record
-        deadline = asyncio.get_running_loop().time() + within_s
-        return replace(record, job=await self._job_of(record.job_name, deadline))
+        if record is not None and not record.job:
+            deadline = asyncio.get_running_loop().time() + within_s
+            record = replace(record, job=await self._job_of(record.job_name, deadline))
+        self._record = record
+        return record
 
     async def cancel(self, job: str) -> None:
-        """Cancel the job; where the scheduler does not answer, try again for a while."""
-        deadline = asyncio.get_running_loop().time() + PATIENCE_S
-        while asyncio.get_running_loop().time() < deadline:
-            with suppress(SchedulerRefusal):
-                try:
-                    await self._scheduler.cancel(job)
-                except SchedulerUnavailable:
-                    await asyncio.sleep(_AGAIN_S)
-                    continue
+        """Cancel the job; where the scheduler does not answer, try again for a while. Raises BackendUnavailable where
+        the job may go on."""
+        deadline = asyncio.get_running_loop().time() + _CANCEL_S
+        while True:
+            try:
+                await self._scheduler.cancel(job)
+            except SchedulerRefusal:
+                pass
+            except SchedulerUnavailable as error:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise BackendUnavailable(f"job {job} could not be canceled, and may go on: {error}") from error
+                await asyncio.sleep(_AGAIN_S)
+                continue
             return
 
     def forget(self, folder: Path) -> None:
         """Forget the job, which is over."""
+        self._record = None
         (folder / _NAME).unlink(missing_ok=True)

@@ -102,7 +102,7 @@ class MultiNodeEngine(Engine):
 
     def _make_transport(self) -> Transport:
         context = tls.context(self._key, server=True)
-        self._node_transport = NodeTransport(context, self._agent_keeper, self._on_keeper_ended)
+        self._node_transport = NodeTransport(context, self._agent_keeper, self._on_keeper_ended, self._on_link_gone)
         return self._node_transport
 
     async def _start_keeper(self, address: str) -> KeeperHandle:
@@ -188,6 +188,11 @@ class MultiNodeEngine(Engine):
         else:
             self.lose(reason)
 
+    def _on_link_gone(self, link: NodeLink) -> None:
+        """A node is gone before its node agent was there again."""
+        if self.nodes_ready.done():
+            self._start_again_or_lose(link, f"node {link.host} was lost: it does not answer")
+
     # --- tasks
 
     def submit(self, task_runs: Sequence[TaskRun], report: Report) -> None:
@@ -241,6 +246,7 @@ class MultiNodeEngine(Engine):
             self._on_node_lost(f"{reason}; it joins again", None)
             link.start_keeper()
             return
+        link.is_given_up = True
         self.dispatcher.processes.give_up_node(link.host, reason)
         self._on_node_lost(reason, None if is_usable else link.host)
         link.end()

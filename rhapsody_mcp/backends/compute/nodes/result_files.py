@@ -35,6 +35,8 @@ class ResultFiles:
     ) -> None:
         self._find_node, self._reconnected = find_node, reconnected
         self._copies: set[asyncio.Task[None]] = set()
+        self.is_closed = False
+        """Whether an end is not reported any more where its files cannot be copied."""
 
     def report_with(self, report: Report, folder: str) -> Report:
         """Return a report function that copies files into `folder` before it calls `report`."""
@@ -58,6 +60,8 @@ class ResultFiles:
         try:
             outcome = await self._copied(event.outcome, folder)
         except OSError as error:
+            if self.is_closed:
+                return
             outcome = _without_files(event.outcome, f"it ended {event.outcome.state}, and its result is lost: {error}")
         report(Ended(event.uid, outcome))
 

@@ -25,7 +25,8 @@ class NodeTransport:
     """Listens for node links on all addresses of this node. Connections without the right key are refused.
 
     `keeper_for` makes the request with which a link starts the node agent; it is called when a link is connected.
-    `on_keeper_ended` is called when a node agent and its keeper have ended.
+    `on_keeper_ended` is called when a node agent and its keeper have ended, `on_link_gone` when the connection with a
+    node is lost whose node agent was not ready.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class NodeTransport:
         context: ssl.SSLContext,
         keeper_for: Callable[[NodeHello], StartKeeper],
         on_keeper_ended: Callable[[NodeLink], object] = lambda _: None,
+        on_link_gone: Callable[[NodeLink], object] = lambda _: None,
     ) -> None:
-        self._context, self.keeper_for, self.on_keeper_ended = context, keeper_for, on_keeper_ended
+        self._context, self.keeper_for = context, keeper_for
+        self.on_keeper_ended, self.on_link_gone = on_keeper_ended, on_link_gone
         self.links: set[NodeLink] = set()
         """The links that are connected."""
         self.known: dict[str, NodeLink] = {}
@@ -91,6 +94,8 @@ class NodeLink:
         """The end of the latest keeper; None while a keeper runs."""
         self.has_agent = False
         """Whether the node agent of the latest keeper has been ready."""
+        self.is_given_up = False
+        """Whether the engine goes on without this node."""
         self.changed = asyncio.Event()
         """Set when a keeper has ended, and when the connection is lost."""
         self.gone = asyncio.Event()
@@ -147,6 +152,8 @@ class NodeLink:
         self._transport.links.discard(self)
         self.changed.set()
         self.gone.set()
+        if self.hello is not None and not self.has_agent and not self.is_given_up:
+            self._transport.on_link_gone(self)
 
 
 class NodeConnection:
