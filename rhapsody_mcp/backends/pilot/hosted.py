@@ -66,6 +66,8 @@ class HostedBackend:
         self._none_runs = asyncio.Event()
         self._canceled: set[str] = set()
         self._copying: set[asyncio.Task[None]] = set()
+        self._inputs: dict[str, asyncio.Task[str]] = {}
+        """The copies of files of inputs, by the path at the service."""
         self._unsent: list[tuple[Event, int]] = []
         """Events that are not sent yet, each with the number of its task's attempt."""
         self._end_reason = ""
@@ -151,22 +153,36 @@ class HostedBackend:
                 self._report(Returned(run.spec.uid, str(error)))
 
     async def _submit_with_inputs(self, run: TaskRun) -> None:
-        """Copy the inputs to this node first; where the connection is lost meanwhile, over the next one."""
-        uid, bindings = run.spec.uid, None
-        while bindings is None:
-            connection = await self._connection()
-            try:
-                bindings = {
-                    of: await _copied(value, connection, run.results_folder) for of, value in run.bindings.items()
-                }
-            except OSError as error:
-                if not connection.lost.is_set():
-                    self._report(Ended(uid, failed(Cause.LOST, NOT_STARTED.format(error))))
-                    return
+        """Copy the inputs to this node first."""
+        uid, folder = run.spec.uid, run.results_folder
+        try:
+            bindings = {of: await self._local_value(value, folder) for of, value in run.bindings.items()}
+        except OSError as error:
+            self._report(Ended(uid, failed(Cause.LOST, NOT_STARTED.format(error))))
+            return
         if uid in self._canceled:
             self._report(Ended(uid, canceled(Cause.CANCELED, why_stopped(Cause.CANCELED))))
         else:
             self._submit_to_backend([replace(run, bindings=bindings)])
+
+    async def _local_value(self, value: Value, folder: str) -> Value:
+        """The value with its file on this node, which tasks share."""
+        if value.file is None:
+            return value
+        if value.file not in self._inputs:
+            self._inputs[value.file] = asyncio.create_task(self._fetch_input(value.file, folder))
+        return replace(value, file=await asyncio.shield(self._inputs[value.file]))
+
+    async def _fetch_input(self, path: str, folder: str) -> str:
+        """Copy the file to this node; where the connection is lost meanwhile, over the next one."""
+        while True:
+            connection = await self._connection()
+            try:
+                return await fetch_file(connection, path, folder)
+            except OSError:
+                if not connection.lost.is_set():
+                    del self._inputs[path]
+                    raise
 
     # --- events
 
@@ -230,17 +246,14 @@ class HostedBackend:
             self._orders.cancel()
             with suppress(asyncio.CancelledError):
                 await self._orders
-        for copying in self._copying:
-            copying.cancel()
-        await asyncio.gather(*self._copying, return_exceptions=True)
+        copying = [*self._copying, *self._inputs.values()]
+        for copy in copying:
+            copy.cancel()
+        await asyncio.gather(*copying, return_exceptions=True)
         await self._backend.close()
         for uid in list(self._live):  # their inputs were not here yet
             self._report(Returned(uid, reason))
         self._flush()
-
-
-async def _copied(value: Value, connection: Multiplexer, folder: str) -> Value:
-    return value if value.file is None else replace(value, file=await fetch_file(connection, value.file, folder))
 
 
 def _has_files(run: TaskRun) -> bool:
