@@ -69,3 +69,4 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     with anyio.move_on_after(_END_S, shield=True):
         await process.communicate()
+    process._transport.close()  # type: ignore[attr-defined]  # where another process holds its pipes

@@ -181,3 +181,12 @@ def test_uvicorns_server_takes_its_signals_in_a_method_of_its_own() -> None:
     server = uvicorn.Server(uvicorn.Config(_answer))
     assert server.should_exit is False
     assert "capture_signals" in vars(uvicorn.Server)
+
+
+@pytest.mark.anyio
+async def test_the_transport_of_a_process_can_be_closed() -> None:
+    process = await asyncio.create_subprocess_exec("true", stdout=asyncio.subprocess.PIPE)
+    await process.communicate()
+    transport = vars(process)["_transport"]
+    transport.close()
+    assert transport.is_closing() and process.returncode == 0
