@@ -25,6 +25,7 @@ STANDARD = {
     "_data": {"engine/isolation/process_state.py"},
     "_filters_mutated": {"engine/isolation/process_state.py"},
     "_inst": {"engine/isolation/library_state.py"},
+    "_transport": {"schedulers/commands.py"},
     "_event_loop_policy": {"engine/isolation/library_state.py"},
     "_lru_cache_wrapper": {"runtime/serialization.py"},
     "_CacheInfo": {"runtime/serialization.py"},
