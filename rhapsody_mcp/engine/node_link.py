@@ -23,7 +23,7 @@ import msgspec
 
 from rhapsody_mcp.engine.messages import EndNode, FromNode, KeeperEnded, LinkSettings, NodeHello, StartKeeper, ToNode
 from rhapsody_mcp.engine.network.dial import dial
-from rhapsody_mcp.engine.network.files import FileServer, fetch_file
+from rhapsody_mcp.engine.network.files import FileServer, SharedCopies, fetch_file
 from rhapsody_mcp.engine.network.multiplexer import PORT, PROCESS, Multiplexer, Stream
 from rhapsody_mcp.engine.network.ports import connect_to_port
 from rhapsody_mcp.engine.process.cleanup import end_remains, was_killed
@@ -65,8 +65,7 @@ class _NodeLink:
         self._settings, self._folder = settings, folder
         self._frames: Frames[ToNode] = Frames(ToNode)
         self._keepers: dict[str, asyncio.subprocess.Process] = {}
-        self._inputs: dict[str, asyncio.Task[str]] = {}
-        """The copies of files of inputs, by the path at the backend."""
+        self._inputs = SharedCopies(self._fetch_input)
         self._connection: Multiplexer | None = None
         self._watches: set[asyncio.Task[None]] = set()
         self._processes: set[_LocalConnection] = set()
@@ -198,18 +197,12 @@ class _NodeLink:
         """Copy the file that a process of this node asks for, once; answer with the path of the copy."""
         with suppress(OSError, asyncio.IncompleteReadError):
             path = os.fsdecode((await reader.readuntil(b"\0"))[:-1])
-            if path not in self._inputs:
-                self._inputs[path] = asyncio.create_task(self._fetch_input(path))
-            writer.write(os.fsencode(await asyncio.shield(self._inputs[path])))
+            writer.write(os.fsencode(await self._inputs.copy_of(path)))
         writer.close()
 
     async def _fetch_input(self, path: str) -> str:
         assert self._connection is not None, "it was dialed"
-        try:
-            return await fetch_file(self._connection, path, str(self._folder / RESULTS))
-        except OSError:
-            del self._inputs[path]
-            raise
+        return await fetch_file(self._connection, path, str(self._folder / RESULTS))
 
 
 class _LocalConnection(asyncio.Protocol):

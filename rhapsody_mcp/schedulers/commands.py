@@ -67,6 +67,8 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     """End the process and its children, which are in its process group."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    with anyio.move_on_after(_END_S, shield=True):
-        await process.communicate()
-    process._transport.close()  # type: ignore[attr-defined]  # where another process holds its pipes
+    try:
+        with anyio.move_on_after(_END_S, shield=True):
+            await process.communicate()
+    finally:
+        process._transport.close()  # type: ignore[attr-defined]  # where another process holds its pipes

@@ -18,6 +18,7 @@ import pytest
 from mcp import Client
 
 from tests.cluster.cluster import Cluster
+from tests.cluster.nodes import leftovers
 from tests.services import OwnService, own_service
 
 pytestmark = pytest.mark.anyio
@@ -148,13 +149,8 @@ async def closed_at_the_end(login: Login, client: Client) -> AsyncIterator[None]
     yield
     await call(client, "close_session", session="s", force=True)
     await login.until_no_job()
-    left: dict[str, list[str]] = {}
-    for _ in range(50):  # Slurm may take the processes of a job for ended a moment before they are
-        left = {node: login.left(node) for node in login.cluster.nodes}
-        if not any(left.values()):
-            break
-        await anyio.sleep(0.2)
-    assert not any(left.values()), left
+    for node in login.cluster.nodes:
+        assert await leftovers(login.cluster, node) == [], node
 
 
 async def test_tasks_of_each_kind_run_on_the_nodes_of_a_job_and_the_job_ends_with_the_session(login: Login) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +14,7 @@ from rhapsody_mcp.backends.compute.nodes.allocated import AllocatedNodes, Planne
 from rhapsody_mcp.backends.compute.nodes.engine import MultiNodeEngine, NodesConfig
 from rhapsody_mcp.backends.compute.placement import refuse_too_many_ranks
 from rhapsody_mcp.backends.environment import Environment, read_environment
+from rhapsody_mcp.backends.shared_run import SharedRun
 from rhapsody_mcp.engine.messages import LauncherName
 from rhapsody_mcp.engine.network.addresses import refuse_unknown_network
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings, InvalidTask
@@ -70,7 +70,7 @@ class ComputeBackend(BackendBase):
         self.environment, self.caps = read_environment(environment), caps or Caps()
         self.num_workers = num_workers or cores
         self._slots = num_workers
-        self._starting: asyncio.Task[None] | None = None
+        self._starting = SharedRun(self._start)
         self._engine: Engine | None = None
 
     def plan_nodes(self, count: int) -> None:
@@ -127,13 +127,7 @@ class ComputeBackend(BackendBase):
             raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
         if self._engine is not None and self._engine.loss is None:
             return
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start())
-            self._starting.add_done_callback(self._started)
-        await asyncio.shield(self._starting)
-
-    def _started(self, _: asyncio.Task[None]) -> None:
-        self._starting = None
+        await self._starting.join()
 
     async def _start(self) -> None:
         self._refuse_to_start()
@@ -221,9 +215,7 @@ class ComputeBackend(BackendBase):
             await self._engine.close()
 
     async def _close(self) -> None:
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
+        await self._starting.cancel()
         if self._engine is not None:
             await self._engine.close()
         self.progress = "closed"

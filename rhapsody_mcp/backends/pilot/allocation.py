@@ -32,6 +32,7 @@ from rhapsody_mcp.backends.pilot.messages import (
 from rhapsody_mcp.backends.pilot.node_time import AllocationHistory, node_time
 from rhapsody_mcp.backends.pilot.saved_events import load_events
 from rhapsody_mcp.backends.pilot.submission import PATIENCE_S, AllocationRecord, Submission, write_private
+from rhapsody_mcp.backends.shared_run import SharedRun
 from rhapsody_mcp.engine.network import tls
 from rhapsody_mcp.engine.network.addresses import reachable_addresses
 from rhapsody_mcp.engine.network.files import FileServer
@@ -97,15 +98,14 @@ class Allocation:
         self._unsettled: list[tuple[int, asyncio.Future[None]]] = []
         self._watch: asyncio.Task[None] | None = None
         self._keeping_alive: asyncio.Task[None] | None = None
-        self._starting: asyncio.Task[None] | None = None
+        self._starting, self._releasing = SharedRun(self._start), SharedRun(self._release)
         self._ready = asyncio.Event()
-        self._failures, self._is_given_back, self._had_pilot = 0, False, False
+        self._failures, self._is_given_back = 0, False
         self._allocations, self._history = allocations, AllocationHistory()
         self._port, self._last_loss, self._end_cause = 0, "", ""
         self._background: set[asyncio.Future[None]] = set()
         self._is_handed_over = False
         self._silent_since: float | None = None
-        self._releasing: asyncio.Task[None] | None = None
         self.result_folders: set[str] = set()
 
     @property
@@ -147,16 +147,9 @@ class Allocation:
 
     async def acquire(self, user: AllocationUser) -> None:
         """Return when a pilot is there, or when `is_over`. Raises BackendUnavailable where the job ends before."""
-        while self._releasing is not None:
-            await asyncio.wait({self._releasing})
+        await self._releasing.until_none()
         self._needed_by.add(user.name)
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start())
-            self._starting.add_done_callback(self._forget_start)
-        await asyncio.shield(self._starting)
-
-    def _forget_start(self, _: asyncio.Task[None]) -> None:
-        self._starting = None
+        await self._starting.join()
 
     @property
     def is_over(self) -> bool:
@@ -176,18 +169,10 @@ class Allocation:
 
     async def release(self) -> None:
         """End the job and give its nodes back; return when the scheduler has them. A start waits for that."""
-        if self._releasing is None:
-            self._releasing = asyncio.create_task(self._release())
-            self._releasing.add_done_callback(self._forget_release)
-        await asyncio.shield(self._releasing)
-
-    def _forget_release(self, _: asyncio.Task[None]) -> None:
-        self._releasing = None
+        await self._releasing.join()
 
     async def _release(self) -> None:
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
+        await self._starting.cancel()
         if not self.job:
             with suppress(BackendUnavailable):
                 await self._find_again(_RELEASE_S)
@@ -275,7 +260,7 @@ class Allocation:
     async def _find_again(self, within_s: float = PATIENCE_S) -> None:
         """Find the job that an earlier service has requested. Raises BackendUnavailable."""
         if self.folder != Path() and (record := await self._submission.find_again(self.folder, within_s)) is not None:
-            self.job, self._pem, self._port, self._had_pilot = record.job, record.pem, record.port, record.had_pilot
+            self.job, self._pem, self._port = record.job, record.pem, record.port
             self.request = msgspec.structs.replace(self.request, minutes=record.minutes or self._minutes)
 
     # --- the connection
@@ -332,12 +317,13 @@ class Allocation:
         if self._is_handed_over:
             return
         if isinstance(message, PilotReady):
-            self.pilot, self._had_pilot = message, True
+            self.pilot = message
             self._submission.note_pilot(self.folder)
             with suppress(OSError):
-                (self.folder / _APART).unlink(missing_ok=True) if message.sees_folder else (
-                    self.folder / _APART
-                ).touch()
+                if message.sees_folder:
+                    (self.folder / _APART).unlink(missing_ok=True)
+                else:
+                    (self.folder / _APART).touch()
             self._ready.set()
             done: Awaitable[None] | None = None
         else:
@@ -438,10 +424,11 @@ class Allocation:
         """Forget the job, which is over, or ends by itself: its key opens nothing any more."""
         self._close_connection()
         self._pem, self._port = "", 0
-        used = node_time(self.job, self.request, self.status, self.pilot, had_pilot=self._had_pilot)
-        counts = self._had_pilot and not self._is_given_back
+        had_pilot = self._submission.had_pilot
+        used = node_time(self.job, self.request, self.status, self.pilot, had_pilot=had_pilot)
+        counts = had_pilot and not self._is_given_back
         self._history.add(self.folder, used and msgspec.structs.replace(used, counts=counts))
-        self._is_given_back = self._had_pilot = False
+        self._is_given_back = False
         self.job, self.pilot, self.status, self._delivery, self._end_cause = "", None, None, None, ""
         self._silent_since = None
         self._needed_by.clear()

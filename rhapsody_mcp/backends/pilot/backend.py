@@ -28,6 +28,7 @@ from rhapsody_mcp.backends.pilot.messages import (
     Start,
     Submit,
 )
+from rhapsody_mcp.backends.shared_run import SharedRun
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 from rhapsody_mcp.model.outcome import canceled, failed, why_stopped
 from rhapsody_mcp.model.specs import TaskRun, TaskSpec
@@ -73,7 +74,7 @@ class PilotBackend(BackendBase):
         self._facts: dict[str, Any] = {}
         self._progress = ""
         self._is_ready = self._is_detached = self._is_draining = False
-        self._starting: asyncio.Task[None] | None = None
+        self._starting = SharedRun(self._start)
         self._started: asyncio.Future[None] | None = None
         self._rested: asyncio.Future[None] | None = None
         self._files = ResultFiles(allocation.node_of, allocation.reconnected)
@@ -126,13 +127,7 @@ class PilotBackend(BackendBase):
             raise BackendUnavailable(f"backend {self.name!r} is closed; make a new one.")
         if self._is_ready:
             return
-        if self._starting is None:
-            self._starting = asyncio.create_task(self._start())
-            self._starting.add_done_callback(self._forget_start)
-        await asyncio.shield(self._starting)
-
-    def _forget_start(self, _: asyncio.Task[None]) -> None:
-        self._starting = None
+        await self._starting.join()
 
     async def _start(self) -> None:
         await self._allocation.acquire(self)
@@ -145,7 +140,7 @@ class PilotBackend(BackendBase):
 
     async def rest(self) -> None:
         if not self._is_ready:  # the start has failed, or no task waits for it
-            await self._give_up_start()
+            await self._starting.cancel()
             await self._allocation.leave(self)
             return
         self._is_ready = False
@@ -158,7 +153,7 @@ class PilotBackend(BackendBase):
 
     async def _close(self) -> None:
         self._is_ready = False
-        await self._give_up_start()
+        await self._starting.cancel()
         if self._is_detached:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_COPY_S):
@@ -170,15 +165,13 @@ class PilotBackend(BackendBase):
         for live in list(self._live.values()):
             self._end_canceled(live)
 
-    async def _give_up_start(self) -> None:
-        if self._starting is not None:
-            self._starting.cancel()
-            await asyncio.gather(self._starting, return_exceptions=True)
-
     def lose(self, reason: str, unsent: Sequence[Body]) -> None:
         """The pilot is gone, and never got the messages `unsent`."""
         self._is_ready, self._is_draining, self._loss = False, False, reason or self._loss
         never_sent = {run.spec.uid for body in unsent if isinstance(body, Submit) for run in body.task_runs}
+        unnoted = set[str]()  # notes of starts are complete where the nodes see the results folder
+        if not self._allocation.notes_are_complete:
+            unnoted = {uid for uid, live in self._live.items() if live.is_sent} - never_sent
         noted = starts_in({live.run.results_folder for live in self._live.values()})
         for waiting in (self._started, self._rested):
             if waiting is not None and not waiting.done():
@@ -187,16 +180,10 @@ class PilotBackend(BackendBase):
         for uid, live in list(self._live.items()):
             if live.is_canceled:
                 self._end_canceled(live)
-            elif self._may_have_started(live, uid in never_sent, noted):
+            elif live.started or (uid, live.run.attempt) in noted or uid in unnoted:
                 self._end(live, Ended(uid, failed(Cause.LOST, reason)))
             else:
                 self._end(live, Returned(uid, reason))
-
-    def _may_have_started(self, live: _Live, is_never_sent: bool, noted: Collection[tuple[str, int]]) -> bool:
-        """Whether the task may have started. Notes of starts are complete where the nodes see the results folder."""
-        if live.started or (live.run.spec.uid, live.run.attempt) in noted:
-            return True
-        return live.is_sent and not is_never_sent and not self._allocation.notes_are_complete
 
     # --- tasks
 
@@ -256,7 +243,7 @@ class PilotBackend(BackendBase):
     @property
     def is_waiting(self) -> bool:
         """Whether no task of this backend runs in the allocation, or is about to."""
-        return self._starting is None and not any(live.is_sent for live in self._live.values())
+        return not self._starting.goes_on and not any(live.is_sent for live in self._live.values())
 
     def cancel(self, uids: Collection[str]) -> None:
         if self._is_detached:  # the tasks go on there
@@ -345,9 +332,9 @@ class PilotBackend(BackendBase):
         backend is over."""
         was_starting = True
         while was_starting and self._closing is None:
-            was_starting = self._starting is not None
+            was_starting = self._starting.goes_on
             await asyncio.sleep(_CLAIM_S)
-            was_starting |= self._starting is not None
+            was_starting |= self._starting.goes_on
 
 
 def _resolve(waiting: asyncio.Future[None] | None) -> None:

@@ -27,10 +27,10 @@ from rhapsody_mcp.backends.pilot.messages import (
     Start,
     Submit,
 )
-from rhapsody_mcp.engine.network.files import fetch_file
+from rhapsody_mcp.engine.network.files import SharedCopies, fetch_file
 from rhapsody_mcp.engine.network.multiplexer import Multiplexer
 from rhapsody_mcp.engine.supervisor import GRACE_S
-from rhapsody_mcp.engine.task.node_files import results_folder
+from rhapsody_mcp.engine.task.node_files import RESULTS, results_folder
 from rhapsody_mcp.engine.task.start_log import NOT_STARTED
 from rhapsody_mcp.model.errors import BackendUnavailable, RhapsodyError
 from rhapsody_mcp.model.outcome import canceled, failed, why_stopped
@@ -66,8 +66,7 @@ class HostedBackend:
         self._none_runs = asyncio.Event()
         self._canceled: set[str] = set()
         self._copying: set[asyncio.Task[None]] = set()
-        self._inputs: dict[str, asyncio.Task[str]] = {}
-        """The copies of files of inputs, by the path at the service."""
+        self._inputs = SharedCopies(self._fetch_input)
         self._unsent: list[tuple[Event, int]] = []
         """Events that are not sent yet, each with the number of its task's attempt."""
         self._end_reason = ""
@@ -154,9 +153,9 @@ class HostedBackend:
 
     async def _submit_with_inputs(self, run: TaskRun) -> None:
         """Copy the inputs to this node first."""
-        uid, folder = run.spec.uid, run.results_folder
+        uid = run.spec.uid
         try:
-            bindings = {of: await self._local_value(value, folder) for of, value in run.bindings.items()}
+            bindings = {of: await self._local_value(value) for of, value in run.bindings.items()}
         except OSError as error:
             self._report(Ended(uid, failed(Cause.LOST, NOT_STARTED.format(error))))
             return
@@ -165,23 +164,17 @@ class HostedBackend:
         else:
             self._submit_to_backend([replace(run, bindings=bindings)])
 
-    async def _local_value(self, value: Value, folder: str) -> Value:
-        """The value with its file on this node, which tasks share."""
-        if value.file is None:
-            return value
-        if value.file not in self._inputs:
-            self._inputs[value.file] = asyncio.create_task(self._fetch_input(value.file, folder))
-        return replace(value, file=await asyncio.shield(self._inputs[value.file]))
+    async def _local_value(self, value: Value) -> Value:
+        return value if value.file is None else replace(value, file=await self._inputs.copy_of(value.file))
 
-    async def _fetch_input(self, path: str, folder: str) -> str:
+    async def _fetch_input(self, path: str) -> str:
         """Copy the file to this node; where the connection is lost meanwhile, over the next one."""
         while True:
             connection = await self._connection()
             try:
-                return await fetch_file(connection, path, folder)
+                return await fetch_file(connection, path, f"{self._folder}/{RESULTS}")
             except OSError:
                 if not connection.lost.is_set():
-                    del self._inputs[path]
                     raise
 
     # --- events
@@ -246,10 +239,10 @@ class HostedBackend:
             self._orders.cancel()
             with suppress(asyncio.CancelledError):
                 await self._orders
-        copying = [*self._copying, *self._inputs.values()]
-        for copy in copying:
-            copy.cancel()
-        await asyncio.gather(*copying, return_exceptions=True)
+        for copying in self._copying:
+            copying.cancel()
+        await asyncio.gather(*self._copying, return_exceptions=True)
+        await self._inputs.cancel()
         await self._backend.close()
         for uid in list(self._live):  # their inputs were not here yet
             self._report(Returned(uid, reason))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import msgspec
 
 from rhapsody_mcp.backends.pilot.messages import Body, Events
+from rhapsody_mcp.backends.pilot.submission import write_private
+from rhapsody_mcp.model.errors import BackendUnavailable
 
 __all__ = ["load_events", "save_events"]
 
@@ -21,10 +22,8 @@ def save_events(folder: str, messages: Sequence[Body]) -> None:
     events = [message for message in messages if isinstance(message, Events)]
     if not events:
         return
-    with suppress(OSError):
-        part = Path(folder, f"{_NAME}.part")
-        part.write_bytes(msgspec.msgpack.encode(events))
-        os.replace(part, Path(folder, _NAME))
+    with suppress(BackendUnavailable):
+        write_private(Path(folder, _NAME), msgspec.msgpack.encode(events))
 
 
 def load_events(folder: str) -> list[Events]:

@@ -86,16 +86,22 @@ class Submission:
         """
         record = replace(record, job_name=f"rhapsody-{secrets.token_hex(4)}", job="", minutes=request.minutes)
         record.save(folder)
+        self._record = record
         try:
             job = await self._submit_once(replace(request, job_name=record.job_name), script, log)
         except SchedulerRefusal:
             self.forget(folder)
             raise
         self.problem = ""
-        self._record = replace(record, job=job)
+        self._record = replace(self._record, job=job)
         with suppress(BackendUnavailable):  # the name finds the job too
             self._record.save(folder)
         return job
+
+    @property
+    def had_pilot(self) -> bool:
+        """Whether the pilot of the job has reported, to this service or to an earlier one."""
+        return self._record is not None and self._record.had_pilot
 
     def note_pilot(self, folder: Path) -> None:
         """Note that the pilot of the job has reported."""
@@ -143,15 +149,13 @@ class Submission:
         deadline = asyncio.get_running_loop().time() + _CANCEL_S
         while True:
             try:
-                await self._scheduler.cancel(job)
-            except SchedulerRefusal:
-                pass
+                with suppress(SchedulerRefusal):
+                    await self._scheduler.cancel(job)
+                return
             except SchedulerUnavailable as error:
                 if asyncio.get_running_loop().time() > deadline:
                     raise BackendUnavailable(f"job {job} could not be canceled, and may go on: {error}") from error
-                await asyncio.sleep(_AGAIN_S)
-                continue
-            return
+            await asyncio.sleep(_AGAIN_S)
 
     def forget(self, folder: Path) -> None:
         """Forget the job, which is over."""

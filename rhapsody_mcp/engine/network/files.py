@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from typing import Any
 
 from rhapsody_mcp.engine.network.multiplexer import FILE, Multiplexer, Stream
 from rhapsody_mcp.engine.task.output import end_part, open_part
 
-__all__ = ["FileServer", "fetch_file"]
+__all__ = ["FileServer", "SharedCopies", "fetch_file"]
 
 _SIZE_BYTES = 8
 _PIECE_BYTES = 1 << 18
@@ -38,6 +39,36 @@ async def fetch_file(connection: Multiplexer, path: str, folder: str) -> str:
         raise OSError(error.errno, f"{path} could not be copied: {error.strerror or error}") from error
     finally:
         stream.end()
+
+
+class SharedCopies:
+    """Copies each file once, however many ask for it; a copy that failed is made again for the next who asks.
+
+    `fetch` copies the file at a path of the other end, and returns the path of the copy, or raises OSError.
+    """
+
+    def __init__(self, fetch: Callable[[str], Coroutine[Any, Any, str]]) -> None:
+        self._fetch = fetch
+        self._copies: dict[str, asyncio.Task[str]] = {}
+
+    async def copy_of(self, path: str) -> str:
+        """The path of the copy. Raises OSError."""
+        if path not in self._copies:
+            self._copies[path] = asyncio.create_task(self._copy(path))
+        return await asyncio.shield(self._copies[path])
+
+    async def _copy(self, path: str) -> str:
+        try:
+            return await self._fetch(path)
+        except OSError:
+            del self._copies[path]
+            raise
+
+    async def cancel(self) -> None:
+        """End the copies that are under way."""
+        for copy in self._copies.values():
+            copy.cancel()
+        await asyncio.gather(*self._copies.values(), return_exceptions=True)
 
 
 class _ArrivingFile:
