@@ -319,6 +319,22 @@ async def test_a_preempted_job_that_is_queued_again_goes_on_with_what_had_not_st
             assert state["counts"]["DONE"] >= 4 and set(login.runs.values()) == {1} and len(login.runs) == 8
 
 
+async def test_a_job_that_is_run_again_while_no_service_is_there_runs_nothing_twice(login: Login) -> None:
+    async with login.client() as client:
+        await login.open(client, scheduler={"lines": ["--requeue"]})
+        await login.submit(client, 8, 3)
+        await login.until_started(4)
+    os.kill(login.service.pid, signal.SIGKILL)
+    (job,) = login.jobs()
+    login.cluster.run("scontrol", "requeue", job)
+    await login.until_started_again(job)
+    async with login.client() as client:
+        async with closed_at_the_end(login, client):
+            state = await login.wait(client, 240)
+            assert login.runs == Counter({str(number): 1 for number in range(8)})
+            assert set(state["counts"]) == {"DONE", "FAILED"} and state["counts"]["DONE"] >= 4
+
+
 async def test_a_node_that_dies_takes_its_own_tasks_alone(login: Login) -> None:
     async with login.client() as client:
         await login.open(client)

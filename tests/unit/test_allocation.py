@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from rhapsody_mcp.backends.base import Running
 from rhapsody_mcp.backends.pilot import submission
 from rhapsody_mcp.backends.pilot.allocation import Allocation
 from rhapsody_mcp.backends.pilot.allocation_user import AllocationUser
+from rhapsody_mcp.backends.pilot.messages import Events, Progress
 from rhapsody_mcp.backends.pilot.node_time import AllocationHistory
+from rhapsody_mcp.backends.pilot.saved_events import load_events, save_events
 from rhapsody_mcp.backends.pilot.submission import AllocationRecord, has_allocation
 from rhapsody_mcp.model.errors import BackendUnavailable, SchedulerUnavailable
 from rhapsody_mcp.schedulers.base import AllocationRequest, JobState, JobStatus, Partition, Scheduler, Verdict
@@ -104,7 +107,7 @@ async def test_a_start_waits_until_the_job_before_is_given_back(tmp_path: Path) 
 
 @pytest.mark.parametrize("is_given_back", [False, True])
 async def test_a_job_that_had_a_pilot_counts_unless_it_is_given_back(tmp_path: Path, is_given_back: bool) -> None:
-    AllocationRecord("", 0, "rhapsody-x", "7", minutes=10, had_pilot=True).save(tmp_path)
+    AllocationRecord("", 0, "rhapsody-x", "7", minutes=10, pilot_life="a").save(tmp_path)
     scheduler = Waiting()
     scheduler.may_cancel.set()
     scheduler.states["7"] = JobState.RUNNING if is_given_back else JobState.ENDED
@@ -130,3 +133,30 @@ async def test_a_job_that_cannot_be_canceled_is_kept_for_the_next_service(
     assert has_allocation(tmp_path)
     allocation.detach()
     await asyncio.gather(start, return_exceptions=True)
+
+
+async def test_events_that_a_service_has_not_recorded_are_for_the_next_one(tmp_path: Path) -> None:
+    first, second = (Events("scripted", [Running(uid, 1.0)], [1]) for uid in "ab")
+    save_events(tmp_path, [first, Progress("scripted", "ready")])
+    save_events(tmp_path, [second])
+    assert load_events(tmp_path) == [first, second] and has_allocation(tmp_path)
+    scheduler, received, recorded = Waiting(), list[object](), asyncio.Event()
+
+    class User:
+        name = "scripted"
+
+        def receive(self, message: object) -> Awaitable[None]:
+            received.append(message)
+            return asyncio.ensure_future(self._recorded())
+
+        async def _recorded(self) -> None:
+            await recorded.wait()
+
+    allocation, _ = made(scheduler, tmp_path)
+    user = cast(AllocationUser, User())
+    allocation.users["scripted"] = user
+    await allocation.acquire(user)
+    assert (allocation.is_over, received, scheduler.submitted) == (True, [first, second], 0)
+    assert has_allocation(tmp_path)
+    recorded.set()
+    await wait_until(lambda: not has_allocation(tmp_path), 10)

@@ -18,10 +18,16 @@ class End:
     """One end of a conversation, which settles each message at once, or never. With `drops`, what was meant for a
     process is dropped with the process."""
 
-    def __init__(self, *, settles: bool = True, drops: bool = False) -> None:
+    def __init__(self, *, settles: bool = True, drops: bool = False, other_life: str = "") -> None:
         self.received: list[object] = []
+        self.delivered: list[object] = []
         self.new_lives = 0
-        self.delivery: Delivery[FromPilot | FromService] = Delivery(self._receive, on_new_life=self._on_new_life)
+        self.delivery: Delivery[FromPilot | FromService] = Delivery(
+            self._receive,
+            on_new_life=self._on_new_life,
+            on_delivered=self.delivered.append,
+            other_life=other_life,
+        )
         self._settles, self._drops = settles, drops
 
     def _receive(self, message: FromPilot | FromService, number: int) -> None:
@@ -103,7 +109,9 @@ async def test_a_message_that_was_received_and_not_settled_comes_once_to_the_sam
     pilot.delivery.send(Progress("b", "ready"))
     await until(lambda: len(service.received) == 2)
     assert service.received == [Progress("b", "starting"), Progress("b", "ready")]
-    assert len(pilot.delivery.unacknowledged) == 2
+    assert len(pilot.delivery.unacknowledged) == 2 and not pilot.delivered
+    service.delivery.settle(1)
+    await until(lambda: pilot.delivered == [Progress("b", "starting")])
 
 
 async def test_a_new_process_gets_all_that_the_one_before_had_not_settled() -> None:
@@ -133,3 +141,18 @@ async def test_orders_for_a_process_that_is_gone_are_not_sent_to_the_next() -> N
     service.delivery.send(order(2))
     await until(lambda: len(second.received) == 1)
     assert second.received == [order(2)]
+
+
+async def test_a_process_learns_that_the_other_end_is_not_the_one_that_the_process_before_knew() -> None:
+    first, pilot = End(), End()
+    wire = Wire(first, pilot)
+    await until(lambda: first.delivery.is_connected)
+    wire.cut()
+    life = first.delivery.other_life
+    second, third = End(other_life=life), End(other_life=life)
+    wire = Wire(second, pilot)
+    await until(lambda: second.delivery.is_connected)
+    wire.cut()
+    Wire(third, End())
+    await until(lambda: third.delivery.is_connected)
+    assert (second.new_lives, third.new_lives) == (0, 1)

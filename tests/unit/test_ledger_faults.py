@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from itertools import count, takewhile
 from pathlib import Path
 from typing import IO
 
@@ -106,8 +107,11 @@ async def test_while_a_disk_fills_and_empties_what_was_refused_is_not_there_and_
     taken: set[int] = set()
     refused: set[int] = set()
 
+    def is_short(number: int) -> bool:
+        return number < 1000 or min(len(taken), len(refused)) <= 100
+
     async def submit(lane: int) -> None:
-        for number in range(lane, 1000, 20):
+        for number in takewhile(is_short, count(lane, 20)):
             try:
                 new = PutTasks((task(number, recipe=b"x" * 200),)), ended(number)
                 await ledger.commit(*new, timeout_s=chance.choice((0.0, 0.002, 0.05, 0.3)))
@@ -131,7 +135,6 @@ async def test_while_a_disk_fills_and_empties_what_was_refused_is_not_there_and_
         assert await ledger.flush(30)
     async with opened(roomy / "state", journal) as ledger:
         assert {row.number for row in await ledger.tasks("s")} == taken
-        assert len(taken) > 100 and len(refused) > 100
 
 
 async def test_a_log_that_takes_all_the_room_is_brought_into_the_ledger(small: Path) -> None:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from rhapsody_mcp.backends.base import Ended, Event, Running
+from rhapsody_mcp.backends.compute.nodes.result_files import delete_files
 from rhapsody_mcp.backends.pilot.allocation import Allocation
 from rhapsody_mcp.backends.pilot.backend import PilotBackend
 from rhapsody_mcp.backends.pilot.messages import BackendReady, Body, Cancel, Events, Start, Submit
-from rhapsody_mcp.model.outcome import canceled
+from rhapsody_mcp.engine.task.start_log import log_start
+from rhapsody_mcp.model.outcome import RankOutcome, canceled
 from rhapsody_mcp.model.states import Cause
+from rhapsody_mcp.model.values import Stream, Value
 from rhapsody_mcp.testing import ScriptedBackend
 from tests.processes import wait_until
-from tests.unit.dispatching import function
+from tests.unit.dispatching import DONE, function
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +30,7 @@ class Granted:
     """An allocation whose pilot answers each start of a backend."""
 
     is_over = False
+    why_run_again = ""
 
     def __init__(self) -> None:
         self.users: dict[str, PilotBackend] = {}
@@ -108,3 +114,33 @@ async def test_a_hand_over_does_not_wait_for_a_pilot_that_stops_an_engine() -> N
     await rest
     assert not granted.is_ended
     await backend.close()
+
+
+@pytest.mark.parametrize("how", ["noted", "reported"])
+async def test_what_the_pilot_before_had_started_does_not_run_again(tmp_path: Path, how: str) -> None:
+    granted, events = Granted(), list[Event]()
+    granted.why_run_again = "job 7 was run again"
+    backend = PilotBackend(ScriptedBackend(lambda *_: None), cast(Allocation, granted))
+    await backend.start()
+    if how == "noted":
+        log_start(str(tmp_path), "a", 1)
+    else:
+        tell(backend, Running("a", 1.0))
+    runs = [msgspec.structs.replace(function(uid), results_folder=str(tmp_path)) for uid in ("a", "b")]
+    backend.submit(runs, events.append, cast(Any, None))
+    await wait_until(lambda: granted.submitted == ["b"], 10)
+    (ended,) = [event for event in events if isinstance(event, Ended)]
+    assert (ended.uid, ended.outcome.cause, ended.outcome.error) == ("a", Cause.LOST, "job 7 was run again")
+    await backend.close()
+
+
+def test_of_the_files_of_a_result_those_of_this_node_are_deleted(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("value", "output", "elsewhere/value", "other")]
+    (tmp_path / "elsewhere").mkdir()
+    for file in files:
+        file.touch()
+    value, output, elsewhere = map(str, files[:3])
+    values = [Value("json", "str", 1, file=path) for path in (value, elsewhere)]
+    ranks = tuple(RankOutcome(number, value=of) for number, of in enumerate(values))
+    delete_files(msgspec.structs.replace(DONE, stdout=Stream(file=output), ranks=ranks), str(tmp_path))
+    assert [path for path in files if path.exists()] == files[2:]

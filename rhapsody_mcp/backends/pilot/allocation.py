@@ -22,7 +22,6 @@ from rhapsody_mcp.backends.pilot.delivery import Delivery
 from rhapsody_mcp.backends.pilot.job_script import job_script, why_ended
 from rhapsody_mcp.backends.pilot.messages import (
     Body,
-    Events,
     FromPilot,
     PilotConfig,
     PilotReady,
@@ -30,8 +29,9 @@ from rhapsody_mcp.backends.pilot.messages import (
     Release,
 )
 from rhapsody_mcp.backends.pilot.node_time import AllocationHistory, node_time
-from rhapsody_mcp.backends.pilot.saved_events import load_events
-from rhapsody_mcp.backends.pilot.submission import PATIENCE_S, AllocationRecord, Submission, write_private
+from rhapsody_mcp.backends.pilot.private_files import write_private
+from rhapsody_mcp.backends.pilot.saved_events import forget_events, load_events
+from rhapsody_mcp.backends.pilot.submission import PATIENCE_S, AllocationRecord, Submission
 from rhapsody_mcp.backends.shared_run import SharedRun
 from rhapsody_mcp.engine.network import tls
 from rhapsody_mcp.engine.network.addresses import reachable_addresses
@@ -103,9 +103,12 @@ class Allocation:
         self._failures, self._is_given_back = 0, False
         self._allocations, self._history = allocations, AllocationHistory()
         self._port, self._last_loss, self._end_cause = 0, "", ""
-        self._background: set[asyncio.Future[None]] = set()
+        self._recording: asyncio.Task[None] | None = None
         self._is_handed_over = False
         self._silent_since: float | None = None
+        self._pilot_life = ""
+        self.why_run_again = ""
+        """Why the job has another pilot than the one that had the session's tasks; empty where it has not."""
         self.result_folders: set[str] = set()
 
     @property
@@ -210,12 +213,13 @@ class Allocation:
             return
         if not self.job:
             await self._find_again()
+        if not self.job and self._recording is None and self._take_saved_events():
+            return  # the service before ended in the moment between the end of its job and its note of that
         is_resumed = bool(self.job)
         await self._listen()
         if not is_resumed:
             await self._request()
-        self._watch = self._watch or asyncio.create_task(self._watch_job(self.job))
-        ended = self._watch
+        self._watch = ended = self._watch or asyncio.create_task(self._watch_job(self.job))
         ready = asyncio.create_task(self._ready.wait())
         try:
             await asyncio.wait([ready, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -260,7 +264,7 @@ class Allocation:
     async def _find_again(self, within_s: float = PATIENCE_S) -> None:
         """Find the job that an earlier service has requested. Raises BackendUnavailable."""
         if self.folder != Path() and (record := await self._submission.find_again(self.folder, within_s)) is not None:
-            self.job, self._pem, self._port = record.job, record.pem, record.port
+            self.job, self._pem, self._port, self._pilot_life = record.job, record.pem, record.port, record.pilot_life
             self.request = msgspec.structs.replace(self.request, minutes=record.minutes or self._minutes)
 
     # --- the connection
@@ -273,7 +277,7 @@ class Allocation:
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(dir=base))
         self._pem = self._pem or new_key()
-        self._delivery = Delivery(self._receive, on_new_life=self._on_new_pilot)
+        self._delivery = Delivery(self._receive, on_new_life=self._on_new_pilot, other_life=self._pilot_life)
         self._keeping_alive = asyncio.create_task(self._delivery.keep_alive())
         loop, context = asyncio.get_running_loop(), tls.context(self._pem, server=True)
         for port in dict.fromkeys([self._port, 0]):  # the port of the service before, where it is free
@@ -317,8 +321,9 @@ class Allocation:
         if self._is_handed_over:
             return
         if isinstance(message, PilotReady):
+            assert self._delivery is not None, "the message came through it"
             self.pilot = message
-            self._submission.note_pilot(self.folder)
+            self._submission.note_pilot(self._delivery.other_life, self.folder)
             with suppress(OSError):
                 if message.sees_folder:
                     (self.folder / _APART).unlink(missing_ok=True)
@@ -385,8 +390,7 @@ class Allocation:
     async def _until_lost(self, connection: Multiplexer) -> None:
         """Return when the connection is lost, or after a while."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(_CONNECTED_POLL_S):
-                await connection.lost.wait()
+            await asyncio.wait_for(connection.lost.wait(), _CONNECTED_POLL_S)
 
     @property
     def _is_speaking(self) -> bool:
@@ -397,8 +401,7 @@ class Allocation:
         """The job is over: tell the backends, after what the pilot has left for them."""
         self._failures = 0 if self._ready.is_set() else self._failures + 1
         self._last_loss = reason
-        for events in load_events(str(self.folder)):
-            self._receive_saved(events)
+        self._take_saved_events()
         self._tell_users(reason)
         self._forget()
 
@@ -408,22 +411,33 @@ class Allocation:
             user.lose(reason, unsent)
 
     def _on_new_pilot(self) -> None:
-        """The scheduler has run the job again: what the pilot before had is gone."""
+        """The scheduler has run the job again: what the pilot before had is gone, but for what it has left."""
         assert self._delivery is not None, "a pilot says hello through it"
+        self.why_run_again = f"job {self.job} of the allocation was run again by the scheduler"
+        self._take_saved_events()
         unsent, self._unsettled = self._delivery.unwritten, []
         self._delivery.drop_unacknowledged()
         for user in list(self.users.values()):
-            user.lose(f"job {self.job} of the allocation was run again by the scheduler", unsent)
+            user.lose(self.why_run_again, unsent)
 
-    def _receive_saved(self, events: Events) -> None:
-        if (user := self.users.get(events.backend)) is not None and (done := user.receive(events)) is not None:
-            self._background.add(task := asyncio.ensure_future(done))
-            task.add_done_callback(self._background.discard)
+    def _take_saved_events(self) -> bool:
+        """Tell the backends what the pilot before has left for them; keep that until it is on the disk elsewhere. Say
+        whether there was anything."""
+        saved = [(user, events) for events in load_events(self.folder) if (user := self.users.get(events.backend))]
+        recorded = [done for user, events in saved if (done := user.receive(events)) is not None]
+        if saved:
+            self._recording = asyncio.create_task(self._forget_events(recorded))
+        return bool(saved)
+
+    async def _forget_events(self, recorded: Sequence[Awaitable[None]]) -> None:
+        await asyncio.gather(*recorded)
+        forget_events(self.folder)
+        self._recording = None
 
     def _forget(self) -> None:
         """Forget the job, which is over, or ends by itself: its key opens nothing any more."""
         self._close_connection()
-        self._pem, self._port = "", 0
+        self._pem, self._port, self._pilot_life, self.why_run_again = "", 0, "", ""
         had_pilot = self._submission.had_pilot
         used = node_time(self.job, self.request, self.status, self.pilot, had_pilot=had_pilot)
         counts = had_pilot and not self._is_given_back

@@ -139,7 +139,8 @@ class PilotBackend(BackendBase):
         await self._started
 
     async def rest(self) -> None:
-        if not self._is_ready:  # the start has failed, or no task waits for it
+        if not self._is_ready or self._allocation.is_over:  # the start has failed, or no task waits for it
+            self._is_ready = False
             await self._starting.cancel()
             await self._allocation.leave(self)
             return
@@ -197,10 +198,10 @@ class PilotBackend(BackendBase):
         for run in task_runs:
             live = self._live[run.spec.uid] = _Live(run, reports[run.results_folder])
             early = self._early.pop((run.spec.uid, run.attempt), ())
-            live.is_sent = bool(early)
+            live.is_sent = bool(early) and not self._allocation.why_run_again
             for event in early:
                 self._receive_event(event, run.attempt)
-            if not early:
+            if not live.is_sent:
                 self._unsent.append(live)
         if self._sending is None:
             self._sending = asyncio.create_task(self._return_unsent() if self._allocation.is_over else self._send())
@@ -222,6 +223,8 @@ class PilotBackend(BackendBase):
                 break
             if not self._is_ready:
                 break
+            if self._allocation.why_run_again:
+                self._end_started(batch)
             runs = [live.run for live in batch if self._live.get(live.run.spec.uid) is live and self._can_run(live)]
             for run in runs:
                 self._live[run.spec.uid].is_sent = True
@@ -229,6 +232,14 @@ class PilotBackend(BackendBase):
                 self._allocation.send(Submit(self.name, runs))
         self._sending = None
         self._end_if_only_waiting()
+
+    def _end_started(self, batch: Sequence[_Live]) -> None:
+        """End the tasks that the pilot before had started, as far as the folder of the session shows it."""
+        noted = starts_in({live.run.results_folder for live in batch})
+        for live in batch:
+            uid = live.run.spec.uid
+            if self._live.get(uid) is live and (live.started or (uid, live.run.attempt) in noted):
+                self._end(live, Ended(uid, failed(Cause.LOST, self._allocation.why_run_again)))
 
     def _can_run(self, live: _Live) -> bool:
         """Whether this allocation can run the task; else the task waits for the next one."""

@@ -26,8 +26,9 @@ class Delivery(Generic[Received]):
     """One end of a conversation that goes on over one connection after the other.
 
     `receive` gets each message of the other end once, with its number. The message counts as delivered when `settle`
-    is called with that number or a later one; until then the other end keeps it. `on_hello` is called when both ends
-    have said hello, and before that `on_new_life` where the other end is another process than before.
+    is called with that number or a later one; until then the other end keeps it. `on_delivered` gets each message of
+    this end that the other end has settled. `on_hello` is called when both ends have said hello, and before that
+    `on_new_life` where the other end is another process than before: than `other_life`, the first time.
     """
 
     def __init__(
@@ -36,10 +37,14 @@ class Delivery(Generic[Received]):
         *,
         on_hello: Callable[[], None] = lambda: None,
         on_new_life: Callable[[], None] = lambda: None,
+        on_delivered: Callable[[Body], None] = lambda _: None,
+        other_life: str = "",
     ) -> None:
         self._receive, self._on_hello, self._on_new_life = receive, on_hello, on_new_life
+        self._on_delivered = on_delivered
         self._life = os.urandom(8).hex()
-        self._other_life, self._received, self._settled = "", 0, 0
+        self.other_life, self._received, self._settled = other_life, 0, 0
+        """`other_life` names the process at the other end; empty before its first hello."""
         self._sent = self._written = 0
         self._unacknowledged: deque[Numbered] = deque()
         self._connection: Multiplexer | None = None
@@ -87,7 +92,7 @@ class Delivery(Generic[Received]):
         self.connected.clear()
         self._frames = Frames(Hello | Ack | Numbered)
         connection.control.user = self
-        self._write(Hello(self._life, self._other_life, self._settled))
+        self._write(Hello(self._life, self.other_life, self._settled))
 
     async def keep_alive(self) -> None:
         """Have the other end hear something often, and abort a connection on which nothing comes. Never returns."""
@@ -118,10 +123,10 @@ class Delivery(Generic[Received]):
                     self._receive(cast(Received, message.body), message.number)
 
     def _say_hello(self, hello: Hello) -> None:
-        if hello.life != self._other_life:  # another process, which counts from 1 again
-            if self._other_life:
+        if hello.life != self.other_life:  # another process, which counts from 1 again
+            if self.other_life:
                 self._on_new_life()
-            self._other_life, self._received, self._settled = hello.life, 0, 0
+            self.other_life, self._received, self._settled = hello.life, 0, 0
         if hello.of == self._life:
             self._forget(hello.received)
         self.connected.set()
@@ -131,11 +136,12 @@ class Delivery(Generic[Received]):
 
     def drop_unacknowledged(self) -> None:
         """Send no message again that was meant for the process before."""
-        self._forget(self._sent)
+        self._unacknowledged.clear()
+        self.acknowledged.set()
 
     def _forget(self, number: int) -> None:
         while self._unacknowledged and self._unacknowledged[0].number <= number:
-            self._unacknowledged.popleft()
+            self._on_delivered(self._unacknowledged.popleft().body)
         if not self._unacknowledged:
             self.acknowledged.set()
 

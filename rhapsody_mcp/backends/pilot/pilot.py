@@ -19,9 +19,11 @@ from pathlib import Path
 
 import msgspec
 
+from rhapsody_mcp.backends.base import Ended
+from rhapsody_mcp.backends.compute.nodes.result_files import delete_files
 from rhapsody_mcp.backends.pilot.delivery import Delivery
 from rhapsody_mcp.backends.pilot.hosted import HostedBackend
-from rhapsody_mcp.backends.pilot.messages import Events, FromService, PilotConfig, PilotReady, Release
+from rhapsody_mcp.backends.pilot.messages import Body, Events, FromService, PilotConfig, PilotReady, Release
 from rhapsody_mcp.backends.pilot.saved_events import save_events
 from rhapsody_mcp.engine.network.dial import dial
 from rhapsody_mcp.engine.network.files import FileServer
@@ -73,7 +75,9 @@ class _Pilot:
         self._ends = (allocation and allocation.ends_at) or time.time() + 60 * config.minutes
         self._nodes = allocation.nodes if allocation is not None else ()
         os.environ[DEADLINE] = f"{self._ends:.0f}"
-        self._delivery: Delivery[FromService] = Delivery(self._receive, on_hello=self._on_hello)
+        self._delivery: Delivery[FromService] = Delivery(
+            self._receive, on_hello=self._on_hello, on_delivered=self._on_delivered
+        )
         self._released = asyncio.Event()
         self._is_draining = False
         self._end_reason = "its nodes were given back"
@@ -101,7 +105,7 @@ class _Pilot:
         if self._end_reason == _TIME_IS_UP:
             await asyncio.gather(*(backend.stop_tasks(self._end_reason) for backend in self._backends.values()))
         await asyncio.gather(*(backend.close(self._end_reason) for backend in self._backends.values()))
-        save_events(self._config.folder, self._delivery.unacknowledged)
+        save_events(Path(self._config.folder), self._delivery.unacknowledged)
         await self._deliver_rest()
         for task in talking:
             task.cancel()
@@ -174,7 +178,7 @@ class _Pilot:
 
     def _serve_file(self, stream: Stream, kind: bytes) -> None:
         results = str(self._folder / RESULTS)
-        FileServer(stream, lambda path: os.path.dirname(path) == results, moves=True)
+        FileServer(stream, lambda path: os.path.dirname(path) == results)
 
     async def _fetch_from(self) -> Multiplexer:
         await self._delivery.connected.wait()
@@ -188,6 +192,13 @@ class _Pilot:
         self._delivery.send(PilotReady(socket.gethostname(), str(self._folder), sees_folder, self._ends, self._nodes))
         for backend in self._backends.values():
             backend.report_state()
+
+    def _on_delivered(self, body: Body) -> None:
+        """Delete the files of results that the service has recorded."""
+        if isinstance(body, Events):
+            for event in body.events:
+                if isinstance(event, Ended):
+                    delete_files(event.outcome, str(self._folder / RESULTS))
 
     def _receive(self, order: FromService, number: int) -> None:
         if isinstance(order, Release):

@@ -9,29 +9,35 @@ from pathlib import Path
 import msgspec
 
 from rhapsody_mcp.backends.pilot.messages import Body, Events
-from rhapsody_mcp.backends.pilot.submission import write_private
+from rhapsody_mcp.backends.pilot.private_files import write_private
 from rhapsody_mcp.model.errors import BackendUnavailable
 
-__all__ = ["load_events", "save_events"]
+__all__ = ["forget_events", "has_events", "load_events", "save_events"]
 
 _NAME = "pilot.events"
 
 
-def save_events(folder: str, messages: Sequence[Body]) -> None:
-    """Write the events among the messages into the folder, where this node can see it."""
-    events = [message for message in messages if isinstance(message, Events)]
-    if not events:
-        return
-    with suppress(BackendUnavailable):
-        write_private(Path(folder, _NAME), msgspec.msgpack.encode(events))
+def save_events(folder: Path, messages: Sequence[Body]) -> None:
+    """Write the events among the messages into the folder, after those of an earlier pilot, where this node can see the
+    folder."""
+    if events := [message for message in messages if isinstance(message, Events)]:
+        with suppress(BackendUnavailable):
+            write_private(folder / _NAME, msgspec.msgpack.encode([*load_events(folder), *events]))
 
 
-def load_events(folder: str) -> list[Events]:
-    """Return the events of the folder's file, and delete it; none where there is no file."""
-    path = Path(folder, _NAME)
-    try:
-        events = msgspec.msgpack.decode(path.read_bytes(), type=list[Events])
-        path.unlink()
-    except (OSError, msgspec.DecodeError):
-        return []
-    return events
+def has_events(folder: Path) -> bool:
+    """Whether a pilot has left events that no service has recorded."""
+    return (folder / _NAME).exists()
+
+
+def load_events(folder: Path) -> list[Events]:
+    """Return the events of the folder's file; none where there is no file."""
+    with suppress(OSError, msgspec.DecodeError):
+        return msgspec.msgpack.decode((folder / _NAME).read_bytes(), type=list[Events])
+    return []
+
+
+def forget_events(folder: Path) -> None:
+    """Delete the folder's file, whose events are on the disk elsewhere."""
+    with suppress(OSError):
+        (folder / _NAME).unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +11,12 @@ from typing import Self
 import msgspec
 from msgspec.structs import replace
 
+from rhapsody_mcp.backends.pilot.private_files import write_private
+from rhapsody_mcp.backends.pilot.saved_events import has_events
 from rhapsody_mcp.model.errors import BackendUnavailable, SchedulerRefusal, SchedulerUnavailable
 from rhapsody_mcp.schedulers.base import AllocationRequest, Scheduler
 
-__all__ = ["PATIENCE_S", "AllocationRecord", "Submission", "has_allocation", "write_private"]
+__all__ = ["PATIENCE_S", "AllocationRecord", "Submission", "has_allocation"]
 
 _NAME = "allocation.json"
 PATIENCE_S = 600.0
@@ -36,8 +37,8 @@ class AllocationRecord(msgspec.Struct, frozen=True):
     job: str = ""
     minutes: int = 0
     """The time limit of the job; 0 in records of an older version."""
-    had_pilot: bool = False
-    """Whether the pilot of the job has reported."""
+    pilot_life: str = ""
+    """The process of the pilot that has reported last, by `Delivery.other_life`; empty where none has."""
 
     def save(self, folder: Path) -> None:
         """Raises BackendUnavailable where the folder cannot be written."""
@@ -52,19 +53,8 @@ class AllocationRecord(msgspec.Struct, frozen=True):
 
 
 def has_allocation(folder: Path) -> bool:
-    """Whether a session with this folder has a job that its service has not ended."""
-    return (folder / _NAME).exists()
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file that only this user can read. Raises BackendUnavailable, with the old file as it was."""
-    part = path.with_suffix(".part")
-    try:
-        with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(data)
-        part.rename(path)
-    except OSError as error:
-        raise BackendUnavailable(f"{path} cannot be written: {error.strerror}") from error
+    """Whether a session with this folder has a job that its service has not ended, or has had one that left events."""
+    return (folder / _NAME).exists() or has_events(folder)
 
 
 class Submission:
@@ -101,12 +91,12 @@ class Submission:
     @property
     def had_pilot(self) -> bool:
         """Whether the pilot of the job has reported, to this service or to an earlier one."""
-        return self._record is not None and self._record.had_pilot
+        return self._record is not None and self._record.pilot_life != ""
 
-    def note_pilot(self, folder: Path) -> None:
+    def note_pilot(self, life: str, folder: Path) -> None:
         """Note that the pilot of the job has reported."""
-        if self._record is not None and not self._record.had_pilot:
-            self._record = replace(self._record, had_pilot=True)
+        if self._record is not None and self._record.pilot_life != life:
+            self._record = replace(self._record, pilot_life=life)
             with suppress(BackendUnavailable):
                 self._record.save(folder)
 

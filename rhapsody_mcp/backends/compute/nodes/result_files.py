@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from msgspec.structs import replace
@@ -15,7 +17,7 @@ from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
 
-__all__ = ["ResultFiles"]
+__all__ = ["ResultFiles", "delete_files"]
 
 T = TypeVar("T", Outcome, RankOutcome)
 HasFile = TypeVar("HasFile", Value, Stream)
@@ -85,6 +87,14 @@ class ResultFiles:
                 if self._reconnected is None or not node.lost.is_set() or not await self._reconnected(node):
                     raise
         return holder
+
+
+def delete_files(outcome: Outcome, folder: str) -> None:
+    """Delete the files of the outcome that lie in this folder."""
+    for path in _files(outcome):
+        if os.path.dirname(path) == folder:
+            with suppress(OSError):
+                os.unlink(path)
 
 
 def _files(outcome: Outcome | RankOutcome) -> list[str]:
