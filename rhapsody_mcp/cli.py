@@ -136,7 +136,7 @@ def _add_other_commands(subparsers: _Subparsers) -> None:
     doctor = subparsers.add_parser("doctor", help="say what is there, what is missing, and how to get it")
     _add_folder(doctor)
     doctor.add_argument("--nodes", type=int, metavar="N", help="ask the scheduler for N nodes, and look at them")
-    doctor.add_argument("--minutes", type=int, help="the time limit of that job")
+    doctor.add_argument("--minutes", type=int, help="the time limit of that job; default 10")
     doctor.add_argument("--profile", help="a profile of the settings")
     for name in ("partition", "account", "qos", "constraint"):
         doctor.add_argument(f"--{name}", help=f"the {name} of that job")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 import time
@@ -21,6 +22,7 @@ from rhapsody_mcp.runtime.allocation_plan import ask_scheduler, plan_allocation
 from rhapsody_mcp.runtime.backend_factory import SessionConfig, open_backends
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ComputeTask
+from rhapsody_mcp.schedulers.allocation import current_allocation
 from rhapsody_mcp.schedulers.detection import describe_scheduler
 from rhapsody_mcp.serving.paths import ServicePaths
 from rhapsody_mcp.settings import Settings
@@ -29,12 +31,15 @@ __all__ = ["examine_nodes", "run_doctor_on_nodes"]
 
 _LEAST_SHM_GIB = 6.0
 """Dragon 0.15 does not start on several nodes with less in /dev/shm."""
+_MINUTES = 10
+"""The time limit of the job where nothing says another."""
 _LEAST_TMP_GIB = 0.1
 
 
 def run_doctor_on_nodes(paths: ServicePaths, settings: Settings, nodes: int, options: Mapping[str, Any]) -> int:
     """Print the findings; returns the exit code, 0 where a session with so many nodes works."""
     console = Console(highlight=False)
+    console.print(f"A small job on {nodes} nodes follows; what it finds is told once it has run. Ctrl-C cancels it.")
 
     async def collect() -> list[Finding]:
         dragon = inspect_machine().dragon.present
@@ -63,8 +68,11 @@ async def examine_nodes(
         if not described.name:
             return
     scheduler = {name: value for name, value in options.items() if name != "minutes"}
+    minutes = options.get("minutes")
+    if minutes is None and current_allocation(os.environ) is None:
+        minutes = min(_MINUTES, profile.max_minutes or _MINUTES) if profile is not None else _MINUTES
     try:
-        plan = plan_allocation(nodes, options.get("minutes"), scheduler or None, settings)
+        plan = plan_allocation(nodes, minutes, scheduler or None, settings)
         if plan is not None:
             verdict = await ask_scheduler(plan)
             yield Finding("dry run", "there" if verdict.is_asked else "note", verdict.words)

@@ -179,8 +179,10 @@ def _default_backends(config: SessionConfig, machine: Machine) -> tuple[BackendN
 
 def _spans_nodes_without_slurm(config: SessionConfig) -> bool:
     """Whether the session asks for several nodes of hosts, or of another scheduler than Slurm."""
-    if (config.nodes or 1) == 1 or not config.needs_allocation:
+    if (config.nodes or 1) == 1:
         return False
+    if (own := current_allocation(os.environ)) is not None:
+        return own.scheduler != "slurm"
     options = config.scheduler or SchedulerOptions()
     return bool(options.hosts) or scheduler_here().name != "slurm"
 

@@ -35,6 +35,7 @@ from rhapsody_mcp.toolsets.allocations import (
     allocation_sentence,
     ask_for_node_hours,
     dry_run_text,
+    hours,
     plan_text,
     planned_data,
 )
@@ -106,6 +107,7 @@ class CloseReport(Reply):
     session: str
     counts: Annotated[dict[str, int], TYPE_ONLY]
     canceled: int
+    node_hours: float | None = None
 
 
 class ExportReport(Reply):
@@ -164,7 +166,7 @@ class Sessions:
         minutes: Annotated[int | None, Field(ge=1, description="Time limit of the job; default 60.")] = None,
         scheduler: Annotated[
             Options | None,
-            Field(description='partition, account, qos, profile, ..., e.g. {"partition": "gpu", "account": "m1"}.'),
+            Field(description='partition, gpus_per_node, setup, hosts, ..., e.g. {"account": "m1"}.'),
         ] = None,
         dry_run: Annotated[bool, Field(description="Only ask the scheduler.")] = False,
         force: Force = False,
@@ -235,8 +237,11 @@ class Sessions:
             defer()
         closed = await self._sessions.close(session)
         counts = closed.session.get_statistics()["counts"]
+        facts = allocation_of(closed)
+        used = None if facts is None else round(facts.node_s / 3600, 3)
         text = f"{session} is closed and nothing of it is running: {counts_text(counts)}. Its results are deleted."
-        return reply(text, CloseReport(session=session, counts=counts, canceled=len(running)))
+        text += "" if used is None else f" It used {hours(used)}."
+        return reply(text, CloseReport(session=session, counts=counts, canceled=len(running), node_hours=used))
 
 
 def _dry_run_text(rows: list[BackendRow], plan: AllocationPlan | None, verdict: Verdict | None) -> str:

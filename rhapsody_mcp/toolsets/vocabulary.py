@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 from rhapsody_mcp.machine import Machine, inspect_machine
 from rhapsody_mcp.model.errors import nearest
+from rhapsody_mcp.schedulers.detection import choose_scheduler
 
 __all__ = ["suggestion"]
 
@@ -48,14 +49,26 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return nearest(name, valid) if advice is None else f": {advice(inspect_machine())}"
 
 
+def _has_scheduler() -> bool:
+    return choose_scheduler().scheduler is not None
+
+
 def _nodes(machine: Machine) -> str:
+    if _has_scheduler():
+        return "the session has the nodes, as with create_session(nodes=2); ranks makes a job of many processes on them"
     return (
         f"tasks run on this one machine, {machine.host}, which has {machine.cores} cores; ranks makes a job of many "
-        "processes. More nodes need another machine, on which a person sets up this server too"
+        "processes. More nodes need hosts that ssh reaches, as in create_session(nodes=2, scheduler={"
+        '"hosts": ["n1", "n2"]}), or a cluster, on whose login node a person sets up this server'
     )
 
 
 def _gpus(machine: Machine) -> str:
+    if _has_scheduler():
+        return (
+            'the session has the GPUs, as with create_session(nodes=1, scheduler={"gpus_per_node": 4}); a job chooses '
+            'by process_templates, as in [{"ranks": 1, "policy": {"gpu_affinity": [0]}}]'
+        )
     if not machine.gpus:
         return (
             "this machine has no GPU. Prompts can go to an endpoint that has one (endpoint_url in create_session); for "
@@ -76,9 +89,11 @@ def _memory(machine: Machine) -> str:
 
 
 def _queue(_: Machine) -> str:
+    if _has_scheduler():
+        return 'it belongs into scheduler of create_session, as in nodes=1, scheduler={"partition": "gpu"}'
     return (
-        "there is no batch system here; a task starts as soon as a worker is free. To run in a queue, the person or an "
-        "administrator starts this server within a job of it"
+        "there is no batch system here; a task starts as soon as a worker is free. To run in a queue, a person sets up "
+        "this server on the login node of a cluster"
     )
 
 

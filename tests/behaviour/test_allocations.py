@@ -138,7 +138,7 @@ async def test_nodes_without_a_scheduler_are_refused(tmp_path: Path, monkeypatch
         assert "nodes needs a scheduler: no scheduler was found: none of sbatch (Slurm)" in refusal
         reply = await agent.call("describe_system")
         assert "scheduler" not in reply
-        assert "No scheduler here: create_session takes no nodes." in agent.texts[-1]
+        assert "No scheduler here: create_session takes nodes only with hosts that ssh reaches" in agent.texts[-1]
 
 
 async def test_a_scheduler_that_cannot_be_asked_is_told_and_claims_no_verdict(

@@ -8,6 +8,9 @@ import pytest
 
 from rhapsody_mcp.machine import inspect_machine
 from rhapsody_mcp.model.specs import Call, Command
+from rhapsody_mcp.schedulers.detection import FoundScheduler
+from rhapsody_mcp.schedulers.slurm import Slurm
+from rhapsody_mcp.toolsets import vocabulary
 from tests.agents import Agent, open_agent
 
 pytestmark = pytest.mark.anyio
@@ -98,7 +101,10 @@ async def test_arguments_of_other_words_lead_to_ours(agent: Agent) -> None:
         ("partition", "there is no batch system here"),
     ],
 )
-async def test_what_there_is_not_names_what_there_is_and_who_can_help(asked: str, told: str) -> None:
+async def test_what_there_is_not_names_what_there_is_and_who_can_help(
+    asked: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "choose_scheduler", lambda: FoundScheduler(None))
     async with open_agent() as agent:
         await agent.session()
         text = await refusal(agent, {"executable": "/bin/echo", asked: 2})
@@ -106,7 +112,25 @@ async def test_what_there_is_not_names_what_there_is_and_who_can_help(asked: str
         assert "person" in text and "Valid: name, source, " in text
 
 
-async def test_gpus_lead_to_a_policy_or_to_who_has_some(agent: Agent) -> None:
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("nodes", "the session has the nodes, as with create_session(nodes=2)"),
+        ("gpus", 'as with create_session(nodes=1, scheduler={"gpus_per_node": 4})'),
+        ("qos", "it belongs into scheduler of create_session"),
+    ],
+)
+async def test_with_a_scheduler_what_a_session_asks_for_is_named(
+    asked: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "choose_scheduler", lambda: FoundScheduler(Slurm()))
+    async with open_agent() as agent:
+        await agent.session()
+        assert told in await refusal(agent, {"executable": "/bin/echo", asked: 2})
+
+
+async def test_gpus_lead_to_a_policy_or_to_who_has_some(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "choose_scheduler", lambda: FoundScheduler(None))
     text = await refusal(agent, {"executable": "/bin/echo", "gpus": 2})
     told = "gpu_affinity" if MACHINE.gpus else "this machine has no GPU. Prompts can go to an endpoint"
     assert f"'gpus': this machine has {len(MACHINE.gpus)}" in text or told in text

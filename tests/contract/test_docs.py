@@ -54,6 +54,7 @@ def test_the_example_of_a_sweep_runs(tmp_path: Path) -> None:
     assert run_example(PYTHON[1], tmp_path) == "[0.04, 0.01, 0.0] 0.0 tidy\n"
 
 
+@pytest.mark.ci
 @pytest.mark.vllm
 def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rhapsody_mcp", "init", str(tmp_path), "--shipped-model"]

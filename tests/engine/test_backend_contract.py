@@ -98,7 +98,7 @@ CASES = [
     pytest.param(local, id="local"),
     pytest.param(dragon, id="dragon", marks=missing("dragon")),
     pytest.param(endpoint, id="endpoint"),
-    pytest.param(vllm, id="vllm", marks=missing("vllm")),
+    pytest.param(vllm, id="vllm", marks=[pytest.mark.ci, missing("vllm")]),
 ]
 
 

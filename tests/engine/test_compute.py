@@ -523,6 +523,7 @@ def backend_type(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     yield request.param
 
 
+@pytest.mark.ci
 async def test_native_functions_go_through_batch_with_the_same_guarantees(tmp_path: Path) -> None:
     async with Session([DragonExecutionBackendV3(num_workers=2, dispatch="batch")]) as session:
         good = [ComputeTask(identity, args=(n,)) for n in range(100)]

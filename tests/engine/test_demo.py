@@ -61,6 +61,7 @@ async def test_a_kill_in_the_middle_of_the_demo_leaves_nothing(victim: str, monk
             await wait_until(lambda: not family(), within_s=15)
 
 
+@pytest.mark.ci
 async def test_a_kill_of_the_server_ends_both_engines_and_what_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAMILY, uuid.uuid4().hex)
     with anyio.fail_after(600):

@@ -174,6 +174,7 @@ async def test_when_a_rank_fails_the_others_are_ended_and_the_task_names_it(sess
     assert {(rank.cause, rank.error) for rank in others} == {(Cause.CANCELED, "ended because rank 2 failed")}
 
 
+@pytest.mark.ci
 @with_mpi
 async def test_jobs_at_the_same_time_do_not_hear_each_other_even_of_another_engine(session: Session) -> None:
     async with Session([await DragonExecutionBackendV3(num_workers=4)]) as other:
@@ -183,6 +184,7 @@ async def test_jobs_at_the_same_time_do_not_hear_each_other_even_of_another_engi
     assert [task.return_value for task in tasks] == [["aa"], ["bb"], ["cc"], ["dd"]]
 
 
+@pytest.mark.ci
 @with_mpi
 @pytest.mark.parametrize("ending", ["timeout", "cancel"])
 async def test_a_job_that_is_ended_leaves_no_rank_and_the_next_one_runs(
@@ -199,6 +201,7 @@ async def test_a_job_that_is_ended_leaves_no_rank_and_the_next_one_runs(
     assert (await run(session, ComputeTask(world, task_backend_specific_kwargs=mpi(2)))).return_value == [0, 2, 1]
 
 
+@pytest.mark.ci
 @with_mpi
 async def test_a_closed_session_leaves_nothing_of_a_running_job(tmp_path: Path) -> None:
     before = set(family())
@@ -220,6 +223,7 @@ def _shared_memory(pids: set[int]) -> set[Path]:
     return {Path(line.split()[5]) for line in lines if "/dev/shm/" in line and "deleted" not in line}
 
 
+@pytest.mark.ci
 @with_mpi
 async def test_a_pmi_that_breaks_its_runtime_is_refused_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PMIX_MCA_gds", "nonsense")  # no PMIx server can start with it
@@ -304,6 +308,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.ci
 @with_mpi
 @pytest.mark.parametrize("when", ["while the PMI is tried", "while the job runs"])
 async def test_nothing_outlives_an_owner_that_is_killed(when: str, tmp_path: Path) -> None:

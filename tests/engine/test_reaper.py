@@ -237,6 +237,7 @@ async def test_the_same_where_dragon_has_few_variables_over_which_to_write_its_t
         await gone(found)
 
 
+@pytest.mark.ci
 @pytest.mark.vllm
 async def test_all_of_a_real_vllm_server_killed_at_one_moment_leaves_nothing_after_the_next_start() -> None:
     async with engine("vllm") as found:

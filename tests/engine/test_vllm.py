@@ -405,6 +405,7 @@ async def test_a_server_that_ends_at_once_and_would_again_is_refused_with_its_wo
     assert not is_there(log)
 
 
+@pytest.mark.ci
 async def test_a_model_that_the_hub_does_not_give_makes_its_tasks_invalid_with_what_to_give() -> None:
     async with Session([DragonVllmInferenceBackend(model="nosuch/model", device="cpu")]) as session:
         task = AITask("Hello.")

@@ -115,8 +115,8 @@ class ServiceClient:
             pid,
             f"a service runs{process}, but it has not answered within {timeout_s:.0f} s: it hangs, or somebody has "
             f"stopped it (kill -STOP). Its log is {self.paths.log}. Try again later. If it stays so, end it: "
-            f"rhapsody-mcp service stop --force{self.paths.command_option}; what runs is lost then, and all else is "
-            "kept.",
+            f"rhapsody-mcp service stop --force{self.paths.command_option}; what runs on this machine is lost then, "
+            "and all else is kept.",
         )
 
     def _common_fields(self) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def stop(client: ServiceClient, force: bool, say: Callable[[str], None]) -> int:
     reply = connection.request({"do": "stop", "force": force})
     if reply is not None and "refused" in reply:
         raise NotConfirmed(
-            f"{reply['refused']} Wait for them, or stop it now with --force: those that run are lost then, and "
-            "those that wait go on when it starts again."
+            f"{reply['refused']} Wait for them, or stop it now with --force: those that run on this machine "
+            "are lost then, those in a job of the scheduler go on, and those that wait go on when it starts again."
         )
     if not connection.wait_for_close(_STOP_TIMEOUT_S):
         raise ServiceUnavailable(f"it has not ended after {_STOP_TIMEOUT_S:.0f} s; it goes on with that.")

@@ -41,7 +41,11 @@ def scheduler_text(description: SchedulerDescription, settings: Settings) -> lis
     if description.allocation is not None:
         return [_allocation_line(description.allocation)]
     if description.problem == NO_SCHEDULER:
-        return ["No scheduler here: create_session takes no nodes."]
+        return [
+            "No scheduler here: create_session takes nodes only with hosts that ssh reaches, as in "
+            'scheduler={"hosts": ["n1", "n2"]}.',
+            *_profile_lines(settings),
+        ]
     if description.problem:
         return [f"The scheduler cannot be used now: {one_line(description.problem).rstrip('.')}."]
     lines = [f"Scheduler, for create_session with nodes: {one_line(description.version)}."]
