@@ -23,6 +23,9 @@ root=/run/simcluster$id bridge=brsim$id network=10.77.$id login=$(hostname) pref
 export SLURM_CONF=$root/slurm.conf PATH=$PATH:/usr/sbin:/sbin
 pmix=/usr/lib/$(uname -m)-linux-gnu/pmix2/lib/libpmix.so # the path that Slurm's PMIx plugin opens
 
+# In a new mount namespace: else a file system that another test has below /tmp stays in use after its end.
+release_mounts='findmnt --noheadings --raw --output TARGET | grep ^/tmp/ | xargs --no-run-if-empty umount --lazy || true'
+
 address() { echo "$network.$((10 + ${1#"$prefix"}))"; }
 init_of() { pgrep -P "$(cat "$root/$1/outer")" -f "_init $1\$" 2>/dev/null; } # process 1 of the node, as seen from outside
 
@@ -90,7 +93,7 @@ controller() {
   if [[ $1 == stop ]]; then
     end_daemon slurmctld "$root/slurmctld.pid"
   else # slurmctld looks up the names of nodes: it gets a separate /etc/hosts
-    nohup unshare --mount bash -c "mount --bind $root/hosts /etc/hosts; exec slurmctld -D" \
+    nohup unshare --mount bash -c "$release_mounts; mount --bind $root/hosts /etc/hosts; exec slurmctld -D" \
       >"$root/slurmctld.out" 2>&1 </dev/null &
   fi
 }
@@ -143,6 +146,7 @@ start_node() {
 node_init() { # process 1 of a node
   local node=$1
   hostname "$node"
+  eval "$release_mounts"
   mount -t proc proc /proc
   mount --rbind /sys/fs/cgroup "$root/$node/cgroup"; mount -t sysfs sysfs /sys
   mount --rbind "$root/$node/cgroup" /sys/fs/cgroup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -90,10 +91,10 @@ def processes(cluster: Cluster, node: str, *words: str) -> list[int]:
     return [int(pid) for pid, command in lines if all(word in f"^{command}" for word in words)]
 
 
-def kill(cluster: Cluster, node: str, *words: str) -> None:
-    """Send KILL to the oldest process of the node whose command line has these words."""
+def kill(cluster: Cluster, node: str, *words: str, number: int = signal.SIGKILL) -> None:
+    """Send a signal to the oldest process of the node whose command line has these words."""
     pid = min(processes(cluster, node, *words))
-    cluster.run(*cluster.on(node, "kill", "-9", str(pid)))
+    cluster.run(*cluster.on(node, "kill", f"-{number:d}", str(pid)))
 
 
 async def leftovers(cluster: Cluster, node: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -130,6 +131,22 @@ async def test_a_node_agent_that_is_killed_joins_again(cluster: Cluster, folder:
     assert account.failed == {}
     assert all(len(account.starts[task]) == 2 for task in account.on(second))
     assert "joins again" in account.notices[0]
+
+
+async def test_a_node_agent_that_hangs_when_it_is_started_again_is_given_up(cluster: Cluster, folder: Path) -> None:
+    second = cluster.nodes[1]
+
+    async def fault(owner: Allocated, running: dict[str, list[str]]) -> None:
+        kill(cluster, second, PARTS["agent"])
+        await ended(cluster, second, running)
+        await wait_until(lambda: bool(processes(cluster, second, PARTS["agent"])), 60)
+        kill(cluster, second, PARTS["agent"], number=signal.SIGSTOP)
+        await wait_until(lambda: not processes(cluster, second, PARTS["link"]), 90)
+
+    account = await account_of(cluster, folder, fault, retries=2)
+    account.check(starts=3)
+    assert account.failed == {}
+    assert any(f"node {second} was lost: it does not answer" in notice for notice in account.notices)
 
 
 async def test_a_worker_that_is_killed_takes_its_function_with_it(cluster: Cluster, folder: Path) -> None:

@@ -53,6 +53,8 @@ _CLEAR_S = 30.0
 """How long a step may take that deletes files of Dragon on all nodes, in seconds."""
 _JOIN_S = 60.0
 """How long the engine waits for further nodes once the first has joined, in seconds."""
+_AGAIN_S = 30.0
+"""How long a node agent that is started again may take, in seconds."""
 
 
 class NodesConfig(NamedTuple):
@@ -245,6 +247,7 @@ class MultiNodeEngine(Engine):
         if link.keeper_ended is not None and not link.gone.is_set() and self._agent_starts[link] < _AGENT_STARTS:
             self._on_node_lost(f"{reason}; it joins again", None)
             link.start_keeper()
+            asyncio.get_running_loop().call_later(_AGAIN_S, self._end_if_silent, link, self._agent_starts[link])
             return
         link.is_given_up = True
         self.dispatcher.processes.give_up_node(link.host, reason)
@@ -252,6 +255,11 @@ class MultiNodeEngine(Engine):
         link.end()
         if not self.agents:
             self.lose(f"the engine of {self.backend_words} lost its last node: {reason}")
+
+    def _end_if_silent(self, link: NodeLink, starts: int) -> None:
+        """Drop the node whose agent was started again, and has not come: it hangs."""
+        if self.loss is None and not link.has_agent and self._agent_starts[link] == starts:
+            link.multiplexer.abort()
 
     async def _clear(self, link: NodeLink) -> bool:
         """Wait until nothing of the engine is left on the node of a link that does not answer: until a step there has
