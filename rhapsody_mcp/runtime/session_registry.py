@@ -16,6 +16,7 @@ import msgspec
 import platformdirs
 
 from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.backends.pilot.saved_events import has_events
 from rhapsody_mcp.backends.pilot.submission import has_allocation
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import CloseSession, DropSession, PutNumber, PutSession, SessionRow, UseSession
@@ -197,7 +198,7 @@ class SessionRegistry:
             for sentence in await end_orphans(self._storage.ledger):
                 _log.warning("%s", sentence)
             rows = await self._storage.ledger.sessions()
-            with_allocation = {row.id for row in rows if has_allocation(Path(row.folder))}
+            with_allocation = {row.id for row in rows if _may_run_on(row)}
             await self._storage.ledger.reconcile(time.time(), with_allocation)
             self._last_number = await self._storage.ledger.number(_NUMBER_KEY)
             for row in sorted(
@@ -300,3 +301,9 @@ async def _run_all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
     for error in results:
         if isinstance(error, BaseException):
             raise error
+
+
+def _may_run_on(row: SessionRow) -> bool:
+    """Whether tasks of the session may run in an allocation, or have ended there without an entry in the ledger."""
+    folder = Path(row.folder)
+    return has_allocation(folder) or (not row.closing and has_events(folder))

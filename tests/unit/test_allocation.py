@@ -9,13 +9,13 @@ from typing import cast
 
 import pytest
 
-from rhapsody_mcp.backends.base import Running
+from rhapsody_mcp.backends.base import Returned, Running
 from rhapsody_mcp.backends.pilot import submission
 from rhapsody_mcp.backends.pilot.allocation import Allocation
 from rhapsody_mcp.backends.pilot.allocation_user import AllocationUser
 from rhapsody_mcp.backends.pilot.messages import Events, Progress
 from rhapsody_mcp.backends.pilot.node_time import AllocationHistory
-from rhapsody_mcp.backends.pilot.saved_events import load_events, save_events
+from rhapsody_mcp.backends.pilot.saved_events import has_events, save_events
 from rhapsody_mcp.backends.pilot.submission import AllocationRecord, has_allocation
 from rhapsody_mcp.model.errors import BackendUnavailable, SchedulerUnavailable
 from rhapsody_mcp.schedulers.base import AllocationRequest, JobState, JobStatus, Partition, Scheduler, Verdict
@@ -107,7 +107,7 @@ async def test_a_start_waits_until_the_job_before_is_given_back(tmp_path: Path) 
 
 @pytest.mark.parametrize("is_given_back", [False, True])
 async def test_a_job_that_had_a_pilot_counts_unless_it_is_given_back(tmp_path: Path, is_given_back: bool) -> None:
-    AllocationRecord("", 0, "rhapsody-x", "7", minutes=10, pilot_life="a").save(tmp_path)
+    AllocationRecord("", 0, "rhapsody-x", "7", minutes=10, had_pilot=True).save(tmp_path)
     scheduler = Waiting()
     scheduler.may_cancel.set()
     scheduler.states["7"] = JobState.RUNNING if is_given_back else JobState.ENDED
@@ -137,9 +137,9 @@ async def test_a_job_that_cannot_be_canceled_is_kept_for_the_next_service(
 
 async def test_events_that_a_service_has_not_recorded_are_for_the_next_one(tmp_path: Path) -> None:
     first, second = (Events("scripted", [Running(uid, 1.0)], [1]) for uid in "ab")
-    save_events(tmp_path, [first, Progress("scripted", "ready")])
-    save_events(tmp_path, [second])
-    assert load_events(tmp_path) == [first, second] and has_allocation(tmp_path)
+    save_events(tmp_path, "1", [first, Progress("scripted", "ready")])
+    save_events(tmp_path, "2", [second])
+    save_events(tmp_path, "3", [Events("scripted", [Returned("c", "the end")], [1])])
     scheduler, received, recorded = Waiting(), list[object](), asyncio.Event()
 
     class User:
@@ -149,6 +149,8 @@ async def test_events_that_a_service_has_not_recorded_are_for_the_next_one(tmp_p
             received.append(message)
             return asyncio.ensure_future(self._recorded())
 
+        def lose(self, *_: object) -> None: ...
+
         async def _recorded(self) -> None:
             await recorded.wait()
 
@@ -157,6 +159,6 @@ async def test_events_that_a_service_has_not_recorded_are_for_the_next_one(tmp_p
     allocation.users["scripted"] = user
     await allocation.acquire(user)
     assert (allocation.is_over, received, scheduler.submitted) == (True, [first, second], 0)
-    assert has_allocation(tmp_path)
+    assert has_events(tmp_path)
     recorded.set()
-    await wait_until(lambda: not has_allocation(tmp_path), 10)
+    await wait_until(lambda: not has_events(tmp_path), 10)

@@ -18,7 +18,7 @@ class End:
     """One end of a conversation, which settles each message at once, or never. With `drops`, what was meant for a
     process is dropped with the process."""
 
-    def __init__(self, *, settles: bool = True, drops: bool = False, other_life: str = "") -> None:
+    def __init__(self, *, settles: bool = True, drops: bool = False) -> None:
         self.received: list[object] = []
         self.delivered: list[object] = []
         self.new_lives = 0
@@ -26,7 +26,6 @@ class End:
             self._receive,
             on_new_life=self._on_new_life,
             on_delivered=self.delivered.append,
-            other_life=other_life,
         )
         self._settles, self._drops = settles, drops
 
@@ -141,18 +140,3 @@ async def test_orders_for_a_process_that_is_gone_are_not_sent_to_the_next() -> N
     service.delivery.send(order(2))
     await until(lambda: len(second.received) == 1)
     assert second.received == [order(2)]
-
-
-async def test_a_process_learns_that_the_other_end_is_not_the_one_that_the_process_before_knew() -> None:
-    first, pilot = End(), End()
-    wire = Wire(first, pilot)
-    await until(lambda: first.delivery.is_connected)
-    wire.cut()
-    life = first.delivery.other_life
-    second, third = End(other_life=life), End(other_life=life)
-    wire = Wire(second, pilot)
-    await until(lambda: second.delivery.is_connected)
-    wire.cut()
-    Wire(third, End())
-    await until(lambda: third.delivery.is_connected)
-    assert (second.new_lives, third.new_lives) == (0, 1)

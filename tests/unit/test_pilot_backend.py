@@ -10,12 +10,13 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from rhapsody_mcp.backends.base import Ended, Event, Running
+from rhapsody_mcp.backends.base import Ended, Event, Returned, Running
 from rhapsody_mcp.backends.compute.nodes.result_files import delete_files
 from rhapsody_mcp.backends.pilot.allocation import Allocation
 from rhapsody_mcp.backends.pilot.backend import PilotBackend
-from rhapsody_mcp.backends.pilot.messages import BackendReady, Body, Cancel, Events, Start, Submit
-from rhapsody_mcp.engine.task.start_log import log_start
+from rhapsody_mcp.backends.pilot.hosted import HostedBackend
+from rhapsody_mcp.backends.pilot.messages import BackendReady, Body, Cancel, Events, PlannedBackend, Start, Submit
+from rhapsody_mcp.engine.network.multiplexer import Multiplexer
 from rhapsody_mcp.model.outcome import RankOutcome, canceled
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Stream, Value
@@ -30,13 +31,12 @@ class Granted:
     """An allocation whose pilot answers each start of a backend."""
 
     is_over = False
-    why_run_again = ""
 
     def __init__(self) -> None:
         self.users: dict[str, PilotBackend] = {}
         self.result_folders: set[str] = set()
         self.sent: list[Body] = []
-        self.is_ended = False
+        self.is_ended, self.answers = False, True
 
     async def acquire(self, user: PilotBackend) -> None:
         self.users[user.name] = user
@@ -46,8 +46,10 @@ class Granted:
 
     def send(self, body: Body) -> None:
         self.sent.append(body)
-        if isinstance(body, Start):
+        if isinstance(body, Start) and self.answers:
             self.users[body.backend].receive(BackendReady(body.backend))
+
+    notes_are_complete = True
 
     def end_if_unused(self) -> None:
         self.is_ended = self.is_ended or all(user.is_waiting for user in self.users.values())
@@ -83,7 +85,7 @@ async def test_an_allocation_is_kept_for_a_task_that_an_earlier_service_had_sent
     backend.before_start = before_start
     tell(backend, Running("a", 1.0))
     backend.submit([function("a"), function("b")], events.append, cast(Any, None))
-    await wait_until(lambda: granted.submitted == ["b"], 10)
+    await wait_until(lambda: granted.submitted == ["a", "b"], 10)  # the pilot knows that it has "a"
     tell(backend, Ended("b", canceled(Cause.CANCELED, "x")))
     assert [type(event) for event in events] == [Running, Ended] and not granted.is_ended
     tell(backend, Ended("a", canceled(Cause.CANCELED, "x")))
@@ -116,21 +118,51 @@ async def test_a_hand_over_does_not_wait_for_a_pilot_that_stops_an_engine() -> N
     await backend.close()
 
 
-@pytest.mark.parametrize("how", ["noted", "reported"])
-async def test_what_the_pilot_before_had_started_does_not_run_again(tmp_path: Path, how: str) -> None:
+async def test_what_an_earlier_pilot_had_started_does_not_run_again(tmp_path: Path) -> None:
+    sent = list[Body]()
+
+    async def connection() -> Multiplexer:
+        raise AssertionError
+
+    plan = PlannedBackend("local", {}, str(tmp_path))
+    hosted = HostedBackend(plan, sent.append, str(tmp_path), connection, started_before={("noted", 1)})
+    resumed = msgspec.structs.replace(function("resumed"), resumed=True)
+    again = msgspec.structs.replace(function("noted"), attempt=2)
+    hosted.receive(Submit("local", [function("noted"), resumed, function("new")]))
+    hosted.receive(Submit("local", [again]))
+    await wait_until(lambda: len(sent) > 0, 10)
+    events = {(event.uid, attempt): event for body in cast(list[Events], sent) for event, attempt in told(body)}
+    lost = {key for key, event in events.items() if isinstance(event, Ended) and event.outcome.cause is Cause.LOST}
+    assert lost == {("noted", 1), ("resumed", 1)}
+    assert {key for key, event in events.items() if isinstance(event, Returned)} == {("new", 1), ("noted", 2)}
+
+
+def told(body: Events) -> list[tuple[Event, int]]:
+    return list(zip(body.events, body.attempts, strict=True))
+
+
+async def test_what_a_pilot_says_of_a_task_comes_before_what_this_service_does(tmp_path: Path) -> None:
     granted, events = Granted(), list[Event]()
-    granted.why_run_again = "job 7 was run again"
     backend = PilotBackend(ScriptedBackend(lambda *_: None), cast(Allocation, granted))
     await backend.start()
-    if how == "noted":
-        log_start(str(tmp_path), "a", 1)
-    else:
-        tell(backend, Running("a", 1.0))
-    runs = [msgspec.structs.replace(function(uid), results_folder=str(tmp_path)) for uid in ("a", "b")]
-    backend.submit(runs, events.append, cast(Any, None))
-    await wait_until(lambda: granted.submitted == ["b"], 10)
-    (ended,) = [event for event in events if isinstance(event, Ended)]
-    assert (ended.uid, ended.outcome.cause, ended.outcome.error) == ("a", Cause.LOST, "job 7 was run again")
+    tell(backend, Returned("a", "its pilot ended"))
+    tell(backend, Ended("b", DONE))
+    backend.submit([function("a"), function("b")], events.append, cast(Any, None))
+    await wait_until(lambda: granted.submitted == ["a"], 10)
+    assert events == [Ended("b", DONE)]
+    await backend.close()
+
+
+async def test_a_start_goes_on_with_the_pilot_that_replaces_another() -> None:
+    granted = Granted()
+    granted.answers = False
+    backend = PilotBackend(ScriptedBackend(lambda *_: None), cast(Allocation, granted))
+    start = asyncio.create_task(backend.start())
+    await wait_until(lambda: granted.sent == [Start(backend.name)], 10)
+    granted.answers = True
+    backend.lose("job 7 was run again", (), is_replaced=True)
+    await start
+    assert granted.sent == [Start(backend.name)] * 2
     await backend.close()
 
 

@@ -22,6 +22,7 @@ from rhapsody_mcp.backends.pilot.delivery import Delivery
 from rhapsody_mcp.backends.pilot.job_script import job_script, why_ended
 from rhapsody_mcp.backends.pilot.messages import (
     Body,
+    Events,
     FromPilot,
     PilotConfig,
     PilotReady,
@@ -30,7 +31,7 @@ from rhapsody_mcp.backends.pilot.messages import (
 )
 from rhapsody_mcp.backends.pilot.node_time import AllocationHistory, node_time
 from rhapsody_mcp.backends.pilot.private_files import write_private
-from rhapsody_mcp.backends.pilot.saved_events import forget_events, load_events
+from rhapsody_mcp.backends.pilot.saved_events import SavedEvents
 from rhapsody_mcp.backends.pilot.submission import PATIENCE_S, AllocationRecord, Submission
 from rhapsody_mcp.backends.shared_run import SharedRun
 from rhapsody_mcp.engine.network import tls
@@ -103,12 +104,9 @@ class Allocation:
         self._failures, self._is_given_back = 0, False
         self._allocations, self._history = allocations, AllocationHistory()
         self._port, self._last_loss, self._end_cause = 0, "", ""
-        self._recording: asyncio.Task[None] | None = None
+        self._saved = SavedEvents(may_delete=lambda: not self._is_handed_over)
         self._is_handed_over = False
         self._silent_since: float | None = None
-        self._pilot_life = ""
-        self.why_run_again = ""
-        """Why the job has another pilot than the one that had the session's tasks; empty where it has not."""
         self.result_folders: set[str] = set()
 
     @property
@@ -145,6 +143,7 @@ class Allocation:
     def keep_in(self, folder: Path) -> None:
         """Keep in this folder what another service needs to go on."""
         self.folder = folder
+        self._history.jobs(folder)  # read now: the folder may be deleted before the last question
 
     # --- requests of the backends
 
@@ -213,8 +212,9 @@ class Allocation:
             return
         if not self.job:
             await self._find_again()
-        if not self.job and self._recording is None and self._take_saved_events():
-            return  # the service before ended in the moment between the end of its job and its note of that
+        if self._saved.take(self.folder, self._receive_saved) and not self.job:
+            self._tell_users("the service ended at the same time as the allocation")
+            return
         is_resumed = bool(self.job)
         await self._listen()
         if not is_resumed:
@@ -264,7 +264,7 @@ class Allocation:
     async def _find_again(self, within_s: float = PATIENCE_S) -> None:
         """Find the job that an earlier service has requested. Raises BackendUnavailable."""
         if self.folder != Path() and (record := await self._submission.find_again(self.folder, within_s)) is not None:
-            self.job, self._pem, self._port, self._pilot_life = record.job, record.pem, record.port, record.pilot_life
+            self.job, self._pem, self._port = record.job, record.pem, record.port
             self.request = msgspec.structs.replace(self.request, minutes=record.minutes or self._minutes)
 
     # --- the connection
@@ -277,7 +277,7 @@ class Allocation:
             base.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(dir=base))
         self._pem = self._pem or new_key()
-        self._delivery = Delivery(self._receive, on_new_life=self._on_new_pilot, other_life=self._pilot_life)
+        self._delivery = Delivery(self._receive, on_new_life=self._on_new_pilot)
         self._keeping_alive = asyncio.create_task(self._delivery.keep_alive())
         loop, context = asyncio.get_running_loop(), tls.context(self._pem, server=True)
         for port in dict.fromkeys([self._port, 0]):  # the port of the service before, where it is free
@@ -321,9 +321,8 @@ class Allocation:
         if self._is_handed_over:
             return
         if isinstance(message, PilotReady):
-            assert self._delivery is not None, "the message came through it"
             self.pilot = message
-            self._submission.note_pilot(self._delivery.other_life, self.folder)
+            self._submission.note_pilot(self.folder)
             with suppress(OSError):
                 if message.sees_folder:
                     (self.folder / _APART).unlink(missing_ok=True)
@@ -353,6 +352,7 @@ class Allocation:
         if self._server is not None:
             self._server.close()
         if self._multiplexer is not None:
+            self._multiplexer.control.user = None  # what still comes is of no use
             self._multiplexer.close()
         self._server = self._watch = self._multiplexer = None
 
@@ -401,7 +401,7 @@ class Allocation:
         """The job is over: tell the backends, after what the pilot has left for them."""
         self._failures = 0 if self._ready.is_set() else self._failures + 1
         self._last_loss = reason
-        self._take_saved_events()
+        self._saved.take(self.folder, self._receive_saved)
         self._tell_users(reason)
         self._forget()
 
@@ -413,31 +413,19 @@ class Allocation:
     def _on_new_pilot(self) -> None:
         """The scheduler has run the job again: what the pilot before had is gone, but for what it has left."""
         assert self._delivery is not None, "a pilot says hello through it"
-        self.why_run_again = f"job {self.job} of the allocation was run again by the scheduler"
-        self._take_saved_events()
+        self._saved.take(self.folder, self._receive_saved)
         unsent, self._unsettled = self._delivery.unwritten, []
         self._delivery.drop_unacknowledged()
         for user in list(self.users.values()):
-            user.lose(self.why_run_again, unsent)
+            user.lose(f"job {self.job} of the allocation was run again by the scheduler", unsent, is_replaced=True)
 
-    def _take_saved_events(self) -> bool:
-        """Tell the backends what the pilot before has left for them; keep that until it is on the disk elsewhere. Say
-        whether there was anything."""
-        saved = [(user, events) for events in load_events(self.folder) if (user := self.users.get(events.backend))]
-        recorded = [done for user, events in saved if (done := user.receive(events)) is not None]
-        if saved:
-            self._recording = asyncio.create_task(self._forget_events(recorded))
-        return bool(saved)
-
-    async def _forget_events(self, recorded: Sequence[Awaitable[None]]) -> None:
-        await asyncio.gather(*recorded)
-        forget_events(self.folder)
-        self._recording = None
+    def _receive_saved(self, events: Events) -> Awaitable[None] | None:
+        return user.receive(events) if (user := self.users.get(events.backend)) is not None else None
 
     def _forget(self) -> None:
         """Forget the job, which is over, or ends by itself: its key opens nothing any more."""
         self._close_connection()
-        self._pem, self._port, self._pilot_life, self.why_run_again = "", 0, "", ""
+        self._pem, self._port = "", 0
         had_pilot = self._submission.had_pilot
         used = node_time(self.job, self.request, self.status, self.pilot, had_pilot=had_pilot)
         counts = had_pilot and not self._is_given_back

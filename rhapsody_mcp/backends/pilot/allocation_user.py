@@ -22,5 +22,5 @@ class AllocationUser(Protocol):
     def receive(self, message: FromPilot) -> Awaitable[None] | None:
         """Take a message of the pilot. The message counts as delivered when the returned awaitable is done."""
 
-    def lose(self, reason: str, unsent: Sequence[Body]) -> None:
-        """The pilot is gone, and never got the messages `unsent`."""
+    def lose(self, reason: str, unsent: Sequence[Body], *, is_replaced: bool = False) -> None:
+        """The pilot is gone, and never got the messages `unsent`; with `is_replaced` another one is there."""

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from rhapsody_mcp.backends.base import Backend, BackendBase, Ended, Event, Kind, Report, Returned, Running
 from rhapsody_mcp.backends.compute.crashes import starts_in
 from rhapsody_mcp.backends.compute.nodes.result_files import ResultFiles
@@ -53,8 +55,8 @@ class _Live:
 
     def __init__(self, run: TaskRun, report: Report) -> None:
         self.run, self.report = run, report
-        self.is_sent = self.is_canceled = False
-        self.started = run.resumed
+        self.is_canceled = False
+        self.started = self.is_sent = run.resumed
 
 
 class PilotBackend(BackendBase):
@@ -166,15 +168,21 @@ class PilotBackend(BackendBase):
         for live in list(self._live.values()):
             self._end_canceled(live)
 
-    def lose(self, reason: str, unsent: Sequence[Body]) -> None:
-        """The pilot is gone, and never got the messages `unsent`."""
+    def lose(self, reason: str, unsent: Sequence[Body], *, is_replaced: bool = False) -> None:
+        """The pilot is gone, and never got the messages `unsent`; with `is_replaced` another one is there."""
         self._is_ready, self._is_draining, self._loss = False, False, reason or self._loss
         never_sent = {run.spec.uid for body in unsent if isinstance(body, Submit) for run in body.task_runs}
         unnoted = set[str]()  # notes of starts are complete where the nodes see the results folder
         if not self._allocation.notes_are_complete:
             unnoted = {uid for uid, live in self._live.items() if live.is_sent} - never_sent
-        noted = starts_in({live.run.results_folder for live in self._live.values()})
-        for waiting in (self._started, self._rested):
+        noted = set[tuple[str, int]]()
+        try:
+            noted = starts_in({live.run.results_folder for live in self._live.values()})
+        except OSError:
+            unnoted = {uid for uid, live in self._live.items() if live.is_sent} - never_sent
+        if is_replaced:
+            self._begin_again()
+        for waiting in () if is_replaced else (self._started, self._rested):
             if waiting is not None and not waiting.done():
                 waiting.set_exception(BackendUnavailable(reason))
                 waiting.exception()
@@ -186,6 +194,12 @@ class PilotBackend(BackendBase):
             else:
                 self._end(live, Returned(uid, reason))
 
+    def _begin_again(self) -> None:
+        """Ask the new pilot for what the one before was about to do."""
+        _resolve(self._rested)
+        if self._started is not None and not self._started.done():
+            self._allocation.send(Start(self.name))
+
     # --- tasks
 
     def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
@@ -196,12 +210,14 @@ class PilotBackend(BackendBase):
         }
         self._allocation.result_folders.update(reports)
         for run in task_runs:
-            live = self._live[run.spec.uid] = _Live(run, reports[run.results_folder])
             early = self._early.pop((run.spec.uid, run.attempt), ())
-            live.is_sent = bool(early) and not self._allocation.why_run_again
+            has_started = run.resumed or any(isinstance(event, Running) for event in early)
+            live = _Live(replace(run, resumed=has_started), reports[run.results_folder])
+            self._live[run.spec.uid] = live
             for event in early:
-                self._receive_event(event, run.attempt)
-            if not live.is_sent:
+                if not isinstance(event, Returned):  # a task that is here is not returned yet
+                    self._receive_event(event, run.attempt)
+            if self._live.get(run.spec.uid) is live:
                 self._unsent.append(live)
         if self._sending is None:
             self._sending = asyncio.create_task(self._return_unsent() if self._allocation.is_over else self._send())
@@ -223,8 +239,6 @@ class PilotBackend(BackendBase):
                 break
             if not self._is_ready:
                 break
-            if self._allocation.why_run_again:
-                self._end_started(batch)
             runs = [live.run for live in batch if self._live.get(live.run.spec.uid) is live and self._can_run(live)]
             for run in runs:
                 self._live[run.spec.uid].is_sent = True
@@ -233,18 +247,12 @@ class PilotBackend(BackendBase):
         self._sending = None
         self._end_if_only_waiting()
 
-    def _end_started(self, batch: Sequence[_Live]) -> None:
-        """End the tasks that the pilot before had started, as far as the folder of the session shows it."""
-        noted = starts_in({live.run.results_folder for live in batch})
-        for live in batch:
-            uid = live.run.spec.uid
-            if self._live.get(uid) is live and (live.started or (uid, live.run.attempt) in noted):
-                self._end(live, Ended(uid, failed(Cause.LOST, self._allocation.why_run_again)))
-
     def _can_run(self, live: _Live) -> bool:
-        """Whether this allocation can run the task; else the task waits for the next one."""
+        """Whether this allocation can run the task; else the task waits for the next one. A task that had started
+        before this service is sent in any case: the pilot knows what became of it."""
         timeout_s = live.run.spec.timeout_s
-        return not self._is_draining and (timeout_s is None or self._allocation.has_time_for(timeout_s))
+        has_time = timeout_s is None or self._allocation.has_time_for(timeout_s)
+        return live.started or (has_time and not self._is_draining)
 
     def _end_if_only_waiting(self) -> None:
         """End the allocation where it can run none of the tasks that are left."""

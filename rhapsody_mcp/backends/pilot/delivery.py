@@ -28,7 +28,7 @@ class Delivery(Generic[Received]):
     `receive` gets each message of the other end once, with its number. The message counts as delivered when `settle`
     is called with that number or a later one; until then the other end keeps it. `on_delivered` gets each message of
     this end that the other end has settled. `on_hello` is called when both ends have said hello, and before that
-    `on_new_life` where the other end is another process than before: than `other_life`, the first time.
+    `on_new_life` where the other end is another process than before.
     """
 
     def __init__(
@@ -38,13 +38,11 @@ class Delivery(Generic[Received]):
         on_hello: Callable[[], None] = lambda: None,
         on_new_life: Callable[[], None] = lambda: None,
         on_delivered: Callable[[Body], None] = lambda _: None,
-        other_life: str = "",
     ) -> None:
         self._receive, self._on_hello, self._on_new_life = receive, on_hello, on_new_life
         self._on_delivered = on_delivered
         self._life = os.urandom(8).hex()
-        self.other_life, self._received, self._settled = other_life, 0, 0
-        """`other_life` names the process at the other end; empty before its first hello."""
+        self._other_life, self._received, self._settled = "", 0, 0
         self._sent = self._written = 0
         self._unacknowledged: deque[Numbered] = deque()
         self._connection: Multiplexer | None = None
@@ -92,7 +90,7 @@ class Delivery(Generic[Received]):
         self.connected.clear()
         self._frames = Frames(Hello | Ack | Numbered)
         connection.control.user = self
-        self._write(Hello(self._life, self.other_life, self._settled))
+        self._write(Hello(self._life, self._other_life, self._settled))
 
     async def keep_alive(self) -> None:
         """Have the other end hear something often, and abort a connection on which nothing comes. Never returns."""
@@ -123,10 +121,10 @@ class Delivery(Generic[Received]):
                     self._receive(cast(Received, message.body), message.number)
 
     def _say_hello(self, hello: Hello) -> None:
-        if hello.life != self.other_life:  # another process, which counts from 1 again
-            if self.other_life:
+        if hello.life != self._other_life:  # another process, which counts from 1 again
+            if self._other_life:
                 self._on_new_life()
-            self.other_life, self._received, self._settled = hello.life, 0, 0
+            self._other_life, self._received, self._settled = hello.life, 0, 0
         if hello.of == self._life:
             self._forget(hello.received)
         self.connected.set()

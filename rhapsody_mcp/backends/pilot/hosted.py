@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -41,10 +41,15 @@ from rhapsody_mcp.model.values import Value, load_json
 __all__ = ["HostedBackend"]
 
 _PROGRESS_S = 0.5
+_PILOT_GONE = "the pilot that ran it is gone: the scheduler ran its job again"
 
 
 class HostedBackend:
-    """`send` delivers a message to the service. `connection` gives the connection with it, once there is one."""
+    """`send` delivers a message to the service. `connection` gives the connection with it, once there is one.
+
+    `started_before` are the starts, uid and attempt, that an earlier pilot has noted: of the job before, or of this job
+    before the scheduler ran it again. Such an attempt does not run a second time.
+    """
 
     def __init__(
         self,
@@ -52,8 +57,10 @@ class HostedBackend:
         send: Callable[[Body], None],
         folder: str,
         connection: Callable[[], Awaitable[Multiplexer]],
+        started_before: Collection[tuple[str, int]] = (),
     ) -> None:
         self._name, self._send, self._folder, self._connection = plan.name, send, folder, connection
+        self._started_before = started_before
         caps = {"caps": msgspec.convert(plan.arguments["caps"], Caps)} if "caps" in plan.arguments else {}
         self._backend: Backend = BACKENDS[plan.name].load_class()(**{**plan.arguments, **caps})
         self._backend.work_in(plan.folder)
@@ -136,6 +143,9 @@ class HostedBackend:
         here: list[TaskRun] = []
         elsewhere: list[TaskRun] = []
         for run in new:
+            if run.resumed or (run.spec.uid, run.attempt) in self._started_before:
+                self._report(Ended(run.spec.uid, failed(Cause.LOST, _PILOT_GONE)))
+                continue
             local = replace(run, results_folder=results_folder(run.results_folder, self._folder))
             (elsewhere if local.results_folder != run.results_folder and _has_files(run) else here).append(local)
         if here:

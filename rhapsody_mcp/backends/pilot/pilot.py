@@ -31,6 +31,7 @@ from rhapsody_mcp.engine.network.multiplexer import Multiplexer, Stream
 from rhapsody_mcp.engine.process.gc_tuning import collect_less
 from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.engine.task.node_files import RESULTS
+from rhapsody_mcp.engine.task.start_log import read_starts
 from rhapsody_mcp.schedulers.allocation import current_allocation
 
 __all__ = ["DEADLINE", "PILOT", "main"]
@@ -83,8 +84,9 @@ class _Pilot:
         self._end_reason = "its nodes were given back"
         self._last_contact = asyncio.get_running_loop().time()
         self._connection: Multiplexer | None = None
+        started_before = read_starts(config.folder)
         self._backends = {
-            plan.name: HostedBackend(plan, self._delivery.send, str(folder), self._fetch_from)
+            plan.name: HostedBackend(plan, self._delivery.send, str(folder), self._fetch_from, started_before)
             for plan in config.backends
         }
 
@@ -105,8 +107,11 @@ class _Pilot:
         if self._end_reason == _TIME_IS_UP:
             await asyncio.gather(*(backend.stop_tasks(self._end_reason) for backend in self._backends.values()))
         await asyncio.gather(*(backend.close(self._end_reason) for backend in self._backends.values()))
-        save_events(Path(self._config.folder), self._delivery.unacknowledged)
+        saved = save_events(Path(self._config.folder), self._folder.name, self._delivery.unacknowledged)
         await self._deliver_rest()
+        if saved is not None and not self._delivery.unacknowledged:
+            with suppress(OSError):
+                saved.unlink()
         for task in talking:
             task.cancel()
         if self._connection is not None:

@@ -12,7 +12,6 @@ import msgspec
 from msgspec.structs import replace
 
 from rhapsody_mcp.backends.pilot.private_files import write_private
-from rhapsody_mcp.backends.pilot.saved_events import has_events
 from rhapsody_mcp.model.errors import BackendUnavailable, SchedulerRefusal, SchedulerUnavailable
 from rhapsody_mcp.schedulers.base import AllocationRequest, Scheduler
 
@@ -37,8 +36,8 @@ class AllocationRecord(msgspec.Struct, frozen=True):
     job: str = ""
     minutes: int = 0
     """The time limit of the job; 0 in records of an older version."""
-    pilot_life: str = ""
-    """The process of the pilot that has reported last, by `Delivery.other_life`; empty where none has."""
+    had_pilot: bool = False
+    """Whether the pilot of the job has reported."""
 
     def save(self, folder: Path) -> None:
         """Raises BackendUnavailable where the folder cannot be written."""
@@ -53,8 +52,8 @@ class AllocationRecord(msgspec.Struct, frozen=True):
 
 
 def has_allocation(folder: Path) -> bool:
-    """Whether a session with this folder has a job that its service has not ended, or has had one that left events."""
-    return (folder / _NAME).exists() or has_events(folder)
+    """Whether a session with this folder has a job that its service has not ended."""
+    return (folder / _NAME).exists()
 
 
 class Submission:
@@ -91,12 +90,12 @@ class Submission:
     @property
     def had_pilot(self) -> bool:
         """Whether the pilot of the job has reported, to this service or to an earlier one."""
-        return self._record is not None and self._record.pilot_life != ""
+        return self._record is not None and self._record.had_pilot
 
-    def note_pilot(self, life: str, folder: Path) -> None:
+    def note_pilot(self, folder: Path) -> None:
         """Note that the pilot of the job has reported."""
-        if self._record is not None and self._record.pilot_life != life:
-            self._record = replace(self._record, pilot_life=life)
+        if self._record is not None and not self._record.had_pilot:
+            self._record = replace(self._record, had_pilot=True)
             with suppress(BackendUnavailable):
                 self._record.save(folder)
 

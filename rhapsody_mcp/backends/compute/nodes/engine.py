@@ -6,10 +6,10 @@ import asyncio
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from itertools import count, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -53,7 +53,7 @@ _CLEAR_S = 30.0
 """How long a step may take that deletes files of Dragon on all nodes, in seconds."""
 _JOIN_S = 60.0
 """How long the engine waits for further nodes once the first has joined, in seconds."""
-_AGAIN_S = 30.0
+_AGAIN_S = 60.0
 """How long a node agent that is started again may take, in seconds."""
 
 
@@ -217,8 +217,10 @@ class MultiNodeEngine(Engine):
     def _on_agent_gone(self, agent: Connection, node: Node) -> None:
         if self.loss is not None:
             return
-        losing = asyncio.create_task(self._lose_node(_link_of(agent), node))
-        self._losses_in_progress.add(losing)
+        self._follow_loss(self._lose_node(_link_of(agent), node))
+
+    def _follow_loss(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._losses_in_progress.add(losing := asyncio.create_task(coroutine))
         losing.add_done_callback(self._losses_in_progress.discard)
 
     async def _lose_node(self, link: NodeLink, node: Node) -> None:
@@ -247,7 +249,7 @@ class MultiNodeEngine(Engine):
         if link.keeper_ended is not None and not link.gone.is_set() and self._agent_starts[link] < _AGENT_STARTS:
             self._on_node_lost(f"{reason}; it joins again", None)
             link.start_keeper()
-            asyncio.get_running_loop().call_later(_AGAIN_S, self._end_if_silent, link, self._agent_starts[link])
+            asyncio.get_running_loop().call_later(_AGAIN_S, self._lose_if_silent, link, self._agent_starts[link])
             return
         link.is_given_up = True
         self.dispatcher.processes.give_up_node(link.host, reason)
@@ -256,10 +258,16 @@ class MultiNodeEngine(Engine):
         if not self.agents:
             self.lose(f"the engine of {self.backend_words} lost its last node: {reason}")
 
-    def _end_if_silent(self, link: NodeLink, starts: int) -> None:
-        """Drop the node whose agent was started again, and has not come: it hangs."""
-        if self.loss is None and not link.has_agent and self._agent_starts[link] == starts:
-            link.multiplexer.abort()
+    def _lose_if_silent(self, link: NodeLink, starts: int) -> None:
+        """Take the node whose agent was started again, and has not come, for lost: the agent hangs."""
+        if self.loss is None and not link.has_agent and not link.gone.is_set() and self._agent_starts[link] == starts:
+            self._follow_loss(self._lose_silent(link))
+
+    async def _lose_silent(self, link: NodeLink) -> None:
+        link.is_given_up = True
+        link.multiplexer.abort()
+        is_usable = await self._clear(link)
+        self._start_again_or_lose(link, f"node {link.host} was lost: it does not answer", is_usable)
 
     async def _clear(self, link: NodeLink) -> bool:
         """Wait until nothing of the engine is left on the node of a link that does not answer: until a step there has
