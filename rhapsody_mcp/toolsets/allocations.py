@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 from mcp.server.mcpserver import Elicit
 
-from rhapsody_mcp.backends.pilot.allocation_facts import AllocationFacts, allocation_text, clock, span
+from rhapsody_mcp.backends.pilot.allocation_facts import AllocationFacts, allocation_text, clock, span, used_up_text
+from rhapsody_mcp.model.errors import AllocationsUsedUp
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.allocation_plan import AllocationPlan, ask_scheduler, plan_allocation
 from rhapsody_mcp.runtime.backend_factory import SessionConfig
@@ -27,6 +28,7 @@ __all__ = [
     "is_pending",
     "plan_text",
     "planned_data",
+    "refuse_used_up",
     "utilization",
 ]
 
@@ -130,6 +132,14 @@ def allocation_of(open_session: OpenSession) -> AllocationFacts | None:
         if (facts := backend.describe().get("allocation")) is not None:
             return msgspec.convert(facts, AllocationFacts)
     return None
+
+
+def refuse_used_up(open_session: OpenSession) -> None:
+    """Raise AllocationsUsedUp where the session can have no further job."""
+    if not open_session.config.needs_allocation or (facts := allocation_of(open_session)) is None:
+        return
+    if facts.left_minutes == 0:
+        raise AllocationsUsedUp(used_up_text(facts.allocations, open_session.config.minutes or facts.minutes))
 
 
 def allocation_data(facts: AllocationFacts | None) -> dict[str, Any] | None:

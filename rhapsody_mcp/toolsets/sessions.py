@@ -121,8 +121,8 @@ async def ask_to_close(session: str, force: bool, context: CallContext) -> Elici
         return Confirm()
     running = _open_tasks(open_session)
     sentence = (
-        f"This closes {session}, cancels {tasks_text(len(running))} of it that have not ended ({task_names(running)}), "
-        "and deletes all its results."
+        f"This closes {session}, cancels {tasks_text(len(running))} of it that "
+        f"{'has' if len(running) == 1 else 'have'} not ended ({task_names(running)}), and deletes all its results."
     )
     return ask_before_loss(Loss(sentence, {task.uid for task in running}), open_session, "close_session", context)
 

@@ -260,6 +260,10 @@ async def test_without_a_further_allocation_what_waits_is_lost_with_the_reason(l
             state = await login.wait(client)
             assert set(state["counts"]) <= {"DONE", "FAILED"} and set(login.runs.values()) == {1}
             assert "CANCELLED" in str(state["failures"]) and "allocations" in str(state["failures"])
+            for dry_run in (True, False):
+                task = {"executable": "/bin/hostname"}
+                refused = await client.call_tool("submit_tasks", {"session": "s", "tasks": [task], "dry_run": dry_run})
+                assert refused.is_error and "allocations_used_up: the time of this session is used up" in str(refused)
 
 
 async def test_a_cut_between_login_node_and_nodes_loses_nothing(login: Login) -> None:

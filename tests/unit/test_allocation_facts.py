@@ -53,6 +53,10 @@ def test_without_a_job_the_text_says_what_will_be_asked_for() -> None:
     )
     after = make_facts(REQUEST, 2, [NodeTime("6", 2, 0, 9)], "", None, None)
     assert allocation_text(after).startswith("no job, after 1 that ended, until a task needs one")
+    less = make_facts(AllocationRequest(nodes=1, minutes=30), 2, [], "", None, None, left_minutes=12)
+    assert allocation_text(less) == "no job until a task needs one: 1 node for 12 min"
+    none = make_facts(REQUEST, 1, [NodeTime("6", 2, 0, 9)], "", None, None, left_minutes=0)
+    assert allocation_text(none) == "no job: the time is used up, with 1 that ended, and no further task runs"
 
 
 def test_jobs_that_are_over_are_found_again_by_the_next_service(tmp_path: Path) -> None:

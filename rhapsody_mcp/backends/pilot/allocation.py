@@ -16,7 +16,7 @@ import msgspec
 import platformdirs
 
 from rhapsody_mcp.backends.compute.nodes.keys import new_key
-from rhapsody_mcp.backends.pilot.allocation_facts import AllocationFacts, allocation_text, make_facts
+from rhapsody_mcp.backends.pilot.allocation_facts import AllocationFacts, allocation_text, make_facts, used_up_text
 from rhapsody_mcp.backends.pilot.allocation_user import AllocationUser
 from rhapsody_mcp.backends.pilot.delivery import Delivery
 from rhapsody_mcp.backends.pilot.job_script import job_script, why_ended
@@ -127,7 +127,13 @@ class Allocation:
     @property
     def facts(self) -> AllocationFacts:
         ended = self._history.jobs(self.folder)
-        return make_facts(self.request, self._allocations, ended, self.job, self.status, self.pilot)
+        left = self._minutes_left
+        return make_facts(self.request, self._allocations, ended, self.job, self.status, self.pilot, left)
+
+    @property
+    def _minutes_left(self) -> int:
+        """The minutes of the next job; 0 where there can be none."""
+        return self._history.minutes_left(self.folder, self.request.nodes, self._minutes, self._allocations)
 
     @property
     def drain_s(self) -> float:
@@ -234,13 +240,9 @@ class Allocation:
                 f"{self._failures} allocations in a row ended before anything ran; the last: {self._last_loss}. No "
                 "other is requested; close this session and open another."
             )
-        minutes = self._history.minutes_left(self.folder, self.request.nodes, self._minutes, self._allocations)
-        if minutes < 1:
-            before = f"{self._last_loss}. " if self._last_loss else ""
-            raise AllocationsUsedUp(
-                f"{before}The session may have {self._allocations} of them, one after the other, each for "
-                f"{self._minutes} min (allocations in scheduler, of create_session)"
-            )
+        if (minutes := self._minutes_left) < 1:
+            why = f" The last job ended: {self._last_loss}." if self._last_loss else ""
+            raise AllocationsUsedUp(used_up_text(self._allocations, self._minutes) + why)
         self.request = msgspec.structs.replace(self.request, minutes=minutes)
         record = AllocationRecord(self._pem, self._port)
         self.job = await self._submission.submit(self.request, self._script(), self.folder / _LOG, record, self.folder)

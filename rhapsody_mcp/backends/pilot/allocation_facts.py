@@ -12,7 +12,7 @@ from rhapsody_mcp.backends.pilot.messages import PilotReady
 from rhapsody_mcp.backends.pilot.node_time import NodeTime, node_time
 from rhapsody_mcp.schedulers.base import AllocationRequest, JobStatus
 
-__all__ = ["AllocationFacts", "allocation_text", "clock", "make_facts", "span"]
+__all__ = ["AllocationFacts", "allocation_text", "clock", "make_facts", "span", "used_up_text"]
 
 _NODES_SHOWN = 4
 
@@ -22,7 +22,8 @@ class AllocationFacts(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=T
 
     `state` is the scheduler's word, such as PENDING or RUNNING; empty without a job. `since` is when the job was
     submitted, or started where it runs. `node_s` are the seconds of nodes that the session has used until now, in all
-    its jobs, of which `ended` are over; `allocations` is how many it may have.
+    its jobs, of which `ended` are over; `allocations` is how many it may have. `left_minutes`, without a job, are what
+    the next one may take: 0 where the session can have no other.
     """
 
     nodes: int
@@ -37,6 +38,7 @@ class AllocationFacts(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=T
     on: tuple[str, ...] = ()
     ended: int = 0
     node_s: float = 0.0
+    left_minutes: int | None = None
 
     @property
     def left_s(self) -> float | None:
@@ -50,6 +52,7 @@ def make_facts(
     job: str,
     status: JobStatus | None,
     pilot: PilotReady | None,
+    left_minutes: int | None = None,
 ) -> AllocationFacts:
     """The facts of a session whose jobs `ended` are over; without `job`, the session has none now."""
     current = node_time(job, request, status, pilot) if job else None
@@ -58,7 +61,7 @@ def make_facts(
         nodes=request.nodes, minutes=request.minutes, allocations=allocations, ended=len(ended), node_s=round(used, 1)
     )
     if not job:
-        return plan
+        return replace(plan, left_minutes=left_minutes)
     if pilot is not None:
         on = pilot.nodes or (status.nodes if status is not None else ()) or (pilot.host,)
         since = current.started if current is not None else None
@@ -80,14 +83,27 @@ def make_facts(
 def allocation_text(facts: AllocationFacts) -> str:
     """As in "job 12 PENDING for 3 min, Resources: waits until enough nodes are free; estimated start in 12 min"."""
     if not facts.job:
+        if facts.left_minutes == 0:
+            return f"no job: the time is used up, with {facts.ended} that ended, and no further task runs"
         before = f", after {facts.ended} that ended," if facts.ended else ""
-        return f"no job{before} until a task needs one: {facts.nodes} nodes for {span(60 * facts.minutes)}"
+        minutes = facts.minutes if facts.left_minutes is None else facts.left_minutes
+        nodes = "1 node" if facts.nodes == 1 else f"{facts.nodes} nodes"
+        return f"no job{before} until a task needs one: {nodes} for {span(60 * minutes)}"
     since = f" for {span(time.time() - facts.since)}" if facts.since is not None else ""
     reason = f", {facts.reason}" if facts.reason else ""
     where = f" on {_listed(facts.on)}" if facts.on else ""
     left = f", {span(facts.left_s)} left" if facts.left_s is not None else ""
     start = f"; estimated start {clock(facts.estimated_start)}" if facts.estimated_start is not None else ""
     return f"job {facts.job} {facts.state}{where}{since}{reason}{left}{start}"
+
+
+def used_up_text(allocations: int, minutes: int) -> str:
+    """The error of a session that can have no further job."""
+    jobs = "1 job" if allocations == 1 else f"{allocations} jobs, one after the other, each"
+    return (
+        f"the time of this session is used up: it may have {jobs} of {minutes} min (minutes, and allocations in "
+        "scheduler, of create_session). Its results can be read; open another session for further tasks."
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

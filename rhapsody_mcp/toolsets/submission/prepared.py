@@ -12,6 +12,7 @@ from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.request_batch import label_of, make_tasks
 from rhapsody_mcp.runtime.requests.task_request import TaskRequest
 from rhapsody_mcp.runtime.tasks import Task, leaves
+from rhapsody_mcp.toolsets.allocations import refuse_used_up
 from rhapsody_mcp.toolsets.tooling.background import to_thread_if_large
 
 __all__ = ["check_tasks", "labeled_errors", "prepare_tasks"]
@@ -36,12 +37,14 @@ _prepared: ContextVar[_Prepared | None] = ContextVar("prepared", default=None)
 async def prepare_tasks(open_session: OpenSession, requests: Sequence[TaskRequest]) -> list[Task]:
     """The tasks of these requests. A second time in the same call, the same tasks, unless the session has changed.
 
-    The caller holds `open_session.naming_lock`. Raises what `make_tasks` raises.
+    The caller holds `open_session.naming_lock`. Raises what `make_tasks` and
+    `refuse_used_up` raise.
     """
     state = _state_of(open_session)
     last = _prepared.get()
     if last and last.open_session is open_session and last.requests is requests and last.state == state:
         return last.tasks
+    refuse_used_up(open_session)
     tasks = await to_thread_if_large(make_tasks, requests, open_session)
     _prepared.set(_Prepared(open_session, requests, state, tasks))
     return tasks

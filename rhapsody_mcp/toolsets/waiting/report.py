@@ -277,7 +277,8 @@ def _next_steps(data: WaitReport, selected: SelectedTasks, allocation: Allocatio
         again = _repeated_call(data, selected)
         steps.append(f"{again} again, which shows what ends from now on; nothing is lost meanwhile")
     if is_pending(allocation):
-        steps.append(f"{call_text('close_session', session=session)} to give up waiting for the job, which ends it")
+        give_up = f"{call_text('close_session', session=session)} to give up waiting for the job, which ends it"
+        steps.append(f"{give_up} (force=true where your client cannot ask a person)")
     if failed := [group.tasks[0] for group in data.failures if group.cause in _HAVE_DETAILS]:
         steps.append(f"{call_text('get_result', session=session, task=failed[0])} for its traceback and output")
     return [f"Next: {step}." for step in steps]
