@@ -12,7 +12,7 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 from rhapsody_mcp.toolsets.replies.base import Reply, reply
-from rhapsody_mcp.toolsets.replies.formatting import NAMES_SHOWN
+from rhapsody_mcp.toolsets.replies.formatting import NAMES_SHOWN, limited_list
 from rhapsody_mcp.toolsets.tooling.confirmation import (
     CallContext,
     Confirm,
@@ -82,6 +82,9 @@ def cancel_report(ending: Sequence[Task], had_ended: int) -> CallToolResult:
         still_ending=[name_of(task) for task in ending if not task.state.final][:NAMES_SHOWN],
     )
     text = f"{data.canceled} canceled, {data.had_ended} had ended before."
-    if data.still_ending:
-        text += f" Still ending: {', '.join(data.still_ending)}; see wait_tasks."
+    waiting = [name_of(task) for task in ending if task.state is TaskState.WAITING]
+    if still_ending := [name for name in data.still_ending if name not in waiting]:
+        text += f" Still ending: {', '.join(still_ending)}; see wait_tasks."
+    if waiting:
+        text += f" Canceled once the rest of what they wait for has ended: {limited_list(waiting, NAMES_SHOWN)}."
     return reply(text, data)

@@ -156,6 +156,23 @@ async def test_canceling_it_cancels_its_tasks() -> None:
         assert [row["state"] for row in page["tasks"]] == ["CANCELED"] * 3
 
 
+async def test_what_waits_for_the_rest_of_its_tasks_is_canceled_with_them_and_said_to_be() -> None:
+    async with open_agent() as agent:
+        agent.backend.may_finish.clear()
+        session = await agent.session()
+        tasks = [
+            {"name": "all", "source": SQUARE, "args": [{"item": True}], "for_each": [1, 2, 3]},
+            {"name": "after", "source": SQUARE, "args": [{"ref": "all"}]},
+        ]
+        await agent.call("submit_tasks", session=session, tasks=tasks)
+        await agent.call("cancel_tasks", session=session, tasks=["all[1]"])
+        assert "1 canceled" in agent.texts[-1] and "Still ending" not in agent.texts[-1]
+        assert "Canceled once the rest of what they wait for has ended: after." in agent.texts[-1]
+        agent.backend.may_finish.set()
+        told = await agent.call("wait_tasks", session=session, tasks=["after"])
+        assert told["counts"] == {"CANCELED": 1}
+
+
 async def test_a_thousand_tasks_are_one_row_and_their_list_has_pages() -> None:
     async with open_agent() as agent:
         task = {"name": "all", "source": SQUARE, "args": [{"item": True}], "for_each": list(range(1000))}
