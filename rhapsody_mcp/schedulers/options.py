@@ -153,7 +153,9 @@ def _refuse_with_hosts(hosts: tuple[str, ...] | None, options: Mapping[str, Any]
 
 def _unknown_key(key: str, known: tuple[str, ...], owner: str) -> InvalidRequest:
     if key in _BESIDE and _BESIDE[key] not in known:
-        wrong = f"{key} does not belong into scheduler: give {_BESIDE[key]} beside scheduler, as in {_BESIDE[key]}=2."
+        beside = _BESIDE[key]
+        example = f"{beside}={30 if beside == 'minutes' else 2}"
+        wrong = f"{key} does not belong into scheduler: give {beside} beside scheduler, as in {example}."
         return InvalidRequest(wrong, field="scheduler")
     meant = _OTHER_WORDS.get(key) or _BESIDE.get(key, "")
     hint = f" (did you mean {meant!r}?)" if meant else nearest(key, known)
