@@ -15,6 +15,7 @@ from rhapsody_mcp.runtime.allocation_plan import AllocationPlan, ask_scheduler, 
 from rhapsody_mcp.runtime.backend_factory import SessionConfig
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.schedulers.base import Verdict
+from rhapsody_mcp.toolsets.replies.formatting import call_text, limited_list
 from rhapsody_mcp.toolsets.tooling.confirmation import CallContext, Confirm, ServerState, ask
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "dry_run_text",
     "hours",
     "is_pending",
+    "nodes_text",
     "plan_text",
     "planned_data",
     "refuse_used_up",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _PENDING = "PENDING"
+_NODES_SHOWN = 4
 
 
 # --- before a session is open
@@ -160,6 +163,16 @@ def utilization(facts: AllocationFacts, statistics: Statistics, slots: int) -> f
     node_share = facts.node_s / facts.nodes
     busy_s = sum(busy["seconds"] for busy in statistics["busy"])
     return min(1.0, busy_s / (slots * node_share)) if slots and node_share > 0 else None
+
+
+def nodes_text(open_session: OpenSession) -> str:
+    """Which nodes the session has, for how long, and how they get free; empty where it has none."""
+    facts = allocation_of(open_session) if open_session.config.needs_allocation else None
+    if facts is None or not facts.on:
+        return ""
+    left = f" for {span(facts.left_s)} more" if facts.left_s is not None else ""
+    free = call_text("close_session", session=open_session.id)
+    return f"session {open_session.id} has {limited_list(facts.on, _NODES_SHOWN)}{left}; {free} frees them"
 
 
 def is_pending(facts: AllocationFacts | None) -> bool:

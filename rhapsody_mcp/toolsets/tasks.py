@@ -116,7 +116,8 @@ class Tasks:
         waited_s = await wait_for(
             selected, self._signal, count=count, since=since, timeout_s=applied_s, started=started, tick=tick
         )
-        return wait_report(selected, asked_timeout_s=asked_s, applied_timeout_s=applied_s, waited_s=waited_s)
+        others = [one for one in self._sessions.all() if one is not selected.open_session]
+        return wait_report(selected, others, asked_timeout_s=asked_s, applied_timeout_s=applied_s, waited_s=waited_s)
 
     async def list_tasks(
         self,

@@ -115,6 +115,8 @@ async def test_jobs_that_wait_and_run_are_told_of(login: Login, agent: Agent) ->
     text = await agent.until("waits", "Resources: waits until enough nodes are free; estimated start 20")
     assert "Engines: local job " in text and " PENDING for " in text
     assert 'Next: close_session(session="waits") to give up waiting for the job' in text
+    assert f"Note: session runs has {', '.join(login.cluster.nodes)} for " in text
+    assert 'min more; close_session(session="runs") frees them' in text
 
     (_, waiting) = sorted(login.jobs(), key=int)
     await agent.call("cancel_tasks", session="waits", all_open=True)

@@ -21,6 +21,7 @@ from rhapsody_mcp.toolsets.allocations import (
     allocation_of,
     allocation_sentence,
     is_pending,
+    nodes_text,
 )
 from rhapsody_mcp.toolsets.replies.base import Reply, Row, count_states, fitted, reply, row_fields
 from rhapsody_mcp.toolsets.replies.failure_groups import FailureGroups, group_failures, group_notes
@@ -82,11 +83,17 @@ class WaitReport(Reply):
 
 
 def wait_report(
-    selected: SelectedTasks, *, asked_timeout_s: float, applied_timeout_s: float, waited_s: float
+    selected: SelectedTasks,
+    others: Sequence[OpenSession] = (),
+    *,
+    asked_timeout_s: float,
+    applied_timeout_s: float,
+    waited_s: float,
 ) -> CallToolResult:
     """The tasks that have ended since the cursor. Rows that do not fit are the first rows of the next reply.
 
-    A result that another task gets has less room, as the agent need not read it.
+    A result that another task gets has less room, as the agent need not read it. Where the job of the session is
+    pending, the nodes that the `others` have are named.
     """
     news = selected.news()
     shown, position, hidden = _page(selected, news)
@@ -96,6 +103,8 @@ def wait_report(
     notes = _notes(selected, [task for _, task in news])
     engines = selected.open_session.session.engines
     allocation = allocation_of(selected.open_session)
+    if is_pending(allocation):
+        notes += [text for other in others if (text := nodes_text(other))]
 
     def build(share: float) -> CallToolResult:
         room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
