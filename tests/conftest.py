@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
+
+os.environ.setdefault("PYENV_REHASH_TIMEOUT", "1")
+"""The seconds that a login shell waits for the lock of pyenv: one that a test kills leaves it, and the default is 60."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
