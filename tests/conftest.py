@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 os.environ.setdefault("PYENV_REHASH_TIMEOUT", "1")
-"""The seconds that a login shell waits for the lock of pyenv: one that a test kills leaves it, and the default is 60."""
+"""The seconds that a login shell waits for the lock of pyenv, 60 by default: one that a test kills leaves the lock."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
