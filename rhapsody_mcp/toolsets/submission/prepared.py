@@ -57,6 +57,7 @@ def _state_of(open_session: OpenSession) -> SessionState:
 
 def check_tasks(open_session: OpenSession, requests: Sequence[TaskRequest], tasks: Sequence[Task]) -> None:
     """Raise what the submission of these tasks would raise."""
+    refuse_used_up(open_session)
     with labeled_errors(requests, tasks):
         open_session.session.accept(tasks)
 
