@@ -61,7 +61,7 @@ async def test_whatever_ends_the_server_ends_all_that_it_started(
     monkeypatch.setenv(FAMILY, uuid.uuid4().hex)
     with anyio.fail_after(600):
         async with busy_server("local") as server:
-            assert len(family("sleep 600")) >= 3
+            await wait_until(lambda: len(family("sleep 600")) >= 3)  # a task runs a moment before its program does
             assert server.stdin
             if isinstance(way, signal.Signals):
                 server.send_signal(way)
