@@ -10,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
+
 from rhapsody_mcp.model.errors import SchedulerUnavailable
 from rhapsody_mcp.schedulers.commands import CommandResult, run_command
 from rhapsody_mcp.schedulers.parsl_kinds import ParslKind
@@ -37,6 +39,7 @@ class ParslCall:
         self._kind, self._environment, self._timeout_s, self._options = kind, environment, timeout_s, options
         self._loop = asyncio.get_running_loop()
         self._running: concurrent.futures.Future[CommandResult] | None = None
+        self._commands: set[asyncio.Future[CommandResult]] = set()
         self._is_over = False
 
     async def run(self, work: Callable[[Any], _Answer], **arguments: Any) -> _Answer | None:
@@ -50,6 +53,11 @@ class ParslCall:
             self._is_over = True
             if self._running is not None:
                 self._running.cancel()
+            for command in self._commands:
+                command.cancel()
+            if self._commands:
+                with anyio.CancelScope(shield=True):
+                    await asyncio.wait(self._commands)
 
     def _work(self, work: Callable[[Any], _Answer], arguments: Mapping[str, Any]) -> _Answer | None:
         from parsl.errors import ParslError
@@ -88,10 +96,17 @@ class ParslCall:
         words = command.split()
         if self._options and (script := Path(words[-1])).is_file():
             self._use_own_options(script)
-        result = run_command(["/bin/sh", "-c", command], self._environment, within_s=self._timeout_s, name=words[0])
-        self._running = asyncio.run_coroutine_threadsafe(result, self._loop)
+        self._running = asyncio.run_coroutine_threadsafe(self._run_command(command, words[0]), self._loop)
         self.last = self._running.result()
         return self.last.exit_code, self.last.stdout, self.last.stderr
+
+    async def _run_command(self, command: str, name: str) -> CommandResult:
+        running = asyncio.ensure_future(
+            run_command(["/bin/sh", "-c", command], self._environment, within_s=self._timeout_s, name=name)
+        )
+        self._commands.add(running)
+        running.add_done_callback(self._commands.discard)
+        return await running
 
     def _use_own_options(self, script: Path) -> None:
         keys = {option_key(option, self._kind.same) for option in self._options}
