@@ -83,8 +83,9 @@ def cancel_report(ending: Sequence[Task], had_ended: int) -> CallToolResult:
     )
     text = f"{data.canceled} canceled, {data.had_ended} had ended before."
     waiting = [name_of(task) for task in ending if task.state is TaskState.WAITING]
-    if still_ending := [name for name in data.still_ending if name not in waiting]:
-        text += f" Still ending: {', '.join(still_ending)}; see wait_tasks."
+    others = [name_of(task) for task in ending if not task.state.final and task.state is not TaskState.WAITING]
+    if others:
+        text += f" Still ending: {', '.join(others[:NAMES_SHOWN])}; see wait_tasks."
     if waiting:
         text += f" Canceled once the rest of what they wait for has ended: {limited_list(waiting, NAMES_SHOWN)}."
     return reply(text, data)

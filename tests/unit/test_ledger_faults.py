@@ -135,6 +135,7 @@ async def test_while_a_disk_fills_and_empties_what_was_refused_is_not_there_and_
         assert await ledger.flush(30)
     async with opened(roomy / "state", journal) as ledger:
         assert {row.number for row in await ledger.tasks("s")} == taken
+        assert len(taken) > 100 and len(refused) > 100
 
 
 async def test_a_log_that_takes_all_the_room_is_brought_into_the_ledger(small: Path) -> None:
