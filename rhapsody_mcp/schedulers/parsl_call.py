@@ -39,7 +39,7 @@ class ParslCall:
         self._kind, self._environment, self._timeout_s, self._options = kind, environment, timeout_s, options
         self._loop = asyncio.get_running_loop()
         self._running: concurrent.futures.Future[CommandResult] | None = None
-        self._commands: set[asyncio.Future[CommandResult]] = set()
+        self._command: asyncio.Task[Any] | None = None
         self._is_over = False
 
     async def run(self, work: Callable[[Any], _Answer], **arguments: Any) -> _Answer | None:
@@ -53,11 +53,9 @@ class ParslCall:
             self._is_over = True
             if self._running is not None:
                 self._running.cancel()
-            for command in self._commands:
-                command.cancel()
-            if self._commands:
+            if self._command is not None:
                 with anyio.CancelScope(shield=True):
-                    await asyncio.wait(self._commands)
+                    await asyncio.wait({self._command})
 
     def _work(self, work: Callable[[Any], _Answer], arguments: Mapping[str, Any]) -> _Answer | None:
         from parsl.errors import ParslError
@@ -101,12 +99,8 @@ class ParslCall:
         return self.last.exit_code, self.last.stdout, self.last.stderr
 
     async def _run_command(self, command: str, name: str) -> CommandResult:
-        running = asyncio.ensure_future(
-            run_command(["/bin/sh", "-c", command], self._environment, within_s=self._timeout_s, name=name)
-        )
-        self._commands.add(running)
-        running.add_done_callback(self._commands.discard)
-        return await running
+        self._command = asyncio.current_task()
+        return await run_command(["/bin/sh", "-c", command], self._environment, within_s=self._timeout_s, name=name)
 
     def _use_own_options(self, script: Path) -> None:
         keys = {option_key(option, self._kind.same) for option in self._options}

@@ -131,7 +131,7 @@ def planned_data(plan: AllocationPlan | None, verdict: Verdict | None) -> dict[s
 
 def allocation_of(open_session: OpenSession) -> AllocationFacts | None:
     """The allocation of a session that has one, now or with its next task."""
-    for backend in open_session.session.backends:
+    for backend in open_session.session.backends if open_session.config.needs_allocation else ():
         if (facts := backend.describe().get("allocation")) is not None:
             return msgspec.convert(facts, AllocationFacts)
     return None
@@ -139,9 +139,8 @@ def allocation_of(open_session: OpenSession) -> AllocationFacts | None:
 
 def refuse_used_up(open_session: OpenSession) -> None:
     """Raise AllocationsUsedUp where the session can have no further job."""
-    if not open_session.config.needs_allocation or (facts := allocation_of(open_session)) is None:
-        return
-    if facts.left_minutes == 0:
+    facts = allocation_of(open_session)
+    if facts is not None and facts.left_minutes == 0:
         raise AllocationsUsedUp(used_up_text(facts.allocations, open_session.config.minutes or facts.minutes))
 
 
@@ -167,7 +166,7 @@ def utilization(facts: AllocationFacts, statistics: Statistics, slots: int) -> f
 
 def nodes_text(open_session: OpenSession) -> str:
     """Which nodes the session has, for how long, and how they get free; empty where it has none."""
-    facts = allocation_of(open_session) if open_session.config.needs_allocation else None
+    facts = allocation_of(open_session)
     if facts is None or not facts.on:
         return ""
     left = f" for {span(facts.left_s)} more" if facts.left_s is not None else ""

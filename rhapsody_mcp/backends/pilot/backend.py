@@ -172,20 +172,17 @@ class PilotBackend(BackendBase):
         """The pilot is gone, and never got the messages `unsent`; with `is_replaced` another one is there."""
         self._is_ready, self._is_draining, self._loss = False, False, reason or self._loss
         never_sent = {run.spec.uid for body in unsent if isinstance(body, Submit) for run in body.task_runs}
-        unnoted = set[str]()  # notes of starts are complete where the nodes see the results folder
-        if not self._allocation.notes_are_complete:
-            unnoted = {uid for uid, live in self._live.items() if live.is_sent} - never_sent
-        noted = set[tuple[str, int]]()
+        noted, is_complete = set[tuple[str, int]](), self._allocation.notes_are_complete
         try:
             noted = starts_in({live.run.results_folder for live in self._live.values()})
         except OSError:
-            unnoted = {uid for uid, live in self._live.items() if live.is_sent} - never_sent
+            is_complete = False
+        sent = {uid for uid, live in self._live.items() if live.is_sent} - never_sent
+        unnoted = set[str]() if is_complete else sent
         if is_replaced:
             self._begin_again()
-        for waiting in () if is_replaced else (self._started, self._rested):
-            if waiting is not None and not waiting.done():
-                waiting.set_exception(BackendUnavailable(reason))
-                waiting.exception()
+        else:
+            self._fail_waiting(reason)
         for uid, live in list(self._live.items()):
             if live.is_canceled:
                 self._end_canceled(live)
@@ -193,6 +190,12 @@ class PilotBackend(BackendBase):
                 self._end(live, Ended(uid, failed(Cause.LOST, reason)))
             else:
                 self._end(live, Returned(uid, reason))
+
+    def _fail_waiting(self, reason: str) -> None:
+        for waiting in (self._started, self._rested):
+            if waiting is not None and not waiting.done():
+                waiting.set_exception(BackendUnavailable(reason))
+                waiting.exception()
 
     def _begin_again(self) -> None:
         """Ask the new pilot for what the one before was about to do."""
@@ -211,9 +214,9 @@ class PilotBackend(BackendBase):
         self._allocation.result_folders.update(reports)
         for run in task_runs:
             early = self._early.pop((run.spec.uid, run.attempt), ())
-            has_started = run.resumed or any(isinstance(event, Running) for event in early)
-            live = _Live(replace(run, resumed=has_started), reports[run.results_folder])
-            self._live[run.spec.uid] = live
+            if any(isinstance(event, Running) for event in early):
+                run = replace(run, resumed=True)
+            live = self._live[run.spec.uid] = _Live(run, reports[run.results_folder])
             for event in early:
                 if not isinstance(event, Returned):  # a task that is here is not returned yet
                     self._receive_event(event, run.attempt)

@@ -71,7 +71,7 @@ class _Pilot:
     """Serves one service after the other, until the nodes are given back."""
 
     def __init__(self, config: PilotConfig, folder: Path) -> None:
-        self._config, self._folder = config, folder
+        self._config, self._folder, self._results = config, folder, str(folder / RESULTS)
         allocation = current_allocation(os.environ)
         self._ends = (allocation and allocation.ends_at) or time.time() + 60 * config.minutes
         self._nodes = allocation.nodes if allocation is not None else ()
@@ -182,8 +182,7 @@ class _Pilot:
         return Multiplexer(is_server=False, open_stream=self._serve_file)
 
     def _serve_file(self, stream: Stream, kind: bytes) -> None:
-        results = str(self._folder / RESULTS)
-        FileServer(stream, lambda path: os.path.dirname(path) == results)
+        FileServer(stream, lambda path: os.path.dirname(path) == self._results)
 
     async def _fetch_from(self) -> Multiplexer:
         await self._delivery.connected.wait()
@@ -203,7 +202,7 @@ class _Pilot:
         if isinstance(body, Events):
             for event in body.events:
                 if isinstance(event, Ended):
-                    delete_files(event.outcome, str(self._folder / RESULTS))
+                    delete_files(event.outcome, self._results)
 
     def _receive(self, order: FromService, number: int) -> None:
         if isinstance(order, Release):

@@ -17,6 +17,9 @@ from rhapsody_mcp.model.errors import BackendUnavailable
 
 __all__ = ["SavedEvents", "has_events", "save_events"]
 
+_EVENTS = "pilot-events"
+"""A folder of its own in the session's folder, which may hold many results."""
+
 
 def has_events(folder: Path) -> bool:
     """Whether pilots of a session with this folder have left events that no service has recorded."""
@@ -24,7 +27,7 @@ def has_events(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("pilot-*.events"))
+    return sorted((folder / _EVENTS).glob("*.events"))
 
 
 def save_events(folder: Path, life: str, messages: Sequence[Body]) -> Path | None:
@@ -34,8 +37,9 @@ def save_events(folder: Path, life: str, messages: Sequence[Body]) -> Path | Non
     events = [message for message in kept if message.events]
     if not events:
         return None
-    file = folder / f"pilot-{life}.events"
-    with suppress(BackendUnavailable):
+    file = folder / _EVENTS / f"{life}.events"
+    with suppress(BackendUnavailable, OSError):
+        file.parent.mkdir(mode=0o700, exist_ok=True)
         write_private(file, msgspec.msgpack.encode(events))
     return file
 
