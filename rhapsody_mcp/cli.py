@@ -108,11 +108,17 @@ def _add_service_control(subparsers: _Subparsers) -> None:
     status.add_argument("--json", action="store_true", help="as JSON")
     run = actions.add_parser("run")
     run.add_argument("--detached", action="store_true", help=argparse.SUPPRESS)
+    logs = subparsers.add_parser("logs", help="print what a task prints, also while it runs")
+    logs.add_argument("session", metavar="SESSION", help="as in session-1")
+    logs.add_argument("task", metavar="TASK", help="its name or id; a for_each or a job shows who printed each line")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the task has ended")
+    logs.add_argument("--rank", type=int, metavar="N", help="only this rank of a job")
+    logs.set_defaults(run=commands.logs)
     start.set_defaults(run=commands.service_start)
     stop.set_defaults(run=commands.service_stop)
     status.set_defaults(run=commands.service_status)
     run.set_defaults(run=commands.service_run)
-    for action in (start, stop, status, run):
+    for action in (start, stop, status, run, logs):
         _add_folder(action)
     for action in (start, run):
         _add_config(action)

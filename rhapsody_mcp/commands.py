@@ -17,8 +17,19 @@ if TYPE_CHECKING:
     from rhapsody_mcp.settings import Settings
 
 __all__ = [
-    *("bench", "demo", "doctor", "http", "init", "service_run", "service_start", "service_status", "service_stop"),
-    *("stdio", "token_create", "token_list", "token_revoke"),
+    *(
+        "bench",
+        "demo",
+        "doctor",
+        "http",
+        "init",
+        "logs",
+        "service_run",
+        "service_start",
+        "service_status",
+        "service_stop",
+    ),
+    *("service_stop", "stdio", "token_create", "token_list", "token_revoke"),
 ]
 
 _say = partial(print, flush=True)
@@ -104,6 +115,17 @@ def service_status(options: argparse.Namespace) -> int:
     from rhapsody_mcp.serving.daemon.control_client import status
 
     return status(_client(options), options.json, _say)
+
+
+def logs(options: argparse.Namespace) -> int:
+    from rhapsody_mcp.serving.daemon.control_client import logs
+
+    def write(stream: str, text: str) -> None:
+        file = sys.stderr if stream == "stderr" else sys.stdout
+        file.write(text)
+        file.flush()
+
+    return logs(_client(options), options.session, options.task, options.rank, options.follow, write)
 
 
 def service_run(options: argparse.Namespace) -> int:

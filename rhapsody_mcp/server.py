@@ -18,6 +18,7 @@ from rhapsody_mcp.model.errors import UnknownName
 from rhapsody_mcp.protocol.audit import Audit, audit_deferred
 from rhapsody_mcp.protocol.completions import Completions
 from rhapsody_mcp.protocol.durability import durable_replies
+from rhapsody_mcp.protocol.output_watch import OutputWatch
 from rhapsody_mcp.protocol.prompts import make_prompt, refuse_prompt
 from rhapsody_mcp.protocol.resource_updates import ResourceUpdates
 from rhapsody_mcp.protocol.resources import Resources, add_resources
@@ -107,5 +108,5 @@ def build_server(
     add_resources(server, resources)
     Completions(sessions, prompts).serve(server)
     Subscriptions(server, updates, resources.check).serve()
-    server.detachers = (sessions.watch(updates.note_change), task_tools.leave)
+    server.detachers = (sessions.watch(updates.note_change), OutputWatch(sessions, updates).stop, task_tools.leave)
     return server

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import msgspec
 
+from rhapsody_mcp.model.live.output import OutputQuery, Printed
+from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.values import Reader
@@ -23,6 +25,7 @@ __all__ = [
     "Event",
     "Kind",
     "OnLoss",
+    "Progressed",
     "Report",
     "Returned",
     "Running",
@@ -56,7 +59,14 @@ class Returned(msgspec.Struct, frozen=True, tag="returned", gc=False):
     reason: str = ""
 
 
-Event = Running | Ended | Returned
+class Progressed(msgspec.Struct, frozen=True, tag="told", gc=False):
+    """The running task has told how far it is; `progress` is all that it has told."""
+
+    uid: str
+    progress: Progress
+
+
+Event = Running | Progressed | Ended | Returned
 Report = Callable[[Event], None]
 
 
@@ -157,16 +167,23 @@ class Backend(Protocol):
         """Take these tasks; the backend has started. Never blocks and never raises for a task.
 
         Raises BackendUnavailable, with nothing taken, where the engine has died; `start` makes a new one.
-        For each task `report` is called from the event loop with at most one Running and then exactly one
-        Ended, also when the backend is closed. Where the engine dies, a task that had started, or may have, ends with
-        cause lost; one that certainly never did, and never will, may get one Returned instead. `read` opens bound
-        values here, outside the processes that run user code: it may refuse one with InvalidTask.
+        For each task `report` is called from the event loop with at most one Running, any number of Progressed, and
+        then exactly one Ended, also when the backend is closed. Where the engine dies, a task that had started, or may
+        have, ends with cause lost; one that certainly never did, and never will, may get one Returned instead. `read`
+        opens bound values here, outside the processes that run user code: it may refuse one with InvalidTask.
         """
 
     def cancel(self, uids: Collection[str]) -> None:
         """Ask for these tasks to end CANCELED, with their process trees. Unknown and ended uids are ignored.
 
         A task that ends by itself before the request reaches it keeps its own outcome.
+        """
+
+    async def read_output(self, uid: str, query: OutputQuery) -> Printed | None:
+        """A piece of what a running task has printed so far, within a second of the time when it was flushed.
+
+        None where the task does not run here now, or prints nothing that could be read. Never raises, and waits for
+        some seconds at most.
         """
 
     def drain(self, reason: str) -> None:
@@ -232,6 +249,10 @@ class BackendBase:
 
     async def start(self) -> None:
         raise NotImplementedError
+
+    async def read_output(self, uid: str, query: OutputQuery) -> Printed | None:
+        """Nothing: tasks print nothing."""
+        return None
 
     def drain(self, reason: str) -> None:
         """Let all tasks go on."""

@@ -27,16 +27,19 @@ from rhapsody_mcp.engine.messages import (
     FromHost,
     HostConfig,
     NodeReady,
+    OutputRead,
     OutputTaken,
     Ping,
     Pong,
     ProcessPlan,
+    ReadOutput,
     StartTask,
     StartWorker,
     StepEnded,
     StopWorker,
     TakeOutput,
     TaskEnded,
+    TaskProgressed,
     TaskStarted,
     ToHost,
     WorkerConfig,
@@ -46,6 +49,7 @@ from rhapsody_mcp.engine.messages import (
 from rhapsody_mcp.engine.node.context import NodeContext, start_events_path
 from rhapsody_mcp.engine.node.hardware import memory_gib
 from rhapsody_mcp.engine.node.launchers import DragonLauncher, ForkLauncher, Launcher
+from rhapsody_mcp.engine.node.live_output import current_uid, read_printed_in_worker
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.node.task_processes import ProcessTask
 from rhapsody_mcp.engine.process.liveness import MIN_CHECKS, StopDetector
@@ -68,6 +72,7 @@ def main() -> None:
     agent = NodeAgent(config)
     threading.Thread(target=_end_with_owner, args=(agent,), daemon=True).start()
     threading.Thread(target=agent.end_stalled, daemon=True).start()
+    threading.Thread(target=agent.report_progress, daemon=True).start()
     with suppress(EOFError, ConnectionError):
         agent.serve()
     agent.end("the connection with the backend has ended")
@@ -80,6 +85,7 @@ def _end_with_owner(agent: NodeAgent) -> None:
 
 
 _JOIN_TIMEOUT_S = 3.0
+_PROGRESS_S = 0.25
 
 
 def _batch_launcher() -> Launcher:
@@ -211,6 +217,8 @@ class NodeAgent:
             self._run_in_thread(self._run_worker, message.worker)
         elif isinstance(message, TakeOutput):
             self._run_in_thread(self._take_output, message)
+        elif isinstance(message, ReadOutput):
+            self._run_in_thread(self._read_output, message)
         elif isinstance(message, StopWorker):
             if message.worker in self._workers:
                 threading.Thread(target=self._workers[message.worker].stop, daemon=True).start()
@@ -264,6 +272,27 @@ class NodeAgent:
         folder = request.results_folder and results_folder(request.results_folder, self.config.link_folder)
         streams = take_output(request.output_path, folder, request.output_bytes)
         self.send(OutputTaken(request.output_path, *streams))
+
+    def _read_output(self, request: ReadOutput) -> None:
+        printed, uid = None, request.uid
+        if (worker := self._workers.get(request.worker)) is not None:
+            printed = read_printed_in_worker(worker.path, uid, request.query, self.config.caps.output_bytes)
+        elif (task := self._tasks.get(uid)) is not None:
+            printed = task.printed(request.query)
+        self.send(OutputRead(request.number, printed))
+
+    def report_progress(self) -> NoReturn:
+        """Repeatedly read what running tasks tell of their progress, and report what is new."""
+        while True:
+            time.sleep(_PROGRESS_S)
+            for task in list(self._tasks.values()):
+                for message in task.advanced():
+                    self.send(message)
+            for worker in list(self._workers.values()):
+                told = worker.progress
+                if told.advance() and told.progress is not None:
+                    uid = told.uid or current_uid(worker.path)
+                    self.send(TaskProgressed(uid, 0, told.progress))
 
     def end_stalled(self) -> NoReturn:
         """Repeatedly check for processes that stay stopped: end a worker or a supervisor with its tree, or everything

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from rhapsody_mcp.model.live.output import OutputPart, OutputQuery
+from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import Call, Caps, TaskRun
 from rhapsody_mcp.model.states import Cause
@@ -27,12 +29,14 @@ __all__ = [
     "LinkSettings",
     "NodeHello",
     "NodeReady",
+    "OutputRead",
     "OutputTaken",
     "Ping",
     "Pong",
     "ProcessPlan",
     "RankConfig",
     "RanksPrepared",
+    "ReadOutput",
     "RunFunction",
     "ServersLost",
     "ServersReady",
@@ -44,6 +48,7 @@ __all__ = [
     "StopWorker",
     "TakeOutput",
     "TaskEnded",
+    "TaskProgressed",
     "TaskRevoked",
     "TaskStarted",
     "ToBackend",
@@ -130,6 +135,7 @@ class FunctionFinished(msgspec.Struct, frozen=True, tag="finished", omit_default
     stderr: Stream = Stream()
     interrupted: bool = False
     left_running: int = 0
+    progress: Progress | None = None
 
 
 class TaskRevoked(msgspec.Struct, frozen=True, tag="revoked", gc=False):
@@ -193,11 +199,23 @@ class TakeOutput(msgspec.Struct, frozen=True, tag="take_output", gc=False):
     output_bytes: int | None
 
 
+class ReadOutput(msgspec.Struct, frozen=True, tag="read_output", gc=False):
+    """Read what a running task has printed so far; request an OutputRead with the same number.
+
+    `worker` is the worker that runs the task, and empty for a task in processes of its own.
+    """
+
+    number: int
+    uid: str
+    worker: str
+    query: OutputQuery
+
+
 class Ping(msgspec.Struct, frozen=True, tag="ping", gc=False):
     """Request a Pong."""
 
 
-ToHost = StartWorker | StopWorker | StartTask | StepEnded | CancelTask | TakeOutput | Ping
+ToHost = StartWorker | StopWorker | StartTask | StepEnded | CancelTask | TakeOutput | ReadOutput | Ping
 
 
 # --- node agent → backend
@@ -255,11 +273,37 @@ class OutputTaken(msgspec.Struct, frozen=True, tag="output_taken", gc=False):
     stderr: Stream
 
 
+class OutputRead(msgspec.Struct, frozen=True, tag="output_read", gc=False):
+    """The answer to a ReadOutput; without parts where the task does not run on this node now."""
+
+    number: int
+    parts: tuple[OutputPart, OutputPart] | None
+
+
+class TaskProgressed(msgspec.Struct, frozen=True, tag="progressed", gc=False):
+    """A running task has told how far it is."""
+
+    uid: str
+    rank: int
+    progress: Progress
+
+
 class Pong(msgspec.Struct, frozen=True, tag="pong", gc=False):
     """The answer to a Ping."""
 
 
-FromHost = NodeReady | WorkerExited | TaskStarted | TaskEnded | WorkerStartFailed | RanksPrepared | OutputTaken | Pong
+FromHost = (
+    NodeReady
+    | WorkerExited
+    | TaskStarted
+    | TaskProgressed
+    | TaskEnded
+    | WorkerStartFailed
+    | RanksPrepared
+    | OutputTaken
+    | OutputRead
+    | Pong
+)
 
 
 # --- model servers of a node → backend

@@ -28,7 +28,7 @@ from rhapsody_mcp.engine.process.tree import (
     send_signal,
 )
 from rhapsody_mcp.engine.task.output_files import MOVE_COUNT, STREAMS, Output, shared_count
-from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_STARTED, START_NOT_LOGGED, log_start
+from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_STARTED, START_NOT_LOGGED, log_start, place_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ class _Supervisor:
             code, _ = self._watch(program, env)
             return code if code >= 0 else 128 - code
         try:
-            log_start(*self.plan["start_log_entry"])
+            folder, uid, attempt = self.plan["start_log_entry"]
+            log_start(folder, uid, attempt, place_of(self.path))
         except OSError as error:
             return self._write_outcome("lost", START_NOT_LOGGED.format(error))
         try:

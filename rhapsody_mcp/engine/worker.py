@@ -46,7 +46,9 @@ from rhapsody_mcp.engine.task.error_text import Interrupted
 from rhapsody_mcp.engine.task.function_call import can_start_threads, perform
 from rhapsody_mcp.engine.task.function_output import FunctionOutput
 from rhapsody_mcp.engine.task.node_files import local_bindings, results_folder
-from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_STARTED, START_NOT_LOGGED, log_start
+from rhapsody_mcp.engine.task.progress_file import PROGRESS
+from rhapsody_mcp.engine.task.progress_note import ProgressNote
+from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_STARTED, START_NOT_LOGGED, log_start, place_of
 from rhapsody_mcp.engine.transport import Link
 from rhapsody_mcp.model.states import Cause
 
@@ -129,6 +131,8 @@ class _Worker:
         threading.Thread(target=_listen, args=(config, self.current_task, threading.get_ident()), daemon=True).start()
         self.sources, self.edited_modules = Sources(str(path.parent / "sources")), EditedModules()
         self.output = FunctionOutput(path)
+        self.progress = ProgressNote(str(path.with_suffix(f".{PROGRESS}")))
+        self.place = place_of(str(path.with_suffix("")))
         self.state = ProcessState()
         self.threads = _thread._count()
         self.backend = self._connect()
@@ -186,10 +190,11 @@ class _Worker:
         c_streams.flush(find_new_libraries=may_have_side_effects)
         is_reusable = self.state.restore() and is_reusable
         stdout, stderr = self.output.collect(folder, self.config.caps.output_bytes)
+        progress = self.progress.take()
         self._forget_definitions()
         is_reusable = is_reusable and not self.output.are_pipes_closed and can_start_threads()
         return FunctionFinished(
-            run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True)
+            run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True), progress
         ), is_reusable
 
     def _perform(self, run: RunFunction, folder: str) -> tuple[FunctionResult, bool]:
@@ -205,10 +210,12 @@ class _Worker:
         return result, interrupted
 
     def _start_and_perform(self, run: RunFunction, folder: str) -> FunctionResult:
+        self.output.begin(run.uid)
+        self.progress.begin(run.uid)
         if not _change_directory(self.config.cwd):
             return FunctionResult(None, Cause.INVALID, FOLDER_GONE.format(self.config.cwd))
         try:
-            log_start(folder, run.uid, run.attempt)
+            log_start(folder, run.uid, run.attempt, self.place)
         except OSError as error:
             return FunctionResult(None, Cause.LOST, START_NOT_LOGGED.format(error))
         try:

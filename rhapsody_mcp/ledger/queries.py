@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
+from rhapsody_mcp.engine.process.kept_output import KeptOutput, kept_outputs
+from rhapsody_mcp.engine.task.output import printed_by_ranks, with_printed
 from rhapsody_mcp.engine.task.start_log import read_starts
 from rhapsody_mcp.ledger.records import (
     Change,
@@ -136,10 +138,12 @@ def interrupted_tasks(now: float, kept: Collection[str] = ()) -> Callable[[Store
 
     def read(store: Store) -> list[Change]:
         ends: dict[str, int] = {}
-        starts = {folder: read_starts(folder) for (folder,) in store.read("SELECT folder FROM sessions")}
+        folders = [folder for (folder,) in store.read("SELECT folder FROM sessions")]
+        starts = {folder: read_starts(folder) for folder in folders}
+        printed = {folder: _Printed(folder, kept_outputs(folder)) for folder in folders}
         last_signs = _last_signs_of_life(store, now)
         changes = (
-            _settle(ends, last_signs[session], starts.get(folder, ()), session, *fields)
+            _settle(ends, last_signs[session], starts.get(folder, ()), printed.get(folder), session, *fields)
             for folder, session, *fields in store.read(_OPEN_TASKS)
             if session not in kept
         )
@@ -181,9 +185,20 @@ _LAST_SIGNS = """
 _LOST_TEXT = "the service ended while this task was running, and what it did until then is not known"
 
 
+class _Printed(NamedTuple):
+    """What tasks had printed that ran as the service ended, and the folder of their session's results."""
+
+    folder: str
+    outputs: Mapping[tuple[str, int], KeptOutput]
+
+    def added_to(self, outcome: Outcome, start: tuple[str, int]) -> Outcome:
+        kept = self.outputs.get(start)
+        return outcome if kept is None else with_printed(outcome, printed_by_ranks(kept.paths, self.folder, kept.limit))
+
+
 def _settle(
-    ends: dict[str, int], last_sign: float, starts: Collection[tuple[str, int]], session: str, uid: str,
-    started: float | None, attempts: int, last_failure: str, retries: int, first: int,
+    ends: dict[str, int], last_sign: float, starts: Collection[tuple[str, int]], printed: _Printed | None, session: str,
+    uid: str, started: float | None, attempts: int, last_failure: str, retries: int, first: int,
 ) -> Change | None:  # fmt: skip
     """None for a task that was not sent to a backend. `ends` counts the new ends of each session."""
     attempt = attempts + 1 if started is None else attempts
@@ -196,7 +211,7 @@ def _settle(
     message = f"{_LOST_TEXT}. Submit it again, with retries if it may be run twice."
     ended = max(last_sign, started or last_sign)
     outcome = Outcome(state=TaskState.FAILED, ended=ended, started=started or None, cause=Cause.LOST, error=message)
-    return TaskEnded(session, uid, position, outcome)
+    return TaskEnded(session, uid, position, printed.added_to(outcome, (uid, attempt)) if printed else outcome)
 
 
 def prune(before: float) -> Callable[[Store], list[SessionRow]]:

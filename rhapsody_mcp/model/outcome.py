@@ -7,6 +7,7 @@ import time
 import msgspec
 
 from rhapsody_mcp.model.errors import RhapsodyError
+from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
 
@@ -42,6 +43,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
     `started` is None if user code never ran. `exception` is the pickled exception of a function, or empty; unpickle an
     exception only where user code may run. `notes` are remarks about the run, such as "8 ranks on 2 cores".
     `nodes` are the names of the nodes that the task ran on, the node of rank 0 first; empty on an engine of one node.
+    `progress` is what the task has said last of itself.
     """
 
     state: TaskState
@@ -59,6 +61,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
     usage: Usage | None = None
     exception: bytes = b""
     nodes: tuple[str, ...] = ()
+    progress: Progress | None = None
 
 
 def failed(cause: Cause, error: str, *, started: float | None = None, exit_code: int | None = None) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import quote
 
 from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
@@ -12,10 +12,12 @@ from mcp.server.subscriptions import InMemorySubscriptionBus, ResourceUpdated
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import Task
 
-__all__ = ["SESSIONS_URI", "ResourceUpdates"]
+__all__ = ["LOGS", "SESSIONS_URI", "TASK_URI", "ResourceUpdates"]
 
 SESSIONS_URI = "rhapsody://sessions"
-_LOGS = ("stdout", "stderr")
+TASK_URI = f"{SESSIONS_URI}/{{session}}/tasks/{{task}}"
+"""A template, to which the name of a log is added."""
+LOGS = ("stdout", "stderr")
 
 
 class ResourceUpdates:
@@ -29,6 +31,9 @@ class ResourceUpdates:
         self._interval_s = interval_s
         self._watchers: Counter[str] = Counter()
         self._changed: dict[tuple[str, Task | None], None] = {}
+        self._grown: dict[str, None] = {}
+        self.on_watch: Callable[[], object] = lambda: None
+        """Called when a resource is watched."""
         self._publishing: asyncio.Task[None] | None = None
 
     @property
@@ -37,6 +42,7 @@ class ResourceUpdates:
 
     def watch(self, uri: str) -> None:
         self._watchers[uri] += 1
+        self.on_watch()
 
     def unwatch(self, uri: str) -> None:
         """Undo one `watch`."""
@@ -45,18 +51,28 @@ class ResourceUpdates:
             del self._watchers[uri]
 
     def note_change(self, session: OpenSession, task: Task | None) -> None:
-        """A task of the session changed its state; or, with no task, the session was opened or closed."""
+        """A task of the session changed its state or told its progress; or, with no task, the session was opened or
+        closed."""
         if self._watchers:
             self._changed[session.id, task] = None
-            if self._publishing is None:
-                self._publishing = asyncio.create_task(self._publish())
+            self._begin_publishing()
+
+    def note_growth(self, uri: str) -> None:
+        """The output with this URI has grown."""
+        self._grown[uri] = None
+        self._begin_publishing()
+
+    def _begin_publishing(self) -> None:
+        if self._publishing is None:
+            self._publishing = asyncio.create_task(self._publish())
 
     async def _publish(self) -> None:
         """Returns when nothing has changed for `interval_s`."""
         try:
-            while self._changed:
+            while self._changed or self._grown:
                 changed, self._changed = self._changed, {}
-                uris = (uri for session, task in changed for uri in _uris_of(session, task))
+                grown, self._grown = self._grown, {}
+                uris = [*grown, *(uri for session, task in changed for uri in _uris_of(session, task))]
                 for uri in dict.fromkeys(uri for uri in uris if uri in self._watchers):
                     await self.bus.publish(ResourceUpdated(uri))
                 await asyncio.sleep(self._interval_s)
@@ -74,4 +90,4 @@ def _uris_of(session: str, task: Task | None) -> Iterator[str]:
         for spelled in (name, quote(name)) if "[" in name else (name,):  # as in sweep[3] and sweep%5B3%5D
             yield f"{home}/tasks/{spelled}"
             if task.state.final:
-                yield from (f"{home}/tasks/{spelled}/{log}" for log in _LOGS)
+                yield from (f"{home}/tasks/{spelled}/{log}" for log in LOGS)

@@ -13,10 +13,10 @@ from mcp.shared.uri_template import UriTemplate
 from mcp.types import CallToolResult
 
 from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
-from rhapsody_mcp.protocol.resource_updates import SESSIONS_URI
+from rhapsody_mcp.protocol.resource_updates import LOGS, SESSIONS_URI, TASK_URI
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.toolsets.insight import Insight
-from rhapsody_mcp.toolsets.replies.output_excerpts import tail
+from rhapsody_mcp.toolsets.output.sources import ends_of_sources, sources_of
 from rhapsody_mcp.toolsets.sessions import Sessions, session_row
 from rhapsody_mcp.toolsets.tasks import Tasks
 from rhapsody_mcp.toolsets.tooling.errors import error_text
@@ -25,8 +25,8 @@ __all__ = ["TEMPLATES", "Resources", "add_resources"]
 
 SESSION = f"{SESSIONS_URI}/{{session}}"
 STATISTICS = f"{SESSION}/statistics"
-TASK = f"{SESSION}/tasks/{{task}}"
-STDOUT, STDERR = f"{TASK}/stdout", f"{TASK}/stderr"
+TASK = TASK_URI
+STDOUT, STDERR = (f"{TASK}/{log}" for log in LOGS)
 TEMPLATES = {template: UriTemplate.parse(template) for template in (SESSION, STATISTICS, TASK, STDOUT, STDERR)}
 _LOG_BYTES = 65536
 _JSON, _TEXT = "application/json", "text/plain"
@@ -63,10 +63,10 @@ class Resources:
 
     async def _log(self, session: str, task: str, name: Literal["stdout", "stderr"]) -> str:
         with _refusals():
-            outcome = self._sessions.get(session).task(task).outcome
-        if outcome is None:
-            return ""
-        return await tail(outcome.stdout if name == "stdout" else outcome.stderr, _LOG_BYTES)
+            opened = self._sessions.get(session)
+            sources = sources_of(opened.task(task))
+        excerpts = await ends_of_sources(opened.session, sources, "tail", _LOG_BYTES)
+        return excerpts[name].text if name in excerpts else ""
 
     def check(self, uri: str) -> None:
         """Raises ResourceNotFoundError, with near names, where the URI matches no template or its resource does not
@@ -114,14 +114,14 @@ def add_resources(server: MCPServer[Any], resources: Resources) -> None:
         STDOUT,
         name="stdout",
         title="What a task printed",
-        description=f"The end of an ended task's standard output, 64 KiB at most. {_UNTRUSTED}",
+        description=f"The end of a task's standard output, also while it runs, 64 KiB at most. {_UNTRUSTED}",
         mime_type=_TEXT,
     )(resources.stdout)
     server.resource(
         STDERR,
         name="stderr",
         title="What a task printed on stderr",
-        description=f"The end of an ended task's standard error, 64 KiB at most. {_UNTRUSTED}",
+        description=f"The end of a task's standard error, also while it runs, 64 KiB at most. {_UNTRUSTED}",
         mime_type=_TEXT,
     )(resources.stderr)
 

@@ -90,7 +90,8 @@ class SessionRegistry:
                 opened.recorder.write(UseSession(opened.recorder.key, time.time()))
 
     def watch(self, watcher: Watcher) -> Callable[[], None]:
-        """Call the watcher after each change of a task, and with None for the task after a session is opened or closed.
+        """Call the watcher after each change of a task and its progress, and with None for the task after a session is
+        opened or closed.
 
         Calling the returned function ends this.
         """
@@ -100,6 +101,9 @@ class SessionRegistry:
     def _notify(self, opened: OpenSession, task: Task | None = None) -> None:
         if task is not None and opened.recorder is not None:
             opened.recorder.record_change(task)
+        self._tell_watchers(opened, task)
+
+    def _tell_watchers(self, opened: OpenSession, task: Task | None) -> None:
         for watcher in self._watchers:
             watcher(opened, task)
 
@@ -155,6 +159,7 @@ class SessionRegistry:
                 backend.book, backend.before_start = recorder.engine_book, recorder.before_start
         opened = OpenSession(id, session, config, recorder)
         session.on_change = partial(self._notify, opened)
+        session.on_progress = partial(self._tell_watchers, opened)
         self._sessions[id] = opened
         return opened
 

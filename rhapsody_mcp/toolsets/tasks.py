@@ -40,7 +40,8 @@ from rhapsody_mcp.toolsets.tooling.confirmation import Answer, CallContext, Forc
 from rhapsody_mcp.toolsets.tooling.deferred import LONGEST_WAIT_S, defer
 from rhapsody_mcp.toolsets.waiting.report import WaitReport, wait_report
 from rhapsody_mcp.toolsets.waiting.selection import State, WaitFilters, select_tasks
-from rhapsody_mcp.toolsets.waiting.wait import ChangeSignal, progress_text, wait_for
+from rhapsody_mcp.toolsets.waiting.until import Condition, UntilField
+from rhapsody_mcp.toolsets.waiting.wait import ChangeSignal, tick_text, wait_for
 
 __all__ = ["Tasks"]
 
@@ -95,6 +96,7 @@ class Tasks:
             int | None,
             Field(ge=1, description="Return once so many more have ended (1: any); default is all."),
         ] = None,
+        until: UntilField = None,
         cursor: Annotated[
             str | None, Field(description="cursor of the reply before, to see only what ended since.")
         ] = None,
@@ -105,19 +107,35 @@ class Tasks:
     ) -> Annotated[CallToolResult, WaitReport]:
         started = asyncio.get_running_loop().time()  # the cap is on the whole call, also on a long selection of tasks
         selected = select_tasks(self._sessions.get(session), tasks, state, cursor, self._filters)
+        condition = Condition(selected.open_session, until) if until is not None else None
         since = selected.since if cursor else len(selected.open_session.session.ended)
         asked_s = self._settings.wait_default_s if timeout_s is None else timeout_s
         waits = asked_s > 0 and not all(task.state.final for task in selected.awaited)
         applied_s = min(asked_s, LONGEST_WAIT_S if waits and defer() else self._settings.wait_cap_s)
 
         async def tick(waited_s: float) -> None:
-            await context.report_progress(waited_s, applied_s, progress_text(selected))
+            await context.report_progress(waited_s, applied_s, tick_text(selected))
 
-        waited_s = await wait_for(
-            selected, self._signal, count=count, since=since, timeout_s=applied_s, started=started, tick=tick
+        waited_s, answer = await wait_for(
+            selected,
+            self._signal,
+            count=count,
+            since=since,
+            timeout_s=applied_s,
+            started=started,
+            tick=tick,
+            condition=condition,
         )
         others = [one for one in self._sessions.all() if one is not selected.open_session]
-        return wait_report(selected, others, asked_timeout_s=asked_s, applied_timeout_s=applied_s, waited_s=waited_s)
+        return wait_report(
+            selected,
+            others,
+            asked_timeout_s=asked_s,
+            applied_timeout_s=applied_s,
+            waited_s=waited_s,
+            condition=condition,
+            answer=answer,
+        )
 
     async def list_tasks(
         self,

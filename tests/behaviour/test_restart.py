@@ -331,7 +331,7 @@ async def test_a_task_that_was_about_to_start_is_queued_again_and_one_that_start
         attempts = dict(zip(uids, (1, 1, 2, 2), strict=True))
         ledger.write(PutSession(row), PutTasks(tasks), *(TaskStarted("s", uid, 0.0, attempts[uid]) for uid in uids))
         for uid, attempt in (("started", 1), ("started-before", 1), ("again", 1), ("again", 2), ("untold", 1)):
-            log_start(str(folder), uid, attempt)
+            log_start(str(folder), uid, attempt, "engine/p1")
         await ledger.reconcile(2.0)
         found = {task.uid: (task.state.value, task.attempts) for task in await ledger.tasks("s")}
     assert found == {

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "rhapsody_mcp"
 KNOWS: dict[str, set[str]] = {
     "model": set(),
     "schedulers": {"model"},
-    "engine": {"model", "schedulers"},
+    "engine": {"model", "schedulers", "task"},
     "ledger": {"model", "engine"},
     "backends": {"model", "engine", "schedulers", "shipped_model"},
     "runtime": {"model", "engine", "schedulers", "ledger", "backends", "machine", "settings"},
@@ -20,7 +20,7 @@ KNOWS: dict[str, set[str]] = {
     "protocol": {"model", "ledger", "runtime", "settings", "cards", "toolsets"},
     "demo": {"model", "runtime", "api", "backends", "settings", "server", "serving", "shipped_model"},
     "bench": {"model", "engine", "ledger", "backends", "runtime", "api", "settings", "server", "serving", "toolsets"},
-    "serving": {"model", "ledger", "runtime", "settings", "cards", "protocol", "server"},
+    "serving": {"model", "ledger", "runtime", "settings", "cards", "toolsets", "protocol", "server"},
 }
 ALONE = {"dragon": {"engine", "bench/bare_dragon.py"}, "vllm": {"engine"}}
 """Packages of others, and where alone they are imported."""

@@ -346,7 +346,7 @@ async def test_of_tasks_about_to_start_those_that_did_are_lost_and_the_others_qu
     tmp_path: Path,
 ) -> None:
     """Their folder tells, in which each is noted just before it starts."""
-    log_start(str(tmp_path), "task.000001", 1)
+    log_start(str(tmp_path), "task.000001", 1, "engine/p1")
     async with opened(tmp_path / "state") as ledger:
         ledger.write(PutSession(session(folder=str(tmp_path))), tasks(2))
         ledger.write(*(TaskStarted("s", f"task.{number:06d}", 0.0, 1) for number in (0, 1)))

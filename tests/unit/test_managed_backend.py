@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rhapsody_mcp.api import ComputeTask, Session
-from rhapsody_mcp.backends.base import Ended, OnLoss, Running
+from rhapsody_mcp.backends.base import Ended, OnLoss, Progressed, Running
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 from rhapsody_mcp.model.specs import Call, Layout, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -73,10 +73,11 @@ class Watched:
             call_later=self.clock.call_later,
         )
 
-    def handle(self, event: Running | Ended) -> None:
+    def handle(self, event: Running | Progressed | Ended) -> None:
         if isinstance(event, Running):
             self.began.append(event.uid)
             return
+        assert isinstance(event, Ended)
         assert event.uid not in self.ended, "a task ends once"
         self.ended[event.uid] = event
 
@@ -238,7 +239,7 @@ async def test_what_a_refusal_sets_free_gets_a_start_of_its_own(watch: Callable[
     watched.backend.start_error = BackendUnavailable("not now")
     real = watched.handle
 
-    def handle(event: Running | Ended) -> None:
+    def handle(event: Running | Progressed | Ended) -> None:
         real(event)
         if event.uid == "first":
             watched.backend.start_error = None
@@ -342,7 +343,7 @@ class Telling(ScriptedBackend):
 
 
 async def test_an_engine_that_ends_while_it_has_nothing_to_do_leaves_a_note_and_one_alone() -> None:
-    backend, notices, ended = Telling(answer), list[EngineNotice](), list[Running | Ended]()
+    backend, notices, ended = Telling(answer), list[EngineNotice](), list[Running | Progressed | Ended]()
     managed = ManagedBackend(backend, ended.append, load, notify=notices.append, call_later=Clock().call_later)
     managed.submit([order("a")])
     await all_is_still()

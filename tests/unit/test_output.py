@@ -101,7 +101,7 @@ def test_a_limit_that_is_smaller_than_a_message_holds_too(file: int, tmp_path: P
 
 
 def test_where_no_hole_can_be_made_the_file_is_cut(file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(output_files, "_punch_hole", lambda *_: False)  # as on a file system that cannot
+    monkeypatch.setattr(output_files, "punch_hole", lambda *_: False)  # as on a file system that cannot
     write(file, 3)
     output_files._trim(file, MOST)
     os.write(file, b"end")

@@ -125,7 +125,7 @@ async def test_what_an_earlier_pilot_had_started_does_not_run_again(tmp_path: Pa
         raise AssertionError
 
     plan = PlannedBackend("local", {}, str(tmp_path))
-    hosted = HostedBackend(plan, sent.append, str(tmp_path), connection, started_before={("noted", 1)})
+    hosted = HostedBackend(plan, sent.append, str(tmp_path), connection, lambda: True, started_before={("noted", 1)})
     resumed = msgspec.structs.replace(function("resumed"), resumed=True)
     again = msgspec.structs.replace(function("noted"), attempt=2)
     hosted.receive(Submit("local", [function("noted"), resumed, function("new")]))

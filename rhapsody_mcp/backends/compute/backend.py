@@ -18,6 +18,7 @@ from rhapsody_mcp.backends.shared_run import SharedRun
 from rhapsody_mcp.engine.messages import LauncherName
 from rhapsody_mcp.engine.network.addresses import refuse_unknown_network
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings, InvalidTask
+from rhapsody_mcp.model.live.output import OutputQuery, Printed
 from rhapsody_mcp.model.specs import Caps, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Reader
@@ -204,6 +205,11 @@ class ComputeBackend(BackendBase):
     def cancel(self, uids: Collection[str]) -> None:
         if self._engine is not None:
             self._engine.dispatcher.stop(uids, Cause.CANCELED)
+
+    async def read_output(self, uid: str, query: OutputQuery) -> Printed | None:
+        engine = self._engine
+        task = engine.dispatcher.tasks.get(uid) if engine is not None else None
+        return await engine.output_reads.read(task, query) if engine is not None and task is not None else None
 
     def drain(self, reason: str) -> None:
         if self._engine is not None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from rhapsody_mcp.backends.compute.in_flight import InFlightTask
 from rhapsody_mcp.backends.compute.outcomes import crashed, stopped
 from rhapsody_mcp.engine.messages import WorkerExited
-from rhapsody_mcp.engine.task.start_log import read_starts
-from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.engine.process.kept_output import kept_outputs
+from rhapsody_mcp.engine.task.output import printed_by_ranks
+from rhapsody_mcp.engine.task.start_log import read_places, read_starts
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.specs import Caps, TaskRun
 from rhapsody_mcp.model.values import Stream
 
-__all__ = ["TakeOutput", "noted_starts", "outcomes_after_exit", "starts_in"]
+__all__ = ["TakeOutput", "collect_printed", "kept_output", "noted_starts", "outcomes_after_exit", "starts_in"]
 
 
 TakeOutput = Callable[[str, str | None], Awaitable[tuple[Stream, Stream]]]
@@ -40,3 +44,21 @@ async def noted_starts(tasks: Iterable[InFlightTask]) -> set[tuple[str, int]]:
 def starts_in(folders: Iterable[str]) -> set[tuple[str, int]]:
     """The starts that are noted in these results folders, as pairs of a uid and an attempt's number."""
     return {start for folder in folders for start in read_starts(folder)}
+
+
+def collect_printed(
+    engine_folder: Path, started: Collection[tuple[str, int]], tasks: Mapping[str, InFlightTask], caps: Caps
+) -> None:
+    """Set for each of the `started` tasks of an engine that has ended what it had printed."""
+    folders = {tasks[uid].task_run.results_folder for uid, _ in started if uid in tasks}
+    places = {start: own for folder in folders for start, own in read_places(folder).items()}
+    for task in list(tasks.values()):
+        own = places.get((task.uid, task.task_run.attempt), ())
+        paths = [str(engine_folder.parent / place) for place in own if place.startswith(f"{engine_folder.name}/")]
+        task.printed = printed_by_ranks(paths, task.task_run.results_folder, caps.output_bytes)
+
+
+def kept_output(task_run: TaskRun) -> tuple[RankOutcome, ...]:
+    """What the ranks of a task had printed whose engine has ended without its owner."""
+    kept = kept_outputs(task_run.results_folder).get((task_run.spec.uid, task_run.attempt))
+    return () if kept is None else printed_by_ranks(kept.paths, task_run.results_folder, kept.limit)

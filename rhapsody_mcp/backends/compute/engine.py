@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from rhapsody_mcp.backends.base import BeforeStart, EngineBook, Report
-from rhapsody_mcp.backends.compute.crashes import noted_starts, outcomes_after_exit
+from rhapsody_mcp.backends.base import BeforeStart, EngineBook, Progressed, Report
+from rhapsody_mcp.backends.compute.crashes import collect_printed, noted_starts, outcomes_after_exit
 from rhapsody_mcp.backends.compute.dispatcher import Dispatcher
 from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node
+from rhapsody_mcp.backends.compute.live_output import OutputReads
 from rhapsody_mcp.backends.compute.process_dispatcher import RunStep
 from rhapsody_mcp.backends.compute.transport import Connection, Transport, UnixTransport
 from rhapsody_mcp.backends.engine_process import KeeperHandle
@@ -29,11 +30,13 @@ from rhapsody_mcp.engine.messages import (
     HostConfig,
     LauncherName,
     NodeReady,
+    OutputRead,
     OutputTaken,
     Ping,
     Pong,
     RanksPrepared,
     TaskEnded,
+    TaskProgressed,
     TaskRevoked,
     TaskStarted,
     ToBackend,
@@ -42,6 +45,7 @@ from rhapsody_mcp.engine.messages import (
     WorkerReady,
     WorkerStartFailed,
 )
+from rhapsody_mcp.engine.process.kept_output import note_results_folder
 from rhapsody_mcp.engine.process.liveness import MIN_CHECKS, StopDetector, is_stopped
 from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.engine.process.tree import ENGINE, end, marked
@@ -103,6 +107,8 @@ class Engine:
             expected_nodes=config.num_nodes,
             run_step=self._run_step,
         )
+        self.output_reads = OutputReads()
+        self._results_folder = ""
         self.mark = secrets.token_hex(8)
         self.folder = RunDir()
         self._log = self.folder.path / "engine.log"
@@ -179,7 +185,14 @@ class Engine:
 
     def submit(self, task_runs: Sequence[TaskRun], report: Report) -> None:
         """Take these tasks; the engine has started."""
+        self.note_results_folder(task_runs)
         self.dispatcher.submit(task_runs, report)
+
+    def note_results_folder(self, task_runs: Sequence[TaskRun]) -> None:
+        """Note on the disk where output is kept if this process is killed."""
+        if task_runs and task_runs[0].results_folder != self._results_folder:
+            self._results_folder = task_runs[0].results_folder
+            note_results_folder(self.folder.path, self._results_folder, self.config.caps.output_bytes)
 
     # --- watching
 
@@ -276,7 +289,9 @@ class Engine:
             async with asyncio.timeout(_LAST_MESSAGES_S):
                 await self._workers_silent.wait()
         await asyncio.gather(*self._exits_in_progress)
-        self.dispatcher.abandon(reason, await noted_starts(self.dispatcher.tasks.values()))
+        noted = await noted_starts(self.dispatcher.tasks.values())
+        await asyncio.to_thread(collect_printed, self.folder.path, noted, self.dispatcher.tasks, self.config.caps)
+        self.dispatcher.abandon(reason, noted)
         for watch in self.watches:
             watch.cancel()
         self._transport.close()
@@ -310,6 +325,10 @@ class Engine:
                 dispatcher.function_finished(self._worker_names.get(connection, ""), message)
             case TaskStarted():
                 dispatcher.task_started(message.uid, message.at)
+            case TaskProgressed():
+                self._on_progress(message)
+            case OutputRead():
+                self.output_reads.answer(message.number, message.parts)
             case TaskRevoked():
                 dispatcher.task_revoked(message.uid)
             case TaskEnded() if connection in self.agents:
@@ -331,6 +350,14 @@ class Engine:
                 self._unanswered[connection] = 0
             case NodeReady():
                 self._on_node_ready(connection, message)
+
+    def _on_progress(self, message: TaskProgressed) -> None:
+        task = self.dispatcher.tasks.get(message.uid)
+        if task is not None and message.rank <= (
+            message.rank if task.rank_that_tells is None else task.rank_that_tells
+        ):
+            task.rank_that_tells = message.rank
+            task.report(Progressed(task.uid, message.progress))
 
     def disconnected(self, connection: Connection) -> None:
         worker = self._worker_names.pop(connection, None)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from rhapsody_mcp.backends.base import Report
 from rhapsody_mcp.engine.messages import WorkerExited
-from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.specs import Call, TaskRun
 from rhapsody_mcp.model.states import Cause
 
@@ -121,8 +121,8 @@ class InFlightTask:
     """A task that has not ended. A task waits in a queue, and then has a `worker`, or slots in its `placement`."""
 
     __slots__ = (
-        *("is_sent", "nodes", "permission", "permission_asked", "placement", "report", "runs_in_worker", "started"),
-        *("stop_cause", "task_run", "timer", "uid", "worker"),
+        *("is_sent", "nodes", "permission", "permission_asked", "placement", "printed", "rank_that_tells", "report"),
+        *("runs_in_worker", "started", "stop_cause", "task_run", "timer", "uid", "worker"),
     )
 
     def __init__(self, task_run: TaskRun, report: Report) -> None:
@@ -141,6 +141,10 @@ class InFlightTask:
         self.started: float | None = None
         self.stop_cause: Cause | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.printed: tuple[RankOutcome, ...] = ()
+        """What its ranks had printed, once its engine is lost."""
+        self.rank_that_tells: int | None = None
+        """The first rank that has told its progress, which stands for that of the task."""
 
     @property
     def size(self) -> int:

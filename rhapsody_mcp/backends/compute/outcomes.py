@@ -8,7 +8,7 @@ import msgspec
 
 from rhapsody_mcp.backends.compute.in_flight import InFlightTask
 from rhapsody_mcp.engine.messages import FunctionFinished, WorkerExited
-from rhapsody_mcp.engine.task.output import left_out, stopped_note
+from rhapsody_mcp.engine.task.output import left_out, stopped_note, with_printed
 from rhapsody_mcp.engine.task.rank_result import how_it_ended
 from rhapsody_mcp.model.outcome import Outcome, failed, why_stopped
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -23,7 +23,8 @@ def finished(task: InFlightTask, message: FunctionFinished) -> Outcome:
     """The outcome of a function that has ended in its worker."""
     result = message.result
     if message.interrupted and task.stop_cause is not None:
-        return stopped(task, (message.stdout, message.stderr), message.started)
+        outcome = stopped(task, (message.stdout, message.stderr), message.started)
+        return msgspec.structs.replace(outcome, progress=message.progress)
     state = TaskState.DONE if result.cause is None else TaskState.FAILED
     return Outcome(
         state=state,
@@ -37,6 +38,7 @@ def finished(task: InFlightTask, message: FunctionFinished) -> Outcome:
         traceback=result.traceback,
         exception=result.exception,
         notes=(*left_out(message), *([stopped_note(message.left_running)] if message.left_running else ())),
+        progress=message.progress,
     )
 
 
@@ -50,7 +52,7 @@ def stopped(task: InFlightTask, output: tuple[Stream, Stream] = _NO_OUTPUT, star
         cause=cause,
         error=why_stopped(cause, task.task_run.spec.timeout_s),
     )
-    return _with_output(outcome, output)
+    return with_printed(_with_output(outcome, output), task.printed)
 
 
 def crashed(task: InFlightTask, exited: WorkerExited, output: tuple[Stream, Stream]) -> Outcome:
@@ -61,7 +63,7 @@ def crashed(task: InFlightTask, exited: WorkerExited, output: tuple[Stream, Stre
 
 def lost(task: InFlightTask, reason: str) -> Outcome:
     """The outcome of a task whose engine or node ended, or is not there."""
-    return failed(Cause.LOST, reason, started=task.started)
+    return with_printed(failed(Cause.LOST, reason, started=task.started), task.printed)
 
 
 def refused(message: str) -> Outcome:

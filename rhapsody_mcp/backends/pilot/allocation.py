@@ -164,6 +164,10 @@ class Allocation:
         """Whether the job that an earlier service had requested was over when this one looked for it."""
         return not self.job
 
+    @property
+    def is_connected(self) -> bool:
+        return self._delivery is not None and self._delivery.is_connected
+
     def send(self, body: Body) -> None:
         """Send an order to the pilot, now or on the next connection."""
         assert self._delivery is not None, "the allocation was acquired"
@@ -188,8 +192,8 @@ class Allocation:
             self._close_connection()
             return
         self._is_given_back = True
-        if self._delivery is not None and self._delivery.is_connected:
-            self._delivery.send(Release())
+        if self.is_connected:
+            self.send(Release())
             if self._watch is not None:
                 await asyncio.wait({self._watch}, timeout=_RELEASE_S)
         if not self.job:

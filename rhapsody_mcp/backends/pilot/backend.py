@@ -10,11 +10,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from rhapsody_mcp.backends.base import Backend, BackendBase, Ended, Event, Kind, Report, Returned, Running
-from rhapsody_mcp.backends.compute.crashes import starts_in
+from rhapsody_mcp.backends.base import Backend, BackendBase, Ended, Event, Kind, Progressed, Report, Returned, Running
+from rhapsody_mcp.backends.compute.crashes import kept_output, starts_in
+from rhapsody_mcp.backends.compute.live_output import OutputReads
 from rhapsody_mcp.backends.compute.nodes.result_files import ResultFiles
 from rhapsody_mcp.backends.pilot.allocation import Allocation
 from rhapsody_mcp.backends.pilot.messages import (
+    AskOutput,
     BackendFacts,
     BackendLost,
     BackendReady,
@@ -25,13 +27,16 @@ from rhapsody_mcp.backends.pilot.messages import (
     Draining,
     Events,
     FromPilot,
+    OutputTold,
     Progress,
     Rest,
     Start,
     Submit,
 )
 from rhapsody_mcp.backends.shared_run import SharedRun
+from rhapsody_mcp.engine.task.output import with_printed
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
+from rhapsody_mcp.model.live.output import OutputQuery, Printed
 from rhapsody_mcp.model.outcome import canceled, failed, why_stopped
 from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause
@@ -79,6 +84,7 @@ class PilotBackend(BackendBase):
         self._starting = SharedRun(self._start)
         self._started: asyncio.Future[None] | None = None
         self._rested: asyncio.Future[None] | None = None
+        self._output_reads = OutputReads()
         self._files = ResultFiles(allocation.node_of, allocation.reconnected)
         self._sending: asyncio.Task[None] | None = None
         self._unsent: list[_Live] = []
@@ -187,7 +193,7 @@ class PilotBackend(BackendBase):
             if live.is_canceled:
                 self._end_canceled(live)
             elif live.started or (uid, live.run.attempt) in noted or uid in unnoted:
-                self._end(live, Ended(uid, failed(Cause.LOST, reason)))
+                self._end(live, Ended(uid, with_printed(failed(Cause.LOST, reason), kept_output(live.run))))
             else:
                 self._end(live, Returned(uid, reason))
 
@@ -282,6 +288,12 @@ class PilotBackend(BackendBase):
         if sent and self._is_ready:
             self._allocation.send(Cancel(self.name, sent))
 
+    async def read_output(self, uid: str, query: OutputQuery) -> Printed | None:
+        live, allocation = self._live.get(uid), self._allocation
+        if live is None or not live.started or not self._is_ready or not allocation.is_connected:
+            return None
+        return await self._output_reads.ask(lambda number: allocation.send(AskOutput(self.name, number, uid, query)))
+
     def _end_canceled(self, live: _Live) -> None:
         self._end(live, Ended(live.run.spec.uid, canceled(Cause.CANCELED, why_stopped(Cause.CANCELED))))
 
@@ -313,6 +325,8 @@ class PilotBackend(BackendBase):
                 self.on_loss(message.reason)
             case Progress():
                 self._progress = message.text
+            case OutputTold():
+                self._output_reads.answer(message.number, message.parts)
             case BackendFacts():
                 self._facts = message.facts
         return None
@@ -327,7 +341,7 @@ class PilotBackend(BackendBase):
         if live is None or live.run.attempt != attempt:
             self._early.setdefault((event.uid, attempt), []).append(event)
             return
-        if isinstance(event, Running):
+        if isinstance(event, Running | Progressed):
             live.started = True
             live.report(event)
         elif isinstance(event, Returned) and self._is_draining:

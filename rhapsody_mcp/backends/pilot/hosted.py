@@ -10,8 +10,9 @@ import msgspec
 from msgspec.structs import replace
 
 from rhapsody_mcp.backends import BACKENDS
-from rhapsody_mcp.backends.base import Backend, Ended, Event, Returned, Running
+from rhapsody_mcp.backends.base import Backend, Ended, Event, Progressed, Returned, Running
 from rhapsody_mcp.backends.pilot.messages import (
+    AskOutput,
     BackendFacts,
     BackendLost,
     BackendReady,
@@ -21,6 +22,7 @@ from rhapsody_mcp.backends.pilot.messages import (
     Cancel,
     Draining,
     Events,
+    OutputTold,
     PlannedBackend,
     Progress,
     Rest,
@@ -41,11 +43,14 @@ from rhapsody_mcp.model.values import Value, load_json
 __all__ = ["HostedBackend"]
 
 _PROGRESS_S = 0.5
+_TELL_S = 1.0
+"""Seconds between two reports of what tasks have told."""
 _PILOT_GONE = "the pilot that ran it is gone: the scheduler ran its job again"
 
 
 class HostedBackend:
-    """`send` delivers a message to the service. `connection` gives the connection with it, once there is one.
+    """`send` delivers a message to the service. `connection` gives the connection with it, once there is one, and
+    `is_connected` says whether there is one now.
 
     `started_before` are the starts, uid and attempt, that an earlier pilot has noted: of the job before, or of this job
     before the scheduler ran it again. Such an attempt does not run a second time.
@@ -57,10 +62,11 @@ class HostedBackend:
         send: Callable[[Body], None],
         folder: str,
         connection: Callable[[], Awaitable[Multiplexer]],
+        is_connected: Callable[[], bool],
         started_before: Collection[tuple[str, int]] = (),
     ) -> None:
         self._name, self._send, self._folder, self._connection = plan.name, send, folder, connection
-        self._started_before = started_before
+        self._started_before, self._is_connected = started_before, is_connected
         caps = {"caps": msgspec.convert(plan.arguments["caps"], Caps)} if "caps" in plan.arguments else {}
         self._backend: Backend = BACKENDS[plan.name].load_class()(**{**plan.arguments, **caps})
         self._backend.work_in(plan.folder)
@@ -73,6 +79,11 @@ class HostedBackend:
         self._none_runs = asyncio.Event()
         self._canceled: set[str] = set()
         self._copying: set[asyncio.Task[None]] = set()
+        self._answering: set[asyncio.Task[None]] = set()
+        self._told: dict[str, Progressed] = {}
+        """What running tasks have told last, by uid."""
+        self._untold: dict[str, None] = {}
+        """The tasks of which the service does not know the last."""
         self._inputs = SharedCopies(self._fetch_input)
         self._unsent: list[tuple[Event, int]] = []
         """Events that are not sent yet, each with the number of its task's attempt."""
@@ -84,7 +95,7 @@ class HostedBackend:
 
     # --- orders
 
-    def receive(self, order: Start | Submit | Cancel | Rest) -> None:
+    def receive(self, order: Start | Submit | Cancel | AskOutput | Rest) -> None:
         match order:
             case Start():
                 self._follow(self._start())
@@ -92,9 +103,16 @@ class HostedBackend:
                 self._follow(self._rest())
             case Submit():
                 self._submit(order.task_runs)
+            case AskOutput():
+                self._answering.add(answering := asyncio.create_task(self._tell_output(order)))
+                answering.add_done_callback(self._answering.discard)
             case Cancel():
                 self._canceled.update(order.uids)
                 self._backend.cancel(order.uids)
+
+    async def _tell_output(self, order: AskOutput) -> None:
+        parts = await self._backend.read_output(order.uid, order.query)
+        self._send(OutputTold(self._name, order.number, parts))
 
     def _follow(self, coroutine: Coroutine[None, None, None]) -> None:
         """Run the coroutine after the one before."""
@@ -190,9 +208,13 @@ class HostedBackend:
     # --- events
 
     def _report(self, event: Event) -> None:
+        if isinstance(event, Progressed):
+            self._note_progress(event)
+            return
         if isinstance(event, Running):
             self._live[event.uid] = event
         else:
+            self._told.pop(event.uid, None)
             started = self._live.pop(event.uid, None)
             if self._end_reason and not any(self._live.values()):
                 self._none_runs.set()
@@ -203,6 +225,19 @@ class HostedBackend:
         self._unsent.append((event, self._attempts[event.uid]))
         if isinstance(event, Returned):  # this attempt may come again
             del self._attempts[event.uid]
+
+    def _note_progress(self, event: Progressed) -> None:
+        if not self._untold:
+            asyncio.get_running_loop().call_later(_TELL_S, self._tell)
+        self._told[event.uid] = event
+        self._untold[event.uid] = None
+
+    def _tell(self) -> None:
+        """Report what is new, unless no service is there, which is told when it comes."""
+        uids, self._untold = self._untold, {}
+        if self._is_connected():
+            self._unsent += [(self._told[uid], self._attempts[uid]) for uid in uids if uid in self._told]
+            self._flush()
 
     def _stopped_by_end(self, event: Ended, started: Running | None) -> Event:
         """The event of a task that ended because the allocation ends, unless somebody had canceled the task."""
@@ -220,7 +255,7 @@ class HostedBackend:
 
     def report_state(self) -> None:
         """Report anew what a service needs that has just taken over: which tasks run, and the facts of the backend."""
-        for event in self._live.values():
+        for event in [*self._live.values(), *self._told.values()]:
             if event is not None:
                 self._unsent.append((event, self._attempts[event.uid]))
         self._flush()

@@ -11,11 +11,13 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.backends.base import Event
+from rhapsody_mcp.model.live.output import OutputPart, OutputQuery
 from rhapsody_mcp.model.specs import TaskRun
 
 __all__ = [
     *(
         "Ack",
+        "AskOutput",
         "BackendFacts",
         "BackendLost",
         "BackendReady",
@@ -25,7 +27,7 @@ __all__ = [
         "Cancel",
         "Draining",
     ),
-    *("Events", "FromPilot", "FromService", "Hello", "Numbered", "PilotConfig", "PilotReady"),
+    *("Events", "FromPilot", "FromService", "Hello", "Numbered", "OutputTold", "PilotConfig", "PilotReady"),
     *("PlannedBackend", "Progress", "Release", "Rest", "Start", "Submit"),
 ]
 
@@ -71,6 +73,15 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel", gc=False):
     uids: list[str]
 
 
+class AskOutput(msgspec.Struct, frozen=True, tag="ask_output", gc=False):
+    """Read what a running task has printed so far; request an OutputTold with the same number."""
+
+    backend: str
+    number: int
+    uid: str
+    query: OutputQuery
+
+
 class Rest(msgspec.Struct, frozen=True, tag="rest", gc=False):
     """End the engine of a backend, which has no task."""
 
@@ -81,7 +92,7 @@ class Release(msgspec.Struct, frozen=True, tag="release", gc=False):
     """End everything, and give the nodes back."""
 
 
-FromService = Start | Submit | Cancel | Rest | Release
+FromService = Start | Submit | Cancel | AskOutput | Rest | Release
 
 
 # --- pilot → service
@@ -146,6 +157,14 @@ class BackendFacts(msgspec.Struct, frozen=True, tag="facts", gc=False):
     facts: dict[str, Any]
 
 
+class OutputTold(msgspec.Struct, frozen=True, tag="output_told", gc=False):
+    """The answer to an AskOutput, without parts where the task does not run."""
+
+    backend: str
+    number: int
+    parts: tuple[OutputPart, OutputPart] | None
+
+
 class Events(msgspec.Struct, frozen=True, tag="events", gc=False):
     """Events of tasks, in order. `attempts` has the number of the attempt of each event's task."""
 
@@ -163,6 +182,7 @@ FromPilot = (
     | Draining
     | Progress
     | BackendFacts
+    | OutputTold
     | Events
 )
 

@@ -86,7 +86,14 @@ class _Pilot:
         self._connection: Multiplexer | None = None
         started_before = read_starts(config.folder)
         self._backends = {
-            plan.name: HostedBackend(plan, self._delivery.send, str(folder), self._fetch_from, started_before)
+            plan.name: HostedBackend(
+                plan,
+                self._delivery.send,
+                str(folder),
+                self._fetch_from,
+                lambda: self._delivery.is_connected,
+                started_before,
+            )
             for plan in config.backends
         }
 

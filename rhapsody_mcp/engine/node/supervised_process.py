@@ -15,6 +15,7 @@ from rhapsody_mcp.engine.node.context import NodeContext
 from rhapsody_mcp.engine.node.launchers import LaunchedProcess, Launcher, Program
 from rhapsody_mcp.engine.process.tree import PROCESS_MARK
 from rhapsody_mcp.engine.supervisor import GRACE_S, command
+from rhapsody_mcp.engine.task.progress_file import PROGRESS, ProgressFile
 from rhapsody_mcp.model.specs import Template
 
 __all__ = ["SupervisedProcess"]
@@ -27,6 +28,7 @@ class SupervisedProcess:
         number = node.next_process_number()
         self.name = f"p{number}"
         self.path = f"{node.config.folder}/{self.name}"
+        self.progress = ProgressFile(f"{self.path}.{PROGRESS}")
         self._ended = threading.Event()
         env = {**node.task_env, PROCESS_MARK: f"{node.config.mark}.{number}"}
         self.program = Program(command("supervisor", self.path), env, template)

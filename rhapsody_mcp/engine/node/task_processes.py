@@ -18,22 +18,26 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from rhapsody_mcp.engine.messages import ProcessPlan, RankConfig, RanksPrepared, StartTask
+from rhapsody_mcp.engine.messages import ProcessPlan, RankConfig, RanksPrepared, StartTask, TaskProgressed
 from rhapsody_mcp.engine.node.context import NodeContext
 from rhapsody_mcp.engine.node.launchers import Launcher, ProcessGroup
+from rhapsody_mcp.engine.node.live_output import read_printed
 from rhapsody_mcp.engine.node.pmi import PmiName, rank_environment
 from rhapsody_mcp.engine.node.step_launcher import StepGroup
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.task.arguments import arguments_of
-from rhapsody_mcp.engine.task.output import left_out, stopped_note
+from rhapsody_mcp.engine.task.output import left_out, stopped_note, take_output
 from rhapsody_mcp.engine.task.rank_result import RankEnd, how_it_ended, rank_end
 from rhapsody_mcp.engine.task.start_log import NOT_STARTED
 from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.live.output import OutputQuery, Printed
+from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome, failed, why_stopped
 from rhapsody_mcp.model.specs import Command, Template, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Ref, load_json
+from rhapsody_mcp.task import VARIABLE as PROGRESS_VARIABLE
 
 __all__ = ["ProcessTask", "call_with_timeouts"]
 
@@ -217,7 +221,10 @@ class ProcessTask:
             "RHAPSODY_RANK": str(rank),
             "RHAPSODY_RANKS": str(layout.ranks),
             "RHAPSODY_NODES": ",".join(self._nodes),
+            PROGRESS_VARIABLE: process.progress.path,
         }
+        if isinstance(work, Command):
+            env |= _SEEN_AT_ONCE
         if self._launcher.sets_affinity and template.gpu_affinity:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, template.gpu_affinity))
         process.write_plan(
@@ -261,9 +268,10 @@ class ProcessTask:
     def _collect_rank_end(self, rank: int) -> RankEnd | None:
         """Collect the end of a rank that has ended; None if its supervisor was killed."""
         if rank not in self._rank_ends:
-            path, max_bytes = self._processes[rank].path, self.node.config.caps.output_bytes
+            process, max_bytes = self._processes[rank], self.node.config.caps.output_bytes
+            process.progress.final()
             try:
-                self._rank_ends[rank] = rank_end(path, self.task_run, rank, max_bytes)
+                self._rank_ends[rank] = rank_end(process.path, self.task_run, rank, max_bytes)
             except OSError as error:
                 lost = RankOutcome(rank, cause=Cause.ERROR, error=f"what it printed could not be kept: {error}")
                 self._rank_ends[rank] = RankEnd(lost, None, time.time())
@@ -272,8 +280,17 @@ class ProcessTask:
     def _final_rank_end(self, rank: int, code: int) -> RankEnd:
         end = self._collect_rank_end(rank)
         if end is None:
-            error = f"its process {self._processes[rank].kill_reason or how_it_ended(code)}."
-            end = RankEnd(RankOutcome(rank, exit_code=code, cause=Cause.CRASHED, error=error), None, time.time())
+            process, max_bytes = self._processes[rank], self.node.config.caps.output_bytes
+            stdout, stderr = take_output(process.path, self.task_run.results_folder, max_bytes)
+            outcome = RankOutcome(
+                rank,
+                exit_code=code,
+                stdout=stdout,
+                stderr=stderr,
+                cause=Cause.CRASHED,
+                error=f"its process {process.kill_reason or how_it_ended(code)}.",
+            )
+            end = RankEnd(outcome, None, time.time())
         if rank not in self._ranks_ended_with_failed or end.outcome.cause is None:
             return end
         outcome = msgspec.structs.replace(end.outcome, cause=Cause.CANCELED, error=self._ended_with_failed)
@@ -317,7 +334,29 @@ class ProcessTask:
             exception=failed[0].exception if failed and self._stop_cause is None else b"",
             ranks=tuple(ranks) if spec.layout.mode == "job" else (),
             notes=self._notes(ends),
+            progress=self._progress(),
         )
+
+    def _progress(self) -> Progress | None:
+        """What the first rank that has told anything has told."""
+        told = (self._processes[rank].progress.progress for rank in sorted(self._processes))
+        return next((progress for progress in told if progress is not None), None)
+
+    def advanced(self) -> list[TaskProgressed]:
+        """Read the progress of the ranks; return what is new."""
+        with self._lock:
+            processes = dict(self._processes)
+        return [
+            TaskProgressed(self.uid, rank, process.progress.progress)
+            for rank, process in processes.items()
+            if process.progress.advance() and process.progress.progress is not None
+        ]
+
+    def printed(self, query: OutputQuery) -> Printed | None:
+        """Return a piece of what a rank has printed so far; None if the rank does not run here."""
+        with self._lock:
+            process = self._processes.get(query.rank)
+        return read_printed(process.path, query, self.node.config.caps.output_bytes) if process else None
 
     def _may_use_mpi(self) -> bool:
         """Return whether the task is a job of independent ranks whose program, or a file among its arguments, mentions
@@ -345,6 +384,8 @@ class ProcessTask:
         return tuple(notes)
 
 
+_SEEN_AT_ONCE = {} if "PYTHONUNBUFFERED" in os.environ else {"PYTHONUNBUFFERED": "1"}
+"""Variables for programs: what a Python program prints is else not seen before it has printed 8 KB."""
 _MPI_ALONE = (
     "its ranks seem to use MPI, and were started without: each is alone, of a world of size 1. For MPI between them "
     'submit it with mpi: true (in Python: "type": "mpi")'

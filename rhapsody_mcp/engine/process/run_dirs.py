@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rhapsody_mcp.engine.process.cleanup import end_remains, has_live_keeper
+from rhapsody_mcp.engine.process.kept_output import keep_output
 
 __all__ = ["RunDir", "is_run_dir", "remove", "sweep", "take_over"]
 
@@ -32,7 +33,8 @@ class RunDir:
     def remove(self) -> None:
         """Delete the folder. A second call does nothing."""
         if self._lock >= 0:
-            remove(self.path)
+            end_remains(self.path, ())
+            shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
 
@@ -73,8 +75,9 @@ def is_run_dir(path: Path) -> bool:
 
 def remove(folder: Path, marks: Iterable[str] = ()) -> list[int]:
     """Delete a RunDir that was taken over, with the remaining processes of its engines and of the engines with these
-    marks. Return the ids of the ended processes."""
+    marks; what their tasks had printed is kept. Return the ids of the ended processes."""
     ended = end_remains(folder, marks)
+    keep_output(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return ended
 

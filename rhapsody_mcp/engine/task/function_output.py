@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import time
 from pathlib import Path
 
 from rhapsody_mcp.engine.task.output import collect
-from rhapsody_mcp.engine.task.output_files import MOVE_COUNT, STREAMS, shared_count
+from rhapsody_mcp.engine.task.output_files import CURRENT_TASK, MOVE_COUNT, STREAMS, shared_count
 from rhapsody_mcp.model.values import Stream
 
 __all__ = ["FunctionOutput"]
 
 _DRAIN_TIMEOUT_S = 10.0
 _NO_OUTPUT = (Stream(), Stream())
+_UID_BYTES = 512
 
 
 class FunctionOutput:
@@ -27,12 +29,18 @@ class FunctionOutput:
         self._files = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in self._paths]
         self._move_count = shared_count(str(path.with_suffix(f".{MOVE_COUNT}")))
         self._collected_count = self._move_count[0]
+        self._current_uid = _shared_text(str(path.with_suffix(f".{CURRENT_TASK}")))
         self.are_pipes_closed = False
         """Whether a function has closed the descriptors of the pipes."""
         self._pipes = select.poll()
         for descriptor in (1, 2):
             reader = os.open(f"/dev/fd/{descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             self._pipes.register(reader, select.POLLIN)
+
+    def begin(self, uid: str) -> None:
+        """Note that what comes from now on is the output of this task."""
+        data = uid.encode()[: _UID_BYTES - 1] + b"\0"
+        self._current_uid[: len(data)] = data
 
     def collect(self, folder: str, max_bytes: int | None) -> tuple[Stream, Stream]:
         """Return the output since the last call. No function may run during the call."""
@@ -63,3 +71,12 @@ class FunctionOutput:
         except OSError:  # a function has closed all descriptors
             with open(self._paths[stream], "r+b") as file:
                 return collect(file.fileno(), folder, max_bytes)
+
+
+def _shared_text(path: str) -> mmap.mmap:
+    file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(file, _UID_BYTES)
+        return mmap.mmap(file, _UID_BYTES)
+    finally:
+        os.close(file)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import BinaryIO, Protocol
 
-from rhapsody_mcp.engine.task.output_files import MOVE_COUNT, STREAMS, middle
-from rhapsody_mcp.model.outcome import RankOutcome
+from msgspec.structs import replace
+
+from rhapsody_mcp.engine.task.output_files import CURRENT_TASK, MOVE_COUNT, STREAMS, middle
+from rhapsody_mcp.engine.task.progress_file import PROGRESS
+from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.values import INLINE_BYTES, Stream
 
 __all__ = [
     *("collect", "end_part", "left_out", "move_stream", "open_part", "stopped_note", "take_output", "write_file"),
-    "write_pieces",
+    *("printed_by_ranks", "with_printed", "write_pieces"),
 ]
 
 _TAIL_BYTES = INLINE_BYTES // 4
@@ -88,10 +91,25 @@ def take_output(path: str, folder: str | None, max_bytes: int | None) -> tuple[S
     stdout, stderr = _NO_OUTPUT, _NO_OUTPUT
     if folder is not None:
         stdout, stderr = (_move_stream_if_there(f"{path}.{suffix}", folder, max_bytes) for suffix in STREAMS)
-    for suffix in (*STREAMS, MOVE_COUNT):
+    for suffix in (*STREAMS, MOVE_COUNT, CURRENT_TASK, PROGRESS):
         with suppress(FileNotFoundError):
             os.unlink(f"{path}.{suffix}")
     return stdout, stderr
+
+
+def printed_by_ranks(paths: Sequence[str], folder: str, max_bytes: int | None) -> tuple[RankOutcome, ...]:
+    """Return what the ranks of a lost task had printed: their files have these paths, without the suffixes."""
+    outputs = [take_output(path, folder, max_bytes) for path in paths]
+    return tuple(RankOutcome(rank, stdout=stdout, stderr=stderr) for rank, (stdout, stderr) in enumerate(outputs))
+
+
+def with_printed(outcome: Outcome, printed: Sequence[RankOutcome]) -> Outcome:
+    """Return the outcome of a lost task with what its ranks had printed."""
+    if not any(rank.stdout.size or rank.stderr.size for rank in printed):
+        return outcome
+    ranks = tuple(replace(rank, cause=outcome.cause, error=outcome.error) for rank in printed) if printed[1:] else ()
+    with_output = replace(outcome, stdout=printed[0].stdout, stderr=printed[0].stderr, ranks=ranks)
+    return replace(with_output, notes=(*outcome.notes, *left_out(with_output)))
 
 
 def _move_stream_if_there(path: str, folder: str, max_bytes: int | None) -> Stream:

@@ -12,12 +12,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import MutableSequence
 
-__all__ = ["MOVE_COUNT", "STREAMS", "Output", "middle", "shared_count"]
+__all__ = ["CURRENT_TASK", "MOVE_COUNT", "STREAMS", "Output", "middle", "punch_hole", "shared_count"]
 
 STREAMS = ("out", "err")
 """Suffixes of the two output files."""
 MOVE_COUNT = "moves"
 """Suffix of the file through which a supervisor and its worker share the count of moves."""
+CURRENT_TASK = "task"
+"""Suffix of the file in which a worker notes the uid of the function that it runs, before a NUL byte."""
 _BLOCK = 4096
 _PIECE = 1 << 20
 _PIECES_A_TURN = 16  # the supervisor has other work, also while a program prints without end
@@ -116,7 +118,7 @@ def shared_count(path: str) -> MutableSequence[int]:
 def _trim(file: int, max_bytes: int) -> None:
     start, end = middle(os.fstat(file).st_size, max_bytes)
     first, last = -(-start // _BLOCK) * _BLOCK, end // _BLOCK * _BLOCK
-    if not _punch_hole(file, first, last - first):
+    if not punch_hole(file, first, last - first):
         os.ftruncate(file, first)
         os.write(file, b"\n[left out]\n")
 
@@ -126,7 +128,7 @@ def middle(size: int, max_bytes: int) -> tuple[int, int]:
     return max_bytes // 2, size - (max_bytes - max_bytes // 2)
 
 
-def _punch_hole(file: int, start: int, length: int) -> bool:
+def punch_hole(file: int, start: int, length: int) -> bool:
     """Make a hole in a file, which frees the disk blocks; return False if the system or the file system cannot."""
     import ctypes
 

@@ -19,6 +19,7 @@ import msgspec
 from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.task.output import move_stream, write_file, write_pieces
 from rhapsody_mcp.engine.task.output_files import STREAMS
+from rhapsody_mcp.engine.task.progress_file import PROGRESS
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.specs import Call, TaskRun
 from rhapsody_mcp.model.states import Cause
@@ -64,7 +65,7 @@ def rank_end(path: str, task_run: TaskRun, rank: int, max_output_bytes: int | No
     try:
         return _collect_end(supervisor_outcome, path, task_run, rank, max_output_bytes)
     finally:
-        for suffix in ("outcome", "result", *STREAMS):
+        for suffix in ("outcome", "result", *STREAMS, PROGRESS):
             with suppress(FileNotFoundError):
                 os.unlink(f"{path}.{suffix}")
 

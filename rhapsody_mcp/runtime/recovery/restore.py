@@ -84,6 +84,7 @@ def _restore_state(task: Task, row: TaskRow) -> None:
     task.submitted, task.attempts, task.last_failure = row.submitted, row.attempts, row.last_failure
     if row.outcome is not None:
         task.state, task.outcome, task.started = row.outcome.state, row.outcome, row.outcome.started
+        task.progress = row.outcome.progress
         if row.started is None and task.started is not None and not isinstance(task, ForEach):
             task.attempts += 1  # the start was reported together with the end
     elif row.started is not None and not isinstance(task, ForEach):

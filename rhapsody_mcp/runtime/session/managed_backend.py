@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple, Protocol
 
-from rhapsody_mcp.backends.base import RESTARTS, Backend, Ended, Event, Running, restart_delay_s
+from rhapsody_mcp.backends.base import RESTARTS, Backend, Ended, Event, Progressed, Running, restart_delay_s
 from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, RhapsodyError
 from rhapsody_mcp.model.outcome import failed
 from rhapsody_mcp.model.specs import TaskRun
@@ -56,7 +56,7 @@ class ManagedBackend:
     def __init__(
         self,
         backend: Backend,
-        report: Callable[[Running | Ended], None],
+        report: Callable[[Running | Progressed | Ended], None],
         read: Reader,
         *,
         notify: Callable[[EngineNotice], None] = lambda _: None,
@@ -141,7 +141,7 @@ class ManagedBackend:
             self._report(event)
             if not self._live:
                 self._set_idle_timer()
-        elif isinstance(event, Running):
+        elif isinstance(event, Running | Progressed):
             self._report(event)
         else:
             self._requeue(self._live.pop(event.uid), event.reason)

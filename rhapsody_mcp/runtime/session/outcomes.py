@@ -11,7 +11,7 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader
 from rhapsody_mcp.runtime.tasks import Task, name_of, rank_of
 
-__all__ = ["canceled_by_upstream", "open_results", "with_attempts"]
+__all__ = ["canceled_by_upstream", "open_results", "with_attempts", "with_progress"]
 
 _UPSTREAM_CHARS = 300
 
@@ -34,6 +34,13 @@ def with_attempts(task: Task, outcome: Outcome) -> Outcome:
     left = ", no retry is left" if used_up else ""
     note = f"attempt {task.attempts} of {max(task.attempts, task.retries + 1)}{left}; {task.last_failure}"
     return replace(outcome, notes=(*outcome.notes, note))
+
+
+def with_progress(task: Task, outcome: Outcome) -> Outcome:
+    """The outcome with what the task has told last; the task shows the same from now on."""
+    if outcome.progress is not None:
+        task.progress = outcome.progress
+    return replace(outcome, progress=task.progress) if task.progress is not None else outcome
 
 
 def open_results(task: Task, outcome: Outcome, read: Reader) -> Outcome:

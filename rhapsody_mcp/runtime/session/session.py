@@ -12,6 +12,8 @@ from typing import Self
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidRequest, SessionClosed, UnknownName
+from rhapsody_mcp.model.live.output import OutputQuery, Printed
+from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.dataflow.graph import refuse_cycles
 from rhapsody_mcp.runtime.limits import Limits
@@ -71,6 +73,7 @@ class Session:
             folder=folder,
             limits=limits,
             on_change=self._handle_change,
+            on_progress=self._handle_progress,
             notify=lambda notice: self.notices.append(notice),
         )
         self._submitted: list[Task] = []
@@ -84,6 +87,8 @@ class Session:
         self._statistics = StatisticsCollector(self.ended, self._runner.unfinished, self._runner.tasks)
         self.on_change: Callable[[Task], None] | None = None
         """Called after each change of a task's state. A start that is reported together with the end is no change."""
+        self.on_progress: Callable[[Task], None] | None = None
+        """Called after a running task has told its progress."""
         self.notices: deque[EngineNotice] = deque(maxlen=_MAX_NOTICES)
         """The latest notices: an engine was lost, restarted, or stopped because it was idle."""
 
@@ -92,6 +97,10 @@ class Session:
             self._statistics.add_ended()
         if self.on_change is not None:
             self.on_change(task)
+
+    def _handle_progress(self, task: Task) -> None:
+        if self.on_progress is not None:
+            self.on_progress(task)
 
     # --- contents
 
@@ -219,6 +228,17 @@ class Session:
         """
         self._submitted += tasks
         self._runner.restore(list(with_children(tasks)), ended, unreadable)
+
+    # --- looking at running tasks
+
+    async def read_output(self, task: Task, query: OutputQuery = OutputQuery()) -> Printed | None:  # noqa: B008
+        """A piece of what a running task has printed so far: of stdout and of stderr.
+
+        What was flushed is there within a second. None where the task does not run, or is a prompt.
+        """
+        if task.state is not TaskState.RUNNING or task.backend not in self._runner.backends:
+            return None
+        return await self._runner.backends[task.backend].backend.read_output(task.uid, query)
 
     # --- waiting, canceling and closing
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rhapsody_mcp.backends.base import Backend, Ended, Running
+from rhapsody_mcp.backends.base import Backend, Ended, Progressed, Running
 from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome, canceled, failed
@@ -21,7 +21,7 @@ from rhapsody_mcp.runtime.session.acceptance import Acceptance, AcceptedTask
 from rhapsody_mcp.runtime.session.dependencies import Dependencies
 from rhapsody_mcp.runtime.session.for_each import ForEachRunner
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice, ManagedBackend
-from rhapsody_mcp.runtime.session.outcomes import canceled_by_upstream, open_results, with_attempts
+from rhapsody_mcp.runtime.session.outcomes import canceled_by_upstream, open_results, with_attempts, with_progress
 from rhapsody_mcp.runtime.session.steps import TASKS_PER_STEP, steps
 from rhapsody_mcp.runtime.tasks import ForEach, Task, is_hidden, reference
 
@@ -35,8 +35,8 @@ class TaskRunner:
 
     `tasks` are all tasks by uid. `unfinished` are the tasks that have not ended, and `ended` the others, in the order
     of their ends, a ForEach after its children. An internal task is only in `tasks` and `unfinished`, until it ends.
-    `on_change` is called after each change of a task's state. A start that is reported together with the end is no
-    change.
+    `on_change` is called after each change of a task's state, and `on_progress` after a task has told its progress. A
+    start that is reported together with the end is no change.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class TaskRunner:
         folder: Path | None,
         limits: Limits | None,
         on_change: Callable[[Task], None],
+        on_progress: Callable[[Task], None],
         notify: Callable[[EngineNotice], None],
     ) -> None:
         self.tasks: dict[str, Task] = {}
@@ -55,7 +56,7 @@ class TaskRunner:
         self.ended: list[Task] = []
         self.usage = SessionUsage()
         self.closed = False
-        self._on_change, self._notify_engine = on_change, notify
+        self._on_change, self._on_progress, self._notify_engine = on_change, on_progress, notify
         self._read: Reader = load if opens_results else load_json
         self._opens_results, self._limits = opens_results, limits
         self.backends = {backend.name: self._manage(backend, engine_idle_s) for backend in backends}
@@ -239,9 +240,13 @@ class TaskRunner:
 
     # --- events of backends
 
-    def _handle_event(self, event: Running | Ended) -> None:
+    def _handle_event(self, event: Running | Progressed | Ended) -> None:
         task = self.tasks[event.uid]
         if task.state.final:
+            return
+        if isinstance(event, Progressed):
+            task.progress = event.progress
+            self._on_progress(task)
             return
         if isinstance(event, Running):
             self._set_running(task, event.at)
@@ -275,7 +280,7 @@ class TaskRunner:
         return failed and task.attempts <= task.retries and not self.closed
 
     def _schedule_retry(self, task: Task, outcome: Outcome) -> None:
-        task.state, task.started = TaskState.QUEUED, None
+        task.state, task.started, task.progress = TaskState.QUEUED, None, None
         task.last_failure = f"attempt {task.attempts} ended with cause {outcome.cause}: {outcome.error}"
         delay_s = min(task.retry_delay_s * 2.0 ** (task.attempts - 1), _MAX_RETRY_DELAY_S)
         self._retry_timers[task.uid] = asyncio.get_running_loop().call_later(delay_s, self._retry, task)
@@ -298,6 +303,7 @@ class TaskRunner:
             if task.state.final:
                 continue
             outcome = with_attempts(task, outcome)
+            outcome = with_progress(task, outcome)
             task.outcome, task.state, task.started = outcome, outcome.state, outcome.started
             self._finish(task)
             task.complete_future()

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args
 import msgspec
 
 from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, nearest
+from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome, TaskCanceled, TaskFailed
 from rhapsody_mcp.model.sampling import check_integer
 from rhapsody_mcp.model.specs import Content, TaskSpec
@@ -137,6 +138,8 @@ class Task:
     replaced_by: str | None = None
     is_resumed = False
     """Whether its next attempt may run already, in an allocation that an earlier service had."""
+    progress: Progress | None = None
+    """What the task has told last of itself."""
     raised: BaseException | None = None
     """The exception that the function raised, where it can be pickled and opened in this process."""
 
@@ -251,7 +254,8 @@ class Task:
         return field in self.keys()
 
     _extra_keys: Sequence[str] = (
-        *("exit_code", "exception", "cause", "traceback", "notes", "timing", "last_failure", "replaced_by", "raised"),
+        *("exit_code", "exception", "cause", "traceback", "notes", "timing", "last_failure", "progress", "replaced_by"),
+        "raised",
     )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rhapsody_mcp.model.errors import NotConfirmed, RhapsodyError
 from rhapsody_mcp.serving.daemon.client import ServiceClient
 from rhapsody_mcp.serving.daemon.connection import ServiceConnection, ServiceHangs, ServiceUnavailable
 
-__all__ = ["listen", "start", "status", "stop"]
+__all__ = ["listen", "logs", "start", "status", "stop"]
 
 _STOP_TIMEOUT_S = 120.0
 _CLOSE_TIMEOUT_S = 10.0
@@ -90,6 +90,20 @@ def status(client: ServiceClient, as_json: bool, say: Callable[[str], None]) -> 
     else:
         say(f"{_NOT_RUNNING}: nothing answers on {client.paths.socket}. The first client starts one.")
     return 0 if service else 1
+
+
+def logs(
+    client: ServiceClient, session: str, task: str, rank: int | None, follow: bool, write: Callable[[str, str], None]
+) -> int:
+    """Write what the task prints, each piece with its stream; with `follow`, until the task has ended. The exit code: 1
+    where the task has ended otherwise than DONE, else 0. Raises RhapsodyError for an unknown session or task."""
+    connection = client.connect_control()
+    if connection is None:
+        raise ServiceUnavailable(f"no service runs here: nothing answers on {client.paths.socket}.")
+    connection.send({"do": "logs", "session": session, "task": task, "rank": rank, "follow": follow})
+    while "ended" not in (message := _checked(connection.receive(math.inf))):
+        write(message["stream"], message["text"])
+    return int(message["ended"] not in ("", "DONE"))
 
 
 def _checked(reply: dict[str, Any] | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rhapsody_mcp.serving.http.listeners import Listener, listen_on_host, listen
 from rhapsody_mcp.serving.http.server import serve_listener
 from rhapsody_mcp.serving.stream_server import LineStream
 from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.output.follow import follow
 
 __all__ = ["ControlServer"]
 
@@ -47,8 +48,13 @@ class ControlServer:
                 case "listen":
                     await self._listen(command)
                     return
+                case "logs":
+                    await self._send_logs(command)
+                    return
                 case unknown:
-                    await self._stream.send_message(error=f"unknown order {unknown!r}. Valid: status, stop, listen.")
+                    await self._stream.send_message(
+                        error=f"unknown order {unknown!r}. Valid: status, stop, listen, logs."
+                    )
 
     async def _status(self) -> dict[str, Any]:
         service = self._service
@@ -100,6 +106,26 @@ class ControlServer:
                 f"It has {len(self._service.sessions.all())} open sessions and {self._service.clients} other clients."
             )
         return ""
+
+    async def _send_logs(self, command: dict[str, Any]) -> None:
+        """Send what a task prints; with `follow`, until the task has ended, or the connection."""
+        try:
+            opened = self._service.sessions.get(command["session"])
+            task = opened.task(command["task"])
+        except RhapsodyError as error:
+            await self._stream.send_message(error=str(error))
+            return
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._cancel_when_closed, group.cancel_scope)
+            lines = follow(opened.session, task, command.get("rank"), until_end=bool(command.get("follow")))
+            async for stream, text in lines:
+                await self._stream.send_message(stream=stream, text=text)
+            await self._stream.send_message(ended=task.state.value if task.state.final else "")
+            group.cancel_scope.cancel()
+
+    async def _cancel_when_closed(self, scope: anyio.CancelScope) -> None:
+        await self._stream.wait_for_close()
+        scope.cancel()
 
     async def _listen(self, command: dict[str, Any]) -> None:
         """Serve HTTP until the connection is closed or the service stops. The sessions stay open."""

@@ -11,6 +11,7 @@ from mcp.types import CallToolResult, TextContent
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
+from rhapsody_mcp.model.live.progress import Progress, progress_fields, progress_text
 from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves
 from rhapsody_mcp.toolsets.replies.formatting import counts_text, duration, limited_list, one_line, rounded, shortened
 
@@ -34,6 +35,7 @@ REPLY_BYTES = 24_000
 _ERROR_CHARS = 300
 _SAME = "the same as above"
 _NODES = 3
+_TOLD_CHARS = 150
 _SMALLEST_SHARE = 1 / 256
 
 
@@ -52,6 +54,7 @@ class Row(Reply):
     seconds: SkipJsonSchema[float | None] = None
     nodes: SkipJsonSchema[str | None] = None
     counts: SkipJsonSchema[dict[str, int] | None] = None
+    progress: SkipJsonSchema[dict[str, Any] | None] = None
     replaced_by: SkipJsonSchema[str | None] = None
 
     def head(self) -> str:
@@ -60,7 +63,14 @@ class Row(Reply):
         took = "" if self.seconds is None else f"in {duration(self.seconds)}"
         where = f"on {self.nodes}" if self.nodes else ""
         counts = f"({counts_text(self.counts)})" if self.counts else ""
-        return " ".join(part for part in (self.task, self.name, self.state, took, where, counts) if part) + replaced
+        told = f"({one_line(shortened(self.told, _TOLD_CHARS))})" if self.told else ""
+        parts = (self.task, self.name, self.state, took, where, counts, told)
+        return " ".join(part for part in parts if part) + replaced
+
+    @property
+    def told(self) -> str:
+        """What the task has told last, as in `3 of 20, epoch 3, loss 0.4`."""
+        return progress_text(Progress(0.0, **self.progress)) if self.progress else ""
 
 
 class TaskRow(Row):
@@ -123,6 +133,7 @@ def row_fields(task: Task) -> dict[str, Any]:
         "state": task.state.value,
         "seconds": rounded(task.timing.execution_s) if task.outcome else None,
         "nodes": limited_list(task.nodes, _NODES) or None,
+        "progress": progress_fields(task.progress) if task.progress is not None else None,
         "counts": count_states(leaves([task])) if isinstance(task, ForEach) and task.children else None,
         "replaced_by": (task.parent or task).replaced_by,
     }

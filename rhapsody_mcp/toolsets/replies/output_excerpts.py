@@ -14,11 +14,11 @@ import msgspec
 from rhapsody_mcp.model.values import Stream, Value, load_json
 from rhapsody_mcp.runtime.tasks import ForEach
 
-__all__ = ["Excerpt", "OutputEnd", "read_excerpt", "search_in_children", "search_in_value", "tail"]
+__all__ = ["SEARCHED_BYTES", "Excerpt", "OutputEnd", "read_excerpt", "search_in_children", "search_in_value"]
 
 OutputEnd = Literal["tail", "head"]
 _LINE_BYTES, _PIECE_BYTES = 300, 64 * 1024
-_SEARCHED_BYTES = 64 * 1024 * 1024
+SEARCHED_BYTES = 64 * 1024 * 1024
 
 
 class Excerpt(msgspec.Struct, frozen=True):
@@ -53,11 +53,6 @@ async def read_excerpt(stream: Stream, end: OutputEnd, search: str | None, max_b
     return await anyio.to_thread.run_sync(_read_excerpt, stream, end, search, max_bytes)
 
 
-async def tail(stream: Stream, max_bytes: int) -> str:
-    """The end of the output."""
-    return (await read_excerpt(stream, "tail", None, max_bytes)).text
-
-
 async def search_in_children(task: ForEach, search: str, max_bytes: int) -> dict[str, Excerpt]:
     """The lines that a search finds in the outputs of the children, by stream, each after the name of its task."""
     excerpts: dict[str, Excerpt] = {}
@@ -65,7 +60,7 @@ async def search_in_children(task: ForEach, search: str, max_bytes: int) -> dict
         lines: list[str] = []
         size, count, left = 0, 0, max_bytes
         for child in task.children:
-            if child.outcome is None or size > _SEARCHED_BYTES:
+            if child.outcome is None or size > SEARCHED_BYTES:
                 continue
             excerpt = await read_excerpt(getattr(child.outcome, name), "head", search, max(left, 0))
             size, count = size + excerpt.size, count + (excerpt.found or 0)
@@ -79,7 +74,7 @@ async def search_in_children(task: ForEach, search: str, max_bytes: int) -> dict
 async def search_in_value(value: Value, search: str, max_bytes: int) -> Excerpt | None:
     """The lines that a search finds in a result, each after the JSON Pointer to its text; None where the result is no
     JSON, or too large."""
-    if value.format != "json" or value.size > _SEARCHED_BYTES:
+    if value.format != "json" or value.size > SEARCHED_BYTES:
         return None
     return await anyio.to_thread.run_sync(_search_in_value, value, search, max_bytes)
 

@@ -13,7 +13,9 @@ from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.values import Value, is_index
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, name_of
-from rhapsody_mcp.toolsets.replies.base import fitted, reply, row_fields
+from rhapsody_mcp.toolsets.output.running import show_running
+from rhapsody_mcp.toolsets.output.sources import ends_of_sources, sources_of
+from rhapsody_mcp.toolsets.replies.base import fitted
 from rhapsody_mcp.toolsets.replies.object_view import DescribedResult, view_object
 from rhapsody_mcp.toolsets.replies.output_excerpts import (
     Excerpt,
@@ -24,7 +26,7 @@ from rhapsody_mcp.toolsets.replies.output_excerpts import (
 )
 from rhapsody_mcp.toolsets.replies.pagination import Page, first_index, page_of_items, page_of_value
 from rhapsody_mcp.toolsets.replies.previews import json_item
-from rhapsody_mcp.toolsets.replies.result_reply import REQUESTED_OUTPUT_BYTES, ResultReply, TaskResult
+from rhapsody_mcp.toolsets.replies.result_reply import REQUESTED_OUTPUT_BYTES, ResultReply
 
 __all__ = ["PageRequest", "show_result"]
 
@@ -60,7 +62,9 @@ async def show_result(
     Raises InvalidTask where there is nothing at the path, and InvalidRequest where there is nothing at the start.
     """
     if task.outcome is None:
-        return _not_ended(task)
+        reading = search is not None or output is not None
+        room = REQUESTED_OUTPUT_BYTES if reading else _OUTPUT_BYTES
+        return await show_running(session, task, rank=rank, end=output or "tail", search=search, max_bytes=room)
     source: Outcome | RankOutcome = task.outcome if rank is None else _rank(task.outcome, rank)
     asks_for_output = search is not None or output is not None
     shown: Page | DescribedResult | None
@@ -68,7 +72,9 @@ async def show_result(
         shown = _description(task, source)
     else:
         shown = await _read_value(session, task, source, request)
-    if search is None:
+    if search is None and output is not None and isinstance(task, ForEach):
+        excerpts = await ends_of_sources(session, sources_of(task), output, REQUESTED_OUTPUT_BYTES)
+    elif search is None:
         excerpts = await _ends(source, output or "tail", REQUESTED_OUTPUT_BYTES if asks_for_output else _OUTPUT_BYTES)
     else:
         excerpts = await _search(task, source, search)
@@ -77,11 +83,6 @@ async def show_result(
     if not asks_for_output and _contains(shown, excerpts["stdout"]):
         del excerpts["stdout"]
     return fitted(ResultReply(task, task.outcome, source, rank, shown, excerpts, request.max_bytes).build)
-
-
-def _not_ended(task: Task) -> CallToolResult:
-    data = TaskResult(**row_fields(task))
-    return reply(f"{data.head()}, so there is no result yet. Next: wait_tasks with this task.", data)
 
 
 def _rank(outcome: Outcome, rank: int) -> RankOutcome:

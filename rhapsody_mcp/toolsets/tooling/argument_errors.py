@@ -179,6 +179,8 @@ def _valid_values(problem: Problem, field: dict[str, Any]) -> str:
             return str(limits["expected"])
         case "number":
             return f"a number{_range(field)}"
+        case "value_error":
+            return str(limits["error"])
     word = _KINDS.get(kind.partition("_")[0], "of another kind")
     return word + _range(field) if word.endswith("number") else word
 

@@ -12,6 +12,7 @@ from mcp.types import CallToolResult
 from pydantic import Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
+from rhapsody_mcp.model.live.progress import progress_fields, progress_text
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
@@ -29,6 +30,7 @@ from rhapsody_mcp.toolsets.replies.formatting import call_text, counts_text, dur
 from rhapsody_mcp.toolsets.replies.previews import preview_task, printed_only_text
 from rhapsody_mcp.toolsets.tooling.schemas import TYPE_ONLY
 from rhapsody_mcp.toolsets.waiting.selection import SelectedTasks, has_children
+from rhapsody_mcp.toolsets.waiting.until import Answer, Condition
 
 __all__ = ["WaitReport", "wait_report"]
 
@@ -36,6 +38,7 @@ _READY = "ready"
 _ROWS, _RESULTS_CHARS, _RESULT_CHARS, _PASSED_ON_CHARS = 20, 3000, 1200, 400
 _GROUPS, _NAMES_SHOWN, _NOTES, _SOURCES = 5, 5, 5, 3
 _NAMES_REPEATED = 50
+_TOLD_CHARS = 150
 _STATE_CHARS = 60
 """A longer state of an engine is not repeated for each task."""
 _NOTICES, _RECENT_S, _JUST_NOW_S = 2, 600.0, 5.0
@@ -80,6 +83,8 @@ class WaitReport(Reply):
     notes: SkipJsonSchema[list[str] | None] = None
     engines: SkipJsonSchema[dict[str, str] | None] = None
     allocation: SkipJsonSchema[dict[str, Any] | None] = None
+    until: SkipJsonSchema[dict[str, Any] | None] = None
+    running: SkipJsonSchema[dict[str, Any] | None] = None
 
 
 def wait_report(
@@ -89,6 +94,8 @@ def wait_report(
     asked_timeout_s: float,
     applied_timeout_s: float,
     waited_s: float,
+    condition: Condition | None = None,
+    answer: Answer | None = None,
 ) -> CallToolResult:
     """The tasks that have ended since the cursor. Rows that do not fit are the first rows of the next reply.
 
@@ -125,10 +132,23 @@ def wait_report(
             asked_timeout_s=asked_timeout_s,
             applied_timeout_s=applied_timeout_s,
             waited_s=round(waited_s, 3),
+            until=_until(condition, answer) if condition is not None else None,
+            running=_running(selected) or None,
         )
         return reply(_text(data, [row.line(text) for row, text in rows], selected, allocation), data)
 
     return fitted(build)
+
+
+def _until(condition: Condition, answer: Answer | None) -> dict[str, Any]:
+    text = f"not yet {condition.until.what} of {condition.until.task}" if answer is None else answer.text
+    return {"met": answer is not None and answer.is_met, "text": text}
+
+
+def _running(selected: SelectedTasks) -> dict[str, Any]:
+    """What the first running tasks have told, by name."""
+    telling = [task for task in leaves(selected.until) if task.state is TaskState.RUNNING and task.progress is not None]
+    return {name_of(task): progress_fields(task.progress) for task in telling[:_NAMES_SHOWN] if task.progress}
 
 
 def _notes(selected: SelectedTasks, ended: Sequence[Task]) -> list[str]:
@@ -192,6 +212,8 @@ def _open(selected: SelectedTasks) -> list[str]:
 
 
 def _why(task: Task, running: Counter[str | None], engines: dict[str, str]) -> str:
+    if task.state is TaskState.RUNNING and task.progress is not None:
+        return f" ({shortened(progress_text(task.progress), _TOLD_CHARS)})"
     if task.state is TaskState.WAITING:
         sources = {name_of(source): None for source in task.sources() if not source.state.final}
         return f" for {', '.join(list(sources)[:_SOURCES])}" if sources else ""
@@ -217,7 +239,7 @@ def _text(data: WaitReport, rows: list[str], selected: SelectedTasks, allocation
         return f"None of them is {selected.state}: {_states_text(selected.tasks)}."
     if not data.counts:
         return f'There is no task to wait for.\nNext: submit_tasks(session="{session}", tasks=[...]).'
-    lines = [_first_line(data)]
+    lines = [*([_until_line(data.until)] if data.until else []), _first_line(data)]
     if data.engines and not data.ended:
         lines.append(f"Engines: {_engines_text(data.engines)}.")
     is_told = allocation is not None and any(
@@ -235,6 +257,10 @@ def _text(data: WaitReport, rows: list[str], selected: SelectedTasks, allocation
     lines += [*(group.line() for group in data.failures), *_hidden_failures(data, session)]
     lines += [f"Note: {one_line(note).rstrip('.')}." for note in data.notes or []]
     return "\n".join([*lines, *_next_steps(data, selected, allocation)])
+
+
+def _until_line(until: dict[str, Any]) -> str:
+    return f"Condition {'met' if until['met'] else 'not met'}: {one_line(until['text'])}."
 
 
 def _engines_text(engines: dict[str, str]) -> str:

@@ -7,13 +7,19 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
+from rhapsody_mcp.model.live.progress import progress_text
+from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.open_session import OpenSession
-from rhapsody_mcp.runtime.tasks import Task, leaves
+from rhapsody_mcp.runtime.tasks import Task, leaves, name_of
 from rhapsody_mcp.toolsets.waiting.selection import SelectedTasks, has_children
+from rhapsody_mcp.toolsets.waiting.until import Answer, Condition
 
-__all__ = ["ChangeSignal", "progress_text", "wait_for"]
+__all__ = ["ChangeSignal", "tick_text", "wait_for"]
 
 _TICK_S = 1.0
+_LOOK_S = 0.25
+"""Seconds between two looks at what tasks tell and print."""
+_TOLD = 3
 
 
 class ChangeSignal:
@@ -40,9 +46,10 @@ async def wait_for(
     timeout_s: float,
     started: float,
     tick: Callable[[float], Awaitable[None]],
-) -> float:
-    """Return when all selected tasks have ended, or `count` of them after `since`, or `timeout_s` after `started` by
-    the event loop's clock; the result is the seconds waited.
+    condition: Condition | None = None,
+) -> tuple[float, Answer | None]:
+    """Return when all selected tasks have ended, or `count` of them after `since`, or the condition has its answer, or
+    `timeout_s` after `started` by the event loop's clock. The result is the seconds waited, and the answer.
 
     `tick` is called about once a second with the seconds waited so far, and is canceled at the end of the wait. To
     cancel a wait cancels no task.
@@ -50,14 +57,16 @@ async def wait_for(
     now = asyncio.get_running_loop().time
     progress = _Progress(selected, since)
     last_tick = -_TICK_S
-    while not progress.is_enough(count) and (left := started + timeout_s - now()) > 0:
+    answer = await condition.answer() if condition is not None else None
+    while answer is None and not progress.is_enough(count) and (left := started + timeout_s - now()) > 0:
         if now() - started - last_tick >= _TICK_S:
             last_tick = now() - started
             with anyio.move_on_after(left):  # a client that does not read must not hold up its own reply
                 await tick(last_tick)
-        with anyio.move_on_after(min(_TICK_S, left)):
+        with anyio.move_on_after(min(_TICK_S if condition is None else _LOOK_S, left)):
             await signal.wait(selected.open_session)
-    return now() - started
+        answer = await condition.answer() if condition is not None else None
+    return now() - started, answer
 
 
 class _Progress:
@@ -78,8 +87,10 @@ class _Progress:
         return self._count
 
 
-def progress_text(selected: SelectedTasks) -> str:
-    """As in `3 of 5 ended; vllm: loading the model`."""
-    tasks = leaves(selected.awaited)
+def tick_text(selected: SelectedTasks) -> str:
+    """As in `3 of 5 ended; train: 3 of 20, loss 0.4; vllm: loading the model`."""
+    tasks = list(leaves(selected.awaited))
+    telling = [task for task in tasks if task.progress is not None and task.state is TaskState.RUNNING]
+    told = [f"{name_of(task)}: {progress_text(task.progress)}" for task in telling[:_TOLD] if task.progress is not None]
     states = [f"{name}: {state}" for name, state in selected.open_session.session.engines.items()]
-    return "; ".join([f"{sum(task.state.final for task in tasks)} of {len(tasks)} ended", *states])
+    return "; ".join([f"{sum(task.state.final for task in tasks)} of {len(tasks)} ended", *told, *states])

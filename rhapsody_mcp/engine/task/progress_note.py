@@ -1,0 +1,33 @@
+"""Keeps what the functions of this process tell through `rhapsody_mcp.task`."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from rhapsody_mcp import task
+from rhapsody_mcp.model.live.progress import Progress, advanced, progress_of
+
+__all__ = ["ProgressNote"]
+
+
+class ProgressNote:
+    """The progress of the function that runs. It is also written into the file at `path`, for those who watch."""
+
+    def __init__(self, path: str) -> None:
+        os.environ[task.VARIABLE] = path
+        self._progress: Progress | None = None
+        task.Current.tell = self._tell
+
+    def begin(self, uid: str) -> None:
+        """From now on, progress is that of this task."""
+        task.Current.tags = {"task": uid}
+
+    def take(self) -> Progress | None:
+        """What the function has told, which is forgotten here."""
+        progress, self._progress = self._progress, None
+        return progress
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        self._progress = advanced(self._progress, progress_of(line, time.time()))

@@ -1,0 +1,1 @@
+"""What a running task tells: its progress, and what it has printed."""

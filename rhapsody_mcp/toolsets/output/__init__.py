@@ -1,0 +1,1 @@
+"""What tasks have printed, while they run and afterwards."""

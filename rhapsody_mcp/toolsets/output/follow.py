@@ -1,0 +1,87 @@
+"""Follows what tasks print, for people: the command `logs`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio.to_thread
+
+from rhapsody_mcp.model.values import Stream
+from rhapsody_mcp.runtime.session.session import Session
+from rhapsody_mcp.runtime.tasks import Task
+from rhapsody_mcp.toolsets.output.live import STREAMS, OutputReader
+from rhapsody_mcp.toolsets.output.sources import OutputSource, sources_of
+
+__all__ = ["follow"]
+
+_LOOK_S = 0.5
+_PIECE_BYTES = 64 * 1024
+
+
+async def follow(session: Session, task: Task, rank: int | None, *, until_end: bool) -> AsyncIterator[tuple[str, str]]:
+    """Yield what the task, its ranks, or the tasks of a for_each print, in pieces: the stream, and whole lines of text
+    where the task runs. Where several print, each line is after the name of who printed it.
+
+    Ends once all there is was given; with `until_end`, once the task has ended too.
+    """
+    followed: dict[tuple[str, int], _Followed] = {}
+    while True:
+        has_ended, given = task.state.final, False
+        for source in sources_of(task, rank):
+            one = followed.setdefault((source.task.uid, source.rank), _Followed(session, source))
+            async for stream, text in one.new_lines():
+                given = True
+                yield stream, text
+        if not given and (has_ended or not until_end):
+            return
+        if not given:
+            await asyncio.sleep(_LOOK_S)
+
+
+class _Followed:
+    """One source, and what of its output was given."""
+
+    def __init__(self, session: Session, source: OutputSource) -> None:
+        self._source, self._reader = source, OutputReader(session, source.task, source.rank)
+        self._rests = [b"", b""]
+        self._is_done = False
+
+    async def new_lines(self) -> AsyncIterator[tuple[str, str]]:
+        if self._is_done:
+            return
+        if self._source.task.outcome is None:
+            for index, data in enumerate(await self._reader.read(_PIECE_BYTES) or ()):
+                if text := self._lines(index, data):
+                    yield STREAMS[index], text
+            return
+        self._is_done = True
+        outcome = self._source.task.outcome
+        source = outcome.ranks[self._source.rank] if self._source.rank < len(outcome.ranks) else outcome
+        for index, (name, read) in enumerate(zip(STREAMS, self._reader.ends, strict=True)):
+            data = await anyio.to_thread.run_sync(_rest_of, getattr(source, name), read)
+            if text := self._lines(index, data, is_last=True):
+                yield name, text
+
+    def _lines(self, index: int, data: bytes, *, is_last: bool = False) -> str:
+        """The whole lines, and at the end the last line too."""
+        data = self._rests[index] + data
+        end = len(data) if is_last or len(data) > _PIECE_BYTES else data.rfind(b"\n") + 1
+        self._rests[index] = data[end:]
+        text, label = data[:end].decode("utf-8", "replace"), self._source.label
+        return "".join(f"{label} {line}\n" for line in text.splitlines()) if label else text
+
+
+def _rest_of(stream: Stream, read: int) -> bytes:
+    """What follows the bytes that were read while the task ran. Of an output over the limit, the kept end."""
+    if stream.left_out and read:
+        return f"\n[... the rest is over the limit; its end is: ...]\n{stream.text[-_PIECE_BYTES:]}".encode()
+    if stream.file is None:
+        return stream.text.encode()[read:]
+    try:
+        with Path(stream.file).open("rb") as file:
+            file.seek(read)
+            return file.read()
+    except OSError:
+        return f"[its file, {stream.file}, is gone]\n{stream.text}".encode()
