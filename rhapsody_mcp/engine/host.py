@@ -145,7 +145,7 @@ class NodeAgent:
         """
         if not self._ending:
             sys.stderr.write(f"{reason}\n")
-        self._ending = True
+        self._ending = self._node.is_ending = True
         self._fork_launcher.resolve_all()
         self._node.pmi_prober.stop()
         deadline = time.monotonic() + _JOIN_TIMEOUT_S

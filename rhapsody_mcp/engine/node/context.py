@@ -34,6 +34,8 @@ class NodeContext:
         self.task_env = msgspec.json.decode(os.environ.get(TASK_VARIABLES, "{}"), type=dict[str, str])
         """Variables for launched processes whose values differ from those of this process."""
         self.start_events = start_events_path(config.folder)
+        self.is_ending = False
+        """Whether the node agent ends everything: what tasks had printed stays in their files, for the owner."""
         self._process_numbers = itertools.count(1)
 
     def next_process_number(self) -> int:

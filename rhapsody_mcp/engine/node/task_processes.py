@@ -91,8 +91,8 @@ class ProcessTask:
             return list(self._processes.values())
 
     def run(self) -> Outcome | None:
-        """Run the task to its end. Return None if the end of the keeper ended the task: the backend notices that by
-        itself."""
+        """Run the task to its end. Return None if the end of the keeper or of the node agent ended the task: the backend
+        notices that by itself."""
         for rank in self._ranks:
             if error_text := self._template_error(self._templates[rank]):
                 return failed(Cause.INVALID, error_text)
@@ -112,7 +112,7 @@ class ProcessTask:
         finally:
             if timer is not None:
                 timer.cancel()
-        if OWNER_GONE in codes.values():
+        if OWNER_GONE in codes.values() or self.node.is_ending:
             return None
         ends = [self._final_rank_end(rank, code) for rank, code in codes.items()]
         if self._failed_rank is not None:
