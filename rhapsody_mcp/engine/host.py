@@ -47,9 +47,10 @@ from rhapsody_mcp.engine.messages import (
     WorkerStartFailed,
 )
 from rhapsody_mcp.engine.node.context import NodeContext, start_events_path
-from rhapsody_mcp.engine.node.hardware import memory_gib
+from rhapsody_mcp.engine.node.hardware import memory_gib, usable_cpus
 from rhapsody_mcp.engine.node.launchers import DragonLauncher, ForkLauncher, Launcher
 from rhapsody_mcp.engine.node.live_output import current_uid, read_printed_in_worker
+from rhapsody_mcp.engine.node.memory_watch import WatchedProcess, watch_memory
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.node.task_processes import ProcessTask
 from rhapsody_mcp.engine.process.liveness import MIN_CHECKS, StopDetector
@@ -73,6 +74,7 @@ def main() -> None:
     threading.Thread(target=_end_with_owner, args=(agent,), daemon=True).start()
     threading.Thread(target=agent.end_stalled, daemon=True).start()
     threading.Thread(target=agent.report_progress, daemon=True).start()
+    threading.Thread(target=watch_memory, args=(agent.processes_with_memory,), daemon=True).start()
     with suppress(EOFError, ConnectionError):
         agent.serve()
     agent.end("the connection with the backend has ended")
@@ -123,7 +125,8 @@ class NodeAgent:
 
     def serve(self) -> None:
         backend: Link[ToHost] = Link(self.config.address, ToHost)
-        self.send(NodeReady(socket.gethostname(), os.getpid(), self._node.cores, self._node.gpus, memory_gib()))
+        node = self._node
+        self.send(NodeReady(socket.gethostname(), os.getpid(), node.cores, node.gpus, memory_gib(), usable_cpus()))
         while True:
             sources: list[Any] = [backend.socket, self._wake_reader, self._start_events]
             readable, _, _ = select.select(sources, [], [])
@@ -293,6 +296,15 @@ class NodeAgent:
                 if told.advance() and told.progress is not None:
                     uid = told.uid or current_uid(worker.path)
                     self.send(TaskProgressed(uid, 0, told.progress))
+
+    def processes_with_memory(self) -> list[WatchedProcess]:
+        """Return the running processes of tasks in processes of their own."""
+        found: list[WatchedProcess] = []
+        for task in list(self._tasks.values()):
+            limit = task.task_run.spec.layout.needs.memory_bytes
+            started = ((process, self.watched.get(process.name)) for process in task.processes())
+            found += [WatchedProcess(process, pids[0], limit) for process, pids in started if pids]
+        return found
 
     def end_stalled(self) -> NoReturn:
         """Repeatedly check for processes that stay stopped: end a worker or a supervisor with its tree, or everything

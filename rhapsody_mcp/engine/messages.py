@@ -15,6 +15,7 @@ from rhapsody_mcp.model.values import Stream, Value
 
 __all__ = [
     "CancelTask",
+    "Devices",
     "EndNode",
     "FromHost",
     "FromNode",
@@ -125,7 +126,8 @@ class TaskStarted(msgspec.Struct, frozen=True, tag="started", gc=False):
 
 class FunctionFinished(msgspec.Struct, frozen=True, tag="finished", omit_defaults=True, gc=False):
     """A function has ended; `interrupted` is True if an Interrupt ended it. `left_running` counts the processes that
-    the function started and did not wait for; the worker ended them."""
+    the function started and did not wait for; the worker ended them. `cpu_s` are CPU seconds, without those of other
+    processes."""
 
     uid: str
     started: float
@@ -136,6 +138,7 @@ class FunctionFinished(msgspec.Struct, frozen=True, tag="finished", omit_default
     interrupted: bool = False
     left_running: int = 0
     progress: Progress | None = None
+    cpu_s: float = 0.0
 
 
 class TaskRevoked(msgspec.Struct, frozen=True, tag="revoked", gc=False):
@@ -162,17 +165,27 @@ class StopWorker(msgspec.Struct, frozen=True, tag="stop_worker", gc=False):
     worker: str
 
 
+class Devices(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """The cores that a process is bound to, and the GPUs that it may use, by their numbers on the node. Without cores
+    it is not bound."""
+
+    cpus: tuple[int, ...] = ()
+    gpus: tuple[int, ...] = ()
+
+
 class StartTask(msgspec.Struct, frozen=True, tag="start_task", gc=False):
     """Run a task in processes of its own: all its ranks, or only `ranks` where the other ranks run on other nodes.
 
     `nodes` are the names of all nodes of the task, the node of rank 0 first. With `in_step`, the node agent prepares
-    the ranks, and a step of the scheduler starts them on all nodes.
+    the ranks, and a step of the scheduler starts them on all nodes. `devices` are those of each rank here, in order;
+    none for ranks that asked for none.
     """
 
     task_run: TaskRun
     ranks: tuple[int, ...] = ()
     nodes: tuple[str, ...] = ()
     in_step: bool = False
+    devices: tuple[Devices, ...] = ()
 
 
 class StepEnded(msgspec.Struct, frozen=True, tag="step_ended", gc=False):
@@ -229,6 +242,8 @@ class NodeReady(msgspec.Struct, frozen=True, tag="node_ready", gc=False):
     cores: int
     gpus: int
     memory_gib: float | None
+    cpus: tuple[int, ...] = ()
+    """The numbers of its cores."""
 
 
 class WorkerExited(msgspec.Struct, frozen=True, tag="worker_exited", gc=False):

@@ -62,6 +62,7 @@ STARTED = ".started"
 """
 _END_WAIT_S = 0.1
 _INHERITED_ENV = {**os.environ}
+_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
@@ -119,6 +120,8 @@ class _Supervisor:
         self.usable_cpus = os.sched_getaffinity(0) if self.plan["cpus"] else set()
         self.pid = 0
         self.started = 0.0
+        self.used = (0.0, 0)
+        """CPU seconds and the most memory of one process in bytes, once the program has ended."""
 
     def run(self) -> int:
         """Run the plan, and return an exit code: for a worker, the code of the worker; for a task, 0 if the outcome was
@@ -199,7 +202,8 @@ class _Supervisor:
         if not child_ends_first(pid, self.lifeline, self.outputs):
             end(own_descendants)
             os._exit(OWNER_GONE)
-        _, status = os.waitpid(pid, 0)
+        _, status, used = os.wait4(pid, 0)
+        self.used = used.ru_utime + used.ru_stime, used.ru_maxrss * _MAXRSS_BYTES
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.alarm(0)
         left_running = self._count_left_running()
@@ -259,7 +263,8 @@ class _Supervisor:
             output.drain()
 
     def _write_outcome(self, problem: str, message: str, code: int | None = None, left_running: int = 0) -> int:
-        return 0 if write_outcome(self.path, problem, message, self.pid, code, self.started, left_running) else 1
+        run = (self.pid, code, self.started, left_running, *self.used)
+        return 0 if write_outcome(self.path, problem, message, *run) else 1
 
 
 def write_outcome(
@@ -270,9 +275,11 @@ def write_outcome(
     code: int | None = None,
     started: float = 0.0,
     left_running: int = 0,
+    cpu_s: float = 0.0,
+    peak_memory_bytes: int = 0,
 ) -> bool:
     """Write how a program ended, or the `problem` that prevented its start; return False if that fails."""
-    fields = (problem, message, pid, code, started, time.time(), left_running)
+    fields = (problem, message, pid, code, started, time.time(), left_running, cpu_s, peak_memory_bytes)
     data = marshal.dumps(fields)
     try:
         file = os.open(f"{path}.outcome", os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)

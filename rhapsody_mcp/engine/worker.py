@@ -180,8 +180,9 @@ class _Worker:
     def _run(self, run: RunFunction, started: float) -> tuple[FunctionFinished, bool]:
         """Run a function; return its result, and whether this process can run another function."""
         folder = results_folder(run.results_folder, self.config.link_folder)
+        cpu_before = time.process_time()
         result, interrupted = self._perform(run, folder)
-        ended = time.time()
+        ended, cpu_s = time.time(), time.process_time() - cpu_before
         may_have_side_effects = ended - started > _MIN_SIDE_EFFECT_S
         children = _end_children() if may_have_side_effects else []
         # ended children: modules may still refer to them
@@ -194,7 +195,7 @@ class _Worker:
         self._forget_definitions()
         is_reusable = is_reusable and not self.output.are_pipes_closed and can_start_threads()
         return FunctionFinished(
-            run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True), progress
+            run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True), progress, cpu_s
         ), is_reusable
 
     def _perform(self, run: RunFunction, folder: str) -> tuple[FunctionResult, bool]:

@@ -11,7 +11,10 @@ from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
 
-__all__ = ["Outcome", "RankOutcome", "TaskCanceled", "TaskFailed", "Usage", "canceled", "failed", "why_stopped"]
+__all__ = [
+    *("Measured", "Outcome", "RankOutcome", "TaskCanceled", "TaskFailed", "Usage", "canceled", "failed"),
+    "why_stopped",
+]
 
 
 class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -30,6 +33,14 @@ class RankOutcome(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     exception: bytes = b""
 
 
+class Measured(msgspec.Struct, frozen=True, gc=False):
+    """What the processes of a task used: CPU seconds of all, and the most memory of one rank with its descendants at a
+    time, in bytes. The memory of a function in a shared worker is not known."""
+
+    cpu_s: float
+    peak_memory_bytes: int | None = None
+
+
 class Usage(msgspec.Struct, frozen=True, gc=False):
     """The tokens of a prompt, as the model server counted them."""
 
@@ -43,7 +54,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
     `started` is None if user code never ran. `exception` is the pickled exception of a function, or empty; unpickle an
     exception only where user code may run. `notes` are remarks about the run, such as "8 ranks on 2 cores".
     `nodes` are the names of the nodes that the task ran on, the node of rank 0 first; empty on an engine of one node.
-    `progress` is what the task has said last of itself.
+    `progress` is what the task has said last of itself. `measured` is None where nothing could be measured.
     """
 
     state: TaskState
@@ -62,6 +73,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
     exception: bytes = b""
     nodes: tuple[str, ...] = ()
     progress: Progress | None = None
+    measured: Measured | None = None
 
 
 def failed(cause: Cause, error: str, *, started: float | None = None, exit_code: int | None = None) -> Outcome:

@@ -9,8 +9,8 @@ import msgspec
 from rhapsody_mcp.model.values import Ref, Value
 
 __all__ = [
-    *("Call", "Caps", "Command", "Completion", "Content", "Layout", "Message", "Mode", "TaskRun", "RankGroup", "Role"),
-    *("TaskSpec", "Template", "parts_of"),
+    *("Call", "Caps", "Command", "Completion", "Content", "Layout", "Message", "Mode", "Needs", "TaskRun", "RankGroup"),
+    *("Role", "TaskSpec", "Template", "parts_of"),
 ]
 
 Mode = Literal["native", "process", "job"]
@@ -101,6 +101,26 @@ class RankGroup(msgspec.Struct, frozen=True, gc=False):
     template: Template
 
 
+class Needs(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """What each process of a task needs of its node.
+
+    With `cores`, a whole number of at least 1, the process is bound to so many cores; a part of a core is only counted.
+    A process whose `cores` is None counts as one core, and is not bound. `memory_gb` is in GB (10^9 bytes).
+    """
+
+    cores: float | None = None
+    gpus: int = 0
+    memory_gb: float | None = None
+
+    @property
+    def counted_cores(self) -> float:
+        return 1.0 if self.cores is None else self.cores
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory_gb is None else round(self.memory_gb * 1e9)
+
+
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """The processes of a task: none of its own (mode native), one (process), or several (job).
 
@@ -114,6 +134,7 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     pmi: Literal["auto", "pmix", "cray", "none"] | None = None
     forked: bool = False
     ranks_per_node: int | None = None
+    needs: Needs = Needs()
 
     @property
     def ranks(self) -> int:

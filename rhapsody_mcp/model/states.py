@@ -34,6 +34,7 @@ class Cause(StrEnum):
     EXIT_CODE = "exit_code"  #: the program ended with an exit code other than 0
     TIMEOUT = "timeout"  #: reached its time limit
     CRASHED = "crashed"  #: its process died: a signal, no memory, os._exit
+    MEMORY = "memory"  #: used more memory than it had asked for
     LOST = "lost"  #: its engine ended
     UPSTREAM = "upstream"  #: a task that it depends on did not end DONE
     CANCELED = "canceled"  #: a request, or the session was closed

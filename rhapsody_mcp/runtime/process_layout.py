@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
-from rhapsody_mcp.model.specs import Layout, RankGroup, Template
+from rhapsody_mcp.model.specs import Layout, Needs, RankGroup, Template
 
 __all__ = ["read_layout", "read_timeout", "refuse_half_characters"]
 
-_KEYS = ("process_template", "process_templates", "type", "ranks", "ranks_per_node", "pmi", "timeout")
+_NEEDS = ("cores", "gpus", "memory_gb")
+_KEYS = ("process_template", "process_templates", "type", "ranks", "ranks_per_node", "pmi", "timeout", *_NEEDS)
 _TEMPLATE_KEYS = ("env", "cwd", "policy")
 _POLICY_KEYS = ("host_name", "cpu_affinity", "gpu_affinity")
 _PMI = ("auto", "pmix", "cray", "none")
@@ -19,10 +22,39 @@ _EXAMPLE = "[(2, {}), (2, {})]"
 
 
 def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
-    """The layout that the kwargs request. Without kwargs, a function is `native` and a program is a process."""
+    """The layout that the kwargs request. Without kwargs, a function is `native` and a program is a process. A function
+    that needs cores, GPUs or memory of its own is a process."""
     if not kwargs:
         return _NATIVE if native else _FORKED
     refuse_unknown("key of task_backend_specific_kwargs", kwargs, _KEYS)
+    layout = _processes(kwargs, native)
+    if not any(key in kwargs for key in _NEEDS):
+        return layout
+    own = _PROCESS if layout.mode == "native" else layout
+    return replace(own, needs=_read_needs(kwargs))
+
+
+def _read_needs(kwargs: Mapping[str, Any]) -> Needs:
+    cores, gpus, memory_gb = (kwargs.get(key) for key in _NEEDS)
+    is_part = isinstance(cores, float) and 0 < cores < 1
+    if cores is not None and not is_part and (isinstance(cores, bool) or cores != _whole(cores) or cores < 1):
+        raise InvalidTask(
+            f"cores is {cores!r}; valid is a whole number of at least 1, or a part of a core, as in 0.5.", field="cores"
+        )
+    if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 0):
+        raise InvalidTask(f"gpus is {gpus!r}; valid is a whole number.", field="gpus")
+    if memory_gb is not None and (
+        isinstance(memory_gb, bool) or not isinstance(memory_gb, int | float) or not 0 < memory_gb < math.inf
+    ):
+        raise InvalidTask(f"memory_gb is {memory_gb!r}; valid is a number of GB above 0.", field="memory_gb")
+    return Needs(cores, gpus or 0, memory_gb)
+
+
+def _whole(number: Any) -> int | None:
+    return int(number) if isinstance(number, int | float) and math.isfinite(number) else None
+
+
+def _processes(kwargs: Mapping[str, Any], native: bool) -> Layout:
     chosen = [key for key in ("process_template", "process_templates", "type") if key in kwargs]
     if "process_template" in chosen and "process_templates" in chosen:
         raise InvalidTask(f"{' and '.join(chosen)} contradict each other; give one of them.")
@@ -44,6 +76,7 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
 
 
 _NATIVE = Layout("native")
+_PROCESS = Layout("process", (RankGroup(1, Template()),))
 _FORKED = Layout("process", (RankGroup(1, Template()),), forked=True)
 
 

@@ -68,8 +68,8 @@ async def test_logs_prints_what_is_there_and_follows_a_task_to_its_end(shared: O
 @pytest.mark.parametrize("killed", ["service", "service and keeper", "host"])
 async def test_what_a_lost_task_had_printed_is_kept(own: OwnService, tmp_path: Path, killed: str) -> None:
     stop = tmp_path / "stop"
-    function = {"name": "function", "source": FUNCTION, "args": [str(stop)]}
-    tasks = [program(stop), program(stop, name="job", ranks=2), function]
+    function: dict[str, object] = {"name": "function", "source": FUNCTION, "args": [str(stop)]}
+    tasks: list[dict[str, object]] = [program(stop), program(stop, name="job", ranks=2), function]
     async with own.client() as client:
         agent = await submitted(client, *tasks)
         if killed == "host":

@@ -10,7 +10,7 @@ from rhapsody_mcp.backends.compute.in_flight import InFlightTask
 from rhapsody_mcp.engine.messages import FunctionFinished, WorkerExited
 from rhapsody_mcp.engine.task.output import left_out, stopped_note, with_printed
 from rhapsody_mcp.engine.task.rank_result import how_it_ended
-from rhapsody_mcp.model.outcome import Outcome, failed, why_stopped
+from rhapsody_mcp.model.outcome import Measured, Outcome, failed, why_stopped
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream
 
@@ -39,6 +39,7 @@ def finished(task: InFlightTask, message: FunctionFinished) -> Outcome:
         exception=result.exception,
         notes=(*left_out(message), *([stopped_note(message.left_running)] if message.left_running else ())),
         progress=message.progress,
+        measured=Measured(message.cpu_s),
     )
 
 

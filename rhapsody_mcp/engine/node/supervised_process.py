@@ -36,6 +36,10 @@ class SupervisedProcess:
         """The launched process; unset before the launch."""
         self.kill_reason = ""
         """The reason given to `kill`; empty if `kill` was not called."""
+        self.peak_memory_bytes = 0
+        """The most memory that was seen in use."""
+        self.exceeded_memory = 0
+        """The memory in bytes for which the process was killed; 0 if it was not."""
 
     def module_command(self, module: str, config: msgspec.Struct) -> list[str]:
         """Write the configuration into a file, and return the command that runs a module of this package with that

@@ -18,8 +18,16 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from rhapsody_mcp.engine.messages import ProcessPlan, RankConfig, RanksPrepared, StartTask, TaskProgressed
+from rhapsody_mcp.engine.messages import (
+    Devices,
+    ProcessPlan,
+    RankConfig,
+    RanksPrepared,
+    StartTask,
+    TaskProgressed,
+)
 from rhapsody_mcp.engine.node.context import NodeContext
+from rhapsody_mcp.engine.node.hardware import device_variables
 from rhapsody_mcp.engine.node.launchers import Launcher, ProcessGroup
 from rhapsody_mcp.engine.node.live_output import read_printed
 from rhapsody_mcp.engine.node.pmi import PmiName, rank_environment
@@ -33,7 +41,7 @@ from rhapsody_mcp.engine.task.start_log import NOT_STARTED
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.live.output import OutputQuery, Printed
 from rhapsody_mcp.model.live.progress import Progress
-from rhapsody_mcp.model.outcome import Outcome, RankOutcome, failed, why_stopped
+from rhapsody_mcp.model.outcome import Measured, Outcome, RankOutcome, failed, why_stopped
 from rhapsody_mcp.model.specs import Command, Template, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Ref, load_json
@@ -53,6 +61,7 @@ class ProcessTask:
         self._ranks = message.ranks or tuple(range(task_run.spec.layout.ranks))
         self._templates = task_run.spec.layout.templates
         self._nodes = message.nodes
+        self._devices = dict(zip(self._ranks, message.devices, strict=False))
         self._launcher: Launcher = node.fork_launcher if task_run.spec.layout.forked else node.launcher
         self.has_reported_start = False
         self._stop_cause: Cause | None = None
@@ -91,8 +100,8 @@ class ProcessTask:
             return list(self._processes.values())
 
     def run(self) -> Outcome | None:
-        """Run the task to its end. Return None if the end of the keeper or of the node agent ended the task: the backend
-        notices that by itself."""
+        """Run the task to its end. Return None if the end of the keeper or of the node agent ended the task: the
+        backend notices that by itself."""
         for rank in self._ranks:
             if error_text := self._template_error(self._templates[rank]):
                 return failed(Cause.INVALID, error_text)
@@ -217,7 +226,10 @@ class ProcessTask:
             arguments = arguments_of(work, task_run.bindings, load_json)
         else:
             arguments = process.module_command("rank", RankConfig(task_run, config.sys_path, caps))
+        devices = self._devices.get(rank, Devices())
+        needs = layout.needs
         env: dict[str, str | None] = {
+            **device_variables(int(needs.cores or 0), devices.gpus if needs.gpus else None, os.environ),
             "RHAPSODY_RANK": str(rank),
             "RHAPSODY_RANKS": str(layout.ranks),
             "RHAPSODY_NODES": ",".join(self._nodes),
@@ -233,7 +245,7 @@ class ProcessTask:
                 config.cwd,
                 template.cwd or "",
                 {**env, **template.env},
-                template.cpu_affinity if self._launcher.sets_affinity else (),
+                devices.cpus or (template.cpu_affinity if self._launcher.sets_affinity else ()),
                 caps.output_bytes,
                 (task_run.results_folder, self.uid, task_run.attempt),
                 self.node.start_events,
@@ -287,7 +299,7 @@ class ProcessTask:
                 exit_code=code,
                 stdout=stdout,
                 stderr=stderr,
-                cause=Cause.CRASHED,
+                cause=Cause.MEMORY if process.exceeded_memory else Cause.CRASHED,
                 error=f"its process {process.kill_reason or how_it_ended(code)}.",
             )
             end = RankEnd(outcome, None, time.time())
@@ -335,7 +347,13 @@ class ProcessTask:
             ranks=tuple(ranks) if spec.layout.mode == "job" else (),
             notes=self._notes(ends),
             progress=self._progress(),
+            measured=self._measured(ends),
         )
+
+    def _measured(self, ends: list[RankEnd]) -> Measured | None:
+        peaks = [process.peak_memory_bytes for process in self._processes.values()]
+        peak = max([*peaks, *(end.peak_memory_bytes for end in ends)], default=0)
+        return Measured(sum(end.cpu_s for end in ends), peak) if peak else None
 
     def _progress(self) -> Progress | None:
         """What the first rank that has told anything has told."""

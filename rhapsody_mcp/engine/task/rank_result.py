@@ -40,6 +40,8 @@ class RankEnd(NamedTuple):
     ended: float
     left_running: int = 0
     mpi_alone: bool = False
+    cpu_s: float = 0.0
+    peak_memory_bytes: int = 0
 
 
 class _SupervisorOutcome(NamedTuple):
@@ -53,6 +55,8 @@ class _SupervisorOutcome(NamedTuple):
     started: float
     ended: float
     left_running: int
+    cpu_s: float
+    peak_memory_bytes: int
 
 
 def rank_end(path: str, task_run: TaskRun, rank: int, max_output_bytes: int | None) -> RankEnd | None:
@@ -93,7 +97,9 @@ def _collect_end(
         exception=result.exception,
     )
     started = None if result.cause is Cause.INVALID or not supervisor_outcome.started else supervisor_outcome.started
-    return RankEnd(outcome, started, supervisor_outcome.ended, supervisor_outcome.left_running, result.mpi_alone)
+    run = supervisor_outcome
+    used = (run.cpu_s, run.peak_memory_bytes)
+    return RankEnd(outcome, started, run.ended, run.left_running, result.mpi_alone, *used)
 
 
 def _result(supervisor_outcome: _SupervisorOutcome, path: str, task_run: TaskRun) -> FunctionResult:

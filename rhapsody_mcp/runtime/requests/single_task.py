@@ -97,7 +97,13 @@ def form_of(request: TaskRequest) -> str:
 def backend_kwargs(form: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The `task_backend_specific_kwargs` for the timeout and the processes of a request."""
     timeout = {"timeout": fields["timeout_s"]} if fields["timeout_s"] is not None else {}
-    return timeout if form in ("prompt", "messages") else {**timeout, **_layout(fields)}
+    if form in ("prompt", "messages"):
+        return timeout
+    needs = {field: value for field in _NEEDS if (value := fields[field]) is not None}
+    return {**timeout, **_layout(fields), **needs}
+
+
+_NEEDS = ("cores", "gpus", "memory_gb")
 
 
 def _layout(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -154,6 +154,11 @@ class TaskRequest(_StrictModel):
         list[RankGroup] | None,
         Field(description='A job of different processes, e.g. [{"ranks": 2}, {"ranks": 1, "cwd": "head"}].'),
     ] = None
+    cores: Annotated[
+        float | None, Field(gt=0, description="Cores of the task, or of each rank; default 1, not bound.")
+    ] = None
+    gpus: Annotated[int | None, Field(ge=0, description="GPUs, likewise.")] = None
+    memory_gb: Annotated[float | None, Field(gt=0, description="Memory, likewise; more ends it.")] = None
     env: Annotated[
         Env | None,
         Field(description='Environment variables, e.g. {"OMP_NUM_THREADS": "1"}.'),
@@ -197,7 +202,9 @@ STAND_IN_FIELDS = frozenset(SAMPLING)
 _FLOW_FIELDS = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure"}
 COMMON_FIELDS = {"name", "backend", "timeout_s", *_FLOW_FIELDS}
 """Fields of every form of task."""
-_PROCESS_FIELDS = {"process", "ranks", "ranks_per_node", "mpi", "process_templates", "env", "cwd"}
+_PROCESS_FIELDS = {
+    *("process", "ranks", "ranks_per_node", "mpi", "process_templates", "env", "cwd", "cores", "gpus", "memory_gb"),
+}
 _MODEL_FIELDS = {"system_prompt", *SAMPLING, *COMMON_FIELDS}
 FIELDS = {
     "source": {"source", "entry", "args", "kwargs", *_PROCESS_FIELDS, *COMMON_FIELDS},

@@ -20,6 +20,9 @@ _PLACES = {
     "cwd": 'task_backend_specific_kwargs={"process_template": {"cwd": ...}}',
     "env": 'task_backend_specific_kwargs={"process_template": {"env": {...}}}',
     "timeout": 'task_backend_specific_kwargs={"timeout": seconds}',
+    "cores": 'task_backend_specific_kwargs={"cores": 4}',
+    "gpus": 'task_backend_specific_kwargs={"gpus": 1}',
+    "memory_gb": 'task_backend_specific_kwargs={"memory_gb": 8}',
     "ranks": 'task_backend_specific_kwargs={"process_templates": [(ranks, {})]}',
     "shell": 'executable="sh", arguments=["-c", "..."]',
     "capture_stdio": "task.stdout and task.stderr, which are always kept",
@@ -42,6 +45,9 @@ class ComputeTask(Task):
         process_templates  a list of (ranks, dict): a job of several processes
         ranks_per_node     the most ranks of a job on each node; default: as many as have free slots there
         type, ranks        "mpi" and a number: a job whose ranks speak MPI; pmi: "auto", "pmix", "cray", "none"
+        cores, gpus, memory_gb   what the task, or each rank of a job, needs; a function with any of them has a process
+                           of its own. Whole cores are bound; a part of a core, as in 0.5, is counted. A task that uses
+                           more memory ends FAILED with cause memory
         timeout            seconds, in every mode
     """
 

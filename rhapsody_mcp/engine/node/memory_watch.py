@@ -1,0 +1,83 @@
+"""Measures the memory of tasks in processes of their own, and ends those that exceed theirs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
+
+__all__ = ["WatchedProcess", "watch_memory"]
+
+_LOOK_S = 0.25
+_SHARE_OF_TIME = 20
+"""The looks take at most a twentieth of a core, however many processes the node has."""
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class WatchedProcess(NamedTuple):
+    """A process of a task. It is killed where it uses more than `limit` bytes; None for no limit."""
+
+    process: SupervisedProcess
+    supervisor: int
+    limit: int | None
+
+
+def watch_memory(find: Callable[[], list[WatchedProcess]]) -> None:
+    """Repeatedly look at the processes that `find` returns. Never returns."""
+    while True:
+        if watched := find():
+            began = time.monotonic()
+            _look(watched)
+            time.sleep(max(_LOOK_S, _SHARE_OF_TIME * (time.monotonic() - began)))
+        else:
+            time.sleep(_LOOK_S)
+
+
+def _look(watched: Iterable[WatchedProcess]) -> None:
+    children, resident = _processes()
+    for process, supervisor, limit in watched:
+        pids = _descendants(supervisor, children)
+        used = sum(resident[pid] for pid in pids)
+        if limit is not None and used > limit:
+            used = sum(_proportional(pid, resident[pid]) for pid in pids)  # shared memory counts once
+        process.peak_memory_bytes = max(process.peak_memory_bytes, used)
+        if limit is not None and used > limit and not process.kill_reason:
+            process.exceeded_memory = used
+            process.kill(f"used {used / 1e9:.3g} GB of memory, and was allowed {limit / 1e9:.3g} GB")
+
+
+def _processes() -> tuple[dict[int, list[int]], dict[int, int]]:
+    """Return the children of each process, and its resident memory in bytes."""
+    children: dict[int, list[int]] = {}
+    resident: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                with open(f"/proc/{entry}/stat", "rb", buffering=0) as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            if len(fields) > 21:
+                children.setdefault(int(fields[1]), []).append(int(entry))
+                resident[int(entry)] = int(fields[21]) * _PAGE
+    return children, resident
+
+
+def _descendants(pid: int, children: dict[int, list[int]]) -> list[int]:
+    found = list(children.get(pid, ()))
+    for child in found:
+        found.extend(children.get(child, ()))
+    return found
+
+
+def _proportional(pid: int, resident: int) -> int:
+    """Return the memory of a process in bytes, of which shared pages are split among those who share them."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+            lines = file.read().split(b"\n")
+    except OSError:
+        return resident
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(b"Pss:")), resident)
