@@ -33,7 +33,8 @@ class Ref(msgspec.Struct, frozen=True, tag="ref", gc=False):
 class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """An encoded result: as JSON where JSON gives back an equal result, else as a pickle.
 
-    Exactly one of `data` and `file` is set. `size` is in bytes. `preview` is empty for short JSON data.
+    Exactly one of `data` and `file` is set. `size` is in bytes. `preview` is empty for short JSON data. `about`
+    describes a picture, a table or an array, as in `PNG picture 640x480, 31 KB`; it is empty for other values.
     """
 
     format: Literal["json", "pickle"]
@@ -43,6 +44,11 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     file: str | None = None
     length: int | None = None
     preview: str = ""
+    about: str = ""
+
+    @property
+    def is_picture(self) -> bool:
+        return " picture" in self.about
 
     def read(self) -> bytes:
         """The encoded bytes. Raises ResultGone where the file no longer exists."""

@@ -19,6 +19,7 @@ import msgspec
 from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.task.output import move_stream, write_file, write_pieces
 from rhapsody_mcp.engine.task.output_files import STREAMS
+from rhapsody_mcp.engine.task.pictures import about_bytes
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.specs import Call, TaskRun
 from rhapsody_mcp.model.states import Cause
@@ -147,7 +148,8 @@ def _short_value(data: bytes, folder: str) -> Value:
     try:
         text = data.decode().strip()
     except UnicodeDecodeError:
-        return Value("pickle", "bytes", len(data), pickle.dumps(data), None, len(data), _BINARY.format(len(data)))
+        pickled, about = pickle.dumps(data), about_bytes(data, len(data))
+        return Value("pickle", "bytes", len(data), pickled, None, len(data), about or _BINARY.format(len(data)), about)
     encoded = msgspec.json.encode(text)
     if len(encoded) <= INLINE_BYTES:
         return Value("json", "str", len(encoded), encoded, length=len(text))
@@ -161,7 +163,9 @@ def _long_value(file: BinaryIO, folder: str) -> Value:
     except UnicodeDecodeError:
         size = file.seek(0, os.SEEK_END)
         path = write_pieces(_pickle_of_bytes(file, size), folder)
-        return Value("pickle", "bytes", os.path.getsize(path), None, path, size, _BINARY.format(size))
+        file.seek(0)
+        about = about_bytes(file.read(_PIECE_BYTES), size)
+        return Value("pickle", "bytes", os.path.getsize(path), None, path, size, about or _BINARY.format(size), about)
     size = os.path.getsize(path)
     if size > INLINE_BYTES:
         return Value("json", "str", size, None, path, text.length, text.preview)
