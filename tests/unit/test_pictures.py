@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rhapsody_mcp.engine.task.function_call import encode
-from rhapsody_mcp.engine.task.inspection import about, plain_text, view
-from rhapsody_mcp.engine.task.pictures import Bounds, draw, facts_of
+from rhapsody_mcp.engine.views.inspection import about, plain_text, view
+from rhapsody_mcp.engine.views.pictures import Bounds, draw, facts_of
 
 BOUNDS = Bounds(20_000, 200)
 

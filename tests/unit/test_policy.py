@@ -92,7 +92,7 @@ def test_functions_are_imported_from_modules_that_may_be_imported() -> None:
     policy = Policy(source=False, modules=("math:*", "mysim.*"))
     policy.check(function("module", "math:sqrt"))
     policy.check(function("module", "mysim.run:main"))
-    policy.check(function("module", "rhapsody_mcp.engine.task.inspection:as_list"))
+    policy.check(function("module", "rhapsody_mcp.engine.views.inspection:as_list"))
     policy.check_module("mysim:run")
     policy.check_module("mysim.part:run")
     with pytest.raises(InvalidRequest, match=r"'os:system' is not allowed here: allowed_modules .* is math:\*, mysim"):

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from rhapsody_mcp.engine.messages import ProcessPlan, RankConfig, RanksPrepared, StartTask
+from rhapsody_mcp.engine.messages import FunctionResult, ProcessPlan, RankConfig, RanksPrepared, StartTask
 from rhapsody_mcp.engine.node.context import NodeContext
 from rhapsody_mcp.engine.node.launchers import Launcher, ProcessGroup
 from rhapsody_mcp.engine.node.pmi import PmiName, rank_environment
@@ -26,12 +26,13 @@ from rhapsody_mcp.engine.node.step_launcher import StepGroup
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.task.arguments import arguments_of
+from rhapsody_mcp.engine.task.kept_files import with_outputs
 from rhapsody_mcp.engine.task.output import left_out, stopped_note
 from rhapsody_mcp.engine.task.rank_result import RankEnd, how_it_ended, rank_end
 from rhapsody_mcp.engine.task.start_log import NOT_STARTED
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome, failed, why_stopped
-from rhapsody_mcp.model.specs import Command, Template, parts_of
+from rhapsody_mcp.model.specs import Command, Completion, Template, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Ref, load_json
 
@@ -303,11 +304,15 @@ class ProcessTask:
             where = f"rank {failed[0].rank} of {spec.layout.ranks}: " if spec.layout.mode == "job" else ""
             state, cause, error, trace = TaskState.FAILED, failed[0].cause, where + failed[0].error, failed[0].traceback
         first = ranks[0] if ranks else RankOutcome(0)
+        result = FunctionResult(first.value)
+        if state is TaskState.DONE and first.rank == 0:
+            result = self._with_outputs(result)
+            state, cause, error = (state, None, "") if result.cause is None else _failure(result)
         return Outcome(
             state=state,
             started=min((end.started for end in ends if end.started is not None), default=None),
             ended=max((end.ended for end in ends), default=time.time()),
-            value=first.value if state is TaskState.DONE else None,
+            value=result.value if state is TaskState.DONE else None,
             stdout=first.stdout,
             stderr=first.stderr,
             exit_code=(failed[0] if failed else first).exit_code,
@@ -318,6 +323,14 @@ class ProcessTask:
             ranks=tuple(ranks) if spec.layout.mode == "job" else (),
             notes=self._notes(ends),
         )
+
+    def _with_outputs(self, result: FunctionResult) -> FunctionResult:
+        """Return the result of rank 0 with the files in its working directory that the task gives out."""
+        task_run, config = self.task_run, self.node.config
+        work = task_run.spec.work
+        patterns = () if isinstance(work, Completion) else work.outputs
+        cwd = os.path.join(config.cwd, self._templates[0].cwd or "")
+        return with_outputs(result, patterns, cwd, task_run.results_folder, config.caps.result_bytes)
 
     def _may_use_mpi(self) -> bool:
         """Return whether the task is a job of independent ranks whose program, or a file among its arguments, mentions
@@ -350,6 +363,10 @@ _MPI_ALONE = (
     'submit it with mpi: true (in Python: "type": "mpi")'
 )
 _SEARCHED_ARGUMENTS = 10
+
+
+def _failure(result: FunctionResult) -> tuple[TaskState, Cause | None, str]:
+    return TaskState.FAILED, result.cause, result.error
 
 
 def _mentions_mpi(path: str) -> bool:

@@ -24,8 +24,8 @@ from rhapsody_mcp.engine.isolation import c_streams
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.task.error_text import Interrupted, error_line, error_message, sendable, trace
-from rhapsody_mcp.engine.task.inspection import about, head_of_table, plain_text, type_name
 from rhapsody_mcp.engine.task.output import end_part, open_part, write_file
+from rhapsody_mcp.engine.views.inspection import about, head_of_table, plain_text, type_name
 from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.specs import Call, Caps

@@ -17,11 +17,12 @@ from typing import BinaryIO, NamedTuple
 import msgspec
 
 from rhapsody_mcp.engine.messages import FunctionResult
+from rhapsody_mcp.engine.task.json_output import NotJson, json_value
 from rhapsody_mcp.engine.task.output import move_stream, write_file, write_pieces
 from rhapsody_mcp.engine.task.output_files import STREAMS
-from rhapsody_mcp.engine.task.pictures import about_bytes
+from rhapsody_mcp.engine.views.pictures import about_bytes
 from rhapsody_mcp.model.outcome import RankOutcome
-from rhapsody_mcp.model.specs import Call, TaskRun
+from rhapsody_mcp.model.specs import Call, Command, TaskRun
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import INLINE_BYTES, PREVIEW_CHARS, Stream, Value
 
@@ -73,18 +74,18 @@ def rank_end(path: str, task_run: TaskRun, rank: int, max_output_bytes: int | No
 def _collect_end(
     supervisor_outcome: _SupervisorOutcome, path: str, task_run: TaskRun, rank: int, max_bytes: int | None
 ) -> RankEnd:
-    result, value, stdout, stderr = _result(supervisor_outcome, path, task_run), None, Stream(), Stream()
+    result, stdout, stderr = _result(supervisor_outcome, path, task_run), Stream(), Stream()
     if os.path.exists(f"{path}.out"):
         with open(f"{path}.out", "rb") as printed:
             stdout, stderr = (move_stream(f"{path}.{suffix}", task_run.results_folder, max_bytes) for suffix in STREAMS)
             if result.cause is None and result.value is None:
-                value = _printed_value(printed, stdout, task_run.results_folder)
+                result = _printed_result(printed, stdout, task_run, rank)
     outcome = RankOutcome(
         rank=rank,
         host=socket.gethostname(),
         pid=supervisor_outcome.pid,
         exit_code=None if result.cause is Cause.INVALID else supervisor_outcome.code,
-        value=value or result.value,
+        value=result.value,
         stdout=stdout,
         stderr=stderr,
         cause=result.cause,
@@ -133,6 +134,17 @@ def how_it_ended(code: int) -> str:
 
 
 # --- the value of a program
+
+
+def _printed_result(printed: BinaryIO, stdout: Stream, task_run: TaskRun, rank: int) -> FunctionResult:
+    """Return what a program printed as its value; of the ranks of a job, JSON is asked of the first alone."""
+    work = task_run.spec.work
+    if not isinstance(work, Command) or work.stdout != "json" or rank:
+        return FunctionResult(_printed_value(printed, stdout, task_run.results_folder))
+    try:
+        return FunctionResult(json_value(printed, stdout, task_run.results_folder))
+    except NotJson as error:
+        return FunctionResult(None, Cause.ERROR, str(error))
 
 
 def _printed_value(printed: BinaryIO, stdout: Stream, folder: str) -> Value:

@@ -23,7 +23,7 @@ _TIMEOUT_S, _PICTURE_TIMEOUT_S = 3.0, 20.0
 SHOWN = (512 * 1024, 1568)
 """The most bytes and pixels a side of a picture in a reply: models see no more pixels, and hosts take a megabyte."""
 _REASON_CHARS = 200
-_VIEW = Module("rhapsody_mcp.engine.task.inspection:view")
+_VIEW = Module("rhapsody_mcp.engine.views.inspection:view")
 _ERRORS = {error.code: error for error in (InvalidRequest, InvalidTask, ResultGone)}
 
 
@@ -37,7 +37,7 @@ class DescribedResult(msgspec.Struct, frozen=True):
 
 
 class _View(msgspec.Struct):
-    """What `engine.task.inspection.View` holds."""
+    """What `engine.views.inspection.View` holds."""
 
     type: str
     plain: Any
@@ -48,7 +48,7 @@ class _View(msgspec.Struct):
 
 
 class Picture(msgspec.Struct, frozen=True):
-    """What `engine.task.inspection.PictureView` holds."""
+    """What `engine.views.inspection.PictureView` holds."""
 
     about: str
     mime_type: str
@@ -64,7 +64,7 @@ class _Refusal(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    """What `engine.task.inspection.view` returns: one of the three."""
+    """What `engine.views.inspection.view` returns: one of the three."""
 
     view: _View | None = None
     picture: Picture | None = None

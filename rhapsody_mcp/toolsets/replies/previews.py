@@ -45,7 +45,7 @@ def preview_task(task: Task, max_chars: int, shows: Callable[[Task], bool]) -> P
 def preview_value(value: Value, max_chars: int) -> Preview:
     if value.is_picture:
         return Preview(f"{value.about}; get_result shows it")
-    if value.format == "pickle":
+    if value.format != "json":
         return Preview(_with_end(one_line(value.preview), max_chars, described(value)))
     if value.data is not None and len(text := value.data.decode()) <= max_chars:
         return Preview(text, True, msgspec.json.decode(value.data))
@@ -90,7 +90,7 @@ def json_item(task: Task) -> bytes:
         return b"null"
     if value.format == "json" and value.data is not None:
         return value.data
-    if value.format == "pickle" and (plain := _plain(value.preview)):
+    if value.format != "json" and (plain := _plain(value.preview)):
         return plain
     return msgspec.json.encode(f"({described(value)})")
 

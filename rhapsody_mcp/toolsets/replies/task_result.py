@@ -161,7 +161,7 @@ async def _read_value(session: Session, task: Task, source: Outcome | RankOutcom
     if value is None:
         return None
     part = (path, request.start, request.limit, request.max_bytes)
-    if value.format == "pickle":
+    if value.format != "json":
         shown = await view_object(session, value, *part, request.picture_bounds)
         if isinstance(shown, DescribedResult) and not request._replace(path=path).is_default:
             raise InvalidRequest(

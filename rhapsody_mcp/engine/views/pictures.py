@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import re
 import struct
 import sys
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 from rhapsody_mcp.engine.task.error_text import Interrupted, error_message
 
-__all__ = ["Bounds", "Drawn", "Facts", "about_bytes", "about_picture", "draw", "facts_of"]
+__all__ = ["Bounds", "Drawn", "Facts", "about_bytes", "about_picture", "describe_file", "draw", "facts_of"]
 
 
 class Facts(NamedTuple):
@@ -73,6 +74,16 @@ def about_bytes(beginning: bytes | bytearray, size: int) -> str:
     """Describe the picture of `size` bytes that begins so; empty for other data."""
     facts = facts_of(beginning)
     return facts.text(size) if facts else ""
+
+
+def describe_file(path: str) -> str:
+    """Describe a file, as in `PNG picture 640x480, 31 KB` or `file, 120 bytes`."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return about_bytes(file.read(_BEGINNING), size) or f"file, {size} bytes"
+    except OSError as error:
+        return f"file that cannot be read ({error.strerror})"
 
 
 def about_picture(value: Any) -> str:

@@ -10,17 +10,18 @@ import reprlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from rhapsody_mcp.engine.isolation.sources import MODULE_PREFIX
 from rhapsody_mcp.engine.task.error_text import Interrupted, bounded, sendable
-from rhapsody_mcp.engine.task.pictures import Bounds, Drawn, about_picture, draw
-from rhapsody_mcp.engine.task.tables import about_array, about_table, as_table, shape_of
-from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
-from rhapsody_mcp.model.json_pointer import describe_keys, split_pointer
-from rhapsody_mcp.model.values import Value, load
+from rhapsody_mcp.engine.views.pictures import Bounds, Drawn, about_picture, describe_file, draw
+from rhapsody_mcp.engine.views.tables import about_array, about_table, as_table, shape_of
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, ResultGone
+from rhapsody_mcp.model.json_pointer import describe_keys, read_kept, split_pointer
+from rhapsody_mcp.model.values import KeptFiles, Value, load
 
 __all__ = ["PictureView", "View", "about", "as_list", "head_of_table", "plain_text", "type_name", "view"]
 
@@ -135,7 +136,10 @@ _HEAD_ROWS = 20
 
 
 def _follow(value: Any, path: str) -> Any:
+    """Return the part at the path; of a kept file, the content."""
+    before: Any = None
     for step in split_pointer(path):
+        before, value = value, read_kept(value, before)
         parts = _parts(value)
         try:
             if isinstance(parts, Mapping):
@@ -146,7 +150,25 @@ def _follow(value: Any, path: str) -> Any:
             raise InvalidTask(
                 f"path {path!r} leads nowhere: at {step!r} there is {_describe_position(parts, step)}."
             ) from error
-    return value
+    return _content(value) if isinstance(value, str) and isinstance(before, KeptFiles) else value
+
+
+def _content(path: str) -> str | bytes:
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ResultGone(f"the kept file {path} is gone; submit its task again.") from error
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _described(value: Any) -> Any:
+    """Return kept files as what each is, with its path; any other value unchanged."""
+    if not isinstance(value, KeptFiles):
+        return value
+    return {name: f"{describe_file(part)}, {part}" if isinstance(part, str) else part for name, part in value.items()}
 
 
 def _describe_position(parts: Any, step: str) -> str:
@@ -156,7 +178,7 @@ def _describe_position(parts: Any, step: str) -> str:
 
 
 def _view(value: Any, start: int | None, limit: int | None, max_bytes: int) -> View:
-    parts = _parts(value)
+    parts = _parts(_described(value))
     table = as_table(value)
     total = _length(parts) if table is None else table.row_count
     if total is None:
@@ -233,7 +255,7 @@ class _PlainConverter:
             return self._array(value, shape, depth)
         if type(value) not in _BUILT_IN and (description := about(value)):
             return self._shortened(description) if as_table(value) else description
-        parts = _parts(value)
+        parts = _parts(_described(value))
         if not isinstance(parts, _CONTAINERS):
             return self._repr(value)
         if depth >= _DEPTH or self.bytes_left < 0:
