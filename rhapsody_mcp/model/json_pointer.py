@@ -15,11 +15,13 @@ from rhapsody_mcp.model.values import KeptFiles
 __all__ = ["describe_keys", "read_kept", "resolve_pointer", "split_pointer"]
 
 _MAX_KEYS = 1000
+_MAX_CHARS = 1_000_000
+"""Of a file that goes into a text."""
 
 
-def resolve_pointer(value: Any, path: str) -> Any:
-    """The part of `value` at the path, which may lead on into a kept file that holds JSON. Raises InvalidTask, which
-    describes the last part that exists."""
+def resolve_pointer(value: Any, path: str, *, contents: bool = False) -> Any:
+    """The part of `value` at the path, which may lead on into a kept file that holds JSON; with `contents`, the text of
+    a kept file in the place of its path. Raises InvalidTask, which describes the last part that exists."""
     before: Any = None
     for step in split_pointer(path):
         before, value = value, read_kept(value, before)
@@ -30,7 +32,19 @@ def resolve_pointer(value: Any, path: str) -> Any:
             if isinstance(value, Sized) and not isinstance(value, dict | str | bytes):
                 there += f" of length {len(value)}"
             raise InvalidTask(f"path {path!r} leads nowhere: at {step!r} there is {there}.", field="path") from error
-    return value
+    is_file = contents and isinstance(before, KeptFiles) and isinstance(value, str)
+    return _text_of(value) if is_file else value
+
+
+def _text_of(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MAX_CHARS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidTask(f"the file at the path is not read as text: {error}.", field="path") from error
+    if len(text) > _MAX_CHARS:
+        raise InvalidTask(f"the file at the path has more than {_MAX_CHARS:,} characters.", field="path")
+    return text
 
 
 def read_kept(value: Any, folder: Any) -> Any:

@@ -136,7 +136,11 @@ class KeptFiles(dict[str, Any]):
 
 
 def _with_files(value: Value, read: Reader) -> dict[str, Any]:
-    return {"result": read(value.inner or NOTHING), "files": as_tree(value.files)}
+    """The object that the value stands for, without a result that only other functions can read."""
+    files = {"files": as_tree(value.files)}
+    if value.inner is None or (value.inner.format != "json" and read is load_json):
+        return files
+    return {"result": read(value.inner), **files}
 
 
 def as_tree(files: Mapping[str, str]) -> KeptFiles:

@@ -180,6 +180,15 @@ async def test_an_engine_has_what_is_here_without_secrets_and_with_what_was_give
 
 
 @pytest.mark.anyio
+async def test_plots_need_no_display_unless_something_says_how_they_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    assert (await Environment().build())["MPLBACKEND"] == "Agg"
+    monkeypatch.setenv("MPLBACKEND", "svg")
+    assert (await Environment().build())["MPLBACKEND"] == "svg"
+    assert (await Environment({"MPLBACKEND": "pdf"}).build())["MPLBACKEND"] == "pdf"
+
+
+@pytest.mark.anyio
 async def test_setup_lines_run_one_after_the_other_in_a_login_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

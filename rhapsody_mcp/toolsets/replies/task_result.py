@@ -12,7 +12,7 @@ from rhapsody_mcp.model.json_pointer import split_pointer
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.values import Value, is_index
 from rhapsody_mcp.runtime.session.session import Session
-from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, name_of
+from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, kind_of, name_of
 from rhapsody_mcp.toolsets.replies.base import fitted, reply, row_fields
 from rhapsody_mcp.toolsets.replies.object_view import SHOWN, DescribedResult, Picture, view_object
 from rhapsody_mcp.toolsets.replies.output_excerpts import (
@@ -133,8 +133,8 @@ def _is_searched(task: Task, source: Outcome | RankOutcome) -> bool:
 
 def _contains(task: Task, shown: Shown, stdout: Excerpt) -> bool:
     """Whether the value shows the output too, as the value of a program is its stdout."""
-    if isinstance(shown, Picture):
-        return kind_of(task) == "executable"
+    if isinstance(shown, Picture) or (isinstance(task, ComputeTask) and task.stdout_form == "json"):
+        return kind_of(task) == "executable" and shown is not None
     if isinstance(shown, DescribedResult):
         return shown.value.type == "bytes"
     return shown is not None and stdout.text.strip() in (shown.text or "")
