@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+from mcp.server.lowlevel.helper_types import ReadResourceContents
 from mcp.server.mcpserver import Context, Extension, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import CallToolResult, GetPromptResult, InputRequiredResult
+from pydantic import AnyUrl
 
 from rhapsody_mcp import __version__
 from rhapsody_mcp.cards import read_cards, read_prompt, read_prompts
@@ -21,7 +23,7 @@ from rhapsody_mcp.protocol.durability import durable_replies
 from rhapsody_mcp.protocol.output_watch import OutputWatch
 from rhapsody_mcp.protocol.prompts import make_prompt, refuse_prompt
 from rhapsody_mcp.protocol.resource_updates import ResourceUpdates
-from rhapsody_mcp.protocol.resources import Resources, add_resources
+from rhapsody_mcp.protocol.resources import Resources, add_resources, with_own_types
 from rhapsody_mcp.protocol.subscriptions import Subscriptions
 from rhapsody_mcp.runtime.backend_factory import open_backends
 from rhapsody_mcp.runtime.recovery.recorder import Storage
@@ -57,6 +59,12 @@ class Server(MCPServer):
         if name not in names:
             raise ToolError(error_text(UnknownName("tool", name, names), "one of these"))
         return await audit_deferred(super().call_tool(name, arguments, context))
+
+    async def read_resource(
+        self, uri: AnyUrl | str, context: Context[Any, Any] | None = None
+    ) -> Iterable[ReadResourceContents] | InputRequiredResult:
+        contents = await super().read_resource(uri, context)
+        return contents if isinstance(contents, InputRequiredResult) else with_own_types(contents)
 
     async def get_prompt(
         self, name: str, arguments: dict[str, Any] | None = None, context: Context[Any, Any] | None = None

@@ -23,6 +23,7 @@ _SETUP_LIMIT_S = 120.0
 _NOT_PASSED_ON = ("_", "SHLVL", "PWD", "OLDPWD", "PYTHONHOME", "RHAPSODY_PATH")
 """Variables of the setup shell that an engine does not get: most describe the shell itself, and PYTHONHOME would break
 the engine's own Python."""
+_DEFAULTS = {"MPLBACKEND": "Agg"}  # nodes have no display
 _VALID = {"variables": "an object of texts by name", "setup": "a list of lines for bash"}
 
 
@@ -53,7 +54,7 @@ class Environment(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknow
         Raises InvalidSettings, with the output of the line, where a line of `setup` fails, or where all lines together
         take longer than `within_s`.
         """
-        own = {**self._without_secrets(os.environ, keeps), **self.variables}
+        own = {**_DEFAULTS, **self._without_secrets(os.environ, keeps), **self.variables}
         if not self.setup:
             return own
         after = self._without_secrets(await _variables_after(self.setup, own, within_s), keeps)

@@ -21,9 +21,17 @@ from typing import cast
 
 import msgspec
 
-from rhapsody_mcp.engine.messages import EndNode, FromNode, KeeperEnded, LinkSettings, NodeHello, StartKeeper, ToNode
 from rhapsody_mcp.engine.network.dial import dial
 from rhapsody_mcp.engine.network.files import FileServer, SharedCopies, fetch_file
+from rhapsody_mcp.engine.network.link_messages import (
+    EndNode,
+    FromNode,
+    KeeperEnded,
+    LinkSettings,
+    NodeHello,
+    StartKeeper,
+    ToNode,
+)
 from rhapsody_mcp.engine.network.multiplexer import PORT, PROCESS, Multiplexer, Stream
 from rhapsody_mcp.engine.network.ports import connect_to_port
 from rhapsody_mcp.engine.process.cleanup import end_remains, was_killed

@@ -45,6 +45,7 @@ from rhapsody_mcp.engine.process.tree import adopt_orphans, arguments, end, has_
 from rhapsody_mcp.engine.task.error_text import Interrupted
 from rhapsody_mcp.engine.task.function_call import can_start_threads, perform
 from rhapsody_mcp.engine.task.function_output import FunctionOutput
+from rhapsody_mcp.engine.task.kept_files import with_outputs
 from rhapsody_mcp.engine.task.node_files import local_bindings, results_folder
 from rhapsody_mcp.engine.task.progress_file import PROGRESS
 from rhapsody_mcp.engine.task.progress_note import ProgressNote
@@ -223,7 +224,8 @@ class _Worker:
             bindings = local_bindings(run.bindings, self.config.link_folder)
         except OSError as error:
             return FunctionResult(None, Cause.LOST, NOT_STARTED.format(error))
-        return perform(run.call, bindings, folder, self.sources, self.config.caps)
+        result = perform(run.call, bindings, folder, self.sources, self.config.caps)
+        return with_outputs(result, run.call.outputs, self.config.cwd, folder, self.config.caps.result_bytes)
 
     def _has_no_threads(self) -> bool:
         """Return whether all threads of the function have ended. A joined thread may need a moment to end."""

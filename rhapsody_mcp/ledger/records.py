@@ -285,5 +285,5 @@ class PutNumber(Change, frozen=True):
 
 def _files(outcome: Outcome) -> list[str]:
     parts: tuple[Outcome | RankOutcome, ...] = (outcome, *outcome.ranks)
-    contents = [content for part in parts for content in (part.value, part.stdout, part.stderr)]
-    return [content.file for content in contents if content is not None and content.file is not None]
+    streams = [stream.file for part in parts for stream in (part.stdout, part.stderr) if stream.file is not None]
+    return [*streams, *(path for part in parts if part.value is not None for path in part.value.paths)]

@@ -22,12 +22,14 @@ class Call(msgspec.Struct, frozen=True, tag="call", gc=False):
 
     By `form`, `code` is a pickled function, a source text, or "module:function"; `entry` is the name of the function in
     a source text. `arguments` is a pickle of `(args, kwargs)`, in which a Ref is a persistent id; may be empty.
+    `outputs` are patterns of files that become parts of the result.
     """
 
     form: Literal["pickle", "source", "module"]
     code: bytes
     entry: str = ""
     arguments: bytes = b""
+    outputs: tuple[str, ...] = ()
 
 
 Content = str | Ref | tuple[str | Ref, ...]
@@ -39,10 +41,12 @@ def parts_of(content: Content) -> tuple[str | Ref, ...]:
 
 
 class Command(msgspec.Struct, frozen=True, tag="command", gc=False):
-    """A program and its arguments."""
+    """A program and its arguments. Its value is its standard output: a text, or JSON. `outputs` as in Call."""
 
     executable: str
     arguments: tuple[Content, ...] = ()
+    stdout: Literal["text", "json"] = "text"
+    outputs: tuple[str, ...] = ()
 
 
 class Message(msgspec.Struct, frozen=True, tag="message", gc=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -12,8 +12,8 @@ import msgspec
 from rhapsody_mcp.model.errors import InvalidTask, ResultGone
 
 __all__ = [
-    *("INLINE_BYTES", "NOTHING", "PLAIN", "PREVIEW_CHARS", "Ref", "Stream", "Value"),
-    *("is_index", "load", "load_json"),
+    *("INLINE_BYTES", "NOTHING", "PLAIN", "PREVIEW_CHARS", "KeptFiles", "Ref", "Stream", "Value"),
+    *("as_tree", "is_index", "load", "load_json"),
 ]
 
 PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
@@ -31,18 +31,42 @@ class Ref(msgspec.Struct, frozen=True, tag="ref", gc=False):
 
 
 class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """An encoded result: as JSON where JSON gives back an equal result, else as a pickle.
+    """An encoded result: as JSON where JSON gives back an equal result, else as a pickle. The format "files" stands for
+    {"result": `inner`, "files": KeptFiles}, with the paths of copies by the names of the files.
 
-    Exactly one of `data` and `file` is set. `size` is in bytes. `preview` is empty for short JSON data.
+    Exactly one of `data`, `file` and `inner` is set. `size` is in bytes. `preview` is empty for short JSON data.
+    `about` describes a picture, a table, an array or files, as in `PNG picture 640x480, 31 KB`; else it is empty.
     """
 
-    format: Literal["json", "pickle"]
+    format: Literal["json", "pickle", "files"]
     type: str
     size: int
     data: bytes | None = None
     file: str | None = None
     length: int | None = None
     preview: str = ""
+    about: str = ""
+    inner: Value | None = None
+    files: dict[str, str] = {}
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of all files that hold a part of the result."""
+        own = [] if self.file is None else [self.file]
+        return [*own, *(self.inner.paths if self.inner else ()), *self.files.values()]
+
+    def moved(self, copies: Mapping[str, str]) -> Value:
+        """The value with other paths in the place of its own, by its own."""
+        return msgspec.structs.replace(
+            self,
+            file=None if self.file is None else copies[self.file],
+            inner=self.inner and self.inner.moved(copies),
+            files={name: copies[path] for name, path in self.files.items()},
+        )
+
+    @property
+    def is_picture(self) -> bool:
+        return " picture" in self.about
 
     def read(self) -> bytes:
         """The encoded bytes. Raises ResultGone where the file no longer exists."""
@@ -85,6 +109,8 @@ Reader = Callable[[Value], Any]
 
 def load(value: Value) -> Any:
     """Decode a value. This may unpickle: call it only for values of the user's own tasks, in a process of the user."""
+    if value.format == "files":
+        return _with_files(value, load)
     if value.format == "json":
         return msgspec.json.decode(value.read())
     if value.file is None:
@@ -95,12 +121,38 @@ def load(value: Value) -> Any:
 
 def load_json(value: Value) -> Any:
     """Decode a JSON value. Raises InvalidTask for a pickle, because unpickling runs code."""
+    if value.format == "files":
+        return _with_files(value, load_json)
     if value.format != "json":
         raise InvalidTask(
             f"this result is a Python object of type {value.type}, which only another function can read. "
             "Pass it to a function task, or return plain data (numbers, text, lists, dicts)."
         )
     return msgspec.json.decode(value.read())
+
+
+class KeptFiles(dict[str, Any]):
+    """The paths of copies of files, by the names of the files; a folder is one more of these."""
+
+
+def _with_files(value: Value, read: Reader) -> dict[str, Any]:
+    """The object that the value stands for, without a result that only other functions can read."""
+    files = {"files": as_tree(value.files)}
+    if value.inner is None or (value.inner.format != "json" and read is load_json):
+        return files
+    return {"result": read(value.inner), **files}
+
+
+def as_tree(files: Mapping[str, str]) -> KeptFiles:
+    """What there is for each file, in a tree of folders."""
+    tree = KeptFiles()
+    for name, what in files.items():
+        *folders, last = name.split("/")
+        folder = tree
+        for step in folders:
+            folder = folder.setdefault(step, KeptFiles())
+        folder[last] = what
+    return tree
 
 
 def is_index(text: str) -> bool:

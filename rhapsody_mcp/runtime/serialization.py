@@ -136,15 +136,21 @@ class Encoder:
         self._texts: dict[str, bytes] = {}
         self.referring_objects: list[Any] = []
 
-    def call(self, function: Callable[..., Any] | Source | Module, args: Sequence[Any], kwargs: object) -> Call:
+    def call(
+        self,
+        function: Callable[..., Any] | Source | Module,
+        args: Sequence[Any],
+        kwargs: object,
+        outputs: tuple[str, ...] = (),
+    ) -> Call:
         self.referring_objects = []
         arguments = self._arguments(tuple(args), kwargs) if args or kwargs else b""
         if isinstance(function, Source):
             text = self._texts.setdefault(function.text, function.text.encode())
-            return Call("source", text, function.function_name, arguments)
+            return Call("source", text, function.function_name, arguments, outputs)
         if isinstance(function, Module):
-            return Call("module", function.path.encode(), "", arguments)
-        return Call("pickle", self._function(function), getattr(function, "__name__", ""), arguments)
+            return Call("module", function.path.encode(), "", arguments, outputs)
+        return Call("pickle", self._function(function), getattr(function, "__name__", ""), arguments, outputs)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: object) -> bytes:
         if not kwargs and are_plain(args):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mcp.types import CallToolResult
 
 from rhapsody_mcp.engine.task.function_call import encode
-from rhapsody_mcp.engine.task.inspection import view
+from rhapsody_mcp.engine.views.inspection import view
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome, Usage
 from rhapsody_mcp.model.states import Cause, TaskState

@@ -20,16 +20,14 @@ from rhapsody_mcp.backends.compute.transport import Connection
 from rhapsody_mcp.engine.messages import (
     FunctionFinished,
     HostConfig,
-    LinkSettings,
-    NodeHello,
     NodeReady,
     RunFunction,
-    StartKeeper,
     StartWorker,
     ToBackend,
     WorkerReady,
 )
 from rhapsody_mcp.engine.network import tls
+from rhapsody_mcp.engine.network.link_messages import LinkSettings, NodeHello, StartKeeper
 from rhapsody_mcp.engine.node_link import NODE_LINK, SOCKET
 from rhapsody_mcp.engine.process.tree import ENGINE, PROCESS_MARK, marked
 from rhapsody_mcp.model.specs import Call

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from rhapsody_mcp.engine.node.task_processes import call_with_timeouts
+from rhapsody_mcp.engine.node.timeouts import call_with_timeouts
 
 
 def test_what_comes_in_time_is_taken() -> None:

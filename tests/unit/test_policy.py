@@ -92,7 +92,7 @@ def test_functions_are_imported_from_modules_that_may_be_imported() -> None:
     policy = Policy(source=False, modules=("math:*", "mysim.*"))
     policy.check(function("module", "math:sqrt"))
     policy.check(function("module", "mysim.run:main"))
-    policy.check(function("module", "rhapsody_mcp.engine.task.inspection:as_list"))
+    policy.check(function("module", "rhapsody_mcp.engine.views.inspection:as_list"))
     policy.check_module("mysim:run")
     policy.check_module("mysim.part:run")
     with pytest.raises(InvalidRequest, match=r"'os:system' is not allowed here: allowed_modules .* is math:\*, mysim"):
@@ -177,6 +177,15 @@ async def test_an_engine_has_what_is_here_without_secrets_and_with_what_was_give
     built = await Environment({"GIVEN": "2", "MY_TOKEN": "own"}, withheld=SECRETS).build()
     assert (built["HERE"], built["GIVEN"], built["MY_TOKEN"]) == ("1", "2", "own")
     assert "HF_TOKEN" not in built
+
+
+@pytest.mark.anyio
+async def test_plots_need_no_display_unless_something_says_how_they_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    assert (await Environment().build())["MPLBACKEND"] == "Agg"
+    monkeypatch.setenv("MPLBACKEND", "svg")
+    assert (await Environment().build())["MPLBACKEND"] == "svg"
+    assert (await Environment({"MPLBACKEND": "pdf"}).build())["MPLBACKEND"] == "pdf"
 
 
 @pytest.mark.anyio

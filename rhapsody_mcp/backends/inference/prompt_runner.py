@@ -205,7 +205,7 @@ class _PromptTask:
         if ref.uid not in self.values:
             self.values[ref.uid] = _read_binding(ref.uid, self.task_run.bindings, self.read)
         try:
-            return resolve_pointer(self.values[ref.uid], ref.path)
+            return resolve_pointer(self.values[ref.uid], ref.path, contents=True)
         except InvalidTask as error:
             raise InvalidTask(f"of the result of {ref.uid}, {error}") from error
 

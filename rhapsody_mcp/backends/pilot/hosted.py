@@ -193,7 +193,7 @@ class HostedBackend:
             self._submit_to_backend([replace(run, bindings=bindings)])
 
     async def _local_value(self, value: Value) -> Value:
-        return value if value.file is None else replace(value, file=await self._inputs.copy_of(value.file))
+        return value.moved({path: await self._inputs.copy_of(path) for path in value.paths}) if value.paths else value
 
     async def _fetch_input(self, path: str) -> str:
         """Copy the file to this node; where the connection is lost meanwhile, over the next one."""
@@ -295,4 +295,4 @@ class HostedBackend:
 
 
 def _has_files(run: TaskRun) -> bool:
-    return any(value.file is not None for value in run.bindings.values())
+    return any(value.paths for value in run.bindings.values())

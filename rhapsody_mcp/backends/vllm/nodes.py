@@ -22,17 +22,10 @@ from rhapsody_mcp.backends.compute.transport import Connection
 from rhapsody_mcp.backends.engine_process import KeeperHandle, last_lines
 from rhapsody_mcp.backends.inference.openai_client import ChatServer
 from rhapsody_mcp.backends.vllm.config import VllmConfig
-from rhapsody_mcp.engine.messages import (
-    LinkSettings,
-    NodeHello,
-    ServersLost,
-    ServersReady,
-    ServersRefused,
-    StartKeeper,
-    ToBackend,
-)
+from rhapsody_mcp.engine.messages import ServersLost, ServersReady, ServersRefused, ToBackend
 from rhapsody_mcp.engine.network import tls
 from rhapsody_mcp.engine.network.addresses import reachable_addresses
+from rhapsody_mcp.engine.network.link_messages import LinkSettings, NodeHello, StartKeeper
 from rhapsody_mcp.engine.network.ports import forward_port
 from rhapsody_mcp.engine.node.hardware import is_host
 from rhapsody_mcp.engine.node_link import NODE_LINK, SOCKET

@@ -8,18 +8,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from rhapsody_mcp.engine.messages import (
     Devices,
+    FunctionResult,
     ProcessPlan,
     RankConfig,
     RanksPrepared,
@@ -30,11 +30,14 @@ from rhapsody_mcp.engine.node.context import NodeContext
 from rhapsody_mcp.engine.node.hardware import device_variables
 from rhapsody_mcp.engine.node.launchers import Launcher, ProcessGroup
 from rhapsody_mcp.engine.node.live_output import read_printed
+from rhapsody_mcp.engine.node.mpi_hint import may_use_mpi
 from rhapsody_mcp.engine.node.pmi import PmiName, rank_environment
 from rhapsody_mcp.engine.node.step_launcher import StepGroup
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
+from rhapsody_mcp.engine.node.timeouts import call_with_timeouts
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.task.arguments import arguments_of
+from rhapsody_mcp.engine.task.kept_files import with_outputs
 from rhapsody_mcp.engine.task.output import left_out, stopped_note, take_output
 from rhapsody_mcp.engine.task.rank_result import RankEnd, how_it_ended, rank_end
 from rhapsody_mcp.engine.task.start_log import NOT_STARTED
@@ -42,14 +45,12 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.live.output import OutputQuery, Printed
 from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import Measured, Outcome, RankOutcome, failed, why_stopped
-from rhapsody_mcp.model.specs import Command, Template, parts_of
+from rhapsody_mcp.model.specs import Command, Completion, Template, parts_of
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Ref, load_json
 from rhapsody_mcp.task import VARIABLE as PROGRESS_VARIABLE
 
-__all__ = ["ProcessTask", "call_with_timeouts"]
-
-T = TypeVar("T")
+__all__ = ["ProcessTask"]
 
 
 class ProcessTask:
@@ -332,11 +333,15 @@ class ProcessTask:
             where = f"rank {failed[0].rank} of {spec.layout.ranks}: " if spec.layout.mode == "job" else ""
             state, cause, error, trace = TaskState.FAILED, failed[0].cause, where + failed[0].error, failed[0].traceback
         first = ranks[0] if ranks else RankOutcome(0)
+        result = FunctionResult(first.value)
+        if state is TaskState.DONE and first.rank == 0:
+            result = self._with_outputs(result)
+            state, cause, error = (state, None, "") if result.cause is None else _failure(result)
         return Outcome(
             state=state,
             started=min((end.started for end in ends if end.started is not None), default=None),
             ended=max((end.ended for end in ends), default=time.time()),
-            value=first.value if state is TaskState.DONE else None,
+            value=result.value if state is TaskState.DONE else None,
             stdout=first.stdout,
             stderr=first.stderr,
             exit_code=(failed[0] if failed else first).exit_code,
@@ -376,24 +381,20 @@ class ProcessTask:
             process = self._processes.get(query.rank)
         return read_printed(process.path, query, self.node.config.caps.output_bytes) if process else None
 
-    def _may_use_mpi(self) -> bool:
-        """Return whether the task is a job of independent ranks whose program, or a file among its arguments, mentions
-        MPI."""
-        work, layout = self.task_run.spec.work, self.task_run.spec.layout
-        if not isinstance(work, Command) or layout.ranks < 2 or layout.pmi is not None:
-            return False
-        folder = os.path.join(self.node.config.cwd, layout.templates[0].cwd or "")
-        names = [work.executable, *(argument for argument in work.arguments if isinstance(argument, str))]
-        return any(
-            "mpi4py" in name or _mentions_mpi(os.path.join(folder, name)) for name in names[:_SEARCHED_ARGUMENTS]
-        )
+    def _with_outputs(self, result: FunctionResult) -> FunctionResult:
+        """Return the result of rank 0 with the files in its working directory that the task gives out."""
+        task_run, config = self.task_run, self.node.config
+        work = task_run.spec.work
+        patterns = () if isinstance(work, Completion) else work.outputs
+        cwd = os.path.join(config.cwd, self._templates[0].cwd or "")
+        return with_outputs(result, patterns, cwd, task_run.results_folder, config.caps.result_bytes)
 
     def _notes(self, ends: list[RankEnd]) -> tuple[str, ...]:
         ranks, notes = len(ends), [*left_out(*(end.outcome for end in ends))]
         left_running = sum(end.left_running for end in ends if end.outcome.rank not in self._ranks_ended_with_failed)
         if left_running and self._stop_cause is None:
             notes.append(stopped_note(left_running))
-        if any(end.mpi_alone for end in ends) or self._may_use_mpi():
+        if any(end.mpi_alone for end in ends) or may_use_mpi(self.task_run.spec, self.node.config.cwd):
             notes.append(_MPI_ALONE)
         if ranks > self.node.cores:
             notes.append(f"oversubscribed: {ranks} ranks shared {self.node.cores} cores")
@@ -408,47 +409,11 @@ _MPI_ALONE = (
     "its ranks seem to use MPI, and were started without: each is alone, of a world of size 1. For MPI between them "
     'submit it with mpi: true (in Python: "type": "mpi")'
 )
-_SEARCHED_ARGUMENTS = 10
-
-
-def _mentions_mpi(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            beginning = file.read(_SEARCHED_BYTES)
-    except (OSError, ValueError):  # not a readable file
-        return False
-    return b"mpi4py" in beginning or b"MPI_Init" in beginning
-
-
-_SEARCHED_BYTES = 1024 * 1024
 _GROUP_START_S = (60.0, 120.0)
 
 
-def call_with_timeouts(work: Callable[[], T], timeouts_s: Sequence[float], undo: Callable[[T], None]) -> T:
-    """Call `work` once for each timeout, in seconds, until a call returns in time; return its result. A call that
-    returns too late is undone with `undo`.
-
-    Raises the exception of a call that fails in time, and TimeoutError if no call returns in time.
-    """
-    for timeout_s in timeouts_s:
-        answer: Future[T] = Future()
-        threading.Thread(target=_answer, args=(work, answer), daemon=True).start()
-        try:
-            return answer.result(timeout_s)
-        except FutureTimeout:
-            if answer.done():
-                return answer.result()  # `work` ended at the last moment, or raised TimeoutError itself
-            answer.add_done_callback(lambda late: None if late.exception() else undo(late.result()))
-    raise TimeoutError(
-        f"no end of it within {' s, and again within '.join(f'{timeout_s:g}' for timeout_s in timeouts_s)} s"
-    )
-
-
-def _answer(work: Callable[[], T], answer: Future[T]) -> None:
-    try:
-        answer.set_result(work())
-    except Exception as error:  # raised again where the result is awaited
-        answer.set_exception(error)
+def _failure(result: FunctionResult) -> tuple[TaskState, Cause | None, str]:
+    return TaskState.FAILED, result.cause, result.error
 
 
 def _end_group(group: ProcessGroup) -> None:

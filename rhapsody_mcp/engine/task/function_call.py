@@ -24,8 +24,8 @@ from rhapsody_mcp.engine.isolation import c_streams
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.task.error_text import Interrupted, error_line, error_message, sendable, trace
-from rhapsody_mcp.engine.task.inspection import plain_text, type_name
 from rhapsody_mcp.engine.task.output import end_part, open_part, write_file
+from rhapsody_mcp.engine.views.inspection import about, head_of_table, plain_text, type_name
 from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.specs import Call, Caps
@@ -304,7 +304,16 @@ def encode(value: Any, folder: str, max_bytes: int | None = None) -> Value:
     except BaseException:
         pickled.discard()
         raise
-    return Value("pickle", type_name(value), pickled.size, data_in_memory, path, _length(value), _preview(value, None))
+    return Value(
+        "pickle",
+        type_name(value),
+        pickled.size,
+        data_in_memory,
+        path,
+        _length(value),
+        _preview(value, None),
+        about(value),
+    )
 
 
 def _json(value: Any, max_bytes: int | None) -> bytes | None:
@@ -348,11 +357,12 @@ def _preview(value: Any, data: bytes | None) -> str:
     if data is not None:
         return data[:PREVIEW_CHARS].decode("utf-8", "ignore")
     if isinstance(value, bytes | bytearray):
-        return f"binary, {len(value)} bytes"
+        return about(value) or f"binary, {len(value)} bytes"
     try:
-        if plain := plain_text(value, _PLAIN_PREVIEW_BYTES):
+        if plain := head_of_table(value, _PLAIN_PREVIEW_BYTES) or plain_text(value, _PLAIN_PREVIEW_BYTES):
             return plain
-        return sendable(f"{_array_summary(value)}{_REPR.repr(value)}"[:PREVIEW_CHARS])
+        summary = "" if about(value) else _array_summary(value)
+        return sendable(f"{summary}{_REPR.repr(value)}"[:PREVIEW_CHARS])
     except Interrupted:
         raise
     except BaseException:  # a __repr__, or a method of a dict's subclass, may raise anything

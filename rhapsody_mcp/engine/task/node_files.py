@@ -35,20 +35,23 @@ def local_bindings(bindings: Mapping[str, Value], link_folder: str) -> Mapping[s
     """
     if not link_folder:
         return bindings
-    return {uid: _local_value(value, link_folder) for uid, value in bindings.items()}
+    return {
+        uid: value.moved({path: _local_path(path, link_folder) for path in value.paths}) if value.paths else value
+        for uid, value in bindings.items()
+    }
 
 
-def _local_value(value: Value, link_folder: str) -> Value:
-    if value.file is None or os.path.exists(value.file):
-        return value
+def _local_path(file: str, link_folder: str) -> str:
+    if os.path.exists(file):
+        return file
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
         link.connect(os.path.join(link_folder, FILES_SOCKET))
-        link.sendall(os.fsencode(value.file) + b"\0")
+        link.sendall(os.fsencode(file) + b"\0")
         with link.makefile("rb") as answer:
             path = os.fsdecode(answer.read())
     if not path:
-        raise FileNotFoundError(2, f"an input could not be copied to {socket.gethostname()}: {value.file}")
-    return replace(value, file=path)
+        raise FileNotFoundError(2, f"an input could not be copied to {socket.gethostname()}: {file}")
+    return path
 
 
 def local_task_run(task_run: TaskRun, link_folder: str) -> TaskRun:

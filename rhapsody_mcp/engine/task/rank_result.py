@@ -17,11 +17,13 @@ from typing import BinaryIO, NamedTuple
 import msgspec
 
 from rhapsody_mcp.engine.messages import FunctionResult
+from rhapsody_mcp.engine.task.json_output import NotJson, json_value
 from rhapsody_mcp.engine.task.output import move_stream, write_file, write_pieces
 from rhapsody_mcp.engine.task.output_files import STREAMS
 from rhapsody_mcp.engine.task.progress_file import PROGRESS
+from rhapsody_mcp.engine.views.pictures import about_bytes
 from rhapsody_mcp.model.outcome import RankOutcome
-from rhapsody_mcp.model.specs import Call, TaskRun
+from rhapsody_mcp.model.specs import Call, Command, TaskRun
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import INLINE_BYTES, PREVIEW_CHARS, Stream, Value
 
@@ -77,18 +79,18 @@ def rank_end(path: str, task_run: TaskRun, rank: int, max_output_bytes: int | No
 def _collect_end(
     supervisor_outcome: _SupervisorOutcome, path: str, task_run: TaskRun, rank: int, max_bytes: int | None
 ) -> RankEnd:
-    result, value, stdout, stderr = _result(supervisor_outcome, path, task_run), None, Stream(), Stream()
+    result, stdout, stderr = _result(supervisor_outcome, path, task_run), Stream(), Stream()
     if os.path.exists(f"{path}.out"):
         with open(f"{path}.out", "rb") as printed:
             stdout, stderr = (move_stream(f"{path}.{suffix}", task_run.results_folder, max_bytes) for suffix in STREAMS)
             if result.cause is None and result.value is None:
-                value = _printed_value(printed, stdout, task_run.results_folder)
+                result = _printed_result(printed, stdout, task_run, rank)
     outcome = RankOutcome(
         rank=rank,
         host=socket.gethostname(),
         pid=supervisor_outcome.pid,
         exit_code=None if result.cause is Cause.INVALID else supervisor_outcome.code,
-        value=value or result.value,
+        value=result.value,
         stdout=stdout,
         stderr=stderr,
         cause=result.cause,
@@ -141,6 +143,17 @@ def how_it_ended(code: int) -> str:
 # --- the value of a program
 
 
+def _printed_result(printed: BinaryIO, stdout: Stream, task_run: TaskRun, rank: int) -> FunctionResult:
+    """Return what a program printed as its value; of the ranks of a job, JSON is asked of the first alone."""
+    work = task_run.spec.work
+    if not isinstance(work, Command) or work.stdout != "json" or rank:
+        return FunctionResult(_printed_value(printed, stdout, task_run.results_folder))
+    try:
+        return FunctionResult(json_value(printed, stdout, task_run.results_folder))
+    except NotJson as error:
+        return FunctionResult(None, Cause.ERROR, str(error))
+
+
 def _printed_value(printed: BinaryIO, stdout: Stream, folder: str) -> Value:
     """Return stdout without surrounding white space as the value; as bytes if stdout is not UTF-8. Of stdout that was
     too long, the value is the kept part. At most one piece of stdout is in memory at a time."""
@@ -154,7 +167,8 @@ def _short_value(data: bytes, folder: str) -> Value:
     try:
         text = data.decode().strip()
     except UnicodeDecodeError:
-        return Value("pickle", "bytes", len(data), pickle.dumps(data), None, len(data), _BINARY.format(len(data)))
+        pickled, about = pickle.dumps(data), about_bytes(data, len(data))
+        return Value("pickle", "bytes", len(data), pickled, None, len(data), about or _BINARY.format(len(data)), about)
     encoded = msgspec.json.encode(text)
     if len(encoded) <= INLINE_BYTES:
         return Value("json", "str", len(encoded), encoded, length=len(text))
@@ -168,7 +182,9 @@ def _long_value(file: BinaryIO, folder: str) -> Value:
     except UnicodeDecodeError:
         size = file.seek(0, os.SEEK_END)
         path = write_pieces(_pickle_of_bytes(file, size), folder)
-        return Value("pickle", "bytes", os.path.getsize(path), None, path, size, _BINARY.format(size))
+        file.seek(0)
+        about = about_bytes(file.read(_PIECE_BYTES), size)
+        return Value("pickle", "bytes", os.path.getsize(path), None, path, size, about or _BINARY.format(size), about)
     size = os.path.getsize(path)
     if size > INLINE_BYTES:
         return Value("json", "str", size, None, path, text.length, text.preview)

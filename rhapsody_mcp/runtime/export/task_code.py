@@ -18,7 +18,7 @@ from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task,
 
 __all__ = ["TaskCode", "representative", "top_level"]
 
-_TEXT_FIELDS = {"prompt", "messages", "system_prompt", "model", "arguments", "task_backend_specific_kwargs"}
+_TEXT_FIELDS = {"prompt", "messages", "system_prompt", "model", "arguments", "outputs", "task_backend_specific_kwargs"}
 _TASK_CLASSES: tuple[type[Task], ...] = (Task, ComputeTask, AITask)
 _PARAMETERS = {kind: inspect.signature(kind).parameters for kind in _TASK_CLASSES}
 _OWN_FIELDS = {
@@ -26,6 +26,8 @@ _OWN_FIELDS = {
     for kind, parameters in _PARAMETERS.items()
 }
 """By class, the fields that only this class of task has."""
+_ATTRIBUTES = {"stdout": "stdout_form"}
+"""The attributes that do not have the names of their parameters: `task.stdout` is what it printed."""
 _FLOW_DEFAULTS = {name: _PARAMETERS[Task][name].default for name in ("retries", "retry_delay_s", "on_upstream_failure")}
 _ITEM_MARK = f"<{secrets.token_hex(8)}>"
 _ITEM = Part(cast(Task, _ITEM_MARK))
@@ -80,7 +82,7 @@ class TaskCode:
     def _arguments(self, task: Task) -> Iterator[str]:
         """The arguments that say what the task runs."""
         for field in _OWN_FIELDS[type(task)]:
-            value = getattr(task, field)
+            value = getattr(task, _ATTRIBUTES.get(field, field))
             if value is None or (isinstance(value, tuple | list | dict) and not value):
                 continue
             if field == "function":

@@ -97,7 +97,7 @@ def _field_has_placeholder(field: str, value: Any) -> bool:
 
 
 _ITEM_FIELDS = (
-    *("args", "kwargs", "executable", "arguments", "prompt", "messages", "system_prompt", "env", "cwd"),
+    *("args", "kwargs", "executable", "arguments", "prompt", "messages", "system_prompt", "env", "cwd", "outputs"),
     *STAND_IN_FIELDS,
 )
 """The fields that may hold a placeholder."""

@@ -42,15 +42,14 @@ def make_single_task(
         present = ((field, value) for field in _PROMPT_FIELDS if (value := fields[field]) is not None)
         parameters = {field: _resolved(field, value, task_named) for field, value in present}
         return AITask(**parameters, **common, task_backend_specific_kwargs=specific_kwargs)
+    common = {**common, "outputs": fields["outputs"] or (), "task_backend_specific_kwargs": specific_kwargs}
     if form == "executable":
         arguments = [_argument(argument) for argument in resolve(fields["arguments"] or [], task_named)]
-        return ComputeTask(
-            executable=fields["executable"], arguments=arguments, **common, task_backend_specific_kwargs=specific_kwargs
-        )
+        return ComputeTask(executable=fields["executable"], arguments=arguments, stdout=fields["stdout"], **common)
     args, kwargs = resolve(fields["args"] or [], task_named), resolve(fields["kwargs"] or {}, task_named)
     if not isinstance(kwargs, dict | Task | Part):
         raise InvalidTask(f"kwargs is an object with the function's arguments by name, not {kwargs!r}.", field="kwargs")
-    return ComputeTask(function, args=args, kwargs=kwargs, **common, task_backend_specific_kwargs=specific_kwargs)
+    return ComputeTask(function, args=args, kwargs=kwargs, **common)
 
 
 def _resolved(field: str, value: Any, task_named: TaskNamed) -> Any:

@@ -101,6 +101,16 @@ class TaskRequest(_StrictModel):
     arguments: Annotated[
         list[Any] | None, Field(description='Of executable: texts, numbers, references, e.g. ["-n", 4].')
     ] = None
+    stdout: Annotated[
+        Literal["json"] | None, Field(description="Of executable: parse it; the result is the JSON value.")
+    ] = None
+    outputs: Annotated[
+        list[str] | None,
+        Field(
+            description='Files it leaves in cwd, e.g. ["a.json", "plots/*.png"]; the result is then '
+            '{"result": ..., "files": {"plots": {"x.png": path}}}.'
+        ),
+    ] = None
     prompt: Annotated[
         str | list[Any] | dict[str, Any] | None,
         Field(description="Text, list of texts (the result is a list), or reference."),
@@ -203,13 +213,25 @@ _FLOW_FIELDS = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_fa
 COMMON_FIELDS = {"name", "backend", "timeout_s", *_FLOW_FIELDS}
 """Fields of every form of task."""
 _PROCESS_FIELDS = {
-    *("process", "ranks", "ranks_per_node", "mpi", "process_templates", "env", "cwd", "cores", "gpus", "memory_gb"),
+    *(
+        "outputs",
+        "process",
+        "ranks",
+        "ranks_per_node",
+        "mpi",
+        "process_templates",
+        "env",
+        "cwd",
+        "cores",
+        "gpus",
+        "memory_gb",
+    ),
 }
 _MODEL_FIELDS = {"system_prompt", *SAMPLING, *COMMON_FIELDS}
 FIELDS = {
     "source": {"source", "entry", "args", "kwargs", *_PROCESS_FIELDS, *COMMON_FIELDS},
     "function": {"function", "args", "kwargs", *_PROCESS_FIELDS, *COMMON_FIELDS},
-    "executable": {"executable", "arguments", *_PROCESS_FIELDS, *COMMON_FIELDS},
+    "executable": {"executable", "arguments", "stdout", *_PROCESS_FIELDS, *COMMON_FIELDS},
     "prompt": {"prompt", *_MODEL_FIELDS},
     "messages": {"messages", *_MODEL_FIELDS - {"system_prompt"}},
 }

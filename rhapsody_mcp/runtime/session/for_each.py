@@ -17,7 +17,7 @@ from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Part, Task
 
 __all__ = ["ForEachRunner"]
 
-_AS_LIST = Module("rhapsody_mcp.engine.task.inspection:as_list")
+_AS_LIST = Module("rhapsody_mcp.engine.views.inspection:as_list")
 
 
 class ForEachOwner(Protocol):

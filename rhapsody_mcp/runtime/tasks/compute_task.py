@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, Literal
 
 from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
 from rhapsody_mcp.model.specs import Call, Command, TaskSpec
@@ -15,7 +16,10 @@ from rhapsody_mcp.runtime.tasks.task import COMMON_FIELDS, Part, Task, Text, con
 
 __all__ = ["ComputeTask"]
 
-_COMPUTE_FIELDS = ("function", "executable", "args", "kwargs", "arguments", "task_backend_specific_kwargs")
+_COMPUTE_FIELDS = (
+    *("function", "executable", "args", "kwargs", "arguments", "stdout", "outputs"),
+    "task_backend_specific_kwargs",
+)
 _PLACES = {
     "cwd": 'task_backend_specific_kwargs={"process_template": {"cwd": ...}}',
     "env": 'task_backend_specific_kwargs={"process_template": {"env": {...}}}',
@@ -40,6 +44,10 @@ class ComputeTask(Task):
                   bytes where the output is not UTF-8 text
     arguments     the arguments of the program; a task among them stands for its return value, as text or as JSON; a
                   Text holds results
+    stdout        "json": the standard output of the program is one JSON document, and `return_value` is what that says
+    outputs       patterns of files that it leaves in its working directory, as in ["result.json", "plots/*.png"];
+                  `return_value` is then {"result": the value, "files": a dict of paths of copies by name, with one
+                  more dict for each folder}. The copies are kept as long as the session
     task_backend_specific_kwargs
         process_template   a dict (env, cwd, policy): a process of its own
         process_templates  a list of (ranks, dict): a job of several processes
@@ -61,6 +69,8 @@ class ComputeTask(Task):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | Task | Part | None = None,
         arguments: Sequence[Any] = (),
+        stdout: Literal["text", "json"] | None = None,
+        outputs: Sequence[str] = (),
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
         **common: Any,
     ) -> None:
@@ -72,6 +82,8 @@ class ComputeTask(Task):
         self.args = tuple(args)
         self.kwargs = kwargs if isinstance(kwargs, Task | Part) else dict(kwargs or {})
         self.arguments = tuple(arguments)
+        self.stdout_form = stdout
+        self.outputs = _checked_outputs(outputs)
         self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
         self.layout = read_layout(self.task_backend_specific_kwargs, native=function is not None)
         self._timeout_s = read_timeout(self.task_backend_specific_kwargs)
@@ -86,6 +98,10 @@ class ComputeTask(Task):
             self._check_program(self.executable)
 
     def _check_function(self) -> None:
+        if self.stdout_form is not None:
+            raise InvalidTask(
+                "stdout= belongs to an executable; the value of a function is what it returns.", field="stdout"
+            )
         if self.arguments:
             raise InvalidTask(
                 "arguments= belongs to an executable; a function takes args= and kwargs=.", field="arguments"
@@ -101,6 +117,8 @@ class ComputeTask(Task):
             self.function.check_arguments(self.args, self.kwargs)
 
     def _check_program(self, executable: str) -> None:
+        if self.stdout_form not in (None, "text", "json"):
+            raise InvalidTask(f'stdout is {self.stdout_form!r}; valid: "text", "json".', field="stdout")
         if not executable.strip() or "\0" in executable:
             raise InvalidTask(f"executable is {executable!r}; valid is a path, or a name on PATH.", field="executable")
         if with_nul := [text for text in self.arguments if isinstance(text, str) and "\0" in text]:
@@ -140,9 +158,10 @@ class ComputeTask(Task):
     def spec(self, encoder: Encoder) -> TaskSpec:
         work: Call | Command
         if self.function is not None:
-            work = encoder.call(self.function, self.args, self.kwargs)
+            work = encoder.call(self.function, self.args, self.kwargs, self.outputs)
         else:
-            work = Command(self.executable or "", tuple(map(content, self.arguments)))
+            arguments = tuple(map(content, self.arguments))
+            work = Command(self.executable or "", arguments, self.stdout_form or "text", self.outputs)
         return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s)
 
 
@@ -150,3 +169,18 @@ def _refuse_foreign_fields(fields: Iterable[str]) -> None:
     for field in fields:
         if field in _PLACES:
             raise InvalidTask(f"ComputeTask has no field {field!r}; write it as {_PLACES[field]}.", field=field)
+
+
+def _checked_outputs(patterns: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(patterns, str):
+        raise InvalidTask(f"outputs is a list of patterns, as in [{patterns!r}].", field="outputs")
+    for pattern in patterns:
+        refuse_half_characters("outputs", pattern)
+        path = PurePosixPath(pattern)
+        if not path.parts or "\0" in pattern or path.is_absolute() or ".." in path.parts:
+            raise InvalidTask(
+                f"{pattern!r} in outputs is no pattern of files below the working directory; write it as in "
+                '"result.json" or "plots/*.png". A file elsewhere is given out by its path, as a result.',
+                field="outputs",
+            )
+    return tuple(patterns)

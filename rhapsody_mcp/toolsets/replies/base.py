@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
 import msgspec
-from mcp.types import CallToolResult, TextContent
+from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
@@ -104,9 +104,9 @@ TaskRows = Annotated[
 """Rows whose schema is one sentence, as the full schema costs more tokens than it is worth."""
 
 
-def reply(text: str, data: Reply) -> CallToolResult:
+def reply(text: str, data: Reply, *pictures: ImageContent) -> CallToolResult:
     return CallToolResult(
-        content=[TextContent(type="text", text=text)],
+        content=[TextContent(type="text", text=text), *pictures],
         structured_content=data.model_dump(mode="json", exclude_none=True),
     )
 

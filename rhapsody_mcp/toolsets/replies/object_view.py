@@ -1,8 +1,9 @@
-"""Shows a Python object that is no JSON, as plain data that a worker of the session makes of the object."""
+"""Shows a Python object that is no JSON, as plain data or as a picture that a worker of the session makes of it."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,11 +17,13 @@ from rhapsody_mcp.runtime.tasks import ComputeTask
 from rhapsody_mcp.toolsets.replies.formatting import shortened
 from rhapsody_mcp.toolsets.replies.pagination import Page
 
-__all__ = ["DescribedResult", "view_object"]
+__all__ = ["SHOWN", "DescribedResult", "Picture", "view_object"]
 
-_TIMEOUT_S = 3.0
+_TIMEOUT_S, _PICTURE_TIMEOUT_S = 3.0, 20.0
+SHOWN = (512 * 1024, 1568)
+"""The most bytes and pixels a side of a picture in a reply: models see no more pixels, and hosts take a megabyte."""
 _REASON_CHARS = 200
-_VIEW = Module("rhapsody_mcp.engine.task.inspection:view")
+_VIEW = Module("rhapsody_mcp.engine.views.inspection:view")
 _ERRORS = {error.code: error for error in (InvalidRequest, InvalidTask, ResultGone)}
 
 
@@ -34,12 +37,25 @@ class DescribedResult(msgspec.Struct, frozen=True):
 
 
 class _View(msgspec.Struct):
-    """What `engine.task.inspection.View` holds."""
+    """What `engine.views.inspection.View` holds."""
 
     type: str
     plain: Any
     total: int | None
     start: int
+    about: str
+    columns: list[str]
+
+
+class Picture(msgspec.Struct, frozen=True):
+    """What `engine.views.inspection.PictureView` holds."""
+
+    about: str
+    mime_type: str
+    base64: str
+    size: int
+    shown: str
+    why: str
 
 
 class _Refusal(msgspec.Struct):
@@ -48,46 +64,60 @@ class _Refusal(msgspec.Struct):
 
 
 class _Answer(msgspec.Struct):
-    """What `engine.task.inspection.view` returns: one of the two."""
+    """What `engine.views.inspection.view` returns: one of the three."""
 
     view: _View | None = None
+    picture: Picture | None = None
     refusal: _Refusal | None = None
 
 
 async def view_object(
-    session: Session, value: Value, path: str, start: int | None, limit: int | None, max_bytes: int
-) -> Page | DescribedResult:
-    """A page of a plain view of the object, or of the part at a JSON Pointer.
+    session: Session,
+    value: Value,
+    path: str,
+    start: int | None,
+    limit: int | None,
+    max_bytes: int,
+    picture_bounds: tuple[int, int] = SHOWN,
+) -> Page | Picture | DescribedResult:
+    """A page of a plain view of the object, or of the part at a JSON Pointer; a picture, where that is one.
 
     Raises InvalidTask where there is nothing at the path, InvalidRequest where there is nothing at the start, and
     ResultGone where the file is gone.
     """
-    if value.type == "bytes" and not path:
+    if value.type == "bytes" and not path and not value.is_picture:
         return DescribedResult(value)
-    task = ComputeTask(_VIEW, args=(value, path, start, limit, max_bytes))
+    task = ComputeTask(_VIEW, args=(value, path, start, limit, max_bytes, picture_bounds))
+    timeout_s = _PICTURE_TIMEOUT_S if value.is_picture or path else _TIMEOUT_S
     try:
-        async with asyncio.timeout(_TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             await session.run_hidden(task)
     except TimeoutError:
         slow = "no worker was free to look at it" if task.started is None else "a worker did not read it"
-        return DescribedResult(value, f"{slow} within {_TIMEOUT_S:g} s")
+        return DescribedResult(value, f"{slow} within {timeout_s:g} s")
     except RhapsodyError as error:
         return DescribedResult(value, _reason(str(error)))
     if task.state is not TaskState.DONE:
         return DescribedResult(value, _reason(task.outcome.error if task.outcome else ""))
-    answer = _answer(task)
+    answer = await asyncio.to_thread(_take_answer, task)
     if answer.refusal is not None:
         return DescribedResult(value, _raise_known(answer.refusal))
+    if answer.picture is not None:
+        return answer.picture
     return DescribedResult(value, "no worker could look at it") if answer.view is None else _page(answer.view, value)
 
 
-def _answer(task: ComputeTask) -> _Answer:
-    if task.outcome is None or task.outcome.value is None:
+def _take_answer(task: ComputeTask) -> _Answer:
+    """The answer; the file of a long one is deleted."""
+    if task.outcome is None or (value := task.outcome.value) is None:
         return _Answer()
     try:
-        return msgspec.convert(load_json(task.outcome.value), _Answer)
+        return msgspec.convert(load_json(value), _Answer)
     except (RhapsodyError, msgspec.ValidationError):
         return _Answer()
+    finally:
+        if value.file is not None:
+            Path(value.file).unlink(missing_ok=True)
 
 
 def _raise_known(refusal: _Refusal) -> str:
@@ -103,7 +133,10 @@ def _reason(message: str) -> str:
 
 def _page(view: _View, value: Value) -> Page:
     plain = view.plain
-    page = Page(type(plain).__name__, value.size, view.total, view.start, view_of=view.type)
+    kind = type(plain).__name__
+    page = Page(
+        kind, value.size, view.total, view.start, view_of=view.type, about=view.about, columns=tuple(view.columns)
+    )
     if isinstance(plain, str) and view.total is not None:
         return msgspec.structs.replace(page, text=plain)
     if isinstance(plain, list) and view.total is not None:

@@ -37,7 +37,8 @@ class Page(msgspec.Struct, frozen=True):
 
     `pieces` are items of a list, entries of a dict, or one single value, each as JSON; `text` is a part of a text. A
     piece that is too long for a page comes alone and without its end: `broken`. A page of a plain view of a Python
-    object has the type of the object in `view_of`.
+    object has the type of the object in `view_of`, and of an array or a table a description in `about`; the items of a
+    table are the rows below `columns`.
     """
 
     type: str
@@ -48,16 +49,20 @@ class Page(msgspec.Struct, frozen=True):
     text: str | None = None
     broken: bool = False
     view_of: str = ""
+    about: str = ""
+    columns: tuple[str, ...] = ()
 
     @property
     def described(self) -> str:
         """As in `list of 1000 items, 52301 bytes`."""
+        if self.about:
+            return f"{self.about}, {self.size} bytes"
         length = "" if self.total is None else f" of {self.total} {self.unit}"
         return f"{self.view_of or self.type}{length}, {self.size} bytes"
 
     @property
     def unit(self) -> str:
-        return "characters" if self.text is not None else "items"
+        return "characters" if self.text is not None else "rows" if self.columns else "items"
 
     @property
     def end(self) -> int:

@@ -43,7 +43,9 @@ def preview_task(task: Task, max_chars: int, shows: Callable[[Task], bool]) -> P
 
 
 def preview_value(value: Value, max_chars: int) -> Preview:
-    if value.format == "pickle":
+    if value.is_picture:
+        return Preview(f"{value.about}; get_result shows it")
+    if value.format != "json":
         return Preview(_with_end(one_line(value.preview), max_chars, described(value)))
     if value.data is not None and len(text := value.data.decode()) <= max_chars:
         return Preview(text, True, msgspec.json.decode(value.data))
@@ -88,7 +90,7 @@ def json_item(task: Task) -> bytes:
         return b"null"
     if value.format == "json" and value.data is not None:
         return value.data
-    if value.format == "pickle" and (plain := _plain(value.preview)):
+    if value.format != "json" and (plain := _plain(value.preview)):
         return plain
     return msgspec.json.encode(f"({described(value)})")
 
@@ -110,6 +112,8 @@ def printed_only_text(value: Value | None, stdout: Stream) -> str:
 
 def described(value: Value) -> str:
     """As in `list of 1000 items, 52301 bytes`."""
+    if value.about:
+        return value.about if value.is_picture else f"{value.about}, {value.size} bytes"
     if value.type == "bytes":
         return f"binary, {value.size if value.length is None else value.length} bytes"
     items = "" if value.length is None or value.type == "str" else f" of {value.length} items"

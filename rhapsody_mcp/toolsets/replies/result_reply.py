@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from mcp.types import CallToolResult
+from mcp.types import CallToolResult, ImageContent
 from pydantic import Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
@@ -15,12 +15,15 @@ from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
 from rhapsody_mcp.toolsets.replies.base import Reply, Row, reply, row_fields
 from rhapsody_mcp.toolsets.replies.failure_groups import FailureGroups, group_failures
 from rhapsody_mcp.toolsets.replies.formatting import one_line, quoted, rounded, shortened, untrusted
-from rhapsody_mcp.toolsets.replies.object_view import DescribedResult
+from rhapsody_mcp.toolsets.replies.object_view import DescribedResult, Picture
 from rhapsody_mcp.toolsets.replies.output_excerpts import Excerpt
 from rhapsody_mcp.toolsets.replies.pagination import Page, cut_page
 from rhapsody_mcp.toolsets.replies.previews import described, plain_value_advice, preview_value, printed_only_text
 
-__all__ = ["REQUESTED_OUTPUT_BYTES", "ResultReply", "TaskResult"]
+__all__ = ["REQUESTED_OUTPUT_BYTES", "ResultReply", "Shown", "TaskResult"]
+
+Shown = Page | Picture | DescribedResult | None
+"""What a reply has of a value; None where there is no value."""
 
 REQUESTED_OUTPUT_BYTES = 4096
 """Bytes of stdout and of stderr in a reply to a call that asks for output."""
@@ -45,6 +48,7 @@ class TaskResult(Row):
     result: Annotated[Any, _ANYTHING, Field(description="The result, or a page of it.")] = None
     next_start: int | None = None
     total: Annotated[int | None, Field(description="Items or characters.")] = None
+    columns: SkipJsonSchema[list[str] | None] = None
     type: SkipJsonSchema[str | None] = None
     preview: SkipJsonSchema[str | None] = None
     start: SkipJsonSchema[int | None] = None
@@ -77,7 +81,7 @@ class ResultReply:
     outcome: Outcome
     source: Outcome | RankOutcome
     rank: int | None
-    shown: Page | DescribedResult | None
+    shown: Shown
     excerpts: dict[str, Excerpt]
     value_bytes: int
 
@@ -91,11 +95,13 @@ class ResultReply:
         fields |= _value_fields(shown, room) | _output_fields(self.source, excerpts)
         data = TaskResult(**fields, **_run_fields(self.task, self.outcome, share), rank=self.rank)
         lines = [_first_line(data), *self._value_lines(shown, data), *_other_lines(data, excerpts)]
-        return reply("\n".join(lines), data)
+        return reply("\n".join(lines), data, *_image(shown))
 
-    def _value_lines(self, shown: Page | DescribedResult | None, data: TaskResult) -> list[str]:
+    def _value_lines(self, shown: Shown, data: TaskResult) -> list[str]:
         if isinstance(shown, DescribedResult):
             return _described_lines(shown, data, self.task)
+        if isinstance(shown, Picture):
+            return _picture_lines(shown, self.task)
         if shown is None:
             return []
         printed = printed_only_text(self.source.value, self.source.stdout)
@@ -105,15 +111,24 @@ class ResultReply:
 # --- as data
 
 
-def _value_fields(shown: Page | DescribedResult | None, max_chars: int) -> dict[str, Any]:
+def _value_fields(shown: Shown, max_chars: int) -> dict[str, Any]:
     if shown is None:
         return {}
+    if isinstance(shown, Picture):
+        return {"type": shown.mime_type, "result_bytes": shown.size, "preview": shown.about}
     return _page_fields(shown) if isinstance(shown, Page) else _described_fields(shown, max_chars)
+
+
+def _image(shown: Shown) -> list[ImageContent]:
+    if not isinstance(shown, Picture) or not shown.base64:
+        return []
+    return [ImageContent(type="image", data=shown.base64, mime_type=shown.mime_type)]
 
 
 def _page_fields(page: Page) -> dict[str, Any]:
     fields: dict[str, Any] = {"type": page.view_of or page.type, "result_bytes": page.size, "total": page.total}
     fields |= {"preview": page.json} if page.broken else {"result": page.data}
+    fields |= {"columns": list(page.columns)} if page.columns else {}
     more = page.total is not None and page.end < page.total
     return fields | {"start": page.start or None, "next_start": page.end if more and not page.broken else None}
 
@@ -189,21 +204,37 @@ def _page_lines(page: Page, task: Task) -> list[str]:
         part = f"{heading}; item {page.start} alone is too long, this is its beginning:"
         more = f'Take a part of it with path, as in path="/{page.start}".' if page.total else ""
     elif is_whole:
-        return [f"{heading}:", one_line(page.json), *([_view_text(page, task)] if page.view_of else [])]
+        return [f"{heading}:", *_json_lines(page), *([_view_text(page, task)] if page.view_of else [])]
     else:
         part = f"{heading}; {page.unit} {page.start} to {page.end - 1}:"
         more = f"Next page: start={page.end}." if page.end < (page.total or 0) else ""
     if page.view_of:
         more = f"{more} {_view_text(page, task)}".strip()
     whole_text = f'To use it whole, pass {{"ref": "{name_of(task)}"}} in submit_tasks.'
-    return [part, one_line(page.json), " ".join(text for text in (more, whole_text) if text)]
+    return [part, *_json_lines(page), " ".join(text for text in (more, whole_text) if text)]
+
+
+def _json_lines(page: Page) -> list[str]:
+    columns = [f"columns: {one_line(', '.join(page.columns))}"] if page.columns else []
+    return [*columns, one_line(page.json)]
 
 
 def _view_text(page: Page, task: Task) -> str:
+    pictures = (
+        " get_result with the path of a picture shows it." if " picture" in page.json and page.text is None else ""
+    )
     return (
         f"This is a plain view of a Python object of type {page.view_of}; "
-        f'{{"ref": "{name_of(task)}"}} passes the object itself.'
+        f'{{"ref": "{name_of(task)}"}} passes the object itself.{pictures}'
     )
+
+
+def _picture_lines(picture: Picture, task: Task) -> list[str]:
+    original = f'{{"ref": "{name_of(task)}"}} in submit_tasks passes the original'
+    if picture.why:
+        return [f"result: {picture.about}, which is too large to be shown: {one_line(picture.why)}. {original}."]
+    scaled = f", scaled down to a {picture.shown}; {original}" if picture.shown else ""
+    return [f"result ({picture.about}), untrusted output of the task: the picture comes with this text{scaled}."]
 
 
 def _described_lines(result: DescribedResult, data: TaskResult, task: Task) -> list[str]:

@@ -12,11 +12,11 @@ from rhapsody_mcp.model.json_pointer import split_pointer
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.values import Value, is_index
 from rhapsody_mcp.runtime.session.session import Session
-from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, name_of
+from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, kind_of, name_of
 from rhapsody_mcp.toolsets.output.running import show_running
 from rhapsody_mcp.toolsets.output.sources import ends_of_sources, sources_of
 from rhapsody_mcp.toolsets.replies.base import fitted
-from rhapsody_mcp.toolsets.replies.object_view import DescribedResult, view_object
+from rhapsody_mcp.toolsets.replies.object_view import SHOWN, DescribedResult, Picture, view_object
 from rhapsody_mcp.toolsets.replies.output_excerpts import (
     Excerpt,
     OutputEnd,
@@ -26,21 +26,22 @@ from rhapsody_mcp.toolsets.replies.output_excerpts import (
 )
 from rhapsody_mcp.toolsets.replies.pagination import Page, first_index, page_of_items, page_of_value
 from rhapsody_mcp.toolsets.replies.previews import json_item
-from rhapsody_mcp.toolsets.replies.result_reply import REQUESTED_OUTPUT_BYTES, ResultReply
+from rhapsody_mcp.toolsets.replies.result_reply import REQUESTED_OUTPUT_BYTES, ResultReply, Shown
 
-__all__ = ["PageRequest", "show_result"]
+__all__ = ["PageRequest", "read_part", "show_result"]
 
 _OUTPUT_BYTES = 1024
 """Bytes of stdout and of stderr in a reply to a call that does not ask for output."""
 
 
 class PageRequest(NamedTuple):
-    """The part of a result that the agent asks for."""
+    """The part of a result that the agent asks for; of a picture, within bytes and pixels."""
 
     path: str
     start: int | None
     limit: int | None
     max_bytes: int
+    picture_bounds: tuple[int, int] = SHOWN
 
     @property
     def is_default(self) -> bool:
@@ -67,7 +68,7 @@ async def show_result(
         return await show_running(session, task, rank=rank, end=output or "tail", search=search, max_bytes=room)
     source: Outcome | RankOutcome = task.outcome if rank is None else _rank(task.outcome, rank)
     asks_for_output = search is not None or output is not None
-    shown: Page | DescribedResult | None
+    shown: Shown
     if asks_for_output and request.is_default:
         shown = _description(task, source)
     else:
@@ -80,9 +81,16 @@ async def show_result(
         excerpts = await _search(task, source, search)
         if isinstance(shown, DescribedResult) and _FOUND_IN_RESULT not in excerpts and _is_searched(task, source):
             shown = DescribedResult(shown.value, on_request=True, why="search did not look into it")
-    if not asks_for_output and _contains(shown, excerpts["stdout"]):
+    if not asks_for_output and _contains(task, shown, excerpts["stdout"]):
         del excerpts["stdout"]
     return fitted(ResultReply(task, task.outcome, source, rank, shown, excerpts, request.max_bytes).build)
+
+
+async def read_part(session: Session, task: Task, request: PageRequest) -> Shown:
+    """The part of a task's result. Raises as `show_result`, and InvalidRequest where the task has not ended."""
+    if task.outcome is None:
+        raise InvalidRequest(f"{name_of(task)} has not ended, so there is no result yet.")
+    return await _read_value(session, task, task.outcome, request)
 
 
 def _rank(outcome: Outcome, rank: int) -> RankOutcome:
@@ -124,8 +132,10 @@ def _is_searched(task: Task, source: Outcome | RankOutcome) -> bool:
     return source.value is not None and kind_of(task) != "executable"
 
 
-def _contains(shown: Page | DescribedResult | None, stdout: Excerpt) -> bool:
+def _contains(task: Task, shown: Shown, stdout: Excerpt) -> bool:
     """Whether the value shows the output too, as the value of a program is its stdout."""
+    if isinstance(shown, Picture) or (isinstance(task, ComputeTask) and task.stdout_form == "json"):
+        return kind_of(task) == "executable" and shown is not None
     if isinstance(shown, DescribedResult):
         return shown.value.type == "bytes"
     return shown is not None and stdout.text.strip() in (shown.text or "")
@@ -142,10 +152,8 @@ def _description(task: Task, source: Outcome | RankOutcome) -> DescribedResult |
     return None if value is None else DescribedResult(value, on_request=True)
 
 
-async def _read_value(
-    session: Session, task: Task, source: Outcome | RankOutcome, request: PageRequest
-) -> Page | DescribedResult | None:
-    """A page of the value, or the description of an object that no worker could show."""
+async def _read_value(session: Session, task: Task, source: Outcome | RankOutcome, request: PageRequest) -> Shown:
+    """A page of the value, a picture, or the description of an object that no worker could show."""
     value, path = source.value, request.path
     if isinstance(task, ForEach) and task.children:
         if not path:
@@ -154,8 +162,8 @@ async def _read_value(
     if value is None:
         return None
     part = (path, request.start, request.limit, request.max_bytes)
-    if value.format == "pickle":
-        shown = await view_object(session, value, *part)
+    if value.format != "json":
+        shown = await view_object(session, value, *part, request.picture_bounds)
         if isinstance(shown, DescribedResult) and not request._replace(path=path).is_default:
             raise InvalidRequest(
                 f"this result is a Python object of type {value.type}, which only another function can read now: "

@@ -25,17 +25,10 @@ from rhapsody_mcp.backends.compute.nodes.transport import NodeConnection, NodeLi
 from rhapsody_mcp.backends.compute.placement import slots_of_nodes
 from rhapsody_mcp.backends.compute.transport import Connection, Transport
 from rhapsody_mcp.backends.engine_process import KeeperHandle
-from rhapsody_mcp.engine.messages import (
-    LinkSettings,
-    NodeHello,
-    NodeReady,
-    OutputTaken,
-    StartKeeper,
-    StepEnded,
-    TakeOutput,
-)
+from rhapsody_mcp.engine.messages import NodeReady, OutputTaken, StepEnded, TakeOutput
 from rhapsody_mcp.engine.network import tls
 from rhapsody_mcp.engine.network.addresses import reachable_addresses
+from rhapsody_mcp.engine.network.link_messages import LinkSettings, NodeHello, StartKeeper
 from rhapsody_mcp.engine.node.hardware import is_host
 from rhapsody_mcp.engine.node_link import NODE_LINK, SOCKET
 from rhapsody_mcp.engine.process.liveness import MIN_CHECKS

@@ -20,7 +20,6 @@ from rhapsody_mcp.model.values import Stream, Value
 __all__ = ["ResultFiles", "delete_files"]
 
 T = TypeVar("T", Outcome, RankOutcome)
-HasFile = TypeVar("HasFile", Value, Stream)
 
 
 class ResultFiles:
@@ -74,19 +73,26 @@ class ResultFiles:
     async def _with_copies(self, outcome: T, folder: str) -> T:
         return replace(
             outcome,
-            value=outcome.value and await self._copy(outcome.value, folder),
-            stdout=await self._copy(outcome.stdout, folder),
-            stderr=await self._copy(outcome.stderr, folder),
+            value=outcome.value and await self._value(outcome.value, folder),
+            stdout=await self._stream(outcome.stdout, folder),
+            stderr=await self._stream(outcome.stderr, folder),
         )
 
-    async def _copy(self, holder: HasFile, folder: str) -> HasFile:
-        while holder.file is not None and (node := self._find_node(holder.file)) is not None:
+    async def _value(self, value: Value, folder: str) -> Value:
+        return value.moved({path: await self._copy(path, folder) for path in value.paths}) if value.paths else value
+
+    async def _stream(self, stream: Stream, folder: str) -> Stream:
+        return stream if stream.file is None else replace(stream, file=await self._copy(stream.file, folder))
+
+    async def _copy(self, path: str, folder: str) -> str:
+        """The path of a copy here; the path itself where the file lies here."""
+        while (node := self._find_node(path)) is not None:
             try:
-                return replace(holder, file=await fetch_file(node, holder.file, folder))
+                return await fetch_file(node, path, folder)
             except OSError:
                 if self._reconnected is None or not node.lost.is_set() or not await self._reconnected(node):
                     raise
-        return holder
+        return path
 
 
 def delete_files(outcome: Outcome, folder: str) -> None:
@@ -98,8 +104,8 @@ def delete_files(outcome: Outcome, folder: str) -> None:
 
 
 def _files(outcome: Outcome | RankOutcome) -> list[str]:
-    holders: tuple[Value | Stream | None, ...] = (outcome.value, outcome.stdout, outcome.stderr)
-    files = [holder.file for holder in holders if holder is not None and holder.file is not None]
+    files = [stream.file for stream in (outcome.stdout, outcome.stderr) if stream.file is not None]
+    files += outcome.value.paths if outcome.value else []
     for rank in outcome.ranks if isinstance(outcome, Outcome) else ():
         files += _files(rank)
     return files

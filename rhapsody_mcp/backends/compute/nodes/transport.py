@@ -13,8 +13,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from rhapsody_mcp.backends.compute.transport import Receiver
-from rhapsody_mcp.engine.messages import EndNode, FromNode, KeeperEnded, NodeHello, StartKeeper, ToBackend
+from rhapsody_mcp.engine.messages import ToBackend
 from rhapsody_mcp.engine.network.files import FileServer
+from rhapsody_mcp.engine.network.link_messages import EndNode, FromNode, KeeperEnded, NodeHello, StartKeeper
 from rhapsody_mcp.engine.network.multiplexer import PROCESS, Multiplexer, Stream
 from rhapsody_mcp.engine.transport import Frames, frame
 

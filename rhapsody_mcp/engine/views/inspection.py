@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import dataclasses
 import itertools
 import math
@@ -9,20 +10,26 @@ import reprlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from rhapsody_mcp.engine.isolation.sources import MODULE_PREFIX
 from rhapsody_mcp.engine.task.error_text import Interrupted, bounded, sendable
-from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
-from rhapsody_mcp.model.json_pointer import describe_keys, split_pointer
-from rhapsody_mcp.model.values import Value, load
+from rhapsody_mcp.engine.views.pictures import Bounds, Drawn, about_picture, describe_file, draw
+from rhapsody_mcp.engine.views.tables import about_array, about_table, as_table, shape_of
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, ResultGone
+from rhapsody_mcp.model.json_pointer import describe_keys, read_kept, split_pointer
+from rhapsody_mcp.model.values import KeptFiles, Value, load
 
-__all__ = ["View", "as_list", "plain_text", "type_name", "view"]
+__all__ = ["PictureView", "View", "about", "as_list", "head_of_table", "plain_text", "type_name", "view"]
 
-_DEPTH, _ITEMS, _ELEMENTS, _CHARS = 8, 100, 1000, 1000
-"""Limits for nested values: levels, items of one container, elements of an array, characters of a text."""
+_DEPTH, _ITEMS, _ELEMENTS, _ROW, _CHARS = 8, 100, 1000, 20, 1000
+"""Limits for nested values: levels, items of one container, elements of an array, and of a longer row, characters of a
+text."""
+_WITH_TEXT = frozenset({"datetime", "decimal", "fractions", "pathlib", "uuid"})
+"""Modules whose types have a text that says what their repr says."""
 _CONTAINERS: Any = Mapping | list | tuple | deque | set | frozenset
 _TYPE_CHARS = 200
 _BUILT_IN = frozenset({int, float, str, bool, bytes, type(None), list, dict, tuple})
@@ -32,26 +39,75 @@ _REPR.maxother = _REPR.maxstring = _REPR.maxlong = _CHARS
 
 class View(msgspec.Struct, frozen=True):
     """Part of an object as plain data: from item or character `start`, of `total` items or characters. A single value
-    has no `total`."""
+    has no `total`. The rows of a table are lists of cells, below `columns`."""
 
     type: str
     plain: Any
     total: int | None = None
     start: int = 0
+    about: str = ""
+    columns: list[str] = []
 
 
-def view(value: Value, path: str, start: int | None, limit: int | None, max_bytes: int) -> dict[str, Any]:
+class PictureView(msgspec.Struct, frozen=True):
+    """A picture as base64, empty where it cannot be shown, for the reason `why`; `size` are the bytes of the original.
+    `about` describes the original, and `shown` what is shown in its place."""
+
+    about: str
+    mime_type: str
+    base64: str
+    size: int
+    shown: str = ""
+    why: str = ""
+
+
+def view(
+    value: Value,
+    path: str,
+    start: int | None,
+    limit: int | None,
+    max_bytes: int,
+    picture_bounds: tuple[int, int] = (0, 0),
+) -> dict[str, Any]:
     """Return {"view": a View as a dict} of the value at the JSON Pointer `path`: at most `limit` items or characters,
-    and at most about `max_bytes` of them.
+    and at most about `max_bytes` of them. Of a picture, return {"picture": a PictureView as a dict}, within the bytes
+    and the pixels of `picture_bounds`.
 
     Return {"refusal": {"code": ..., "message": ...}} for an InvalidTask (the path does not exist), an
     InvalidRequest (`start` is past the end), or a ResultGone (the value's file is gone).
     """
     try:
         part = _follow(load(value), path)
-        return {"view": msgspec.structs.asdict(_view(part, start, limit, max_bytes))}
+        drawn = draw(part, Bounds(*picture_bounds))
+        if drawn is not None and drawn.facts.kind != "SVG":
+            return {"picture": msgspec.structs.asdict(_picture_view(drawn))}
+        if drawn is not None:
+            part = drawn.data.decode("utf-8", "replace")
+        seen = _view(part, start, limit, max_bytes)
+        if drawn is not None:
+            seen = msgspec.structs.replace(seen, type=drawn.facts.mime_type, about=drawn.facts.text(drawn.size))
+        return {"view": msgspec.structs.asdict(seen)}
     except InvalidRequest as error:
         return {"refusal": {"code": error.code, "message": str(error)}}
+
+
+def _picture_view(drawn: Drawn) -> PictureView:
+    described = (drawn.original or drawn.facts).text(drawn.size)
+    shown = drawn.facts.text(len(drawn.data)) if drawn.original else ""
+    encoded = binascii.b2a_base64(drawn.data, newline=False).decode()
+    return PictureView(described, drawn.facts.mime_type, encoded, drawn.size, shown, drawn.why)
+
+
+def about(value: Any) -> str:
+    """Describe a picture, a table or an array in a few words; empty for another value."""
+    if type(value) in _BUILT_IN - {bytes}:
+        return ""
+    try:
+        return about_picture(value) or about_table(value) or about_array(value)
+    except Interrupted:
+        raise
+    except BaseException:  # an attribute of a user's object may raise anything
+        return ""
 
 
 def plain_text(value: Any, max_bytes: int) -> str:
@@ -65,11 +121,25 @@ def plain_text(value: Any, max_bytes: int) -> str:
     )
 
 
+def head_of_table(value: Any, max_bytes: int) -> str:
+    """Return the columns and the first rows of a table as text; empty for another value."""
+    if as_table(value) is None:
+        return ""
+    seen = _view(value, None, _HEAD_ROWS, max_bytes)
+    return f"{', '.join(seen.columns)}: {msgspec.json.encode(seen.plain).decode()}"
+
+
+_HEAD_ROWS = 20
+
+
 # --- a part of it
 
 
 def _follow(value: Any, path: str) -> Any:
+    """Return the part at the path; of a kept file, the content."""
+    before: Any = None
     for step in split_pointer(path):
+        before, value = value, read_kept(value, before)
         parts = _parts(value)
         try:
             if isinstance(parts, Mapping):
@@ -80,7 +150,25 @@ def _follow(value: Any, path: str) -> Any:
             raise InvalidTask(
                 f"path {path!r} leads nowhere: at {step!r} there is {_describe_position(parts, step)}."
             ) from error
-    return value
+    return _content(value) if isinstance(value, str) and isinstance(before, KeptFiles) else value
+
+
+def _content(path: str) -> str | bytes:
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ResultGone(f"the kept file {path} is gone; submit its task again.") from error
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _described(value: Any) -> Any:
+    """Return kept files as what each is, with its path; any other value unchanged."""
+    if not isinstance(value, KeptFiles):
+        return value
+    return {name: f"{describe_file(part)}, {part}" if isinstance(part, str) else part for name, part in value.items()}
 
 
 def _describe_position(parts: Any, step: str) -> str:
@@ -90,8 +178,9 @@ def _describe_position(parts: Any, step: str) -> str:
 
 
 def _view(value: Any, start: int | None, limit: int | None, max_bytes: int) -> View:
-    parts = _parts(value)
-    total = _length(parts)
+    parts = _parts(_described(value))
+    table = as_table(value)
+    total = _length(parts) if table is None else table.row_count
     if total is None:
         if start is not None or limit is not None:
             raise InvalidRequest(f"this is one value of type {type_name(value)}: leave start and limit out.")
@@ -103,11 +192,16 @@ def _view(value: Any, start: int | None, limit: int | None, max_bytes: int) -> V
     if isinstance(parts, str):
         return View(type_name(value), _text(parts[first:last], max_bytes // 4), total, first)
     plain = _PlainConverter(max_bytes)
+    if table is not None:
+        numbered_rows = enumerate(table.rows(first, min(last, first + max_bytes // 2)))
+        rows = [row for _, row in plain.convert_entries(numbered_rows)]
+        return View(type_name(value), rows, total, first, about(value), table.columns)
     if isinstance(parts, Mapping):
         entries = itertools.islice(parts.items(), first, last)
         return View(type_name(value), {_key(key): part for key, part in plain.convert_entries(entries)}, total, first)
     numbered = ((number, parts[number]) for number in range(first, last))
-    return View(type_name(value), [part for _, part in plain.convert_entries(numbered)], total, first)
+    items = [part for _, part in plain.convert_entries(numbered)]
+    return View(type_name(value), items, total, first, about(value))
 
 
 def _parts(value: Any) -> Any:
@@ -123,7 +217,7 @@ def _parts(value: Any) -> Any:
 
 def _length(parts: Any) -> int | None:
     """Return the number of parts; None for a single value."""
-    shape = _shape(parts)
+    shape = shape_of(parts)
     if shape is not None:
         return shape[0] if shape else None
     is_many = isinstance(parts, str | _CONTAINERS) and not isinstance(parts, Enum)
@@ -157,11 +251,11 @@ class _PlainConverter:
     def _convert_value(self, value: Any, depth: int) -> Any:
         if _is_scalar(value):
             return self._scalar(value)
-        if (shape := _shape(value)) is not None:
-            if shape == () or math.prod(shape) <= _ELEMENTS:
-                return self.convert(value.tolist(), depth)
-            return self._shortened(f"{type_name(value)} of shape {shape}, dtype {getattr(value, 'dtype', '?')}")
-        parts = _parts(value)
+        if (shape := shape_of(value)) is not None:
+            return self._array(value, shape, depth)
+        if type(value) not in _BUILT_IN and (description := about(value)):
+            return self._shortened(description) if as_table(value) else description
+        parts = _parts(_described(value))
         if not isinstance(parts, _CONTAINERS):
             return self._repr(value)
         if depth >= _DEPTH or self.bytes_left < 0:
@@ -175,6 +269,13 @@ class _PlainConverter:
         items = [self.convert(part, depth + 1) for part in self._affordable_items(parts, depth)]
         more = len(parts) - len(items)
         return [*items, self._shortened(f"... and {more} more")] if more > 0 else items
+
+    def _array(self, value: Any, shape: tuple[int, ...], depth: int) -> Any:
+        if shape == () or math.prod(shape) <= _ELEMENTS:
+            return self.convert(value.tolist(), depth)
+        if len(shape) == 1 and depth == 1:  # a row
+            return [*self.convert(value[:_ROW].tolist(), depth), self._shortened(f"... and {shape[0] - _ROW} more")]
+        return self._shortened(about_array(value))
 
     def _affordable_items(self, parts: Any, depth: int) -> Iterator[Any]:
         """Yield items as long as bytes are left; of a nested container, at most _ITEMS."""
@@ -196,8 +297,10 @@ class _PlainConverter:
 
     def _repr(self, value: Any) -> str:
         if isinstance(value, bytes | bytearray | memoryview):
-            return f"binary, {len(value)} bytes"
+            return about_picture(value) or f"binary, {len(value)} bytes"
         try:
+            if not _WITH_TEXT.isdisjoint(kind.__module__ for kind in type(value).__mro__):
+                return _text(str(value), _CHARS)
             return _text(_REPR.repr(value), _CHARS)
         except Interrupted:
             raise
@@ -217,14 +320,6 @@ def _number(value: float) -> float | str:
     if math.isnan(value):
         return "NaN"
     return value if math.isfinite(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    """Return the shape of an array or tensor that has `tolist`; None for other values."""
-    if isinstance(value, type) or not callable(getattr(value, "tolist", None)):
-        return None
-    shape = getattr(value, "shape", None)
-    return tuple(shape) if isinstance(shape, tuple) else None
 
 
 def _key(key: Any) -> str:

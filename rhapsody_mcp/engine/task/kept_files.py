@@ -1,0 +1,141 @@
+"""Keeps copies of the files that a task leaves in its working directory, as parts of its result.
+
+The copies lie beside the files of long results, and are delivered, counted and deleted as these are.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from rhapsody_mcp.engine.messages import FunctionResult
+from rhapsody_mcp.engine.task.output import end_part, open_part
+from rhapsody_mcp.engine.views.pictures import describe_file
+from rhapsody_mcp.model.states import Cause
+from rhapsody_mcp.model.values import NOTHING, PREVIEW_CHARS, Value, as_tree
+
+__all__ = ["with_outputs"]
+
+_MOST_FILES = 1000
+_LISTED = 20
+_LISTED_FROM = 2000
+"""Files of a folder that are looked at for a message."""
+_INNER_CHARS = 1000
+_EXTENSION_CHARS = 12
+
+
+class _Refused(Exception):
+    """Raised with the reason if the files cannot be kept."""
+
+
+def with_outputs(
+    result: FunctionResult, patterns: Sequence[str], cwd: str, folder: str, max_bytes: int | None
+) -> FunctionResult:
+    """Return the result with the files in `cwd` that match the patterns, copied into `folder`. It is a failure where a
+    pattern matches no file, and where the files have more than `max_bytes` together."""
+    if not patterns or result.cause is not None:
+        return result
+    try:
+        names = [name for pattern in patterns for name in _matching(pattern, cwd)]
+        return msgspec.structs.replace(
+            result, value=_value(result.value or NOTHING, _kept(list(dict.fromkeys(names)), cwd, folder, max_bytes))
+        )
+    except _Refused as error:
+        return FunctionResult(None, Cause.ERROR, f"it ended, and {error}")
+    except OSError as error:
+        return FunctionResult(None, Cause.ERROR, f"it ended, and its outputs could not be kept: {error}")
+
+
+def _matching(pattern: str, cwd: str) -> list[str]:
+    names = glob.glob(pattern, root_dir=cwd, recursive=True, include_hidden=pattern.startswith("."))
+    files = sorted(os.path.normpath(name) for name in names if os.path.isfile(os.path.join(cwd, name)))
+    if not files:
+        folder = f"; {names[0]} is a folder: write {names[0].rstrip('/')}/*" if names else ""
+        raise _Refused(f"no file in {cwd} matches {pattern!r} of its outputs{folder}. {_there(cwd)}")
+    return files
+
+
+def _there(cwd: str) -> str:
+    """Tell the files that are there, the newest first."""
+    paths = list(itertools.islice(_files_below(cwd), _LISTED_FROM))
+    newest = sorted(paths, key=_changed, reverse=True)
+    names = [os.path.relpath(path, cwd) for path in newest[:_LISTED]]
+    more = f" and {len(paths) - len(names)} more" if len(paths) > len(names) else ""
+    return f"Files there, the newest first: {', '.join(names)}{more}." if names else "There are no files."
+
+
+def _changed(path: str) -> float:
+    with suppress(OSError):
+        return os.stat(path).st_mtime
+    return 0.0
+
+
+def _files_below(cwd: str) -> Iterator[str]:
+    for folder, folders, names in os.walk(cwd):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _kept(names: Sequence[str], cwd: str, folder: str, max_bytes: int | None) -> dict[str, str]:
+    """Copy the files, and return the paths of the copies by name."""
+    if len(names) > _MOST_FILES:
+        raise _Refused(f"its outputs are {len(names)} files; {_MOST_FILES} is the most. Put them into an archive.")
+    size = sum(os.path.getsize(os.path.join(cwd, name)) for name in names)
+    if max_bytes is not None and size > max_bytes:
+        raise _Refused(
+            f"its outputs have {size:,} bytes together; {max_bytes:,} is the most (max_result_bytes in the settings of "
+            "the server). Keep less, and hand on the paths of large files."
+        )
+    kept: dict[str, str] = {}
+    try:
+        for name in names:
+            kept[name] = _copy(os.path.join(cwd, name), folder)
+    except BaseException:
+        for path in kept.values():
+            os.unlink(path)
+        raise
+    return kept
+
+
+def _copy(path: str, folder: str) -> str:
+    extension = os.path.splitext(path)[1]
+    with open(path, "rb") as source, open_part(folder) as part:
+        try:
+            shutil.copyfileobj(source, part, 1024 * 1024)
+        except BaseException:
+            os.unlink(part.name)
+            raise
+    usable = extension[1:].isalnum() and extension != ".part" and len(extension) <= _EXTENSION_CHARS
+    return end_part(part, extension if usable else ".file")
+
+
+# --- the value
+
+
+def _value(inner: Value, files: dict[str, str]) -> Value:
+    sizes = {path: os.path.getsize(path) for path in files.values()}
+    described = {name: describe_file(path) for name, path in files.items()}
+    shown = msgspec.json.encode({"result": _shown(inner), "files": as_tree(described)})
+    return Value(
+        "files",
+        "dict",
+        inner.size + sum(sizes.values()),
+        length=2,
+        preview=shown[:PREVIEW_CHARS].decode("utf-8", "ignore"),
+        about=f"result and {len(files)} file{'s' * (len(files) != 1)}",
+        inner=inner,
+        files=files,
+    )
+
+
+def _shown(inner: Value) -> Any:
+    if inner.format == "json" and inner.data is not None and len(inner.data) <= _INNER_CHARS:
+        return msgspec.Raw(inner.data)
+    return f"{inner.preview[:_INNER_CHARS]} ... ({inner.about or inner.type}, {inner.size} bytes)"

@@ -1,0 +1,73 @@
+"""How an agent asks for JSON and for files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from rhapsody_mcp.model.specs import Call, Command
+from tests.agents import Agent, open_agent
+
+pytestmark = pytest.mark.anyio
+
+SESSION = {"session": "session-1"}
+WRITE = "def write(n):\n    with open(f'out-{n}.txt', 'w') as file:\n        file.write('x' * n)\n    return n"
+PROGRAM = {"executable": "echo", "arguments": ['{"loss": 0.5}'], "stdout": "json"}
+
+
+async def test_a_program_and_a_function_carry_what_was_asked_for(agent: Agent) -> None:
+    sweep = {"source": WRITE, "args": [{"item": True}], "for_each": [1, 2], "outputs": ["out-{item}.txt"]}
+    await agent.call("submit_tasks", **SESSION, tasks=[{**PROGRAM, "outputs": ["a.json"]}, sweep])
+    await agent.call("wait_tasks", **SESSION)
+    program, *calls = (run.spec.work for run in agent.backend.received)
+    assert isinstance(program, Command) and (program.stdout, program.outputs) == ("json", ("a.json",))
+    assert [call.outputs for call in calls if isinstance(call, Call)] == [("out-1.txt",), ("out-2.txt",)]
+
+
+@pytest.mark.parametrize(
+    ("task", "told"),
+    [
+        (
+            {"source": WRITE, "stdout": "json"},
+            "stdout has no effect on a task with source; it belongs to",
+        ),
+        ({"prompt": "x", "outputs": ["a"]}, "outputs has no effect on a task with prompt"),
+        ({"executable": "ls", "outputs": ["/tmp/x"]}, "'/tmp/x' in outputs is no pattern of files below"),
+        ({"executable": "ls", "outputs": ["a/../../x"]}, "is no pattern of files below"),
+        ({"executable": "ls", "outputs": ["a\0b"]}, "is no pattern of files below"),
+        ({"executable": "ls", "outputs": ["{item}"]}, "{item}"),
+        ({"executable": "ls", "stdout": "text"}, "stdout"),
+    ],
+)
+async def test_what_cannot_be_is_refused(agent: Agent, task: dict[str, Any], told: str) -> None:
+    assert told in await agent.refusal("submit_tasks", **SESSION, tasks=[task])
+
+
+async def test_an_exported_script_does_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with open_agent() as agent:
+        await agent.call("create_session", backends=["local"])
+        tasks = [
+            {**PROGRAM, "name": "program"},
+            {
+                "name": "sweep",
+                "source": WRITE,
+                "args": [{"item": True}],
+                "for_each": [3, 4],
+                "outputs": ["out-{item}.txt"],
+            },
+        ]
+        await agent.call("submit_tasks", **SESSION, tasks=tasks)
+        await agent.call("wait_tasks", **SESSION)
+        reply = await agent.call("export_session", **SESSION, folder=str(tmp_path))
+    script = await anyio.Path(reply["script"]).read_text()
+    assert "stdout='json'" in script and "outputs=['out-' + text(item) + '.txt']" in script
+    ended = await anyio.run_process([sys.executable, reply["script"]])
+    results = json.loads(ended.stdout)
+    assert results["program"]["result"] == {"loss": 0.5}
+    assert [run["result"] for run in results["sweep"]["result"]] == [3, 4]

@@ -1,0 +1,109 @@
+"""What is said of a picture by its first bytes, and how a large one is made small."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from rhapsody_mcp.engine.task.function_call import encode
+from rhapsody_mcp.engine.views.inspection import about, plain_text, view
+from rhapsody_mcp.engine.views.pictures import Bounds, draw, facts_of
+
+BOUNDS = Bounds(20_000, 200)
+
+
+def written(kind: str, width: int, height: int, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((width, height), 80).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("GIF", {}),
+        ("WebP", {}),
+        ("WebP", {"lossless": True}),
+    ],
+)
+def test_the_beginning_of_a_picture_tells_its_kind_and_size(kind: str, options: dict[str, Any]) -> None:
+    facts = facts_of(written(kind, 321, 45, **options))
+    assert facts is not None
+    assert (facts.kind, facts.mime_type, facts.width, facts.height) == (kind, f"image/{kind.lower()}", 321, 45)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ('<svg xmlns="http://www.w3.org/2000/svg" width="30" height="4px"/>', (30, 4)),
+        (
+            '<?xml version="1.0"?>\n<!DOCTYPE svg>\n<!-- made > by -->\n<svg viewBox="0 0 12.5 7"></svg>',
+            (12, 7),
+        ),
+        ('\ufeff<svg width="100%"></svg>', (0, 0)),
+    ],
+)
+def test_an_svg_is_known_by_its_first_tag(text: str, size: tuple[int, int]) -> None:
+    facts = facts_of(text.encode())
+    assert facts is not None and facts.mime_type == "image/svg+xml" and (facts.width, facts.height) == size
+
+
+@given(
+    st.binary(max_size=60), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8\xff", b"RIFF", b"<svg "])
+)
+def test_any_bytes_are_told_from_pictures(data: bytes, beginning: bytes) -> None:
+    facts = facts_of(beginning + data)
+    assert facts is None or facts.mime_type.startswith("image/")
+    assert draw(beginning + data, BOUNDS) is None or facts is not None
+
+
+def test_a_picture_within_the_bounds_is_shown_as_it_is() -> None:
+    data = written("PNG", 100, 100)
+    drawn = draw(data, BOUNDS)
+    assert drawn is not None and drawn.data == data and drawn.original is None
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 500), (150, 190), (3, 4000)])
+def test_a_larger_one_is_scaled_down_until_it_fits(width: int, height: int) -> None:
+    data = written("PNG", width, height)
+    drawn = draw(data, BOUNDS)
+    assert drawn is not None and drawn.original is not None and not drawn.why
+    assert len(drawn.data) <= BOUNDS.bytes and max(drawn.facts.width, drawn.facts.height) <= BOUNDS.pixels
+    assert (drawn.original.width, drawn.original.height, drawn.size) == (width, height, len(data))
+
+
+def test_without_pillow_a_larger_one_is_described_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = written("PNG", 1000, 500)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    drawn = draw(data, BOUNDS)
+    assert drawn is not None and not drawn.data and "Pillow" in drawn.why and drawn.facts.width == 1000
+
+
+def test_a_larger_one_that_is_broken_is_described_too() -> None:
+    drawn = draw(written("PNG", 1000, 500)[:5000], BOUNDS)
+    assert drawn is not None and not drawn.data and "could not be scaled down" in drawn.why
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "F", "HSV", "I;16"])
+def test_an_image_of_any_mode_is_drawn(mode: str) -> None:
+    image = Image.new(mode, (30, 20))
+    assert about(image) == "PIL picture 30x20"
+    drawn = draw(image, BOUNDS)
+    assert drawn is not None and (drawn.facts.width, drawn.facts.height) == (30, 20)
+
+
+def test_in_a_dict_a_picture_is_named_and_its_path_shows_it() -> None:
+    made = {"loss": 0.1, "plot": written("PNG", 30, 20), "more": [Image.new("RGB", (5, 4))]}
+    assert '"plot":"PNG picture 30x20, ' in plain_text(made, 2000) and "PIL picture 5x4" in plain_text(made, 2000)
+    value = encode(made, "")
+    shown = view(value, "/more/0", None, None, 1000, (20_000, 200))["picture"]
+    assert shown["about"].startswith("PNG picture 5x4") and shown["mime_type"] == "image/png"
