@@ -23,7 +23,7 @@ def end_of(folder: Path, printed: bytes, errors: bytes = b"", code: int = 0, mos
     results.mkdir()
     (folder / "p1.out").write_bytes(printed)
     (folder / "p1.err").write_bytes(errors)
-    (folder / "p1.outcome").write_bytes(marshal.dumps(("", "", 42, code, 1.0, 2.0, 0)))
+    (folder / "p1.outcome").write_bytes(marshal.dumps(("", "", 42, code, 1.0, 2.0, 0, 0.5, 1000)))
     order = TaskRun(spec=ORDER, bindings={}, results_folder=str(results), attempt=1)
     found = rank_end(str(path), order, 0, most)
     assert found is not None and (found.started, found.ended) == (1.0, 2.0)
