@@ -14,7 +14,7 @@ import msgspec
 from rhapsody_mcp.runtime.export.literals import Code, write_call, write_value
 from rhapsody_mcp.runtime.redaction import looks_secret
 from rhapsody_mcp.runtime.serialization import Module, Source
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, Text
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Condition, ForEach, Part, Task, Text
 
 __all__ = ["TaskCode", "representative", "top_level"]
 
@@ -63,6 +63,8 @@ class TaskCode:
         """The call that makes a task, for a line of depth 2. The default backend is not written."""
         work = representative(task)
         arguments = list(self._arguments(work))
+        if work.when is not None and work is not task:
+            arguments.append(f"when={self._condition(work.when)}")
         common = list(self._common(task, default_backend))
         if not isinstance(task, ForEach):
             return write_call(type(task).__name__, [*arguments, *common], 2)
@@ -100,6 +102,19 @@ class TaskCode:
         for field, default in _FLOW_DEFAULTS.items():
             if (value := getattr(task, field)) != default:
                 yield f"{field}={value!r}"
+
+        if task.when is not None:
+            yield f"when={self._condition(task.when)}"
+
+    def _condition(self, when: Condition) -> str:
+        if when.source is not None:
+            value = self._result(when.source, when.path) or "None"
+            arguments = [value]
+        else:
+            arguments = ["item", repr(when.path)] if when.path else ["item"]
+        tests = msgspec.to_builtins(when.comparison).items()
+        arguments += [f"{name}={self._value(part)}" for name, part in tests]
+        return f"Condition({', '.join(arguments)})"
 
     def _uses(self, task: ForEach) -> Iterator[str]:
         """The argument `uses`. Where the items are a list, the children name the tasks that they use."""

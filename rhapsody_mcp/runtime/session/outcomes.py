@@ -20,6 +20,9 @@ def canceled_by_upstream(source: Task) -> Outcome:
     """The outcome of a task whose `source` did not end DONE. In a chain of such tasks the error names the first."""
     assert source.outcome is not None
     error = source.outcome.error
+    if source.outcome.cause is Cause.SKIPPED:
+        is_first = source.when is not None and error.startswith("its condition")
+        return canceled(Cause.SKIPPED, f"{name_of(source)} was skipped: {error}" if is_first else error)
     if source.outcome.cause is Cause.UPSTREAM:
         return canceled(Cause.UPSTREAM, error)
     shown = error if len(error) <= _UPSTREAM_CHARS else f"{error[:_UPSTREAM_CHARS]} [...]"

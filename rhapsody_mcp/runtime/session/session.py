@@ -125,8 +125,9 @@ class Session:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of tasks in each state. The children stand for a ForEach; replaced tasks do not count."""
-        return dict(Counter(task.state.value for task in leaves(self._current)))
+        """The number of tasks in each state, apart from it the skipped ones. The children stand for a ForEach; replaced
+        tasks do not count."""
+        return dict(Counter(task.counted_as for task in leaves(self._current)))
 
     @property
     def _current(self) -> list[Task]:

@@ -68,7 +68,7 @@ def _row(task: Task) -> Row:
         uid=task.uid,
         name=task.name,
         kind=kind_of(task),
-        state=task.state,
+        state=task.counted_as,
         timing=task.timing,
         for_each=name_of(task.parent) if task.parent else None,
         backend=task.backend or "",

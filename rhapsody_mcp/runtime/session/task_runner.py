@@ -18,6 +18,7 @@ from rhapsody_mcp.model.values import NOTHING, Reader, load, load_json
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
 from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.session.acceptance import Acceptance, AcceptedTask
+from rhapsody_mcp.runtime.session.conditions import Conditions
 from rhapsody_mcp.runtime.session.dependencies import Dependencies
 from rhapsody_mcp.runtime.session.for_each import ForEachRunner
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice, ManagedBackend
@@ -61,6 +62,7 @@ class TaskRunner:
         self.backends = {backend.name: self._manage(backend, engine_idle_s) for backend in backends}
         self.acceptance = Acceptance(self.backends, self.tasks, limits, self.usage)
         self.for_each = ForEachRunner(self, limits.settings.max_result_bytes if limits else None)
+        self._conditions = Conditions(self)
         self._specs: dict[str, TaskSpec] = {}
         self._dependencies = Dependencies()
         self._retry_timers: dict[str, asyncio.TimerHandle] = {}
@@ -99,7 +101,7 @@ class TaskRunner:
     def submit(self, accepted: Sequence[AcceptedTask]) -> None:
         for task, managed, spec in accepted:
             self._add_unfinished(task, managed, spec)
-        self._queue([task for task, _, _ in accepted if self._is_ready(task)])
+        self.queue([task for task, _, _ in accepted if self._is_ready(task)])
 
     def _add_unfinished(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
         self._add(task, managed, spec)
@@ -146,7 +148,7 @@ class TaskRunner:
         for task in unfinished:
             if task.uid in refused:
                 self.end(task, failed(Cause.INVALID, refused[task.uid]))
-        self._queue([task for task in unfinished if self._is_ready(task)])
+        self.queue([task for task in unfinished if self._is_ready(task)])
 
     async def run_hidden(self, task: Task) -> Task:
         """Run an internal task, which no list or count shows, and return it when it has ended.
@@ -169,7 +171,7 @@ class TaskRunner:
     def _is_ready(self, task: Task) -> bool:
         return task.state is TaskState.WAITING and not self._dependencies.is_waiting(task)
 
-    def _queue(self, tasks: Sequence[Task]) -> None:
+    def queue(self, tasks: Sequence[Task]) -> None:
         """Submit ready tasks to their backends: the first step at once, the others in later steps."""
         self._submit_to_backends(tasks[:TASKS_PER_STEP])
         if len(tasks) > TASKS_PER_STEP:
@@ -187,6 +189,8 @@ class TaskRunner:
         for task in tasks:
             if source := self._failed_source(task):
                 self.end(task, canceled_by_upstream(source))
+                continue
+            if task.state is TaskState.WAITING and not self._conditions.lets_run(task):
                 continue
             task.state = TaskState.QUEUED
             self._notify(task)
@@ -283,7 +287,7 @@ class TaskRunner:
 
     def _retry(self, task: Task) -> None:
         del self._retry_timers[task.uid]
-        self._queue([task])
+        self.queue([task])
 
     async def _open_long_result(self, task: Task, outcome: Outcome) -> None:
         opened = await asyncio.to_thread(open_results, task, outcome, self._read)
@@ -311,7 +315,7 @@ class TaskRunner:
                 elif has_all and not dependent.state.final:
                     ready.append(dependent)
         if ready and not self.closed:
-            self._queue(ready)
+            self.queue(ready)
 
     def _finish(self, task: Task) -> None:
         self._dependencies.forget(task)

@@ -136,4 +136,4 @@ def task_row(task: Task) -> TaskRow:
 
 
 def count_states(tasks: Iterable[Task]) -> dict[str, int]:
-    return dict(Counter(task.state.value for task in tasks))
+    return dict(Counter(task.counted_as for task in tasks))
