@@ -33,10 +33,11 @@ Kind = Literal["function", "executable", "prompt"]
 
 
 class Running(msgspec.Struct, frozen=True, tag="running", gc=False):
-    """The task's user code has started, at this time (seconds since the epoch)."""
+    """The task's user code has started, at this time (seconds since the epoch), on these nodes, where it is told."""
 
     uid: str
     at: float
+    nodes: tuple[str, ...] = ()
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended", gc=False):

@@ -31,6 +31,7 @@ from rhapsody_mcp.toolsets.replies.output_excerpts import OutputEnd
 from rhapsody_mcp.toolsets.replies.result_reply import TaskResult
 from rhapsody_mcp.toolsets.replies.task_result import PageRequest, show_result
 from rhapsody_mcp.toolsets.sessions import SessionId
+from rhapsody_mcp.toolsets.submission.again import plan_again, run_again
 from rhapsody_mcp.toolsets.submission.budget import ask_to_exceed
 from rhapsody_mcp.toolsets.submission.plan import plan
 from rhapsody_mcp.toolsets.submission.report import SubmissionReport
@@ -64,7 +65,11 @@ class Tasks:
     async def submit_tasks(
         self,
         session: SessionId,
-        tasks: Annotated[list[TaskRequest], Field(min_length=1, description="The tasks, in any order.")],
+        tasks: Annotated[list[TaskRequest] | None, Field(min_length=1, description="The tasks, in any order.")] = None,
+        retry: Annotated[
+            list[str] | None,
+            Field(min_length=1, description="In place of tasks: run again, in place, what failed of these."),
+        ] = None,
         dry_run: Annotated[
             bool, Field(description="true runs nothing: it shows the graph, and what does not fit.")
         ] = False,
@@ -78,6 +83,11 @@ class Tasks:
     ) -> Annotated[CallToolResult, SubmissionReport]:
         require_agreement(answer)
         open_session = self._sessions.get(session)
+        if (tasks is None) == (retry is None):
+            raise InvalidRequest("give either tasks=[...] to submit, or retry=[names] to run again what failed.")
+        if tasks is None:
+            names = list(dict.fromkeys(retry or ()))
+            return plan_again(open_session, names) if dry_run else await run_again(open_session, names, idempotency_key)
         if dry_run:
             return await to_thread_if_large(plan, open_session, tasks, inspect_machine())
         return await submit(open_session, tasks, idempotency_key)

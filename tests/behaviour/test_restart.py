@@ -421,6 +421,7 @@ FIELDS_OF_VERSION_1 = [
         "timeout_s",
         "top_k",
         "top_p",
+        "when",
     ),
 ]
 

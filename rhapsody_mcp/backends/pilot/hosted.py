@@ -140,6 +140,7 @@ class HostedBackend:
         for run in new:
             self._attempts[run.spec.uid] = run.attempt
             self._live[run.spec.uid] = None
+            self._canceled.discard(run.spec.uid)  # it may run again after a cancellation
         here: list[TaskRun] = []
         elsewhere: list[TaskRun] = []
         for run in new:

@@ -13,7 +13,7 @@ import msgspec
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.json_pointer import resolve_pointer
 
-__all__ = ["Comparison"]
+__all__ = ["Comparison", "why_not"]
 
 _SHOWN_CHARS = 80
 _VALID = "valid are above and below, alone or together, or equals, or exists"
@@ -73,6 +73,15 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         if self.exists is not None:
             return "is there" if self.exists else "is not there"
         return self.bounds if self.equals is msgspec.UNSET else f"is {_shown(self.equals)}"
+
+
+def why_not(value: Any, path: str, comparison: bytes) -> dict[str, str]:
+    """In a process for user code: {"why": what `Comparison.why_not` says}, or {"error": ..., "field": ...} for an
+    InvalidTask. `comparison` is a Comparison as JSON."""
+    try:
+        return {"why": msgspec.json.decode(comparison, type=Comparison).why_not(value, path)}
+    except InvalidTask as error:
+        return {"error": str(error), "field": error.field}
 
 
 def _scalar(value: Any) -> Any:

@@ -14,13 +14,12 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.engine.isolation.sources import MODULE_PREFIX
-from rhapsody_mcp.engine.task.comparison import Comparison
 from rhapsody_mcp.engine.task.error_text import Interrupted, bounded, sendable
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask
 from rhapsody_mcp.model.json_pointer import describe_keys, split_pointer
 from rhapsody_mcp.model.values import Value, load
 
-__all__ = ["View", "as_list", "plain_text", "type_name", "view", "why_not"]
+__all__ = ["View", "as_list", "plain_text", "type_name", "view"]
 
 _DEPTH, _ITEMS, _ELEMENTS, _CHARS = 8, 100, 1000, 1000
 """Limits for nested values: levels, items of one container, elements of an array, characters of a text."""
@@ -53,17 +52,6 @@ def view(value: Value, path: str, start: int | None, limit: int | None, max_byte
         return {"view": msgspec.structs.asdict(_view(part, start, limit, max_bytes))}
     except InvalidRequest as error:
         return {"refusal": {"code": error.code, "message": str(error)}}
-
-
-def why_not(value: Any, path: str, comparison: bytes) -> dict[str, str]:
-    """Return {"why": what `Comparison.why_not` says}, or {"error": ..., "field": ...} for an InvalidTask.
-
-    `comparison` is a Comparison as JSON.
-    """
-    try:
-        return {"why": msgspec.json.decode(comparison, type=Comparison).why_not(value, path)}
-    except InvalidTask as error:
-        return {"error": str(error), "field": error.field}
 
 
 def plain_text(value: Any, max_bytes: int) -> str:

@@ -141,7 +141,7 @@ def _refuse_failed(task: Task) -> None:
         )
     if task.state in (TaskState.FAILED, TaskState.CANCELED):
         raise InvalidTask(
-            f"it needs the result of {name_of(task)}, which ended {task.state}; submit that one again first."
+            f"it needs the result of {name_of(task)}, which ended {task.state}; run that one again (retry) first."
         )
 
 

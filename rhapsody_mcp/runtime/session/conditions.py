@@ -18,7 +18,7 @@ from rhapsody_mcp.runtime.tasks import ComputeTask, Condition, Task
 
 __all__ = ["Conditions"]
 
-_WHY_NOT = Module("rhapsody_mcp.engine.task.inspection:why_not")
+_WHY_NOT = Module("rhapsody_mcp.engine.task.comparison:why_not")
 _MAX_BYTES = 32 * 1024**2
 """The largest JSON result that is read for a condition."""
 

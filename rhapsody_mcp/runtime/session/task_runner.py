@@ -18,6 +18,7 @@ from rhapsody_mcp.model.values import NOTHING, Reader, load, load_json
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
 from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.session.acceptance import Acceptance, AcceptedTask
+from rhapsody_mcp.runtime.session.again import forget_end
 from rhapsody_mcp.runtime.session.conditions import Conditions
 from rhapsody_mcp.runtime.session.dependencies import Dependencies
 from rhapsody_mcp.runtime.session.for_each import ForEachRunner
@@ -35,7 +36,8 @@ class TaskRunner:
     """Holds every task of a session and moves each from state to state.
 
     `tasks` are all tasks by uid. `unfinished` are the tasks that have not ended, and `ended` the others, in the order
-    of their ends, a ForEach after its children. An internal task is only in `tasks` and `unfinished`, until it ends.
+    of their ends, a ForEach after its children; a task that ran again is there once for each end. An internal task is
+    only in `tasks` and `unfinished`, until it ends.
     `on_change` is called after each change of a task's state. A start that is reported together with the end is no
     change.
     """
@@ -130,6 +132,18 @@ class TaskRunner:
             self.unfinished[task.uid] = task
         for source in task.needs():
             source.passed_on = True
+
+    async def run_again(self, accepted: Sequence[AcceptedTask]) -> None:
+        """Run ended tasks again, a ForEach after its children. The caller holds `step_lock`."""
+        now = time.time()
+        for task, _, spec in accepted:
+            if spec is not None and task.outcome is not None:
+                self.usage.forget(spec, task.outcome)
+            forget_end(task, now)
+        for task, _, _ in accepted:
+            if task.parent is not None and task.parent.uid in self.unfinished:
+                self.for_each.count(task.parent)
+        await self.submit_in_steps(accepted)
 
     def restore(self, tasks: Sequence[Task], ended: Sequence[Task], unreadable: Mapping[str, str]) -> None:
         """Add the tasks of a previous run, as `Session.restore` says. `tasks` has each ForEach after its children."""
@@ -248,6 +262,8 @@ class TaskRunner:
         if task.state.final:
             return
         if isinstance(event, Running):
+            if event.nodes:
+                task.placed_on = event.nodes
             self._set_running(task, event.at)
             self._set_parent_running(task, event.at)
             return
@@ -276,12 +292,12 @@ class TaskRunner:
 
     def _should_retry(self, task: Task, outcome: Outcome) -> bool:
         failed = outcome.state is TaskState.FAILED and outcome.cause is not Cause.INVALID
-        return failed and task.attempts <= task.retries and not self.closed
+        return failed and task.attempts < task.most_attempts and not self.closed
 
     def _schedule_retry(self, task: Task, outcome: Outcome) -> None:
         task.state, task.started = TaskState.QUEUED, None
         task.last_failure = f"attempt {task.attempts} ended with cause {outcome.cause}: {outcome.error}"
-        delay_s = min(task.retry_delay_s * 2.0 ** (task.attempts - 1), _MAX_RETRY_DELAY_S)
+        delay_s = min(task.retry_delay_s * 2.0 ** (task.attempts - task.earlier_attempts - 1), _MAX_RETRY_DELAY_S)
         self._retry_timers[task.uid] = asyncio.get_running_loop().call_later(delay_s, self._retry, task)
         self._notify(task)
 

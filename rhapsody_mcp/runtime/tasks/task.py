@@ -181,10 +181,19 @@ class Task:
     when: Condition | None = None
     last_failure = ""
     replaced_by: str | None = None
+    placed_on: tuple[str, ...] = ()
+    """The nodes that it runs on, where they are known."""
+    earlier_attempts = 0
+    """Its attempts before it was run again on request; its retries count from there."""
     is_resumed = False
     """Whether its next attempt may run already, in an allocation that an earlier service had."""
     raised: BaseException | None = None
     """The exception that the function raised, where it can be pickled and opened in this process."""
+
+    @property
+    def most_attempts(self) -> int:
+        """How often it is started at most."""
+        return self.earlier_attempts + self.retries + 1
 
     def sources(self) -> Sequence[Task]:
         """The tasks that must have ended before this task starts: `needs()`, `after` and the source of `when`."""
@@ -214,8 +223,11 @@ class Task:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """The names of the nodes that the task ran on, the node of rank 0 first; empty on an engine of one node."""
-        return self.outcome.nodes if self.outcome else ()
+        """The names of the nodes that the task runs or ran on, the node of rank 0 first; empty on an engine of one
+        node."""
+        if self.outcome is not None:
+            return self.outcome.nodes
+        return self.placed_on if self.state is TaskState.RUNNING else ()
 
     @property
     def node(self) -> str | None:
@@ -281,6 +293,10 @@ class Task:
         else:
             self._future.set_exception(error)
             self._future.exception()  # without this, asyncio logs a failure that nobody awaits
+
+    def forget_future(self) -> None:
+        """Have the next `future` be about the next end."""
+        self._future = None
 
     # --- access as a mapping
 

@@ -195,6 +195,8 @@ def _why(task: Task, running: Counter[str | None], engines: dict[str, str]) -> s
     if task.state is TaskState.WAITING:
         sources = {name_of(source): None for source in task.sources() if not source.state.final}
         return f" for {', '.join(list(sources)[:_SOURCES])}" if sources else ""
+    if task.state is TaskState.RUNNING and task.attempts > 1:
+        return f", attempt {task.attempts} of {max(task.attempts, task.most_attempts)}"
     if task.state is TaskState.QUEUED and task.last_failure:
         return f" to be tried again: {shortened(task.last_failure, 100)}"
     if isinstance(task, ForEach):
