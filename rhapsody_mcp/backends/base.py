@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Generator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -170,6 +170,9 @@ class Backend(Protocol):
         A task that ends by itself before the request reaches it keeps its own outcome.
         """
 
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        """Give tasks that wait here, by uid, these priorities; the higher ones start first. Other uids are ignored."""
+
     def drain(self, reason: str) -> None:
         """Start no further task, and return those that have not started, with this reason; the others go on. The
         backend is about to be closed. A backend may let all its tasks go on."""
@@ -233,6 +236,9 @@ class BackendBase:
 
     async def start(self) -> None:
         raise NotImplementedError
+
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        """Do nothing: no task waits here."""
 
     def drain(self, reason: str) -> None:
         """Let all tasks go on."""

@@ -14,7 +14,7 @@ from rhapsody_mcp.model.states import TaskState
 __all__ = [
     *("Change", "CloseSession", "DropEngine", "DropHandles", "DropSession", "EngineRow", "FunctionRow", "HandleRow"),
     *("PutEngine", "PutFunction", "PutHandle", "PutNumber", "PutSession", "PutSubmission", "PutTasks", "ReopenTasks"),
-    "SessionRow",
+    *("SessionRow", "SetPriority"),
     *("SubmissionRow", "TaskEnded", "TaskRequeued", "TaskRow", "TaskStarted", "UseSession"),
 ]
 
@@ -216,6 +216,22 @@ class ReopenTasks(Change, frozen=True):
             )
         yield from _of_tasks("UPDATE starts SET started = NULL", (), self.session, list(self.retries))
         yield from _of_tasks("DELETE FROM ends", (), self.session, list(self.retries))
+
+
+class SetPriority(Change, frozen=True):
+    """Changes the priority in the stored requests of these tasks; those of a for_each have none of their own."""
+
+    session: str
+    uids: tuple[str, ...]
+    priority: int
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield from _of_tasks(
+            "UPDATE tasks SET recipe = CAST(json_set(CAST(recipe AS TEXT), '$.request.priority', ?) AS BLOB)",
+            (self.priority,),
+            self.session,
+            list(self.uids),
+        )
 
 
 class TaskEnded(Change, frozen=True):

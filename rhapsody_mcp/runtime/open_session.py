@@ -134,6 +134,14 @@ class OpenSession:
             self.submissions[key] = submission
         return again
 
+    async def prioritize(self, tasks: Sequence[Task], priority: int) -> list[Task]:
+        """As `Session.prioritize`; with a ledger, the priority is durable first. Of a for_each, a single task has its
+        new priority only in the life of this service."""
+        submitted = [task for task in tasks if task.parent is None and not task.state.final]
+        if self.recorder is not None and submitted:
+            await self.recorder.record_priority(submitted, priority)
+        return self.session.prioritize(tasks, priority)
+
     def add_tasks(self, tasks: Sequence[Task]) -> None:
         """Make the tasks known by uid and name."""
         for task in tasks:

@@ -34,6 +34,7 @@ from rhapsody_mcp.toolsets.sessions import SessionId
 from rhapsody_mcp.toolsets.submission.again import plan_again, run_again
 from rhapsody_mcp.toolsets.submission.budget import ask_to_exceed
 from rhapsody_mcp.toolsets.submission.plan import plan
+from rhapsody_mcp.toolsets.submission.priorities import prioritize
 from rhapsody_mcp.toolsets.submission.report import SubmissionReport
 from rhapsody_mcp.toolsets.submission.submit import submit
 from rhapsody_mcp.toolsets.tooling.background import to_thread_if_large
@@ -70,6 +71,10 @@ class Tasks:
             list[str] | None,
             Field(min_length=1, description="In place of tasks: run again, in place, what failed of these."),
         ] = None,
+        reprioritize: Annotated[
+            dict[str, int] | None,
+            Field(min_length=1, description='Or: new priorities of tasks that wait, e.g. {"train": 5}.'),
+        ] = None,
         dry_run: Annotated[
             bool, Field(description="true runs nothing: it shows the graph, and what does not fit.")
         ] = False,
@@ -83,8 +88,13 @@ class Tasks:
     ) -> Annotated[CallToolResult, SubmissionReport]:
         require_agreement(answer)
         open_session = self._sessions.get(session)
-        if (tasks is None) == (retry is None):
-            raise InvalidRequest("give either tasks=[...] to submit, or retry=[names] to run again what failed.")
+        if sum(given is not None for given in (tasks, retry, reprioritize)) != 1:
+            raise InvalidRequest(
+                "give one of tasks=[...] to submit, retry=[names] to run again what failed, and "
+                "reprioritize={name: priority}."
+            )
+        if reprioritize is not None:
+            return await prioritize(open_session, reprioritize)
         if tasks is None:
             names = list(dict.fromkeys(retry or ()))
             return plan_again(open_session, names) if dry_run else await run_again(open_session, names, idempotency_key)

@@ -188,7 +188,8 @@ async def test_unknown_arguments_tools_and_sessions_are_refused_with_the_nearest
     assert text.startswith("unknown_session: unknown session 'sesion-1' (did you mean 'session-1'?)")
     assert "list_sessions" in text
     assert await agent.refusal("submit_tasks", session="session-1") == (
-        "invalid_request: give either tasks=[...] to submit, or retry=[names] to run again what failed. Correct it "
+        "invalid_request: give one of tasks=[...] to submit, retry=[names] to run again what failed, and "
+        "reprioritize={name: priority}. Correct it "
         "and call submit_tasks again."
     )
 

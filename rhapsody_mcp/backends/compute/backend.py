@@ -205,6 +205,10 @@ class ComputeBackend(BackendBase):
         if self._engine is not None:
             self._engine.dispatcher.stop(uids, Cause.CANCELED)
 
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        if self._engine is not None:
+            self._engine.dispatcher.prioritize(priorities)
+
     def drain(self, reason: str) -> None:
         if self._engine is not None:
             self._engine.dispatcher.drain(reason)

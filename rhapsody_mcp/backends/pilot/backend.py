@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from rhapsody_mcp.backends.pilot.messages import (
     Draining,
     Events,
     FromPilot,
+    Prioritize,
     Progress,
     Rest,
     Start,
@@ -236,7 +237,8 @@ class PilotBackend(BackendBase):
     async def _send(self) -> None:
         """Send tasks that wait, once it is on the disk that they may start."""
         while self._unsent:
-            batch, self._unsent = self._unsent, []
+            batch = sorted(self._unsent, key=lambda live: -live.run.spec.priority)
+            self._unsent = []
             uids = [live.run.spec.uid for live in batch]
             if self.before_start is not None and not await self.before_start(uids):
                 break
@@ -281,6 +283,16 @@ class PilotBackend(BackendBase):
                 self._end_canceled(live)
         if sent and self._is_ready:
             self._allocation.send(Cancel(self.name, sent))
+
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        sent = {}
+        for uid in priorities.keys() & self._live.keys():
+            live = self._live[uid]
+            live.run = replace(live.run, spec=replace(live.run.spec, priority=priorities[uid]))
+            if live.is_sent and not live.started:
+                sent[uid] = priorities[uid]
+        if sent and self._is_ready:
+            self._allocation.send(Prioritize(self.name, sent))
 
     def _end_canceled(self, live: _Live) -> None:
         self._end(live, Ended(live.run.spec.uid, canceled(Cause.CANCELED, why_stopped(Cause.CANCELED))))

@@ -22,6 +22,7 @@ from rhapsody_mcp.backends.pilot.messages import (
     Draining,
     Events,
     PlannedBackend,
+    Prioritize,
     Progress,
     Rest,
     Start,
@@ -84,7 +85,7 @@ class HostedBackend:
 
     # --- orders
 
-    def receive(self, order: Start | Submit | Cancel | Rest) -> None:
+    def receive(self, order: Start | Submit | Cancel | Prioritize | Rest) -> None:
         match order:
             case Start():
                 self._follow(self._start())
@@ -95,6 +96,8 @@ class HostedBackend:
             case Cancel():
                 self._canceled.update(order.uids)
                 self._backend.cancel(order.uids)
+            case Prioritize():
+                self._backend.prioritize(order.priorities)
 
     def _follow(self, coroutine: Coroutine[None, None, None]) -> None:
         """Run the coroutine after the one before."""

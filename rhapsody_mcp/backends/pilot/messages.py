@@ -23,6 +23,7 @@ __all__ = [
         "BackendRested",
         "Body",
         "Cancel",
+        "Prioritize",
         "Draining",
     ),
     *("Events", "FromPilot", "FromService", "Hello", "Numbered", "PilotConfig", "PilotReady"),
@@ -71,6 +72,13 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel", gc=False):
     uids: list[str]
 
 
+class Prioritize(msgspec.Struct, frozen=True, tag="prioritize", gc=False):
+    """Give waiting tasks, by uid, these priorities."""
+
+    backend: str
+    priorities: dict[str, int]
+
+
 class Rest(msgspec.Struct, frozen=True, tag="rest", gc=False):
     """End the engine of a backend, which has no task."""
 
@@ -81,7 +89,7 @@ class Release(msgspec.Struct, frozen=True, tag="release", gc=False):
     """End everything, and give the nodes back."""
 
 
-FromService = Start | Submit | Cancel | Rest | Release
+FromService = Start | Submit | Cancel | Prioritize | Rest | Release
 
 
 # --- pilot → service

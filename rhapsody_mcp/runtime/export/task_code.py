@@ -26,7 +26,9 @@ _OWN_FIELDS = {
     for kind, parameters in _PARAMETERS.items()
 }
 """By class, the fields that only this class of task has."""
-_FLOW_DEFAULTS = {name: _PARAMETERS[Task][name].default for name in ("retries", "retry_delay_s", "on_upstream_failure")}
+_FLOW_DEFAULTS = {
+    name: _PARAMETERS[Task][name].default for name in ("retries", "retry_delay_s", "on_upstream_failure", "priority")
+}
 _ITEM_MARK = f"<{secrets.token_hex(8)}>"
 _ITEM = Part(cast(Task, _ITEM_MARK))
 """The item, while the code of a ForEach is written. A text holds the JSON form of the item or of a Part of it."""

@@ -21,6 +21,7 @@ from rhapsody_mcp.ledger.records import (
     PutSubmission,
     PutTasks,
     ReopenTasks,
+    SetPriority,
     SubmissionRow,
     TaskEnded,
     TaskRequeued,
@@ -95,6 +96,10 @@ class Recorder:
         retries = {task.uid: attempts_before(task) + task.retries for task in tasks}
         change = ReopenTasks(self.key, time.time(), retries)
         await self._ledger.commit(change, *([self._submission(submission)] if submission else ()))
+
+    async def record_priority(self, tasks: Sequence[Task], priority: int) -> None:
+        """Make the priority of submitted tasks durable. Raises LedgerUnavailable, with nothing written."""
+        await self._ledger.commit(SetPriority(self.key, tuple(task.uid for task in tasks), priority))
 
     async def record_function(self, function: RegisteredFunction) -> None:
         """Make a registered function durable. Raises LedgerUnavailable, with nothing written."""

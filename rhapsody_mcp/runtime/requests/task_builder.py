@@ -33,6 +33,7 @@ def make_task(request: TaskRequest, uid: str, task_named: TaskNamed, function_na
         "retries": request.retries,
         "retry_delay_s": request.retry_delay_s,
         "on_upstream_failure": request.on_upstream_failure,
+        "priority": request.priority,
         "when": _condition(request, task_named),
     }
     if request.for_each is None:

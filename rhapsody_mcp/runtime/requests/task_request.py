@@ -11,6 +11,7 @@ from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
 from rhapsody_mcp.model.sampling import MAX_ANSWERS, MAX_LOGPROBS, SAMPLING
 from rhapsody_mcp.runtime.dataflow.references import parse_texts, referenced_names
 from rhapsody_mcp.runtime.requests.field_types import UNION_TAGS, Name
+from rhapsody_mcp.runtime.tasks import MOST_PRIORITY
 
 __all__ = [
     *(
@@ -198,6 +199,10 @@ class TaskRequest(_StrictModel):
         ),
     ] = None
 
+    priority: Annotated[
+        int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY, description="Of those that wait, the highest start first.")
+    ] = 0
+
     def given_fields(self) -> set[str]:
         """The fields that are set to another value than the default."""
         fields = type(self).model_fields
@@ -217,7 +222,7 @@ TEXT_FIELDS = frozenset({"arguments", "prompt", "messages", "system_prompt"})
 """Fields that may hold references at any depth, also in texts."""
 STAND_IN_FIELDS = frozenset(SAMPLING)
 """Fields whose whole value may be a stand-in."""
-_FLOW_FIELDS = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure", "when"}
+_FLOW_FIELDS = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure", "when", "priority"}
 COMMON_FIELDS = {"name", "backend", "timeout_s", *_FLOW_FIELDS}
 """Fields of every form of task."""
 _PROCESS_FIELDS = {"process", "ranks", "ranks_per_node", "mpi", "process_templates", "env", "cwd"}

@@ -12,15 +12,17 @@ from typing import Self
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, SessionClosed, UnknownName
+from rhapsody_mcp.model.sampling import check_integer
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.dataflow.graph import refuse_cycles
 from rhapsody_mcp.runtime.limits import Limits
 from rhapsody_mcp.runtime.session.acceptance import AcceptedTask
 from rhapsody_mcp.runtime.session.again import tasks_to_run_again
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice
+from rhapsody_mcp.runtime.session.queue_positions import queued_before
 from rhapsody_mcp.runtime.session.statistics import StatisticsCollector
 from rhapsody_mcp.runtime.session.task_runner import TaskRunner
-from rhapsody_mcp.runtime.tasks import Task, leaves, name_of, with_children
+from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, Task, leaves, name_of, with_children
 
 __all__ = ["Session"]
 
@@ -189,14 +191,31 @@ class Session:
             await self._runner.run_again(accepted)
         return again
 
+    def prioritize(self, tasks: Iterable[Task] | Task, priority: int) -> list[Task]:
+        """Give tasks another priority, a ForEach with its tasks; the result are those of them that have not ended.
+
+        Tasks that run already go on. Raises InvalidTask where all of the tasks have ended.
+        """
+        named = [tasks] if isinstance(tasks, Task) else list(tasks)
+        priority = check_integer("priority", priority, least=-MOST_PRIORITY, most=MOST_PRIORITY)
+        if not (waiting := [task for task in with_children(named) if not task.state.final]):
+            raise InvalidTask(f"nothing waits: {_states_text(named)}.", field="priority")
+        self._runner.prioritize(waiting, priority)
+        return waiting
+
+    def queued_before(self, tasks: Iterable[Task]) -> dict[str, int]:
+        """By uid, how many tasks of its backend come before each of these tasks that are QUEUED: those that run, and
+        those that wait with a higher priority, or with the same one for longer."""
+        return queued_before(tasks, self._runner.queued.values(), self._runner.unfinished.values())
+
     def plan_retry(self, tasks: Sequence[Task]) -> list[Task]:
         """The tasks that `retry` would run again, each ForEach after its children. Raises what `retry` raises."""
         self._refuse_closed()
         if again := tasks_to_run_again(tasks, self._submitted):
             return again
-        states = ", ".join(f"{name_of(task)} is {task.counted_as}" for task in tasks[:_NAMES_SHOWN])
-        more = f" and {len(tasks) - _NAMES_SHOWN} more" if len(tasks) > _NAMES_SHOWN else ""
-        raise InvalidTask(f"nothing is to run again: {states}{more}. Only what ended FAILED or CANCELED runs again.")
+        raise InvalidTask(
+            f"nothing is to run again: {_states_text(tasks)}. Only what ended FAILED or CANCELED runs again."
+        )
 
     def accept(self, tasks: Sequence[Task]) -> list[AcceptedTask]:
         """Check tasks for `submit_accepted`, without submitting them. Raises what `submit_tasks` raises.
@@ -301,3 +320,8 @@ class Session:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _states_text(tasks: Sequence[Task]) -> str:
+    states = ", ".join(f"{name_of(task)} is {task.counted_as}" for task in tasks[:_NAMES_SHOWN])
+    return states + (f" and {len(tasks) - _NAMES_SHOWN} more" if len(tasks) > _NAMES_SHOWN else "")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from rhapsody_mcp.backends.base import Backend, Ended, Running
 from rhapsody_mcp.engine.process.run_dirs import RunDir
@@ -55,6 +57,8 @@ class TaskRunner:
     ) -> None:
         self.tasks: dict[str, Task] = {}
         self.unfinished: dict[str, Task] = {}
+        self.queued: dict[str, Task] = {}
+        """The tasks that a backend has and that do not run, in the order in which it got them."""
         self.ended: list[Task] = []
         self.usage = SessionUsage()
         self.closed = False
@@ -95,7 +99,7 @@ class TaskRunner:
         now = time.time()
         for task, _, _ in accepted:
             task.state, task.submitted = TaskState.WAITING, task.submitted or now
-        parents_first = sorted(accepted, key=lambda entry: not isinstance(entry.task, ForEach))
+        parents_first = sorted(accepted, key=lambda entry: (not isinstance(entry.task, ForEach), -entry.task.priority))
         for step in steps(parents_first):
             self.submit(step)
             await asyncio.sleep(0)
@@ -187,6 +191,8 @@ class TaskRunner:
 
     def queue(self, tasks: Sequence[Task]) -> None:
         """Submit ready tasks to their backends: the first step at once, the others in later steps."""
+        if any(task.priority for task in tasks):
+            tasks = sorted(tasks, key=lambda task: -task.priority)
         self._submit_to_backends(tasks[:TASKS_PER_STEP])
         if len(tasks) > TASKS_PER_STEP:
             self.spawn(self._queue_in_steps(tasks[TASKS_PER_STEP:]))
@@ -212,6 +218,7 @@ class TaskRunner:
                 self.for_each.start(task)
                 continue
             task.attempts += 1
+            self.queued[task.uid] = task
             by_backend.setdefault(task.backend or "", []).append(self._task_run(task, folder))
         for name, task_runs in by_backend.items():
             self.backends[name].submit(task_runs)
@@ -284,6 +291,7 @@ class TaskRunner:
 
     def _set_running(self, task: Task, at: float) -> None:
         task.state, task.started = TaskState.RUNNING, at
+        self.queued.pop(task.uid, None)
         self._notify(task)
 
     def _set_parent_running(self, task: Task, at: float) -> None:
@@ -336,6 +344,7 @@ class TaskRunner:
     def _finish(self, task: Task) -> None:
         self._dependencies.forget(task)
         self.unfinished.pop(task.uid, None)
+        self.queued.pop(task.uid, None)
         spec = self._specs.pop(task.uid, None)
         if is_hidden(task):
             self.tasks.pop(task.uid, None)
@@ -348,6 +357,19 @@ class TaskRunner:
     def _notify(self, task: Task) -> None:
         if not is_hidden(task):
             self._on_change(task)
+
+    def prioritize(self, tasks: Iterable[Task], priority: int) -> None:
+        """Give these tasks, which have not ended, another priority."""
+        by_backend: dict[str, dict[str, int]] = {}
+        for task in tasks:
+            task.priority = priority
+            if (spec := self._specs.get(task.uid)) is not None:
+                self._specs[task.uid] = replace(spec, priority=priority)
+                by_backend.setdefault(task.backend or "", {})[task.uid] = priority
+            if self.queued.pop(task.uid, None) is not None:  # it comes after those that have this priority already
+                self.queued[task.uid] = task
+        for name, priorities in by_backend.items():
+            self.backends[name].prioritize(priorities)
 
     # --- canceling and closing
 

@@ -137,7 +137,7 @@ class ComputeTask(Task):
             work = encoder.call(self.function, self.args, self.kwargs)
         else:
             work = Command(self.executable or "", tuple(map(content, self.arguments)))
-        return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s)
+        return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s, priority=self.priority)
 
 
 def _refuse_foreign_fields(fields: Iterable[str]) -> None:

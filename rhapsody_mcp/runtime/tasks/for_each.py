@@ -73,6 +73,8 @@ class ForEach(Task):
         child.backend = child.backend or self.backend
         child.after, child.on_upstream_failure = self.after, self.on_upstream_failure
         child.retries, child.retry_delay_s = self.retries, self.retry_delay_s
+        if self.priority and not child.priority:
+            child.priority = self.priority
         if self.when is not None:
             if child.when is not None:
                 raise InvalidTask("give when to the ForEach or to what make makes, not to both.", field="when")

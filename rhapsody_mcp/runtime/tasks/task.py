@@ -22,6 +22,7 @@ from rhapsody_mcp.runtime.serialization import Encoder
 
 __all__ = [
     "COMMON_FIELDS",
+    "MOST_PRIORITY",
     "Condition",
     "OnUpstreamFailure",
     "Part",
@@ -38,9 +39,12 @@ __all__ = [
 ]
 
 OnUpstreamFailure = Literal["cancel", "run"]
+MOST_PRIORITY = 1000
 _ON_UPSTREAM_FAILURE = get_args(OnUpstreamFailure)
 _uids = itertools.count(1)
-COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure", "when"}
+COMMON_FIELDS = {
+    *("backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure", "when", "priority")
+}
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -128,6 +132,8 @@ class Task:
     when          a Condition; where it does not hold, the task is skipped: it ends CANCELED with cause skipped, and so
                   do the tasks that need it
 
+    priority      of the tasks that wait for a place, those of the highest priority start first; default 0
+
     `attempts` counts its starts. `replaced_by` is the uid of the task that took its name after it FAILED or was
     CANCELED. `passed_on` says whether another task uses its result. `position` is the number of tasks of the session
     that had ended before it.
@@ -144,6 +150,7 @@ class Task:
         retry_delay_s: float = 1.0,
         on_upstream_failure: OnUpstreamFailure = "cancel",
         when: Condition | None = None,
+        priority: int = 0,
     ) -> None:
         self.uid = uid or f"task.{next(_uids):06d}"
         self.name = name
@@ -156,6 +163,8 @@ class Task:
                 f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".', field="on_upstream_failure"
             )
         self.on_upstream_failure = on_upstream_failure
+        if priority:
+            self.priority = check_integer("priority", priority, least=-MOST_PRIORITY, most=MOST_PRIORITY)
         if when is not None:
             self.when = _checked_condition(when)
         self.attempts = 0
@@ -179,6 +188,7 @@ class Task:
     # Python shares the attribute names of a class's objects, up to 30 that `__init__` sets; an object with others needs
     # 1.3 KB more.
     when: Condition | None = None
+    priority = 0
     last_failure = ""
     replaced_by: str | None = None
     placed_on: tuple[str, ...] = ()
@@ -319,18 +329,8 @@ class Task:
         return field in self.keys()
 
     _extra_keys: Sequence[str] = (
-        *(
-            "exit_code",
-            "exception",
-            "cause",
-            "traceback",
-            "notes",
-            "timing",
-            "last_failure",
-            "replaced_by",
-            "raised",
-            "when",
-        ),
+        *("exit_code", "exception", "cause", "traceback", "notes", "timing", "last_failure", "replaced_by", "raised"),
+        *("when", "priority"),
     )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -68,7 +68,7 @@ async def _take(
         await open_session.submit(tasks, accepted, stored, submission)
 
 
-_ADDED_FIELDS = {"ranks_per_node", "when"}
+_ADDED_FIELDS = {"ranks_per_node", "when", "priority"}
 """Fields of a request that version 0.1 did not have."""
 
 
