@@ -5,12 +5,13 @@ from rhapsody_mcp.model.outcome import TaskCanceled, TaskFailed
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.session.session import Session
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Text
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Condition, ForEach, Part, Text
 
 __all__ = [
     "AITask",
     "BackendUnavailable",
     "ComputeTask",
+    "Condition",
     "ForEach",
     "InvalidTask",
     "Module",

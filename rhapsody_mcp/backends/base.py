@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Generator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
@@ -36,10 +36,11 @@ Kind = Literal["function", "executable", "prompt"]
 
 
 class Running(msgspec.Struct, frozen=True, tag="running", gc=False):
-    """The task's user code has started, at this time (seconds since the epoch)."""
+    """The task's user code has started, at this time (seconds since the epoch), on these nodes, where it is told."""
 
     uid: str
     at: float
+    nodes: tuple[str, ...] = ()
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended", gc=False):
@@ -186,6 +187,9 @@ class Backend(Protocol):
         some seconds at most.
         """
 
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        """Give tasks that wait here, by uid, these priorities; the higher ones start first. Other uids are ignored."""
+
     def drain(self, reason: str) -> None:
         """Start no further task, and return those that have not started, with this reason; the others go on. The
         backend is about to be closed. A backend may let all its tasks go on."""
@@ -253,6 +257,9 @@ class BackendBase:
     async def read_output(self, uid: str, query: OutputQuery) -> Printed | None:
         """Nothing: tasks print nothing."""
         return None
+
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        """Do nothing: no task waits here."""
 
     def drain(self, reason: str) -> None:
         """Let all tasks go on."""

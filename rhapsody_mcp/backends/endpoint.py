@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rhapsody_mcp.backends.base import BackendBase, Kind, Report
@@ -107,6 +107,10 @@ class EndpointInferenceBackend(BackendBase):
     def cancel(self, uids: Collection[str]) -> None:
         if self._runner is not None:
             self._runner.cancel(uids)
+
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        if self._runner is not None:
+            self._runner.prioritize(priorities)
 
     async def _close(self) -> None:
         async with self._lock:

@@ -13,9 +13,13 @@ from rhapsody_mcp.model.states import TaskState
 
 __all__ = [
     *("Change", "CloseSession", "DropEngine", "DropHandles", "DropSession", "EngineRow", "FunctionRow", "HandleRow"),
-    *("PutEngine", "PutFunction", "PutHandle", "PutNumber", "PutSession", "PutSubmission", "PutTasks", "SessionRow"),
+    *("PutEngine", "PutFunction", "PutHandle", "PutNumber", "PutSession", "PutSubmission", "PutTasks", "ReopenTasks"),
+    *("SessionRow", "SetPriority"),
     *("SubmissionRow", "TaskEnded", "TaskRequeued", "TaskRow", "TaskStarted", "UseSession"),
 ]
+
+
+_UIDS_PER_STATEMENT = 500
 
 
 class SessionRow(msgspec.Struct, frozen=True):
@@ -194,6 +198,42 @@ class TaskRequeued(Change, frozen=True):
         yield STARTS, (self.session, self.uid, None, self.attempts, self.last_failure)
 
 
+class ReopenTasks(Change, frozen=True):
+    """These tasks run again: their ends are deleted. By uid, `retries` is how many further attempts each may have after
+    its first one ever."""
+
+    session: str
+    submitted: float
+    retries: dict[str, int]
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        by_retries: dict[int, list[str]] = {}
+        for uid, retries in self.retries.items():
+            by_retries.setdefault(retries, []).append(uid)
+        for retries, uids in by_retries.items():
+            yield from _of_tasks(
+                "UPDATE tasks SET submitted = ?, retries = ?", (self.submitted, retries), self.session, uids
+            )
+        yield from _of_tasks("UPDATE starts SET started = NULL", (), self.session, list(self.retries))
+        yield from _of_tasks("DELETE FROM ends", (), self.session, list(self.retries))
+
+
+class SetPriority(Change, frozen=True):
+    """Changes the priority in the stored requests of these tasks; those of a for_each have none of their own."""
+
+    session: str
+    uids: tuple[str, ...]
+    priority: int
+
+    def rows(self) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+        yield from _of_tasks(
+            "UPDATE tasks SET recipe = CAST(json_set(CAST(recipe AS TEXT), '$.request.priority', ?) AS BLOB)",
+            (self.priority,),
+            self.session,
+            list(self.uids),
+        )
+
+
 class TaskEnded(Change, frozen=True):
     """The task's outcome. A second outcome is ignored."""
 
@@ -208,6 +248,16 @@ class TaskEnded(Change, frozen=True):
 
     def files(self) -> Iterable[str]:
         return _files(self.outcome)
+
+
+def _of_tasks(
+    sql: str, fields: tuple[Field, ...], session: str, uids: list[str]
+) -> Iterator[tuple[Statement, tuple[Field, ...]]]:
+    """The statement for these tasks, for many in a few rows."""
+    for first in range(0, len(uids), _UIDS_PER_STATEMENT):
+        some = uids[first : first + _UIDS_PER_STATEMENT]
+        places = ", ".join("?" * len(some))
+        yield Statement(f"{sql} WHERE session = ? AND uid IN ({places})"), (*fields, session, *some)
 
 
 class PutFunction(Change, frozen=True):

@@ -156,12 +156,14 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class TaskSpec(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
-    """A task for a backend, before the values of its Refs are known."""
+    """A task for a backend, before the values of its Refs are known. Of waiting tasks, the one with the highest
+    `priority` starts first."""
 
     uid: str
     work: Call | Command | Completion
     layout: Layout
     timeout_s: float | None = None
+    priority: int = 0
 
 
 class Caps(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

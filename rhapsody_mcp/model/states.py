@@ -38,3 +38,4 @@ class Cause(StrEnum):
     LOST = "lost"  #: its engine ended
     UPSTREAM = "upstream"  #: a task that it depends on did not end DONE
     CANCELED = "canceled"  #: a request, or the session was closed
+    SKIPPED = "skipped"  #: a condition did not hold: its own, or that of a task that it needs; no failure

@@ -12,7 +12,6 @@ from typing import Literal, TypedDict
 from rhapsody_mcp.model.critical_path import CriticalPath, Sources, find_critical_path
 from rhapsody_mcp.model.errors import UnknownName
 from rhapsody_mcp.model.percentiles import Spread, spread_of
-from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.task_totals import BusyTime, Row, TokenTotals, Totals, merge_intervals
 from rhapsody_mcp.model.timing import Timing
 
@@ -220,13 +219,13 @@ def _slowest_first(groups: Mapping[str, Sequence[Totals]]) -> dict[str, Measures
 
 
 def _measures(parts: Sequence[Totals]) -> Measures:
-    counts: Counter[TaskState] = Counter()
+    counts: Counter[str] = Counter()
     for totals in parts:
         counts.update(totals.counts)
     ran = sum(totals.ran for totals in parts)
     seconds = _span((totals.started for totals in parts), (totals.ended for totals in parts))
     return {
-        "counts": {state.value: count for state, count in counts.items()},
+        "counts": dict(counts),
         "ran": ran,
         "times": _times(parts),
         "throughput": _rate(ran, seconds),

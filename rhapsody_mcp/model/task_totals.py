@@ -11,7 +11,6 @@ import msgspec
 
 from rhapsody_mcp.model.outcome import Usage
 from rhapsody_mcp.model.percentiles import Distribution
-from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.timing import Timing
 
 __all__ = ["BusyTime", "Row", "TokenTotals", "Totals", "merge_intervals"]
@@ -20,12 +19,13 @@ __all__ = ["BusyTime", "Row", "TokenTotals", "Totals", "merge_intervals"]
 class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The facts of a task that statistics use.
 
-    `for_each` names the ForEach that made the task; `ranks` counts its own processes, 0 for a task in a worker.
+    `for_each` names the ForEach that made the task; `ranks` counts its own processes, 0 for a task in a worker. `state`
+    is "skipped" for a skipped task.
     """
 
     uid: str
     kind: str
-    state: TaskState
+    state: str
     timing: Timing
     name: str | None = None
     for_each: str | None = None
@@ -39,7 +39,7 @@ class Totals:
     """Totals of tasks. Memory grows by 24 bytes a task, for the percentiles."""
 
     def __init__(self) -> None:
-        self.counts: Counter[TaskState] = Counter()
+        self.counts: Counter[str] = Counter()
         self.ran = 0
         self.queue, self.execution, self.total = Distribution(), Distribution(), Distribution()
         self.submitted = self.started = math.inf

@@ -51,7 +51,13 @@ def plan_tasks(tasks: Sequence[Task], machine: Machine) -> list[PlannedTask]:
     levels: dict[str, int] = {}
     for uid in TopologicalSorter(sources).static_order():
         levels[uid] = 1 + max((levels[source] for source in sources[uid]), default=0)
-    return [PlannedTask(task, _runs_as(task, machine), _source_names(task), levels[task.uid]) for task in tasks]
+    return [PlannedTask(task, _planned(task, machine), _source_names(task), levels[task.uid]) for task in tasks]
+
+
+def _planned(task: Task, machine: Machine) -> str:
+    if (when := task.when) is None and isinstance(task, ForEach) and task.children:
+        when = task.children[0].when
+    return _runs_as(task, machine) + (f", only when {when.subject} {when.comparison}" if when else "")
 
 
 def _source_names(task: Task) -> tuple[str, ...]:

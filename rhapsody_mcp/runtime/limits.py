@@ -46,6 +46,10 @@ class SessionUsage:
             self._code = spec.work.code
             self.held_bytes += len(self._code)
 
+    def forget(self, spec: TaskSpec, outcome: Outcome) -> None:
+        """The task runs again: what it held of memory is counted anew with `add`."""
+        self.held_bytes -= _spec_bytes(spec) + _outcome_bytes(outcome)
+
     def end(self, outcome: Outcome) -> None:
         self.open -= 1
         self.held_bytes += _outcome_bytes(outcome)

@@ -118,6 +118,30 @@ class OpenSession:
             self.submissions[submission.key] = submission
         self.add_tasks(tasks)
 
+    async def retry(self, tasks: Sequence[Task], key: str, digest: bytes) -> list[Task]:
+        """As `Session.retry`; with a ledger, that they run again is durable first. `key` is empty for a call without an
+        idempotency key. Raises LedgerUnavailable, with nothing changed."""
+        submission: Submission | None = None
+
+        async def record(again: Sequence[Task]) -> None:
+            nonlocal submission
+            submission = Submission(key, digest, tuple(again)) if key else None
+            if self.recorder is not None:
+                await self.recorder.record_retry(again, submission)
+
+        again = await self.session.retry(tasks, record)
+        if submission is not None:
+            self.submissions[key] = submission
+        return again
+
+    async def prioritize(self, tasks: Sequence[Task], priority: int) -> list[Task]:
+        """As `Session.prioritize`; with a ledger, the priority is durable first. Of a for_each, a single task has its
+        new priority only in the life of this service."""
+        submitted = [task for task in tasks if task.parent is None and not task.state.final]
+        if self.recorder is not None and submitted:
+            await self.recorder.record_priority(submitted, priority)
+        return self.session.prioritize(tasks, priority)
+
     def add_tasks(self, tasks: Sequence[Task]) -> None:
         """Make the tasks known by uid and name."""
         for task in tasks:

@@ -31,8 +31,10 @@ from rhapsody_mcp.toolsets.replies.output_excerpts import OutputEnd
 from rhapsody_mcp.toolsets.replies.result_reply import TaskResult
 from rhapsody_mcp.toolsets.replies.task_result import PageRequest, show_result
 from rhapsody_mcp.toolsets.sessions import SessionId
+from rhapsody_mcp.toolsets.submission.again import plan_again, run_again
 from rhapsody_mcp.toolsets.submission.budget import ask_to_exceed
 from rhapsody_mcp.toolsets.submission.plan import plan
+from rhapsody_mcp.toolsets.submission.priorities import prioritize
 from rhapsody_mcp.toolsets.submission.report import SubmissionReport
 from rhapsody_mcp.toolsets.submission.submit import submit
 from rhapsody_mcp.toolsets.tooling.background import to_thread_if_large
@@ -65,7 +67,15 @@ class Tasks:
     async def submit_tasks(
         self,
         session: SessionId,
-        tasks: Annotated[list[TaskRequest], Field(min_length=1, description="The tasks, in any order.")],
+        tasks: Annotated[list[TaskRequest] | None, Field(min_length=1, description="The tasks, in any order.")] = None,
+        retry: Annotated[
+            list[str] | None,
+            Field(min_length=1, description="In place of tasks: run again, in place, what failed of these."),
+        ] = None,
+        reprioritize: Annotated[
+            dict[str, int] | None,
+            Field(min_length=1, description='Or: new priorities of tasks that wait, e.g. {"train": 5}.'),
+        ] = None,
         dry_run: Annotated[
             bool, Field(description="true runs nothing: it shows the graph, and what does not fit.")
         ] = False,
@@ -79,6 +89,16 @@ class Tasks:
     ) -> Annotated[CallToolResult, SubmissionReport]:
         require_agreement(answer)
         open_session = self._sessions.get(session)
+        if sum(given is not None for given in (tasks, retry, reprioritize)) != 1:
+            raise InvalidRequest(
+                "give one of tasks=[...] to submit, retry=[names] to run again what failed, and "
+                "reprioritize={name: priority}."
+            )
+        if reprioritize is not None:
+            return await prioritize(open_session, reprioritize)
+        if tasks is None:
+            names = list(dict.fromkeys(retry or ()))
+            return plan_again(open_session, names) if dry_run else await run_again(open_session, names, idempotency_key)
         if dry_run:
             return await to_thread_if_large(plan, open_session, tasks, inspect_machine())
         return await submit(open_session, tasks, idempotency_key)

@@ -34,14 +34,18 @@ async def submit(agent: Agent, *tasks: dict[str, Any], **arguments: Any) -> dict
     return await agent.call("submit_tasks", session="session-1", tasks=list(tasks), **arguments)
 
 
+async def listed(agent: Agent) -> list[tuple[str, str]]:
+    return [(row["task"], row["state"]) for row in (await agent.call("list_tasks", session="session-1"))["tasks"]]
+
+
 async def refused(agent: Agent, *tasks: dict[str, Any], **arguments: Any) -> str:
     """The same text with and without dry_run; nothing was taken."""
-    before = await agent.call("list_tasks", session="session-1")
+    before = await listed(agent)
     texts = {
         await agent.refusal("submit_tasks", session="session-1", tasks=list(tasks), dry_run=dry_run, **arguments)
         for dry_run in (False, True)
     }
-    assert await agent.call("list_tasks", session="session-1") == before
+    assert await listed(agent) == before
     (text,) = texts
     return text
 

@@ -188,7 +188,9 @@ async def test_unknown_arguments_tools_and_sessions_are_refused_with_the_nearest
     assert text.startswith("unknown_session: unknown session 'sesion-1' (did you mean 'session-1'?)")
     assert "list_sessions" in text
     assert await agent.refusal("submit_tasks", session="session-1") == (
-        "invalid_argument: tasks is missing. Correct it and call submit_tasks again."
+        "invalid_request: give one of tasks=[...] to submit, retry=[names] to run again what failed, and "
+        "reprioritize={name: priority}. Correct it "
+        "and call submit_tasks again."
     )
 
 

@@ -211,6 +211,10 @@ class ComputeBackend(BackendBase):
         task = engine.dispatcher.tasks.get(uid) if engine is not None else None
         return await engine.output_reads.read(task, query) if engine is not None and task is not None else None
 
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        if self._engine is not None:
+            self._engine.dispatcher.prioritize(priorities)
+
     def drain(self, reason: str) -> None:
         if self._engine is not None:
             self._engine.dispatcher.drain(reason)

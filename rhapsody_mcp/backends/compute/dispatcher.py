@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -16,6 +15,7 @@ from rhapsody_mcp.backends.compute.outcomes import finished, lost, stopped
 from rhapsody_mcp.backends.compute.process_dispatcher import ProcessDispatcher, RunStep
 from rhapsody_mcp.backends.compute.start_gate import StartGate
 from rhapsody_mcp.backends.compute.worker_pool import WorkerPool
+from rhapsody_mcp.backends.priority_queue import PriorityQueue
 from rhapsody_mcp.engine.messages import (
     FunctionFinished,
     Interrupt,
@@ -41,11 +41,11 @@ class Dispatcher:
     """Assigns the tasks of one engine to its workers and nodes, and reports their starts and ends.
 
     Every method is called in the event loop. A native function goes to a worker, which runs one function at a time.
-    A program or a job starts once enough slots are free, in the order of submission. With `bundles`, a worker is
-    started for each bundle of functions and ends with the bundle. When a worker exits, `on_exit` gets the worker's
-    tasks and must finish or requeue each. `stop_grace_s` is the time between the interrupt of a function and the end of
-    its worker. A program or a job that no node can run is refused once `expected_nodes` have joined; see also
-    `expect_nodes`.
+    A program or a job starts once enough slots are free, in the order of priority, then of submission. With `bundles`,
+    a worker is started for each bundle of functions and ends with the bundle. When a worker exits, `on_exit` gets the
+    worker's tasks and must finish or requeue each. `stop_grace_s` is the time between the interrupt of a function and
+    the end of its worker. A program or a job that no node can run is refused once `expected_nodes` have joined; see
+    also `expect_nodes`.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Dispatcher:
         self.processes = ProcessDispatcher(self._gate, self.finish, expected_nodes, run_step)
         self._names_nodes = expected_nodes > 1
         self._workers = WorkerPool()
-        self._function_queue: deque[InFlightTask] = deque()
+        self._function_queue: PriorityQueue[InFlightTask] = PriorityQueue()
         self._with_new_start: list[Worker] = []
         """The workers whose newest start is to be reported."""
 
@@ -172,12 +172,22 @@ class Dispatcher:
         self._assign_functions()
         self.processes.assign()
 
+    @property
+    def _queues(self) -> Sequence[PriorityQueue[InFlightTask]]:
+        return self._function_queue, self.processes.queue
+
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        """Move tasks that wait in a queue, by uid, to these priorities."""
+        for queue in self._queues:
+            queue.move(lambda task: task.uid in priorities, lambda task: priorities[task.uid])
+        self.processes.assign()
+
     def stop(self, uids: Iterable[str], cause: Cause) -> None:
         """Ask for these tasks to end; `cause` is CANCELED or TIMEOUT. Unknown and ended uids are ignored."""
         stopping = [task for uid in uids if (task := self.tasks.get(uid)) is not None and task.stop_cause is None]
         for task in stopping:
             task.stop_cause = cause
-        queued = [task for queue in (self._function_queue, self.processes.queue) for task in _take_stopped(queue)]
+        queued = [task for queue in self._queues for task in queue.take(lambda task: task.stop_cause is not None)]
         self._finish_stopped(queued)
         uids_left = {task.uid for task in stopping} - {task.uid for task in queued}
         for worker in dict.fromkeys(task.worker for task in stopping if task.worker is not None):
@@ -378,7 +388,7 @@ class Dispatcher:
         if task.runs_in_worker and timeout_s is not None:
             left_s = max(0.0, timeout_s - (time.time() - task.started))
             task.timer = asyncio.get_running_loop().call_later(left_s, self.stop, [task.uid], Cause.TIMEOUT)
-        task.report(Running(task.uid, task.started))
+        task.report(Running(task.uid, task.started, task.nodes if self._names_nodes else ()))
 
     def function_finished(self, worker_name: str, message: FunctionFinished) -> None:
         """A function has ended in a worker, which may have exited meanwhile."""
@@ -429,16 +439,6 @@ class Dispatcher:
         """A program, or the ranks of a job on this node, have ended."""
         if (task := self.tasks.get(uid)) is not None:
             self.processes.ended_on(node, task, outcome)
-
-
-def _take_stopped(queue: deque[InFlightTask]) -> list[InFlightTask]:
-    """Remove the tasks with a stop cause from the queue, and return them in order."""
-    taken = [task for task in queue if task.stop_cause is not None]
-    if taken:
-        kept = [task for task in queue if task.stop_cause is None]
-        queue.clear()
-        queue.extend(kept)
-    return taken
 
 
 def _nodes_with_room(nodes: Sequence[Node], count: int) -> Iterator[Node]:

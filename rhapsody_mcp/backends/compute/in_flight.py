@@ -121,13 +121,13 @@ class InFlightTask:
     """A task that has not ended. A task waits in a queue, and then has a `worker`, or slots in its `placement`."""
 
     __slots__ = (
-        *("is_sent", "nodes", "permission", "permission_asked", "placement", "printed", "rank_that_tells", "report"),
-        *("runs_in_worker", "started", "stop_cause", "task_run", "timer", "uid", "worker"),
+        *("is_sent", "nodes", "permission", "permission_asked", "placement", "printed", "priority"),
+        *("rank_that_tells", "report", "runs_in_worker", "started", "stop_cause", "task_run", "timer", "uid", "worker"),
     )
 
     def __init__(self, task_run: TaskRun, report: Report) -> None:
         self.task_run, self.report = task_run, report
-        self.uid = task_run.spec.uid
+        self.uid, self.priority = task_run.spec.uid, task_run.spec.priority
         self.runs_in_worker = task_run.spec.layout.mode == "native"
         self.worker: Worker | None = None
         self.placement: Placement | None = None

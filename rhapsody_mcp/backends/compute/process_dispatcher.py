@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -12,6 +11,7 @@ from rhapsody_mcp.backends.compute.job_parts import JobPart, failed_rank, merged
 from rhapsody_mcp.backends.compute.outcomes import lost, refused, stopped
 from rhapsody_mcp.backends.compute.placement import place
 from rhapsody_mcp.backends.compute.start_gate import StartGate
+from rhapsody_mcp.backends.priority_queue import PriorityQueue
 from rhapsody_mcp.engine.messages import CancelTask, StartTask
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
@@ -39,7 +39,7 @@ class ProcessDispatcher:
         run_step: RunStep | None = None,
     ) -> None:
         self.nodes: list[Node] = []
-        self.queue: deque[InFlightTask] = deque()
+        self.queue: PriorityQueue[InFlightTask] = PriorityQueue()
         self.is_halted = False
         self._free_slots = FreeSlots()
         self.expected_nodes = expected_nodes

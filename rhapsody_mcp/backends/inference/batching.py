@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import msgspec
 
 from rhapsody_mcp.backends.inference.openai_client import Answer, ChatServer, Conversation, RequestRefused, ServerLost
+from rhapsody_mcp.backends.priority_queue import PriorityQueue
 from rhapsody_mcp.model.errors import InvalidSettings
 
 __all__ = ["Limits", "Prompt", "PromptBatcher", "read_limits"]
@@ -57,8 +58,14 @@ class Prompt:
     """
 
     def __init__(
-        self, conversation: Conversation, parameters: dict[str, Any], group: bytes, sent: Callable[[], None]
+        self,
+        conversation: Conversation,
+        parameters: dict[str, Any],
+        group: bytes,
+        sent: Callable[[], None],
+        priority: int = 0,
     ) -> None:
+        self.priority = priority
         self.conversation, self.parameters, self.group, self.sent = conversation, parameters, group, sent
         self.answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self.queued_at = asyncio.get_running_loop().time()
@@ -83,17 +90,18 @@ class Prompt:
 class PromptBatcher:
     """Distributes prompts among servers; each request goes to the server with the fewest prompts.
 
-    A prompt is sent at once where a server has few requests of the prompt's group. Otherwise the prompt waits until one
-    of these requests ends, or for `limits.wait_s` seconds, and is then sent in one request with waiting prompts of its
-    group. After a refused batch its prompts are sent one by one, so that a bad prompt fails alone. A server without the
-    batch API gets every prompt in a request of its own.
+    Of waiting prompts, those of the highest priority come first, then the oldest. A prompt is sent at once where a
+    server has few requests of the prompt's group. Otherwise the prompt waits until one of these requests ends, or for
+    `limits.wait_s` seconds, and is then sent in one request with waiting prompts of its group. After a refused batch
+    its prompts are sent one by one, so that a bad prompt fails alone. A server without the batch API gets every prompt
+    in a request of its own.
     """
 
     def __init__(self, servers: Iterable[ChatServer], limits: Limits) -> None:
         self._loads = [_ServerLoad(server) for server in servers]
         self._limits = limits
-        self._queue: deque[Prompt] = deque()
-        self._queues_by_key: dict[tuple[bytes, int], deque[Prompt]] = {}
+        self._queue: PriorityQueue[Prompt] = PriorityQueue()
+        self._queues_by_key: dict[tuple[bytes, int], PriorityQueue[Prompt]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._exchanges: set[asyncio.Task[list[Answer]]] = set()
 
@@ -101,8 +109,15 @@ class PromptBatcher:
         """Queue these prompts; prompts that are queued in the same turn of the event loop can share a request."""
         for prompt in prompts:
             self._queue.append(prompt)
-            self._queues_by_key.setdefault(prompt.key, deque()).append(prompt)
+            self._queues_by_key.setdefault(prompt.key, PriorityQueue()).append(prompt)
         asyncio.get_running_loop().call_soon(self._send_waiting)
+
+    def prioritize(self, prompts: Collection[Prompt], priority: int) -> None:
+        """Give these prompts, as far as they wait, another priority."""
+        waiting = {prompt for prompt in prompts if prompt.waiting}
+        queues = [self._queues_by_key[key] for key in {prompt.key for prompt in waiting} & self._queues_by_key.keys()]
+        for queue in (self._queue, *queues):
+            queue.move(waiting.__contains__, lambda _: priority)
 
     async def withdraw(self, prompts: Iterable[Prompt]) -> None:
         """Cancel these prompts; return when no server works on them.
@@ -244,7 +259,7 @@ class PromptBatcher:
         for prompt in reversed(prompts):
             prompt.waiting = True
             self._queue.appendleft(prompt)
-            self._queues_by_key.setdefault(prompt.key, deque()).appendleft(prompt)
+            self._queues_by_key.setdefault(prompt.key, PriorityQueue()).appendleft(prompt)
 
 
 class _ServerLoad:

@@ -74,6 +74,7 @@ class PromptRunner:
         self._batcher = PromptBatcher(self._servers, limits)
         self._checks = AnswerChecker()
         self._tasks: dict[str, asyncio.Task[Outcome | Returned]] = {}
+        self._prompt_tasks: dict[str, _PromptTask] = {}
 
     def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
         for task_run in task_runs:
@@ -81,12 +82,12 @@ class PromptRunner:
                 task_run, report, read, self._batcher, self._checks, self._defaults, self._servers
             )
             task = asyncio.create_task(prompt_task.run())
-            self._tasks[task_run.spec.uid] = task
+            self._tasks[task_run.spec.uid], self._prompt_tasks[task_run.spec.uid] = task, prompt_task
             task.add_done_callback(partial(self._ended, prompt_task, report))
 
     def _ended(self, prompt_task: _PromptTask, report: Report, task: asyncio.Task[Outcome | Returned]) -> None:
         uid = prompt_task.task_run.spec.uid
-        del self._tasks[uid]
+        del self._tasks[uid], self._prompt_tasks[uid]
         outcome: Outcome | Returned
         if task.cancelled():
             outcome = prompt_task.failed(Cause.CANCELED, why_stopped(Cause.CANCELED))
@@ -101,6 +102,10 @@ class PromptRunner:
         for uid in uids:
             if uid in self._tasks:
                 self._tasks[uid].cancel()
+
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        for uid in priorities.keys() & self._prompt_tasks.keys():
+            self._prompt_tasks[uid].prioritize(priorities[uid])
 
     def remove_server(self, server: ChatServer, message: str) -> None:
         """This server is gone, with its prompts. Once no server is left, tasks that were not sent are returned."""
@@ -138,8 +143,14 @@ class _PromptTask:
         self.work = _completion_of(task_run)
         self.values: dict[str, Any] = {}
         """The results that were read for Refs, by uid."""
+        self.asked: list[Prompt] = []
+        self.priority = task_run.spec.priority
         self.started: float | None = None
         self.time_limit = asyncio.timeout(None)
+
+    def prioritize(self, priority: int) -> None:
+        self.priority = priority
+        self.batcher.prioritize(self.asked, priority)
 
     async def run(self) -> Outcome | Returned:
         timeout_s = self.task_run.spec.timeout_s
@@ -212,9 +223,10 @@ class _PromptTask:
     def _prompts(self, conversations: list[Conversation]) -> list[Prompt]:
         parameters = _parameters(self.work, self.defaults)
         group = msgspec.json.encode([parameters, self.task_run.spec.timeout_s])  # unsorted: a schema's order counts
-        return [Prompt(conversation, parameters, group, self._sent) for conversation in conversations]
+        return [Prompt(each, parameters, group, self._sent, self.priority) for each in conversations]
 
     async def _ask(self, prompts: list[Prompt]) -> list[Answer]:
+        self.asked = prompts
         try:
             async with self.time_limit:
                 self.batcher.ask(prompts)

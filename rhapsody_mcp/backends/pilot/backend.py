@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from rhapsody_mcp.backends.pilot.messages import (
     Events,
     FromPilot,
     OutputTold,
+    Prioritize,
     Progress,
     Rest,
     Start,
@@ -242,7 +243,8 @@ class PilotBackend(BackendBase):
     async def _send(self) -> None:
         """Send tasks that wait, once it is on the disk that they may start."""
         while self._unsent:
-            batch, self._unsent = self._unsent, []
+            batch = sorted(self._unsent, key=lambda live: -live.run.spec.priority)
+            self._unsent = []
             uids = [live.run.spec.uid for live in batch]
             if self.before_start is not None and not await self.before_start(uids):
                 break
@@ -293,6 +295,16 @@ class PilotBackend(BackendBase):
         if live is None or not live.started or not self._is_ready or not allocation.is_connected:
             return None
         return await self._output_reads.ask(lambda number: allocation.send(AskOutput(self.name, number, uid, query)))
+
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        sent = {}
+        for uid in priorities.keys() & self._live.keys():
+            live = self._live[uid]
+            live.run = replace(live.run, spec=replace(live.run.spec, priority=priorities[uid]))
+            if live.is_sent and not live.started:
+                sent[uid] = priorities[uid]
+        if sent and self._is_ready:
+            self._allocation.send(Prioritize(self.name, sent))
 
     def _end_canceled(self, live: _Live) -> None:
         self._end(live, Ended(live.run.spec.uid, canceled(Cause.CANCELED, why_stopped(Cause.CANCELED))))

@@ -24,6 +24,7 @@ from rhapsody_mcp.backends.pilot.messages import (
     Events,
     OutputTold,
     PlannedBackend,
+    Prioritize,
     Progress,
     Rest,
     Start,
@@ -95,7 +96,7 @@ class HostedBackend:
 
     # --- orders
 
-    def receive(self, order: Start | Submit | Cancel | AskOutput | Rest) -> None:
+    def receive(self, order: Start | Submit | Cancel | Prioritize | AskOutput | Rest) -> None:
         match order:
             case Start():
                 self._follow(self._start())
@@ -109,6 +110,8 @@ class HostedBackend:
             case Cancel():
                 self._canceled.update(order.uids)
                 self._backend.cancel(order.uids)
+            case Prioritize():
+                self._backend.prioritize(order.priorities)
 
     async def _tell_output(self, order: AskOutput) -> None:
         parts = await self._backend.read_output(order.uid, order.query)
@@ -158,6 +161,7 @@ class HostedBackend:
         for run in new:
             self._attempts[run.spec.uid] = run.attempt
             self._live[run.spec.uid] = None
+            self._canceled.discard(run.spec.uid)  # it may run again after a cancellation
         here: list[TaskRun] = []
         elsewhere: list[TaskRun] = []
         for run in new:

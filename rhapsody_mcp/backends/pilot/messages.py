@@ -25,6 +25,7 @@ __all__ = [
         "BackendRested",
         "Body",
         "Cancel",
+        "Prioritize",
         "Draining",
     ),
     *("Events", "FromPilot", "FromService", "Hello", "Numbered", "OutputTold", "PilotConfig", "PilotReady"),
@@ -82,6 +83,13 @@ class AskOutput(msgspec.Struct, frozen=True, tag="ask_output", gc=False):
     query: OutputQuery
 
 
+class Prioritize(msgspec.Struct, frozen=True, tag="prioritize", gc=False):
+    """Give waiting tasks, by uid, these priorities."""
+
+    backend: str
+    priorities: dict[str, int]
+
+
 class Rest(msgspec.Struct, frozen=True, tag="rest", gc=False):
     """End the engine of a backend, which has no task."""
 
@@ -92,7 +100,7 @@ class Release(msgspec.Struct, frozen=True, tag="release", gc=False):
     """End everything, and give the nodes back."""
 
 
-FromService = Start | Submit | Cancel | AskOutput | Rest | Release
+FromService = Start | Submit | Cancel | Prioritize | AskOutput | Rest | Release
 
 
 # --- pilot → service

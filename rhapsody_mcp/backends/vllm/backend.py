@@ -358,6 +358,10 @@ class DragonVllmInferenceBackend(BackendBase):
         if self._runner is not None:
             self._runner.cancel(uids)
 
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        if self._runner is not None:
+            self._runner.prioritize(priorities)
+
     async def rest(self) -> None:
         async with self._lock:
             await self._end_servers()

@@ -14,7 +14,7 @@ from typing import Any
 from rhapsody_mcp.engine.task.output import write_pieces
 from rhapsody_mcp.model.errors import InvalidTask, LimitExceeded
 from rhapsody_mcp.model.json_pointer import resolve_pointer
-from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.outcome import Outcome, canceled
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, load_json
 from rhapsody_mcp.runtime.tasks import ForEach, Part, Task, name_of
@@ -102,11 +102,19 @@ def outcome_of(task: ForEach, value: Value | None) -> Outcome:
     started = min((outcome.started for outcome in outcomes if outcome.started is not None), default=None)
     ended = max((outcome.ended for outcome in outcomes), default=time.time())
     unsuccessful: list[Task] = [child for child in task.children if child.state is not TaskState.DONE]
-    if not unsuccessful:
+    if all(child.cause is Cause.SKIPPED for child in unsuccessful):
+        if len(unsuccessful) == len(task.children) > 0 and _is_skipped_whole(task):
+            return canceled(Cause.SKIPPED, unsuccessful[0].outcome.error if unsuccessful[0].outcome else "")
         return Outcome(state=TaskState.DONE, started=started, ended=ended, value=value)
+    unsuccessful = [child for child in unsuccessful if child.cause is not Cause.SKIPPED]
     first = next((child for child in unsuccessful if child.state is TaskState.FAILED), unsuccessful[0])
     cause = first.cause or Cause.ERROR
     states = Counter(child.state.value for child in unsuccessful)
     counts = " and ".join(f"{count} {state}" for state, count in states.items())
     message = f"of {len(task.children)} tasks {counts}; {first.name}: {first.outcome.error if first.outcome else ''}"
     return Outcome(state=first.state, started=started, ended=ended, value=value, cause=cause, error=message)
+
+
+def _is_skipped_whole(task: ForEach) -> bool:
+    """Whether its children were skipped together, not each by a condition on its item."""
+    return task.when is not None or any(source.cause is Cause.SKIPPED for source in task.sources())

@@ -32,7 +32,7 @@ from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Task, kind_of, leave
 __all__ = ["Script", "has_random_answers", "without_credentials", "write_script"]
 
 _IMPORTS = ("asyncio", "json", "math", "os", "msgspec")
-_API = ("AITask", "ComputeTask", "ForEach", "Module", "Part", "Session", "Source", "Text")
+_API = ("AITask", "ComputeTask", "Condition", "ForEach", "Module", "Part", "Session", "Source", "Text")
 _MAIN = """\
 if __name__ == "__main__":
     print(json.dumps(asyncio.run(repeat()), indent=1))

@@ -14,7 +14,7 @@ import msgspec
 from rhapsody_mcp.runtime.export.literals import Code, write_call, write_value
 from rhapsody_mcp.runtime.redaction import looks_secret
 from rhapsody_mcp.runtime.serialization import Module, Source
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Part, Task, Text
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Condition, ForEach, Part, Task, Text
 
 __all__ = ["TaskCode", "representative", "top_level"]
 
@@ -28,7 +28,9 @@ _OWN_FIELDS = {
 """By class, the fields that only this class of task has."""
 _ATTRIBUTES = {"stdout": "stdout_form"}
 """The attributes that do not have the names of their parameters: `task.stdout` is what it printed."""
-_FLOW_DEFAULTS = {name: _PARAMETERS[Task][name].default for name in ("retries", "retry_delay_s", "on_upstream_failure")}
+_FLOW_DEFAULTS = {
+    name: _PARAMETERS[Task][name].default for name in ("retries", "retry_delay_s", "on_upstream_failure", "priority")
+}
 _ITEM_MARK = f"<{secrets.token_hex(8)}>"
 _ITEM = Part(cast(Task, _ITEM_MARK))
 """The item, while the code of a ForEach is written. A text holds the JSON form of the item or of a Part of it."""
@@ -65,6 +67,8 @@ class TaskCode:
         """The call that makes a task, for a line of depth 2. The default backend is not written."""
         work = representative(task)
         arguments = list(self._arguments(work))
+        if work.when is not None and work is not task:
+            arguments.append(f"when={self._condition(work.when)}")
         common = list(self._common(task, default_backend))
         if not isinstance(task, ForEach):
             return write_call(type(task).__name__, [*arguments, *common], 2)
@@ -102,6 +106,19 @@ class TaskCode:
         for field, default in _FLOW_DEFAULTS.items():
             if (value := getattr(task, field)) != default:
                 yield f"{field}={value!r}"
+
+        if task.when is not None:
+            yield f"when={self._condition(task.when)}"
+
+    def _condition(self, when: Condition) -> str:
+        if when.source is not None:
+            value = self._result(when.source, when.path) or "None"
+            arguments = [value]
+        else:
+            arguments = ["item", repr(when.path)] if when.path else ["item"]
+        tests = msgspec.to_builtins(when.comparison).items()
+        arguments += [f"{name}={self._value(part)}" for name, part in tests]
+        return f"Condition({', '.join(arguments)})"
 
     def _uses(self, task: ForEach) -> Iterator[str]:
         """The argument `uses`. Where the items are a list, the children name the tasks that they use."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from rhapsody_mcp.ledger.records import (
     PutFunction,
     PutSubmission,
     PutTasks,
+    ReopenTasks,
+    SetPriority,
     SubmissionRow,
     TaskEnded,
     TaskRequeued,
@@ -29,12 +32,13 @@ from rhapsody_mcp.model.errors import LedgerError, LedgerUnavailable
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.call_context import current_caller
 from rhapsody_mcp.runtime.functions import RegisteredFunction
+from rhapsody_mcp.runtime.session.again import attempts_before
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task
 
 __all__ = ["LedgerEngineBook", "Recorder", "Storage", "Submission"]
 
-_RETRY_S = 0.5
+_RETRY_S, _FLUSH_S = 0.5, 10.0
 _CHILDREN_PER_WRITE = 500
 
 
@@ -84,6 +88,18 @@ class Recorder:
             for number, (task, stored_request) in enumerate(numbered, first_number)
         )
         await self._ledger.commit(PutTasks(rows), *([self._submission(submission)] if submission else ()))
+
+    async def record_retry(self, tasks: Sequence[Task], submission: Submission | None) -> None:
+        """Make durable that these tasks run again. Raises LedgerUnavailable, with nothing written."""
+        if not await self._ledger.flush(_FLUSH_S):  # an end that waits for its files would come after this
+            raise LedgerUnavailable(self._ledger.problem or "the ledger is not written in time; try again.")
+        retries = {task.uid: attempts_before(task) + task.retries for task in tasks}
+        change = ReopenTasks(self.key, time.time(), retries)
+        await self._ledger.commit(change, *([self._submission(submission)] if submission else ()))
+
+    async def record_priority(self, tasks: Sequence[Task], priority: int) -> None:
+        """Make the priority of submitted tasks durable. Raises LedgerUnavailable, with nothing written."""
+        await self._ledger.commit(SetPriority(self.key, tuple(task.uid for task in tasks), priority))
 
     async def record_function(self, function: RegisteredFunction) -> None:
         """Make a registered function durable. Raises LedgerUnavailable, with nothing written."""
@@ -164,7 +180,7 @@ class Recorder:
             submitted=task.submitted or 0.0,
             started=None,
             attempts=0,
-            retries=task.retries,
+            retries=task.most_attempts - 1,
             last_failure="",
             position=None,
             outcome=None,

@@ -81,7 +81,9 @@ def _restore_children(parent: ForEach, rows: Sequence[TaskRow]) -> None:
 
 def _restore_state(task: Task, row: TaskRow) -> None:
     """Set the state that the task had in the previous run."""
-    task.submitted, task.attempts, task.last_failure = row.submitted, row.attempts, row.last_failure
+    task.earlier_attempts = max(0, row.retries - task.retries)
+    task.submitted, task.last_failure = row.submitted, row.last_failure
+    task.attempts = max(row.attempts, task.earlier_attempts)
     if row.outcome is not None:
         task.state, task.outcome, task.started = row.outcome.state, row.outcome, row.outcome.started
         task.progress = row.outcome.progress

@@ -8,8 +8,15 @@ from typing import Any
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.runtime.dataflow.item_template import as_text, has_placeholder, with_item
 from rhapsody_mcp.runtime.dataflow.references import is_literal
-from rhapsody_mcp.runtime.requests.single_task import TaskNamed, backend_kwargs, fields_of, form_of, make_single_task
-from rhapsody_mcp.runtime.requests.task_request import STAND_IN_FIELDS, TaskRequest, is_stand_in
+from rhapsody_mcp.runtime.requests.single_task import (
+    TaskNamed,
+    backend_kwargs,
+    condition_of,
+    fields_of,
+    form_of,
+    make_single_task,
+)
+from rhapsody_mcp.runtime.requests.task_request import STAND_IN_FIELDS, TaskRequest, condition_value, is_stand_in
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Part, Task
 
@@ -22,6 +29,7 @@ class ItemTaskFactory:
     def __init__(self, request: TaskRequest, task_named: TaskNamed, function: Source | Module | None) -> None:
         self.request = request.model_copy(update={"for_each": None})
         self._task_named, self._function = task_named, function
+        self._when = request.when if request.when and "item" in condition_value(request.when) else None
         self._form, self._fields = form_of(self.request), fields_of(self.request)
         self._templates = {
             field: value
@@ -52,7 +60,8 @@ class ItemTaskFactory:
             filled["messages"] = _flatten_messages(filled["messages"])
         fields = {**self._fields, **filled}
         kwargs = backend_kwargs(self._form, fields) if self._kwargs is None else self._kwargs
-        return make_single_task(self._form, fields, kwargs, self._task_named, self._function, {})
+        when = self._when and condition_of(self._when, item)
+        return make_single_task(self._form, fields, kwargs, self._task_named, self._function, {"when": when})
 
 
 def _flatten_messages(messages: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName, nearest
-from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.single_task import kind_of_request
@@ -134,9 +134,14 @@ class _RequestBatch:
 
 
 def _refuse_failed(task: Task) -> None:
+    if task.cause is Cause.SKIPPED:
+        raise InvalidTask(
+            f'it needs the result of {name_of(task)}, which was skipped and has none; with "on_upstream_failure": '
+            '"run" it runs with null for it.'
+        )
     if task.state in (TaskState.FAILED, TaskState.CANCELED):
         raise InvalidTask(
-            f"it needs the result of {name_of(task)}, which ended {task.state}; submit that one again first."
+            f"it needs the result of {name_of(task)}, which ended {task.state}; run that one again (retry) first."
         )
 
 

@@ -10,6 +10,7 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.runtime.dataflow.references import is_literal, parse_texts, resolve
 from rhapsody_mcp.runtime.requests.task_request import (
     COMMON_FIELDS,
+    COMPARISONS,
     FIELDS,
     STAND_IN_FIELDS,
     TEXT_FIELDS,
@@ -17,10 +18,11 @@ from rhapsody_mcp.runtime.requests.task_request import (
     is_stand_in,
 )
 from rhapsody_mcp.runtime.serialization import Module, Source
-from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Part, Task, Text
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, Condition, Part, Task, Text
 
 __all__ = [
     *("FunctionNamed", "TaskNamed", "backend_kwargs", "fields_of", "form_of", "function_of", "kind_of_request"),
+    "condition_of",
     "make_single_task",
 ]
 
@@ -55,6 +57,17 @@ def make_single_task(
 def _resolved(field: str, value: Any, task_named: TaskNamed) -> Any:
     stands = is_stand_in(value) or is_literal(value)
     return resolve(value, task_named) if field in TEXT_FIELDS or (field in STAND_IN_FIELDS and stands) else value
+
+
+def condition_of(when: Mapping[str, Any], value: Any) -> Condition:
+    """The condition on a value, with the path and the comparisons of `when`. Raises InvalidTask."""
+    path = when.get("path") or ""
+    if not isinstance(path, str):
+        raise InvalidTask(f"path is {path!r}; valid is a JSON Pointer, as in '/accuracy'.", field="when")
+    nulls = [key for key in ("above", "below", "exists") if key in when and when[key] is None]
+    if nulls:
+        raise InvalidTask(f"{nulls[0]} is null in when; leave it out.", field="when")
+    return Condition(value, path, **{key: part for key, part in when.items() if key in COMPARISONS})
 
 
 def function_of(request: TaskRequest, function_named: FunctionNamed) -> Source | Module | None:

@@ -58,6 +58,8 @@ def _stored(request: TaskRequest, uid_of: Callable[[str], str], session: OpenSes
     for field in STAND_IN_FIELDS & fields.keys():
         if is_stand_in(fields[field]):
             fields[field] = rename_references(fields[field], uid_of)
+    if "ref" in fields.get("when", ()):
+        fields["when"] |= {"ref": uid_of(fields["when"]["ref"])}
     if "after" in fields:
         fields["after"] = [uid_of(name) for name in fields["after"]]
     registered = request.function is not None and ":" not in request.function

@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
 from rhapsody_mcp.model.sampling import MAX_ANSWERS, MAX_LOGPROBS, SAMPLING
 from rhapsody_mcp.runtime.dataflow.references import parse_texts, referenced_names
 from rhapsody_mcp.runtime.requests.field_types import UNION_TAGS, Name
+from rhapsody_mcp.runtime.tasks import MOST_PRIORITY
 
 __all__ = [
     *(
@@ -23,7 +25,7 @@ __all__ = [
         "StandIn",
         "TaskRequest",
     ),
-    "is_stand_in",
+    *("COMPARISONS", "condition_value", "is_stand_in"),
 ]
 
 
@@ -46,6 +48,19 @@ def is_stand_in(value: object) -> bool:
     """Whether the value is an object that stands for a result or an item."""
     keys = value.keys() - {"path"} if isinstance(value, dict) else None
     return keys == {"ref"} or keys == {"item"}
+
+
+COMPARISONS = frozenset({"above", "below", "equals", "exists"})
+"""The keys of a condition that say what its value must be."""
+
+
+def condition_value(when: dict[str, Any]) -> dict[str, Any]:
+    """What a condition compares: a reference, or a stand-in for the item. Raises InvalidTask for another form."""
+    refuse_unknown("key of when", when, ("ref", "item", "path", *COMPARISONS))
+    value = {key: part for key, part in when.items() if key not in COMPARISONS}
+    if not is_stand_in(value) or value.get("item", True) is not True:
+        raise InvalidTask('when needs one of "ref": name and "item": true, with "path" for a part.', field="when")
+    return value
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -191,6 +206,18 @@ class TaskRequest(_StrictModel):
         Field(description='When a task it waits for fails: "run" runs it with null for that result.'),
     ] = "cancel"
 
+    when: Annotated[
+        dict[str, Any] | None,
+        Field(
+            description='Else skipped (no failure): {"ref": "score", "path": "/loss", "below": 0.1}; or above, equals, '
+            "exists."
+        ),
+    ] = None
+
+    priority: Annotated[
+        int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY, description="Of those that wait, the highest start first.")
+    ] = 0
+
     def given_fields(self) -> set[str]:
         """The fields that are set to another value than the default."""
         fields = type(self).model_fields
@@ -200,6 +227,7 @@ class TaskRequest(_StrictModel):
         """The names of the tasks whose results the request uses. Raises InvalidTask for a malformed reference."""
         in_data = [getattr(self, field) for field in DATA_FIELDS]
         in_data += [value for field in STAND_IN_FIELDS if is_stand_in(value := getattr(self, field))]
+        in_data += [condition_value(self.when)] if self.when is not None else []
         return set(referenced_names([*in_data, *(parse_texts(getattr(self, field)) for field in TEXT_FIELDS)]))
 
 
@@ -209,7 +237,7 @@ TEXT_FIELDS = frozenset({"arguments", "prompt", "messages", "system_prompt"})
 """Fields that may hold references at any depth, also in texts."""
 STAND_IN_FIELDS = frozenset(SAMPLING)
 """Fields whose whole value may be a stand-in."""
-_FLOW_FIELDS = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure"}
+_FLOW_FIELDS = {"for_each", "after", "retries", "retry_delay_s", "on_upstream_failure", "when", "priority"}
 COMMON_FIELDS = {"name", "backend", "timeout_s", *_FLOW_FIELDS}
 """Fields of every form of task."""
 _PROCESS_FIELDS = {

@@ -86,6 +86,13 @@ class Acceptance:
         """Check a restored task, to which no limit applies. Raises InvalidTask or UnknownName."""
         return self._accept_task(task, _specify(task, encoder))
 
+    def accept_again(self, tasks: Sequence[Task]) -> list[AcceptedTask]:
+        """Check tasks that have ended and shall run again; limits count them again. Raises what `accept` raises."""
+        encoder = Encoder(reference)
+        accepted = [self.accept_restored(task, encoder) for task in tasks]
+        self._refuse_over_limits(accepted)
+        return accepted
+
     def refuse_count(self, count: int) -> None:
         """Raise LimitExceeded where `count` further tasks are too many."""
         if self._limits is not None:

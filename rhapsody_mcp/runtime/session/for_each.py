@@ -62,9 +62,14 @@ class ForEachRunner:
     def watch(self, parent: ForEach) -> None:
         """Join the results of the children when the last child ends."""
         parent.state = TaskState.QUEUED
-        self._unfinished[parent.uid] = sum(not child.state.final for child in parent.children)
+        self.count(parent)
         if not self._unfinished[parent.uid]:
             self._owner.spawn(self._join(parent))
+
+    def count(self, parent: Task) -> None:
+        """Count the children that have not ended."""
+        assert isinstance(parent, ForEach), "no other task has children"
+        self._unfinished[parent.uid] = sum(not child.state.final for child in parent.children)
 
     def child_has_ended(self, parent: Task) -> None:
         assert isinstance(parent, ForEach), "no other task has children"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple, Protocol
+
+from msgspec.structs import replace
 
 from rhapsody_mcp.backends.base import RESTARTS, Backend, Ended, Event, Progressed, Running, restart_delay_s
 from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, RhapsodyError
@@ -95,6 +97,7 @@ class ManagedBackend:
             except BackendUnavailable as error:
                 self._mark_dead(str(error))
         self._pending.extend(task_runs)
+        self._sort_pending()
         self._begin_start()
 
     def withdraw(self, uids: Collection[str]) -> set[str]:
@@ -104,6 +107,18 @@ class ManagedBackend:
         if held and self.backend.abandons_start:
             self._call_later(_ABANDON_S, self._abandon_start)
         return held
+
+    def prioritize(self, priorities: Mapping[str, int]) -> None:
+        """Give waiting tasks, by uid, these priorities."""
+        for number, task_run in enumerate(self._pending):
+            if (priority := priorities.get(task_run.spec.uid)) is not None:
+                self._pending[number] = replace(task_run, spec=replace(task_run.spec, priority=priority))
+        self._sort_pending()
+        self.backend.prioritize({uid: priority for uid, priority in priorities.items() if uid in self._live})
+
+    def _sort_pending(self) -> None:
+        if any(task_run.spec.priority for task_run in self._pending):
+            self._pending.sort(key=lambda task_run: -task_run.spec.priority)
 
     def cancel(self, uids: Iterable[str]) -> None:
         """Ask the backend to cancel the submitted tasks among these."""

@@ -20,6 +20,9 @@ def canceled_by_upstream(source: Task) -> Outcome:
     """The outcome of a task whose `source` did not end DONE. In a chain of such tasks the error names the first."""
     assert source.outcome is not None
     error = source.outcome.error
+    if source.outcome.cause is Cause.SKIPPED:
+        is_first = source.when is not None and error.startswith("its condition")
+        return canceled(Cause.SKIPPED, f"{name_of(source)} was skipped: {error}" if is_first else error)
     if source.outcome.cause is Cause.UPSTREAM:
         return canceled(Cause.UPSTREAM, error)
     shown = error if len(error) <= _UPSTREAM_CHARS else f"{error[:_UPSTREAM_CHARS]} [...]"
@@ -27,13 +30,18 @@ def canceled_by_upstream(source: Task) -> Outcome:
 
 
 def with_attempts(task: Task, outcome: Outcome) -> Outcome:
-    """The outcome with a note such as `attempt 3 of 3, no retry is left; attempt 2 ended with cause error: ...`."""
-    if not task.last_failure:
+    """The outcome with a note such as `attempt 3 of 3, no retry is left; attempt 2 ended with cause error: ...`. The
+    error says that retries are used up."""
+    if not task.last_failure or outcome.cause in (Cause.UPSTREAM, Cause.SKIPPED):
         return outcome
-    used_up = outcome.state is TaskState.FAILED and task.attempts > task.retries
+    used_up = outcome.state is TaskState.FAILED and task.attempts >= task.most_attempts
     left = ", no retry is left" if used_up else ""
-    note = f"attempt {task.attempts} of {max(task.attempts, task.retries + 1)}{left}; {task.last_failure}"
-    return replace(outcome, notes=(*outcome.notes, note))
+    error = outcome.error
+    if used_up and task.retries:
+        retries = "its retry is" if task.retries == 1 else f"its {task.retries} retries are"
+        error += f" (failed {task.attempts} times, {retries} used up)"
+    note = f"attempt {task.attempts} of {max(task.attempts, task.most_attempts)}{left}; {task.last_failure}"
+    return replace(outcome, error=error, notes=(*outcome.notes, note))
 
 
 def with_progress(task: Task, outcome: Outcome) -> Outcome:

@@ -6,28 +6,32 @@ import asyncio
 import itertools
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 from rhapsody_mcp.backends.base import Backend
-from rhapsody_mcp.model.errors import InvalidRequest, SessionClosed, UnknownName
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, SessionClosed, UnknownName
 from rhapsody_mcp.model.live.output import OutputQuery, Printed
+from rhapsody_mcp.model.sampling import check_integer
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.dataflow.graph import refuse_cycles
 from rhapsody_mcp.runtime.limits import Limits
 from rhapsody_mcp.runtime.session.acceptance import AcceptedTask
+from rhapsody_mcp.runtime.session.again import tasks_to_run_again
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice
+from rhapsody_mcp.runtime.session.queue_positions import queued_before
 from rhapsody_mcp.runtime.session.statistics import StatisticsCollector
 from rhapsody_mcp.runtime.session.task_runner import TaskRunner
-from rhapsody_mcp.runtime.tasks import Task, leaves, with_children
+from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, Task, leaves, name_of, with_children
 
 __all__ = ["Session"]
 
 _uids = itertools.count(1)
 _LONGEST_DELAY_S = 60.0
 _MAX_NOTICES = 100
+_NAMES_SHOWN = 5
 
 
 class Session:
@@ -81,7 +85,8 @@ class Session:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.usage = self._runner.usage
         self.ended = self._runner.ended
-        """Every task that has ended, in the order of the ends; a ForEach is after its children."""
+        """Every end of a task, in order; a ForEach is after its children. Of a task that ran again, the end at its
+        `position` counts, and the ones before do not."""
         self.replaced: list[Task] = []
         """The tasks whose name a later task has taken."""
         self._statistics = StatisticsCollector(self.ended, self._runner.unfinished, self._runner.tasks)
@@ -134,8 +139,9 @@ class Session:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The number of tasks in each state. The children stand for a ForEach; replaced tasks do not count."""
-        return dict(Counter(task.state.value for task in leaves(self._current)))
+        """The number of tasks in each state, apart from it the skipped ones. The children stand for a ForEach; replaced
+        tasks do not count."""
+        return dict(Counter(task.counted_as for task in leaves(self._current)))
 
     @property
     def _current(self) -> list[Task]:
@@ -171,6 +177,54 @@ class Session:
         self._runner.submit(accepted)
         self._submitted += batch
         return [task.future for task in batch]
+
+    async def retry(
+        self, tasks: Iterable[Task] | Task, record: Callable[[Sequence[Task]], Awaitable[None]] | None = None
+    ) -> list[Task]:
+        """Run tasks again, in place, that ended FAILED or CANCELED, and return all tasks that run again.
+
+        Of a ForEach, its tasks that did not end well run again. So does what the tasks need and did not get, and what
+        was canceled because of them. Attempts go on counting; each task has all its `retries` anew. `record` is awaited
+        before anything changes. Raises InvalidTask where none of the tasks ended so, or one cannot run again.
+        """
+        self._refuse_other_loop()
+        named = [tasks] if isinstance(tasks, Task) else list(tasks)
+        async with self._runner.step_lock:
+            again: list[Task] = []
+            while len(more := self.plan_retry(named)) > len(again):  # a for_each may end while the others are recorded
+                again = more
+                accepted = self._runner.acceptance.accept_again(again)
+                if record is not None:
+                    await record(again)
+            self._statistics.count_anew()
+            await self._runner.run_again(accepted)
+        return again
+
+    def prioritize(self, tasks: Iterable[Task] | Task, priority: int) -> list[Task]:
+        """Give tasks another priority, a ForEach with its tasks; the result are those of them that have not ended.
+
+        Tasks that run already go on. Raises InvalidTask where all of the tasks have ended.
+        """
+        named = [tasks] if isinstance(tasks, Task) else list(tasks)
+        priority = check_integer("priority", priority, least=-MOST_PRIORITY, most=MOST_PRIORITY)
+        if not (waiting := [task for task in with_children(named) if not task.state.final]):
+            raise InvalidTask(f"nothing waits: {_states_text(named)}.", field="priority")
+        self._runner.prioritize(waiting, priority)
+        return waiting
+
+    def queued_before(self, tasks: Iterable[Task]) -> dict[str, int]:
+        """By uid, how many tasks of its backend come before each of these tasks that are QUEUED: those that run, and
+        those that wait with a higher priority, or with the same one for longer."""
+        return queued_before(tasks, self._runner.queued.values(), self._runner.unfinished.values())
+
+    def plan_retry(self, tasks: Sequence[Task]) -> list[Task]:
+        """The tasks that `retry` would run again, each ForEach after its children. Raises what `retry` raises."""
+        self._refuse_closed()
+        if again := tasks_to_run_again(tasks, self._submitted):
+            return again
+        raise InvalidTask(
+            f"nothing is to run again: {_states_text(tasks)}. Only what ended FAILED or CANCELED runs again."
+        )
 
     def accept(self, tasks: Sequence[Task]) -> list[AcceptedTask]:
         """Check tasks for `submit_accepted`, without submitting them. Raises what `submit_tasks` raises.
@@ -286,3 +340,8 @@ class Session:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+
+def _states_text(tasks: Sequence[Task]) -> str:
+    states = ", ".join(f"{name_of(task)} is {task.counted_as}" for task in tasks[:_NAMES_SHOWN])
+    return states + (f" and {len(tasks) - _NAMES_SHOWN} more" if len(tasks) > _NAMES_SHOWN else "")

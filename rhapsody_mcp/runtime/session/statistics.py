@@ -22,22 +22,23 @@ class StatisticsCollector:
 
     def __init__(self, ended: Sequence[Task], unfinished: Mapping[str, Task], tasks: Mapping[str, Task]) -> None:
         self._ended, self._unfinished, self._tasks = ended, unfinished, tasks
-        self._reset()
+        self.count_anew()
 
-    def _reset(self) -> None:
+    def count_anew(self) -> None:
+        """Count again from the first end, as when tasks that had ended run again."""
         self._tally, self._added_count = Tally(), 0
 
     def discard(self, task: Task) -> None:
         """Stop counting a task that was replaced."""
         if any(leaf.position is not None and leaf.position < self._added_count for leaf in leaves([task])):
-            self._reset()
+            self.count_anew()
 
     def add_ended(self, min_tasks: int = _BATCH_TASKS) -> None:
         """Add the tasks that have ended since the last call, if they are at least `min_tasks`."""
         if len(self._ended) - self._added_count >= min_tasks:
-            ended = self._ended[self._added_count :]
+            ended = enumerate(self._ended[self._added_count :], self._added_count)
             self._added_count = len(self._ended)
-            self._tally.add(_row(task) for task in ended if _counts(task))
+            self._tally.add(_row(task) for position, task in ended if task.position == position and _counts(task))
 
     def compute(self, backends: Sequence[Backend], group: str | None) -> Statistics:
         """The statistics of all tasks, or of one group. Raises UnknownName where no task is in this group."""
@@ -68,7 +69,7 @@ def _row(task: Task) -> Row:
         uid=task.uid,
         name=task.name,
         kind=kind_of(task),
-        state=task.state,
+        state=task.counted_as,
         timing=task.timing,
         for_each=name_of(task.parent) if task.parent else None,
         backend=task.backend or "",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from rhapsody_mcp.backends.base import Backend, Ended, Progressed, Running
 from rhapsody_mcp.engine.process.run_dirs import RunDir
@@ -18,6 +20,8 @@ from rhapsody_mcp.model.values import NOTHING, Reader, load, load_json
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
 from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.session.acceptance import Acceptance, AcceptedTask
+from rhapsody_mcp.runtime.session.again import forget_end
+from rhapsody_mcp.runtime.session.conditions import Conditions
 from rhapsody_mcp.runtime.session.dependencies import Dependencies
 from rhapsody_mcp.runtime.session.for_each import ForEachRunner
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice, ManagedBackend
@@ -34,7 +38,8 @@ class TaskRunner:
     """Holds every task of a session and moves each from state to state.
 
     `tasks` are all tasks by uid. `unfinished` are the tasks that have not ended, and `ended` the others, in the order
-    of their ends, a ForEach after its children. An internal task is only in `tasks` and `unfinished`, until it ends.
+    of their ends, a ForEach after its children; a task that ran again is there once for each end. An internal task is
+    only in `tasks` and `unfinished`, until it ends.
     `on_change` is called after each change of a task's state, and `on_progress` after a task has told its progress. A
     start that is reported together with the end is no change.
     """
@@ -53,6 +58,8 @@ class TaskRunner:
     ) -> None:
         self.tasks: dict[str, Task] = {}
         self.unfinished: dict[str, Task] = {}
+        self.queued: dict[str, Task] = {}
+        """The tasks that a backend has and that do not run, in the order in which it got them."""
         self.ended: list[Task] = []
         self.usage = SessionUsage()
         self.closed = False
@@ -62,6 +69,7 @@ class TaskRunner:
         self.backends = {backend.name: self._manage(backend, engine_idle_s) for backend in backends}
         self.acceptance = Acceptance(self.backends, self.tasks, limits, self.usage)
         self.for_each = ForEachRunner(self, limits.settings.max_result_bytes if limits else None)
+        self._conditions = Conditions(self)
         self._specs: dict[str, TaskSpec] = {}
         self._dependencies = Dependencies()
         self._retry_timers: dict[str, asyncio.TimerHandle] = {}
@@ -92,7 +100,7 @@ class TaskRunner:
         now = time.time()
         for task, _, _ in accepted:
             task.state, task.submitted = TaskState.WAITING, task.submitted or now
-        parents_first = sorted(accepted, key=lambda entry: not isinstance(entry.task, ForEach))
+        parents_first = sorted(accepted, key=lambda entry: (not isinstance(entry.task, ForEach), -entry.task.priority))
         for step in steps(parents_first):
             self.submit(step)
             await asyncio.sleep(0)
@@ -100,7 +108,7 @@ class TaskRunner:
     def submit(self, accepted: Sequence[AcceptedTask]) -> None:
         for task, managed, spec in accepted:
             self._add_unfinished(task, managed, spec)
-        self._queue([task for task, _, _ in accepted if self._is_ready(task)])
+        self.queue([task for task, _, _ in accepted if self._is_ready(task)])
 
     def _add_unfinished(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
         self._add(task, managed, spec)
@@ -130,6 +138,18 @@ class TaskRunner:
         for source in task.needs():
             source.passed_on = True
 
+    async def run_again(self, accepted: Sequence[AcceptedTask]) -> None:
+        """Run ended tasks again, a ForEach after its children. The caller holds `step_lock`."""
+        now = time.time()
+        for task, _, spec in accepted:
+            if spec is not None and task.outcome is not None:
+                self.usage.forget(spec, task.outcome)
+            forget_end(task, now)
+        for task, _, _ in accepted:
+            if task.parent is not None and task.parent.uid in self.unfinished:
+                self.for_each.count(task.parent)
+        await self.submit_in_steps(accepted)
+
     def restore(self, tasks: Sequence[Task], ended: Sequence[Task], unreadable: Mapping[str, str]) -> None:
         """Add the tasks of a previous run, as `Session.restore` says. `tasks` has each ForEach after its children."""
         self.ended += ended
@@ -147,7 +167,7 @@ class TaskRunner:
         for task in unfinished:
             if task.uid in refused:
                 self.end(task, failed(Cause.INVALID, refused[task.uid]))
-        self._queue([task for task in unfinished if self._is_ready(task)])
+        self.queue([task for task in unfinished if self._is_ready(task)])
 
     async def run_hidden(self, task: Task) -> Task:
         """Run an internal task, which no list or count shows, and return it when it has ended.
@@ -170,8 +190,10 @@ class TaskRunner:
     def _is_ready(self, task: Task) -> bool:
         return task.state is TaskState.WAITING and not self._dependencies.is_waiting(task)
 
-    def _queue(self, tasks: Sequence[Task]) -> None:
+    def queue(self, tasks: Sequence[Task]) -> None:
         """Submit ready tasks to their backends: the first step at once, the others in later steps."""
+        if any(task.priority for task in tasks):
+            tasks = sorted(tasks, key=lambda task: -task.priority)
         self._submit_to_backends(tasks[:TASKS_PER_STEP])
         if len(tasks) > TASKS_PER_STEP:
             self.spawn(self._queue_in_steps(tasks[TASKS_PER_STEP:]))
@@ -189,12 +211,15 @@ class TaskRunner:
             if source := self._failed_source(task):
                 self.end(task, canceled_by_upstream(source))
                 continue
+            if task.state is TaskState.WAITING and not self._conditions.lets_run(task):
+                continue
             task.state = TaskState.QUEUED
             self._notify(task)
             if isinstance(task, ForEach):
                 self.for_each.start(task)
                 continue
             task.attempts += 1
+            self.queued[task.uid] = task
             by_backend.setdefault(task.backend or "", []).append(self._task_run(task, folder))
         for name, task_runs in by_backend.items():
             self.backends[name].submit(task_runs)
@@ -249,6 +274,8 @@ class TaskRunner:
             self._on_progress(task)
             return
         if isinstance(event, Running):
+            if event.nodes:
+                task.placed_on = event.nodes
             self._set_running(task, event.at)
             self._set_parent_running(task, event.at)
             return
@@ -269,6 +296,7 @@ class TaskRunner:
 
     def _set_running(self, task: Task, at: float) -> None:
         task.state, task.started = TaskState.RUNNING, at
+        self.queued.pop(task.uid, None)
         self._notify(task)
 
     def _set_parent_running(self, task: Task, at: float) -> None:
@@ -277,18 +305,18 @@ class TaskRunner:
 
     def _should_retry(self, task: Task, outcome: Outcome) -> bool:
         failed = outcome.state is TaskState.FAILED and outcome.cause is not Cause.INVALID
-        return failed and task.attempts <= task.retries and not self.closed
+        return failed and task.attempts < task.most_attempts and not self.closed
 
     def _schedule_retry(self, task: Task, outcome: Outcome) -> None:
         task.state, task.started, task.progress = TaskState.QUEUED, None, None
         task.last_failure = f"attempt {task.attempts} ended with cause {outcome.cause}: {outcome.error}"
-        delay_s = min(task.retry_delay_s * 2.0 ** (task.attempts - 1), _MAX_RETRY_DELAY_S)
+        delay_s = min(task.retry_delay_s * 2.0 ** (task.attempts - task.earlier_attempts - 1), _MAX_RETRY_DELAY_S)
         self._retry_timers[task.uid] = asyncio.get_running_loop().call_later(delay_s, self._retry, task)
         self._notify(task)
 
     def _retry(self, task: Task) -> None:
         del self._retry_timers[task.uid]
-        self._queue([task])
+        self.queue([task])
 
     async def _open_long_result(self, task: Task, outcome: Outcome) -> None:
         opened = await asyncio.to_thread(open_results, task, outcome, self._read)
@@ -317,11 +345,12 @@ class TaskRunner:
                 elif has_all and not dependent.state.final:
                     ready.append(dependent)
         if ready and not self.closed:
-            self._queue(ready)
+            self.queue(ready)
 
     def _finish(self, task: Task) -> None:
         self._dependencies.forget(task)
         self.unfinished.pop(task.uid, None)
+        self.queued.pop(task.uid, None)
         spec = self._specs.pop(task.uid, None)
         if is_hidden(task):
             self.tasks.pop(task.uid, None)
@@ -334,6 +363,19 @@ class TaskRunner:
     def _notify(self, task: Task) -> None:
         if not is_hidden(task):
             self._on_change(task)
+
+    def prioritize(self, tasks: Iterable[Task], priority: int) -> None:
+        """Give these tasks, which have not ended, another priority."""
+        by_backend: dict[str, dict[str, int]] = {}
+        for task in tasks:
+            task.priority = priority
+            if (spec := self._specs.get(task.uid)) is not None:
+                self._specs[task.uid] = replace(spec, priority=priority)
+                by_backend.setdefault(task.backend or "", {})[task.uid] = priority
+            if self.queued.pop(task.uid, None) is not None:  # it comes after those that have this priority already
+                self.queued[task.uid] = task
+        for name, priorities in by_backend.items():
+            self.backends[name].prioritize(priorities)
 
     # --- canceling and closing
 

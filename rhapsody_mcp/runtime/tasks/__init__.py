@@ -4,6 +4,8 @@ from rhapsody_mcp.runtime.tasks.ai_task import AITask
 from rhapsody_mcp.runtime.tasks.compute_task import ComputeTask
 from rhapsody_mcp.runtime.tasks.for_each import ForEach, kind_of, leaves, with_children
 from rhapsody_mcp.runtime.tasks.task import (
+    MOST_PRIORITY,
+    Condition,
     OnUpstreamFailure,
     Part,
     Rank,
@@ -17,8 +19,10 @@ from rhapsody_mcp.runtime.tasks.task import (
 )
 
 __all__ = [
+    "MOST_PRIORITY",
     "AITask",
     "ComputeTask",
+    "Condition",
     "ForEach",
     "OnUpstreamFailure",
     "Part",

@@ -167,7 +167,9 @@ class AITask(Task):
             **self._checked,
             **referring,
         )
-        return TaskSpec(uid=self.uid, work=work, layout=Layout("native"), timeout_s=self._timeout_s)
+        return TaskSpec(
+            uid=self.uid, work=work, layout=Layout("native"), timeout_s=self._timeout_s, priority=self.priority
+        )
 
 
 def _message(message: Any) -> Message | Ref:

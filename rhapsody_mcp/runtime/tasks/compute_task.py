@@ -162,7 +162,7 @@ class ComputeTask(Task):
         else:
             arguments = tuple(map(content, self.arguments))
             work = Command(self.executable or "", arguments, self.stdout_form or "text", self.outputs)
-        return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s)
+        return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s, priority=self.priority)
 
 
 def _refuse_foreign_fields(fields: Iterable[str]) -> None:

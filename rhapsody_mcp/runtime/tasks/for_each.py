@@ -26,7 +26,8 @@ class ForEach(Task):
 
     `children` are the tasks that `make` has made, with names such as `sweep[0]`. The children of a list are made at
     once. A ForEach is DONE when all children are DONE, else FAILED, or CANCELED where no child is FAILED. Its result
-    then has None in the place of each missing result.
+    then has None in the place of each missing result. Its `when` is about all children; a child that is skipped by a
+    `when` of its own has None for its result, and the ForEach can be DONE.
     """
 
     kind = "for_each"
@@ -72,6 +73,12 @@ class ForEach(Task):
         child.backend = child.backend or self.backend
         child.after, child.on_upstream_failure = self.after, self.on_upstream_failure
         child.retries, child.retry_delay_s = self.retries, self.retry_delay_s
+        if self.priority and not child.priority:
+            child.priority = self.priority
+        if self.when is not None:
+            if child.when is not None:
+                raise InvalidTask("give when to the ForEach or to what make makes, not to both.", field="when")
+            child.when = self.when
         child.parent = self
         return child
 

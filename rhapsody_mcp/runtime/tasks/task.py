@@ -9,7 +9,9 @@ from typing import Any, Literal, Self, get_args
 
 import msgspec
 
+from rhapsody_mcp.engine.task.comparison import Comparison
 from rhapsody_mcp.model.errors import InvalidTask, RhapsodyError, nearest
+from rhapsody_mcp.model.json_pointer import split_pointer
 from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome, TaskCanceled, TaskFailed
 from rhapsody_mcp.model.sampling import check_integer
@@ -21,6 +23,8 @@ from rhapsody_mcp.runtime.serialization import Encoder
 
 __all__ = [
     "COMMON_FIELDS",
+    "MOST_PRIORITY",
+    "Condition",
     "OnUpstreamFailure",
     "Part",
     "Rank",
@@ -36,9 +40,12 @@ __all__ = [
 ]
 
 OnUpstreamFailure = Literal["cancel", "run"]
+MOST_PRIORITY = 1000
 _ON_UPSTREAM_FAILURE = get_args(OnUpstreamFailure)
 _uids = itertools.count(1)
-COMMON_FIELDS = {"backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure"}
+COMMON_FIELDS = {
+    *("backend", "name", "uid", "after", "retries", "retry_delay_s", "on_upstream_failure", "when", "priority")
+}
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -46,6 +53,43 @@ class Part(msgspec.Struct, frozen=True):
 
     task: Task
     path: str = ""
+
+
+class Condition:
+    """What must hold of a result, a Part of one, or plain data, at the JSON Pointer `path`, for a task to run.
+
+    Give `above`, `below` or both, or `equals` any JSON value, or `exists`: whether it is there and not None.
+    """
+
+    def __init__(
+        self,
+        value: Any,
+        path: str = "",
+        *,
+        above: float | None = None,
+        below: float | None = None,
+        equals: Any = msgspec.UNSET,
+        exists: bool | None = None,
+    ) -> None:
+        part = value if isinstance(value, Part) else None
+        self.value = part.task if part else value
+        self.path = part.path + path if part else path
+        self.comparison = Comparison(above=above, below=below, equals=equals, exists=exists)
+        split_pointer(self.path)
+        self.comparison.check()
+
+    @property
+    def source(self) -> Task | None:
+        """The task whose result is compared."""
+        return self.value if isinstance(self.value, Task) else None
+
+    @property
+    def subject(self) -> str:
+        """As in `score/accuracy`."""
+        return f"{name_of(self.source) if self.source else 'the item'}{self.path}"
+
+    def __repr__(self) -> str:
+        return f"<Condition {self.subject} {self.comparison}>"
 
 
 class Text:
@@ -86,6 +130,10 @@ class Task:
                   time, up to a minute. A task that failed with cause invalid is not started again
     on_upstream_failure   "cancel" (default): it is CANCELED where a task that it waits for does not end DONE;
                   "run": it runs nevertheless, with None in the place of a missing result
+    when          a Condition; where it does not hold, the task is skipped: it ends CANCELED with cause skipped, and so
+                  do the tasks that need it
+
+    priority      of the tasks that wait for a place, those of the highest priority start first; default 0
 
     `attempts` counts its starts. `replaced_by` is the uid of the task that took its name after it FAILED or was
     CANCELED. `passed_on` says whether another task uses its result. `position` is the number of tasks of the session
@@ -102,6 +150,8 @@ class Task:
         retries: int = 0,
         retry_delay_s: float = 1.0,
         on_upstream_failure: OnUpstreamFailure = "cancel",
+        when: Condition | None = None,
+        priority: int = 0,
     ) -> None:
         self.uid = uid or f"task.{next(_uids):06d}"
         self.name = name
@@ -114,6 +164,10 @@ class Task:
                 f'on_upstream_failure is {on_upstream_failure!r}; valid: "cancel", "run".', field="on_upstream_failure"
             )
         self.on_upstream_failure = on_upstream_failure
+        if priority:
+            self.priority = check_integer("priority", priority, least=-MOST_PRIORITY, most=MOST_PRIORITY)
+        if when is not None:
+            self.when = _checked_condition(when)
         self.attempts = 0
         self.state = TaskState.NEW
         self.submitted: float | None = None
@@ -134,8 +188,14 @@ class Task:
     # Most tasks never set these fields, nor most optional fields of an AITask; defaults on the class save memory.
     # Python shares the attribute names of a class's objects, up to 30 that `__init__` sets; an object with others needs
     # 1.3 KB more.
+    when: Condition | None = None
+    priority = 0
     last_failure = ""
     replaced_by: str | None = None
+    placed_on: tuple[str, ...] = ()
+    """The nodes that it runs on, where they are known."""
+    earlier_attempts = 0
+    """Its attempts before it was run again on request; its retries count from there."""
     is_resumed = False
     """Whether its next attempt may run already, in an allocation that an earlier service had."""
     progress: Progress | None = None
@@ -143,9 +203,15 @@ class Task:
     raised: BaseException | None = None
     """The exception that the function raised, where it can be pickled and opened in this process."""
 
+    @property
+    def most_attempts(self) -> int:
+        """How often it is started at most."""
+        return self.earlier_attempts + self.retries + 1
+
     def sources(self) -> Sequence[Task]:
-        """The tasks that must have ended before this task starts: `needs()` and `after`."""
-        return [*self.needs(), *self.after] if self.after else self.needs()
+        """The tasks that must have ended before this task starts: `needs()`, `after` and the source of `when`."""
+        condition = [self.when.source] if self.when is not None and self.when.source is not None else ()
+        return [*self.needs(), *self.after, *condition] if self.after or condition else self.needs()
 
     def needs(self) -> Sequence[Task]:
         """The tasks whose results this task uses."""
@@ -170,8 +236,11 @@ class Task:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """The names of the nodes that the task ran on, the node of rank 0 first; empty on an engine of one node."""
-        return self.outcome.nodes if self.outcome else ()
+        """The names of the nodes that the task runs or ran on, the node of rank 0 first; empty on an engine of one
+        node."""
+        if self.outcome is not None:
+            return self.outcome.nodes
+        return self.placed_on if self.state is TaskState.RUNNING else ()
 
     @property
     def node(self) -> str | None:
@@ -191,6 +260,11 @@ class Task:
     @property
     def cause(self) -> Cause | None:
         return self.outcome.cause if self.outcome else None
+
+    @property
+    def counted_as(self) -> str:
+        """The name of the state, and "skipped" for a skipped task, which no count shows as canceled."""
+        return "skipped" if self.cause is Cause.SKIPPED else self.state.value
 
     @property
     def traceback(self) -> str:
@@ -233,6 +307,10 @@ class Task:
             self._future.set_exception(error)
             self._future.exception()  # without this, asyncio logs a failure that nobody awaits
 
+    def forget_future(self) -> None:
+        """Have the next `future` be about the next end."""
+        self._future = None
+
     # --- access as a mapping
 
     def keys(self) -> list[str]:
@@ -255,7 +333,7 @@ class Task:
 
     _extra_keys: Sequence[str] = (
         *("exit_code", "exception", "cause", "traceback", "notes", "timing", "last_failure", "progress", "replaced_by"),
-        "raised",
+        *("raised", "when", "priority"),
     )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,6 +353,12 @@ def _checked_after(after: object) -> tuple[Task, ...]:
     if isinstance(after, Task) or not isinstance(after, Iterable) or not all(isinstance(task, Task) for task in after):
         raise InvalidTask("after is a list of tasks, as in [first, second].", field="after")
     return tuple(after)
+
+
+def _checked_condition(when: object) -> Condition:
+    if not isinstance(when, Condition):
+        raise InvalidTask("when is a Condition, as in Condition(score, '/accuracy', above=0.9).", field="when")
+    return when
 
 
 def _checked_delay(seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.model.live.progress import Progress, progress_fields, progress_text
+from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves
 from rhapsody_mcp.toolsets.replies.formatting import counts_text, duration, limited_list, one_line, rounded, shortened
 
@@ -46,26 +48,30 @@ class Reply(BaseModel):
 
 
 class Row(Reply):
-    """How a task stands. `counts` are the tasks of a for_each, by state."""
+    """How a task stands. `counts` are the tasks of a for_each, by state; `attempts` are given from the second on."""
 
     task: str
     name: SkipJsonSchema[str | None] = None
     state: str
     seconds: SkipJsonSchema[float | None] = None
+    attempts: SkipJsonSchema[int | None] = None
+    most_attempts: SkipJsonSchema[int | None] = None
     nodes: SkipJsonSchema[str | None] = None
     counts: SkipJsonSchema[dict[str, int] | None] = None
     progress: SkipJsonSchema[dict[str, Any] | None] = None
     replaced_by: SkipJsonSchema[str | None] = None
 
     def head(self) -> str:
-        """As in `task.000002 train DONE in 0.31 s on node1`."""
+        """As in `task.000002 train DONE in 0.31 s on node1`, or `RUNNING for 2.50 s, attempt 2 of 4`."""
         replaced = f", replaced by {self.replaced_by}" if self.replaced_by else ""
-        took = "" if self.seconds is None else f"in {duration(self.seconds)}"
+        running = self.state == TaskState.RUNNING
+        took = "" if self.seconds is None else f"{'for' if running else 'in'} {duration(self.seconds)}"
         where = f"on {self.nodes}" if self.nodes else ""
         counts = f"({counts_text(self.counts)})" if self.counts else ""
         told = f"({one_line(shortened(self.told, _TOLD_CHARS))})" if self.told else ""
+        tried = f", attempt {self.attempts} of {self.most_attempts}" if running and self.attempts else ""
         parts = (self.task, self.name, self.state, took, where, counts, told)
-        return " ".join(part for part in parts if part) + replaced
+        return " ".join(part for part in parts if part) + tried + replaced
 
     @property
     def told(self) -> str:
@@ -74,7 +80,7 @@ class Row(Reply):
 
 
 class TaskRow(Row):
-    """A task in a list."""
+    """A task in a list. `seconds` of a running task are those so far."""
 
     kind: str
     backend: str
@@ -132,6 +138,8 @@ def row_fields(task: Task) -> dict[str, Any]:
         "name": task.name,
         "state": task.state.value,
         "seconds": rounded(task.timing.execution_s) if task.outcome else None,
+        "attempts": task.attempts if task.attempts > 1 else None,
+        "most_attempts": max(task.attempts, task.most_attempts) if task.attempts > 1 else None,
         "nodes": limited_list(task.nodes, _NODES) or None,
         "progress": progress_fields(task.progress) if task.progress is not None else None,
         "counts": count_states(leaves([task])) if isinstance(task, ForEach) and task.children else None,
@@ -140,11 +148,13 @@ def row_fields(task: Task) -> dict[str, Any]:
 
 
 def task_row(task: Task) -> TaskRow:
-    failure: dict[str, Any] = {}
+    fields, failure = row_fields(task), dict[str, Any]()
     if task.outcome is not None and task.outcome.error:
         failure = {"cause": task.outcome.cause, "error": shortened(task.outcome.error, _ERROR_CHARS)}
-    return TaskRow(**row_fields(task), kind=kind_of(task), backend=task.backend or "", **failure)
+    if task.state is TaskState.RUNNING and task.started is not None:
+        fields["seconds"] = rounded(max(0.0, time.time() - task.started))
+    return TaskRow(**fields, kind=kind_of(task), backend=task.backend or "", **failure)
 
 
 def count_states(tasks: Iterable[Task]) -> dict[str, int]:
-    return dict(Counter(task.state.value for task in tasks))
+    return dict(Counter(task.counted_as for task in tasks))

@@ -51,13 +51,13 @@ FailureGroups = Annotated[
 
 
 def group_failures(tasks: Iterable[Task], share: float = 1.0) -> list[FailureGroup]:
-    """The tasks that ended FAILED or CANCELED, in groups: FAILED first, then by size.
+    """The tasks that ended FAILED or CANCELED, except skipped ones, in groups: FAILED first, then by size.
 
     A for_each that has children is in no group: its children are.
     """
     groups: dict[tuple[bool, str, str], list[Task]] = {}
     for task in tasks:
-        if task.outcome is None or task.outcome.state is TaskState.DONE:
+        if task.outcome is None or task.outcome.state is TaskState.DONE or task.cause is Cause.SKIPPED:
             continue
         if not (isinstance(task, ForEach) and task.children):
             groups.setdefault(_failure_key(task.outcome), []).append(task)
@@ -102,7 +102,8 @@ def group_notes(tasks: Iterable[Task], most: int) -> list[str]:
     """The first notes about how the tasks ran, as in `3 tasks, such as fit-1: 2 ranks share 1 core`."""
     groups: dict[str, list[tuple[Task, str]]] = {}
     for task in tasks:
-        for note in task.notes:
+        skipped = [f"skipped, {task.outcome.error}"] if task.outcome and task.cause is Cause.SKIPPED else []
+        for note in (*task.notes, *skipped):
             groups.setdefault(_note_key(note), []).append((task, note))
     texts = []
     for members in list(groups.values())[:most]:

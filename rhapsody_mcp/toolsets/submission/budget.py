@@ -9,8 +9,10 @@ from mcp.server.mcpserver import Elicit
 
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.runtime.dataflow.item_template import with_item
+from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.task_request import StandIn, TaskRequest
 from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.submission.again import planned_again, repeated_again, tokens_of
 from rhapsody_mcp.toolsets.submission.prepared import check_tasks, prepare_tasks
 from rhapsody_mcp.toolsets.submission.submit import repeated_submission
 from rhapsody_mcp.toolsets.tooling.background import to_thread_if_large
@@ -71,7 +73,8 @@ def over_budget(demand: Demand, settings: Settings) -> list[str]:
 
 async def ask_to_exceed(
     session: str,
-    tasks: list[TaskRequest],
+    tasks: list[TaskRequest] | None,
+    retry: list[str] | None,
     dry_run: bool,
     idempotency_key: str | None,
     force: bool,
@@ -79,13 +82,24 @@ async def ask_to_exceed(
 ) -> Elicit[Confirm] | Confirm:
     state = ServerState.of(context)
     open_session = state.sessions.get(session)
-    if force or dry_run:
+    if force or dry_run or not (tasks or retry):
         return Confirm()
     usage = open_session.session.usage
-    over = over_budget(Demand(usage.tasks, usage.tokens).plus(demand_of(tasks)), state.settings)
-    if not over or repeated_submission(open_session, tasks, idempotency_key) is not None:
+    demand = demand_of(tasks) if tasks else _demand_again(open_session, retry or [], idempotency_key)
+    over = over_budget(Demand(usage.tasks, usage.tokens).plus(demand), state.settings)
+    if not over or (tasks and repeated_submission(open_session, tasks, idempotency_key) is not None):
         return Confirm()
+    question = f"This gives {session} {'; '.join(over)}."
+    if not tasks:
+        return ask(question, context)
     async with open_session.naming_lock:  # a person is not asked about tasks that will be refused
         prepared = await prepare_tasks(open_session, tasks)
         await to_thread_if_large(check_tasks, open_session, tasks, prepared)
-    return ask(f"This gives {session} {'; '.join(over)}.", context)
+    return ask(question, context)
+
+
+def _demand_again(open_session: OpenSession, names: Sequence[str], idempotency_key: str | None) -> Demand:
+    if repeated_again(open_session, names, idempotency_key) is not None:
+        return Demand(0, 0)
+    again = planned_again(open_session, names)
+    return Demand(len(again), sum(map(tokens_of, again)))

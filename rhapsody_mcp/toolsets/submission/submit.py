@@ -68,8 +68,11 @@ async def _take(
         await open_session.submit(tasks, accepted, stored, submission)
 
 
-_ADDED_FIELDS = {"outputs", "ranks_per_node", "stdout"}
+_ADDED_FIELDS = {"cores", "gpus", "memory_gb", "outputs", "priority", "ranks_per_node", "stdout", "when"}
 """Fields of a request that version 0.1 did not have."""
+
+
+_BECAUSE_OF_OTHERS = (Cause.UPSTREAM, Cause.SKIPPED)
 
 
 def _digest(requests: Sequence[TaskRequest], *, with_defaults: bool = False) -> bytes:
@@ -110,8 +113,7 @@ def _canceled_with(replaced: Collection[Task], open_session: OpenSession) -> lis
     sources = {task.uid for task in replaced}
     if not sources:
         return []
-    return [
-        name_of(task)
-        for task in open_session.session.tasks
-        if task.cause is Cause.UPSTREAM and not task.replaced_by and sources & {source.uid for source in task.sources()}
+    canceled = [
+        task for task in open_session.session.tasks if task.cause in _BECAUSE_OF_OTHERS and not task.replaced_by
     ]
+    return [name_of(task) for task in canceled if sources & {source.uid for source in task.sources()}]

@@ -207,26 +207,39 @@ def _open(selected: SelectedTasks) -> list[str]:
     rows = {row.uid: row for task in selected.until if not (row := selected.row_of(task)).state.final}
     pending, session = list(rows.values()), selected.open_session.session
     running = Counter(task.backend for task in leaves(session.tasks) if task.state is TaskState.RUNNING)
-    texts = [f"{name_of(task)} {task.state}{_why(task, running, session.engines)}" for task in pending[:_NAMES_SHOWN]]
+    shown = [(task, _next_to_start(task)) for task in pending[:_NAMES_SHOWN]]
+    before = session.queued_before(first for _, first in shown)
+    texts = [
+        f"{name_of(task)} {task.state}{_why(task, first, before, running, session.engines)}" for task, first in shown
+    ]
     return texts + ([f"and {len(pending) - _NAMES_SHOWN} more"] if len(pending) > _NAMES_SHOWN else [])
 
 
-def _why(task: Task, running: Counter[str | None], engines: dict[str, str]) -> str:
+def _next_to_start(task: Task) -> Task:
+    """Of a for_each, the task that starts next."""
+    queued = [child for child in task.children if child.state is TaskState.QUEUED] if isinstance(task, ForEach) else []
+    return max(queued, key=lambda child: child.priority, default=task)
+
+
+def _why(task: Task, first: Task, before: dict[str, int], running: Counter[str | None], engines: dict[str, str]) -> str:
     if task.state is TaskState.RUNNING and task.progress is not None:
         return f" ({shortened(progress_text(task.progress), _TOLD_CHARS)})"
     if task.state is TaskState.WAITING:
         sources = {name_of(source): None for source in task.sources() if not source.state.final}
         return f" for {', '.join(list(sources)[:_SOURCES])}" if sources else ""
+    if task.state is TaskState.RUNNING and task.attempts > 1:
+        return f", attempt {task.attempts} of {max(task.attempts, task.most_attempts)}"
     if task.state is TaskState.QUEUED and task.last_failure:
         return f" to be tried again: {shortened(task.last_failure, 100)}"
-    if isinstance(task, ForEach):
-        task = next((child for child in task.children if child.state is TaskState.QUEUED), task)
+    task = first
     if task.state is not TaskState.QUEUED or task.backend is None:
         return ""
     if (state := engines.get(task.backend, _READY)) != _READY:
         return f" until {task.backend} is ready{f' ({state})' if len(state) <= _STATE_CHARS else ''}"
-    if running[task.backend]:
-        return f" behind {running[task.backend]} running on {task.backend}"
+    if count := before.get(task.uid):
+        runs = running[task.backend]
+        waits = f", {count - runs} of them waiting" if count > runs else ""
+        return f" behind {count} on {task.backend}{waits}"
     return f" at {task.backend}, which has not started it yet"
 
 

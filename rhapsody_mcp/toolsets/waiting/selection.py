@@ -100,7 +100,7 @@ class SelectedTasks:
             yield from sorted((at, task) for task in awaited if (at := task.position) is not None and at >= since)
             return
         for position, task in enumerate(ended[since:], since):
-            if task in self:
+            if task.position == position and task in self:  # else it ran again since
                 yield position, task
 
     def news(self) -> list[tuple[int, Task]]:

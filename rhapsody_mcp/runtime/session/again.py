@@ -1,0 +1,91 @@
+"""Runs tasks again in place: which tasks a retry is about, and how each forgets its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of, with_children
+
+__all__ = ["attempts_before", "forget_end", "tasks_to_run_again"]
+
+_BECAUSE_OF_OTHERS = (Cause.UPSTREAM, Cause.SKIPPED)
+
+
+def tasks_to_run_again(named: Iterable[Task], session_tasks: Sequence[Task]) -> list[Task]:
+    """What runs again with the named tasks: of a for_each its tasks that did not end well; what these need and did not
+    get; and all that was canceled or skipped because of any of these. In the order of submission, a ForEach after its
+    children; empty where none of the named tasks ended FAILED or CANCELED.
+
+    Raises InvalidTask for a task whose name another one has taken, or that needs such a task.
+    """
+    every = list(with_children(session_tasks))
+    dependents: dict[str, list[Task]] = {}
+    for task in every:
+        for source in task.sources() if task.cause in _BECAUSE_OF_OTHERS else ():
+            dependents.setdefault(source.uid, []).append(task)
+    again: set[str] = set()
+    pending = list(_with_missing_sources(task for one in named for task in _failed_parts(one)))
+    while pending:
+        task = pending.pop()
+        if task.uid not in again:
+            _refuse_impossible(task)
+            again.add(task.uid)
+            pending += dependents.get(task.uid, ())
+            pending += [task.parent] if task.parent is not None and task.parent.state.final else ()
+    return [task for task in every if task.uid in again]
+
+
+def _did_not_end_well(task: Task) -> bool:
+    return task.state in (TaskState.FAILED, TaskState.CANCELED) and task.cause is not Cause.SKIPPED
+
+
+def _failed_parts(task: Task) -> Iterator[Task]:
+    """The children of a ForEach that did not end well, and the task itself where it did not."""
+    if isinstance(task, ForEach):
+        yield from filter(_did_not_end_well, task.children)
+    if _did_not_end_well(task):
+        yield task
+
+
+def _with_missing_sources(tasks: Iterable[Task]) -> Iterator[Task]:
+    """The tasks, and what they need and did not get, also through other tasks."""
+    pending, seen = list(tasks), set[str]()
+    while pending:
+        task = pending.pop()
+        if task.uid not in seen:
+            seen.add(task.uid)
+            yield task
+            for source in task.sources() if task.on_upstream_failure == "cancel" else ():
+                pending += _failed_parts(source)
+
+
+def _refuse_impossible(task: Task) -> None:
+    top = task.parent or task
+    if top.replaced_by is not None:
+        raise InvalidTask(
+            f"{name_of(task)} ({task.uid}) cannot run again: {top.replaced_by} has taken its name. Submit what needs "
+            "it again, under its own name."
+        )
+    parent = task.parent
+    if isinstance(parent, ForEach) and not parent.state.final and all(one.state.final for one in parent.children):
+        raise InvalidTask(f"{name_of(parent)} puts its results together now; call wait_tasks, then run it again.")
+
+
+def attempts_before(task: Task) -> int:
+    """The attempts that a task has had when it runs again. A backend may have had it although it never started."""
+    is_sure = task.cause in _BECAUSE_OF_OTHERS or isinstance(task, ForEach)
+    return task.attempts if is_sure else max(1, task.attempts)
+
+
+def forget_end(task: Task, now: float) -> None:
+    """Make an ended task one that waits since now. Its attempts go on counting, and it has all its retries anew."""
+    task.attempts = task.earlier_attempts = attempts_before(task)
+    if task.attempts and task.outcome is not None and task.cause not in _BECAUSE_OF_OTHERS:
+        task.last_failure = f"attempt {task.attempts} ended with cause {task.cause}: {task.outcome.error}"
+    task.state, task.submitted = TaskState.WAITING, now
+    task.outcome = task.started = task.position = task.return_value = task.stdout = task.stderr = None
+    task.ranks = ()
+    task.raised = None
+    task.forget_future()
