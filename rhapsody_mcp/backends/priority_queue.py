@@ -50,6 +50,11 @@ class PriorityQueue(Sequence[_T]):
                 return level.popleft()
             del self._levels[0], self._by_priority[-minus_priority]
 
+    def remove(self, item: _T) -> None:
+        """Remove an item; quick for one of the first of its priority. Raises ValueError where it is not there."""
+        level = self._by_priority.get(item.priority)
+        (deque[_T]() if level is None else level).remove(item)
+
     def take(self, is_wanted: Callable[[_T], bool]) -> list[_T]:
         """Remove the items of which `is_wanted` is true, and return them in order."""
         taken = [item for item in self if is_wanted(item)]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rhapsody_mcp.backends.base import BeforeStart, Ended, Event, Running
 from rhapsody_mcp.backends.compute.dispatcher import Dispatcher
 from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node
 from rhapsody_mcp.engine.messages import FunctionFinished, FunctionResult, RunFunction, StartTask, WorkerExited
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Call, Command, Layout, RankGroup, TaskRun, TaskSpec, Template
+from rhapsody_mcp.model.specs import Call, Command, Layout, Needs, RankGroup, TaskRun, TaskSpec, Template
 from rhapsody_mcp.model.states import TaskState
 
-__all__ = ["DONE", "Notes", "Scene", "finished", "function", "job", "process_on", "task_run"]
+__all__ = ["DONE", "Notes", "Scene", "finished", "function", "job", "needing", "process_on", "task_run"]
 
 DONE = Outcome(state=TaskState.DONE, ended=1.0)
 
@@ -50,7 +51,12 @@ class Scene:
     """A dispatcher, and the events that it reports."""
 
     def __init__(
-        self, *, bundles: bool = False, expected_nodes: int = 1, before_start: BeforeStart | None = None
+        self,
+        *,
+        bundles: bool = False,
+        expected_nodes: int = 1,
+        before_start: BeforeStart | None = None,
+        patience_s: float = 3600.0,
     ) -> None:
         self.events: list[Event] = []
         self.exits: list[tuple[Sequence[InFlightTask], WorkerExited]] = []
@@ -60,10 +66,11 @@ class Scene:
             bundles=bundles,
             expected_nodes=expected_nodes,
         )
+        self.dispatcher.processes.patience_s = patience_s
 
-    def node(self, name: str, slots: int) -> tuple[Node, Notes]:
+    def node(self, name: str, cores: int, **hardware: Any) -> tuple[Node, Notes]:
         agent = Notes()
-        node = Node(name, slots, agent=agent)
+        node = Node(name, cores, agent=agent, **hardware)
         self.dispatcher.add_node(node)
         return node, agent
 
@@ -103,6 +110,11 @@ def task_run(uid: str, layout: Layout, timeout_s: float | None = None) -> TaskRu
 
 def job(uid: str, ranks: int, ranks_per_node: int | None = None) -> TaskRun:
     return task_run(uid, Layout("job", (RankGroup(ranks, Template()),), ranks_per_node=ranks_per_node))
+
+
+def needing(uid: str, needs: Needs, ranks: int = 1) -> TaskRun:
+    """A job whose ranks each need this."""
+    return task_run(uid, Layout("job", (RankGroup(ranks, Template()),), needs=needs))
 
 
 def process_on(uid: str, host: str) -> TaskRun:

@@ -46,23 +46,23 @@ async def test_a_job_goes_to_the_node_with_the_most_free_slots() -> None:
     two, second = scene.node("two", 4)
     scene.submit(job("a", 3), job("b", 2), job("c", 1))
     assert (first.uids, second.uids) == (["b"], ["a", "c"])
-    assert (one.free_slots, two.free_slots) == (0, 0)
+    assert (one.pool.free_cores, two.pool.free_cores) == (0, 0)
 
 
 async def test_a_job_larger_than_a_node_takes_all_of_one_and_others_wait_behind_it() -> None:
-    scene = Scene()
+    scene = Scene(patience_s=0)
     node, agent = scene.node("one", 2)
     scene.submit(job("a", 1), job("b", 8), job("c", 1))
     assert agent.uids == ["a"]
     scene.dispatcher.task_ended(node, "a", DONE)
-    assert (agent.uids, node.free_slots) == (["a", "b"], 0)
+    assert (agent.uids, node.pool.free_cores) == (["a", "b"], 0)
     scene.dispatcher.task_ended(node, "b", DONE)
     assert agent.uids == ["a", "b", "c"]
 
 
 async def test_a_task_is_canceled_where_it_is() -> None:
     scene = Scene()
-    _, agent = scene.node("one", 1)
+    _, agent = scene.node("one", 2, worker_slots=1)
     worker = scene.worker("1")
     scene.submit(function("runs"), function("waits"), job("job", 1), job("queued", 1))
     scene.dispatcher.stop(["runs", "waits", "job", "queued"], Cause.CANCELED)

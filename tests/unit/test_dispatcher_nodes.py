@@ -27,8 +27,8 @@ FAILED = msgspec.structs.replace(
 CANCELED = Outcome(state=TaskState.CANCELED, ended=1.0, cause=Cause.CANCELED)
 
 
-async def test_a_job_gets_all_its_slots_at_once_and_nobody_passes_it() -> None:
-    scene = Scene()
+async def test_a_job_gets_all_its_cores_at_once_and_nobody_passes_it_once_it_has_waited() -> None:
+    scene = Scene(patience_s=0)
     one, first = scene.node("one", 2)
     two, second = scene.node("two", 2)
     scene.submit(job("small", 1), job("large", 4), job("later", 1))
@@ -37,11 +37,11 @@ async def test_a_job_gets_all_its_slots_at_once_and_nobody_passes_it() -> None:
     assert (first.ranks["large"], second.ranks["large"]) == ((0, 1), (2, 3))
     scene.dispatcher.task_ended(two, "large", DONE)
     assert "large" not in scene.states and second.uids == ["large", "later"], (
-        "the slots of a part are free once it ends"
+        "the cores of a part are free once it ends"
     )
     scene.dispatcher.task_ended(one, "large", DONE)
     assert scene.outcomes["large"].nodes == ("one", "two")
-    assert (one.free_slots, two.free_slots) == (2, 1)
+    assert (one.pool.free_cores, two.pool.free_cores) == (2, 1)
 
 
 async def test_each_node_is_told_all_nodes_and_a_task_on_one_node_has_all_its_ranks() -> None:
@@ -127,7 +127,7 @@ async def test_a_task_is_refused_where_its_node_is_not_expected_any_more() -> No
     scene.node("one", 1)
     scene.submit(process_on("a", "two"))
     assert not scene.events
-    scene.dispatcher.expect_nodes(1)
+    scene.dispatcher.processes.expect_nodes(1)
     assert scene.outcomes["a"].error == "host_name 'two' is no node of this engine; it has 'one'."
 
 
@@ -201,7 +201,7 @@ async def test_a_job_with_ranks_on_a_lost_node_is_lost_once_its_other_ranks_have
     scene.dispatcher.task_ended(two, "a", FAILED)
     assert (scene.outcomes["a"].cause, scene.outcomes["a"].error) == (Cause.LOST, "one is gone")
     assert [rank.cause for rank in scene.outcomes["a"].ranks] == [Cause.LOST, Cause.LOST, None, Cause.EXIT_CODE]
-    assert second.uids == ["a", "b"] and two.free_slots == 0
+    assert second.uids == ["a", "b"] and two.pool.free_cores == 0
 
 
 async def test_a_job_that_no_node_was_asked_to_start_is_queued_again() -> None:
@@ -219,8 +219,10 @@ async def test_a_job_that_no_node_was_asked_to_start_is_queued_again() -> None:
     permission.set_result(True)
     for _ in range(10):  # turns of the loop, more than the answer needs
         await asyncio.sleep(0)
-    assert not first.uids and second.ranks == {"a": ()}, "its ranks share the node that is left"
-    assert two.free_slots == 0
+    assert not first.uids and second.ranks == {"b": ()}
+    scene.dispatcher.task_ended(two, "b", DONE)
+    assert second.uids == ["b", "a"], "its ranks share the node that is left"
+    assert two.pool.free_cores == 0
 
 
 async def test_tasks_for_a_lost_node_end_with_the_reason_until_it_joins_again() -> None:
@@ -310,11 +312,11 @@ async def test_jobs_never_take_more_than_all_slots_and_all_of_them_end(seed: int
     running = {(node, uid) for node, agent in agents.items() for uid in agent.uids}
     ended: set[tuple[Node, str]] = set()
     while running:
-        assert all(0 <= node.used_slots <= node.slots for node in agents)
+        assert all(0 <= node.pool.used_cores <= node.cores for node in agents)
         node, uid = draw.choice(sorted(running, key=lambda part: (part[0].name, part[1])))
         scene.dispatcher.task_ended(node, uid, DONE)
         ended.add((node, uid))
         running = {(node, uid) for node, agent in agents.items() for uid in agent.uids} - ended
     done = [uid for uid, state in scene.states.items() if state is TaskState.DONE]
     assert sorted(done) == sorted(valid) and len(scene.states) == len(jobs)
-    assert not any(node.used_slots for node in agents)
+    assert not any(node.pool.used_cores for node in agents)

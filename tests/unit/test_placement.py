@@ -20,7 +20,7 @@ def nodes(**free: tuple[int, int]) -> list[Node]:
     made = []
     for name, (slots, free_slots) in free.items():
         node = Node(name, slots, agent=Notes())
-        node.used_slots = slots - free_slots
+        node.pool.used_cores = slots - free_slots
         made.append(node)
     return made
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from rhapsody_mcp.backends.base import BackendBase, Kind, Report
 from rhapsody_mcp.backends.compute.engine import Engine, EngineConfig
+from rhapsody_mcp.backends.compute.in_flight import Node
 from rhapsody_mcp.backends.compute.nodes.allocated import AllocatedNodes, PlannedNodes
 from rhapsody_mcp.backends.compute.nodes.engine import MultiNodeEngine, NodesConfig
-from rhapsody_mcp.backends.compute.placement import refuse_too_many_ranks
+from rhapsody_mcp.backends.compute.placement import refuse_too_large, refuse_too_many_ranks
 from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.backends.shared_run import SharedRun
-from rhapsody_mcp.engine.messages import LauncherName
+from rhapsody_mcp.engine.messages import LauncherName, ReadOutput
 from rhapsody_mcp.engine.network.addresses import refuse_unknown_network
+from rhapsody_mcp.engine.node.hardware import count_gpus, memory_gib
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.live.output import OutputQuery, Printed
 from rhapsody_mcp.model.specs import Caps, TaskRun, TaskSpec
@@ -29,9 +33,11 @@ _RANKS_A_CORE = 32
 
 
 class ComputeBackend(BackendBase):
-    """Runs up to `num_workers` native functions at a time, and as many tasks in processes of their own.
+    """Runs up to `num_workers` native functions at a time, and tasks in processes of their own while there is room.
 
-    A job counts as many tasks as it has ranks; a job with more ranks than `num_workers` runs alone. A worker runs its
+    All share the cores, GPUs and memory of each node. A function takes a core, or less where there are more workers than
+    cores; a process takes what its task says it needs, else one core; a job with more such ranks than there are cores
+    runs alone. A worker runs its
     functions one after the other; when the worker dies, only the running function fails. A worker or an engine that
     has been stopped for `stall_s` counts as dead, and so does an engine that has not answered for `stall_s`.
     """
@@ -80,8 +86,10 @@ class ComputeBackend(BackendBase):
         self.num_workers *= count
 
     def check(self, spec: TaskSpec) -> None:
-        """Raise InvalidTask where the task has more ranks than the nodes can hold; each rank takes two processes."""
+        """Raise InvalidTask where the task needs more than there is, or has more ranks than the nodes can hold; each
+        rank takes two processes."""
         cores = self.nodes.cores
+        refuse_too_large(spec.layout, self._known_nodes)
         refuse_too_many_ranks(spec.layout, len(cores))
         if spec.layout.ranks > (max_ranks := _RANKS_A_CORE * sum(cores)):
             machine = "this machine" if len(cores) == 1 else f"{len(cores)} nodes"
@@ -89,6 +97,13 @@ class ComputeBackend(BackendBase):
                 f"{spec.layout.ranks} ranks are too many for {machine} of {sum(cores)} cores; "
                 f"valid is up to {max_ranks} ({_RANKS_A_CORE} a core)."
             )
+
+    @cached_property
+    def _known_nodes(self) -> list[Node]:
+        """This machine, where it is the only node; the hardware of other nodes is known once they have joined."""
+        if self.num_nodes > 1 or isinstance(self.nodes, PlannedNodes):
+            return []
+        return [Node(socket.gethostname(), self.nodes.cores[0], gpus=count_gpus(), memory_gib=memory_gib())]
 
     def _refuse_to_start(self) -> None:
         """Raise InvalidSettings or BackendUnavailable where this machine cannot run the engine."""
@@ -209,7 +224,10 @@ class ComputeBackend(BackendBase):
     async def read_output(self, uid: str, query: OutputQuery) -> Printed | None:
         engine = self._engine
         task = engine.dispatcher.tasks.get(uid) if engine is not None else None
-        return await engine.output_reads.read(task, query) if engine is not None and task is not None else None
+        node, worker = task.place_of(query.rank) if task is not None else (None, "")
+        if engine is None or node is None:
+            return None
+        return await engine.output_reads.ask(lambda number: node.send(ReadOutput(number, uid, worker, query)))
 
     def prioritize(self, priorities: Mapping[str, int]) -> None:
         if self._engine is not None:

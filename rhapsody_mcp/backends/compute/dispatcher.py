@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import count
 
 import msgspec
 
@@ -14,7 +15,7 @@ from rhapsody_mcp.backends.compute.in_flight import Channel, InFlightTask, Node,
 from rhapsody_mcp.backends.compute.outcomes import finished, lost, stopped
 from rhapsody_mcp.backends.compute.process_dispatcher import ProcessDispatcher, RunStep
 from rhapsody_mcp.backends.compute.start_gate import StartGate
-from rhapsody_mcp.backends.compute.worker_pool import WorkerPool
+from rhapsody_mcp.backends.compute.worker_pool import WorkerPool, nodes_with_room
 from rhapsody_mcp.backends.priority_queue import PriorityQueue
 from rhapsody_mcp.engine.messages import (
     FunctionFinished,
@@ -41,11 +42,11 @@ class Dispatcher:
     """Assigns the tasks of one engine to its workers and nodes, and reports their starts and ends.
 
     Every method is called in the event loop. A native function goes to a worker, which runs one function at a time.
-    A program or a job starts once enough slots are free, in the order of priority, then of submission. With `bundles`,
-    a worker is started for each bundle of functions and ends with the bundle. When a worker exits, `on_exit` gets the
-    worker's tasks and must finish or requeue each. `stop_grace_s` is the time between the interrupt of a function and
-    the end of its worker. A program or a job that no node can run is refused once `expected_nodes` have joined; see
-    also `expect_nodes`.
+    A program or a job starts once its nodes have room for it. Functions and processes share the cores of a node, by
+    priority, then in the order of submission. With `bundles`, a worker is started for each bundle of functions and ends
+    with the bundle. When a worker exits, `on_exit` gets the worker's tasks and must finish or requeue each.
+    `stop_grace_s` is the time between the interrupt of a function and the end of its worker. A program or a job that no
+    node can run is refused once `expected_nodes` have joined.
     """
 
     def __init__(
@@ -64,9 +65,11 @@ class Dispatcher:
         self._drain_reason = ""
         self._on_exit, self._bundles, self._stop_grace_s = on_exit, bundles, stop_grace_s
         self._gate = StartGate(before_start)
-        self.processes = ProcessDispatcher(self._gate, self.finish, expected_nodes, run_step)
+        self._workers = WorkerPool(lambda node: self.processes.update(node))
+        self.processes = ProcessDispatcher(self._gate, self.finish, expected_nodes, run_step, self._workers.unpark)
+        self.processes.on_free = self._assign
         self._names_nodes = expected_nodes > 1
-        self._workers = WorkerPool()
+        self._numbers = count()
         self._function_queue: PriorityQueue[InFlightTask] = PriorityQueue()
         self._with_new_start: list[Worker] = []
         """The workers whose newest start is to be reported."""
@@ -80,15 +83,9 @@ class Dispatcher:
     def add_node(self, node: Node) -> None:
         self.processes.add_node(node)
         self._names_nodes |= len(self.nodes) > 1
-        for _ in range(0 if self._bundles else node.slots):
+        for _ in range(0 if self._bundles else node.worker_slots):
             self._start_worker(node)
-        self._assign_functions()
-        self.processes.assign()
-
-    def expect_nodes(self, count: int) -> None:
-        """Count on so many nodes from now on."""
-        self.processes.expected_nodes = count
-        self.processes.assign()
+        self._assign()
 
     def _start_worker(self, node: Node) -> None:
         worker = self._workers.add(node, _MAX_SENT if self._bundles else 1)
@@ -104,7 +101,7 @@ class Dispatcher:
         if worker is None:
             return False
         self._workers.set_ready(worker, tasks)
-        self._assign_functions()
+        self._assign()
         if not self._bundles:
             self._recall_unstarted()
         return True
@@ -136,7 +133,7 @@ class Dispatcher:
         self._on_exit(tasks, worker.exit)
         if not self.is_halted and not self._bundles:
             self._start_worker(worker.node)
-        self._assign_functions()
+        self._assign()
 
     def worker_failed(self, name: str) -> bool:
         """The worker could not be started. Returns whether any other worker is left."""
@@ -166,11 +163,10 @@ class Dispatcher:
 
     def submit(self, task_runs: Iterable[TaskRun], report: Report) -> None:
         for task_run in task_runs:
-            task = InFlightTask(task_run, report)
+            task = InFlightTask(task_run, report, next(self._numbers))
             self.tasks[task.uid] = task
             (self._function_queue if task.runs_in_worker else self.processes.queue).append(task)
-        self._assign_functions()
-        self.processes.assign()
+        self._assign()
 
     @property
     def _queues(self) -> Sequence[PriorityQueue[InFlightTask]]:
@@ -180,7 +176,7 @@ class Dispatcher:
         """Move tasks that wait in a queue, by uid, to these priorities."""
         for queue in self._queues:
             queue.move(lambda task: task.uid in priorities, lambda task: priorities[task.uid])
-        self.processes.assign()
+        self._assign()
 
     def stop(self, uids: Iterable[str], cause: Cause) -> None:
         """Ask for these tasks to end; `cause` is CANCELED or TIMEOUT. Unknown and ended uids are ignored."""
@@ -195,6 +191,7 @@ class Dispatcher:
         for task in stopping:
             if task.uid in uids_left:
                 self.processes.stop(task)
+        self._assign()
 
     def _finish_stopped(self, queued: list[InFlightTask]) -> None:
         """Finish these tasks: up to _STOPPED_PER_TURN now, the others in later turns of the event loop."""
@@ -237,7 +234,7 @@ class Dispatcher:
         """Put the tasks that have not ended at the head of the queue, in this order."""
         for task in reversed([task for task in tasks if task.uid in self.tasks]):
             self._requeue(task)
-        self._assign_functions()
+        self._assign()
 
     def _requeue(self, task: InFlightTask) -> None:
         if task.stop_cause is not None:
@@ -295,20 +292,31 @@ class Dispatcher:
 
     # --- who gets what
 
-    def _assign_functions(self) -> None:
-        """Assign queued functions to idle workers; a busy worker gets further functions when one of its own ends."""
+    def _assign(self) -> None:
+        """Give out what is free, to functions and processes in their order."""
+        if self.processes.queue:
+            self._assign_functions(before=self.processes.queue[0])
+            self.processes.assign()
+        self._assign_functions()
+
+    def _assign_functions(self, before: InFlightTask | None = None) -> None:
+        """Assign queued functions, or those that come before a process, to idle workers; a busy worker gets further
+        functions when one of its own ends."""
         if self.is_halted:
             return
         if self._bundles:
             self._start_workers_for_bundles()
-        while self._function_queue and (worker := self._workers.first_idle()) is not None:
+        queue = self._function_queue
+        while queue and (before is None or queue[0].comes_before(before)):
+            if (worker := self._workers.first_idle()) is None:
+                return
             self._feed_worker(worker)
 
     def _start_workers_for_bundles(self) -> None:
         """Start a worker for each waiting bundle; the worker gets its bundle when it is ready."""
         bundles = -(-len(self._function_queue) // _MAX_SENT)
         starting = sum(not worker.assigned for worker in self._workers.by_name.values())
-        for node in _nodes_with_room(self.nodes, bundles - starting):
+        for node in nodes_with_room(self.nodes, bundles - starting):
             self._start_worker(node)
 
     def _feed_worker(self, worker: Worker) -> None:
@@ -325,6 +333,7 @@ class Dispatcher:
             task.worker = worker
             worker.assigned[task.uid] = task
         if share:
+            self._workers.give_core(worker)
             self._gate.let_through(share, self._function_queue, partial(self._send, worker, share))
 
     def _send(self, worker: Worker, share: Iterable[InFlightTask]) -> None:
@@ -344,7 +353,7 @@ class Dispatcher:
             self._workers.note_holding(worker)
             worker.function_channel.send(*messages)
         else:  # all tasks were canceled meanwhile
-            self._assign_functions()
+            self._assign()
 
     def _recall_unstarted(self) -> None:
         """Where a worker is idle and no function is queued, recall tasks that wait in other workers."""
@@ -403,22 +412,25 @@ class Dispatcher:
     def _adjust_and_feed(self, worker: Worker, message: FunctionFinished) -> None:
         """Set how many functions the worker may have at a time, and send it more functions."""
         if self._bundles:
-            self._end_idle_worker(worker)
+            if not worker.assigned and worker.function_channel is not None:
+                worker.function_channel.close()  # the worker has run its bundle; it exits then
             return
         is_short = message.ended - message.started < _SHORT_S
         worker.window = min(worker.window * 2, _MAX_SENT) if is_short else 1
         worker.recalled.discard(message.uid)
-        if self._function_queue and not self.is_halted:
+        if self._function_queue and not self.is_halted and not self._yields(worker):
             if len(worker.assigned) <= worker.window // 2:
                 self._feed_worker(worker)
         elif not worker.assigned:
             self._workers.note_idle(worker)
+            self._assign()
             self._recall_unstarted()
 
-    def _end_idle_worker(self, worker: Worker) -> None:
-        """Close the connection of a worker that has run its bundle; the worker then exits."""
-        if not worker.assigned and worker.function_channel is not None:
-            worker.function_channel.close()
+    def _yields(self, worker: Worker) -> bool:
+        """Whether a program or a job that waits is to have the core of the worker before more functions."""
+        if not self.processes.queue:
+            return False
+        return worker.node.is_held or self.processes.queue[0].comes_before(self._function_queue[0])
 
     def task_revoked(self, uid: str) -> None:
         """The worker gives this task back: the task has not started there and never will."""
@@ -430,21 +442,7 @@ class Dispatcher:
         self._workers.note_idle(task.worker)
         self.requeue([task])
 
-    def ranks_prepared(self, node: Node, uid: str, scripts: Mapping[int, str]) -> None:
-        """A node has prepared its ranks of a task that a step of the scheduler starts."""
-        if (task := self.tasks.get(uid)) is not None:
-            self.processes.ranks_prepared(node, task, scripts)
-
     def task_ended(self, node: Node, uid: str, outcome: Outcome) -> None:
         """A program, or the ranks of a job on this node, have ended."""
         if (task := self.tasks.get(uid)) is not None:
             self.processes.ended_on(node, task, outcome)
-
-
-def _nodes_with_room(nodes: Sequence[Node], count: int) -> Iterator[Node]:
-    """Yield up to `count` times the node with room for the most workers; the caller adds a worker to each."""
-    for _ in range(count):
-        node = max(nodes, key=lambda node: node.slots - len(node.workers), default=None)
-        if node is None or len(node.workers) >= node.slots:
-            return
-        yield node

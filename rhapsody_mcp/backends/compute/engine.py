@@ -20,11 +20,11 @@ from rhapsody_mcp.backends.base import BeforeStart, EngineBook, Progressed, Repo
 from rhapsody_mcp.backends.compute.crashes import collect_printed, noted_starts, outcomes_after_exit
 from rhapsody_mcp.backends.compute.dispatcher import Dispatcher
 from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node
-from rhapsody_mcp.backends.compute.live_output import OutputReads
 from rhapsody_mcp.backends.compute.process_dispatcher import RunStep
 from rhapsody_mcp.backends.compute.transport import Connection, Transport, UnixTransport
 from rhapsody_mcp.backends.engine_process import KeeperHandle
 from rhapsody_mcp.backends.environment import Environment
+from rhapsody_mcp.backends.output_reads import OutputReads
 from rhapsody_mcp.engine.messages import (
     FunctionFinished,
     HostConfig,
@@ -341,7 +341,8 @@ class Engine:
                 self._exit_reporters[message.worker] = connection
                 dispatcher.worker_exited(message)
             case RanksPrepared():
-                dispatcher.ranks_prepared(self.agents[connection], message.uid, message.scripts)
+                if (task := dispatcher.tasks.get(message.uid)) is not None:
+                    dispatcher.processes.ranks_prepared(self.agents[connection], task, message.scripts)
             case OutputTaken():
                 self._on_output_taken(connection, message)
             case WorkerStartFailed():
@@ -375,11 +376,12 @@ class Engine:
     def _on_node_ready(self, agent: Connection, message: NodeReady) -> None:
         node = Node(
             message.host,
-            self._slots_of(message),
+            message.cores,
+            worker_slots=self._slots_of(message),
             agent=agent,
-            cores=message.cores,
             gpus=message.gpus,
             memory_gib=message.memory_gib,
+            cpus=message.cpus,
         )
         self.agents[agent] = node
         self.dispatcher.add_node(node)

@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from rhapsody_mcp.backends.base import Report
-from rhapsody_mcp.engine.messages import WorkerExited
+from rhapsody_mcp.backends.compute.node_pool import NodePool
+from rhapsody_mcp.engine.messages import Devices, WorkerExited
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.specs import Call, TaskRun
 from rhapsody_mcp.model.states import Cause
@@ -24,7 +25,8 @@ class Channel(Protocol):
 
 
 class Node:
-    """A node with its hardware. `slots` functions, and as many ranks of other tasks, can run on the node at a time.
+    """A node with its hardware, its workers and its processes. Up to `worker_slots` functions run on it at a time; the
+    default is one a core.
 
     `agent` is the channel to the node agent; None once the agent is gone.
     """
@@ -32,35 +34,47 @@ class Node:
     def __init__(
         self,
         name: str,
-        slots: int,
+        cores: int,
         *,
+        worker_slots: int | None = None,
         agent: Channel | None = None,
-        cores: int = 0,
         gpus: int = 0,
         memory_gib: float | None = None,
+        cpus: tuple[int, ...] = (),
     ) -> None:
-        self.name, self.slots, self.agent = name, slots, agent
+        self.name, self.cores, self.agent = name, cores, agent
+        self.worker_slots = cores if worker_slots is None else worker_slots
         self.names = (name,)
         """The name, as the `nodes` of a task."""
-        self.cores, self.gpus, self.memory_gib = cores, gpus, memory_gib
+        self.gpus, self.memory_gib = gpus, memory_gib
+        memory_bytes = None if memory_gib is None else memory_gib * 1024**3
+        self.pool = NodePool(cores, self.worker_slots, gpus=gpus, memory_bytes=memory_bytes, cpus=cpus)
+        self.is_held = False
+        """Whether no task starts here but the one that the node is held for."""
         self.workers: dict[str, Worker] = {}
         self.process_tasks: dict[str, InFlightTask] = {}
-        """By uid, the programs and jobs that hold slots of this node, in the order in which they got them."""
-        self.used_slots = 0
+        """By uid, the programs and jobs that hold cores of this node, in the order in which they got them."""
+        self.parked: list[tuple[int, Worker]] = []
+        """A heap of idle workers, by number, for which no core was free."""
 
     @property
-    def free_slots(self) -> int:
-        return self.slots - self.used_slots
+    def memory_gb(self) -> float | None:
+        return None if self.memory_gib is None else round(self.memory_gib * 1.073741824, 1)
 
-    def reserve(self, task: InFlightTask, ranks: int) -> None:
-        """Give this many ranks of the task their slots; more ranks than the node has slots share all slots."""
+    @property
+    def takes_worker(self) -> bool:
+        """Whether an idle worker of the node may get functions now."""
+        return not self.is_held and self.pool.has_room_for_worker
+
+    def take(self, task: InFlightTask, ranks: int) -> tuple[Devices, ...]:
+        """Give these ranks of the task what they need, and return the devices of each."""
         self.process_tasks[task.uid] = task
-        self.used_slots += min(ranks, self.slots)
+        return self.pool.take(task.uid, task.task_run.spec.layout, ranks)
 
-    def release(self, task: InFlightTask, ranks: int) -> None:
-        """Take back the slots of `reserve`."""
+    def give_back(self, task: InFlightTask) -> None:
+        """Undo `take`."""
         del self.process_tasks[task.uid]
-        self.used_slots -= min(ranks, self.slots)
+        self.pool.give_back(task.uid)
 
     def send(self, message: object) -> None:
         """Send a message to the node agent; does nothing where the agent is gone."""
@@ -85,6 +99,8 @@ class Worker:
         self.window = window
         """How many functions the worker may have at a time."""
         self.exit: WorkerExited | None = None
+        self.has_core = False
+        """Whether the worker counts in the pool of its node, because it has functions."""
         self.is_listed = False
         """Whether the worker is in the pool's list of workers that may be idle."""
 
@@ -104,6 +120,8 @@ class Placement:
 
     def __init__(self, ranks: Mapping[Node, tuple[int, ...]]) -> None:
         self.ranks = ranks
+        self.devices: dict[Node, tuple[Devices, ...]] = {}
+        """The devices of the ranks of each node, in order, where the task asked for devices."""
         self.outcomes: dict[Node, Outcome] = {}
         """The outcome of each node's ranks, once all of these have ended."""
         self.scripts: dict[int, tuple[Node, str]] = {}
@@ -121,12 +139,13 @@ class InFlightTask:
     """A task that has not ended. A task waits in a queue, and then has a `worker`, or slots in its `placement`."""
 
     __slots__ = (
-        *("is_sent", "nodes", "permission", "permission_asked", "placement", "printed", "priority"),
+        *("is_sent", "nodes", "number", "permission", "permission_asked", "placement", "printed", "priority"),
         *("rank_that_tells", "report", "runs_in_worker", "started", "stop_cause", "task_run", "timer", "uid", "worker"),
     )
 
-    def __init__(self, task_run: TaskRun, report: Report) -> None:
-        self.task_run, self.report = task_run, report
+    def __init__(self, task_run: TaskRun, report: Report, number: int = 0) -> None:
+        """Tasks with a lower `number` were submitted before."""
+        self.task_run, self.report, self.number = task_run, report, number
         self.uid, self.priority = task_run.spec.uid, task_run.spec.priority
         self.runs_in_worker = task_run.spec.layout.mode == "native"
         self.worker: Worker | None = None
@@ -147,10 +166,30 @@ class InFlightTask:
         """The first rank that has told its progress, which stands for that of the task."""
 
     @property
+    def shape(self) -> tuple[object, ...]:
+        """What decides where the task can run: of tasks with one shape, there is room for all or for none."""
+        layout = self.task_run.spec.layout
+        hosts = tuple(group.template.host_name for group in layout.groups)
+        return layout.ranks, layout.needs, layout.ranks_per_node, layout.pmi, hosts
+
+    @property
     def size(self) -> int:
         """The size of the function and its arguments, in bytes; 0 for a program."""
         work = self.task_run.spec.work
         return len(work.code) + len(work.arguments) if isinstance(work, Call) else 0
+
+    def comes_before(self, other: InFlightTask) -> bool:
+        """Whether this task is to start before the other, where both could."""
+        return (-self.priority, self.number) < (-other.priority, other.number)
+
+    def place_of(self, rank: int) -> tuple[Node | None, str]:
+        """The node on which the rank runs, and the name of the worker where one runs the task now; None where the rank
+        has not started."""
+        if (worker := self.worker) is not None:
+            is_running = self.is_sent and next(iter(worker.assigned), None) == self.uid
+            return (worker.node if is_running else None), worker.name
+        ranks = self.placement.ranks.items() if self.placement is not None else ()
+        return next((node for node, own in ranks if rank in own), None), ""
 
     def take_back(self) -> None:
         """Note that the task is assigned to no worker and no node any more."""

@@ -7,11 +7,12 @@ from heapq import heapify, heappop, heapreplace
 from itertools import islice
 
 from rhapsody_mcp.backends.compute.in_flight import Node
+from rhapsody_mcp.backends.compute.node_pool import needs_text
 from rhapsody_mcp.engine.node.hardware import is_host
 from rhapsody_mcp.model.errors import InvalidSettings, InvalidTask
-from rhapsody_mcp.model.specs import Layout
+from rhapsody_mcp.model.specs import Layout, Needs
 
-__all__ = ["place", "refuse_too_many_ranks", "slots_of_nodes"]
+__all__ = ["nodes_to_hold", "place", "refuse_too_large", "refuse_too_many_ranks", "slots_of_nodes"]
 
 _NAMED = 10
 _ANY = (None, "localhost")
@@ -20,18 +21,32 @@ _ANY = (None, "localhost")
 def place(layout: Layout, nodes: Sequence[Node], *, mpi_over_nodes: bool = False) -> dict[Node, tuple[int, ...]] | None:
     """The ranks of each node that the task gets now, the node of rank 0 first; None while the task has to wait.
 
-    The nodes with the most free slots are filled, and the ranks are in the order of `nodes`. Ranks that speak MPI get
-    one node. A job with more ranks than all slots waits until no process uses a slot, and then gets ranks on each node
-    in proportion to its slots. Raises InvalidTask where the task can never run on these nodes.
+    The nodes with the most room are filled, and the ranks are in the order of `nodes`. Ranks that speak MPI get one
+    node. A job whose ranks ask for nothing, and which has more ranks than there are cores, waits until no core is used,
+    and then gets ranks on each node in proportion to its cores. Raises InvalidTask where the task can never run on
+    these nodes.
     """
     most = layout.ranks_per_node or layout.ranks
+    refuse_too_large(layout, nodes)
     pinned = _pinned_ranks(layout, nodes)
     refuse_too_many_ranks(layout, len(nodes))
     _refuse_too_many_pinned(pinned, most)
     if layout.uses_mpi and len(nodes) > 1 and not mpi_over_nodes:
         return _place_on_one_node(layout, nodes, pinned)
-    counts = _rank_counts(layout.ranks, nodes, {node: len(ranks) for node, ranks in pinned.items()}, most)
+    counts = _rank_counts(layout, nodes, {node: len(ranks) for node, ranks in pinned.items()}, most)
     return None if counts is None else _in_rank_order(layout.ranks, counts, pinned)
+
+
+def nodes_to_hold(layout: Layout, nodes: Sequence[Node]) -> list[Node]:
+    """The nodes that a task waits for: those with the most room, as few as can run it."""
+    needs, most = layout.needs, layout.ranks_per_node or layout.ranks
+    pinned, missing = list(_pinned_ranks(layout, nodes)), layout.ranks
+    chosen: list[Node] = []
+    for node in [*pinned, *sorted(nodes, key=lambda node: node.pool.room(needs), reverse=True)]:
+        if missing > 0 and node not in chosen:
+            chosen.append(node)
+            missing -= min(node.pool.most(needs), most)
+    return chosen
 
 
 def _pinned_ranks(layout: Layout, nodes: Sequence[Node]) -> dict[Node, list[int]]:
@@ -47,6 +62,28 @@ def _pinned_ranks(layout: Layout, nodes: Sequence[Node]) -> dict[Node, list[int]
             pinned.setdefault(node, []).extend(range(rank, rank + group.ranks))
         rank += group.ranks
     return pinned
+
+
+def refuse_too_large(layout: Layout, nodes: Sequence[Node]) -> None:
+    """Raise InvalidTask where the ranks ask for more than the nodes have."""
+    needs = layout.needs
+    if needs == Needs() or not nodes:
+        return
+    room = sum(min(node.pool.most(needs), layout.ranks_per_node or layout.ranks) for node in nodes)
+    if layout.ranks > room:
+        what = needs_text(needs) if layout.ranks == 1 else f"{layout.ranks} ranks of {needs_text(needs)} each"
+        largest = max(nodes, key=lambda node: (node.pool.most(needs), node.cores))
+        has = needs_text(Needs(largest.cores, largest.gpus, largest.memory_gb))
+        where = f"{len(nodes)} nodes, the largest with {has}" if len(nodes) > 1 else f"{largest.name} with {has}"
+        valid = f"valid is up to {room} such ranks, or ranks that need less" if room else "ask for less"
+        raise InvalidTask(f"it needs {what}, and this engine has {where}; {valid}.", field=_field_of(needs, largest))
+
+
+def _field_of(needs: Needs, node: Node) -> str:
+    """The field of the first need that the node cannot meet for one rank."""
+    if needs.counted_cores > node.cores:
+        return "cores"
+    return "gpus" if needs.gpus > node.gpus else "memory_gb" if needs.memory_gb is not None else "cores"
 
 
 def refuse_too_many_ranks(layout: Layout, nodes: int) -> None:
@@ -79,38 +116,44 @@ def _place_on_one_node(
             "valid is the same host_name for all ranks, or none."
         )
     most = layout.ranks_per_node or layout.ranks
-    fitting = [node for node in pinned or nodes if layout.ranks <= min(node.slots, most)]
+    needs = layout.needs
+    fitting = [node for node in pinned or nodes if layout.ranks <= min(node.pool.most(needs), most)]
     if not fitting:
-        largest = max(min(node.slots, most) for node in pinned or nodes)
+        largest = max(min(node.pool.most(needs), most) for node in pinned or nodes)
         raise InvalidTask(
             f"{layout.ranks} ranks that speak MPI are too many for one node, and this engine does not run MPI over "
             f'several nodes; valid is up to {largest} ranks, or ranks without MPI (in Python: "pmi": "none").'
         )
-    free = [node for node in fitting if node.agent is not None and node.free_slots >= layout.ranks]
-    node = max(free, key=lambda node: node.free_slots, default=None)
+    free = [node for node in fitting if node.agent is not None and node.pool.room(needs) >= layout.ranks]
+    node = max(free, key=lambda node: node.pool.room(needs), default=None)
     return None if node is None else {node: tuple(range(layout.ranks))}
 
 
-def _rank_counts(ranks: int, nodes: Sequence[Node], pinned: Mapping[Node, int], most: int) -> dict[Node, int] | None:
-    """The number of ranks of each node; None where too few slots are free."""
+def _rank_counts(
+    layout: Layout, nodes: Sequence[Node], pinned: Mapping[Node, int], most: int
+) -> dict[Node, int] | None:
+    """The number of ranks of each node; None where there is too little room now."""
+    ranks, needs = layout.ranks, layout.needs
     unpinned = ranks - sum(pinned.values())
-    if unpinned > sum(_room(node.slots, most, pinned.get(node, 0)) for node in nodes):
-        if any(node.used_slots for node in nodes):
+    if unpinned > sum(_room(node.pool.most(needs), most, pinned.get(node, 0)) for node in nodes):
+        if not all(node.pool.is_idle for node in nodes):
             return None
         limits = [most - pinned.get(node, 0) for node in nodes]
-        more = dict(zip(nodes, _in_proportion(unpinned, [node.slots for node in nodes], limits), strict=True))
+        more = dict(zip(nodes, _in_proportion(unpinned, [node.cores for node in nodes], limits), strict=True))
     else:
-        more = _fill(unpinned, nodes, pinned, most)
+        more = _fill(unpinned, nodes, needs, pinned, most)
     counts = {node: count for node in nodes if (count := pinned.get(node, 0) + more.get(node, 0))}
-    is_free = all(node.agent and node.free_slots >= min(count, node.slots) for node, count in counts.items())
+    is_free = all(
+        node.agent and node.pool.room(needs) >= min(count, node.pool.most(needs)) for node, count in counts.items()
+    )
     return counts if is_free and sum(counts.values()) == ranks else None
 
 
-def _fill(ranks: int, nodes: Sequence[Node], pinned: Mapping[Node, int], most: int) -> dict[Node, int]:
-    """Spread ranks over free slots, node after node, the node with the most free slots first."""
+def _fill(ranks: int, nodes: Sequence[Node], needs: Needs, pinned: Mapping[Node, int], most: int) -> dict[Node, int]:
+    """Spread ranks over the nodes, one after the other, the node with the most room first."""
     counts: dict[Node, int] = {}
-    for node in sorted(nodes, key=lambda node: node.free_slots, reverse=True):
-        counts[node] = min(ranks, _room(node.free_slots, most, pinned.get(node, 0)))
+    for node in sorted(nodes, key=lambda node: node.pool.room(needs), reverse=True):
+        counts[node] = min(ranks, _room(node.pool.room(needs), most, pinned.get(node, 0)))
         ranks -= counts[node]
         if not ranks:
             break

@@ -1,21 +1,23 @@
-"""Assigns programs and jobs to the slots of nodes."""
+"""Assigns programs and jobs to nodes."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 
-from rhapsody_mcp.backends.compute.free_slots import FreeSlots
+from rhapsody_mcp.backends.compute.free_cores import FreeCores
 from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node, Placement
 from rhapsody_mcp.backends.compute.job_parts import JobPart, failed_rank, merged
 from rhapsody_mcp.backends.compute.outcomes import lost, refused, stopped
-from rhapsody_mcp.backends.compute.placement import place
+from rhapsody_mcp.backends.compute.placement import nodes_to_hold, place
 from rhapsody_mcp.backends.compute.start_gate import StartGate
 from rhapsody_mcp.backends.priority_queue import PriorityQueue
 from rhapsody_mcp.engine.messages import CancelTask, StartTask
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.specs import Layout
+from rhapsody_mcp.model.specs import Layout, Needs
 from rhapsody_mcp.model.states import Cause, TaskState
 
 __all__ = ["ProcessDispatcher", "RunStep"]
@@ -24,11 +26,20 @@ RunStep = Callable[[str, Sequence[tuple[Node, str]]], object]
 """Starts a step of the scheduler for the task with this uid: for each rank, in order, its node and its script."""
 
 
-class ProcessDispatcher:
-    """Starts programs and jobs in the order of their queue, each once it has all its slots, and merges their parts.
+_PATIENCE_S = 10.0
+"""How long smaller tasks may start before the first task of the queue, in seconds."""
+_LOOKAHEAD = 200
 
-    `finish` gets each task with its outcome. Until `expected_nodes` have joined, a task that no node can run waits, and
-    so does a job with more ranks than slots.
+
+class ProcessDispatcher:
+    """Starts programs and jobs, each once there is room for it, and merges their parts.
+
+    The first task of the queue starts as soon as it can. While it waits, tasks behind it fill the room that is too
+    small for it; after `patience_s`, nodes are held for it, on which no other task starts.
+
+    `finish` gets each task with its outcome. `on_room` is called with a node on which cores have become free, or which
+    is held no longer. Until `expected_nodes` have joined, a task that no node can run waits, and so does a job with
+    more ranks than cores.
     """
 
     def __init__(
@@ -37,13 +48,21 @@ class ProcessDispatcher:
         finish: Callable[[InFlightTask, Outcome], object],
         expected_nodes: int,
         run_step: RunStep | None = None,
+        on_room: Callable[[Node], object] = lambda node: None,
     ) -> None:
         self.nodes: list[Node] = []
         self.queue: PriorityQueue[InFlightTask] = PriorityQueue()
         self.is_halted = False
-        self._free_slots = FreeSlots()
+        self._free_cores = FreeCores()
         self.expected_nodes = expected_nodes
         self._gate, self._finish, self._run_step = gate, finish, run_step
+        self._on_room, self.patience_s = on_room, _PATIENCE_S
+        self._blocked: InFlightTask | None = None
+        """The first task of the queue, where there is no room for it since `_blocked_since`, by the loop's clock."""
+        self._blocked_since = 0.0
+        self._held: list[Node] = []
+        self.on_free: Callable[[], object] = self.assign
+        """Called when something has become free, or has to be placed anew."""
         self._lost: dict[str, tuple[Node, str]] = {}
         """The nodes that are gone for good, by name, with the reason."""
         self._away: dict[str, Node] = {}
@@ -51,36 +70,73 @@ class ProcessDispatcher:
 
     def add_node(self, node: Node) -> None:
         self.nodes.append(node)
-        self._free_slots.add(node)
+        self._free_cores.add(node)
         self._lost.pop(node.name, None)
         self._away.pop(node.name, None)
 
-    def assign(self) -> None:
-        """Start queued tasks while there are slots for them."""
-        while self.queue and self.nodes and not self.is_halted and self._assign_next():
-            pass
+    def expect_nodes(self, count: int) -> None:
+        """Count on so many nodes from now on."""
+        self.expected_nodes = count
+        self.assign()
 
-    def _assign_next(self) -> bool:
-        """Start or refuse the first task of the queue. False where the task has to wait."""
-        task = self.queue[0]
+    def update(self, node: Node) -> None:
+        """The free cores of the node have changed."""
+        self._free_cores.update(node)
+
+    def assign(self) -> None:
+        """Start queued tasks while there is room for them."""
+        while self.queue and self.nodes and not self.is_halted and self._assign_task(self.queue[0], self.nodes):
+            pass
+        if not self.queue or self.queue[0] is not self._blocked:
+            self._stop_holding()
+        if self.queue and self.nodes and not self.is_halted:
+            self._wait_for_room(self.queue[0])
+            self._fill_holes()
+
+    def _wait_for_room(self, first: InFlightTask) -> None:
+        """Hold nodes for the first task once it has waited for long."""
+        now = asyncio.get_running_loop().time()
+        if self._blocked is None:
+            self._blocked, self._blocked_since = first, now
+        if not self._held and now - self._blocked_since >= self.patience_s:
+            self._held = nodes_to_hold(first.task_run.spec.layout, self.nodes)
+            for node in self._held:
+                node.is_held = True
+
+    def _stop_holding(self) -> None:
+        held, self._held, self._blocked = self._held, [], None
+        for node in held:
+            node.is_held = False
+            self._on_room(node)
+
+    def _fill_holes(self) -> None:
+        """Start tasks behind the first one for which there is room."""
+        nodes = [node for node in self.nodes if not node.is_held and node.pool.has_room]
+        without_room = [self.queue[0].shape]
+        for task in list(islice(self.queue, 1, _LOOKAHEAD)) if nodes else ():
+            if task.shape not in without_room and not self._assign_task(task, nodes):
+                without_room.append(task.shape)
+
+    def _assign_task(self, task: InFlightTask, nodes: Sequence[Node]) -> bool:
+        """Start or refuse a task of the queue. False where the task has to wait."""
         layout = task.task_run.spec.layout
         is_complete = not self._away and len(self.nodes) + len(self._lost) >= self.expected_nodes
         try:
-            ranks = self._place(layout)
+            ranks = self._place(layout, nodes)
         except InvalidTask as error:
-            if not is_complete:
+            if not is_complete or len(nodes) < len(self.nodes):
                 return False
-            self.queue.popleft()
+            self.queue.remove(task)
             self._finish(task, self._unplaceable(task, str(error)))
             return True
-        if ranks is None or (not is_complete and layout.ranks > sum(node.slots for node in self.nodes)):
+        if ranks is None or (not is_complete and layout.ranks > sum(node.cores for node in self.nodes)):
             return False
-        self.queue.popleft()
-        task.placement = Placement(ranks)
+        self.queue.remove(task)
+        placement = task.placement = Placement(ranks)
         for node in ranks:
-            node.reserve(task, len(ranks[node]))
-            self._free_slots.update(node)
-        self._gate.let_through([task], self.queue, partial(self._start, task, task.placement))
+            placement.devices[node] = node.take(task, len(ranks[node]))
+            self._free_cores.update(node)
+        self._gate.let_through([task], self.queue, partial(self._start, task, placement))
         return True
 
     def _unplaceable(self, task: InFlightTask, error: str) -> Outcome:
@@ -92,16 +148,18 @@ class ProcessDispatcher:
             return refused(error)
         return lost(task, f"{error} It had more: {'; '.join(reason for _, reason in self._lost.values())}")
 
-    def _place(self, layout: Layout) -> Mapping[Node, tuple[int, ...]] | None:
-        """As `place`, which looks at all nodes; a task that fits on the node with the most free slots needs no look."""
-        ranks = layout.ranks
-        if ranks <= (layout.ranks_per_node or ranks) and not any(group.template.host_name for group in layout.groups):
-            node = self._free_slots.roomiest()
-            if node is not None and ranks <= node.free_slots:
+    def _place(self, layout: Layout, nodes: Sequence[Node]) -> Mapping[Node, tuple[int, ...]] | None:
+        """As `place`, which looks at all nodes; a task that asks for nothing and fits on the node with the most free
+        cores needs no look."""
+        ranks, is_plain = layout.ranks, layout.needs == _NO_NEEDS and nodes is self.nodes
+        is_anywhere = is_plain and not any(group.template.host_name for group in layout.groups)
+        if is_anywhere and ranks <= (layout.ranks_per_node or ranks):
+            node = self._free_cores.roomiest()
+            if node is not None and ranks <= node.pool.room(_NO_NEEDS):
                 return {node: tuple(range(ranks))}
             if ranks == 1:
                 return None
-        return place(layout, self.nodes, mpi_over_nodes=self._run_step is not None)
+        return place(layout, nodes, mpi_over_nodes=self._run_step is not None)
 
     def _start(self, task: InFlightTask, placement: Placement) -> None:
         if task.placement is not placement or any(node.agent is None for node in placement.ranks):
@@ -109,13 +167,14 @@ class ProcessDispatcher:
         if task.stop_cause is not None:
             self._release(task, placement)
             self._finish(task, stopped(task))
-            self.assign()
+            self.on_free()
             return
         task.is_sent = True
         task.nodes = tuple(node.name for node in placement.ranks)
         for node, ranks in placement.ranks.items():
             own_ranks = ranks if len(placement.ranks) > 1 else ()
-            node.send(StartTask(task.task_run, own_ranks, task.nodes, self._is_in_step(task)))
+            devices = placement.devices[node]
+            node.send(StartTask(task.task_run, own_ranks, task.nodes, self._is_in_step(task), devices))
 
     def _is_in_step(self, task: InFlightTask) -> bool:
         return self._run_step is not None and task.task_run.spec.layout.uses_mpi
@@ -131,11 +190,12 @@ class ProcessDispatcher:
 
     def _release(self, task: InFlightTask, placement: Placement) -> None:
         for node in placement.running:
-            self._release_on(node, task, placement)
+            self._release_on(node, task)
 
-    def _release_on(self, node: Node, task: InFlightTask, placement: Placement) -> None:
-        node.release(task, len(placement.ranks[node]))
-        self._free_slots.update(node)
+    def _release_on(self, node: Node, task: InFlightTask) -> None:
+        node.give_back(task)
+        self._free_cores.update(node)
+        self._on_room(node)
 
     def stop(self, task: InFlightTask) -> None:
         """Ask the nodes of a task to end it; does nothing for a task that no node was asked to start."""
@@ -149,13 +209,13 @@ class ProcessDispatcher:
         if placement is None or node not in placement.running:
             return
         placement.outcomes[node] = outcome
-        self._release_on(node, task, placement)
+        self._release_on(node, task)
         if placement.running:
             self._end_others(task, placement, node)
         else:
             failed_first = placement.failed_first.name if placement.failed_first else None
             self._finish(task, merged([_part(placement, node) for node in placement.ranks], failed_first))
-        self.assign()
+        self.on_free()
 
     def _end_others(self, task: InFlightTask, placement: Placement, node: Node) -> None:
         """Where a job cannot go on without the ranks that have ended, end its other ranks."""
@@ -174,20 +234,22 @@ class ProcessDispatcher:
         other node can run wait until the node is added again, or given up."""
         node.agent = None
         self.nodes.remove(node)
-        self._free_slots.remove(node)
+        self._free_cores.remove(node)
+        if node in self._held:
+            self._stop_holding()
         self._away[node.name] = node
         tasks = list(node.process_tasks.values())
         for task in reversed([task for task in tasks if not task.is_sent]):
             self._requeue(task)
         for task in [task for task in tasks if task.is_sent]:
             self.ended_on(node, task, stopped(task) if task.stop_cause else lost(task, reason))
-        self.assign()
+        self.on_free()
 
     def give_up_node(self, name: str, reason: str) -> None:
         """A node that was lost does not come back. Does nothing for a node that never was there."""
         if (node := self._away.pop(name, None)) is not None:
             self._lost[name] = node, reason
-            self.assign()
+            self.on_free()
 
     def _requeue(self, task: InFlightTask) -> None:
         assert task.placement is not None
@@ -197,6 +259,9 @@ class ProcessDispatcher:
             self._finish(task, stopped(task))
         else:
             self.queue.appendleft(task)
+
+
+_NO_NEEDS = Needs()
 
 
 def _part(placement: Placement, node: Node) -> JobPart:

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 
 from rhapsody_mcp.backends.base import Backend, BackendBase, Ended, Event, Kind, Progressed, Report, Returned, Running
 from rhapsody_mcp.backends.compute.crashes import kept_output, starts_in
-from rhapsody_mcp.backends.compute.live_output import OutputReads
 from rhapsody_mcp.backends.compute.nodes.result_files import ResultFiles
+from rhapsody_mcp.backends.output_reads import OutputReads
 from rhapsody_mcp.backends.pilot.allocation import Allocation
 from rhapsody_mcp.backends.pilot.messages import (
     AskOutput,

@@ -170,7 +170,7 @@ class MultiNodeEngine(Engine):
         for name in self._nodes_config.names:
             if not any(is_host(name, host) for host in joined):
                 self._on_node_lost(f"node {name} did not join in {_JOIN_S:g} s{self.last_words()}", name)
-        self.dispatcher.expect_nodes(len(joined))
+        self.dispatcher.processes.expect_nodes(len(joined))
         self.nodes_ready.set_result(None)
 
     def _on_keeper_ended(self, link: NodeLink) -> None:

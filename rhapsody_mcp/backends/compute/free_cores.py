@@ -1,4 +1,4 @@
-"""Finds the node with the most free slots without a look at the others."""
+"""Finds the node with the most free cores without a look at the others."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from heapq import heapify, heappop, heappush
 
 from rhapsody_mcp.backends.compute.in_flight import Node
 
-__all__ = ["FreeSlots"]
+__all__ = ["FreeCores"]
 
 _MOST_ENTRIES = 8  # for each node, before the outdated entries are dropped
 
 
-class FreeSlots:
-    """The nodes of an engine by their free slots. `update` is to be called with each node whose free slots change."""
+class FreeCores:
+    """The nodes of an engine by their free cores. `update` is to be called with each node whose free cores change."""
 
     def __init__(self) -> None:
         self._numbers: dict[Node, int] = {}
         self._added = 0
-        self._heap: list[tuple[int, int, Node]] = []
-        """An entry for each change of a node: minus its free slots, and its number. The newest one is right."""
+        self._heap: list[tuple[float, int, Node]] = []
+        """An entry for each change of a node: minus its free cores, and its number. The newest one is right."""
 
     def add(self, node: Node) -> None:
         self._added += 1
@@ -36,14 +36,14 @@ class FreeSlots:
             self._heap = [self._entry(node) for node in self._numbers]
             heapify(self._heap)
 
-    def _entry(self, node: Node) -> tuple[int, int, Node]:
-        return -node.free_slots, self._numbers[node], node
+    def _entry(self, node: Node) -> tuple[float, int, Node]:
+        return -node.pool.free_cores, self._numbers[node], node
 
     def roomiest(self) -> Node | None:
-        """The node with the most free slots, of several the one that was added first."""
+        """The node with the most free cores, of several the one that was added first."""
         while self._heap:
             minus_free, _, node = self._heap[0]
-            if node in self._numbers and node.free_slots == -minus_free and node.agent is not None:
+            if node in self._numbers and node.pool.free_cores == -minus_free and node.agent is not None:
                 return node
             heappop(self._heap)
         return None

@@ -1,4 +1,4 @@
-"""Asks other processes for what running tasks have printed so far."""
+"""Questions to other processes for what running tasks have printed so far."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import asyncio
 from collections.abc import Callable
 from itertools import count
 
-from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node
-from rhapsody_mcp.engine.messages import ReadOutput
-from rhapsody_mcp.model.live.output import OutputQuery, Printed
+from rhapsody_mcp.model.live.output import Printed
 
 __all__ = ["OutputReads"]
 
@@ -21,18 +19,6 @@ class OutputReads:
     def __init__(self) -> None:
         self._numbers = count(1)
         self._answers: dict[int, asyncio.Future[Printed | None]] = {}
-
-    async def read(self, task: InFlightTask, query: OutputQuery) -> Printed | None:
-        """As `Backend.read_output`."""
-        if task.worker is not None:
-            is_running = next(iter(task.worker.assigned), None) == task.uid and task.is_sent
-            return await self._ask_node(task.worker.node, task, task.worker.name, query) if is_running else None
-        ranks = task.placement.ranks.items() if task.placement is not None else ()
-        node = next((node for node, own in ranks if query.rank in own), None)
-        return await self._ask_node(node, task, "", query) if node is not None else None
-
-    async def _ask_node(self, node: Node, task: InFlightTask, worker: str, query: OutputQuery) -> Printed | None:
-        return await self.ask(lambda number: node.send(ReadOutput(number, task.uid, worker, query)))
 
     async def ask(self, send: Callable[[int], object]) -> Printed | None:
         """Send a question with the number that `send` gets, and return the answer to this number."""
