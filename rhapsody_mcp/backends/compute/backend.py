@@ -35,11 +35,11 @@ _RANKS_A_CORE = 32
 class ComputeBackend(BackendBase):
     """Runs up to `num_workers` native functions at a time, and tasks in processes of their own while there is room.
 
-    All share the cores, GPUs and memory of each node. A function takes a core, or less where there are more workers than
-    cores; a process takes what its task says it needs, else one core; a job with more such ranks than there are cores
-    runs alone. A worker runs its
-    functions one after the other; when the worker dies, only the running function fails. A worker or an engine that
-    has been stopped for `stall_s` counts as dead, and so does an engine that has not answered for `stall_s`.
+    All share the cores, GPUs and memory of each node. A function takes a core, or less where there are more workers
+    than cores; a process takes what its task says it needs, else one core; a job with more such ranks than there are
+    cores runs alone. A worker runs its functions one after the other; when the worker dies, only the running function
+    fails. A worker or an engine that has been stopped for `stall_s` counts as dead, and so does an engine that has not
+    answered for `stall_s`.
     """
 
     launcher: LauncherName
