@@ -24,16 +24,19 @@ class PriorityQueue(Sequence[_T]):
     """
 
     def __init__(self) -> None:
+        self._count = 0
         self._by_priority: dict[int, deque[_T]] = {}
         self._levels: list[tuple[int, deque[_T]]] = []
         """Minus the priority, and its items, the highest priority first; a level without items is dropped later."""
 
     def append(self, item: _T) -> None:
+        self._count += 1
         level = self._by_priority.get(item.priority)
         (self._add_level(item.priority) if level is None else level).append(item)
 
     def appendleft(self, item: _T) -> None:
         """Add an item before all others of its priority."""
+        self._count += 1
         level = self._by_priority.get(item.priority)
         (self._add_level(item.priority) if level is None else level).appendleft(item)
 
@@ -47,6 +50,7 @@ class PriorityQueue(Sequence[_T]):
         while True:
             minus_priority, level = self._levels[0]
             if level:
+                self._count -= 1
                 return level.popleft()
             del self._levels[0], self._by_priority[-minus_priority]
 
@@ -59,6 +63,7 @@ class PriorityQueue(Sequence[_T]):
         """Remove the items of which `is_wanted` is true, and return them in order."""
         taken = [item for item in self if is_wanted(item)]
         if taken:
+            self._count -= len(taken)
             for _, level in self._levels:
                 kept = [item for item in level if not is_wanted(item)]
                 level.clear()
@@ -78,12 +83,13 @@ class PriorityQueue(Sequence[_T]):
     def clear(self) -> None:
         self._levels.clear()
         self._by_priority.clear()
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(len(level) for _, level in self._levels)
+        return self._count
 
     def __bool__(self) -> bool:
-        return any(level for _, level in self._levels)
+        return self._count > 0
 
     def __iter__(self) -> Iterator[_T]:
         for _, level in self._levels:

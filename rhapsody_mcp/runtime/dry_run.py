@@ -17,6 +17,7 @@ from rhapsody_mcp.engine.node.hardware import is_host
 from rhapsody_mcp.engine.task.import_check import imports_of
 from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.specs import Layout
+from rhapsody_mcp.runtime.dataflow.for_each_values import known_count
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, name_of, tasks_text
 
@@ -67,7 +68,10 @@ def _source_names(task: Task) -> tuple[str, ...]:
 def _runs_as(task: Task, machine: Machine) -> str:
     if isinstance(task, ForEach):
         if task.source is not None:
-            return f"a task for each item of {name_of(task.source.task)}"
+            count = known_count(task.source)
+            return f"a task for each item of {name_of(task.source.task)}" + (
+                f", {count} now" if count is not None else ""
+            )
         each = f", {'each ' * (len(task.children) != 1)}{_runs_as(task.children[0], machine)}" if task.children else ""
         return f"{tasks_text(len(task.children))}{each}"
     if isinstance(task, AITask):

@@ -9,14 +9,13 @@ from collections.abc import Collection, Sequence
 
 from rhapsody_mcp.model.errors import UnknownName
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.backend_factory import SessionConfig
 from rhapsody_mcp.runtime.functions import FunctionRegistry, RegisteredFunction
 from rhapsody_mcp.runtime.recovery.recorder import Recorder, Submission
 from rhapsody_mcp.runtime.serialization import Source
 from rhapsody_mcp.runtime.session.acceptance import AcceptedTask
 from rhapsody_mcp.runtime.session.session import Session
-from rhapsody_mcp.runtime.tasks import ForEach, Task, with_children
+from rhapsody_mcp.runtime.tasks import Task, child_named, split_item_name, with_children
 
 __all__ = ["OpenSession"]
 
@@ -61,19 +60,9 @@ class OpenSession:
         return task
 
     def _child(self, name: str) -> Task | None:
-        parent_name, _, number = name.removesuffix("]").rpartition("[")
+        parent_name, number = split_item_name(name)
         parent = self._named.get(parent_name) or self._tasks.get(parent_name)
-        if parent is None or not is_index(number):
-            return None
-        children = parent.children if isinstance(parent, ForEach) else []
-        if int(number) < len(children):
-            return children[int(number)]
-        valid = (
-            f"{parent_name}[0] to {parent_name}[{len(children) - 1}]"
-            if children
-            else f"{parent_name}, which has no tasks of its own"
-        )
-        raise UnknownName("task", name, (), valid)
+        return None if parent is None or number is None else child_named(parent, name)
 
     def tasks(self, names: Collection[str]) -> list[Task]:
         return [self.task(name) for name in dict.fromkeys(names)]
@@ -141,6 +130,10 @@ class OpenSession:
         if self.recorder is not None and submitted:
             await self.recorder.record_priority(submitted, priority)
         return self.session.prioritize(tasks, priority)
+
+    def add_uid(self, task: Task) -> None:
+        """Make the task known by its uid alone."""
+        self._tasks[task.uid] = task
 
     def add_tasks(self, tasks: Sequence[Task]) -> None:
         """Make the tasks known by uid and name."""

@@ -25,7 +25,7 @@ from rhapsody_mcp.toolsets.cancellation import (
     tasks_to_cancel,
     with_dependents,
 )
-from rhapsody_mcp.toolsets.replies.base import Reply, TaskRows, reply, task_row
+from rhapsody_mcp.toolsets.replies.base import Reply, TaskRows, fitted, reply, task_row
 from rhapsody_mcp.toolsets.replies.formatting import call_text
 from rhapsody_mcp.toolsets.replies.output_excerpts import OutputEnd
 from rhapsody_mcp.toolsets.replies.result_reply import TaskResult
@@ -48,6 +48,8 @@ from rhapsody_mcp.toolsets.waiting.wait import ChangeSignal, tick_text, wait_for
 __all__ = ["Tasks"]
 
 _CANCEL_WAIT_S = 15.0
+_SHARE_OF_CAP = 0.98
+"""How much of the cap a wait takes at most: the reply has to be put together and its facts written down meanwhile."""
 
 
 class TaskPage(Reply):
@@ -131,17 +133,19 @@ class Tasks:
         since = selected.since if cursor else len(selected.open_session.session.ended)
         asked_s = self._settings.wait_default_s if timeout_s is None else timeout_s
         waits = asked_s > 0 and not all(task.state.final for task in selected.awaited)
-        applied_s = min(asked_s, LONGEST_WAIT_S if waits and defer() else self._settings.wait_cap_s)
+        cap_s = LONGEST_WAIT_S if waits and defer() else self._settings.wait_cap_s
+        applied_s = min(asked_s, cap_s)
 
         async def tick(waited_s: float) -> None:
             await context.report_progress(waited_s, applied_s, tick_text(selected))
 
+        until_s = min(applied_s, _SHARE_OF_CAP * cap_s)
         waited_s, answer = await wait_for(
             selected,
             self._signal,
             count=count,
             since=since,
-            timeout_s=applied_s,
+            timeout_s=until_s,
             started=started,
             tick=tick,
             condition=condition,
@@ -178,17 +182,20 @@ class Tasks:
             matching = [(n, task) for n, task in enumerate(tasks, 1) if _matches(task, state, name_contains or "")]
             total, rest = len(matching), [(number, task) for number, task in matching if number > start]
         more = len(rest) > limit
-        rows = [task_row(task) for _, task in rest[:limit]]
-        page = TaskPage(
-            session=session,
-            total=total,
-            tasks=[row.after(previous) for previous, row in zip([None, *rows], rows, strict=False)],
-            has_more=more,
-            next_cursor=str(rest[limit - 1][0]) if more else None,
-        )
         filters = {"state": state, "name_contains": name_contains, "for_each": for_each, "limit": limit}
         filters |= {"slowest": True} if slowest else {}
-        return reply(_page_text(page, filters), page)
+
+        def build(share: float) -> CallToolResult:
+            page = TaskPage(
+                session=session,
+                total=total,
+                tasks=[task_row(task, share) for _, task in rest[:limit]],
+                has_more=more,
+                next_cursor=str(rest[limit - 1][0]) if more else None,
+            )
+            return reply(_page_text(page, filters), page)
+
+        return fitted(build)
 
     async def get_result(
         self,
@@ -258,7 +265,8 @@ def _matches(task: Task, state: State | None, name_part: str) -> bool:
 
 
 def _page_text(page: TaskPage, filters: dict[str, Any]) -> str:
-    lines = [f"{len(page.tasks)} of {page.total} tasks of {page.session}:", *(row.line() for row in page.tasks)]
+    rows = [row.line(previous) for previous, row in zip([None, *page.tasks], page.tasks, strict=False)]
+    lines = [f"{len(page.tasks)} of {page.total} tasks of {page.session}:", *rows]
     if page.next_cursor:
         more = call_text("list_tasks", session=page.session, **filters, cursor=page.next_cursor)
         lines.append(f"More: {more}.")

@@ -15,7 +15,16 @@ from rhapsody_mcp.backends.compute.nodes.result_files import delete_files
 from rhapsody_mcp.backends.pilot.allocation import Allocation
 from rhapsody_mcp.backends.pilot.backend import PilotBackend
 from rhapsody_mcp.backends.pilot.hosted import HostedBackend
-from rhapsody_mcp.backends.pilot.messages import BackendReady, Body, Cancel, Events, PlannedBackend, Start, Submit
+from rhapsody_mcp.backends.pilot.messages import (
+    BackendReady,
+    Body,
+    Cancel,
+    Events,
+    PlannedBackend,
+    Prioritize,
+    Start,
+    Submit,
+)
 from rhapsody_mcp.engine.network.multiplexer import Multiplexer
 from rhapsody_mcp.model.outcome import RankOutcome, canceled
 from rhapsody_mcp.model.states import Cause
@@ -135,6 +144,30 @@ async def test_what_an_earlier_pilot_had_started_does_not_run_again(tmp_path: Pa
     lost = {key for key, event in events.items() if isinstance(event, Ended) and event.outcome.cause is Cause.LOST}
     assert lost == {("noted", 1), ("resumed", 1)}
     assert {key for key, event in events.items() if isinstance(event, Returned)} == {("new", 1), ("noted", 2)}
+
+
+async def test_priorities_reach_the_pilot_and_order_what_is_not_sent_yet(tmp_path: Path) -> None:
+    granted, events, recorded = Granted(), list[Event](), asyncio.Event()
+    backend = PilotBackend(ScriptedBackend(lambda *_: None), cast(Allocation, granted))
+
+    async def before_start(uids: Collection[str]) -> bool:
+        await recorded.wait()
+        return True
+
+    await backend.start()
+    backend.submit([function("a")], events.append, cast(Any, None))
+    await wait_until(lambda: granted.submitted == ["a"], 10)
+    backend.before_start = before_start
+    backend.submit([function("b")], events.append, cast(Any, None))
+    await asyncio.sleep(0)
+    backend.submit([function("c"), function("d")], events.append, cast(Any, None))
+    backend.prioritize({"a": 2, "d": 3, "gone": 1})
+    recorded.set()
+    await wait_until(lambda: granted.submitted == ["a", "b", "d", "c"], 10)
+    orders = [body for body in granted.sent if isinstance(body, Prioritize)]
+    assert orders == [Prioritize(backend.name, {"a": 2})]
+    backend.before_start = None
+    await backend.close()
 
 
 def told(body: Events) -> list[tuple[Event, int]]:

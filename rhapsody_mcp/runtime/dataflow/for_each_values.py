@@ -19,7 +19,7 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, load_json
 from rhapsody_mcp.runtime.tasks import ForEach, Part, Task, name_of
 
-__all__ = ["join", "outcome_of", "read_items", "restored_items"]
+__all__ = ["join", "known_count", "outcome_of", "read_items", "restored_items"]
 
 
 _MAX_BYTES = 32 * 1024**2
@@ -43,6 +43,20 @@ async def read_items(source: Part) -> list[Any]:
         name, kind = name_of(source.task), type(items).__name__
         raise InvalidTask(f"for_each needs a list, and the result of {name}{at} is of type {kind}.", field="for_each")
     return items
+
+
+def known_count(source: Part) -> int | None:
+    """How many items a result has that is there; None where only a worker or a long read could tell."""
+    value = source.task.outcome.value if source.task.outcome else None
+    if value is None:
+        return None
+    if not source.path and value.length is not None:
+        return value.length
+    items = None
+    if value.format == "json" and value.data is not None:
+        with suppress(InvalidTask):
+            items = _read(value, source.path)
+    return len(items) if isinstance(items, list) else None
 
 
 def restored_items(source: Part, count: int) -> Sequence[Any]:

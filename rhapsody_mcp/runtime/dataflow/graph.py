@@ -25,12 +25,13 @@ def depends_on(task: Task, source: Task) -> bool:
 
 
 def refuse_cycles(tasks: Sequence[Task]) -> None:
-    """Raise InvalidTask where tasks of one submission wait for each other in a cycle."""
+    """Raise InvalidTask where tasks of one submission wait for each other in a cycle; of a child, its ForEach."""
     batch = {task.uid: task for task in tasks}
     missing = {
         uid: inside
         for uid, task in batch.items()
-        if (needed := task.sources()) and (inside := {source.uid for source in needed if source.uid in batch})
+        if (needed := task.sources())
+        and (inside := {top for source in needed if (top := (source.parent or source).uid) in batch})
     }
     dependents: dict[str, list[str]] = {}
     for uid, sources in missing.items():

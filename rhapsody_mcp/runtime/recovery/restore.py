@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import TaskRow
-from rhapsody_mcp.model.errors import RhapsodyError
+from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
 from rhapsody_mcp.runtime.dataflow.for_each_values import restored_items
 from rhapsody_mcp.runtime.functions import RegisteredFunction
 from rhapsody_mcp.runtime.open_session import OpenSession
@@ -52,22 +52,46 @@ async def _restore_tasks(
 
     A task without a readable request is a ComputeTask with the executable "?", and has its state and result.
     """
-    tasks: list[Task] = []
+    tasks: dict[str, Task] = {}
     unreadable: dict[str, str] = {}
-    for number, row in enumerate(rows):
-        try:
-            task = read_stored_request(row.recipe, row.uid, opened)
-        except RhapsodyError as error:
-            unreadable[row.uid] = f"it cannot be made again after the restart of the service: {error}"
-            task = ComputeTask(executable="?", uid=row.uid)
-        _restore_state(task, row)
-        if isinstance(task, ForEach):
-            _restore_children(task, children.get(task.uid, ()))
-        opened.add_tasks([task])
-        tasks.append(task)
-        if number % _TASKS_PER_STEP == 0:
-            await asyncio.sleep(0)  # other clients are served meanwhile
-    return tasks, unreadable
+    pending = list(rows)
+    while pending:
+        postponed: list[TaskRow] = []
+        for number, row in enumerate(pending):
+            try:
+                task = read_stored_request(row.recipe, row.uid, opened)
+            except UnknownName as error:
+                postponed.append(row)
+                unreadable[row.uid] = _UNREADABLE.format(error)
+                continue
+            except RhapsodyError as error:
+                unreadable[row.uid] = _UNREADABLE.format(error)
+                task = ComputeTask(executable="?", uid=row.uid)
+            else:
+                unreadable.pop(row.uid, None)
+            tasks[row.uid] = _restored(opened, task, row, children)
+            if number % _TASKS_PER_STEP == 0:
+                await asyncio.sleep(0)  # other clients are served meanwhile
+        if len(postponed) == len(pending):
+            for row in postponed:
+                tasks[row.uid] = _restored(opened, ComputeTask(executable="?", uid=row.uid), row, children)
+            break
+        pending = postponed[::-1]  # a call names its tasks in any order, mostly from first to last or the other way
+    in_order = [tasks[row.uid] for row in rows]
+    opened.add_tasks(in_order)
+    return in_order, unreadable
+
+
+_UNREADABLE = "it cannot be made again after the restart of the service: {}"
+
+
+def _restored(opened: OpenSession, task: Task, row: TaskRow, children: dict[str, list[TaskRow]]) -> Task:
+    """The task in the state that it had, known by its uid."""
+    _restore_state(task, row)
+    if isinstance(task, ForEach):
+        _restore_children(task, children.get(task.uid, ()))
+    opened.add_uid(task)
+    return task
 
 
 def _restore_children(parent: ForEach, rows: Sequence[TaskRow]) -> None:

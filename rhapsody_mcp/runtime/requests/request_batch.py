@@ -10,13 +10,12 @@ from graphlib import CycleError, TopologicalSorter
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidTask, UnknownName, nearest
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.single_task import kind_of_request
 from rhapsody_mcp.runtime.requests.task_builder import make_task
 from rhapsody_mcp.runtime.requests.task_request import TaskRequest
 from rhapsody_mcp.runtime.session.routing import NoBackend, route
-from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
+from rhapsody_mcp.runtime.tasks import ForEach, Task, child_named, name_of, split_item_name
 
 __all__ = ["label_of", "make_tasks"]
 
@@ -59,7 +58,16 @@ def _raise_errors(errors: Sequence[InvalidTask]) -> None:
         raise errors[0]
     if errors:
         more = f" And {len(errors) - _REFUSALS_SHOWN} more tasks are wrong." if len(errors) > _REFUSALS_SHOWN else ""
-        raise InvalidTask(" ".join(map(str, errors[:_REFUSALS_SHOWN])) + more)
+        texts = [str(error) for error in errors[:_REFUSALS_SHOWN]]
+        raise InvalidTask(" ".join(_without_repetition(texts)) + more)
+
+
+def _without_repetition(texts: Sequence[str]) -> Iterator[str]:
+    """The texts; what follows the first sentence stands once, behind the last text that has it."""
+    advice = [text.partition(". ")[2] for text in texts]
+    for number, text in enumerate(texts):
+        first = text.partition(". ")[0]
+        yield f"{first}." if advice[number] and advice[number] in advice[number + 1 :] else text
 
 
 class _RequestBatch:
@@ -100,16 +108,27 @@ class _RequestBatch:
     def _needs(self, index: int, request: TaskRequest) -> set[int]:
         with _naming_task(index, request):
             names = request.references() | set(request.after or ())
-            for name in names - (in_batch := {name for name in names if name in self._index}):
+            in_batch = {name: found for name in names if (found := self._index_of(name)) is not None}
+            for name in names - in_batch.keys():
                 if request.on_upstream_failure == "cancel":
                     _refuse_failed(self._session_task(name, index))
-            if index in (needs := {self._index[name] for name in in_batch}):
+            if index in (needs := set(in_batch.values())):
                 raise InvalidTask("it refers to its own result; refer to another task.")
         return needs
 
+    def _index_of(self, name: str) -> int | None:
+        """The index of the request that makes the task with this name, also of one task of a for_each."""
+        base, number = split_item_name(name)
+        index = self._index.get(name, self._index.get(base) if number is not None else None)
+        items_are_known = index is None or name in self._index or isinstance(self.requests[index].for_each, list | int)
+        return index if items_are_known else None
+
     def task(self, name: str) -> Task:
         """The task with this name, of this call or an earlier call. A task of this call must have been made already."""
-        return self.tasks[self._index[name]] if name in self._index else self.session.task(name)
+        index = self._index_of(name)
+        if index is None:
+            return self.session.task(name)
+        return self.tasks[index] if name in self._index else child_named(self.tasks[index], name)
 
     def _session_task(self, name: str, index: int) -> Task:
         try:
@@ -117,10 +136,13 @@ class _RequestBatch:
         except UnknownName as error:
             if error.valid:
                 raise
-            base, _, number = name.removesuffix("]").partition("[")
-            if base in self._index and is_index(number):
+            base, number = split_item_name(name)
+            if base in self._index and number is not None:
                 part = f'{{"ref": "{base}", "path": "/{number}"}}'
-                raise InvalidTask(f"{name} is not there before {base} has started; refer to it as {part}.") from None
+                raise InvalidTask(
+                    f"{name} is not there before {base} has started; refer to its result as {part}, or in after to "
+                    f"{base}."
+                ) from None
             known = self._valid_references(index)
             valid = ", ".join(known[:_NAMES_SHOWN]) or "no other task yet"
             more = f", and {len(known) - _NAMES_SHOWN} more" if len(known) > _NAMES_SHOWN else ""

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from rhapsody_mcp.model.errors import InvalidRequest
+from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
 from rhapsody_mcp.runtime.dataflow.references import rename_references
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.task_builder import make_task
@@ -18,7 +18,7 @@ from rhapsody_mcp.runtime.requests.task_request import (
     TaskRequest,
     is_stand_in,
 )
-from rhapsody_mcp.runtime.tasks import Task
+from rhapsody_mcp.runtime.tasks import Task, with_children
 
 __all__ = ["encode_requests", "read_stored_request"]
 
@@ -43,7 +43,8 @@ class StoredRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def encode_requests(requests: Sequence[TaskRequest], tasks: Sequence[Task], session: OpenSession) -> list[bytes]:
     """The stored form of each request. `tasks` are the tasks of the requests, in the same order."""
-    uids = {task.name: task.uid for task in tasks if task.name} | {task.uid: task.uid for task in tasks}
+    every = list(with_children(tasks))
+    uids = {task.name: task.uid for task in every if task.name} | {task.uid: task.uid for task in every}
 
     def uid_of(name: str) -> str:
         return uids.get(name) or session.task(name).uid
@@ -68,12 +69,18 @@ def _stored(request: TaskRequest, uid_of: Callable[[str], str], session: OpenSes
 
 
 def read_stored_request(data: bytes, uid: str, session: OpenSession) -> Task:
-    """The task of a stored request, with this uid. Raises InvalidRequest where this version cannot read the request."""
+    """The task of a stored request, with this uid.
+
+    Raises InvalidRequest where this version cannot read the request, and UnknownName for a task that it needs and that
+    is not restored yet.
+    """
     try:
         stored = msgspec.json.decode(data, type=StoredRequest)
         request = TaskRequest.model_validate(_upgraded(stored))
         number = stored.function or 0
         return make_task(request, uid, session.by_uid, lambda _: session.functions.by_number(number).source)
+    except UnknownName:
+        raise
     except (ValueError, LookupError, msgspec.MsgspecError) as error:
         raise InvalidRequest(f"it was submitted to another version, and this one cannot read it: {error}") from error
 

@@ -17,6 +17,7 @@ from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Part, Task
 
 __all__ = ["ForEachRunner"]
 
+_WORKER_READS_S = 1.0
 _AS_LIST = Module("rhapsody_mcp.engine.views.inspection:as_list")
 
 
@@ -86,6 +87,9 @@ class ForEachRunner:
         ]
         if expansions:
             await asyncio.wait(expansions)
+        by_workers = [self._expansions[uid] for uid, value in values.items() if value and uid in self._expansions]
+        if by_workers:  # a worker that is free reads the items in milliseconds
+            await asyncio.wait(by_workers, timeout=_WORKER_READS_S)
 
     async def _expand(self, parent: ForEach) -> None:
         try:

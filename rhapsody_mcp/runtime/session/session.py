@@ -257,7 +257,8 @@ class Session:
         return await self._runner.run_hidden(task)
 
     async def wait_expanded(self, tasks: Iterable[Task]) -> None:
-        """Return when each ForEach among the tasks whose items are an available JSON result has its children."""
+        """Return when each ForEach among the tasks whose items are an available result has its children; where a worker
+        has to read the result, within a second."""
         await self._runner.for_each.wait_expanded(tasks)
 
     def _refuse_closed(self) -> None:

@@ -2,7 +2,7 @@
 
 from rhapsody_mcp.runtime.tasks.ai_task import AITask
 from rhapsody_mcp.runtime.tasks.compute_task import ComputeTask
-from rhapsody_mcp.runtime.tasks.for_each import ForEach, kind_of, leaves, with_children
+from rhapsody_mcp.runtime.tasks.for_each import ForEach, child_named, kind_of, leaves, split_item_name, with_children
 from rhapsody_mcp.runtime.tasks.task import (
     MOST_PRIORITY,
     Condition,
@@ -29,12 +29,14 @@ __all__ = [
     "Rank",
     "Task",
     "Text",
+    "child_named",
     "is_hidden",
     "kind_of",
     "leaves",
     "name_of",
     "rank_of",
     "reference",
+    "split_item_name",
     "tasks_text",
     "with_children",
 ]

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from rhapsody_mcp.backends.base import Kind
-from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
+from rhapsody_mcp.model.errors import InvalidTask, UnknownName, refuse_unknown
 from rhapsody_mcp.model.specs import TaskSpec
+from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.tasks.ai_task import AITask
 from rhapsody_mcp.runtime.tasks.compute_task import ComputeTask
 from rhapsody_mcp.runtime.tasks.task import COMMON_FIELDS, Part, Task, name_of, tasks_in
 
-__all__ = ["ForEach", "kind_of", "leaves", "with_children"]
+__all__ = ["ForEach", "child_named", "kind_of", "leaves", "split_item_name", "with_children"]
 
 
 class ForEach(Task):
@@ -87,6 +88,23 @@ class ForEach(Task):
 
     def spec(self, encoder: Encoder) -> TaskSpec:
         raise NotImplementedError("its children are what backends get")
+
+
+def split_item_name(name: str) -> tuple[str, int | None]:
+    """As in `sweep` and 3 for `sweep[3]`; None for a name of another form."""
+    base, bracket, number = name.removesuffix("]").rpartition("[")
+    is_item = bool(bracket) and name.endswith("]") and is_index(number)
+    return (base, int(number)) if is_item else (name, None)
+
+
+def child_named(parent: Task, name: str) -> Task:
+    """The child of a ForEach with a name such as `sweep[3]`. Raises UnknownName, which says which there are."""
+    base, number = split_item_name(name)
+    children = parent.children if isinstance(parent, ForEach) else []
+    if number is not None and number < len(children):
+        return children[number]
+    valid = f"{base}[0] to {base}[{len(children) - 1}]" if children else f"{base}, which has no tasks of its own"
+    raise UnknownName("task", name, (), valid)
 
 
 def kind_of(task: Task) -> Kind | Literal["for_each"]:

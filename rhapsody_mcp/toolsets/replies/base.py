@@ -87,14 +87,12 @@ class TaskRow(Row):
     cause: str | None = None
     error: str | None = None
 
-    def line(self) -> str:
-        """As in `task.000002 train FAILED in 0.31 s: error: ValueError: ...`."""
-        return f"{self.head()}: {self.cause}: {one_line(self.error)}" if self.error else self.head()
-
-    def after(self, previous: TaskRow | None) -> TaskRow:
-        """This row, where a long error that the previous row shows too is not repeated."""
+    def line(self, previous: TaskRow | None = None) -> str:
+        """As in `task.000002 train FAILED in 0.31 s: error: ValueError: ...`; a long error that the row before has too
+        is not repeated."""
         repeats = previous is not None and previous.error == self.error and len(self.error or "") > len(_SAME)
-        return self.model_copy(update={"error": _SAME}) if repeats else self
+        error = _SAME if repeats else one_line(self.error or "")
+        return f"{self.head()}: {self.cause}: {error}" if self.error else self.head()
 
 
 TaskRows = Annotated[
@@ -147,10 +145,10 @@ def row_fields(task: Task) -> dict[str, Any]:
     }
 
 
-def task_row(task: Task) -> TaskRow:
+def task_row(task: Task, share: float = 1.0) -> TaskRow:
     fields, failure = row_fields(task), dict[str, Any]()
     if task.outcome is not None and task.outcome.error:
-        failure = {"cause": task.outcome.cause, "error": shortened(task.outcome.error, _ERROR_CHARS)}
+        failure = {"cause": task.outcome.cause, "error": shortened(task.outcome.error, int(_ERROR_CHARS * share))}
     if task.state is TaskState.RUNNING and task.started is not None:
         fields["seconds"] = rounded(max(0.0, time.time() - task.started))
     return TaskRow(**fields, kind=kind_of(task), backend=task.backend or "", **failure)

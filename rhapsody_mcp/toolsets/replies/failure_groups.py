@@ -12,11 +12,12 @@ from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
 from rhapsody_mcp.toolsets.replies.base import Reply
-from rhapsody_mcp.toolsets.replies.formatting import one_line, shortened
+from rhapsody_mcp.toolsets.replies.formatting import limited_list, one_line, shortened
 
 __all__ = ["FailureGroup", "FailureGroups", "group_failures", "group_notes"]
 
-_NAMES_SHOWN, _ERROR_CHARS, _DETAIL_CHARS, _NOTE_CHARS = 3, 600, 200, 200
+_NAMES_SHOWN, _ERROR_CHARS, _DETAIL_CHARS, _NOTE_CHARS = 3, 600, 300, 200
+_RANKS_SHOWN, _RANK_GROUPS, _RANK_CHARS = 8, 3, 60
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+(\.\d+)?")
 _FRAME = re.compile(r'^  File "([^"\n]*)", (line \d+, in [^\n]*)((?:\n    [^\n]*)?)', re.MULTILINE)
 
@@ -86,7 +87,23 @@ def _group(cause: str, members: list[Task], share: float) -> FailureGroup:
 
 
 def _detail(outcome: Outcome) -> str:
-    """The place where the function raised, or the last line of stderr."""
+    """The place where the function raised or the last line of stderr, and what came of the other ranks of a job."""
+    return "; ".join(filter(None, [_place(outcome), _other_ranks(outcome)]))
+
+
+def _other_ranks(outcome: Outcome) -> str:
+    """As in `ranks 0, 2: ended well`; the error names the rank that failed first."""
+    failed = next((rank for rank in outcome.ranks if outcome.error.startswith(f"rank {rank.rank} of ")), None)
+    ranks: dict[str, list[str]] = {}
+    for rank in outcome.ranks if failed is not None else ():
+        if rank is not failed:
+            came_of_it = rank.error or (f"exit code {rank.exit_code}" if rank.exit_code else "ended well")
+            ranks.setdefault(shortened(one_line(came_of_it), _RANK_CHARS), []).append(str(rank.rank))
+    texts = [f"{limited_list(numbers, _RANKS_SHOWN)}: {text}" for text, numbers in ranks.items()]
+    return f"other ranks: {limited_list(texts, _RANK_GROUPS)}" if texts else ""
+
+
+def _place(outcome: Outcome) -> str:
     if outcome.cause is Cause.INVALID:  # the task never ran: the frames are this package's
         return ""
     if frames := _FRAME.findall(outcome.traceback):

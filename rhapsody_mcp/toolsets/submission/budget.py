@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from mcp.server.mcpserver import Elicit
 
-from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.errors import InvalidTask, UnknownName
+from rhapsody_mcp.runtime.dataflow.for_each_values import known_count
 from rhapsody_mcp.runtime.dataflow.item_template import with_item
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.requests.task_request import StandIn, TaskRequest
+from rhapsody_mcp.runtime.tasks import Part
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.submission.again import planned_again, repeated_again, tokens_of
 from rhapsody_mcp.toolsets.submission.prepared import check_tasks, prepare_tasks
@@ -31,14 +33,26 @@ class Demand(NamedTuple):
         return Demand(self.tasks + other.tasks, self.tokens + other.tokens)
 
 
-def demand_of(requests: Iterable[TaskRequest]) -> Demand:
+def demand_of(requests: Iterable[TaskRequest], open_session: OpenSession | None = None) -> Demand:
     """The demand of a submission; a for_each over a result that is not known yet counts as one task."""
     total = Demand(0, 0)
     for request in requests:
-        each = request.for_each
+        each = _known_count(request.for_each, open_session)
         items: Sequence[Any] = each if isinstance(each, list) else range(each) if isinstance(each, int) else [None]
         total = total.plus(Demand(len(items), _tokens(request, items)))
     return total
+
+
+def _known_count(for_each: Any, open_session: OpenSession | None) -> Any:
+    """The number of items in the place of a reference to a result that is there."""
+    if open_session is None or not isinstance(for_each, dict) or not isinstance(for_each.get("ref"), str):
+        return for_each
+    try:
+        source = Part(open_session.task(for_each["ref"]), for_each.get("path") or "")
+    except UnknownName:  # it may be of the same call
+        return for_each
+    count = known_count(source)
+    return for_each if count is None else count
 
 
 def _tokens(request: TaskRequest, items: Sequence[Any]) -> int:
@@ -85,7 +99,7 @@ async def ask_to_exceed(
     if force or dry_run or not (tasks or retry):
         return Confirm()
     usage = open_session.session.usage
-    demand = demand_of(tasks) if tasks else _demand_again(open_session, retry or [], idempotency_key)
+    demand = demand_of(tasks, open_session) if tasks else _demand_again(open_session, retry or [], idempotency_key)
     over = over_budget(Demand(usage.tasks, usage.tokens).plus(demand), state.settings)
     if not over or (tasks and repeated_submission(open_session, tasks, idempotency_key) is not None):
         return Confirm()
