@@ -51,7 +51,7 @@ def length(path: str) -> int:
 
 
 def lengths(runs: list[dict[str, Any]]) -> list[int]:
-    sizes = []
+    sizes: list[int] = []
     for run in runs:
         with open(run["files"][f"sweep-{len(sizes) + 1}.txt"]) as file:
             sizes.append(len(file.read()))
