@@ -32,9 +32,10 @@ class Ref(msgspec.Struct, frozen=True, tag="ref", gc=False):
 
 class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """An encoded result: as JSON where JSON gives back an equal result, else as a pickle. The format "files" stands for
-    {"result": `inner`, "files": KeptFiles}, with the paths of copies by the names of the files.
+    {"result": `inner`, "files": KeptFiles}, with the paths of copies by the names of the files, or for a list of
+    `items`, among which are such.
 
-    Exactly one of `data`, `file` and `inner` is set. `size` is in bytes. `preview` is empty for short JSON data.
+    One of `data`, `file`, `inner` and `items` is set. `size` is in bytes. `preview` is empty for short JSON data.
     `about` describes a picture, a table, an array or files, as in `PNG picture 640x480, 31 KB`; else it is empty.
     """
 
@@ -48,12 +49,14 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     about: str = ""
     inner: Value | None = None
     files: dict[str, str] = {}
+    items: tuple[Value, ...] = ()
 
     @property
     def paths(self) -> list[str]:
         """The paths of all files that hold a part of the result."""
         own = [] if self.file is None else [self.file]
-        return [*own, *(self.inner.paths if self.inner else ()), *self.files.values()]
+        inside = [self.inner, *self.items] if self.inner else self.items
+        return [*own, *self.files.values(), *(path for value in inside for path in value.paths)]
 
     def moved(self, copies: Mapping[str, str]) -> Value:
         """The value with other paths in the place of its own, by its own."""
@@ -62,6 +65,7 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
             file=None if self.file is None else copies[self.file],
             inner=self.inner and self.inner.moved(copies),
             files={name: copies[path] for name, path in self.files.items()},
+            items=tuple(item.moved(copies) for item in self.items),
         )
 
     @property
@@ -135,10 +139,12 @@ class KeptFiles(dict[str, Any]):
     """The paths of copies of files, by the names of the files; a folder is one more of these."""
 
 
-def _with_files(value: Value, read: Reader) -> dict[str, Any]:
+def _with_files(value: Value, read: Reader) -> Any:
     """The object that the value stands for, without a result that only other functions can read."""
+    if value.inner is None:
+        return [read(item) for item in value.items]
     files = {"files": as_tree(value.files)}
-    if value.inner is None or (value.inner.format != "json" and read is load_json):
+    if value.inner.format == "pickle" and read is load_json:
         return files
     return {"result": read(value.inner), **files}
 

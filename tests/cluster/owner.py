@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rhapsody_mcp.api import ComputeTask, Session
+from rhapsody_mcp.api import ComputeTask, Part, Session
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
 from rhapsody_mcp.model.errors import RhapsodyError
 from tests.processes import wait_until
@@ -111,10 +111,16 @@ async def run_modes(session: Session, first: str, second: str) -> None:
     in_worker = ComputeTask(beginning, args=(longs[1],))
     program = ComputeTask(executable="head", arguments=["-c", "300000", "/dev/zero"])
     pinned = ComputeTask(executable="hostname", task_backend_specific_kwargs=on(second))
+    write = ["-c", "hostname > kept.txt"]
+    in_tmp = {"process_template": {**on(second)["process_template"], "cwd": "/tmp"}}
+    kept = ComputeTask(executable="sh", arguments=write, outputs=["kept.txt"], task_backend_specific_kwargs=in_tmp)
+    path = Part(kept, "/files/kept.txt")
+    read = ComputeTask(executable="cat", arguments=[path], task_backend_specific_kwargs=on(first))
     job_keys = {"process_templates": [(4, {})], "ranks_per_node": 2}
     job = ComputeTask(executable="hostname", task_backend_specific_kwargs=job_keys)
-    await session.submit_tasks([*longs, *inputs, in_worker, program, pinned, job])
-    await asyncio.gather(*longs, *inputs, in_worker, program, pinned, job)
+    tasks = [*longs, *inputs, in_worker, program, pinned, kept, read, job]
+    await session.submit_tasks(tasks)
+    await asyncio.gather(*tasks)
     tell(
         "modes",
         longs=[[task.node, len(task.return_value)] for task in longs],
@@ -122,6 +128,7 @@ async def run_modes(session: Session, first: str, second: str) -> None:
         in_worker=[in_worker.node, in_worker.return_value],
         program=len(program.stdout or ""),
         pinned=[pinned.node, pinned.stdout],
+        kept=[kept.node, read.node, read.return_value],
         job=[list(job.nodes), [(rank.stdout or "").strip() for rank in job.ranks]],
     )
 

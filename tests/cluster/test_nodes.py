@@ -50,6 +50,7 @@ async def test_each_mode_of_task_runs_on_all_nodes(cluster: Cluster, folder: Pat
     assert value == [place, second, str(size)]
     assert modes["program"] == 300_000
     assert modes["pinned"] == [second, f"{second}\n"]
+    assert modes["kept"] == [second, first, second], "a file that a task has left is copied to the node that reads it"
     nodes, printed = modes["job"]
     assert sorted(nodes) == cluster.nodes
     assert printed == [nodes[0], nodes[0], nodes[1], nodes[1]]

@@ -161,10 +161,19 @@ async def test_tasks_of_each_kind_run_on_the_nodes_of_a_job_and_the_job_ends_wit
             job = {"name": "job", "executable": "/bin/sh", "arguments": ["-c", "hostname"], "ranks": 4}
             big = {"name": "big", "source": "def big():\n    return 'x' * 200_000"}
             size = {"name": "size", "source": "def size(text):\n    return len(text)", "args": [{"ref": "big"}]}
+            kept = {"name": "kept", "executable": "sh", "arguments": ["-c", "hostname > kept.txt"], "cwd": "/tmp"}
+            path = {"ref": "kept", "path": "/files/kept.txt"}
+            read = {"name": "read", "executable": "cat", "arguments": [path], "ranks": 2, "ranks_per_node": 1}
+            files = [{**kept, "outputs": ["kept.txt"]}, read]
             mpi = {"name": "mpi", "source": WORLD, "mpi": True, "ranks": 4, "ranks_per_node": 2}
-            await call(client, "submit_tasks", session="s", tasks=[{**job, "ranks_per_node": 2}, big, size, mpi])
+            await call(
+                client, "submit_tasks", session="s", tasks=[{**job, "ranks_per_node": 2}, big, size, mpi, *files]
+            )
             state = await login.wait(client)
-            assert state["counts"] == {"DONE": 12}, state["failures"]
+            assert state["counts"] == {"DONE": 14}, state["failures"]
+            text = await call(client, "get_result", session="s", task="kept", path="/files/kept.txt")
+            copies = await call(client, "get_result", session="s", task="read")
+            assert [rank["preview"] for rank in copies["ranks"]] == [f'"{text["result"].strip()}"'] * 2
             world = await call(client, "get_result", session="s", task="mpi")
             assert world["result"] == [4, 6, sorted(login.cluster.nodes)]
             result = await call(client, "get_result", session="s", task="size")

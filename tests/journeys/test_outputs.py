@@ -118,9 +118,17 @@ async def test_each_task_of_a_sweep_and_each_kind_of_function_gives_out_its_file
             "source": "def f(runs):\n    return [list(r['files']) for r in runs]",
             "args": [{"ref": "worker"}],
         },
+        {
+            "name": "each",
+            "source": "def f(run):\n    return [open(path).read() for path in run['files'].values()]",
+            "args": [{"item": True}],
+            "for_each": {"ref": "worker"},
+        },
+        {"name": "third", "executable": "cat", "arguments": [{"ref": "worker", "path": "/1/files/out-2.txt"}]},
     )
     rows = rows_by_name(await agent.wait())
-    assert rows["sizes"]["result"] == [["out-1.txt"], ["out-2.txt"]]
+    assert rows["sizes"]["result"] == [["out-1.txt"], ["out-2.txt"]] and rows["each"]["result"] == [["x"], ["xx"]]
+    assert rows["third"]["result"] == "xx"
     assert "result and 1 file" in rows["worker"]["result"][0] or "out-1.txt" in str(rows["worker"]["result"][0])
     assert (await agent.result("process", path="/1/files/out-2.txt"))["result"] == "xx"
     assert (await agent.result("worker[0]", path="/result"))["result"] == [1]

@@ -27,6 +27,7 @@ from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Value, load, load_json
+from rhapsody_mcp.runtime.dataflow.for_each_values import list_with_files
 
 LONG = "x" * 100_000
 
@@ -126,6 +127,17 @@ def test_a_full_disk_fails_the_task_and_leaves_nothing(cwd: Path, monkeypatch: p
     result = kept(cwd, "*")
     assert result.cause is Cause.ERROR and "No space left" in result.error
     assert len(copies) == 2 and not list((cwd.parent / "kept").iterdir())
+
+
+def test_a_list_of_such_results_has_the_files_of_all(cwd: Path) -> None:
+    one, two = value_of(kept(cwd, "a.json", returned=LONG)), value_of(kept(cwd, "b.txt", returned={1}))
+    value = list_with_files([one, None, two])
+    assert len(value.paths) == 3
+    copies = {path: shutil.copy(path, path + ".copy") for path in value.paths}
+    loaded = load(value.moved(copies))
+    assert resolve_pointer(loaded, "/0/files/a.json").endswith(".json.copy")
+    assert resolve_pointer(loaded, "/0/files/a.json/loss") == 0.5
+    assert (loaded[0]["result"], loaded[1], loaded[2]["result"]) == (LONG, None, {1})
 
 
 # --- how they travel

@@ -111,7 +111,8 @@ def about(value: Any) -> str:
 
 
 def plain_text(value: Any, max_bytes: int) -> str:
-    """Return the whole value as JSON; empty if the JSON is longer than `max_bytes`, or if the value has only a repr."""
+    """Return the whole value as JSON, in which pictures, tables and long arrays are described; empty if the JSON is
+    longer than `max_bytes`, or if the value itself is only described."""
     converter = _PlainConverter(max_bytes)
     plain_value = converter.convert(value)
     return (
@@ -254,7 +255,7 @@ class _PlainConverter:
         if (shape := shape_of(value)) is not None:
             return self._array(value, shape, depth)
         if type(value) not in _BUILT_IN and (description := about(value)):
-            return self._shortened(description) if as_table(value) else description
+            return description
         parts = _parts(_described(value))
         if not isinstance(parts, _CONTAINERS):
             return self._repr(value)
@@ -275,7 +276,7 @@ class _PlainConverter:
             return self.convert(value.tolist(), depth)
         if len(shape) == 1 and depth == 1:  # a row
             return [*self.convert(value[:_ROW].tolist(), depth), self._shortened(f"... and {shape[0] - _ROW} more")]
-        return self._shortened(about_array(value))
+        return about_array(value) or type_name(value)
 
     def _affordable_items(self, parts: Any, depth: int) -> Iterator[Any]:
         """Yield items as long as bytes are left; of a nested container, at most _ITEMS."""

@@ -43,6 +43,8 @@ def as_table(value: Any) -> Table | None:
         if isinstance(value, pandas.DataFrame):
             return _pandas_table(pandas, value)
     polars = sys.modules.get("polars")
+    if polars is not None and isinstance(value, polars.Series):
+        value = value.to_frame()
     if polars is not None and isinstance(value, polars.DataFrame):
         columns = [f"{name} {kind}" for name, kind in zip(value.columns, value.dtypes, strict=True)]
         return Table(value, _limited(columns), value.height)
@@ -75,8 +77,9 @@ def about_table(value: Any) -> str:
     shape = getattr(value, "shape", None)
     if as_table(value) is None or not isinstance(shape, tuple):
         return ""
-    columns = f" x {shape[1]} columns" if len(shape) > 1 else ", with an index"
-    return f"{_short_name(value)} of {shape[0]} rows{columns}"
+    rows, *columns = shape
+    width = "".join(f" x {count} column{'s' * (count != 1)}" for count in columns)
+    return f"{_short_name(value)} of {rows} row{'s' * (rows != 1)}{width}"
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:

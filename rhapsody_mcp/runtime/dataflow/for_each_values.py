@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from rhapsody_mcp.engine.task.output import write_pieces
 from rhapsody_mcp.model.errors import InvalidTask, LimitExceeded
 from rhapsody_mcp.model.json_pointer import resolve_pointer
@@ -19,7 +21,7 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PREVIEW_CHARS, Value, load_json
 from rhapsody_mcp.runtime.tasks import ForEach, Part, Task, name_of
 
-__all__ = ["join", "known_count", "outcome_of", "read_items", "restored_items"]
+__all__ = ["join", "known_count", "list_with_files", "outcome_of", "read_items", "restored_items"]
 
 
 _MAX_BYTES = 32 * 1024**2
@@ -90,6 +92,13 @@ async def join(values: Sequence[Value | None], folder: Path, max_bytes: int | No
     if any(value and value.file for value in values) or size > INLINE_BYTES:
         return await asyncio.to_thread(_join_now, values, folder)
     return _join_now(values, folder)
+
+
+def list_with_files(values: Sequence[Value | None]) -> Value:
+    """The list of values, with null for None, of which some have files."""
+    items = tuple(replace(value, preview="") if value else NOTHING for value in values)
+    size, count = sum(item.size for item in items), len(items)
+    return Value("files", "list", size, length=count, about=f"list of {count} results with files", items=items)
 
 
 def _join_now(values: Sequence[Value | None], folder: Path) -> Value:

@@ -47,14 +47,21 @@ def add_digests(record: dict[str, Any]) -> None:
             task["result"] = {"type": value.type, "encoding": value.format, "bytes": value.size, **_digest(value)}
 
 
-def _digest(value: Value) -> dict[str, str]:
+def _digest(value: Value) -> dict[str, Any]:
     try:
+        if value.format == "files":
+            files = {name: _file_digest(path) for name, path in value.files.items()}
+            return {**(_digest(value.inner) if value.inner else {}), "files": files}
         if value.file is None:
             return {"sha256": hashlib.sha256(value.data or b"").hexdigest()}
-        with Path(value.file).open("rb") as file:
-            return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"sha256": _file_digest(value.file)}
     except OSError as error:
         return {"unreadable": str(error)}
+
+
+def _file_digest(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _backend(backend: Backend) -> dict[str, Any]:

@@ -117,12 +117,12 @@ class TaskRequest(_StrictModel):
         list[Any] | None, Field(description='Of executable: texts, numbers, references, e.g. ["-n", 4].')
     ] = None
     stdout: Annotated[
-        Literal["json"] | None, Field(description="Of executable: parse it; the result is the JSON value.")
+        Literal["json"] | None, Field(description="Of executable: the result is the JSON that it prints.")
     ] = None
     outputs: Annotated[
         list[str] | None,
         Field(
-            description='Files it leaves in cwd, e.g. ["a.json", "plots/*.png"]; the result is then '
+            description='Files it leaves, e.g. ["a.json", "plots/*.png"]; its result is then '
             '{"result": ..., "files": {"plots": {"x.png": path}}}.'
         ),
     ] = None

@@ -11,7 +11,7 @@ from rhapsody_mcp.model.errors import InvalidTask, LimitExceeded, RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome, TaskFailed, failed
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Value
-from rhapsody_mcp.runtime.dataflow.for_each_values import join, outcome_of, read_items
+from rhapsody_mcp.runtime.dataflow.for_each_values import join, list_with_files, outcome_of, read_items
 from rhapsody_mcp.runtime.serialization import Module
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Part, Task
 
@@ -106,6 +106,8 @@ class ForEachRunner:
         value = source.task.outcome.value if source.task.outcome else None
         if value is None or value.format == "json":
             return await read_items(source)
+        if isinstance(source.task, ForEach) and value.format == "files" and not source.path:
+            return [Part(child) for child in source.task.children]
         list_task = await self._owner.run_hidden(ComputeTask(_AS_LIST, args=(source,)))
         if list_task.state is not TaskState.DONE or list_task.outcome is None or list_task.outcome.value is None:
             raise InvalidTask(
@@ -126,11 +128,13 @@ class ForEachRunner:
         self._owner.end(parent, outcome)
 
     async def _join_results(self, parent: ForEach) -> Value | None:
-        """The list of the results. JSON results are joined in this process, other objects by a worker."""
+        """The list of the results. JSON results and files are joined in this process, other objects by a worker."""
         done_children = [child if child.state is TaskState.DONE else None for child in parent.children]
         values = [child.outcome.value if child and child.outcome else None for child in done_children]
         if all(value is None or value.format == "json" for value in values):
             return await join(values, self._owner.folder, self._max_bytes)
+        if any(value is not None and value.format == "files" for value in values):
+            return list_with_files(values)
         join_task = await self._owner.run_hidden(ComputeTask(Module("builtins:list"), args=(done_children,)))
         await join_task
         return join_task.outcome.value if join_task.outcome else None

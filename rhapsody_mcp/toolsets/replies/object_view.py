@@ -88,7 +88,8 @@ async def view_object(
     if value.type == "bytes" and not path and not value.is_picture:
         return DescribedResult(value)
     task = ComputeTask(_VIEW, args=(value, path, start, limit, max_bytes, picture_bounds))
-    timeout_s = _PICTURE_TIMEOUT_S if value.is_picture or path else _TIMEOUT_S
+    may_be_picture = value.is_picture or (path and (value.format == "files" or " picture" in value.preview))
+    timeout_s = _PICTURE_TIMEOUT_S if may_be_picture else _TIMEOUT_S
     try:
         async with asyncio.timeout(timeout_s):
             await session.run_hidden(task)
