@@ -130,6 +130,10 @@ class Backend(Protocol):
         """How many functions run at a time; None where the backend sets no bound."""
 
     @property
+    def num_cores(self) -> int | None:
+        """How many cores functions and processes share; None where that is not known, or where there are none."""
+
+    @property
     def progress(self) -> str:
         """What the engine does now, in words, as in "starting"; may be empty."""
 
@@ -228,6 +232,7 @@ class BackendBase:
     before_start: BeforeStart | None = None
     on_loss: OnLoss = staticmethod(lambda reason: None)
     num_workers: int | None = None
+    num_cores: int | None = None
     abandons_start = False
     _closing: asyncio.Task[None] | None = None
 

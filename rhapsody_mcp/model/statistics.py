@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 from rhapsody_mcp.model.critical_path import CriticalPath, Sources, find_critical_path
 from rhapsody_mcp.model.errors import UnknownName
@@ -15,7 +15,7 @@ from rhapsody_mcp.model.percentiles import Spread, spread_of
 from rhapsody_mcp.model.task_totals import BusyTime, Row, TokenTotals, Totals, merge_intervals
 from rhapsody_mcp.model.timing import Timing
 
-__all__ = ["Busy", "Measures", "Spread", "Statistics", "Summary", "Tally", "Times", "Tokens"]
+__all__ = ["Busy", "Measures", "Places", "Spread", "Statistics", "Summary", "Tally", "Times", "Tokens"]
 
 _NUMBERED = re.compile(r"(.*?)[-_. \[]*\d+\]?")
 
@@ -50,12 +50,21 @@ class Tokens(TypedDict):
     out_per_s: float | None
 
 
+class Used(TypedDict):
+    """What tasks used: CPU seconds of all functions and processes, and the most memory of one rank of a task in a
+    process of its own, with the name of this task."""
+
+    cpu_s: float
+    peak_memory_bytes: int
+    largest: str
+
+
 class Measures(TypedDict):
     """`counts` has only the states that occur.
 
     `ran` is the number of tasks that started and have ended, the failed ones too. `times` are the times of these tasks,
     `throughput` is their number a second from the first start to the last end. A rate is None where no time has passed,
-    `tokens` is None where no server counted tokens.
+    `tokens` is None where no server counted tokens, and `used` where nothing was measured.
     """
 
     counts: dict[str, int]
@@ -63,18 +72,26 @@ class Measures(TypedDict):
     times: Times
     throughput: float | None
     tokens: Tokens | None
+    used: Used | None
+
+
+class Places(NamedTuple):
+    """How many functions a backend runs at a time, and the cores that functions and processes share."""
+
+    workers: int
+    cores: int
 
 
 class Busy(TypedDict):
     """The average `share` of a backend's `places` that tasks used, from the first start to the last end, without the
     time in which no submitted task was left.
 
-    A native function uses a worker, a process uses a process slot, and a job uses one slot for each rank. `seconds` are
-    the sum over the places.
+    A native function uses a worker, and each process the cores that its task asked for, at least a part of one.
+    `seconds` are the sum over the places.
     """
 
     backend: str
-    of: Literal["workers", "process slots"]
+    of: Literal["workers", "cores"]
     places: int
     share: float
     seconds: float
@@ -134,12 +151,12 @@ class Tally:
         others: Iterable[Row],
         find: Callable[[str], Row | None],
         sources: Sources,
-        workers: Mapping[str, int],
+        backends: Mapping[str, Places],
         group: str | None = None,
     ) -> Statistics:
         """Statistics of all added tasks and of `others`, such as those that have not ended; or of one group.
 
-        `find` returns the row of a uid, None for a task that does not count; `workers` is the number of workers by
+        `find` returns the row of a uid, None for a task that does not count; `backends` has the places by
         backend. Raises UnknownName for an unknown group.
         """
         rest = Tally(self._stems)
@@ -168,7 +185,7 @@ class Tally:
             **measures,
             "makespan": _span((totals.submitted for totals in parts), (totals.ended for totals in parts)),
             "idle": sum(end - start for start, end in gaps),
-            "busy": _busy(parts, workers, gaps),
+            "busy": _busy(parts, backends, gaps),
             "critical_path": find_critical_path(last[2] if last else None, timing, name_of, sources),
             "groups": _slowest_first(groups) if len(groups) > 1 else dict.fromkeys(groups, measures),
             "nodes": dict(sum((totals.nodes for totals in parts), Counter()).most_common()),
@@ -230,7 +247,16 @@ def _measures(parts: Sequence[Totals]) -> Measures:
         "times": _times(parts),
         "throughput": _rate(ran, seconds),
         "tokens": _tokens([totals.prompts for totals in parts]),
+        "used": _used(parts),
     }
+
+
+def _used(parts: Sequence[Totals]) -> Used | None:
+    cpu_s = sum(totals.cpu_s for totals in parts)
+    largest = max(parts, key=lambda totals: totals.peak_memory_bytes, default=None)
+    if largest is None or not (cpu_s or largest.peak_memory_bytes):
+        return None
+    return {"cpu_s": cpu_s, "peak_memory_bytes": largest.peak_memory_bytes, "largest": largest.largest}
 
 
 def _times(parts: Sequence[Totals]) -> Times:
@@ -275,16 +301,16 @@ def _gaps(parts: Sequence[Totals]) -> list[tuple[float, float]]:
     return [(start, min(end, last_end)) for start, end in gaps if start < last_end]
 
 
-def _busy(parts: Sequence[Totals], workers: Mapping[str, int], gaps: Sequence[tuple[float, float]]) -> list[Busy]:
-    used: dict[tuple[str, Literal["workers", "process slots"]], list[tuple[int, BusyTime]]] = {}
+def _busy(parts: Sequence[Totals], backends: Mapping[str, Places], gaps: Sequence[tuple[float, float]]) -> list[Busy]:
+    used: dict[tuple[str, Literal["workers", "cores"]], list[tuple[float, BusyTime]]] = {}
     for totals in parts:
-        for (backend, ranks), busy_time in totals.busy.items():
-            if backend in workers:
-                used.setdefault((backend, "process slots" if ranks else "workers"), []).append((ranks, busy_time))
+        for (backend, cores), busy_time in totals.busy.items():
+            if backend in backends:
+                used.setdefault((backend, "cores" if cores else "workers"), []).append((cores or 1, busy_time))
     rows: list[Busy] = []
     for (backend, of), uses in used.items():
-        places = workers[backend]
-        busy_s = sum(busy.seconds * min(max(ranks, 1), places) for ranks, busy in uses)
+        places = backends[backend].workers if of == "workers" else backends[backend].cores
+        busy_s = sum(busy.seconds * min(each, places) for each, busy in uses)
         if (seconds := _present_s([busy for _, busy in uses], gaps)) > 0:
             share = busy_s / (places * seconds)
             rows.append({"backend": backend, "of": of, "places": places, "share": share, "seconds": busy_s})

@@ -9,7 +9,7 @@ from typing import Self
 
 import msgspec
 
-from rhapsody_mcp.model.outcome import Usage
+from rhapsody_mcp.model.outcome import Measured, Usage
 from rhapsody_mcp.model.percentiles import Distribution
 from rhapsody_mcp.model.timing import Timing
 
@@ -19,8 +19,8 @@ __all__ = ["BusyTime", "Row", "TokenTotals", "Totals", "merge_intervals"]
 class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The facts of a task that statistics use.
 
-    `for_each` names the ForEach that made the task; `ranks` counts its own processes, 0 for a task in a worker. `state`
-    is "skipped" for a skipped task.
+    `for_each` names the ForEach that made the task; `cores` are those of its processes, 0 for a task in a worker.
+    `state` is "skipped" for a skipped task.
     """
 
     uid: str
@@ -30,8 +30,9 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     name: str | None = None
     for_each: str | None = None
     backend: str = ""
-    ranks: int = 0
+    cores: float = 0
     usage: Usage | None = None
+    measured: Measured | None = None
     nodes: tuple[str, ...] = ()
 
 
@@ -46,10 +47,12 @@ class Totals:
         self.ended = -math.inf
         self.last: tuple[float, int, str] | None = None
         """The task that ended last, of several the first one: its end, minus its number, its uid."""
-        self.busy: dict[tuple[str, int], BusyTime] = {}
-        """By backend and ranks."""
+        self.busy: dict[tuple[str, float], BusyTime] = {}
+        """By backend and cores."""
         self.nodes: Counter[str] = Counter()
         """The tasks that ran on each node, where the nodes are known."""
+        self.cpu_s, self.peak_memory_bytes, self.largest = 0.0, 0, ""
+        """The CPU seconds of all tasks, the most memory of one rank in bytes, and the task that used it."""
         self.prompts = TokenTotals()
         self.present = Intervals()
         """The times in which at least one task was submitted and had not ended."""
@@ -89,13 +92,20 @@ class Totals:
             if self.last is None or ended > self.last[0]:
                 self.last = ended, -number, row.uid
             if row.kind in ("function", "executable"):
-                key = row.backend, row.ranks
+                key = row.backend, row.cores
                 if key not in self.busy:
                     self.busy[key] = BusyTime()
                 self.busy[key].add(started, ended)
+            self._add_measured(row)
         self.ran += len(runs)
         self.nodes.update(node for row, _, _, _ in runs for node in row.nodes)
         self.prompts.add([(row, started, ended) for row, _, started, ended in runs if row.kind == "prompt"])
+
+    def _add_measured(self, row: Row) -> None:
+        if (measured := row.measured) is not None:
+            self.cpu_s += measured.cpu_s
+            if (measured.peak_memory_bytes or 0) > self.peak_memory_bytes:
+                self.peak_memory_bytes, self.largest = measured.peak_memory_bytes or 0, row.name or row.uid
 
 
 class BusyTime:

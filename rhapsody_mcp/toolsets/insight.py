@@ -84,7 +84,8 @@ class Insight:
         data = statistics_report(session, group, statistics, replaced)
         if (facts := allocation_of(open_session)) is None:
             return reply(text, data)
-        slots = max((backend.num_workers or 0 for backend in open_session.session.backends), default=0)
+        backends = open_session.session.backends
+        slots = max((backend.num_cores or backend.num_workers or 0 for backend in backends), default=0)
         share = utilization(facts, statistics, slots) if group is None else None
         used = f", of which tasks used {share:.0%} of {slots} cores" if share is not None else ""
         allocation = {**(allocation_data(facts) or {}), **({} if share is None else {"utilization": round(share, 4)})}

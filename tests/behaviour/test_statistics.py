@@ -224,7 +224,7 @@ async def test_a_python_user_gets_the_same_under_the_keys_of_the_tutorial_and_mo
         assert told["summary"]["total_tasks"] == 4 and dict(told["counts"]) == {"DONE": 4} == session.counts
         assert f"{told['summary']['avg_execution']:.4f}" == "2.0000"
         assert told["times"]["execution"]["p95"] == 3 and told["throughput"] == 0.8
-        assert told["busy"] == [{"backend": "dragon", "of": "process slots", "places": 2, "share": 1.0, "seconds": 6}]
+        assert told["busy"] == [{"backend": "dragon", "of": "cores", "places": 2, "share": 1.0, "seconds": 6}]
         assert list(told["groups"]) == ["sweep", "prompt tasks"]
         assert session.get_statistics(group="sweep")["ran"] == 3
 

@@ -15,7 +15,7 @@ from rhapsody_mcp.model.errors import UnknownName
 from rhapsody_mcp.model.outcome import Outcome, Usage
 from rhapsody_mcp.model.percentiles import Distribution, spread_of
 from rhapsody_mcp.model.states import TaskState
-from rhapsody_mcp.model.statistics import Statistics, Tally
+from rhapsody_mcp.model.statistics import Places, Statistics, Tally
 from rhapsody_mcp.model.task_totals import Row
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.runtime.tasks import ComputeTask
@@ -39,7 +39,7 @@ def summed(
     for start in range(0, len(ended), 2):
         tally.add(ended[start : start + 2])
     going = [each for each in known.values() if each.timing.ended is None]
-    return tally.statistics(going, known.get, lambda uid: waited_for.get(uid, ()), {"dragon": 2}, group)
+    return tally.statistics(going, known.get, lambda uid: waited_for.get(uid, ()), {"dragon": Places(2, 2)}, group)
 
 
 # --- the times of one task
@@ -164,15 +164,15 @@ def test_workers_are_busy_with_native_functions_and_slots_with_processes() -> No
         [
             row("a", 0.0, 0.0, 6.0, backend="dragon"),
             row("b", 0.0, 0.0, 3.0, backend="dragon"),
-            row("single", 0.0, 20.0, 22.0, backend="dragon", kind="executable", ranks=1),
-            row("job", 0.0, 22.0, 24.0, backend="dragon", ranks=64),
+            row("single", 0.0, 20.0, 22.0, backend="dragon", kind="executable", cores=1),
+            row("job", 0.0, 22.0, 24.0, backend="dragon", cores=64),
             row("elsewhere", 0.0, 0.0, 9.0, backend="unknown"),
             row("prompt", 0.0, 0.0, 9.0, backend="dragon", kind="prompt"),
         ]
     )["busy"]
     assert busy == [
         {"backend": "dragon", "of": "workers", "places": 2, "share": 0.75, "seconds": 9},
-        {"backend": "dragon", "of": "process slots", "places": 2, "share": 0.75, "seconds": 6},
+        {"backend": "dragon", "of": "cores", "places": 2, "share": 0.75, "seconds": 6},
     ]
 
 

@@ -98,6 +98,10 @@ class ComputeBackend(BackendBase):
                 f"valid is up to {max_ranks} ({_RANKS_A_CORE} a core)."
             )
 
+    @property
+    def num_cores(self) -> int | None:  # type: ignore[override]
+        return None if isinstance(self.nodes, PlannedNodes) else sum(self.nodes.cores)
+
     @cached_property
     def _known_nodes(self) -> list[Node]:
         """This machine, where it is the only node; the hardware of other nodes is known once they have joined."""

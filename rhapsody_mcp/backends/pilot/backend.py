@@ -103,6 +103,10 @@ class PilotBackend(BackendBase):
         return self._facts.get("num_workers", self._local.num_workers)
 
     @property
+    def num_cores(self) -> int | None:  # type: ignore[override]
+        return self._facts.get("cores", self._local.num_cores)
+
+    @property
     def progress(self) -> str:
         return (
             self._progress if self._is_ready else "; ".join(filter(None, [self._allocation.progress, self._progress]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rhapsody_mcp.backends.base import Backend
-from rhapsody_mcp.model.statistics import Statistics, Tally
+from rhapsody_mcp.model.statistics import Places, Statistics, Tally
 from rhapsody_mcp.model.task_totals import Row
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, is_hidden, kind_of, leaves, name_of
 
@@ -44,7 +44,7 @@ class StatisticsCollector:
         """The statistics of all tasks, or of one group. Raises UnknownName where no task is in this group."""
         self.add_ended(1)
         unfinished = (_row(task) for task in self._unfinished.values() if _counts(task))
-        return self._tally.statistics(unfinished, self._find_row, self._source_uids, _workers(backends), group)
+        return self._tally.statistics(unfinished, self._find_row, self._source_uids, _places(backends), group)
 
     def _find_row(self, uid: str) -> Row | None:
         task = self._tasks.get(uid)
@@ -73,12 +73,17 @@ def _row(task: Task) -> Row:
         timing=task.timing,
         for_each=name_of(task.parent) if task.parent else None,
         backend=task.backend or "",
-        ranks=task.layout.ranks if isinstance(task, ComputeTask) else 0,
+        cores=task.layout.ranks * task.layout.needs.counted_cores if isinstance(task, ComputeTask) else 0,
         usage=task.outcome.usage if task.outcome else None,
+        measured=task.outcome.measured if task.outcome else None,
         nodes=task.nodes,
     )
 
 
-def _workers(backends: Sequence[Backend]) -> dict[str, int]:
-    """The number of workers of each backend that has workers."""
-    return {backend.name: backend.num_workers for backend in backends if backend.num_workers is not None}
+def _places(backends: Sequence[Backend]) -> dict[str, Places]:
+    """The workers and cores of each backend that has workers."""
+    return {
+        backend.name: Places(backend.num_workers, backend.num_cores or backend.num_workers)
+        for backend in backends
+        if backend.num_workers is not None
+    }

@@ -69,6 +69,8 @@ class TaskResult(Row):
     ranks: SkipJsonSchema[list[RankRow] | None] = None
     notes: SkipJsonSchema[list[str] | None] = None
     queue_seconds: SkipJsonSchema[float | None] = None
+    cpu_seconds: SkipJsonSchema[float | None] = None
+    peak_memory_gb: SkipJsonSchema[float | None] = None
     prompt_tokens: SkipJsonSchema[int | None] = None
     completion_tokens: SkipJsonSchema[int | None] = None
 
@@ -165,12 +167,20 @@ def _run_fields(task: Task, outcome: Outcome, share: float) -> dict[str, Any]:
     ranks = [_rank_row(rank, int(_RANK_CHARS * share)) for rank in _ranks_shown(outcome)]
     return {
         "queue_seconds": rounded(task.timing.queue_s),
+        **_measured_fields(outcome),
         "notes": [shortened(note, int(_TRACEBACK_CHARS * share)) for note in outcome.notes] or None,
         "rank_count": len(outcome.ranks) or None,
         "ranks": ranks or None,
         "prompt_tokens": usage.prompt_tokens if usage else None,
         "completion_tokens": usage.completion_tokens if usage else None,
     }
+
+
+def _measured_fields(outcome: Outcome) -> dict[str, Any]:
+    if (measured := outcome.measured) is None:
+        return {}
+    peak = measured.peak_memory_bytes
+    return {"cpu_seconds": rounded(measured.cpu_s), "peak_memory_gb": None if peak is None else round(peak / 1e9, 3)}
 
 
 def _ranks_shown(outcome: Outcome) -> list[RankOutcome]:
@@ -254,6 +264,8 @@ def _described_lines(result: DescribedResult, data: TaskResult, task: Task) -> l
 
 def _other_lines(data: TaskResult, excerpts: dict[str, Excerpt]) -> list[str]:
     lines = [] if data.exit_code is None else [f"exit code {data.exit_code}"]
+    if data.peak_memory_gb is not None:
+        lines.append(f"used {data.cpu_seconds or 0:g} CPU seconds and at most {data.peak_memory_gb:g} GB of memory")
     lines += [one_line(note) for note in data.notes or []]
     lines += [group.line() for group in data.failures or []]
     if data.traceback:

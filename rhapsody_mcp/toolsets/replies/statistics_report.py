@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.model.critical_path import CriticalPath, Step
-from rhapsody_mcp.model.statistics import Measures, Spread, Statistics, Times, Tokens
+from rhapsody_mcp.model.statistics import Measures, Spread, Statistics, Times, Tokens, Used
 from rhapsody_mcp.runtime.tasks import tasks_text
 from rhapsody_mcp.toolsets.replies.base import Reply
 from rhapsody_mcp.toolsets.replies.formatting import counts_text, duration, limited_list, one_line
@@ -83,7 +83,15 @@ def _measures(measures: Measures | Statistics) -> dict[str, Any]:
         "times_s": _times(measures["times"]),
         "tasks_per_s": _rate(measures["throughput"]),
         "tokens": _tokens(measures["tokens"]),
+        "used": _used(measures["used"]),
     }
+
+
+def _used(used: Used | None) -> dict[str, Any] | None:
+    if used is None:
+        return None
+    peak = {"peak_memory_gb": round(used["peak_memory_bytes"] / 1e9, 3), "largest": used["largest"]}
+    return {"cpu_seconds": round(used["cpu_s"], 3), **(peak if used["largest"] else {})}
 
 
 def _group(measures: Measures) -> dict[str, Any]:
@@ -192,6 +200,9 @@ def _rates(statistics: Statistics) -> str:
         rates = f", a second {_plain(tokens['in_per_s'])} in and {_plain(tokens['out_per_s'])} out"
         timed = tokens["in_per_s"] is not None
         parts.append(f"Tokens: {tokens['prompt_tokens']} in, {tokens['completion_tokens']} out{rates * timed}.")
+    if (used := _used(statistics["used"])) is not None:
+        peak = f", at most {used['peak_memory_gb']:g} GB of memory in one process tree ({one_line(used['largest'])})"
+        parts.append(f"Used: {_plain(used['cpu_seconds'])} CPU seconds{peak if 'largest' in used else ''}.")
     parts += [
         f"{busy['backend']}: {busy['share']:.0%} of {busy['places']} {busy['of']} busy." for busy in statistics["busy"]
     ]
