@@ -379,11 +379,13 @@ class WorkerConfig(msgspec.Struct, frozen=True, gc=False):
 
 
 class RankConfig(msgspec.Struct, frozen=True, gc=False):
-    """The configuration of a rank: its task is a function, or a program whose arguments are pickled results."""
+    """The configuration of a rank: its task is a function, or a program whose arguments are pickled results. `python`
+    is the version of the engine's Python, as in "3.11"."""
 
     task_run: TaskRun
     sys_path: list[str]
     caps: Caps = Caps()
+    python: str = ""
 
 
 class ProcessPlan(msgspec.Struct, frozen=True, gc=False):

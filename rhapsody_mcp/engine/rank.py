@@ -3,8 +3,9 @@ results.
 
     python -P -m rhapsody_mcp.engine.rank CONFIG
 
-It runs under a supervisor, in the directory and with the variables of the task. Afterwards the file CONFIG.result holds
-the result of the function, or the reason why the program could not start.
+It runs under a supervisor, in the directory and with the variables of the task; in a Python of the user it is started
+by `software/start.py`. Afterwards the file CONFIG.result holds the result of the function, or the reason why the
+program could not start.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from rhapsody_mcp.engine.isolation import c_streams
 from rhapsody_mcp.engine.isolation.edited_modules import skip_bytecode_of_recent_sources
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import FunctionResult, RankConfig
+from rhapsody_mcp.engine.software.config import read_config
 from rhapsody_mcp.engine.supervisor import CannotStart, exec_program, find_program
 from rhapsody_mcp.engine.task.arguments import arguments_of
 from rhapsody_mcp.engine.task.error_text import error_message
@@ -29,22 +31,25 @@ from rhapsody_mcp.engine.task.function_call import perform
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.specs import Call, Command, TaskRun
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import load
+from rhapsody_mcp.model.values import holds_code, load, version_here
 
-__all__ = ["main"]
+__all__ = ["main", "read_config", "run"]
 
 
 def main() -> NoReturn:
-    path = Path(sys.argv[1])
-    config = msgspec.msgpack.decode(path.read_bytes(), type=RankConfig)
-    path.unlink()
+    run(sys.argv[1], read_config(sys.argv[1]))
+
+
+def run(config_path: str, config: RankConfig) -> NoReturn:
+    """Run the rank whose configuration was at this path."""
+    path = Path(config_path)
     sys.path.extend(entry for entry in config.sys_path if entry not in sys.path)
     skip_bytecode_of_recent_sources()
     result = _result(config, Sources(str(path.parent / "sources")))
     _flush(sys.stdout)
     _flush(sys.stderr)
     c_streams.flush()
-    (part := path.with_suffix(".part")).write_bytes(msgspec.msgpack.encode(result))
+    (part := path.with_suffix(".part")).write_bytes(msgspec.json.encode(result))
     part.rename(path.with_suffix(".result"))
     os._exit(0 if result.cause is None else 1)
 
@@ -68,7 +73,10 @@ def _result(config: RankConfig, sources: Sources) -> FunctionResult:
     atexit._run_exitfuncs()
     if result.cause is None:
         _finalize_mpi()
-    return msgspec.structs.replace(result, mpi_alone=is_mpi_alone)
+    exception = result.exception
+    if config.python != version_here() and holds_code(exception):
+        exception = b""  # its class is code that the Python of the session cannot read
+    return msgspec.structs.replace(result, mpi_alone=is_mpi_alone, exception=exception)
 
 
 def _ran_mpi_alone() -> bool:

@@ -10,7 +10,7 @@ from rhapsody_mcp.model.values import Ref, Value
 
 __all__ = [
     *("Call", "Caps", "Command", "Completion", "Content", "Layout", "Message", "Mode", "Needs", "TaskRun", "RankGroup"),
-    *("Role", "TaskSpec", "Template", "parts_of"),
+    *("Role", "Software", "TaskSpec", "Template", "parts_of"),
 ]
 
 Mode = Literal["native", "process", "job"]
@@ -125,6 +125,34 @@ class Needs(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
         return None if self.memory_gb is None else round(self.memory_gb * 1e9)
 
 
+class Software(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """What the user's code finds around it; empty is that of the engine.
+
+    `python` is an interpreter, or the folder of an environment. `packages` are requirements, for which an environment
+    is made before a backend gets the task. `container` is an image, and `setup` are lines of bash that run before.
+    """
+
+    python: str = ""
+    packages: tuple[str, ...] = ()
+    container: str = ""
+    setup: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self != _NO_SOFTWARE
+
+    def over(self, session: Software) -> Software:
+        """The software of a task with this one, in a session with the other. Packages of the task alone are for the
+        Python of the session."""
+        if self.python or self.container:
+            return self
+        if self.packages:
+            return msgspec.structs.replace(self, python="" if session.container else session.python)
+        return msgspec.structs.replace(session, setup=(*session.setup, *self.setup))
+
+
+_NO_SOFTWARE = Software()
+
+
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """The processes of a task: none of its own (mode native), one (process), or several (job).
 
@@ -139,6 +167,7 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     forked: bool = False
     ranks_per_node: int | None = None
     needs: Needs = Needs()
+    software: Software = Software()
 
     @property
     def ranks(self) -> int:

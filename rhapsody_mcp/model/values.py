@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -13,7 +14,7 @@ from rhapsody_mcp.model.errors import InvalidTask, ResultGone
 
 __all__ = [
     *("INLINE_BYTES", "NOTHING", "PLAIN", "PREVIEW_CHARS", "KeptFiles", "Ref", "Stream", "Value"),
-    *("as_tree", "is_index", "load", "load_json"),
+    *("as_tree", "holds_code", "is_index", "load", "load_json", "version_here"),
 ]
 
 PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
@@ -37,6 +38,7 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     One of `data`, `file`, `inner` and `items` is set. `size` is in bytes. `preview` is empty for short JSON data.
     `about` describes a picture, a table, an array or files, as in `PNG picture 640x480, 31 KB`; else it is empty.
+    `python` is the version of the only Python that can read a pickle, as in "3.12", because it holds code; else empty.
     """
 
     format: Literal["json", "pickle", "files"]
@@ -50,6 +52,7 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     inner: Value | None = None
     files: dict[str, str] = {}
     items: tuple[Value, ...] = ()
+    python: str = ""
 
     @property
     def paths(self) -> list[str]:
@@ -111,12 +114,27 @@ class Stream(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 Reader = Callable[[Value], Any]
 
 
+def version_here() -> str:
+    """The version of this Python, as in "3.11": functions and classes that are pickled as code need the same."""
+    return "{}.{}".format(*sys.version_info)
+
+
+def holds_code(pickled: bytes) -> bool:
+    """Whether a pickle, or a piece of one, holds a function or a class as code."""
+    return b"_make_function" in pickled
+
+
 def load(value: Value) -> Any:
     """Decode a value. This may unpickle: call it only for values of the user's own tasks, in a process of the user."""
     if value.format == "files":
         return _with_files(value, load)
     if value.format == "json":
         return msgspec.json.decode(value.read())
+    if value.python and value.python != version_here():
+        raise InvalidTask(
+            f"this result is a {value.type} that holds functions or classes of Python {value.python}, which Python "
+            f"{version_here()} cannot read. Give the task that reads it the same python, or return plain data."
+        )
     if value.file is None:
         return pickle.loads(value.read())
     with value.open() as file:

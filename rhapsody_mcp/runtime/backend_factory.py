@@ -23,7 +23,7 @@ from rhapsody_mcp.backends.vllm.config import SHIPPED, Device, VllmConfig, read_
 from rhapsody_mcp.backends.vllm.launch_plan import find_model, interpreter
 from rhapsody_mcp.machine import Machine, inspect_machine
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings
-from rhapsody_mcp.model.specs import Caps
+from rhapsody_mcp.model.specs import Caps, Software
 from rhapsody_mcp.runtime.allocation_plan import DEFAULT_MINUTES, AllocationPlan
 from rhapsody_mcp.runtime.policy import Policy
 from rhapsody_mcp.schedulers.allocation import current_allocation
@@ -58,6 +58,7 @@ class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: SchedulerOptions | None = None
     folder: str = ""
     """The working directory of the tasks; empty for the working directory of this process."""
+    software: Software = Software()
 
     @property
     def needs_allocation(self) -> bool:

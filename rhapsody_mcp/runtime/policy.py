@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
+from rhapsody_mcp.engine.software.interpreter import python_path
 from rhapsody_mcp.model.errors import InvalidRequest
-from rhapsody_mcp.model.specs import Call, Command, TaskSpec, Template
+from rhapsody_mcp.model.specs import Call, Command, Software, TaskSpec, Template
 from rhapsody_mcp.settings import Settings
 
 __all__ = ["Policy"]
@@ -47,6 +48,7 @@ class Policy(msgspec.Struct, frozen=True):
         for template in templates:
             if template.cwd is not None:
                 self.check_folder("cwd", template.cwd)
+        self._check_software(spec.layout.software)
         if isinstance(spec.work, Call):
             self._check_function(spec.work)
         elif isinstance(spec.work, Command) and self.executables is not None:
@@ -55,6 +57,13 @@ class Policy(msgspec.Struct, frozen=True):
             path = _find_program(spec.work.executable, templates[0])
             return replace(spec, work=replace(spec.work, executable=path or spec.work.executable))
         return spec
+
+    def _check_software(self, software: Software) -> None:
+        if software.python and self.executables is not None:
+            self.check_executable("python", python_path(software.python, ""))
+        for field in ("packages", "container", "setup"):
+            if getattr(software, field):
+                self.check_setup(field)
 
     def _check_function(self, call: Call) -> None:
         if call.form == "source":

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from msgspec.structs import replace
 
 from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
-from rhapsody_mcp.model.specs import Layout, Needs, RankGroup, Template
+from rhapsody_mcp.model.specs import Layout, Needs, RankGroup, Software, Template
 
-__all__ = ["read_layout", "read_timeout", "refuse_half_characters"]
+__all__ = ["read_layout", "read_software", "read_timeout", "refuse_half_characters", "with_software"]
 
 _NEEDS = ("cores", "gpus", "memory_gb")
-_KEYS = ("process_template", "process_templates", "type", "ranks", "ranks_per_node", "pmi", "timeout", *_NEEDS)
+_SOFTWARE = ("python", "packages", "container", "setup")
+_PROCESSES = ("process_template", "process_templates", "type", "ranks", "ranks_per_node", "pmi")
+_KEYS = (*_PROCESSES, "timeout", *_NEEDS, *_SOFTWARE)
 _TEMPLATE_KEYS = ("env", "cwd", "policy")
 _POLICY_KEYS = ("host_name", "cpu_affinity", "gpu_affinity")
 _PMI = ("auto", "pmix", "cray", "none")
@@ -27,11 +30,61 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
     if not kwargs:
         return _NATIVE if native else _FORKED
     refuse_unknown("key of task_backend_specific_kwargs", kwargs, _KEYS)
-    layout = _processes(kwargs, native)
+    layout = with_software(_processes(kwargs, native), read_software(kwargs))
     if not any(key in kwargs for key in _NEEDS):
         return layout
     own = _PROCESS if layout.mode == "native" else layout
     return replace(own, needs=_read_needs(kwargs))
+
+
+def with_software(layout: Layout, software: Software) -> Layout:
+    """The layout of a task with this software; a function with any has a process of its own."""
+    if not software:
+        return layout
+    return replace(_PROCESS if layout.mode == "native" else layout, software=software)
+
+
+def read_software(kwargs: Mapping[str, Any]) -> Software:
+    """The software that the keys python, packages, container and setup name. Raises InvalidTask."""
+    python, container = (_software_text(key, kwargs.get(key)) for key in ("python", "container"))
+    packages, setup = (_software_texts(key, kwargs.get(key)) for key in ("packages", "setup"))
+    if options := [text for text in packages if text.startswith("-")]:
+        raise InvalidTask(
+            f"{options[0]!r} in packages is an option of pip; valid are requirements, as in 'humanize==4.*'.",
+            field="packages",
+        )
+    if container and packages:
+        raise InvalidTask(
+            "container and packages contradict each other: install the packages into the image.", field="packages"
+        )
+    return Software(python, tuple(sorted(dict.fromkeys(packages))), container, setup)
+
+
+def _software_text(field: str, value: Any) -> str:
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if text is not None and (not isinstance(text, str) or not text.strip() or "\0" in text or text.startswith("-")):
+        raise InvalidTask(f"{field} is {value!r}; valid is {_FORMS[field]}.", field=field)
+    refuse_half_characters(field, text or "")
+    return text or ""
+
+
+def _software_texts(field: str, value: Any) -> tuple[str, ...]:
+    texts = [] if value is None else value
+    if not isinstance(texts, list | tuple) or not all(
+        isinstance(text, str) and text.strip() and "\0" not in text for text in texts
+    ):
+        raise InvalidTask(f"{field} is {value!r}; valid is {_FORMS[field]}.", field=field)
+    for text in texts:
+        refuse_half_characters(field, text)
+    return tuple(text.strip() for text in texts)
+
+
+_FORMS = {
+    "python": 'the path of an interpreter or of an environment, as in "/home/me/env"',
+    "packages": 'a list of requirements, as in ["humanize==4.*"]',
+    "container": 'an image, as in "image.sif" or "docker://python:3.12"',
+    "setup": 'a list of lines for bash, as in ["module load cuda"]',
+}
 
 
 def _read_needs(kwargs: Mapping[str, Any]) -> Needs:

@@ -25,6 +25,7 @@ from rhapsody_mcp.runtime.backend_factory import OpenBackends, SessionConfig
 from rhapsody_mcp.runtime.call_context import current_caller
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
 from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.runtime.package_cache import PackageCache
 from rhapsody_mcp.runtime.recovery.orphans import end_orphans
 from rhapsody_mcp.runtime.recovery.recorder import Recorder, Storage
 from rhapsody_mcp.runtime.recovery.restore import restore
@@ -151,7 +152,13 @@ class SessionRegistry:
         id, storage = key.rpartition(".")[0], self._storage
         folder = storage and storage.folder / "sessions" / key
         session = Session(
-            backends, opens_results=False, engine_idle_s=self._engine_idle_s, folder=folder, limits=self.limits
+            backends,
+            opens_results=False,
+            engine_idle_s=self._engine_idle_s,
+            folder=folder,
+            limits=self.limits,
+            software=msgspec.to_builtins(config.software),
+            package_cache=PackageCache(self.state_folder / "environments", config.folder),
         )
         recorder = storage and Recorder(storage.ledger, key, session)
         for backend in backends:

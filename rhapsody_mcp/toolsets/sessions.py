@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import sys
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 from mcp.server.mcpserver import Elicit, Resolve
 from mcp.types import CallToolResult
+from msgspec.structs import replace
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
@@ -16,13 +18,16 @@ from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.backends.local_models import shipped_text
 from rhapsody_mcp.backends.vllm.config import Device
+from rhapsody_mcp.engine.software.interpreter import find_interpreter
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
+from rhapsody_mcp.model.specs import Software
 from rhapsody_mcp.runtime.allocation_plan import AllocationPlan, ask_scheduler, plan_allocation
 from rhapsody_mcp.runtime.backend_factory import BackendName, SessionConfig, open_backends
 from rhapsody_mcp.runtime.call_context import current_folder
 from rhapsody_mcp.runtime.export.export import export
 from rhapsody_mcp.runtime.export.script import Script
 from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.runtime.process_layout import read_software
 from rhapsody_mcp.runtime.requests.field_types import Name
 from rhapsody_mcp.runtime.requests.task_request import Env
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
@@ -62,12 +67,20 @@ SessionId = Annotated[str, Field(description='Its id, e.g. "session-1".')]
 
 
 class SessionEnvironment(BaseModel):
-    """`setup` are lines for a login shell of bash, which runs before an engine starts."""
+    """`setup` are lines for a login shell of bash, which runs before an engine starts. The others are for tasks that
+    name none."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     variables: Env | None = None
     setup: tuple[str, ...] | None = None
+    python: str | None = None
+    packages: list[str] | None = None
+    container: str | None = None
+
+    @property
+    def software(self) -> Software:
+        return read_software({"python": self.python, "packages": self.packages, "container": self.container})
 
     def read(self) -> Environment:
         try:
@@ -160,7 +173,10 @@ class Sessions:
         endpoint_model: Annotated[str | None, Field(description="A model that it serves.")] = None,
         environment: Annotated[
             Setup | None,
-            Field(description='Of engines, e.g. {"variables": {"A": "1"}, "setup": ["module load gcc"]} (in bash -l).'),
+            Field(
+                description='Of its tasks, e.g. {"variables": {"A": "1"}, "setup": ["module load gcc"] (in bash -l), '
+                '"python": "/home/me/env", "packages": [...], "container": ...}.'
+            ),
         ] = None,
         nodes: Annotated[int | None, Field(ge=1, description="Nodes of a job, for its tasks.")] = None,
         minutes: Annotated[int | None, Field(ge=1, description="Time limit of the job; default 60.")] = None,
@@ -188,7 +204,9 @@ class Sessions:
             minutes=None if plan is None else plan.minutes,
             scheduler=None if plan is None else plan.options,
             folder=current_folder.get(),
+            software=Software() if environment is None else environment.software,
         )
+        await self._try(session_config)
         verdict = None if plan is None else await ask_scheduler(plan)
         if dry_run:
             rows = [_backend_row(backend) for backend in open_backends(session_config, self._settings)]
@@ -198,6 +216,16 @@ class Sessions:
         rows = [_backend_row(backend) for backend in open_session.session.backends]
         data = CreatedSession(session=open_session.id, backends=rows, allocation=planned_data(plan, verdict))
         return reply(self._created_text(open_session, rows, plan), data)
+
+    async def _try(self, config: SessionConfig) -> None:
+        """Refuse setup lines that fail, and a Python that is none, where the tasks run on this machine."""
+        if config.needs_allocation:
+            return
+        if config.environment is not None and config.environment.setup:
+            self._sessions.limits.policy.check_setup()
+            await replace(config.environment, withheld=self._settings.withheld_variables).build()
+        if config.software.python and not config.software.container:
+            await asyncio.to_thread(find_interpreter, config.software.python, config.folder or os.getcwd())
 
     def _created_text(self, open_session: OpenSession, rows: list[BackendRow], plan: AllocationPlan | None) -> str:
         idle = self._settings.engine_idle_s

@@ -21,6 +21,8 @@ from rhapsody_mcp.backends.shared_run import SharedRun
 from rhapsody_mcp.engine.messages import LauncherName, ReadOutput
 from rhapsody_mcp.engine.network.addresses import refuse_unknown_network
 from rhapsody_mcp.engine.node.hardware import count_gpus, memory_gib
+from rhapsody_mcp.engine.software.crossing import refuse_code
+from rhapsody_mcp.engine.software.interpreter import find_interpreter
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings, InvalidTask
 from rhapsody_mcp.model.live.output import OutputQuery, Printed
 from rhapsody_mcp.model.specs import Caps, TaskRun, TaskSpec
@@ -86,11 +88,15 @@ class ComputeBackend(BackendBase):
         self.num_workers *= count
 
     def check(self, spec: TaskSpec) -> None:
-        """Raise InvalidTask where the task needs more than there is, or has more ranks than the nodes can hold; each
-        rank takes two processes."""
+        """Raise InvalidTask where the task needs more than there is, names a Python that is not here, or has more ranks
+        than the nodes can hold; each rank takes two processes."""
         cores = self.nodes.cores
         refuse_too_large(spec.layout, self._known_nodes)
         refuse_too_many_ranks(spec.layout, len(cores))
+        if spec.layout.software.python and self._is_here:
+            python = find_interpreter(spec.layout.software.python, self.cwd or os.getcwd())
+            if not spec.layout.software.container:
+                refuse_code(spec.work, python)
         if spec.layout.ranks > (max_ranks := _RANKS_A_CORE * sum(cores)):
             machine = "this machine" if len(cores) == 1 else f"{len(cores)} nodes"
             raise InvalidTask(
@@ -102,10 +108,15 @@ class ComputeBackend(BackendBase):
     def num_cores(self) -> int | None:  # type: ignore[override]
         return None if isinstance(self.nodes, PlannedNodes) else sum(self.nodes.cores)
 
+    @property
+    def _is_here(self) -> bool:
+        """Whether this machine is the only node."""
+        return self.num_nodes == 1 and not isinstance(self.nodes, PlannedNodes)
+
     @cached_property
     def _known_nodes(self) -> list[Node]:
         """This machine, where it is the only node; the hardware of other nodes is known once they have joined."""
-        if self.num_nodes > 1 or isinstance(self.nodes, PlannedNodes):
+        if not self._is_here:
             return []
         return [Node(socket.gethostname(), self.nodes.cores[0], gpus=count_gpus(), memory_gib=memory_gib())]
 

@@ -21,7 +21,6 @@ from rhapsody_mcp.engine.messages import (
     Devices,
     FunctionResult,
     ProcessPlan,
-    RankConfig,
     RanksPrepared,
     StartTask,
     TaskProgressed,
@@ -34,6 +33,7 @@ from rhapsody_mcp.engine.node.mpi_hint import may_use_mpi
 from rhapsody_mcp.engine.node.pmi import PmiName, rank_environment
 from rhapsody_mcp.engine.node.step_launcher import StepGroup
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
+from rhapsody_mcp.engine.node.task_software import TaskSoftware
 from rhapsody_mcp.engine.node.timeouts import call_with_timeouts
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
 from rhapsody_mcp.engine.task.arguments import arguments_of
@@ -103,6 +103,10 @@ class ProcessTask:
     def run(self) -> Outcome | None:
         """Run the task to its end. Return None if the end of the keeper or of the node agent ended the task: the
         backend notices that by itself."""
+        try:
+            self._software = TaskSoftware(self.node, self.task_run)
+        except InvalidTask as error:
+            return failed(Cause.INVALID, str(error))
         for rank in self._ranks:
             if error_text := self._template_error(self._templates[rank]):
                 return failed(Cause.INVALID, error_text)
@@ -223,10 +227,10 @@ class ProcessTask:
         task_run, layout, config = self.task_run, self.task_run.spec.layout, self.node.config
         template, work, caps = self._templates[rank], task_run.spec.work, config.caps
         process = SupervisedProcess(self.node, template)
-        if isinstance(work, Command) and self._has_short_json_arguments(work):
+        if isinstance(work, Command) and not self._software.needs_rank and self._has_short_json_arguments(work):
             arguments = arguments_of(work, task_run.bindings, load_json)
         else:
-            arguments = process.module_command("rank", RankConfig(task_run, config.sys_path, caps))
+            arguments = self._software.rank_command(process.path)
         devices = self._devices.get(rank, Devices())
         needs = layout.needs
         env: dict[str, str | None] = {
@@ -240,12 +244,13 @@ class ProcessTask:
             env |= _SEEN_AT_ONCE
         if self._launcher.sets_affinity and template.gpu_affinity:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, template.gpu_affinity))
+        env = self._software.variables({**env, **template.env})
         process.write_plan(
             ProcessPlan(
-                arguments,
+                self._software.wrapped(arguments, process.path, env, template),
                 config.cwd,
                 template.cwd or "",
-                {**env, **template.env},
+                env,
                 devices.cpus or (template.cpu_affinity if self._launcher.sets_affinity else ()),
                 caps.output_bytes,
                 (task_run.results_folder, self.uid, task_run.attempt),

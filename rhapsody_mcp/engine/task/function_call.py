@@ -30,7 +30,16 @@ from rhapsody_mcp.model.errors import InvalidTask, nearest
 from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.specs import Call, Caps
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.model.values import INLINE_BYTES, NOTHING, PLAIN, PREVIEW_CHARS, Value, load
+from rhapsody_mcp.model.values import (
+    INLINE_BYTES,
+    NOTHING,
+    PLAIN,
+    PREVIEW_CHARS,
+    Value,
+    holds_code,
+    load,
+    version_here,
+)
 
 __all__ = ["can_start_threads", "encode", "perform"]
 
@@ -252,6 +261,10 @@ class _TooLong(Exception):
     """Raised if a value is longer than the limit."""
 
 
+_MOST_CODE = 2 * INLINE_BYTES
+"""The pickler writes code in pieces of up to 64 KiB, and long data, such as arrays, in a piece of their own."""
+
+
 class _PickleWriter:
     """A writable file object for a pickle: in memory up to INLINE_BYTES, then in a file of `folder`. Raises _TooLong as
     soon as the pickle is longer than `max_bytes`."""
@@ -261,10 +274,13 @@ class _PickleWriter:
         self._memory = io.BytesIO()
         self._file: BinaryIO | None = None
         self.size = 0
+        self.holds_code = False
 
     def write(self, data: bytes | memoryview) -> int:
         length = memoryview(data).nbytes
         self.size += length
+        if length <= _MOST_CODE and not self.holds_code:
+            self.holds_code = holds_code(bytes(data))
         if self._max_bytes is not None and self.size > self._max_bytes:
             raise _TooLong
         if self._file is None and self.size > INLINE_BYTES:
@@ -313,6 +329,7 @@ def encode(value: Any, folder: str, max_bytes: int | None = None) -> Value:
         _length(value),
         _preview(value, None),
         about(value),
+        python=version_here() if pickled.holds_code else "",
     )
 
 

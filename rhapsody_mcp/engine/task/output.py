@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import BinaryIO, Protocol
 
-from msgspec.structs import replace
+import msgspec
 
 from rhapsody_mcp.engine.task.output_files import CURRENT_TASK, MOVE_COUNT, STREAMS, middle
 from rhapsody_mcp.engine.task.progress_file import PROGRESS
@@ -107,9 +107,13 @@ def with_printed(outcome: Outcome, printed: Sequence[RankOutcome]) -> Outcome:
     """Return the outcome of a lost task with what its ranks had printed."""
     if not any(rank.stdout.size or rank.stderr.size for rank in printed):
         return outcome
-    ranks = tuple(replace(rank, cause=outcome.cause, error=outcome.error) for rank in printed) if printed[1:] else ()
-    with_output = replace(outcome, stdout=printed[0].stdout, stderr=printed[0].stderr, ranks=ranks)
-    return replace(with_output, notes=(*outcome.notes, *left_out(with_output)))
+    ranks = (
+        tuple(msgspec.structs.replace(rank, cause=outcome.cause, error=outcome.error) for rank in printed)
+        if printed[1:]
+        else ()
+    )
+    with_output = msgspec.structs.replace(outcome, stdout=printed[0].stdout, stderr=printed[0].stderr, ranks=ranks)
+    return msgspec.structs.replace(with_output, notes=(*outcome.notes, *left_out(with_output)))
 
 
 def _move_stream_if_there(path: str, folder: str, max_bytes: int | None) -> Stream:

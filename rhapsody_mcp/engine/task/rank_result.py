@@ -108,7 +108,7 @@ def _result(supervisor_outcome: _SupervisorOutcome, path: str, task_run: TaskRun
     if supervisor_outcome.problem:
         return FunctionResult(None, Cause(supervisor_outcome.problem), supervisor_outcome.message)
     with suppress(FileNotFoundError):
-        return msgspec.msgpack.decode(Path(f"{path}.result").read_bytes(), type=FunctionResult)
+        return msgspec.json.decode(Path(f"{path}.result").read_bytes(), type=FunctionResult)
     code = supervisor_outcome.code or 0
     if isinstance(task_run.spec.work, Call):
         return FunctionResult(None, Cause.CRASHED, f"its process {how_it_ended(code)} before the function returned.")

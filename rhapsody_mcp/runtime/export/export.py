@@ -43,7 +43,9 @@ async def export(
     session = opened.session
     plans = plan_backends(opened.config, settings)
     record = describe_provenance(opened.id, session.tasks, session.backends)
-    script = await asyncio.to_thread(write_script, opened.id, session.tasks, session.backends, plans, opened.cwd)
+    script = await asyncio.to_thread(
+        write_script, opened.id, session.tasks, session.backends, plans, opened.cwd, session.software
+    )
     try:
         files = await asyncio.to_thread(_write, target, opened.id, script, record)
     except (OSError, ValueError) as error:

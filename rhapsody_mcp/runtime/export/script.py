@@ -18,6 +18,7 @@ import msgspec
 from rhapsody_mcp import __version__
 from rhapsody_mcp.backends import BACKENDS
 from rhapsody_mcp.backends.base import Backend
+from rhapsody_mcp.model.specs import Software
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.backend_factory import BackendPlan
 from rhapsody_mcp.runtime.export.function_source import SourceWriter
@@ -59,7 +60,12 @@ class Script(msgspec.Struct, frozen=True):
 
 
 def write_script(
-    id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[BackendPlan], folder: str = ""
+    id: str,
+    tasks: Sequence[Task],
+    backends: Sequence[Backend],
+    plans: Sequence[BackendPlan],
+    folder: str = "",
+    software: Software = Software(),  # noqa: B008
 ) -> Script:
     """A script that runs the tasks on the planned backends in `folder`, and prints the outcome of each task as JSON.
 
@@ -69,7 +75,7 @@ def write_script(
     the script uses. A task that came after a task that is left out comes after the sources of that task. Tasks that
     were canceled because a source failed are in the script.
     """
-    return _ScriptWriter(id, tasks, backends, plans, folder).write()
+    return _ScriptWriter(id, tasks, backends, plans, folder, software).write()
 
 
 def has_random_answers(task: Task) -> bool:
@@ -85,8 +91,15 @@ def without_credentials(url: str) -> str:
 
 class _ScriptWriter:
     def __init__(
-        self, id: str, tasks: Sequence[Task], backends: Sequence[Backend], plans: Sequence[BackendPlan], folder: str
+        self,
+        id: str,
+        tasks: Sequence[Task],
+        backends: Sequence[Backend],
+        plans: Sequence[BackendPlan],
+        folder: str,
+        software: Software,
     ) -> None:
+        self._software = msgspec.to_builtins(software)
         self._id, self._backends, self._plans, self._folder = id, backends, plans, folder
         candidates = repeatable(tasks)
         kept = {task.uid for task in candidates}
@@ -208,7 +221,8 @@ class _ScriptWriter:
         yield "async def repeat():"
         if self._folder:
             yield f"    os.chdir({self._folder!r})  # where the session's tasks started"
-        yield f"    async with Session([{', '.join(map(self._backend, self._plans))}]) as session:"
+        software = f", software={write_value(self._software)}" if self._software else ""
+        yield f"    async with Session([{', '.join(map(self._backend, self._plans))}]{software}) as session:"
         yield from (f"        # {sentence}" for sentence in self._unwritable.values())
         not_awaited = 0
         for before, tasks in submissions(self._tasks):

@@ -111,11 +111,11 @@ def backend_kwargs(form: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     timeout = {"timeout": fields["timeout_s"]} if fields["timeout_s"] is not None else {}
     if form in ("prompt", "messages"):
         return timeout
-    needs = {field: value for field in _NEEDS if (value := fields[field]) is not None}
-    return {**timeout, **_layout(fields), **needs}
+    others = {field: value for field in _OTHERS if (value := fields[field]) is not None}
+    return {**timeout, **_layout(fields), **others}
 
 
-_NEEDS = ("cores", "gpus", "memory_gb")
+_OTHERS = ("cores", "gpus", "memory_gb", "python", "packages", "container", "setup")
 
 
 def _layout(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,6 +189,10 @@ class TaskRequest(_StrictModel):
         Field(description='Environment variables, e.g. {"OMP_NUM_THREADS": "1"}.'),
     ] = None
     cwd: Annotated[str | None, Field(description="Working directory.")] = None
+    python: Annotated[str | None, Field(description="Its interpreter or virtual environment.")] = None
+    packages: Annotated[list[str] | None, Field(description='To install first, e.g. ["humanize==4.*"].')] = None
+    container: Annotated[str | None, Field(description='Image, e.g. "a.sif" or "docker://python:3.12".')] = None
+    setup: Annotated[list[str] | None, Field(description='Run before it, e.g. ["module load cuda"].')] = None
     timeout_s: Annotated[float | None, Field(gt=0, description="FAILED after this many seconds of running.")] = None
     for_each: Annotated[
         list[Any] | dict[str, Any] | Annotated[int, Field(ge=1, le=100_000, strict=True)] | None,
@@ -253,6 +257,10 @@ _PROCESS_FIELDS = {
         "cores",
         "gpus",
         "memory_gb",
+        "python",
+        "packages",
+        "container",
+        "setup",
     ),
 }
 _MODEL_FIELDS = {"system_prompt", *SAMPLING, *COMMON_FIELDS}

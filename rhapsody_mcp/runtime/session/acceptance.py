@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from msgspec.structs import replace
+
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.specs import TaskSpec
+from rhapsody_mcp.model.specs import Completion, Software, TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.dataflow.graph import depends_on
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
+from rhapsody_mcp.runtime.process_layout import with_software
 from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.session.managed_backend import ManagedBackend
 from rhapsody_mcp.runtime.session.routing import route
@@ -35,8 +38,11 @@ class Acceptance:
         tasks: Mapping[str, Task],
         limits: Limits | None,
         usage: SessionUsage,
+        software: Software,
     ) -> None:
+        """`software` is that of tasks that name none."""
         self._backends, self._tasks, self._limits, self._usage = backends, tasks, limits, usage
+        self._software = software
         self._routes = {name: managed.backend for name, managed in backends.items()}
 
     def accept(self, batch: Sequence[Task]) -> list[AcceptedTask]:
@@ -107,6 +113,9 @@ class Acceptance:
             return AcceptedTask(task)
         try:
             managed = self._backends[route(kind_of(task), task.backend, self._routes)]
+            if not is_hidden(task) and not isinstance(spec.work, Completion):
+                software = spec.layout.software.over(self._software)
+                spec = replace(spec, layout=with_software(spec.layout, software))
             if self._limits is not None and not is_hidden(task):
                 spec = self._limits.admit(spec)
             managed.backend.check(spec)

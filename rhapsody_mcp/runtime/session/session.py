@@ -8,7 +8,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, SessionClosed, UnknownName
@@ -18,9 +18,12 @@ from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.dataflow.graph import refuse_cycles
 from rhapsody_mcp.runtime.limits import Limits
+from rhapsody_mcp.runtime.package_cache import PackageCache
+from rhapsody_mcp.runtime.process_layout import read_software
 from rhapsody_mcp.runtime.session.acceptance import AcceptedTask
 from rhapsody_mcp.runtime.session.again import tasks_to_run_again
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice
+from rhapsody_mcp.runtime.session.preparation import Preparation
 from rhapsody_mcp.runtime.session.queue_positions import queued_before
 from rhapsody_mcp.runtime.session.statistics import StatisticsCollector
 from rhapsody_mcp.runtime.session.task_runner import TaskRunner
@@ -50,6 +53,8 @@ class Session:
         engine_idle_s: float | None = None,
         folder: Path | None = None,
         limits: Limits | None = None,
+        software: Mapping[str, Any] | None = None,
+        package_cache: PackageCache | None = None,
     ) -> None:
         """The default `uid` is a name such as "session.0001". `work_dir` is the working directory of tasks without a
         cwd; the directory is created where it is missing, and the default is the current directory. Raises
@@ -59,7 +64,9 @@ class Session:
 
         `folder` holds long results and outlives the session; the default is a temporary folder. With `engine_idle_s`,
         a backend stops its engine after this many seconds without a running or waiting task, until the next task.
-        `limits` are the limits of a server.
+        `limits` are the limits of a server. `software` holds the keys python, packages, container and setup of
+        `task_backend_specific_kwargs` for functions and programs that name none. `package_cache` makes the environments
+        for packages; the default is in the user's cache folder.
         """
         names = [backend.name for backend in backends]
         if duplicates := {name for name in names if names.count(name) > 1}:
@@ -70,6 +77,7 @@ class Session:
             os.makedirs(self.work_dir, exist_ok=True)
             for backend in backends:
                 backend.work_in(self.work_dir)
+        self.software = read_software(software or {})
         self._runner = TaskRunner(
             backends,
             opens_results=opens_results,
@@ -79,6 +87,8 @@ class Session:
             on_change=self._handle_change,
             on_progress=self._handle_progress,
             notify=lambda notice: self.notices.append(notice),
+            software=self.software,
+            preparation=Preparation(package_cache or PackageCache(None, self.work_dir or "")),
         )
         self._submitted: list[Task] = []
         self._closing: asyncio.Task[None] | None = None

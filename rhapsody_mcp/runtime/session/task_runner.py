@@ -14,7 +14,7 @@ from rhapsody_mcp.backends.base import Backend, Ended, Progressed, Running
 from rhapsody_mcp.engine.process.run_dirs import RunDir
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.outcome import Outcome, canceled, failed
-from rhapsody_mcp.model.specs import TaskRun, TaskSpec
+from rhapsody_mcp.model.specs import Software, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import NOTHING, Reader, load, load_json
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
@@ -26,6 +26,7 @@ from rhapsody_mcp.runtime.session.dependencies import Dependencies
 from rhapsody_mcp.runtime.session.for_each import ForEachRunner
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice, ManagedBackend
 from rhapsody_mcp.runtime.session.outcomes import canceled_by_upstream, open_results, with_attempts, with_progress
+from rhapsody_mcp.runtime.session.preparation import Preparation
 from rhapsody_mcp.runtime.session.steps import TASKS_PER_STEP, steps
 from rhapsody_mcp.runtime.tasks import ForEach, Task, is_hidden, reference
 
@@ -55,6 +56,8 @@ class TaskRunner:
         on_change: Callable[[Task], None],
         on_progress: Callable[[Task], None],
         notify: Callable[[EngineNotice], None],
+        software: Software,
+        preparation: Preparation,
     ) -> None:
         self.tasks: dict[str, Task] = {}
         self.unfinished: dict[str, Task] = {}
@@ -67,7 +70,8 @@ class TaskRunner:
         self._read: Reader = load if opens_results else load_json
         self._opens_results, self._limits = opens_results, limits
         self.backends = {backend.name: self._manage(backend, engine_idle_s) for backend in backends}
-        self.acceptance = Acceptance(self.backends, self.tasks, limits, self.usage)
+        self.acceptance = Acceptance(self.backends, self.tasks, limits, self.usage, software)
+        self._preparation = preparation
         self.for_each = ForEachRunner(self, limits.settings.max_result_bytes if limits else None)
         self._conditions = Conditions(self)
         self._specs: dict[str, TaskSpec] = {}
@@ -218,11 +222,24 @@ class TaskRunner:
             if isinstance(task, ForEach):
                 self.for_each.start(task)
                 continue
+            if self._preparation.is_needed(self._specs[task.uid]):
+                self._preparation.hold(task, self._specs[task.uid], self._go_on, self.spawn)
+                continue
             task.attempts += 1
             self.queued[task.uid] = task
             by_backend.setdefault(task.backend or "", []).append(self._task_run(task, folder))
         for name, task_runs in by_backend.items():
             self.backends[name].submit(task_runs)
+
+    def _go_on(self, tasks: Sequence[Task], software: Software | None, error: str) -> None:
+        """Go on with tasks whose environment is made, or end them."""
+        for task in tasks:
+            if software is None:
+                self.end(task, failed(Cause.INVALID, error))
+            else:
+                spec = self._specs[task.uid]
+                self._specs[task.uid] = replace(spec, layout=replace(spec.layout, software=software))
+        self.queue([task for task in tasks if not task.state.final])
 
     def _failed_source(self, task: Task) -> Task | None:
         for source in task.sources() if task.on_upstream_failure == "cancel" else ():
@@ -403,6 +420,8 @@ class TaskRunner:
                     ending.append(task)
             elif (timer := self._retry_timers.pop(task.uid, None)) is not None:
                 timer.cancel()
+                ending.append(task)
+            elif self._preparation.drop(task):
                 ending.append(task)
             else:
                 by_backend.setdefault(task.backend or "", set()).add(task.uid)

@@ -27,6 +27,10 @@ _PLACES = {
     "cores": 'task_backend_specific_kwargs={"cores": 4}',
     "gpus": 'task_backend_specific_kwargs={"gpus": 1}',
     "memory_gb": 'task_backend_specific_kwargs={"memory_gb": 8}',
+    "python": 'task_backend_specific_kwargs={"python": "/home/me/env"}',
+    "packages": 'task_backend_specific_kwargs={"packages": ["humanize==4.*"]}',
+    "container": 'task_backend_specific_kwargs={"container": "image.sif"}',
+    "setup": 'task_backend_specific_kwargs={"setup": ["module load cuda"]}',
     "ranks": 'task_backend_specific_kwargs={"process_templates": [(ranks, {})]}',
     "shell": 'executable="sh", arguments=["-c", "..."]',
     "capture_stdio": "task.stdout and task.stderr, which are always kept",
@@ -56,6 +60,11 @@ class ComputeTask(Task):
         cores, gpus, memory_gb   what the task, or each rank of a job, needs; a function with any of them has a process
                            of its own. Whole cores are bound; a part of a core, as in 0.5, is counted. A task that uses
                            more memory ends FAILED with cause memory
+        python             an interpreter of Python 3.10 or later, or the folder of an environment, which needs nothing
+                           else: a function runs in it, and a program finds it first on PATH
+        packages           requirements; an environment with them is made once, of `python` or else of this Python
+        container          an image of Apptainer, Singularity or Podman
+        setup              lines of bash that run before it; where one fails, the task ends FAILED with cause invalid
         timeout            seconds, in every mode
     """
 

@@ -194,6 +194,8 @@ class Task:
     replaced_by: str | None = None
     placed_on: tuple[str, ...] = ()
     """The nodes that it runs on, where they are known."""
+    held_until = ""
+    """What a QUEUED task waits for before a backend gets it, as in "its packages are installed"."""
     earlier_attempts = 0
     """Its attempts before it was run again on request; its retries count from there."""
     is_resumed = False

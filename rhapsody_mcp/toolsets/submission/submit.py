@@ -68,7 +68,10 @@ async def _take(
         await open_session.submit(tasks, accepted, stored, submission)
 
 
-_ADDED_FIELDS = {"cores", "gpus", "memory_gb", "outputs", "priority", "ranks_per_node", "stdout", "when"}
+_ADDED_FIELDS = {
+    *("container", "cores", "gpus", "memory_gb", "outputs", "packages", "priority", "python", "ranks_per_node"),
+    *("setup", "stdout", "when"),
+}
 """Fields of a request that version 0.1 did not have."""
 
 

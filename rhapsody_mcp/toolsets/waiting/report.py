@@ -234,6 +234,8 @@ def _why(task: Task, first: Task, before: dict[str, int], running: Counter[str |
     task = first
     if task.state is not TaskState.QUEUED or task.backend is None:
         return ""
+    if task.held_until:
+        return f" until {task.held_until}"
     if (state := engines.get(task.backend, _READY)) != _READY:
         return f" until {task.backend} is ready{f' ({state})' if len(state) <= _STATE_CHARS else ''}"
     if count := before.get(task.uid):
