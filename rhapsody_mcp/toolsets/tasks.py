@@ -54,7 +54,7 @@ _SHARE_OF_CAP = 0.98
 
 class TaskPage(Reply):
     session: str
-    total: Annotated[int, Field(description="Tasks that match.")]
+    total: int
     tasks: TaskRows
     has_more: bool
     next_cursor: str | None = None
@@ -78,12 +78,10 @@ class Tasks:
             dict[str, int] | None,
             Field(min_length=1, description='Or: new priorities of tasks that wait, e.g. {"train": 5}.'),
         ] = None,
-        dry_run: Annotated[
-            bool, Field(description="true runs nothing: it shows the graph, and what does not fit.")
-        ] = False,
+        dry_run: Annotated[bool, Field(description="true only shows the graph, and what does not fit.")] = False,
         idempotency_key: Annotated[
             str | None,
-            Field(min_length=1, max_length=128, description="Any text; a repeated call with it submits nothing twice."),
+            Field(min_length=1, max_length=128, description="A repeated call with it submits nothing twice."),
         ] = None,
         force: Force = False,
         *,

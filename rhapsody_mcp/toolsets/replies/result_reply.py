@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from mcp.types import CallToolResult, ImageContent
-from pydantic import Field, WithJsonSchema
+from pydantic import WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
@@ -43,11 +43,9 @@ _ANYTHING = WithJsonSchema({"anyOf": [{"type": kind} for kind in ("object", "arr
 
 
 class TaskResult(Row):
-    """Also, where there are any: preview (of no JSON, or too long), error, traceback, stdout, failures, ranks."""
-
-    result: Annotated[Any, _ANYTHING, Field(description="The result, or a page of it.")] = None
+    result: Annotated[Any, _ANYTHING] = None
     next_start: int | None = None
-    total: Annotated[int | None, Field(description="Items or characters.")] = None
+    total: int | None = None
     columns: SkipJsonSchema[list[str] | None] = None
     type: SkipJsonSchema[str | None] = None
     preview: SkipJsonSchema[str | None] = None

@@ -58,8 +58,6 @@ class ResultRow(Row):
 
 
 class WaitReport(Reply):
-    """Also, where there are any: open (some that are, and why), notes, engines."""
-
     ended: Annotated[bool, Field(description="Whether all have.")]
     counts: Annotated[dict[str, int], TYPE_ONLY]
     done: Annotated[
@@ -68,7 +66,6 @@ class WaitReport(Reply):
             {
                 "type": "array",
                 "items": {"type": "object"},
-                "description": "Each: task (its id), name, state, seconds, result or preview; counts of a for_each.",
             }
         ),
     ]
