@@ -25,9 +25,9 @@ from rhapsody_mcp.toolsets.cancellation import (
     tasks_to_cancel,
     with_dependents,
 )
+from rhapsody_mcp.toolsets.output.excerpts import OutputEnd
 from rhapsody_mcp.toolsets.replies.base import Reply, TaskRows, fitted, reply, task_row
 from rhapsody_mcp.toolsets.replies.formatting import call_text
-from rhapsody_mcp.toolsets.replies.output_excerpts import OutputEnd
 from rhapsody_mcp.toolsets.replies.result_reply import TaskResult
 from rhapsody_mcp.toolsets.replies.task_result import PageRequest, show_result
 from rhapsody_mcp.toolsets.sessions import SessionId

@@ -12,11 +12,11 @@ from pydantic.json_schema import SkipJsonSchema
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
+from rhapsody_mcp.toolsets.output.excerpts import Excerpt
 from rhapsody_mcp.toolsets.replies.base import Reply, Row, reply, row_fields
 from rhapsody_mcp.toolsets.replies.failure_groups import FailureGroups, group_failures
 from rhapsody_mcp.toolsets.replies.formatting import one_line, quoted, rounded, shortened, untrusted
 from rhapsody_mcp.toolsets.replies.object_view import DescribedResult, Picture
-from rhapsody_mcp.toolsets.replies.output_excerpts import Excerpt
 from rhapsody_mcp.toolsets.replies.pagination import Page, cut_page
 from rhapsody_mcp.toolsets.replies.previews import described, plain_value_advice, preview_value, printed_only_text
 
