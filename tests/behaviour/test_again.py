@@ -228,3 +228,18 @@ async def test_a_for_each_whose_items_were_not_there_runs_again_with_them() -> N
         await again(agent, "total")
         assert (await wait(agent))["counts"] == {"DONE": 4}
         assert (await result(agent, "total"))["result"] == 5
+
+
+async def test_what_was_skipped_because_of_a_failure_is_decided_again() -> None:
+    flaky = Flaky("task.000001")
+    async with open_agent(backend=flaky.backend) as agent:
+        score = {"name": "score", "source": "def score():\n    return 0.9"}
+        costly = {"name": "costly", "function": "builtins:int", "when": {"ref": "score", "above": 0.5}}
+        after = {"name": "after", "function": "builtins:int", "after": ["costly"]}
+        reply = await submit(agent, score, costly | {"on_upstream_failure": "run"}, after)
+        assert reply["counts"] == {"FAILED": 1, "skipped": 2}
+        flaky.bad.clear()
+        assert (await again(agent, "score"))["submitted"] == 3
+        assert (await wait(agent))["counts"] == {"DONE": 3}
+        text = await agent.refusal("submit_tasks", session="session-1", retry=["costly"])
+        assert "costly is DONE" in text

@@ -81,11 +81,14 @@ def attempts_before(task: Task) -> int:
 
 def forget_end(task: Task, now: float) -> None:
     """Make an ended task one that waits since now. Its attempts go on counting, and it has all its retries anew."""
-    task.attempts = task.earlier_attempts = attempts_before(task)
+    task.attempts = attempts_before(task)
+    if task.attempts:
+        task.earlier_attempts = task.attempts
     if task.attempts and task.outcome is not None and task.cause not in _BECAUSE_OF_OTHERS:
         task.last_failure = f"attempt {task.attempts} ended with cause {task.cause}: {task.outcome.error}"
     task.state, task.submitted = TaskState.WAITING, now
     task.outcome = task.started = task.position = task.return_value = task.stdout = task.stderr = None
     task.ranks = ()
-    task.raised = None
+    if task.raised is not None:
+        task.raised = None
     task.forget_future()
