@@ -147,6 +147,10 @@ class TaskRunner:
         for task, _, _ in accepted:
             if task.parent is not None and task.parent.uid in self.unfinished:
                 self.for_each.count(task.parent)
+        again = {task.uid for task, _, _ in accepted}
+        for task in self.unfinished.values():
+            if task.state is TaskState.WAITING and any(source.uid in again for source in task.sources()):
+                self._dependencies.add(task)
         await self.submit_in_steps(accepted)
 
     def restore(self, tasks: Sequence[Task], ended: Sequence[Task], unreadable: Mapping[str, str]) -> None:
