@@ -11,7 +11,6 @@ from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
 from rhapsody_mcp.model.sampling import MAX_ANSWERS, MAX_LOGPROBS, SAMPLING
 from rhapsody_mcp.runtime.dataflow.references import parse_texts, referenced_names
 from rhapsody_mcp.runtime.requests.field_types import UNION_TAGS, Name
-from rhapsody_mcp.runtime.tasks import MOST_PRIORITY
 
 __all__ = [
     *(
@@ -210,9 +209,7 @@ class TaskRequest(_StrictModel):
         ),
     ] = None
 
-    priority: Annotated[
-        int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY, description="Of those that wait, the highest start first.")
-    ] = 0
+    priority: Annotated[int, Field(description="Of those that wait, the highest start first."), _NUMBER] = 0
 
     def given_fields(self) -> set[str]:
         """The fields that are set to another value than the default."""

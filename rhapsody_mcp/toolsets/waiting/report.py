@@ -226,7 +226,7 @@ def _why(task: Task, first: Task, before: dict[str, int], running: Counter[str |
         return f" for {', '.join(list(sources)[:_SOURCES])}" if sources else ""
     if task.state is TaskState.RUNNING and task.attempts > 1:
         return f", attempt {task.attempts} of {max(task.attempts, task.most_attempts)}"
-    if task.state is TaskState.QUEUED and task.last_failure:
+    if task.state is TaskState.QUEUED and task.last_failure and task.uid not in before:
         return f" to be tried again: {shortened(task.last_failure, 100)}"
     task = first
     if task.state is not TaskState.QUEUED or task.backend is None:
