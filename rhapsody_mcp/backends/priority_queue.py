@@ -56,8 +56,8 @@ class PriorityQueue(Sequence[_T]):
 
     def remove(self, item: _T) -> None:
         """Remove an item; quick for one of the first of its priority. Raises ValueError where it is not there."""
-        level = self._by_priority.get(item.priority)
-        (deque[_T]() if level is None else level).remove(item)
+        self._by_priority.get(item.priority, deque[_T]()).remove(item)
+        self._count -= 1
 
     def take(self, is_wanted: Callable[[_T], bool]) -> list[_T]:
         """Remove the items of which `is_wanted` is true, and return them in order."""

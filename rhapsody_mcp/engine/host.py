@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from rhapsody_mcp.engine.live.printed import current_uid, read_printed_in_worker
 from rhapsody_mcp.engine.messages import (
     FromHost,
     HostConfig,
@@ -49,7 +50,6 @@ from rhapsody_mcp.engine.messages import (
 from rhapsody_mcp.engine.node.context import NodeContext, start_events_path
 from rhapsody_mcp.engine.node.hardware import memory_gib, usable_cpus
 from rhapsody_mcp.engine.node.launchers import DragonLauncher, ForkLauncher, Launcher
-from rhapsody_mcp.engine.node.live_output import current_uid, read_printed_in_worker
 from rhapsody_mcp.engine.node.memory_watch import WatchedProcess, watch_memory
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.node.task_processes import ProcessTask

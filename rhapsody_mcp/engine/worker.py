@@ -29,6 +29,8 @@ from rhapsody_mcp.engine.isolation import c_streams
 from rhapsody_mcp.engine.isolation.edited_modules import EditedModules, skip_bytecode_of_recent_sources
 from rhapsody_mcp.engine.isolation.process_state import ProcessState
 from rhapsody_mcp.engine.isolation.sources import Sources
+from rhapsody_mcp.engine.live.progress_file import PROGRESS
+from rhapsody_mcp.engine.live.progress_note import ProgressNote
 from rhapsody_mcp.engine.messages import (
     FromWorker,
     FunctionFinished,
@@ -47,8 +49,6 @@ from rhapsody_mcp.engine.task.function_call import can_start_threads, perform
 from rhapsody_mcp.engine.task.function_output import FunctionOutput
 from rhapsody_mcp.engine.task.kept_files import with_outputs
 from rhapsody_mcp.engine.task.node_files import local_bindings, results_folder
-from rhapsody_mcp.engine.task.progress_file import PROGRESS
-from rhapsody_mcp.engine.task.progress_note import ProgressNote
 from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_STARTED, START_NOT_LOGGED, log_start, place_of
 from rhapsody_mcp.engine.transport import Link
 from rhapsody_mcp.model.states import Cause

@@ -25,9 +25,9 @@ from rhapsody_mcp.toolsets.cancellation import (
     tasks_to_cancel,
     with_dependents,
 )
+from rhapsody_mcp.toolsets.output.excerpts import OutputEnd
 from rhapsody_mcp.toolsets.replies.base import Reply, TaskRows, fitted, reply, task_row
 from rhapsody_mcp.toolsets.replies.formatting import call_text
-from rhapsody_mcp.toolsets.replies.output_excerpts import OutputEnd
 from rhapsody_mcp.toolsets.replies.result_reply import TaskResult
 from rhapsody_mcp.toolsets.replies.task_result import PageRequest, show_result
 from rhapsody_mcp.toolsets.sessions import SessionId
@@ -54,7 +54,7 @@ _SHARE_OF_CAP = 0.98
 
 class TaskPage(Reply):
     session: str
-    total: Annotated[int, Field(description="Tasks that match.")]
+    total: int
     tasks: TaskRows
     has_more: bool
     next_cursor: str | None = None
@@ -78,12 +78,10 @@ class Tasks:
             dict[str, int] | None,
             Field(min_length=1, description='Or: new priorities of tasks that wait, e.g. {"train": 5}.'),
         ] = None,
-        dry_run: Annotated[
-            bool, Field(description="true runs nothing: it shows the graph, and what does not fit.")
-        ] = False,
+        dry_run: Annotated[bool, Field(description="true only shows the graph, and what does not fit.")] = False,
         idempotency_key: Annotated[
             str | None,
-            Field(min_length=1, max_length=128, description="Any text; a repeated call with it submits nothing twice."),
+            Field(min_length=1, max_length=128, description="A repeated call with it submits nothing twice."),
         ] = None,
         force: Force = False,
         *,

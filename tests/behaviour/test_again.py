@@ -228,3 +228,45 @@ async def test_a_for_each_whose_items_were_not_there_runs_again_with_them() -> N
         await again(agent, "total")
         assert (await wait(agent))["counts"] == {"DONE": 4}
         assert (await result(agent, "total"))["result"] == 5
+
+
+async def test_what_was_skipped_because_of_a_failure_is_decided_again() -> None:
+    flaky = Flaky("task.000001")
+    async with open_agent(backend=flaky.backend) as agent:
+        score = {"name": "score", "source": "def score():\n    return 0.9"}
+        costly = {"name": "costly", "function": "builtins:int", "when": {"ref": "score", "above": 0.5}}
+        after = {"name": "after", "function": "builtins:int", "after": ["costly"]}
+        reply = await submit(agent, score, costly | {"on_upstream_failure": "run"}, after)
+        assert reply["counts"] == {"FAILED": 1, "skipped": 2}
+        flaky.bad.clear()
+        assert (await again(agent, "score"))["submitted"] == 3
+        assert (await wait(agent))["counts"] == {"DONE": 3}
+        text = await agent.refusal("submit_tasks", session="session-1", retry=["costly"])
+        assert "costly is DONE" in text
+
+
+async def test_what_still_waits_waits_also_for_what_runs_again() -> None:
+    flaky, go_on = Flaky("task.000001"), asyncio.Event()
+
+    async def script(spec: TaskSpec, values: list[Any]) -> Any:
+        if spec.uid == "task.000002":
+            await go_on.wait()
+        return flaky.perform(spec, values)
+
+    async with open_agent(backend=ScriptedBackend(script)) as agent:
+        score = {"name": "score", "source": "def score():\n    return 7"}
+        long = {"name": "long", "function": "builtins:int"}
+        both = {"name": "both", "function": "builtins:repr", "args": [{"ref": "score"}], "after": ["long"]}
+        more = {"name": "more", "function": "builtins:repr", "args": [[{"ref": "score"}]]}
+        run = {"on_upstream_failure": "run"}
+        await agent.call(
+            "submit_tasks", session=await agent.session(), tasks=[score, long, both | run, more | run, SWEEP]
+        )
+        assert (await wait(agent, tasks=["score", "more"]))["counts"] == {"FAILED": 1, "DONE": 1}
+        flaky.bad.clear()
+        reply = await again(agent, "score", "more")
+        assert reply["names"].keys() == {"score", "more"}
+        go_on.set()
+        assert (await wait(agent))["counts"] == {"DONE": 8}
+        assert (await result(agent, "both"))["result"] == "7"
+        assert (await result(agent, "more"))["result"] == "[7]"

@@ -197,14 +197,16 @@ async def test_variables_can_be_numbers_and_words_in_an_executable_are_named() -
         assert "what follows it goes into arguments" in reply["problems"][0]
 
 
-async def test_a_task_of_a_for_each_in_the_same_call_is_named_by_its_place() -> None:
+async def test_a_task_of_a_for_each_whose_items_come_later_is_named_by_its_place() -> None:
     async with open_agent() as agent:
         session = await agent.session()
-        each = {"name": "each", "function": "builtins:abs", "args": [{"item": True}], "for_each": [1, 2]}
+        numbers = {"name": "numbers", "source": "def numbers():\n    return [1, 2]"}
+        each = {"name": "each", "function": "builtins:abs", "args": [{"item": True}], "for_each": {"ref": "numbers"}}
         wrong = {"function": "builtins:abs", "args": [{"ref": "each[1]"}]}
-        text = await agent.refusal("submit_tasks", session=session, tasks=[each, wrong])
-        assert 'refer to it as {"ref": "each", "path": "/1"}' in text
-        await agent.call("submit_tasks", session=session, tasks=[each])
+        text = await agent.refusal("submit_tasks", session=session, tasks=[numbers, each, wrong])
+        assert 'refer to its result as {"ref": "each", "path": "/1"}' in text
+        await agent.call("submit_tasks", session=session, tasks=[numbers, each])
+        await agent.call("wait_tasks", session=session)
         await agent.call("submit_tasks", session=session, tasks=[wrong])
 
 

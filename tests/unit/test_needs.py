@@ -117,3 +117,14 @@ async def test_more_than_there_is_is_refused_with_what_there_is(needs: Needs, ra
     outcome = scene.outcomes["a"]
     assert (outcome.state, outcome.cause) == (TaskState.FAILED, Cause.INVALID)
     assert re.match(text, outcome.error), outcome.error
+
+
+async def test_a_queue_that_was_emptied_from_its_middle_takes_tasks_again() -> None:
+    scene = Scene()
+    node, agent = scene.node("one", 2)
+    scene.submit(job("a", 2), job("large", 2), job("b", 1))
+    scene.dispatcher.task_ended(node, "a", DONE)
+    scene.dispatcher.task_ended(node, "large", DONE)
+    scene.dispatcher.task_ended(node, "b", DONE)
+    scene.submit(job("c", 1))
+    assert agent.uids == ["a", "large", "b", "c"] and not scene.dispatcher.processes.queue

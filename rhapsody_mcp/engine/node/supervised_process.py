@@ -10,12 +10,12 @@ from pathlib import Path
 
 import msgspec
 
+from rhapsody_mcp.engine.live.progress_file import PROGRESS, ProgressFile
 from rhapsody_mcp.engine.messages import ProcessPlan
 from rhapsody_mcp.engine.node.context import NodeContext
 from rhapsody_mcp.engine.node.launchers import LaunchedProcess, Launcher, Program
 from rhapsody_mcp.engine.process.tree import PROCESS_MARK
 from rhapsody_mcp.engine.supervisor import GRACE_S, command
-from rhapsody_mcp.engine.task.progress_file import PROGRESS, ProgressFile
 from rhapsody_mcp.model.specs import Template
 
 __all__ = ["SupervisedProcess"]

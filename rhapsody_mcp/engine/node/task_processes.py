@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from rhapsody_mcp.engine.live.printed import read_printed
 from rhapsody_mcp.engine.messages import (
     Devices,
     FunctionResult,
@@ -28,7 +29,6 @@ from rhapsody_mcp.engine.messages import (
 from rhapsody_mcp.engine.node.context import NodeContext
 from rhapsody_mcp.engine.node.hardware import device_variables
 from rhapsody_mcp.engine.node.launchers import Launcher, ProcessGroup
-from rhapsody_mcp.engine.node.live_output import read_printed
 from rhapsody_mcp.engine.node.mpi_hint import may_use_mpi
 from rhapsody_mcp.engine.node.pmi import PmiName, rank_environment
 from rhapsody_mcp.engine.node.step_launcher import StepGroup

@@ -10,8 +10,8 @@ from typing import BinaryIO, Protocol
 
 import msgspec
 
+from rhapsody_mcp.engine.live.progress_file import PROGRESS
 from rhapsody_mcp.engine.task.output_files import CURRENT_TASK, MOVE_COUNT, STREAMS, middle
-from rhapsody_mcp.engine.task.progress_file import PROGRESS
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.values import INLINE_BYTES, Stream
 

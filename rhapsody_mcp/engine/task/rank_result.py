@@ -16,11 +16,11 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 
+from rhapsody_mcp.engine.live.progress_file import PROGRESS
 from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.task.json_output import NotJson, json_value
 from rhapsody_mcp.engine.task.output import move_stream, write_file, write_pieces
 from rhapsody_mcp.engine.task.output_files import STREAMS
-from rhapsody_mcp.engine.task.progress_file import PROGRESS
 from rhapsody_mcp.engine.views.pictures import about_bytes
 from rhapsody_mcp.model.outcome import RankOutcome
 from rhapsody_mcp.model.specs import Call, Command, TaskRun

@@ -105,7 +105,8 @@ def _restore_children(parent: ForEach, rows: Sequence[TaskRow]) -> None:
 
 def _restore_state(task: Task, row: TaskRow) -> None:
     """Set the state that the task had in the previous run."""
-    task.earlier_attempts = max(0, row.retries - task.retries)
+    if (earlier := row.retries - task.retries) > 0:
+        task.earlier_attempts = earlier
     task.submitted, task.last_failure = row.submitted, row.last_failure
     task.attempts = max(row.attempts, task.earlier_attempts)
     if row.outcome is not None:

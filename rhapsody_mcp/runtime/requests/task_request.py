@@ -11,7 +11,6 @@ from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
 from rhapsody_mcp.model.sampling import MAX_ANSWERS, MAX_LOGPROBS, SAMPLING
 from rhapsody_mcp.runtime.dataflow.references import parse_texts, referenced_names
 from rhapsody_mcp.runtime.requests.field_types import UNION_TAGS, Name
-from rhapsody_mcp.runtime.tasks import MOST_PRIORITY
 
 __all__ = [
     *(
@@ -87,7 +86,7 @@ class RankGroup(_StrictModel):
     cwd: str | None = None
     policy: Annotated[
         dict[str, Any] | None,
-        Field(description='host_name, cpu_affinity, gpu_affinity, e.g. {"gpu_affinity": [0]}.'),
+        Field(description="host_name, cpu_affinity, gpu_affinity"),
     ] = None
 
     @property
@@ -97,12 +96,12 @@ class RankGroup(_StrictModel):
 
 class TaskRequest(_StrictModel):
     # one task: exactly one of source, function, executable, prompt and messages; the card says so
-    name: Annotated[Name | None, Field(description='How references and later calls name it, e.g. "train".')] = None
+    name: Annotated[Name | None, Field(description='How others refer to it, e.g. "train".')] = None
     source: Annotated[
         str | None,
-        Field(description='A function, its imports inside it, e.g. "def add(a, b):\\n    return a + b".'),
+        Field(description='Text of a function, e.g. "def add(a, b):\\n    return a + b".'),
     ] = None
-    entry: Annotated[str | None, Field(description="Function of source to call; default: the last.")] = None
+    entry: Annotated[str | None, Field(description="Its function to call; default: the last.")] = None
     function: Annotated[
         str | None,
         Field(description='Function to import, e.g. "math:sqrt", or a registered name.'),
@@ -171,19 +170,17 @@ class TaskRequest(_StrictModel):
     process: Annotated[bool, Field(description="true: a process of its own.")] = False
     ranks: Annotated[
         int | None,
-        Field(ge=1, description="Processes of a job; each has RHAPSODY_RANK and RHAPSODY_RANKS."),
+        Field(ge=1, description="Processes of a job; RHAPSODY_RANK numbers them."),
     ] = None
     ranks_per_node: Annotated[int | None, Field(ge=1, description="Most ranks on a node.")] = None
-    mpi: Annotated[bool, Field(description="true: the ranks speak MPI; else they are independent.")] = False
+    mpi: Annotated[bool, Field(description="true: the ranks speak MPI.")] = False
     process_templates: Annotated[
         list[RankGroup] | None,
         Field(description='A job of different processes, e.g. [{"ranks": 2}, {"ranks": 1, "cwd": "head"}].'),
     ] = None
-    cores: Annotated[
-        float | None, Field(gt=0, description="Cores of the task, or of each rank; default 1, not bound.")
-    ] = None
-    gpus: Annotated[int | None, Field(ge=0, description="GPUs, likewise.")] = None
-    memory_gb: Annotated[float | None, Field(gt=0, description="Memory, likewise; more ends it.")] = None
+    cores: Annotated[float | None, Field(gt=0, description="Of the task or each rank; default 1, not bound.")] = None
+    gpus: Annotated[int | None, Field(ge=0, description="Likewise.")] = None
+    memory_gb: Annotated[float | None, Field(gt=0, description="Likewise; more ends it.")] = None
     env: Annotated[
         Env | None,
         Field(description='Environment variables, e.g. {"OMP_NUM_THREADS": "1"}.'),
@@ -193,21 +190,19 @@ class TaskRequest(_StrictModel):
     packages: Annotated[list[str] | None, Field(description='To install first, e.g. ["humanize==4.*"].')] = None
     container: Annotated[str | None, Field(description='Image, e.g. "a.sif" or "docker://python:3.12".')] = None
     setup: Annotated[list[str] | None, Field(description='Run before it, e.g. ["module load cuda"].')] = None
-    timeout_s: Annotated[float | None, Field(gt=0, description="FAILED after this many seconds of running.")] = None
+    timeout_s: Annotated[float | None, Field(gt=0, description="FAILED after so long a run.")] = None
     for_each: Annotated[
         list[Any] | dict[str, Any] | Annotated[int, Field(ge=1, le=100_000, strict=True)] | None,
         Field(description='Items to run it for, each {"item": true}: a list, a reference to one, or a number.'),
     ] = None
-    after: Annotated[
-        list[str] | None, Field(description="Tasks that must be DONE first, besides those it refers to.")
-    ] = None
-    retries: Annotated[int, Field(ge=0, le=100, description="How often to start it again after it FAILED.")] = 0
-    retry_delay_s: Annotated[
-        float, Field(ge=0, le=3600, description="Before the first retry; doubles each time, up to 60.")
-    ] = 1.0
+    after: Annotated[list[str] | None, Field(description="Others that must be DONE first.")] = None
+    retries: Annotated[int, Field(ge=0, le=100, description="How often to try again after a failure.")] = 0
+    retry_delay_s: Annotated[float, Field(ge=0, le=3600, description="Before the first retry; doubles, up to 60.")] = (
+        1.0
+    )
     on_upstream_failure: Annotated[
         Literal["cancel", "run"],
-        Field(description='When a task it waits for fails: "run" runs it with null for that result.'),
+        Field(description='"run": it runs, with null for what failed.'),
     ] = "cancel"
 
     when: Annotated[
@@ -218,9 +213,7 @@ class TaskRequest(_StrictModel):
         ),
     ] = None
 
-    priority: Annotated[
-        int, Field(ge=-MOST_PRIORITY, le=MOST_PRIORITY, description="Of those that wait, the highest start first.")
-    ] = 0
+    priority: Annotated[int, Field(description="Of those that wait, the highest start first."), _NUMBER] = 0
 
     def given_fields(self) -> set[str]:
         """The fields that are set to another value than the default."""

@@ -67,7 +67,7 @@ class Acceptance:
         specs = [(task, _specify(task, encoder)) for task in with_children(batch)]
         for task in batch:
             for source in task.sources():
-                if source.uid not in uids and source.uid not in self._tasks:
+                if source.uid not in uids and source.uid not in self._tasks and not is_hidden(source):
                     raise InvalidTask(
                         f"{task.uid} needs the result of {source.uid}, which is not in this session: "
                         "submit both in one call, or that one first.",

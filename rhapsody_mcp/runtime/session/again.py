@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of, with_children
 
-__all__ = ["attempts_before", "forget_end", "tasks_to_run_again"]
+__all__ = ["attempts_before", "forget_end", "is_outdated", "tasks_to_run_again"]
 
 _BECAUSE_OF_OTHERS = (Cause.UPSTREAM, Cause.SKIPPED)
 
 
-def tasks_to_run_again(named: Iterable[Task], session_tasks: Sequence[Task]) -> list[Task]:
+def tasks_to_run_again(named: Sequence[Task], session_tasks: Sequence[Task]) -> list[Task]:
     """What runs again with the named tasks: of a for_each its tasks that did not end well; what these need and did not
-    get; and all that was canceled or skipped because of any of these. In the order of submission, a ForEach after its
-    children; empty where none of the named tasks ended FAILED or CANCELED.
+    get; and all that was canceled or skipped because of any of these. A named task that is DONE runs again where one of
+    its sources does, or did since. In the order of submission, a ForEach after its children.
 
     Raises InvalidTask for a task whose name another one has taken, or that needs such a task.
     """
@@ -27,7 +27,7 @@ def tasks_to_run_again(named: Iterable[Task], session_tasks: Sequence[Task]) -> 
             dependents.setdefault(source.uid, []).append(task)
     again: set[str] = set()
     pending = list(_with_missing_sources(task for one in named for task in _failed_parts(one)))
-    while pending:
+    while pending or (pending := [task for task in named if task.uid not in again and is_outdated(task, again)]):
         task = pending.pop()
         if task.uid not in again:
             _refuse_impossible(task)
@@ -35,6 +35,16 @@ def tasks_to_run_again(named: Iterable[Task], session_tasks: Sequence[Task]) -> 
             pending += dependents.get(task.uid, ())
             pending += [task.parent] if task.parent is not None and task.parent.state.final else ()
     return [task for task in every if task.uid in again]
+
+
+def is_outdated(task: Task, again: Collection[str]) -> bool:
+    """Whether a task that is DONE used, or did without, the result of a task that runs again or did so since."""
+    if task.state is not TaskState.DONE or isinstance(task, ForEach) or task.parent is not None:
+        return False
+    return any(
+        source.uid in again or source.position is None or source.position > (task.position or 0)
+        for source in task.sources()
+    )
 
 
 def _did_not_end_well(task: Task) -> bool:
@@ -81,11 +91,14 @@ def attempts_before(task: Task) -> int:
 
 def forget_end(task: Task, now: float) -> None:
     """Make an ended task one that waits since now. Its attempts go on counting, and it has all its retries anew."""
-    task.attempts = task.earlier_attempts = attempts_before(task)
-    if task.attempts and task.outcome is not None and task.cause not in _BECAUSE_OF_OTHERS:
+    task.attempts = attempts_before(task)
+    if task.attempts:
+        task.earlier_attempts = task.attempts
+    if task.attempts and task.outcome is not None and task.cause is not None and task.cause not in _BECAUSE_OF_OTHERS:
         task.last_failure = f"attempt {task.attempts} ended with cause {task.cause}: {task.outcome.error}"
     task.state, task.submitted = TaskState.WAITING, now
     task.outcome = task.started = task.position = task.return_value = task.stdout = task.stderr = None
     task.ranks = ()
-    task.raised = None
+    if task.raised is not None:
+        task.raised = None
     task.forget_future()

@@ -237,6 +237,7 @@ class ManagedBackend:
             self._count_failure(str(error))
         else:
             self._ready = True
+            self._sort_pending()
             self._submit_pending()
             if failures and self._ready:
                 self._post_notice(f"backend {self.backend.name!r} runs again, at attempt {failures} of {RESTARTS}")

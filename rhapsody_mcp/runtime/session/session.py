@@ -194,8 +194,9 @@ class Session:
         """Run tasks again, in place, that ended FAILED or CANCELED, and return all tasks that run again.
 
         Of a ForEach, its tasks that did not end well run again. So does what the tasks need and did not get, and what
-        was canceled because of them. Attempts go on counting; each task has all its `retries` anew. `record` is awaited
-        before anything changes. Raises InvalidTask where none of the tasks ended so, or one cannot run again.
+        was canceled because of them. Of these tasks, one that is DONE runs again where one of its sources does, or did
+        since. Attempts go on counting; each task has all its `retries` anew. `record` is awaited before anything
+        changes. Raises InvalidTask where nothing is to run again, or one of the tasks cannot.
         """
         self._refuse_other_loop()
         named = [tasks] if isinstance(tasks, Task) else list(tasks)

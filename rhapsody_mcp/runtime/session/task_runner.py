@@ -28,7 +28,7 @@ from rhapsody_mcp.runtime.session.managed_backend import EngineNotice, ManagedBa
 from rhapsody_mcp.runtime.session.outcomes import canceled_by_upstream, open_results, with_attempts, with_progress
 from rhapsody_mcp.runtime.session.preparation import Preparation
 from rhapsody_mcp.runtime.session.steps import TASKS_PER_STEP, steps
-from rhapsody_mcp.runtime.tasks import ForEach, Task, is_hidden, reference
+from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, ForEach, Task, is_hidden, reference
 
 __all__ = ["TaskRunner"]
 
@@ -152,6 +152,10 @@ class TaskRunner:
         for task, _, _ in accepted:
             if task.parent is not None and task.parent.uid in self.unfinished:
                 self.for_each.count(task.parent)
+        again = {task.uid for task, _, _ in accepted}
+        for task in self.unfinished.values():
+            if task.state is TaskState.WAITING and any(source.uid in again for source in task.sources()):
+                self._dependencies.add(task)
         await self.submit_in_steps(accepted)
 
     def restore(self, tasks: Sequence[Task], ended: Sequence[Task], unreadable: Mapping[str, str]) -> None:
@@ -180,6 +184,7 @@ class TaskRunner:
         """
         self._hidden_count += 1
         task.uid = f"~{self._hidden_count}"
+        task.priority = MOST_PRIORITY  # a reply, or a task that could start, waits for it
         self.submit(self.acceptance.accept_hidden([task]))
         try:
             await asyncio.wait([task.future])
@@ -215,7 +220,8 @@ class TaskRunner:
             if source := self._failed_source(task):
                 self.end(task, canceled_by_upstream(source))
                 continue
-            if task.state is TaskState.WAITING and not self._conditions.lets_run(task):
+            is_conditional = task.when is not None and task.state is TaskState.WAITING
+            if is_conditional and not self._conditions.lets_run(task):
                 continue
             task.state = TaskState.QUEUED
             self._notify(task)

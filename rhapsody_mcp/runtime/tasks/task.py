@@ -86,6 +86,8 @@ class Condition:
     @property
     def subject(self) -> str:
         """As in `score/accuracy`."""
+        if self.source is not None and is_hidden(self.source):  # the items of a list that only workers read
+            return f"item {self.path[1:]}"
         return f"{name_of(self.source) if self.source else 'the item'}{self.path}"
 
     def __repr__(self) -> str:

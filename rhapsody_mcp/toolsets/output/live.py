@@ -12,7 +12,7 @@ from rhapsody_mcp.model.live.output import OutputPart, OutputQuery
 from rhapsody_mcp.model.values import Stream
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import Task
-from rhapsody_mcp.toolsets.replies.output_excerpts import SEARCHED_BYTES, Excerpt, OutputEnd, read_excerpt
+from rhapsody_mcp.toolsets.output.excerpts import SEARCHED_BYTES, Excerpt, OutputEnd, read_excerpt
 
 __all__ = ["STREAMS", "OutputReader", "live_excerpts"]
 

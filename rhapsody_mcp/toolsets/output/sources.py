@@ -8,8 +8,8 @@ from typing import NamedTuple
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
+from rhapsody_mcp.toolsets.output.excerpts import Excerpt, OutputEnd, read_excerpt
 from rhapsody_mcp.toolsets.output.live import STREAMS, live_excerpts
-from rhapsody_mcp.toolsets.replies.output_excerpts import Excerpt, OutputEnd, read_excerpt
 
 __all__ = ["OutputSource", "ends_of_sources", "rank_count", "sources_of"]
 

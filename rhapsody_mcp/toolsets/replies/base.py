@@ -101,7 +101,6 @@ TaskRows = Annotated[
         {
             "type": "array",
             "items": {"type": "object"},
-            "description": "Each: task (its id), name, state, kind, backend, seconds, cause, error.",
         }
     ),
 ]

@@ -45,7 +45,6 @@ FailureGroups = Annotated[
         {
             "type": "array",
             "items": {"type": "object"},
-            "description": "Each: cause, count, the first tasks, error and detail of one.",
         }
     ),
 ]

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from mcp.types import CallToolResult, ImageContent
-from pydantic import Field, WithJsonSchema
+from pydantic import WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
+from rhapsody_mcp.toolsets.output.excerpts import Excerpt
 from rhapsody_mcp.toolsets.replies.base import Reply, Row, reply, row_fields
 from rhapsody_mcp.toolsets.replies.failure_groups import FailureGroups, group_failures
 from rhapsody_mcp.toolsets.replies.formatting import one_line, quoted, rounded, shortened, untrusted
 from rhapsody_mcp.toolsets.replies.object_view import DescribedResult, Picture
-from rhapsody_mcp.toolsets.replies.output_excerpts import Excerpt
 from rhapsody_mcp.toolsets.replies.pagination import Page, cut_page
 from rhapsody_mcp.toolsets.replies.previews import described, plain_value_advice, preview_value, printed_only_text
 
@@ -43,11 +43,9 @@ _ANYTHING = WithJsonSchema({"anyOf": [{"type": kind} for kind in ("object", "arr
 
 
 class TaskResult(Row):
-    """Also, where there are any: preview (of no JSON, or too long), error, traceback, stdout, failures, ranks."""
-
-    result: Annotated[Any, _ANYTHING, Field(description="The result, or a page of it.")] = None
+    result: Annotated[Any, _ANYTHING] = None
     next_start: int | None = None
-    total: Annotated[int | None, Field(description="Items or characters.")] = None
+    total: int | None = None
     columns: SkipJsonSchema[list[str] | None] = None
     type: SkipJsonSchema[str | None] = None
     preview: SkipJsonSchema[str | None] = None

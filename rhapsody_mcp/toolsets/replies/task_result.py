@@ -13,20 +13,20 @@ from rhapsody_mcp.model.outcome import Outcome, RankOutcome
 from rhapsody_mcp.model.values import Value, is_index
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, kind_of, name_of
-from rhapsody_mcp.toolsets.output.running import show_running
-from rhapsody_mcp.toolsets.output.sources import ends_of_sources, sources_of
-from rhapsody_mcp.toolsets.replies.base import fitted
-from rhapsody_mcp.toolsets.replies.object_view import SHOWN, DescribedResult, Picture, view_object
-from rhapsody_mcp.toolsets.replies.output_excerpts import (
+from rhapsody_mcp.toolsets.output.excerpts import (
     Excerpt,
     OutputEnd,
     read_excerpt,
     search_in_children,
     search_in_value,
 )
+from rhapsody_mcp.toolsets.output.sources import ends_of_sources, sources_of
+from rhapsody_mcp.toolsets.replies.base import fitted
+from rhapsody_mcp.toolsets.replies.object_view import SHOWN, DescribedResult, Picture, view_object
 from rhapsody_mcp.toolsets.replies.pagination import Page, first_index, page_of_items, page_of_value
 from rhapsody_mcp.toolsets.replies.previews import json_item
 from rhapsody_mcp.toolsets.replies.result_reply import REQUESTED_OUTPUT_BYTES, ResultReply, Shown
+from rhapsody_mcp.toolsets.replies.running import show_running
 
 __all__ = ["PageRequest", "read_part", "show_result"]
 

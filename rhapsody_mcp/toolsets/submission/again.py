@@ -11,6 +11,7 @@ from mcp.types import CallToolResult
 
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.runtime.session.again import is_outdated
 from rhapsody_mcp.runtime.tasks import AITask, ForEach, Task, name_of, tasks_text
 from rhapsody_mcp.toolsets.allocations import refuse_used_up
 from rhapsody_mcp.toolsets.replies.base import count_states, reply
@@ -90,5 +91,10 @@ def _report(
     )
     shown = limited_list([name_of(task) for task in singles], _NAMES_SHOWN)
     where = f"({backends_text(data.backends)}; {counts_text(data.counts)})"
-    next_step = f"Next: {call_text('wait_tasks', session=open_session.id)}."
-    return reply(f"{what} {tasks_text(len(singles))}: {shown} {where}.\n{next_step}", data)
+    lines = [f"{what} {tasks_text(len(singles))}: {shown} {where}."]
+    uids = {task.uid for task in tasks}
+    others = (task for task in open_session.session.tasks if task.uid not in uids)
+    if old := [name_of(task) for task in others if is_outdated(task, uids)]:
+        names_of_old = limited_list(old, _NAMES_SHOWN)
+        lines.append(f"Note: {names_of_old} ended with what there was before; retry takes such tasks too.")
+    return reply("\n".join([*lines, f"Next: {call_text('wait_tasks', session=open_session.id)}."]), data)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from mcp.types import CallToolResult
 from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import Task, leaves
@@ -19,8 +20,6 @@ __all__ = ["SubmissionReport", "backends_text", "report_fields", "submission_rep
 
 
 class SubmissionReport(Reply):
-    """`repeated`: by an earlier call with the same key. A dry run gives `graph`, `problems` and the ids to be."""
-
     session: str
     submitted: int
     first: Annotated[str, Field(description="Id; the others count on in order.")]
@@ -28,9 +27,11 @@ class SubmissionReport(Reply):
     names: Annotated[dict[str, str], TYPE_ONLY]
     counts: Annotated[dict[str, int], TYPE_ONLY]
     backends: Annotated[dict[str, int], TYPE_ONLY]
-    repeated: Annotated[bool | None, TYPE_ONLY] = None
-    graph: Annotated[list[dict[str, Any]] | None, TYPE_ONLY] = None
-    problems: Annotated[list[str] | None, TYPE_ONLY] = None
+    repeated: SkipJsonSchema[bool | None] = None
+    """By an earlier call with the same key."""
+    graph: SkipJsonSchema[list[dict[str, Any]] | None] = None
+    """Of a dry run, as `problems`; its ids are those to be."""
+    problems: SkipJsonSchema[list[str] | None] = None
 
 
 def report_fields(open_session: OpenSession, tasks: Sequence[Task]) -> dict[str, Any]:

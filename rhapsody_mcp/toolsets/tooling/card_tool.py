@@ -11,7 +11,7 @@ from mcp.server.mcpserver.exceptions import ToolError, UnexpectedToolError
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata
 from mcp.types import ToolAnnotations
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from rhapsody_mcp.cards import Card
 from rhapsody_mcp.model.errors import RhapsodyError
@@ -22,7 +22,7 @@ from rhapsody_mcp.toolsets.tooling.argument_errors import (
 )
 from rhapsody_mcp.toolsets.tooling.background import measure_call, to_thread_if_large
 from rhapsody_mcp.toolsets.tooling.errors import error_text, internal_error_text, invalid_answer_text
-from rhapsody_mcp.toolsets.tooling.schemas import coerced, flat
+from rhapsody_mcp.toolsets.tooling.schemas import brief, coerced, flat
 
 __all__ = ["CardTool", "make_tools"]
 
@@ -44,7 +44,13 @@ class _UnparsedArguments(FuncMetadata):
 
 
 class CardTool(Tool):
-    """A tool whose every error is a text that the model can act on."""
+    """A tool whose every error is a text that the model can act on.
+
+    `checked` is the schema of the arguments with everything that is checked; `parameters`, which the model reads, has
+    less.
+    """
+
+    checked: dict[str, Any] = Field(default_factory=dict)
 
     async def run(self, arguments: dict[str, Any], context: Context[Any, Any], convert_result: bool = False) -> Any:
         measure_call(arguments)
@@ -55,14 +61,14 @@ class CardTool(Tool):
             raise self._for_model(error) from error.__cause__
 
     def _validated(self, arguments: dict[str, Any]) -> _ValidArguments:
-        values = coerced(self.parameters, arguments)
-        wrong = unknown_argument_text(values, self.parameters, self.name) or unreadable_argument_text(values, self.name)
+        values = coerced(self.checked, arguments)
+        wrong = unknown_argument_text(values, self.checked, self.name) or unreadable_argument_text(values, self.name)
         if wrong:
             raise ToolError(wrong)
         try:
             return _ValidArguments(self.fn_metadata.validate_arguments(values))
         except ValidationError as error:
-            raise ToolError(invalid_arguments_text(error, self.parameters, values, self.name)) from error
+            raise ToolError(invalid_arguments_text(error, self.checked, values, self.name)) from error
 
     def _for_model(self, error: ToolError) -> ToolError:
         match error.__cause__:
@@ -100,7 +106,8 @@ def _methods(toolset: object) -> list[str]:
 def _make_tool(method: Any, card: Card) -> Tool:
     tool = CardTool.from_function(method, title=card.title, description=card.text, annotations=_annotations(card))
     tool.fn_metadata = _UnparsedArguments(**dict(tool.fn_metadata))
-    tool.parameters = {**flat(tool.parameters), "additionalProperties": False}
+    checked = {**flat(tool.parameters), "additionalProperties": False}
+    tool = tool.model_copy(update={"checked": checked, "parameters": {**brief(checked), "additionalProperties": False}})
     if tool.fn_metadata.output_schema is not None:
         tool.fn_metadata.output_schema = flat(tool.fn_metadata.output_schema)
     return tool

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
-__all__ = ["TYPE_ONLY", "coerced", "field_at", "field_names", "flat"]
+__all__ = ["TYPE_ONLY", "brief", "coerced", "field_at", "field_names", "flat"]
 
 Schema = dict[str, Any]
 
@@ -33,6 +33,35 @@ _DEFAULTS: list[tuple[str, Any]] = [
 def flat(schema: Schema) -> Schema:
     """The same schema without $ref, titles and the choice of null: a caller leaves an optional field out."""
     return _flat_node(schema, schema.get("$defs", {}))
+
+
+def brief(schema: Schema) -> Schema:
+    """The same flat schema without bounds and defaults, which an error names: each word of a schema costs tokens."""
+    return {
+        key: {name: brief(field) for name, field in value.items()}
+        if key == "properties"
+        else brief(value)
+        if isinstance(value, dict)
+        else value
+        for key, value in schema.items()
+        if key not in _BOUNDS
+    }
+
+
+_BOUNDS = {
+    *(
+        "additionalProperties",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "minLength",
+        "maxLength",
+        "pattern",
+        "minItems",
+        "minProperties",
+    ),
+    "default",
+}
 
 
 def field_names(schema: Schema, location: tuple[int | str, ...]) -> list[str]:

@@ -58,8 +58,6 @@ class ResultRow(Row):
 
 
 class WaitReport(Reply):
-    """Also, where there are any: open (some that are, and why), notes, engines."""
-
     ended: Annotated[bool, Field(description="Whether all have.")]
     counts: Annotated[dict[str, int], TYPE_ONLY]
     done: Annotated[
@@ -68,7 +66,6 @@ class WaitReport(Reply):
             {
                 "type": "array",
                 "items": {"type": "object"},
-                "description": "Each: task (its id), name, state, seconds, result or preview; counts of a for_each.",
             }
         ),
     ]
@@ -229,7 +226,7 @@ def _why(task: Task, first: Task, before: dict[str, int], running: Counter[str |
         return f" for {', '.join(list(sources)[:_SOURCES])}" if sources else ""
     if task.state is TaskState.RUNNING and task.attempts > 1:
         return f", attempt {task.attempts} of {max(task.attempts, task.most_attempts)}"
-    if task.state is TaskState.QUEUED and task.last_failure:
+    if task.state is TaskState.QUEUED and task.last_failure and task.uid not in before:
         return f" to be tried again: {shortened(task.last_failure, 100)}"
     task = first
     if task.state is not TaskState.QUEUED or task.backend is None:

@@ -12,10 +12,10 @@ from rhapsody_mcp.model.live.progress import Progress, progress_text
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import Task, leaves, name_of
+from rhapsody_mcp.toolsets.output.excerpts import read_excerpt
 from rhapsody_mcp.toolsets.output.live import STREAMS, OutputReader
 from rhapsody_mcp.toolsets.output.sources import rank_count
 from rhapsody_mcp.toolsets.replies.formatting import limited_list
-from rhapsody_mcp.toolsets.replies.output_excerpts import read_excerpt
 
 __all__ = ["Answer", "Condition", "Until", "UntilField"]
 

@@ -11,11 +11,11 @@ from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
+from rhapsody_mcp.toolsets.output.excerpts import Excerpt, OutputEnd
 from rhapsody_mcp.toolsets.output.live import live_excerpts
 from rhapsody_mcp.toolsets.output.sources import OutputSource, ends_of_sources, rank_count, sources_of
 from rhapsody_mcp.toolsets.replies.base import fitted, reply, row_fields
 from rhapsody_mcp.toolsets.replies.formatting import duration, untrusted
-from rhapsody_mcp.toolsets.replies.output_excerpts import Excerpt, OutputEnd
 from rhapsody_mcp.toolsets.replies.result_reply import TaskResult
 
 __all__ = ["show_running"]

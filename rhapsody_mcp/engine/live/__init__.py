@@ -1,0 +1,1 @@
+"""What running tasks tell: their progress, and what they print."""
