@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shlex
 import signal
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import IO, Any
 
 import msgspec
 
+from rhapsody_mcp.engine.software.setup_lines import PATH_BEFORE, RESTORE_PATH, line_failure, run_lines
 from rhapsody_mcp.model.errors import InvalidSettings
 
 __all__ = ["Environment", "read_environment"]
 
 _SETUP_LIMIT_S = 120.0
-_NOT_PASSED_ON = ("_", "SHLVL", "PWD", "OLDPWD", "PYTHONHOME", "RHAPSODY_PATH")
+_NOT_PASSED_ON = ("_", "SHLVL", "PWD", "OLDPWD", "PYTHONHOME", PATH_BEFORE)
 """Variables of the setup shell that an engine does not get: most describe the shell itself, and PYTHONHOME would break
 the engine's own Python."""
 _DEFAULTS = {"MPLBACKEND": "Agg"}  # nodes have no display
@@ -87,33 +87,25 @@ def read_environment(environment: Mapping[str, Any] | Environment | None) -> Env
 # --- setup lines
 
 
-async def _variables_after(lines: Collection[str], variables: Mapping[str, str], within_s: float) -> dict[str, str]:
+async def _variables_after(lines: Sequence[str], variables: Mapping[str, str], within_s: float) -> dict[str, str]:
     """The variables of a login shell that started with `variables`, after it has run the lines."""
     mark = f"setup-{secrets.token_hex(8)}-"
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        own = {**variables, "RHAPSODY_PATH": variables.get("PATH", "")}
+        own = {**variables, PATH_BEFORE: variables.get("PATH", "")}
         code = await _run_bash(_setup_script(lines, mark), own, out, err, within_s)
         if code == 0 and (after := _parse_variables(_read_text(out))):
             return after
-        number, _, output = _read_text(err).rpartition(mark)[2].partition("\n")
-    line = list(lines)[int(number) - 1] if number.isdecimal() else "what the login shell does by itself"
+        said = _read_text(err)
     how = {None: f"did not end within {within_s:g} s", 0: "ended the shell"}.get(code, f"ended with exit code {code}")
-    said = f": {' | '.join(output.strip().splitlines()[-5:])[-500:]}" if output.strip() else ""
     raise InvalidSettings(
-        f"setup in the session's environment: {line!r} {how}{said}. Try it in `bash -l`; then create a session with "
-        "lines that work."
+        f"setup in the session's environment: {line_failure(lines, mark, said, how)}. Try it in `bash -l`; then create "
+        "a session with lines that work."
     )
 
 
-def _setup_script(lines: Collection[str], mark: str) -> str:
-    """The bash script that runs the lines.
-
-    Before each line the script writes `mark` and the line's number to stderr, and at the end all variables to its
-    original stdout. A login shell may replace PATH: the script puts the folders of the original PATH first.
-    """
-    steps = [f"echo {mark}{number} >&2; eval {shlex.quote(line)} || exit" for number, line in enumerate(lines, 1)]
-    start = ["exec 3>&1 1>&2", 'PATH="${RHAPSODY_PATH:+$RHAPSODY_PATH:}$PATH"']
-    return "\n".join([*start, *steps, "command -p env -0 >&3"])
+def _setup_script(lines: Sequence[str], mark: str) -> str:
+    """The bash script that runs the lines. What they say goes to stderr, and at the end all variables to stdout."""
+    return "\n".join(["exec 3>&1 1>&2", RESTORE_PATH, *run_lines(lines, mark), "command -p env -0 >&3"])
 
 
 async def _run_bash(

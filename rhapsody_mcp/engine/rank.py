@@ -24,6 +24,7 @@ from rhapsody_mcp.engine.isolation.edited_modules import skip_bytecode_of_recent
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import FunctionResult, RankConfig
 from rhapsody_mcp.engine.software.config import read_config
+from rhapsody_mcp.engine.software.crossing import refuse_code
 from rhapsody_mcp.engine.supervisor import CannotStart, exec_program, find_program
 from rhapsody_mcp.engine.task.arguments import arguments_of
 from rhapsody_mcp.engine.task.error_text import error_message
@@ -64,6 +65,10 @@ def _result(config: RankConfig, sources: Sources) -> FunctionResult:
     if isinstance(work, Command):
         return FunctionResult(None, Cause.INVALID, _exec_command(work, task_run))
     assert isinstance(work, Call)
+    try:
+        refuse_code(work, sys.executable, version_here(), config.python)
+    except InvalidTask as error:
+        return FunctionResult(None, Cause.INVALID, str(error))
     sys.path.insert(0, os.getcwd())
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a crash then loses no line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from rhapsody_mcp.backends.pilot.backend import PilotBackend
 from rhapsody_mcp.backends.pilot.messages import PlannedBackend
 from rhapsody_mcp.backends.vllm.config import SHIPPED, Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm.launch_plan import find_model, interpreter
+from rhapsody_mcp.engine.software.interpreter import find_interpreter
 from rhapsody_mcp.machine import Machine, inspect_machine
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Caps, Software
@@ -31,7 +33,15 @@ from rhapsody_mcp.schedulers.detection import scheduler_here
 from rhapsody_mcp.schedulers.options import SchedulerOptions
 from rhapsody_mcp.settings import Settings
 
-__all__ = ["BackendName", "BackendPlan", "OpenBackends", "SessionConfig", "open_backends", "plan_backends"]
+__all__ = [
+    "BackendName",
+    "BackendPlan",
+    "OpenBackends",
+    "SessionConfig",
+    "open_backends",
+    "plan_backends",
+    "try_environment",
+]
 
 if TYPE_CHECKING:
     BackendName = str
@@ -142,6 +152,17 @@ def plan_backends(config: SessionConfig, settings: Settings) -> list[BackendPlan
     _check_policy(config, Policy.of(settings))
     arguments = {name: _backend_arguments(name, config, settings, machine) for name in names}
     return [BackendPlan(name, arguments[name], _server_arguments(name, config, settings)) for name in names]
+
+
+async def try_environment(config: SessionConfig, settings: Settings) -> None:
+    """Raise InvalidRequest for setup lines that fail and a Python that is none, where tasks run on this machine."""
+    if config.needs_allocation:
+        return
+    if config.environment is not None and config.environment.setup:
+        Policy.of(settings).check_setup()
+        await replace(config.environment, withheld=settings.withheld_variables).build()
+    if config.software.python and not config.software.container:
+        await asyncio.to_thread(find_interpreter, config.software.python, config.folder or os.getcwd())
 
 
 def _check_policy(config: SessionConfig, policy: Policy) -> None:

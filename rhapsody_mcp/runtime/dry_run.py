@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from rhapsody_mcp.engine.node.hardware import is_host
 from rhapsody_mcp.engine.task.import_check import imports_of
 from rhapsody_mcp.machine import Machine
-from rhapsody_mcp.model.specs import Layout
+from rhapsody_mcp.model.specs import Layout, Software
 from rhapsody_mcp.runtime.dataflow.for_each_values import known_count
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, name_of, tasks_text
@@ -91,15 +91,23 @@ _LAYOUTS = {
 }
 
 
-def unmet_needs(task: Task, machine: Machine, folder: str = "") -> Iterator[str]:
-    """Sentences about what a task needs and this machine lacks; `folder` is the working directory of the session.
+def unmet_needs(
+    task: Task,
+    machine: Machine,
+    folder: str = "",
+    software: Software = Software(),  # noqa: B008
+) -> Iterator[str]:
+    """Sentences about what a task needs and this machine lacks; `folder` is the working directory of the session, and
+    `software` that of tasks that name none. What a task with software of its own finds there is not known.
 
     No user code runs, and no module is imported.
     """
     if isinstance(task, ForEach):
-        yield from unmet_needs(task.children[0], machine, folder) if task.children else ()
+        yield from unmet_needs(task.children[0], machine, folder, software) if task.children else ()
     elif isinstance(task, ComputeTask):
         yield from _unmet_layout_needs(task.layout, machine, folder)
+        if task.layout.software.over(software):
+            return
         if task.executable is not None:
             yield from _unmet_program_needs(task.executable, task.layout, folder)
         yield from (

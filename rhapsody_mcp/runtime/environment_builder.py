@@ -33,6 +33,18 @@ def _make(link: Path, interpreter: str, packages: list[str]) -> None:
     for unfinished in link.parent.glob(f"{link.name}.made-*"):
         shutil.rmtree(unfinished)
     folder = tempfile.mkdtemp(dir=link.parent, prefix=f"{link.name}.made-")
+    try:
+        _fill(folder, interpreter, packages)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    new = Path(f"{link}.link")
+    new.unlink(missing_ok=True)
+    new.symlink_to(os.path.basename(folder))
+    new.rename(link)
+
+
+def _fill(folder: str, interpreter: str, packages: list[str]) -> None:
     python = os.path.join(folder, "bin", "python")
     search = os.pathsep.join([os.environ.get("PATH", os.defpath), os.path.dirname(sys.executable)])
     if uv := shutil.which("uv", path=search):
@@ -41,10 +53,6 @@ def _make(link: Path, interpreter: str, packages: list[str]) -> None:
     else:
         _run([interpreter, "-m", "venv", folder])
         _run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", *packages])
-    new = Path(f"{link}.link")
-    new.unlink(missing_ok=True)
-    new.symlink_to(os.path.basename(folder))
-    new.rename(link)
 
 
 def _run(command: list[str]) -> None:

@@ -7,6 +7,7 @@ import re
 import sys
 
 import msgspec
+from msgspec import to_builtins
 
 from rhapsody_mcp.model.errors import BackendError, BackendUnavailable, InvalidTask, SessionClosed, nearest
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -82,15 +83,22 @@ class FunctionRegistry:
             )
         problems = await self._problems(source, timeout_s)
         if problems:
+            where = self._session.software.python or sys.prefix
             raise InvalidTask(
                 f"{source.function_name} cannot run on the workers: {'; '.join(problems)}. Valid is what runs in the "
-                f"Python environment of this server ({sys.prefix}): install what is missing there, or do without it."
+                f"Python environment of this session ({where}): do without what is missing, submit the source with the "
+                "task, which then may have packages, or open a session with packages or python in environment."
             )
         self._last_number += 1
         return msgspec.structs.replace(function, number=self._last_number)
 
     async def _problems(self, source: Source, timeout_s: float) -> list[str]:
-        task = ComputeTask(_CHECK, args=[source.text, source.function_name], name=source.function_name)
+        task = ComputeTask(
+            _CHECK,
+            args=[source.text, source.function_name],
+            name=source.function_name,
+            task_backend_specific_kwargs=to_builtins(self._session.software),
+        )
         try:
             async with asyncio.timeout(timeout_s):
                 await self._session.run_hidden(task)

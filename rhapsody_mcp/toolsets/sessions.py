@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shlex
 import sys
@@ -10,7 +9,6 @@ from typing import Annotated, Any
 
 from mcp.server.mcpserver import Elicit, Resolve
 from mcp.types import CallToolResult
-from msgspec.structs import replace
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
@@ -18,11 +16,10 @@ from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.backends.local_models import shipped_text
 from rhapsody_mcp.backends.vllm.config import Device
-from rhapsody_mcp.engine.software.interpreter import find_interpreter
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Software
 from rhapsody_mcp.runtime.allocation_plan import AllocationPlan, ask_scheduler, plan_allocation
-from rhapsody_mcp.runtime.backend_factory import BackendName, SessionConfig, open_backends
+from rhapsody_mcp.runtime.backend_factory import BackendName, SessionConfig, open_backends, try_environment
 from rhapsody_mcp.runtime.call_context import current_folder
 from rhapsody_mcp.runtime.export.export import export
 from rhapsody_mcp.runtime.export.script import Script
@@ -206,7 +203,7 @@ class Sessions:
             folder=current_folder.get(),
             software=Software() if environment is None else environment.software,
         )
-        await self._try(session_config)
+        await try_environment(session_config, self._settings)
         verdict = None if plan is None else await ask_scheduler(plan)
         if dry_run:
             rows = [_backend_row(backend) for backend in open_backends(session_config, self._settings)]
@@ -216,16 +213,6 @@ class Sessions:
         rows = [_backend_row(backend) for backend in open_session.session.backends]
         data = CreatedSession(session=open_session.id, backends=rows, allocation=planned_data(plan, verdict))
         return reply(self._created_text(open_session, rows, plan), data)
-
-    async def _try(self, config: SessionConfig) -> None:
-        """Refuse setup lines that fail, and a Python that is none, where the tasks run on this machine."""
-        if config.needs_allocation:
-            return
-        if config.environment is not None and config.environment.setup:
-            self._sessions.limits.policy.check_setup()
-            await replace(config.environment, withheld=self._settings.withheld_variables).build()
-        if config.software.python and not config.software.container:
-            await asyncio.to_thread(find_interpreter, config.software.python, config.folder or os.getcwd())
 
     def _created_text(self, open_session: OpenSession, rows: list[BackendRow], plan: AllocationPlan | None) -> str:
         idle = self._settings.engine_idle_s

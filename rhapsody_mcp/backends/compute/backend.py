@@ -93,10 +93,10 @@ class ComputeBackend(BackendBase):
         cores = self.nodes.cores
         refuse_too_large(spec.layout, self._known_nodes)
         refuse_too_many_ranks(spec.layout, len(cores))
-        if spec.layout.software.python and self._is_here:
+        if spec.layout.software.python and not spec.layout.software.container and self._is_here:
             python = find_interpreter(spec.layout.software.python, self.cwd or os.getcwd())
-            if not spec.layout.software.container:
-                refuse_code(spec.work, python)
+            if not spec.layout.software.packages:  # else they are refused once the environment is there
+                refuse_code(spec.work, python.path, python.version_text)
         if spec.layout.ranks > (max_ranks := _RANKS_A_CORE * sum(cores)):
             machine = "this machine" if len(cores) == 1 else f"{len(cores)} nodes"
             raise InvalidTask(

@@ -244,10 +244,10 @@ class ProcessTask:
             env |= _SEEN_AT_ONCE
         if self._launcher.sets_affinity and template.gpu_affinity:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, template.gpu_affinity))
-        env = self._software.variables({**env, **template.env})
+        arguments, env = self._software.around(arguments, process.path, env, template)
         process.write_plan(
             ProcessPlan(
-                self._software.wrapped(arguments, process.path, env, template),
+                arguments,
                 config.cwd,
                 template.cwd or "",
                 env,

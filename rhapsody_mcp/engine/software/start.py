@@ -10,11 +10,13 @@ import enum
 import os
 import sys
 import typing
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
 
-__all__ = ["bring_along", "command", "main"]
+__all__ = ["bring_along", "brought_folders", "command", "main"]
 
 _BROUGHT = ("cloudpickle", "rhapsody_mcp")
 _STAND_IN = str(Path(__file__).parent / "stand_in")
@@ -25,14 +27,17 @@ def bring_along(folder: str) -> str:
     brought = Path(folder, "brought")
     brought.mkdir(exist_ok=True)
     for name in _BROUGHT:
-        link = brought / name
-        if not link.is_symlink():
-            link.symlink_to(package_folder(name))
+        with suppress(FileExistsError):
+            (brought / name).symlink_to(_package_folder(name))
     return str(brought)
 
 
-def package_folder(name: str) -> str:
-    """The folder of a package of this Python."""
+def brought_folders() -> list[str]:
+    """The folders that the folder of what is brought along has links to."""
+    return list(map(_package_folder, _BROUGHT))
+
+
+def _package_folder(name: str) -> str:
     spec = find_spec(name)
     assert spec is not None and spec.origin is not None
     return os.path.dirname(os.path.realpath(spec.origin))
@@ -41,7 +46,8 @@ def package_folder(name: str) -> str:
 def command(python: str, brought: str, config: str) -> list[str]:
     """The command that runs a rank with this configuration."""
     boot = (
-        f"import sys; sys.path[:] = [{brought!r}, *filter(None, sys.path)]; "
+        "import sys; sys.version_info >= (3, 10) or sys.exit(f'Python {sys.version} is older than 3.10'); "
+        f"sys.path[:] = [{brought!r}, *filter(None, sys.path)]; "
         "from rhapsody_mcp.engine.software.start import main; main()"
     )
     return [python, "-c", boot, config]
@@ -53,6 +59,7 @@ def main() -> NoReturn:
     missing = [(module, name) for module, name in _LATER_NAMES if not hasattr(module, name)]
     for module, name in missing:
         setattr(module, name, _LATER_NAMES[module, name])
+    _do_without_ctypes()
     from rhapsody_mcp.engine import rank
 
     config = rank.read_config(sys.argv[1])
@@ -62,6 +69,18 @@ def main() -> NoReturn:
     sys.path.append(brought)
     sys.modules.pop("msgspec")  # the user's own, from now on
     rank.run(sys.argv[1], config)
+
+
+def _do_without_ctypes() -> None:
+    """Where this Python was built without ctypes, let only Python's own output be flushed."""
+    try:
+        import ctypes  # noqa: F401
+    except ImportError:
+        nothing = SimpleNamespace(buffer_lines=lambda: None, flush=lambda *_: None)
+        sys.modules[_C_STREAMS] = nothing  # type: ignore[assignment]
+
+
+_C_STREAMS = "rhapsody_mcp.engine.isolation.c_streams"
 
 
 class _StrEnum(str, enum.Enum):  # noqa: UP042

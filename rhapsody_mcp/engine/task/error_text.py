@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import traceback
 from types import TracebackType
 
 from rhapsody_mcp.model.values import PREVIEW_CHARS
 
-__all__ = ["Interrupted", "bounded", "error_line", "error_message", "sendable", "trace"]
+__all__ = ["Interrupted", "bounded", "error_line", "error_message", "missing_module", "sendable", "trace"]
 
 _PACKAGE_PREFIX = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _IMPORT_FRAMES = ("<frozen importlib", importlib.__file__)
@@ -30,6 +31,16 @@ def error_message(error: BaseException) -> str:
         message = f"(what it says cannot be shown: its __str__ raised {type(failure).__name__})"
     kind = sendable(type(error).__name__)
     return bounded(f"{kind}: {message}" if message else kind, _MESSAGE_CHARS)
+
+
+def missing_module(error: BaseException) -> str:
+    """A sentence on how to get a module that is missing here; empty for another error."""
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    return (
+        f". It ran in {sys.executable}; what it lacks comes with packages of the task, with python (an environment "
+        "that has it), or with setup (as in module load)"
+    )
 
 
 def trace(error: BaseException) -> str:

@@ -23,7 +23,7 @@ import msgspec
 from rhapsody_mcp.engine.isolation import c_streams
 from rhapsody_mcp.engine.isolation.sources import Sources
 from rhapsody_mcp.engine.messages import FunctionResult
-from rhapsody_mcp.engine.task.error_text import Interrupted, error_line, error_message, sendable, trace
+from rhapsody_mcp.engine.task.error_text import Interrupted, error_line, error_message, missing_module, sendable, trace
 from rhapsody_mcp.engine.task.output import end_part, open_part, write_file
 from rhapsody_mcp.engine.views.inspection import about, head_of_table, plain_text, type_name
 from rhapsody_mcp.model.errors import InvalidTask, nearest
@@ -65,7 +65,8 @@ def perform(
         if _process_flags.is_fork:
             _end_child(error)
         exception = _pickled_exception(error, caps.exception_bytes)
-        return FunctionResult(None, Cause.ERROR, error_message(error), _trace(call, error, sources), exception)
+        message = error_message(error) + missing_module(error)
+        return FunctionResult(None, Cause.ERROR, message, _trace(call, error, sources), exception)
     if _process_flags.is_fork:
         _end_child(None)
     return _encoded_result(value, folder, caps.result_bytes)
@@ -122,7 +123,8 @@ def _load_error(call: Call, error: BaseException, sources: Sources) -> str:
     if isinstance(error, InvalidTask):
         return sendable(str(error))
     line = error_line(error, sources.path_of(call.code)) if call.form == "source" else None
-    return f"{error_message(error)} (line {line} of the source)" if line else error_message(error)
+    where = f" (line {line} of the source)" if line else ""
+    return f"{error_message(error)}{where}{missing_module(error)}"
 
 
 def _trace(call: Call, error: BaseException, sources: Sources) -> str:

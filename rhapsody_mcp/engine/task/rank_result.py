@@ -18,6 +18,8 @@ import msgspec
 
 from rhapsody_mcp.engine.live.progress_file import PROGRESS
 from rhapsody_mcp.engine.messages import FunctionResult
+from rhapsody_mcp.engine.software.containers import did_not_start
+from rhapsody_mcp.engine.software.setup_lines import SETUP, failed_line
 from rhapsody_mcp.engine.task.json_output import NotJson, json_value
 from rhapsody_mcp.engine.task.output import move_stream, write_file, write_pieces
 from rhapsody_mcp.engine.task.output_files import STREAMS
@@ -71,7 +73,7 @@ def rank_end(path: str, task_run: TaskRun, rank: int, max_output_bytes: int | No
     try:
         return _collect_end(supervisor_outcome, path, task_run, rank, max_output_bytes)
     finally:
-        for suffix in ("outcome", "result", *STREAMS, PROGRESS):
+        for suffix in ("outcome", "result", *STREAMS, PROGRESS, SETUP):
             with suppress(FileNotFoundError):
                 os.unlink(f"{path}.{suffix}")
 
@@ -109,9 +111,15 @@ def _result(supervisor_outcome: _SupervisorOutcome, path: str, task_run: TaskRun
         return FunctionResult(None, Cause(supervisor_outcome.problem), supervisor_outcome.message)
     with suppress(FileNotFoundError):
         return msgspec.json.decode(Path(f"{path}.result").read_bytes(), type=FunctionResult)
-    code = supervisor_outcome.code or 0
+    code, software = supervisor_outcome.code or 0, task_run.spec.layout.software
+    if problem := failed_line(software.setup, path, how_it_ended(code)):
+        return FunctionResult(None, Cause.INVALID, problem)
+    said = _stderr_excerpt(f"{path}.err") if software.container and code else "."
+    if did_not_start(code, said) and software.container:
+        return FunctionResult(None, Cause.INVALID, f"its container {software.container!r} did not start{said}")
     if isinstance(task_run.spec.work, Call):
-        return FunctionResult(None, Cause.CRASHED, f"its process {how_it_ended(code)} before the function returned.")
+        message = f"its process {how_it_ended(code)} before the function returned{said}"
+        return FunctionResult(None, Cause.CRASHED, message)
     if code < 0:
         return FunctionResult(None, Cause.CRASHED, f"the program {how_it_ended(code)}.")
     if code > 0:

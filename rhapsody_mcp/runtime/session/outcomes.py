@@ -7,6 +7,7 @@ import pickle
 from msgspec.structs import replace
 
 from rhapsody_mcp.model.outcome import Outcome, canceled
+from rhapsody_mcp.model.specs import Software
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Reader
 from rhapsody_mcp.runtime.tasks import Task, name_of, rank_of
@@ -51,10 +52,11 @@ def with_progress(task: Task, outcome: Outcome) -> Outcome:
     return replace(outcome, progress=task.progress) if task.progress is not None else outcome
 
 
-def open_results(task: Task, outcome: Outcome, read: Reader) -> Outcome:
+def open_results(task: Task, outcome: Outcome, read: Reader, software: Software) -> Outcome:
     """Set value, output, ranks and exception of the task. Unpickling runs user code.
 
-    Returns the outcome; it is FAILED where the result cannot be opened in this process.
+    Returns the outcome; it is FAILED where the result cannot be opened in this process. Of a result that another Python
+    has made, only a note says that: tasks in that Python can use it.
     """
     task.stdout, task.stderr = outcome.stdout.read(), outcome.stderr.read()
     if outcome.exception:
@@ -66,6 +68,8 @@ def open_results(task: Task, outcome: Outcome, read: Reader) -> Outcome:
             task.return_value = read(outcome.value)
     except (Exception, SystemExit) as error:
         message = f"its result cannot be opened here: {type(error).__name__}: {error}"
+        if software.python or software.container:
+            return replace(outcome, notes=(*outcome.notes, f"return_value is None, as {message}"))
         return Outcome(state=TaskState.FAILED, ended=outcome.ended, cause=Cause.ERROR, error=message)
     return outcome
 

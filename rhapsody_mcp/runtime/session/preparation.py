@@ -3,42 +3,57 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol
 
 from msgspec.structs import replace
 
 from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.outcome import Outcome, failed
 from rhapsody_mcp.model.specs import Software, TaskSpec
+from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.package_cache import PackageCache
 from rhapsody_mcp.runtime.tasks import Task
 
 __all__ = ["Preparation"]
 
-GoOn = Callable[[Sequence[Task], Software | None, str], None]
-"""Goes on with tasks, with the software that they have now; without it, ends them with the error."""
-Spawn = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 _HELD_UNTIL = "its packages are installed"
+
+
+class PreparationOwner(Protocol):
+    """The session, as Preparation uses it."""
+
+    specs: dict[str, TaskSpec]
+    """The specs of the tasks that have not ended."""
+
+    def queue(self, tasks: Sequence[Task]) -> None:
+        """Submit ready tasks to their backends."""
+
+    def end(self, task: Task, outcome: Outcome) -> None:
+        """Give a task its final state."""
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run the coroutine in the background; closing the session waits for its end."""
 
 
 class Preparation:
     """Makes each environment once, however many tasks of a session wait for it."""
 
-    def __init__(self, cache: PackageCache) -> None:
-        self._cache = cache
+    def __init__(self, owner: PreparationOwner, cache: PackageCache) -> None:
+        self._owner, self._cache = owner, cache
         self._waiting: dict[Software, dict[str, Task]] = {}
         self._making: dict[Software, asyncio.Task[None]] = {}
 
-    def is_needed(self, spec: TaskSpec) -> bool:
-        return bool(spec.layout.software.packages)
-
-    def hold(self, task: Task, spec: TaskSpec, go_on: GoOn, spawn: Spawn) -> None:
-        """Keep the task until its environment is made."""
-        software = spec.layout.software
+    def holds(self, task: Task) -> bool:
+        """Whether the task waits for its packages. It is queued again once they are there, and else ends."""
+        software = self._owner.specs[task.uid].layout.software
+        if not software.packages:
+            return False
         task.held_until = _HELD_UNTIL
         self._waiting.setdefault(software, {})[task.uid] = task
         if software not in self._making:
-            self._making[software] = spawn(self._make(software, go_on))
+            self._making[software] = self._owner.spawn(self._make(software))
+        return True
 
     def drop(self, task: Task) -> bool:
         """Whether the task was waiting, which it does no longer. What nobody waits for is not made."""
@@ -51,15 +66,20 @@ class Preparation:
                 return True
         return False
 
-    async def _make(self, software: Software, go_on: GoOn) -> None:
-        made, error = None, ""
+    async def _make(self, software: Software) -> None:
+        python, error = "", ""
         try:
             python = await self._cache.make(software.python, software.packages)
-            made = replace(software, python=python, packages=())
         except InvalidTask as refusal:
             error = str(refusal)
         del self._making[software]
         tasks = list(self._waiting.pop(software).values())
         for task in tasks:
             task.held_until = ""
-        go_on(tasks, made, error)
+            if error:
+                self._owner.end(task, failed(Cause.INVALID, error))
+            else:
+                spec = self._owner.specs[task.uid]
+                prepared = replace(software, python=python, packages=())
+                self._owner.specs[task.uid] = replace(spec, layout=replace(spec.layout, software=prepared))
+        self._owner.queue([task for task in tasks if not task.state.final])

@@ -10,10 +10,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from msgspec import to_builtins
+
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, SessionClosed, UnknownName
 from rhapsody_mcp.model.live.output import OutputQuery, Printed
 from rhapsody_mcp.model.sampling import check_integer
+from rhapsody_mcp.model.specs import Software
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.dataflow.graph import refuse_cycles
@@ -23,11 +26,10 @@ from rhapsody_mcp.runtime.process_layout import read_software
 from rhapsody_mcp.runtime.session.acceptance import AcceptedTask
 from rhapsody_mcp.runtime.session.again import tasks_to_run_again
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice
-from rhapsody_mcp.runtime.session.preparation import Preparation
 from rhapsody_mcp.runtime.session.queue_positions import queued_before
 from rhapsody_mcp.runtime.session.statistics import StatisticsCollector
 from rhapsody_mcp.runtime.session.task_runner import TaskRunner
-from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, Task, leaves, name_of, with_children
+from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, ComputeTask, Task, leaves, name_of, with_children
 
 __all__ = ["Session"]
 
@@ -88,7 +90,7 @@ class Session:
             on_progress=self._handle_progress,
             notify=lambda notice: self.notices.append(notice),
             software=self.software,
-            preparation=Preparation(package_cache or PackageCache(None, self.work_dir or "")),
+            package_cache=package_cache or PackageCache(None, self.work_dir or ""),
         )
         self._submitted: list[Task] = []
         self._closing: asyncio.Task[None] | None = None
@@ -294,6 +296,12 @@ class Session:
         """
         self._submitted += tasks
         self._runner.restore(list(with_children(tasks)), ended, unreadable)
+
+    def software_of(self, task: Task) -> dict[str, Any]:
+        """The software that the task runs with, as keys of `task_backend_specific_kwargs`; empty for a prompt."""
+        task = next(iter(leaves([task])), task)
+        own = task.layout.software if isinstance(task, ComputeTask) else Software()
+        return dict(to_builtins(own.over(self.software)))
 
     # --- looking at running tasks
 

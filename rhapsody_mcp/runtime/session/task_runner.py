@@ -18,6 +18,7 @@ from rhapsody_mcp.model.specs import Software, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import NOTHING, Reader, load, load_json
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
+from rhapsody_mcp.runtime.package_cache import PackageCache
 from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.session.acceptance import Acceptance, AcceptedTask
 from rhapsody_mcp.runtime.session.again import forget_end
@@ -57,7 +58,7 @@ class TaskRunner:
         on_progress: Callable[[Task], None],
         notify: Callable[[EngineNotice], None],
         software: Software,
-        preparation: Preparation,
+        package_cache: PackageCache,
     ) -> None:
         self.tasks: dict[str, Task] = {}
         self.unfinished: dict[str, Task] = {}
@@ -71,10 +72,9 @@ class TaskRunner:
         self._opens_results, self._limits = opens_results, limits
         self.backends = {backend.name: self._manage(backend, engine_idle_s) for backend in backends}
         self.acceptance = Acceptance(self.backends, self.tasks, limits, self.usage, software)
-        self._preparation = preparation
         self.for_each = ForEachRunner(self, limits.settings.max_result_bytes if limits else None)
-        self._conditions = Conditions(self)
-        self._specs: dict[str, TaskSpec] = {}
+        self._conditions, self._preparation = Conditions(self), Preparation(self, package_cache)
+        self.specs: dict[str, TaskSpec] = {}
         self._dependencies = Dependencies()
         self._retry_timers: dict[str, asyncio.TimerHandle] = {}
         self._hidden_count = 0
@@ -133,7 +133,7 @@ class TaskRunner:
 
     def _add(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
         if managed is not None and spec is not None:
-            task.backend, self._specs[task.uid] = managed.backend.name, spec
+            task.backend, self.specs[task.uid] = managed.backend.name, spec
             if not is_hidden(task):
                 self.usage.add(spec)
         self.tasks[task.uid] = task
@@ -215,7 +215,6 @@ class TaskRunner:
 
     def _submit_to_backends(self, tasks: Sequence[Task]) -> None:
         by_backend: dict[str, list[TaskRun]] = {}
-        folder = str(self.folder)
         for task in tasks:
             if source := self._failed_source(task):
                 self.end(task, canceled_by_upstream(source))
@@ -228,24 +227,13 @@ class TaskRunner:
             if isinstance(task, ForEach):
                 self.for_each.start(task)
                 continue
-            if self._preparation.is_needed(self._specs[task.uid]):
-                self._preparation.hold(task, self._specs[task.uid], self._go_on, self.spawn)
+            if self._preparation.holds(task):
                 continue
             task.attempts += 1
             self.queued[task.uid] = task
-            by_backend.setdefault(task.backend or "", []).append(self._task_run(task, folder))
+            by_backend.setdefault(task.backend or "", []).append(self._task_run(task))
         for name, task_runs in by_backend.items():
             self.backends[name].submit(task_runs)
-
-    def _go_on(self, tasks: Sequence[Task], software: Software | None, error: str) -> None:
-        """Go on with tasks whose environment is made, or end them."""
-        for task in tasks:
-            if software is None:
-                self.end(task, failed(Cause.INVALID, error))
-            else:
-                spec = self._specs[task.uid]
-                self._specs[task.uid] = replace(spec, layout=replace(spec.layout, software=software))
-        self.queue([task for task in tasks if not task.state.final])
 
     def _failed_source(self, task: Task) -> Task | None:
         for source in task.sources() if task.on_upstream_failure == "cancel" else ():
@@ -253,13 +241,13 @@ class TaskRunner:
                 return source
         return None
 
-    def _task_run(self, task: Task, folder: str) -> TaskRun:
+    def _task_run(self, task: Task) -> TaskRun:
         bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
         is_resumed, task.is_resumed = task.is_resumed, False
         return TaskRun(
-            spec=self._specs[task.uid],
+            spec=self.specs[task.uid],
             bindings=bindings,
-            results_folder=folder,
+            results_folder=str(self.folder),
             attempt=max(1, task.attempts),
             resumed=is_resumed,
         )
@@ -315,7 +303,7 @@ class TaskRunner:
         elif outcome.value is not None and outcome.value.file is not None:
             self.spawn(self._open_long_result(task, outcome))
         else:
-            self.end(task, open_results(task, outcome, self._read))
+            self.end(task, open_results(task, outcome, self._read, self.specs[task.uid].layout.software))
 
     def _set_running(self, task: Task, at: float) -> None:
         task.state, task.started = TaskState.RUNNING, at
@@ -342,7 +330,7 @@ class TaskRunner:
         self.queue([task])
 
     async def _open_long_result(self, task: Task, outcome: Outcome) -> None:
-        opened = await asyncio.to_thread(open_results, task, outcome, self._read)
+        opened = await asyncio.to_thread(open_results, task, outcome, self._read, self.specs[task.uid].layout.software)
         if not task.state.final:
             self.end(task, opened)
 
@@ -374,7 +362,7 @@ class TaskRunner:
         self._dependencies.forget(task)
         self.unfinished.pop(task.uid, None)
         self.queued.pop(task.uid, None)
-        spec = self._specs.pop(task.uid, None)
+        spec = self.specs.pop(task.uid, None)
         if is_hidden(task):
             self.tasks.pop(task.uid, None)
         else:
@@ -392,8 +380,8 @@ class TaskRunner:
         by_backend: dict[str, dict[str, int]] = {}
         for task in tasks:
             task.priority = priority
-            if (spec := self._specs.get(task.uid)) is not None:
-                self._specs[task.uid] = replace(spec, priority=priority)
+            if (spec := self.specs.get(task.uid)) is not None:
+                self.specs[task.uid] = replace(spec, priority=priority)
                 by_backend.setdefault(task.backend or "", {})[task.uid] = priority
             if self.queued.pop(task.uid, None) is not None:  # it comes after those that have this priority already
                 self.queued[task.uid] = task

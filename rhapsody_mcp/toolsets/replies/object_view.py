@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -79,15 +81,18 @@ async def view_object(
     limit: int | None,
     max_bytes: int,
     picture_bounds: tuple[int, int] = SHOWN,
+    software: Mapping[str, Any] = MappingProxyType({}),
 ) -> Page | Picture | DescribedResult:
-    """A page of a plain view of the object, or of the part at a JSON Pointer; a picture, where that is one.
+    """A page of a plain view of the object, or of the part at a JSON Pointer; a picture, where that is one. `software`
+    is that of the task that has made the object.
 
     Raises InvalidTask where there is nothing at the path, InvalidRequest where there is nothing at the start, and
     ResultGone where the file is gone.
     """
     if value.type == "bytes" and not path and not value.is_picture:
         return DescribedResult(value)
-    task = ComputeTask(_VIEW, args=(value, path, start, limit, max_bytes, picture_bounds))
+    arguments = (value, path, start, limit, max_bytes, picture_bounds)
+    task = ComputeTask(_VIEW, args=arguments, task_backend_specific_kwargs=software)
     may_be_picture = value.is_picture or (path and (value.format == "files" or " picture" in value.preview))
     timeout_s = _PICTURE_TIMEOUT_S if may_be_picture else _TIMEOUT_S
     try:

@@ -163,7 +163,7 @@ async def _read_value(session: Session, task: Task, source: Outcome | RankOutcom
         return None
     part = (path, request.start, request.limit, request.max_bytes)
     if value.format != "json":
-        shown = await view_object(session, value, *part, request.picture_bounds)
+        shown = await view_object(session, value, *part, request.picture_bounds, session.software_of(task))
         if isinstance(shown, DescribedResult) and not request._replace(path=path).is_default:
             raise InvalidRequest(
                 f"this result is a Python object of type {value.type}, which only another function can read now: "

@@ -34,7 +34,11 @@ def plan(open_session: OpenSession, requests: Sequence[TaskRequest], machine: Ma
     if config.needs_allocation:
         machine = unknown_nodes(machine, (config.scheduler or SchedulerOptions()).gpus_per_node)
     steps = plan_tasks(tasks, machine)
-    problems = [f"{name_of(task)}: {wrong}" for task in tasks for wrong in unmet_needs(task, machine, config.folder)]
+    problems = [
+        f"{name_of(task)}: {wrong}"
+        for task in tasks
+        for wrong in unmet_needs(task, machine, config.folder, open_session.session.software)
+    ]
     problems += suspicious_texts(requests, open_session, tasks)
     data = SubmissionReport(
         **report_fields(open_session, tasks) | {"submitted": 0, "counts": {}},
