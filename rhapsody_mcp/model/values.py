@@ -14,7 +14,7 @@ from rhapsody_mcp.model.errors import InvalidTask, ResultGone
 
 __all__ = [
     *("INLINE_BYTES", "NOTHING", "PLAIN", "PREVIEW_CHARS", "KeptFiles", "Ref", "Stream", "Value"),
-    *("as_tree", "holds_code", "is_index", "load", "load_json", "version_here"),
+    *("as_tree", "holds_code", "is_index", "load", "load_json", "may_hold_code", "version_here"),
 ]
 
 PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
@@ -119,9 +119,26 @@ def version_here() -> str:
     return "{}.{}".format(*sys.version_info)
 
 
-def holds_code(pickled: bytes) -> bool:
-    """Whether a pickle, or a piece of one, holds a function or a class as code."""
-    return b"_make_function" in pickled
+def holds_code(pickled: bytes | BinaryIO) -> bool:
+    """Whether a pickle holds a function or a class as code: whether it names cloudpickle's maker of functions."""
+    if isinstance(pickled, bytes) and not may_hold_code(pickled):
+        return False
+    from pickletools import genops  # here: it is seldom needed
+
+    text = ""
+    for operation, argument, _ in genops(pickled):
+        if operation.name == "STACK_GLOBAL" and text == _CODE:
+            return True
+        text = argument if isinstance(argument, str) else text
+    return False
+
+
+def may_hold_code(piece: bytes) -> bool:
+    """Whether a pickle, of which this is a piece, may hold code; of a text that names the maker, it is true too."""
+    return _CODE.encode() in piece
+
+
+_CODE = "_make_function"
 
 
 def load(value: Value) -> Any:

@@ -111,7 +111,9 @@ def unmet_needs(
         if task.executable is not None:
             yield from _unmet_program_needs(task.executable, task.layout, folder)
         yield from (
-            f"no module {name!r} is installed here" for name in _imported_packages(task) if not _is_importable(name)
+            f"no module {name!r} is installed here: give packages, python or setup"
+            for name in _imported_packages(task)
+            if not _is_importable(name)
         )
 
 

@@ -80,7 +80,7 @@ async def test_the_check_is_no_task_of_the_session(agent: Agent) -> None:
         pytest.param("x = 1", ["defines no function"], id="no function"),
         pytest.param(
             "def f():\n    import numpyy, json\n\n    def g():\n        from pandass.core import frame\n",
-            ["f cannot run", "line 2: no module 'numpyy'", "line 5: no module 'pandass'", "install what is missing"],
+            ["f cannot run", "line 2: no module 'numpyy'", "line 5: no module 'pandass'", "do without what is missing"],
             id="modules that are missing, at any depth",
         ),
         pytest.param(

@@ -38,6 +38,7 @@ from rhapsody_mcp.model.values import (
     Value,
     holds_code,
     load,
+    may_hold_code,
     version_here,
 )
 
@@ -276,13 +277,13 @@ class _PickleWriter:
         self._memory = io.BytesIO()
         self._file: BinaryIO | None = None
         self.size = 0
-        self.holds_code = False
+        self.may_hold_code = False
 
     def write(self, data: bytes | memoryview) -> int:
         length = memoryview(data).nbytes
         self.size += length
-        if length <= _MOST_CODE and not self.holds_code:
-            self.holds_code = holds_code(bytes(data))
+        if length <= _MOST_CODE and not self.may_hold_code:
+            self.may_hold_code = may_hold_code(bytes(data))
         if self._max_bytes is not None and self.size > self._max_bytes:
             raise _TooLong
         if self._file is None and self.size > INLINE_BYTES:
@@ -331,8 +332,15 @@ def encode(value: Any, folder: str, max_bytes: int | None = None) -> Value:
         _length(value),
         _preview(value, None),
         about(value),
-        python=version_here() if pickled.holds_code else "",
+        python=version_here() if pickled.may_hold_code and _holds_code(data_in_memory, path) else "",
     )
+
+
+def _holds_code(data: bytes | None, path: str | None) -> bool:
+    if data is not None:
+        return holds_code(data)
+    with open(path or "", "rb") as file:
+        return holds_code(file)
 
 
 def _json(value: Any, max_bytes: int | None) -> bytes | None:
