@@ -49,7 +49,8 @@ class ItemTaskFactory:
             raise InvalidTask(
                 "process_templates hold no {item}; give the task ranks, env and cwd.", field="process_templates"
             )
-        self._kwargs = None if {"env", "cwd"} & self._templates.keys() else backend_kwargs(self._form, self._fields)
+        is_each_its_own = {"env", "cwd", *_SOFTWARE} & self._templates.keys()
+        self._kwargs = None if is_each_its_own else backend_kwargs(self._form, self._fields)
 
     def __call__(self, item: Any, number: int) -> ComputeTask | AITask:
         filled = {field: with_item(value, item) for field, value in self._templates.items()}
@@ -105,8 +106,10 @@ def _field_has_placeholder(field: str, value: Any) -> bool:
     return has_placeholder(value)
 
 
+_SOFTWARE = ("python", "packages", "container", "setup")
 _ITEM_FIELDS = (
     *("args", "kwargs", "executable", "arguments", "prompt", "messages", "system_prompt", "env", "cwd", "outputs"),
+    *_SOFTWARE,
     *STAND_IN_FIELDS,
 )
 """The fields that may hold a placeholder."""
