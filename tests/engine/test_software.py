@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rhapsody_mcp.api import ComputeTask, ForEach, Module, Session, Source
+from rhapsody_mcp.api import ComputeTask, Condition, ForEach, Module, Part, Session, Source
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.states import Cause, TaskState
@@ -170,6 +170,24 @@ async def test_a_python_that_is_none_is_refused_with_what_was_found(session: Ses
         with pytest.raises(InvalidTask, match=told) as refusal:
             await session.submit_tasks([program("true", python=python)])
         assert refusal.value.field == "python" and "Valid is an interpreter" in str(refusal.value)
+
+
+@pytest.mark.parametrize("version", OTHER_VERSIONS[:1])
+async def test_objects_of_a_sweep_are_joined_read_and_compared_in_the_python_that_made_them(
+    session: Session, version: str
+) -> None:
+    python = other_python(version)
+    each = ForEach([1, 2], lambda item, _: function(MAKE, item, python=python))
+    more = ForEach(Part(each, "/0/1"), lambda item, _: function("def f(x):\n    return x", item, python=python))
+    used = ComputeTask(
+        Source("def use(runs):\n    return [run[0].x for run in runs]"),
+        args=[each],
+        when=Condition(each, "/1/1", exists=True),
+        task_backend_specific_kwargs={"python": python},
+    )
+    await run(session, each, more, used)
+    assert used.return_value == [1, 2], used.exception
+    assert sorted(more.return_value) == [1, 2], more.outcome
 
 
 # --- packages

@@ -11,6 +11,7 @@ import os
 import sys
 import typing
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,12 +64,19 @@ def main() -> NoReturn:
     from rhapsody_mcp.engine import rank
 
     config = rank.read_config(sys.argv[1])
+    _import_own(config.task_run.spec.work)
     for module, name in missing:
         delattr(module, name)
     del sys.path[:2]
     sys.path.append(brought)
     sys.modules.pop("msgspec")  # the user's own, from now on
     rank.run(sys.argv[1], config)
+
+
+def _import_own(work: typing.Any) -> None:
+    """Import the module of a function of this package, which may need the stand-in: of an internal task."""
+    if getattr(work, "form", "") == "module" and work.code.startswith(b"rhapsody_mcp."):
+        import_module(work.code.decode().partition(":")[0])
 
 
 def _do_without_ctypes() -> None:

@@ -16,7 +16,18 @@ from rhapsody_mcp.runtime.process_layout import with_software
 from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.session.managed_backend import ManagedBackend
 from rhapsody_mcp.runtime.session.routing import route
-from rhapsody_mcp.runtime.tasks import ForEach, Part, Task, is_hidden, kind_of, name_of, reference, with_children
+from rhapsody_mcp.runtime.tasks import (
+    ComputeTask,
+    ForEach,
+    Part,
+    Task,
+    is_hidden,
+    kind_of,
+    leaves,
+    name_of,
+    reference,
+    with_children,
+)
 
 __all__ = ["Acceptance", "AcceptedTask"]
 
@@ -99,6 +110,19 @@ class Acceptance:
         self._refuse_over_limits(accepted)
         return accepted
 
+    def software_of(self, task: Task) -> Software:
+        """The software that the task runs with, of a ForEach that of its children; empty for a prompt."""
+        task = next(iter(leaves([task])), task)
+        return task.layout.software.over(self._software) if isinstance(task, ComputeTask) else Software()
+
+    def _software_for(self, task: Task) -> Software:
+        """An internal task, which reads results of others, runs with what the first that has any runs with."""
+        if not is_hidden(task):
+            return self.software_of(task)
+        own = task.layout.software if isinstance(task, ComputeTask) else Software()
+        sources = map(self.software_of, task.needs())
+        return own or next(filter(None, sources), own)
+
     def refuse_count(self, count: int) -> None:
         """Raise LimitExceeded where `count` further tasks are too many."""
         if self._limits is not None:
@@ -113,9 +137,8 @@ class Acceptance:
             return AcceptedTask(task)
         try:
             managed = self._backends[route(kind_of(task), task.backend, self._routes)]
-            if not is_hidden(task) and not isinstance(spec.work, Completion):
-                software = spec.layout.software.over(self._software)
-                spec = replace(spec, layout=with_software(spec.layout, software))
+            if not isinstance(spec.work, Completion):
+                spec = replace(spec, layout=with_software(spec.layout, self._software_for(task)))
             if self._limits is not None and not is_hidden(task):
                 spec = self._limits.admit(spec)
             managed.backend.check(spec)

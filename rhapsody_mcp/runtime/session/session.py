@@ -16,7 +16,6 @@ from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, SessionClosed, UnknownName
 from rhapsody_mcp.model.live.output import OutputQuery, Printed
 from rhapsody_mcp.model.sampling import check_integer
-from rhapsody_mcp.model.specs import Software
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.dataflow.graph import refuse_cycles
@@ -29,7 +28,7 @@ from rhapsody_mcp.runtime.session.managed_backend import EngineNotice
 from rhapsody_mcp.runtime.session.queue_positions import queued_before
 from rhapsody_mcp.runtime.session.statistics import StatisticsCollector
 from rhapsody_mcp.runtime.session.task_runner import TaskRunner
-from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, ComputeTask, Task, leaves, name_of, with_children
+from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, Task, leaves, name_of, with_children
 
 __all__ = ["Session"]
 
@@ -299,9 +298,7 @@ class Session:
 
     def software_of(self, task: Task) -> dict[str, Any]:
         """The software that the task runs with, as keys of `task_backend_specific_kwargs`; empty for a prompt."""
-        task = next(iter(leaves([task])), task)
-        own = task.layout.software if isinstance(task, ComputeTask) else Software()
-        return dict(to_builtins(own.over(self.software)))
+        return dict(to_builtins(self._runner.acceptance.software_of(task)))
 
     # --- looking at running tasks
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json as _json
 from base64 import b64encode
-from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["DecodeError", "MsgspecError", "Struct", "ValidationError", "json", "structs", "to_builtins"]
+__all__ = ["UNSET", "DecodeError", "MsgspecError", "Struct", "ValidationError", "json", "structs", "to_builtins"]
 
+UNSET = object()
 _LEAST_INT, _MOST_INT = -(2**63), 2**64 - 1
 
 
@@ -42,7 +42,7 @@ class Struct:
         for name in self.__struct_fields__:
             if name not in given and not hasattr(type(self), name):
                 raise TypeError(f"Missing required argument {name!r}")
-            vars(self)[name] = given[name] if name in given else copy(getattr(type(self), name))
+            vars(self)[name] = given[name] if name in given else _default(type(self), name)
         if callable(check := getattr(self, "__post_init__", None)):
             check()
 
@@ -54,6 +54,11 @@ class Struct:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+
+def _default(kind: type[Struct], name: str) -> Any:
+    value = getattr(kind, name)
+    return value.copy() if isinstance(value, dict | list) else value
 
 
 def _asdict(struct: Struct) -> dict[str, Any]:
@@ -86,9 +91,11 @@ def _encode(value: Any) -> bytes:
     return _json.dumps(to_builtins(value), ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _decode(data: bytes | str) -> Any:
+def _decode(data: bytes | str, type: type[Any] | None = None) -> Any:
+    """With a `type`, the fields of a struct that holds no other."""
     try:
-        return _json.loads(data)
+        value = _json.loads(data)
+        return value if type is None else type(**value)
     except ValueError as error:
         raise DecodeError(f"JSON is malformed: {error}") from error
 
