@@ -14,6 +14,7 @@ from rhapsody_mcp.model.values import Value, is_index
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, kind_of, name_of
 from rhapsody_mcp.toolsets.replies.base import fitted, reply, row_fields
+from rhapsody_mcp.toolsets.replies.kept_files import readable_part
 from rhapsody_mcp.toolsets.replies.object_view import SHOWN, DescribedResult, Picture, view_object
 from rhapsody_mcp.toolsets.replies.output_excerpts import (
     Excerpt,
@@ -160,6 +161,8 @@ async def _read_value(session: Session, task: Task, source: Outcome | RankOutcom
         value, path = _value_of_child(task, path)
     if value is None:
         return None
+    if value.format == "files" and (found := await anyio.to_thread.run_sync(readable_part, value, path)):
+        value, path = found
     part = (path, request.start, request.limit, request.max_bytes)
     if value.format != "json":
         shown = await view_object(session, value, *part, request.picture_bounds)
