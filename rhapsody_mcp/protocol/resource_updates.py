@@ -15,7 +15,7 @@ from rhapsody_mcp.runtime.tasks import Task
 __all__ = ["SESSIONS_URI", "ResourceUpdates"]
 
 SESSIONS_URI = "rhapsody://sessions"
-_LOGS = ("stdout", "stderr")
+_AT_THE_END = ("stdout", "stderr", "result")
 
 
 class ResourceUpdates:
@@ -74,4 +74,4 @@ def _uris_of(session: str, task: Task | None) -> Iterator[str]:
         for spelled in (name, quote(name)) if "[" in name else (name,):  # as in sweep[3] and sweep%5B3%5D
             yield f"{home}/tasks/{spelled}"
             if task.state.final:
-                yield from (f"{home}/tasks/{spelled}/{log}" for log in _LOGS)
+                yield from (f"{home}/tasks/{spelled}/{part}" for part in _AT_THE_END)

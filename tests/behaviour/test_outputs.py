@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from mcp import MCPError
+from mcp.types import TextResourceContents
 
 from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.task.function_call import encode
@@ -108,3 +111,22 @@ async def test_results_texts_and_json_in_files_are_read_without_a_worker(tmp_pat
         assert value is not None
         await anyio.Path(value.files["r.json"]).unlink()
         assert "is gone" in await agent.refusal("get_result", **SESSION, task="run", path="/files/r.json")
+
+
+async def test_a_result_and_its_parts_are_resources(agent: Agent) -> None:
+    source = "def run():\n    return {'x': [7, {'a/b': 'text'}]}"
+    tasks = [{"name": "run", "source": source}, {"name": "failed", "source": "def f():\n    return 1 / 0"}]
+    await agent.call("submit_tasks", **SESSION, tasks=tasks)
+    await agent.call("wait_tasks", **SESSION)
+
+    async def read(path: str) -> Any:
+        (content,) = (await agent.client.read_resource(f"rhapsody://sessions/session-1/tasks/{path}")).contents
+        assert isinstance(content, TextResourceContents) and content.mime_type == "application/json"
+        return json.loads(content.text)
+
+    assert await read("run/result") == {"x": [7, {"a/b": "text"}]}
+    assert await read("run/result/x/0") == 7 and await read("run/result/x/-1/a~1b") == "text"
+    assert await read("failed/result") is None
+    for path, told in {"run/result/y": "keys ['x']", "none/result": "unknown_task"}.items():
+        with pytest.raises(MCPError, match=re.escape(told)):
+            await read(path)
