@@ -14,6 +14,7 @@ from rhapsody_mcp.model.specs import Layout, Needs, RankGroup, Template
 __all__ = ["read_layout", "read_timeout", "refuse_half_characters"]
 
 _NEEDS = ("cores", "gpus", "memory_gb")
+_LEAST_CORES, _LEAST_GB, _MOST = 0.01, 0.001, 1_000_000
 _KEYS = ("process_template", "process_templates", "type", "ranks", "ranks_per_node", "pmi", "timeout", *_NEEDS)
 _TEMPLATE_KEYS = ("env", "cwd", "policy")
 _POLICY_KEYS = ("host_name", "cpu_affinity", "gpu_affinity")
@@ -36,17 +37,25 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
 
 def _read_needs(kwargs: Mapping[str, Any]) -> Needs:
     cores, gpus, memory_gb = (kwargs.get(key) for key in _NEEDS)
-    is_part = isinstance(cores, float) and 0 < cores < 1
-    if cores is not None and not is_part and (isinstance(cores, bool) or cores != _whole(cores) or cores < 1):
+    is_part = isinstance(cores, float) and _LEAST_CORES <= cores < 1
+    if (
+        cores is not None
+        and not is_part
+        and (isinstance(cores, bool) or cores != _whole(cores) or not 1 <= cores <= _MOST)
+    ):
         raise InvalidTask(
-            f"cores is {cores!r}; valid is a whole number of at least 1, or a part of a core, as in 0.5.", field="cores"
+            f"cores is {cores!r}; valid is a whole number of at least 1, or a part of a core from {_LEAST_CORES}, as in "
+            "0.5.",
+            field="cores",
         )
-    if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 0):
+    if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or not 0 <= gpus <= _MOST):
         raise InvalidTask(f"gpus is {gpus!r}; valid is a whole number.", field="gpus")
     if memory_gb is not None and (
-        isinstance(memory_gb, bool) or not isinstance(memory_gb, int | float) or not 0 < memory_gb < math.inf
+        isinstance(memory_gb, bool) or not isinstance(memory_gb, int | float) or not _LEAST_GB <= memory_gb <= _MOST
     ):
-        raise InvalidTask(f"memory_gb is {memory_gb!r}; valid is a number of GB above 0.", field="memory_gb")
+        raise InvalidTask(
+            f"memory_gb is {memory_gb!r}; valid is a number of at least {_LEAST_GB} (GB).", field="memory_gb"
+        )
     return Needs(cores, gpus or 0, memory_gb)
 
 

@@ -408,32 +408,11 @@ def test_the_fields_of_a_stored_request_are_those_of_its_version() -> None:
 
 
 FIELDS_OF_VERSION_1 = [
-    *("after", "args", "arguments", "backend", "cwd", "entry", "env", "executable", "for_each", "function"),
-    *("json_schema", "kwargs", "logprobs", "max_tokens", "messages", "model", "mpi", "n", "name"),
-    *(
-        "on_upstream_failure",
-        "outputs",
-        "priority",
-        "process",
-        "process_templates",
-        "prompt",
-        "ranks",
-        "ranks_per_node",
-    ),
-    "retries",
-    *(
-        "retry_delay_s",
-        "seed",
-        "source",
-        "stdout",
-        "stop_sequences",
-        "system_prompt",
-        "temperature",
-        "timeout_s",
-        "top_k",
-        "top_p",
-        "when",
-    ),
+    *("after", "args", "arguments", "backend", "cores", "cwd", "entry", "env", "executable", "for_each"),
+    *("function", "gpus", "json_schema", "kwargs", "logprobs", "max_tokens", "memory_gb", "messages", "model"),
+    *("mpi", "n", "name", "on_upstream_failure", "outputs", "priority", "process", "process_templates"),
+    *("prompt", "ranks", "ranks_per_node", "retries", "retry_delay_s", "seed", "source", "stdout"),
+    *("stop_sequences", "system_prompt", "temperature", "timeout_s", "top_k", "top_p", "when"),
 ]
 
 
