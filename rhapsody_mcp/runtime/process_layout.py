@@ -37,15 +37,9 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
 
 def _read_needs(kwargs: Mapping[str, Any]) -> Needs:
     cores, gpus, memory_gb = (kwargs.get(key) for key in _NEEDS)
-    is_part = isinstance(cores, float) and _LEAST_CORES <= cores < 1
-    if (
-        cores is not None
-        and not is_part
-        and (isinstance(cores, bool) or cores != _whole(cores) or not 1 <= cores <= _MOST)
-    ):
+    if cores is not None and not _is_number_of_cores(cores):
         raise InvalidTask(
-            f"cores is {cores!r}; valid is a whole number of at least 1, or a part of a core from {_LEAST_CORES}, as in "
-            "0.5.",
+            f"cores is {cores!r}; valid is a whole number from 1, or a part of a core from {_LEAST_CORES}, as in 0.5.",
             field="cores",
         )
     if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or not 0 <= gpus <= _MOST):
@@ -59,8 +53,10 @@ def _read_needs(kwargs: Mapping[str, Any]) -> Needs:
     return Needs(cores, gpus or 0, memory_gb)
 
 
-def _whole(number: Any) -> int | None:
-    return int(number) if isinstance(number, int | float) and math.isfinite(number) else None
+def _is_number_of_cores(cores: object) -> bool:
+    if isinstance(cores, bool) or not isinstance(cores, int | float):
+        return False
+    return _LEAST_CORES <= cores < 1 or (1 <= cores <= _MOST and cores == int(cores))
 
 
 def _processes(kwargs: Mapping[str, Any], native: bool) -> Layout:
