@@ -230,6 +230,11 @@ class Task:
         """The spec for a backend. Raises InvalidTask where a value cannot be sent."""
         raise NotImplementedError
 
+    def forget_progress(self) -> None:
+        """Forget what an earlier attempt has told."""
+        if self.progress is not None:
+            self.progress = None
+
     # --- outcome
 
     @property
