@@ -338,7 +338,8 @@ class TaskRunner:
             if task.state.final:
                 continue
             outcome = with_attempts(task, outcome)
-            outcome = with_progress(task, outcome)
+            if task.progress is not None or outcome.progress is not None:
+                outcome = with_progress(task, outcome)
             task.outcome, task.state, task.started = outcome, outcome.state, outcome.started
             self._finish(task)
             task.complete_future()

@@ -271,7 +271,8 @@ class Task:
     @property
     def counted_as(self) -> str:
         """The name of the state, and "skipped" for a skipped task, which no count shows as canceled."""
-        return "skipped" if self.cause is Cause.SKIPPED else self.state.value
+        outcome = self.outcome
+        return "skipped" if outcome is not None and outcome.cause is Cause.SKIPPED else self.state.value
 
     @property
     def traceback(self) -> str:
