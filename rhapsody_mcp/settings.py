@@ -84,7 +84,8 @@ class Settings(BaseModel):
     default_task_s: Annotated[float, Field(gt=0)] | None = None
     """How long a task runs that has no timeout_s, in seconds; null for max_task_s."""
     max_result_bytes: Annotated[int, Field(ge=1024)] | None = 256 * 1024**2
-    """The largest result of a function or a for_each, encoded; a larger one makes its task FAILED."""
+    """The largest result of a function or a for_each, encoded, and the most that the files of outputs have together; a
+    larger one makes its task FAILED."""
     max_output_bytes: Annotated[int, Field(ge=4096)] | None = 64 * 1024**2
     """How much of a task's stdout, and of its stderr, is kept: of more, the beginning and the end. The same of each
     rank."""

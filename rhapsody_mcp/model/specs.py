@@ -143,7 +143,7 @@ class Software(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     def over(self, session: Software) -> Software:
         """The software of a task with this one, in a session with the other. Packages of the task alone are for the
         Python of the session."""
-        if self.python or self.container:
+        if self.python or self.container or not session:
             return self
         if self.packages:
             return msgspec.structs.replace(self, python="" if session.container else session.python)

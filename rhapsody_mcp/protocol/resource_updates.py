@@ -18,6 +18,7 @@ SESSIONS_URI = "rhapsody://sessions"
 TASK_URI = f"{SESSIONS_URI}/{{session}}/tasks/{{task}}"
 """A template, to which the name of a log is added."""
 LOGS = ("stdout", "stderr")
+_AT_THE_END = (*LOGS, "result")
 
 
 class ResourceUpdates:
@@ -90,4 +91,4 @@ def _uris_of(session: str, task: Task | None) -> Iterator[str]:
         for spelled in (name, quote(name)) if "[" in name else (name,):  # as in sweep[3] and sweep%5B3%5D
             yield f"{home}/tasks/{spelled}"
             if task.state.final:
-                yield from (f"{home}/tasks/{spelled}/{log}" for log in LOGS)
+                yield from (f"{home}/tasks/{spelled}/{part}" for part in _AT_THE_END)

@@ -15,6 +15,7 @@ from rhapsody_mcp.model.specs import Layout, Needs, RankGroup, Software, Templat
 __all__ = ["read_layout", "read_software", "read_timeout", "refuse_half_characters", "with_software"]
 
 _NEEDS = ("cores", "gpus", "memory_gb")
+_LEAST_CORES, _LEAST_GB, _MOST = 0.01, 0.001, 1_000_000
 _SOFTWARE = ("python", "packages", "container", "setup")
 _PROCESSES = ("process_template", "process_templates", "type", "ranks", "ranks_per_node", "pmi")
 _KEYS = (*_PROCESSES, "timeout", *_NEEDS, *_SOFTWARE)
@@ -89,22 +90,26 @@ _FORMS = {
 
 def _read_needs(kwargs: Mapping[str, Any]) -> Needs:
     cores, gpus, memory_gb = (kwargs.get(key) for key in _NEEDS)
-    is_part = isinstance(cores, float) and 0 < cores < 1
-    if cores is not None and not is_part and (isinstance(cores, bool) or cores != _whole(cores) or cores < 1):
+    if cores is not None and not _is_number_of_cores(cores):
         raise InvalidTask(
-            f"cores is {cores!r}; valid is a whole number of at least 1, or a part of a core, as in 0.5.", field="cores"
+            f"cores is {cores!r}; valid is a whole number from 1, or a part of a core from {_LEAST_CORES}, as in 0.5.",
+            field="cores",
         )
-    if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 0):
+    if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or not 0 <= gpus <= _MOST):
         raise InvalidTask(f"gpus is {gpus!r}; valid is a whole number.", field="gpus")
     if memory_gb is not None and (
-        isinstance(memory_gb, bool) or not isinstance(memory_gb, int | float) or not 0 < memory_gb < math.inf
+        isinstance(memory_gb, bool) or not isinstance(memory_gb, int | float) or not _LEAST_GB <= memory_gb <= _MOST
     ):
-        raise InvalidTask(f"memory_gb is {memory_gb!r}; valid is a number of GB above 0.", field="memory_gb")
+        raise InvalidTask(
+            f"memory_gb is {memory_gb!r}; valid is a number of at least {_LEAST_GB} (GB).", field="memory_gb"
+        )
     return Needs(cores, gpus or 0, memory_gb)
 
 
-def _whole(number: Any) -> int | None:
-    return int(number) if isinstance(number, int | float) and math.isfinite(number) else None
+def _is_number_of_cores(cores: object) -> bool:
+    if isinstance(cores, bool) or not isinstance(cores, int | float):
+        return False
+    return _LEAST_CORES <= cores < 1 or (1 <= cores <= _MOST and cores == int(cores))
 
 
 def _processes(kwargs: Mapping[str, Any], native: bool) -> Layout:

@@ -21,7 +21,10 @@ _SYNONYMS = {
     "env": "environment variables env_vars environ",
     "cwd": "workdir work_dir working_dir working_directory directory folder",
     "timeout_s": "timeout walltime time_limit",
-    "ranks": "processes nprocs num_procs ntasks cores cpus",
+    "cores": "cpus cpu ncpus num_cpus cpus_per_task threads num_threads",
+    "gpus": "gpu num_gpus ngpus gpus_per_task cuda accelerators",
+    "memory_gb": "memory mem mem_gb memory_mb ram",
+    "ranks": "processes nprocs num_procs ntasks",
     "ranks_per_node": "processes_per_node procs_per_node tasks_per_node ntasks_per_node ppn",
     "for_each": "map items sweep repeat",
     "system_prompt": "system instructions",
@@ -69,8 +72,7 @@ def _nodes(machine: Machine) -> str:
 def _gpus(machine: Machine) -> str:
     if _has_scheduler():
         return (
-            'the session has the GPUs, as with create_session(nodes=1, scheduler={"gpus_per_node": 4}); a job chooses '
-            'by process_templates, as in [{"ranks": 1, "policy": {"gpu_affinity": [0]}}]'
+            'as with create_session(nodes=1, scheduler={"gpus_per_node": 4}); tasks say how many each needs, with gpus'
         )
     if not machine.gpus:
         return (
@@ -78,16 +80,16 @@ def _gpus(machine: Machine) -> str:
             "all else a person connects another machine"
         )
     return (
-        f"this machine has {len(machine.gpus)}; a job chooses by process_templates, as in "
-        '[{"ranks": 1, "policy": {"gpu_affinity": [0]}}], and prompts by device in create_session'
+        f"this machine has {len(machine.gpus)}; tasks say how many each needs, with gpus, and prompts run on them by "
+        "device in create_session"
     )
 
 
 def _memory(machine: Machine) -> str:
     size = "its memory" if machine.memory_gib is None else f"{machine.memory_gib:g} GiB"
     return (
-        f"tasks share {size} of this machine, and none is set aside for one. Where that is too little, split the data "
-        "with for_each, or ask the person for another machine; the server's limits are its administrator's"
+        f"tasks share {size} of this machine, and say how much each needs, with memory_gb. Where that is too little, "
+        "split the data with for_each, or ask the person for another machine"
     )
 
 

@@ -177,6 +177,7 @@ async def test_a_repeated_call_with_its_key_runs_nothing_twice_and_a_dry_run_not
         await submit(agent, SWEEP, TOTAL)
         reply = await again(agent, "sweep", dry_run=True)
         assert reply["submitted"] == 2 and "Would run again 2 tasks" in agent.texts[-1]
+        assert agent.texts[-1].endswith("Next: the same call without dry_run.")
         await again(agent, "sweep", idempotency_key="k")
         await wait(agent)
         runs = list(flaky.runs)

@@ -73,7 +73,7 @@ async def test_choices_may_be_in_any_letter_case(agent: Agent) -> None:
     ("theirs", "ours"),
     [
         *(("code", "source"), ("depends_on", "after"), ("command", "executable"), ("working-dir", "cwd")),
-        *(("walltime", "timeout_s"), ("cpus", "ranks"), ("system", "system_prompt"), ("max_new_tokens", "max_tokens")),
+        *(("walltime", "timeout_s"), ("cpus", "cores"), ("system", "system_prompt"), ("max_new_tokens", "max_tokens")),
         *(("promt", "prompt"), ("Environment", "env"), ("response_format", "json_schema")),
     ],
 )
@@ -97,7 +97,6 @@ async def test_arguments_of_other_words_lead_to_ours(agent: Agent) -> None:
             "nodes",
             f"tasks run on this one machine, {MACHINE.host}, which has {MACHINE.cores} cores; ranks",
         ),
-        ("memory_gb", "tasks share "),
         ("partition", "there is no batch system here"),
     ],
 )
@@ -116,7 +115,6 @@ async def test_what_there_is_not_names_what_there_is_and_who_can_help(
     ("asked", "told"),
     [
         ("nodes", "the session has the nodes, as with create_session(nodes=2)"),
-        ("gpus", 'as with create_session(nodes=1, scheduler={"gpus_per_node": 4})'),
         ("qos", "it belongs into scheduler of create_session"),
     ],
 )
@@ -129,11 +127,15 @@ async def test_with_a_scheduler_what_a_session_asks_for_is_named(
         assert told in await refusal(agent, {"executable": "/bin/echo", asked: 2})
 
 
-async def test_gpus_lead_to_a_policy_or_to_who_has_some(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "choose_scheduler", lambda: FoundScheduler(None))
-    text = await refusal(agent, {"executable": "/bin/echo", "gpus": 2})
-    told = "gpu_affinity" if MACHINE.gpus else "this machine has no GPU. Prompts can go to an endpoint"
-    assert f"'gpus': this machine has {len(MACHINE.gpus)}" in text or told in text
+@pytest.mark.parametrize("is_cluster", [True, False])
+async def test_a_session_that_asks_for_gpus_or_memory_is_told_that_tasks_do(
+    is_cluster: bool, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "choose_scheduler", lambda: FoundScheduler(Slurm() if is_cluster else None))
+    text = await agent.refusal("create_session", gpus=2)
+    here = f"this machine has {len(MACHINE.gpus)}" if MACHINE.gpus else "this machine has no GPU. Prompts can go to"
+    assert ('as with create_session(nodes=1, scheduler={"gpus_per_node": 4})' if is_cluster else here) in text
+    assert "with memory_gb" in await agent.refusal("create_session", memory_gb=2)
 
 
 async def test_the_valid_fields_are_listed_once(agent: Agent) -> None:

@@ -63,6 +63,7 @@ async def test_waiting_tasks_get_another_priority_and_the_position_in_the_queue_
         text = await agent.refusal("submit_tasks", session=session, reprioritize={"d": 3})
         assert "d has ended DONE" in text
         await agent.refusal("submit_tasks", session=session, reprioritize={"e": 3})
+        assert "an object of at least 1 name" in await agent.refusal("submit_tasks", session=session, reprioritize={})
         assert "-1000 to 1000" in await agent.refusal("submit_tasks", session=session, reprioritize={"d": 3000})
         assert "-1000 to 1000" in await agent.refusal("submit_tasks", session=session, tasks=[INT | {"priority": 3000}])
 

@@ -86,9 +86,9 @@ async def test_a_wait_leaves_time_before_its_cap_for_the_reply(
 ) -> None:
     timeouts: list[float] = []
 
-    async def wait_for(*_: object, timeout_s: float, **__: object) -> float:
+    async def wait_for(*_: object, timeout_s: float, **__: object) -> tuple[float, None]:
         timeouts.append(timeout_s)
-        return timeout_s
+        return timeout_s, None
 
     monkeypatch.setattr("rhapsody_mcp.toolsets.tasks.wait_for", wait_for)
     backend = ScriptedBackend(perform)

@@ -78,6 +78,9 @@ async def test_a_picture_comes_as_an_image_beside_what_it_is(agent: Traveller) -
     (blob,) = read.contents
     assert isinstance(blob, BlobResourceContents) and blob.mime_type == "image/png"
     assert Image.open(io.BytesIO(base64.b64decode(blob.blob))).size == (5000, 20)
+    (vector,) = (await agent.client.read_resource(f"rhapsody://sessions/{agent.session}/tasks/svg/result")).contents
+    assert isinstance(vector, BlobResourceContents) and vector.mime_type == "image/svg+xml"
+    assert base64.b64decode(vector.blob).startswith(b"<svg")
     svg = await agent.result("svg")
     assert "<text>hello" in svg["result"] and "SVG picture 8x9" in agent.texts[-1]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from rhapsody_mcp.backends.base import Running
 from rhapsody_mcp.backends.priority_queue import PriorityQueue
 from rhapsody_mcp.model.specs import TaskRun
 from rhapsody_mcp.model.states import Cause
@@ -88,3 +89,12 @@ async def test_another_priority_changes_the_order_of_what_waits_and_canceled_tas
     for uid in "ad":
         scene.dispatcher.function_finished("1", finished(uid, seconds=1.0))
     assert worker.uids == ["a", "d", "b"]
+
+
+async def test_with_several_nodes_a_start_tells_its_node() -> None:
+    scene = Scene(expected_nodes=2)
+    scene.node("one", 1)
+    scene.node("two", 1)
+    scene.submit(job("a", 2))
+    scene.dispatcher.task_started("a", 1.0)
+    assert scene.events == [Running("a", 1.0, ("one", "two"))]

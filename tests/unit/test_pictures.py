@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from rhapsody_mcp.engine.task.function_call import encode
 from rhapsody_mcp.engine.views.inspection import about, plain_text, view
 from rhapsody_mcp.engine.views.pictures import Bounds, draw, facts_of
+from rhapsody_mcp.model.values import load
 
 BOUNDS = Bounds(20_000, 200)
 
@@ -99,6 +101,17 @@ def test_an_image_of_any_mode_is_drawn(mode: str) -> None:
     assert about(image) == "PIL picture 30x20"
     drawn = draw(image, BOUNDS)
     assert drawn is not None and (drawn.facts.width, drawn.facts.height) == (30, 20)
+
+
+def test_a_figure_is_drawn_also_from_its_axes() -> None:
+    figures: Any = import_module("matplotlib.figure")
+    figure = figures.Figure(figsize=(3, 2), dpi=50)
+    left, _right = figure.subfigures(1, 2)
+    for value in (figure, figure.subplots(), left.subplots()):
+        kept = encode(value, "")
+        assert kept.about == "matplotlib picture 150x100" and kept.is_picture
+        drawn = draw(load(kept), BOUNDS)
+        assert drawn is not None and (drawn.facts.width, drawn.facts.height) == (150, 100)
 
 
 def test_in_a_dict_a_picture_is_named_and_its_path_shows_it() -> None:

@@ -79,14 +79,13 @@ def view(
     try:
         part = _follow(load(value), path)
         drawn = draw(part, Bounds(*picture_bounds))
-        if drawn is not None and drawn.facts.kind != "SVG":
+        if drawn is None:
+            return {"view": msgspec.structs.asdict(_view(part, start, limit, max_bytes))}
+        if drawn.facts.kind != "SVG":
             return {"picture": msgspec.structs.asdict(_picture_view(drawn))}
-        if drawn is not None:
-            part = drawn.data.decode("utf-8", "replace")
-        seen = _view(part, start, limit, max_bytes)
-        if drawn is not None:
-            seen = msgspec.structs.replace(seen, type=drawn.facts.mime_type, about=drawn.facts.text(drawn.size))
-        return {"view": msgspec.structs.asdict(seen)}
+        text = _view(drawn.data.decode("utf-8", "replace"), start, limit, max_bytes)
+        facts = {"type": drawn.facts.mime_type, "about": drawn.facts.text(drawn.size)}
+        return {"view": msgspec.structs.asdict(text) | facts}
     except InvalidRequest as error:
         return {"refusal": {"code": error.code, "message": str(error)}}
 
@@ -103,7 +102,7 @@ def about(value: Any) -> str:
     if type(value) in _BUILT_IN - {bytes}:
         return ""
     try:
-        return about_picture(value) or about_table(value) or about_array(value)
+        return bounded(about_picture(value) or about_table(value) or about_array(value), _TYPE_CHARS)
     except Interrupted:
         raise
     except BaseException:  # an attribute of a user's object may raise anything

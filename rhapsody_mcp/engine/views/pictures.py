@@ -129,7 +129,7 @@ def _figure(value: Any) -> Any:
     """Return a figure of matplotlib, also of its axes; None for another value."""
     figures, axes = sys.modules.get("matplotlib.figure"), sys.modules.get("matplotlib.axes")
     if axes is not None and isinstance(value, axes.Axes):
-        value = value.get_figure(root=True)
+        value = value.figure.figure  # of a subfigure's axes too, the whole figure
     return value if figures is not None and isinstance(value, figures.Figure) else None
 
 

@@ -178,9 +178,11 @@ class TaskRequest(_StrictModel):
         list[RankGroup] | None,
         Field(description='A job of different processes, e.g. [{"ranks": 2}, {"ranks": 1, "cwd": "head"}].'),
     ] = None
-    cores: Annotated[float | None, Field(gt=0, description="Of the task or each rank; default 1, not bound.")] = None
-    gpus: Annotated[int | None, Field(ge=0, description="Likewise.")] = None
-    memory_gb: Annotated[float | None, Field(gt=0, description="Likewise; more ends it.")] = None
+    cores: Annotated[
+        float | None, Field(ge=0.01, le=1_000_000, description="Of the task or each rank; default 1, not bound.")
+    ] = None
+    gpus: Annotated[int | None, Field(ge=0, le=1_000_000, description="Likewise.")] = None
+    memory_gb: Annotated[float | None, Field(ge=0.001, le=1_000_000, description="Likewise; more ends it.")] = None
     env: Annotated[
         Env | None,
         Field(description='Environment variables, e.g. {"OMP_NUM_THREADS": "1"}.'),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.specs import Completion, Software, TaskSpec
+from rhapsody_mcp.model.specs import Software, TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.dataflow.graph import depends_on
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
@@ -73,7 +73,9 @@ class Acceptance:
                 raise InvalidTask(f"submit_tasks takes ComputeTask and AITask objects, not a {type(task).__name__}.")
             if task.state is not TaskState.NEW or task.uid in self._tasks or task.uid in uids:
                 raise InvalidTask(f"{task.uid} is submitted already; make a new task for a new run.", uid=task.uid)
-            uids |= {one.uid: one for one in with_children([task])}
+            uids[task.uid] = task
+            if isinstance(task, ForEach):
+                uids |= {child.uid: child for child in task.children}
         encoder = Encoder(reference)
         specs = [(task, _specify(task, encoder)) for task in with_children(batch)]
         for task in batch:
@@ -137,8 +139,8 @@ class Acceptance:
             return AcceptedTask(task)
         try:
             managed = self._backends[route(kind_of(task), task.backend, self._routes)]
-            if not isinstance(spec.work, Completion):
-                spec = replace(spec, layout=with_software(spec.layout, self._software_for(task)))
+            if (software := self._software_for(task)) != spec.layout.software:
+                spec = replace(spec, layout=with_software(spec.layout, software))
             if self._limits is not None and not is_hidden(task):
                 spec = self._limits.admit(spec)
             managed.backend.check(spec)

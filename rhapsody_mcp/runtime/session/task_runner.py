@@ -65,8 +65,7 @@ class TaskRunner:
         self.queued: dict[str, Task] = {}
         """The tasks that a backend has and that do not run, in the order in which it got them."""
         self.ended: list[Task] = []
-        self.usage = SessionUsage()
-        self.closed = False
+        self.usage, self.closed = SessionUsage(), False
         self._on_change, self._on_progress, self._notify_engine = on_change, on_progress, notify
         self._read: Reader = load if opens_results else load_json
         self._opens_results, self._limits = opens_results, limits
@@ -75,9 +74,8 @@ class TaskRunner:
         self.for_each = ForEachRunner(self, limits.settings.max_result_bytes if limits else None)
         self._conditions, self._preparation = Conditions(self), Preparation(self, package_cache)
         self.specs: dict[str, TaskSpec] = {}
-        self._dependencies = Dependencies()
+        self._dependencies, self._hidden_count = Dependencies(), 0
         self._retry_timers: dict[str, asyncio.TimerHandle] = {}
-        self._hidden_count = 0
         self.step_lock = asyncio.Lock()
         """Held while tasks are submitted in steps: a cancel waits until all of them are submitted."""
         self._folder = folder.absolute() if folder is not None else None
@@ -319,7 +317,8 @@ class TaskRunner:
         return failed and task.attempts < task.most_attempts and not self.closed
 
     def _schedule_retry(self, task: Task, outcome: Outcome) -> None:
-        task.state, task.started, task.progress = TaskState.QUEUED, None, None
+        task.state, task.started = TaskState.QUEUED, None
+        task.forget_progress()
         task.last_failure = f"attempt {task.attempts} ended with cause {outcome.cause}: {outcome.error}"
         delay_s = min(task.retry_delay_s * 2.0 ** (task.attempts - task.earlier_attempts - 1), _MAX_RETRY_DELAY_S)
         self._retry_timers[task.uid] = asyncio.get_running_loop().call_later(delay_s, self._retry, task)
@@ -342,7 +341,8 @@ class TaskRunner:
             if task.state.final:
                 continue
             outcome = with_attempts(task, outcome)
-            outcome = with_progress(task, outcome)
+            if task.progress is not None or outcome.progress is not None:
+                outcome = with_progress(task, outcome)
             task.outcome, task.state, task.started = outcome, outcome.state, outcome.started
             self._finish(task)
             task.complete_future()

@@ -24,6 +24,7 @@ __all__ = ["SHOWN", "DescribedResult", "Picture", "view_object"]
 _TIMEOUT_S, _PICTURE_TIMEOUT_S = 3.0, 20.0
 SHOWN = (512 * 1024, 1568)
 """The most bytes and pixels a side of a picture in a reply: models see no more pixels, and hosts take a megabyte."""
+_PICTURE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 _REASON_CHARS = 200
 _VIEW = Module("rhapsody_mcp.engine.views.inspection:view")
 _ERRORS = {error.code: error for error in (InvalidRequest, InvalidTask, ResultGone)}
@@ -108,8 +109,9 @@ async def view_object(
     answer = await asyncio.to_thread(_take_answer, task)
     if answer.refusal is not None:
         return DescribedResult(value, _raise_known(answer.refusal))
-    if answer.picture is not None:
-        return answer.picture
+    if (picture := answer.picture) is not None:
+        is_usable = picture.mime_type in _PICTURE_TYPES and len(picture.base64) <= 2 * picture_bounds[0]
+        return picture if is_usable else DescribedResult(value, "what a worker drew is no picture")
     return DescribedResult(value, "no worker could look at it") if answer.view is None else _page(answer.view, value)
 
 

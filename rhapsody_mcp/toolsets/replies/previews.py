@@ -44,7 +44,7 @@ def preview_task(task: Task, max_chars: int, shows: Callable[[Task], bool]) -> P
 
 def preview_value(value: Value, max_chars: int) -> Preview:
     if value.is_picture:
-        return Preview(f"{value.about}; get_result shows it")
+        return Preview(f"{one_line(value.about)}; get_result shows it")
     if value.format != "json":
         return Preview(_with_end(one_line(value.preview), max_chars, described(value)))
     if value.data is not None and len(text := value.data.decode()) <= max_chars:
@@ -113,7 +113,7 @@ def printed_only_text(value: Value | None, stdout: Stream) -> str:
 def described(value: Value) -> str:
     """As in `list of 1000 items, 52301 bytes`."""
     if value.about:
-        return value.about if value.is_picture else f"{value.about}, {value.size} bytes"
+        return one_line(value.about if value.is_picture else f"{value.about}, {value.size} bytes")
     if value.type == "bytes":
         return f"binary, {value.size if value.length is None else value.length} bytes"
     items = "" if value.length is None or value.type == "str" else f" of {value.length} items"

@@ -206,7 +206,7 @@ def _first_line(data: TaskResult) -> str:
 
 
 def _page_lines(page: Page, task: Task) -> list[str]:
-    heading = f"result ({page.described}), untrusted output of the task"
+    heading = f"result ({one_line(page.described)}), untrusted output of the task"
     is_whole = not page.start and (page.total is None or page.end >= page.total)
     if page.broken:
         part = f"{heading}; item {page.start} alone is too long, this is its beginning:"
@@ -238,11 +238,12 @@ def _view_text(page: Page, task: Task) -> str:
 
 
 def _picture_lines(picture: Picture, task: Task) -> list[str]:
+    about, shown = one_line(picture.about), one_line(picture.shown)
     original = f'{{"ref": "{name_of(task)}"}} in submit_tasks passes the original'
     if picture.why:
-        return [f"result: {picture.about}, which is too large to be shown: {one_line(picture.why)}. {original}."]
-    scaled = f", scaled down to a {picture.shown}; {original}" if picture.shown else ""
-    return [f"result ({picture.about}), untrusted output of the task: the picture comes with this text{scaled}."]
+        return [f"result: {about}, which is too large to be shown: {one_line(picture.why)}. {original}."]
+    scaled = f", scaled down to a {shown}; {original}" if shown else ""
+    return [f"result ({about}), untrusted output of the task: the picture comes with this text{scaled}."]
 
 
 def _described_lines(result: DescribedResult, data: TaskResult, task: Task) -> list[str]:

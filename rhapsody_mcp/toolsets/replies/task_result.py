@@ -22,6 +22,7 @@ from rhapsody_mcp.toolsets.output.excerpts import (
 )
 from rhapsody_mcp.toolsets.output.sources import ends_of_sources, sources_of
 from rhapsody_mcp.toolsets.replies.base import fitted
+from rhapsody_mcp.toolsets.replies.kept_files import readable_part
 from rhapsody_mcp.toolsets.replies.object_view import SHOWN, DescribedResult, Picture, view_object
 from rhapsody_mcp.toolsets.replies.pagination import Page, first_index, page_of_items, page_of_value
 from rhapsody_mcp.toolsets.replies.previews import json_item
@@ -161,6 +162,8 @@ async def _read_value(session: Session, task: Task, source: Outcome | RankOutcom
         value, path = _value_of_child(task, path)
     if value is None:
         return None
+    if value.format == "files" and (found := await anyio.to_thread.run_sync(readable_part, value, path)):
+        value, path = found
     part = (path, request.start, request.limit, request.max_bytes)
     if value.format != "json":
         shown = await view_object(session, value, *part, request.picture_bounds, session.software_of(task))

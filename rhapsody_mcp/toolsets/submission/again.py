@@ -40,7 +40,8 @@ async def _run_again(open_session: OpenSession, names: Sequence[str], key: str |
 def plan_again(open_session: OpenSession, names: Sequence[str]) -> CallToolResult:
     """The reply of a dry run. Raises what `run_again` raises."""
     refuse_used_up(open_session)
-    return _report(open_session, planned_again(open_session, names), "Dry run, nothing was submitted. Would run again")
+    what = "Dry run, nothing was submitted. Would run again"
+    return _report(open_session, open_session.session.plan_retry(open_session.tasks(names)), what, is_plan=True)
 
 
 def planned_again(open_session: OpenSession, names: Sequence[str]) -> list[Task]:
@@ -75,7 +76,12 @@ def _singles(tasks: Sequence[Task]) -> list[Task]:
 
 
 def _report(
-    open_session: OpenSession, tasks: Sequence[Task], what: str, repeated: bool | None = None
+    open_session: OpenSession,
+    tasks: Sequence[Task],
+    what: str,
+    repeated: bool | None = None,
+    *,
+    is_plan: bool = False,
 ) -> CallToolResult:
     singles = _singles(tasks) or list(tasks)
     names = {task.name: task.uid for task in tasks if task.name and task.parent is None}
@@ -97,4 +103,5 @@ def _report(
     if old := [name_of(task) for task in others if is_outdated(task, uids)]:
         names_of_old = limited_list(old, _NAMES_SHOWN)
         lines.append(f"Note: {names_of_old} ended with what there was before; retry takes such tasks too.")
-    return reply("\n".join([*lines, f"Next: {call_text('wait_tasks', session=open_session.id)}."]), data)
+    next_step = "the same call without dry_run" if is_plan else call_text("wait_tasks", session=open_session.id)
+    return reply("\n".join([*lines, f"Next: {next_step}."]), data)

@@ -162,6 +162,8 @@ def _valid_values(problem: Problem, field: dict[str, Any]) -> str:
         case "string_too_long":
             return f"a text of at most {_count(limits['max_length'], 'character')}"
         case "too_short":
+            if limits.get("field_type") == "Dictionary":
+                return f"an object of at least {_count(limits['min_length'], 'name')}"
             return f"a list of at least {_count(limits['min_length'], 'item')}"
         case "too_long":
             return f"a list of at most {_count(limits['max_length'], 'item')}"
