@@ -18,6 +18,7 @@ from rhapsody_mcp.engine.task.import_check import imports_of
 from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.specs import Layout, Software
 from rhapsody_mcp.runtime.dataflow.for_each_values import known_count
+from rhapsody_mcp.runtime.process_layout import with_software
 from rhapsody_mcp.runtime.serialization import Module, Source
 from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, name_of, tasks_text
 
@@ -45,43 +46,63 @@ def unknown_nodes(machine: Machine, gpus_per_node: int) -> Machine:
     return replace(machine, host="", cores=_MANY, gpus=("unknown",) * (gpus_per_node or _MANY))
 
 
-def plan_tasks(tasks: Sequence[Task], machine: Machine) -> list[PlannedTask]:
-    """The plan of one submission, in its order. The tasks must have no cycle."""
+def plan_tasks(
+    tasks: Sequence[Task],
+    machine: Machine,
+    software: Software = Software(),  # noqa: B008
+) -> list[PlannedTask]:
+    """The plan of one submission, in its order; `software` is that of tasks that name none. The tasks must have no
+    cycle."""
     uids = {task.uid for task in tasks}
     sources = {task.uid: {source.uid for source in task.sources()} & uids for task in tasks}
     levels: dict[str, int] = {}
     for uid in TopologicalSorter(sources).static_order():
         levels[uid] = 1 + max((levels[source] for source in sources[uid]), default=0)
-    return [PlannedTask(task, _planned(task, machine), _source_names(task), levels[task.uid]) for task in tasks]
+    planned = {task.uid: _planned(task, machine, software) for task in tasks}
+    return [PlannedTask(task, planned[task.uid], _source_names(task), levels[task.uid]) for task in tasks]
 
 
-def _planned(task: Task, machine: Machine) -> str:
+def _planned(task: Task, machine: Machine, software: Software) -> str:
     if (when := task.when) is None and isinstance(task, ForEach) and task.children:
         when = task.children[0].when
-    return _runs_as(task, machine) + (f", only when {when.subject} {when.comparison}" if when else "")
+    return _runs_as(task, machine, software) + (f", only when {when.subject} {when.comparison}" if when else "")
 
 
 def _source_names(task: Task) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name_of(source) for source in task.sources()))
 
 
-def _runs_as(task: Task, machine: Machine) -> str:
+def _runs_as(task: Task, machine: Machine, software: Software) -> str:
     if isinstance(task, ForEach):
         if task.source is not None:
             count = known_count(task.source)
             return f"a task for each item of {name_of(task.source.task)}" + (
                 f", {count} now" if count is not None else ""
             )
-        each = f", {'each ' * (len(task.children) != 1)}{_runs_as(task.children[0], machine)}" if task.children else ""
+        each = (
+            f", {'each ' * (len(task.children) != 1)}{_runs_as(task.children[0], machine, software)}"
+            if task.children
+            else ""
+        )
         return f"{tasks_text(len(task.children))}{each}"
     if isinstance(task, AITask):
         return "a chat" if task.messages else f"{len(task.prompt)} prompts" if task.many else "a prompt"
     assert isinstance(task, ComputeTask)
-    layout = task.layout
+    own = task.layout.software.over(software)
+    layout = with_software(task.layout, own)
     job = "an MPI job" if layout.pmi not in (None, "none") else "a job"
     kind = "an executable" if kind_of(task) == "executable" else "a function"
     crowded = f", which share {machine.cores} cores" if layout.ranks > machine.cores else ""
-    return _LAYOUTS[layout.mode].format(kind=kind, job=job, ranks=layout.ranks) + crowded
+    return _LAYOUTS[layout.mode].format(kind=kind, job=job, ranks=layout.ranks) + crowded + _software_text(own)
+
+
+def _software_text(software: Software) -> str:
+    """As in `, with /opt/env, after 2 setup lines`."""
+    parts = [f"after {len(software.setup)} setup line{'s'[: len(software.setup) > 1]}"] if software.setup else []
+    parts += [f"in {software.container}"] if software.container else []
+    parts += [f"with {software.python}"] if software.python else []
+    parts += [f"with {', '.join(software.packages)}, installed before"] if software.packages else []
+    return "".join(f", {part}" for part in parts)
 
 
 _LAYOUTS = {

@@ -119,6 +119,22 @@ async def test_a_task_that_waits_for_its_packages_is_canceled_at_once(tmp_path: 
         await agent.call("close_session", session="session-1", force=True)
 
 
+async def test_a_dry_run_says_what_a_task_runs_in(agent: Agent) -> None:
+    plan = await submit(
+        agent,
+        {"name": "a", "source": "def f():\n    import no_such", "python": "/opt/env", "setup": ["x", "y"]},
+        {"name": "b", "executable": "no-such", "container": "a.sif"},
+        {"name": "c", "source": NOTHING, "packages": ["a", "b==2"]},
+        dry_run=True,
+    )
+    assert [row["runs_as"] for row in plan["graph"]] == [
+        "a function in a process of its own, after 2 setup lines, with /opt/env",
+        "an executable in a process of its own, in a.sif",
+        "a function in a process of its own, with a, b==2, installed before",
+    ]
+    assert plan["problems"] == []
+
+
 @pytest.mark.parametrize(
     ("fields", "told"),
     [

@@ -33,7 +33,7 @@ def plan(open_session: OpenSession, requests: Sequence[TaskRequest], machine: Ma
     config = open_session.config
     if config.needs_allocation:
         machine = unknown_nodes(machine, (config.scheduler or SchedulerOptions()).gpus_per_node)
-    steps = plan_tasks(tasks, machine)
+    steps = plan_tasks(tasks, machine, open_session.session.software)
     problems = [
         f"{name_of(task)}: {wrong}"
         for task in tasks
