@@ -76,8 +76,9 @@ def _key(interpreter: Interpreter, packages: Sequence[str]) -> str:
 
 def _not_made(packages: Sequence[str], interpreter: Interpreter, said: str) -> InvalidTask:
     lines = [line.strip() for line in said.splitlines() if line.strip()][-_LINES_SHOWN:]
+    shown = " | ".join(lines)[-_CHARS_SHOWN:].rstrip(".")
     return InvalidTask(
         f"its packages ({', '.join(packages)}) could not be installed for {interpreter.path}: "
-        f"{' | '.join(lines)[-_CHARS_SHOWN:]}. Correct packages, or give python, an environment that has them.",
+        f"{shown}. Correct packages, or give python, an environment that has them.",
         field="packages",
     )

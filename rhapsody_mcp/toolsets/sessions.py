@@ -171,8 +171,8 @@ class Sessions:
         environment: Annotated[
             Setup | None,
             Field(
-                description='Of its tasks, e.g. {"variables": {"A": "1"}, "setup": ["module load gcc"] (in bash -l), '
-                '"python": "/home/me/env", "packages": [...], "container": ...}.'
+                description="Of its tasks: setup (in bash -l), python, packages, container, variables, e.g. "
+                '{"setup": ["module load gcc"], "variables": {"A": "1"}}.'
             ),
         ] = None,
         nodes: Annotated[int | None, Field(ge=1, description="Nodes of a job, for its tasks.")] = None,

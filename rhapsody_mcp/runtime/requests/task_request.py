@@ -188,9 +188,9 @@ class TaskRequest(_StrictModel):
         Field(description='Environment variables, e.g. {"OMP_NUM_THREADS": "1"}.'),
     ] = None
     cwd: Annotated[str | None, Field(description="Working directory.")] = None
-    python: Annotated[str | None, Field(description="Its interpreter or virtual environment.")] = None
+    python: Annotated[str | None, Field(description="Interpreter or virtual environment.")] = None
     packages: Annotated[list[str] | None, Field(description='To install first, e.g. ["humanize==4.*"].')] = None
-    container: Annotated[str | None, Field(description='Image, e.g. "a.sif" or "docker://python:3.12".')] = None
+    container: Annotated[str | None, Field(description='Image, e.g. "a.sif", "docker://python:3.12".')] = None
     setup: Annotated[list[str] | None, Field(description='Run before it, e.g. ["module load cuda"].')] = None
     timeout_s: Annotated[float | None, Field(gt=0, description="FAILED after so long a run.")] = None
     for_each: Annotated[
