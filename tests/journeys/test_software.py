@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -40,7 +41,9 @@ async def test_a_session_and_its_tasks_run_in_the_python_that_was_named(agent: T
     assert rows["each"]["result"] == [[0, version], [1, version]] and rows["used"]["result"] == 1
     assert "P object" in str((await agent.result("made"))["result"])
     assert (await agent.result("made", path="/1/1"))["result"] == 2
-    script = (await agent.call("export_session", session=agent.session, folder=str(tmp_path)))["script"]
+    exported = await agent.call("export_session", session=agent.session, folder=str(tmp_path))
+    script, record = exported["script"], json.loads(read(exported["provenance"]))
+    assert [task["software"]["python"] for task in record["tasks"][:3]] == [python, python, sys.executable]
     assert f"software={{'python': {python!r}}}" in read(script) and f"'python': {sys.executable!r}" in read(script)
 
 

@@ -42,7 +42,7 @@ async def export(
         Policy.of(settings).check_folder("folder", target)
     session = opened.session
     plans = plan_backends(opened.config, settings)
-    record = describe_provenance(opened.id, session.tasks, session.backends)
+    record = describe_provenance(opened.id, session.tasks, session.backends, session.software)
     script = await asyncio.to_thread(
         write_script, opened.id, session.tasks, session.backends, plans, opened.cwd, session.software
     )

@@ -15,9 +15,10 @@ import msgspec
 from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.machine import inspect_machine
 from rhapsody_mcp.model.sampling import SAMPLING
+from rhapsody_mcp.model.specs import Software
 from rhapsody_mcp.model.values import Value
 from rhapsody_mcp.runtime.export.script import has_random_answers, without_credentials
-from rhapsody_mcp.runtime.tasks import AITask, ForEach, Task, kind_of, reference
+from rhapsody_mcp.runtime.tasks import AITask, ComputeTask, ForEach, Task, kind_of, reference
 
 __all__ = ["add_digests", "describe_provenance"]
 
@@ -26,8 +27,11 @@ _ERROR_CHARS = 300
 _SAMPLING = [field for field in SAMPLING if field != "json_schema"]
 
 
-def describe_provenance(id: str, tasks: Sequence[Task], backends: Sequence[Backend]) -> dict[str, Any]:
-    """The record of the tasks as they are now, in plain data; each result is a Value until `add_digests`."""
+def describe_provenance(
+    id: str, tasks: Sequence[Task], backends: Sequence[Backend], software: Software
+) -> dict[str, Any]:
+    """The record of the tasks as they are now, in plain data; each result is a Value until `add_digests`. `software` is
+    that of tasks that name none."""
     all_tasks = [each for task in tasks for each in [task, *(task.children if isinstance(task, ForEach) else [])]]
     return {
         "session": id,
@@ -36,7 +40,7 @@ def describe_provenance(id: str, tasks: Sequence[Task], backends: Sequence[Backe
         | {name: installed for name in _PACKAGES if (installed := _version(name))},
         "machine": msgspec.to_builtins(inspect_machine()),
         "backends": [_backend(backend) for backend in backends],
-        "tasks": [_task(task) for task in all_tasks],
+        "tasks": [_task(task) | _software(task, software) for task in all_tasks],
     }
 
 
@@ -87,6 +91,11 @@ def _task(task: Task) -> dict[str, Any]:
         row |= {"error": outcome.error[:_ERROR_CHARS] or None, "notes": list(outcome.notes) or None}
         row |= {"result": outcome.value}
     return {field: value for field, value in row.items() if value is not None}
+
+
+def _software(task: Task, session: Software) -> dict[str, Any]:
+    own = task.layout.software.over(session) if isinstance(task, ComputeTask) else Software()
+    return {"software": msgspec.to_builtins(own)} if own else {}
 
 
 def _sampling(task: AITask) -> dict[str, Any]:
