@@ -14,7 +14,7 @@ from rhapsody_mcp.model.errors import InvalidTask
 __all__ = ["LEAST_VERSION", "Interpreter", "find_interpreter", "python_path"]
 
 LEAST_VERSION = (3, 10)
-_LIMIT_S = 20.0
+_LIMIT_S = 10.0
 _ASK = "import sys; print('python', *sys.version_info[:2])"
 
 

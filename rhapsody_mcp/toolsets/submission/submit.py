@@ -64,7 +64,9 @@ async def _take(
         submission = Submission(key, await to_thread_if_large(_digest, requests), tuple(tasks))
     stored = await to_thread_if_large(encode_requests, requests, tasks, open_session) if open_session.recorder else ()
     with labeled_errors(requests, tasks):
-        accepted = await to_thread_if_large(open_session.session.accept, tasks)
+        asks_python = any(request.python for request in requests)  # which may take seconds to answer
+        check = asyncio.to_thread if asks_python else to_thread_if_large
+        accepted = await check(open_session.session.accept, tasks)
         await open_session.submit(tasks, accepted, stored, submission)
 
 
