@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import platformdirs
 import yaml
@@ -107,6 +107,8 @@ class Settings(BaseModel):
     withheld_variables: tuple[str, ...] = SECRETS
     """Patterns of environment variables that tasks do not inherit. A vLLM server keeps HF_TOKEN, to download, unless
     it is listed by its full name."""
+    container_runtime: Literal["apptainer", "singularity", "podman"] | None = None
+    """What runs the containers of tasks; null for the first of these that is on PATH of the node."""
     pilot_idle_s: Annotated[float, Field(gt=0)] = 900.0
     """A pilot that has no task, and to which no service has spoken for so long, in seconds, gives its nodes back."""
     keep_sessions_days: Annotated[float, Field(gt=0)] = 30.0

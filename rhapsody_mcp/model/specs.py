@@ -130,12 +130,14 @@ class Software(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     `python` is an interpreter, or the folder of an environment. `packages` are requirements, for which an environment
     is made before a backend gets the task. `container` is an image, and `setup` are lines of bash that run before.
+    `runtime` is the program that runs the image; empty for the first that is found.
     """
 
     python: str = ""
     packages: tuple[str, ...] = ()
     container: str = ""
     setup: tuple[str, ...] = ()
+    runtime: str = ""
 
     def __bool__(self) -> bool:
         return self != _NO_SOFTWARE

@@ -76,6 +76,9 @@ class Limits:
             raise InvalidTask(str(error), field=error.field) from error
         if isinstance(spec.work, Completion):
             spec = replace(spec, work=self._bounded_completion(spec.work))
+        if spec.layout.software.container and (runtime := self.settings.container_runtime):
+            software = replace(spec.layout.software, runtime=runtime)
+            spec = replace(spec, layout=replace(spec.layout, software=software))
         return replace(spec, timeout_s=self._timeout(spec.timeout_s))
 
     def _bounded_completion(self, work: Completion) -> Completion:

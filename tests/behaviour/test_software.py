@@ -119,6 +119,14 @@ async def test_a_task_that_waits_for_its_packages_is_canceled_at_once(tmp_path: 
         await agent.call("close_session", session="session-1", force=True)
 
 
+async def test_a_setting_chooses_what_runs_containers() -> None:
+    async with open_agent("auto", settings=Settings(container_runtime="podman")) as agent:
+        await agent.session()
+        await submit(agent, {"source": NOTHING, "container": "a"}, {"source": NOTHING})
+        await agent.call("wait_tasks", session="session-1")
+        assert software(agent) == [Software(container="a", runtime="podman"), Software()]
+
+
 async def test_a_dry_run_says_what_a_task_runs_in(agent: Agent) -> None:
     plan = await submit(
         agent,

@@ -290,7 +290,7 @@ async def test_without_a_runtime_or_an_image_a_container_is_refused_in_words(tmp
         task = program("true", container="image.sif")
         await run(session, task)
     assert task.cause is Cause.INVALID
-    assert "container needs apptainer, singularity or podman, and none is on PATH" in str(task.exception)
+    assert "container needs apptainer or singularity or podman, and none is on PATH" in str(task.exception)
 
 
 APPTAINER = """#!/bin/sh
