@@ -284,11 +284,18 @@ async def test_tasks_that_name_no_software_have_that_of_the_session(tmp_path: Pa
 # --- containers
 
 
-async def test_without_a_runtime_or_an_image_a_container_is_refused_in_words(tmp_path: Path) -> None:
+async def test_without_a_runtime_a_container_is_refused_in_words_unless_setup_lines_bring_it(tmp_path: Path) -> None:
+    (tmp_path / "image.sif").touch()
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    (runtime := tmp_path / "module" / "apptainer").parent.mkdir()
+    runtime.write_text('#!/bin/sh\nfor word; do last=$word; done\necho "$last"\n')
+    runtime.chmod(0o700)
     nowhere = {"variables": {"PATH": str(tmp_path)}}
     async with Session([LocalExecutionBackend(num_workers=1, environment=nowhere)], work_dir=tmp_path) as session:
         task = program("true", container="image.sif")
-        await run(session, task)
+        loaded = program("echo", "loaded", container="image.sif", setup=[f"PATH={runtime.parent}:$PATH"])
+        await run(session, task, loaded)
+    assert loaded.return_value == "loaded", loaded.exception
     assert task.cause is Cause.INVALID
     assert "container needs apptainer or singularity or podman, and none is on PATH" in str(task.exception)
 

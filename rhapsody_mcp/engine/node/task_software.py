@@ -31,8 +31,13 @@ class TaskSoftware:
         self._python: Interpreter | None = None
         self._container: Container | None = None
         if software.container:
-            path = self._path({})
-            self._container = find_container(software.container, node.config.cwd, path, software.runtime)
+            self._container = find_container(
+                software.container,
+                node.config.cwd,
+                self._path({}),
+                software.runtime,
+                after_setup=bool(software.setup),
+            )
         elif software.python:
             self._python = python = find_interpreter(software.python, node.config.cwd, self._path({}))
             refuse_code(task_run.spec.work, python.path, python.version_text)

@@ -66,16 +66,18 @@ def passed_on(env: Mapping[str, str | None], own: Mapping[str, str | None]) -> l
     return [name for name, value in env.items() if value is not None and (name in own or name not in _OWN)]
 
 
-def find_container(image: str, folder: str, path: str, runtime: str = "") -> Container:
-    """The image, seen from `folder`, and the runtime, by default the first that is found on `path`. Raises InvalidTask
-    where one of them is missing."""
+def find_container(image: str, folder: str, path: str, runtime: str = "", *, after_setup: bool = False) -> Container:
+    """The image, seen from `folder`, and the runtime, by default the first that is found on `path`; one that is not
+    there may come with the setup lines of the task. Raises InvalidTask where something is missing."""
     names = (runtime,) if runtime else _RUNTIMES
     found = [program for name in names if (program := shutil.which(name, path=path))]
+    if not found and after_setup:
+        found = [names[0]]
     if not found:
         raise InvalidTask(
             f"container needs {' or '.join(names)}, and none is on PATH of "
-            f"{os.uname().nodename}. Where a module brings it, give the session setup, as in module load apptainer; or "
-            "run the task without container.",
+            f"{os.uname().nodename}. Where a module brings it, give setup, as in module load apptainer; or run the "
+            "task without container.",
             field="container",
         )
     file = os.path.join(folder, os.path.expanduser(image))
