@@ -119,6 +119,16 @@ async def test_a_task_that_waits_for_its_packages_is_canceled_at_once(tmp_path: 
         await agent.call("close_session", session="session-1", force=True)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("venv", "python"), ("requirements", "packages"), ("singularity", "container"), ("modules", "setup")],
+)
+async def test_words_of_other_systems_lead_to_ours(agent: Agent, theirs: str, ours: str) -> None:
+    told = await agent.refusal("submit_tasks", session="session-1", tasks=[{"executable": "true", theirs: "x"}])
+    assert f"(did you mean {ours!r}?)" in told
+    assert "(did you mean 'environment'?)" in await agent.refusal("create_session", **{theirs: "x"})
+
+
 async def test_a_setting_chooses_what_runs_containers() -> None:
     async with open_agent("auto", settings=Settings(container_runtime="podman")) as agent:
         await agent.session()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.model.specs import Software, TaskSpec
+from rhapsody_mcp.model.specs import Completion, Software, TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.dataflow.graph import depends_on
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
@@ -117,13 +117,14 @@ class Acceptance:
         task = next(iter(leaves([task])), task)
         return task.layout.software.over(self._software) if isinstance(task, ComputeTask) else Software()
 
-    def _software_for(self, task: Task) -> Software:
+    def _software_for(self, task: Task, spec: TaskSpec) -> Software:
         """An internal task, which reads results of others, runs with what the first that has any runs with."""
+        own = spec.layout.software
+        if isinstance(spec.work, Completion):
+            return own
         if not is_hidden(task):
-            return self.software_of(task)
-        own = task.layout.software if isinstance(task, ComputeTask) else Software()
-        sources = map(self.software_of, task.needs())
-        return own or next(filter(None, sources), own)
+            return own.over(self._software)
+        return own or next(filter(None, map(self.software_of, task.needs())), own)
 
     def refuse_count(self, count: int) -> None:
         """Raise LimitExceeded where `count` further tasks are too many."""
@@ -139,7 +140,7 @@ class Acceptance:
             return AcceptedTask(task)
         try:
             managed = self._backends[route(kind_of(task), task.backend, self._routes)]
-            if (software := self._software_for(task)) != spec.layout.software:
+            if (software := self._software_for(task, spec)) != spec.layout.software:
                 spec = replace(spec, layout=with_software(spec.layout, software))
             if self._limits is not None and not is_hidden(task):
                 spec = self._limits.admit(spec)
