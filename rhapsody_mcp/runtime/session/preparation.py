@@ -72,6 +72,8 @@ class Preparation:
             python = await self._cache.make(software.python, software.packages)
         except InvalidTask as refusal:
             error = str(refusal)
+        except OSError as failure:
+            error = f"its packages could not be installed: {failure}."
         del self._making[software]
         tasks = list(self._waiting.pop(software).values())
         for task in tasks:
