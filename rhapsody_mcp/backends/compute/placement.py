@@ -122,7 +122,7 @@ def _place_on_one_node(
         largest = max(min(node.pool.most(needs), most) for node in pinned or nodes)
         raise InvalidTask(
             f"{layout.ranks} ranks that speak MPI are too many for one node, and this engine does not run MPI over "
-            f'several nodes; valid is up to {largest} ranks, or ranks without MPI (in Python: "pmi": "none").'
+            f"several nodes; valid is up to {largest} ranks, or ranks without MPI (mpi: false)."
         )
     free = [node for node in fitting if node.agent is not None and node.pool.room(needs) >= layout.ranks]
     node = max(free, key=lambda node: node.pool.room(needs), default=None)

