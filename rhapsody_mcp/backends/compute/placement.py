@@ -31,6 +31,7 @@ def place(layout: Layout, nodes: Sequence[Node], *, mpi_over_nodes: bool = False
     pinned = _pinned_ranks(layout, nodes)
     refuse_too_many_ranks(layout, len(nodes))
     _refuse_too_many_pinned(pinned, most)
+    _refuse_too_large_pinned(pinned, layout.needs)
     if layout.uses_mpi and len(nodes) > 1 and not mpi_over_nodes:
         return _place_on_one_node(layout, nodes, pinned)
     counts = _rank_counts(layout, nodes, {node: len(ranks) for node, ranks in pinned.items()}, most)
@@ -103,6 +104,16 @@ def _refuse_too_many_pinned(pinned: Mapping[Node, Sequence[int]], most: int) -> 
             raise InvalidTask(
                 f"host_name puts {len(ranks)} ranks on {node.name}, and ranks_per_node is {most}; "
                 f"valid is up to {most}, or a larger ranks_per_node."
+            )
+
+
+def _refuse_too_large_pinned(pinned: Mapping[Node, Sequence[int]], needs: Needs) -> None:
+    for node, ranks in pinned.items() if needs != Needs() else ():
+        if len(ranks) > (room := node.pool.most(needs)):
+            has = needs_text(Needs(node.cores, node.gpus, node.memory_gb))
+            raise InvalidTask(
+                f"host_name puts {len(ranks)} ranks of {needs_text(needs)} each on {node.name} with {has}; "
+                f"valid is up to {room} such ranks there."
             )
 
 

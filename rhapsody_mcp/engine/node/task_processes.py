@@ -358,7 +358,8 @@ class ProcessTask:
     def _measured(self, ends: list[RankEnd]) -> Measured | None:
         peaks = [process.peak_memory_bytes for process in self._processes.values()]
         peak = max([*peaks, *(end.peak_memory_bytes for end in ends)], default=0)
-        return Measured(sum(end.cpu_s for end in ends), peak) if peak else None
+        seen = {rank: process.cpu_s for rank, process in self._processes.items()}  # of a rank that was killed
+        return Measured(sum(end.cpu_s or seen.get(end.outcome.rank, 0.0) for end in ends), peak) if peak else None
 
     def _progress(self) -> Progress | None:
         """What the first rank that has told anything has told."""
