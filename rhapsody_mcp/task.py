@@ -29,7 +29,7 @@ def progress(step: float | None = None, of: float | None = None, message: str = 
         line["message"] = str(message)
     Current.tell(line)
     if path := os.environ.get(VARIABLE):
-        _append(path, json.dumps(Current.tags | line))
+        _append(path, json.dumps({"task": Current.uid, **line} if Current.uid else line))
 
 
 def _number(name: str, value: Any) -> float:
@@ -58,5 +58,5 @@ def _append(path: str, line: str) -> None:
 class Current:
     """The task that this process runs, set by a worker that runs one function after the other."""
 
-    tags: ClassVar[dict[str, str]] = {}
+    uid = ""
     tell: ClassVar[Callable[[dict[str, Any]], None]] = staticmethod(lambda line: None)

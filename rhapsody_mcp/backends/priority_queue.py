@@ -24,19 +24,20 @@ class PriorityQueue(Sequence[_T]):
     """
 
     def __init__(self) -> None:
-        self._count = 0
+        self.size = 0
+        """The number of items, for those who cannot afford a call of `len`."""
         self._by_priority: dict[int, deque[_T]] = {}
         self._levels: list[tuple[int, deque[_T]]] = []
         """Minus the priority, and its items, the highest priority first; a level without items is dropped later."""
 
     def append(self, item: _T) -> None:
-        self._count += 1
+        self.size += 1
         level = self._by_priority.get(item.priority)
         (self._add_level(item.priority) if level is None else level).append(item)
 
     def appendleft(self, item: _T) -> None:
         """Add an item before all others of its priority."""
-        self._count += 1
+        self.size += 1
         level = self._by_priority.get(item.priority)
         (self._add_level(item.priority) if level is None else level).appendleft(item)
 
@@ -50,20 +51,20 @@ class PriorityQueue(Sequence[_T]):
         while True:
             minus_priority, level = self._levels[0]
             if level:
-                self._count -= 1
+                self.size -= 1
                 return level.popleft()
             del self._levels[0], self._by_priority[-minus_priority]
 
     def remove(self, item: _T) -> None:
         """Remove an item; quick for one of the first of its priority. Raises ValueError where it is not there."""
         self._by_priority.get(item.priority, deque[_T]()).remove(item)
-        self._count -= 1
+        self.size -= 1
 
     def take(self, is_wanted: Callable[[_T], bool]) -> list[_T]:
         """Remove the items of which `is_wanted` is true, and return them in order."""
         taken = [item for item in self if is_wanted(item)]
         if taken:
-            self._count -= len(taken)
+            self.size -= len(taken)
             for _, level in self._levels:
                 kept = [item for item in level if not is_wanted(item)]
                 level.clear()
@@ -83,13 +84,13 @@ class PriorityQueue(Sequence[_T]):
     def clear(self) -> None:
         self._levels.clear()
         self._by_priority.clear()
-        self._count = 0
+        self.size = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self.size
 
     def __bool__(self) -> bool:
-        return self._count > 0
+        return self.size > 0
 
     def __iter__(self) -> Iterator[_T]:
         for _, level in self._levels:

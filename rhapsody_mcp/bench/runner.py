@@ -20,6 +20,7 @@ from rhapsody_mcp.bench.measurement import Measurement, Row, load_of_machine, me
 from rhapsody_mcp.bench.prompts import prompt_rows
 from rhapsody_mcp.bench.report import Report, draw, show, write_json
 from rhapsody_mcp.bench.service import first_reply, service_rows
+from rhapsody_mcp.bench.watching import watching_row
 from rhapsody_mcp.model.errors import RhapsodyError
 
 __all__ = ["FULL", "QUICK", "Size", "run_bench"]
@@ -52,9 +53,10 @@ def _stages(size: Size) -> Sequence[AbstractAsyncContextManager[list[Row]]]:
         first_reply(),
         growth_rows(size.tasks),
         crowd_row(size.workers, size.functions),
+        watching_row(size.idle_s),
     ]
     if size.same_prompts and find_spec("vllm") is not None:
-        stages.insert(-2, prompt_rows(size.same_prompts, size.other_prompts))
+        stages.insert(-3, prompt_rows(size.same_prompts, size.other_prompts))
     return stages
 
 

@@ -133,6 +133,7 @@ class _Worker:
         self.sources, self.edited_modules = Sources(str(path.parent / "sources")), EditedModules()
         self.output = FunctionOutput(path)
         self.progress = ProgressNote(str(path.with_suffix(f".{PROGRESS}")))
+        self.cpu_meter = _CpuMeter()
         self.place = place_of(str(path.with_suffix("")))
         self.state = ProcessState()
         self.threads = _thread._count()
@@ -181,9 +182,9 @@ class _Worker:
     def _run(self, run: RunFunction, started: float) -> tuple[FunctionFinished, bool]:
         """Run a function; return its result, and whether this process can run another function."""
         folder = results_folder(run.results_folder, self.config.link_folder)
-        cpu_before = time.process_time()
         result, interrupted = self._perform(run, folder)
-        ended, cpu_s = time.time(), time.process_time() - cpu_before
+        ended = time.time()
+        cpu_s = self.cpu_meter.read(ended - started)
         may_have_side_effects = ended - started > _MIN_SIDE_EFFECT_S
         children = _end_children() if may_have_side_effects else []
         # ended children: modules may still refer to them
@@ -244,6 +245,22 @@ class _Worker:
             _TRACKED_CLASSES.clear()
 
 
+class _CpuMeter:
+    """Measures the CPU seconds of functions; short ones are not worth a system call each."""
+
+    def __init__(self) -> None:
+        self._mark, self._short_s = time.process_time(), 0.0
+
+    def read(self, took_s: float) -> float:
+        """Return the CPU seconds of the function that took so long; 0.0 for a short one."""
+        if took_s < _MEASURED_S:
+            self._short_s += took_s
+            return 0.0
+        now = time.process_time()
+        used, self._mark, self._short_s = now - self._mark - self._short_s, now, 0.0
+        return max(0.0, used)
+
+
 def _end_children() -> list[bool]:
     """End the processes that the function left; return for each whether the function itself had started it."""
     if not has_children():
@@ -258,6 +275,7 @@ def _end_children() -> list[bool]:
 
 _MULTIPROCESSING_HELPER = b"from multiprocessing."
 """In the command line of Python's own helper processes: the resource tracker and the fork server."""
+_MEASURED_S = 0.001
 _MIN_SIDE_EFFECT_S = 0.00005
 """Seconds. A function that ran shorter cannot have started a process or loaded a library, so neither is checked."""
 _THREAD_END_S = 0.1

@@ -96,16 +96,16 @@ class Totals:
                 if key not in self.busy:
                     self.busy[key] = BusyTime()
                 self.busy[key].add(started, ended)
-            self._add_measured(row)
+            if row.measured is not None:
+                self._add_measured(row, row.measured)
         self.ran += len(runs)
         self.nodes.update(node for row, _, _, _ in runs for node in row.nodes)
         self.prompts.add([(row, started, ended) for row, _, started, ended in runs if row.kind == "prompt"])
 
-    def _add_measured(self, row: Row) -> None:
-        if (measured := row.measured) is not None:
-            self.cpu_s += measured.cpu_s
-            if (measured.peak_memory_bytes or 0) > self.peak_memory_bytes:
-                self.peak_memory_bytes, self.largest = measured.peak_memory_bytes or 0, row.name or row.uid
+    def _add_measured(self, row: Row, measured: Measured) -> None:
+        self.cpu_s += measured.cpu_s
+        if (measured.peak_memory_bytes or 0) > self.peak_memory_bytes:
+            self.peak_memory_bytes, self.largest = measured.peak_memory_bytes or 0, row.name or row.uid
 
 
 class BusyTime:

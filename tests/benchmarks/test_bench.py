@@ -28,6 +28,6 @@ async def test_every_row_has_its_figures_in_the_table_the_json_and_the_chart(
             figure["runs"] == 1 and 0 <= figure["ours"]["least"] <= figure["ours"]["median"] <= figure["ours"]["most"]
         )
         assert (figure["times"] is None) == (figure["limit"] is None)
-    assert len(report["figures"]) == 19 and report["command"].startswith("rhapsody-mcp")
+    assert len(report["figures"]) == 20 and report["command"].startswith("rhapsody-mcp")
     assert "load" in report["before"] and "load" in report["after"]
     assert chart.read_bytes().startswith(b"\x89PNG")

@@ -185,3 +185,47 @@ async def test_a_state_folder_that_the_nodes_do_not_see_is_named(cluster: Cluste
             assert "start the service with a state folder that all nodes see" in text
             assert not cluster.run("squeue", "--noheader")
             await agent.call("close_session", session="s")
+
+
+WATCHED = """\
+import json, os, time
+rank, end = os.environ["RHAPSODY_RANK"], time.time() + 300
+for step in range(10_000):
+    print(f"step {step}")
+    with open(os.environ["RHAPSODY_PROGRESS"], "a") as told:
+        told.write(json.dumps({"step": step, "loss": 1 / (step + 1)}) + chr(10))
+    if os.path.exists("stop") or time.time() > end:
+        break
+    time.sleep(0.1)
+"""
+
+
+async def test_a_job_over_two_nodes_is_watched_from_the_login_node(login: Login, agent: Agent) -> None:
+    (login.service.folder / "watched.py").write_text(WATCHED)
+    await agent.call("create_session", name="watched", backends=["local"], nodes=2, minutes=10)
+    cwd = str(login.service.folder)
+    job = {
+        "name": "job",
+        "executable": "python3",
+        "arguments": ["watched.py"],
+        "ranks": 2,
+        "ranks_per_node": 1,
+        "cwd": cwd,
+    }
+    lost = {"name": "lost", "executable": "sh", "arguments": ["-c", "echo before; sleep 300"], "cores": 0.01}
+    await agent.call("submit_tasks", session="watched", tasks=[job, lost])
+    waited = {"until": {"met": False}}
+    with anyio.fail_after(120):
+        while not waited["until"]["met"]:
+            until = {"task": "job", "field": "loss", "below": 0.2}
+            waited = await agent.call("wait_tasks", session="watched", until=until, timeout_s=20)
+    shown: dict[str, Any] = {}
+    with anyio.fail_after(60):
+        while not ("[0] step 4\n" in shown.get("stdout", "") and "[1] step 4\n" in shown["stdout"]):
+            shown = await agent.call("get_result", session="watched", task="job", output="head")
+    assert shown["progress"]["step"] >= 4
+    assert (await agent.call("get_result", session="watched", task="lost"))["stdout"] == "before\n"
+    (login.service.folder / "stop").touch()
+    await agent.until("watched", "1 DONE")
+    ended = await agent.call("get_result", session="watched", task="job", output="head")
+    assert ended["state"] == "DONE" and ended["stdout"].startswith("step 0\n")

@@ -10,22 +10,26 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from rhapsody_mcp.backends.base import Ended, Event, Returned, Running
+from rhapsody_mcp.backends.base import Ended, Event, Progressed, Returned, Running
 from rhapsody_mcp.backends.compute.nodes.result_files import delete_files
 from rhapsody_mcp.backends.pilot.allocation import Allocation
 from rhapsody_mcp.backends.pilot.backend import PilotBackend
 from rhapsody_mcp.backends.pilot.hosted import HostedBackend
 from rhapsody_mcp.backends.pilot.messages import (
+    AskOutput,
     BackendReady,
     Body,
     Cancel,
     Events,
+    OutputTold,
     PlannedBackend,
     Prioritize,
     Start,
     Submit,
 )
 from rhapsody_mcp.engine.network.multiplexer import Multiplexer
+from rhapsody_mcp.model.live.output import OutputPart, OutputQuery
+from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import RankOutcome, canceled
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.model.values import Stream, Value
@@ -39,7 +43,7 @@ pytestmark = pytest.mark.anyio
 class Granted:
     """An allocation whose pilot answers each start of a backend."""
 
-    is_over = False
+    is_over, is_connected = False, True
 
     def __init__(self) -> None:
         self.users: dict[str, PilotBackend] = {}
@@ -81,6 +85,48 @@ class Granted:
 def tell(backend: PilotBackend, event: Event) -> None:
     """What the pilot says of a first attempt; the acknowledgement is not waited for."""
     cast(Any, backend.receive(Events(backend.name, [event], [1]))).close()
+
+
+async def test_progress_and_output_of_a_task_come_from_the_pilot() -> None:
+    granted, events = Granted(), list[Event]()
+    backend = PilotBackend(ScriptedBackend(lambda *_: None), cast(Allocation, granted))
+    await backend.start()
+    backend.submit([function("a")], events.append, cast(Any, None))
+    assert await backend.read_output("a", OutputQuery()) is None, "it does not run yet"
+    tell(backend, Progressed("a", Progress(1.0, 1, 2)))
+    assert events == [Progressed("a", Progress(1.0, 1, 2))]
+    reading = asyncio.create_task(backend.read_output("a", OutputQuery(rank=3)))
+    await wait_until(lambda: isinstance(granted.sent[-1], AskOutput), 10)
+    asked = granted.sent[-1]
+    assert isinstance(asked, AskOutput) and (asked.uid, asked.query.rank) == ("a", 3)
+    backend.receive(OutputTold(backend.name, asked.number, (OutputPart(0, b"x", 1), OutputPart())))
+    assert await reading == (OutputPart(0, b"x", 1), OutputPart())
+    granted.is_connected = False
+    assert await backend.read_output("a", OutputQuery()) is None
+    await backend.close()
+
+
+async def test_a_pilot_tells_the_last_progress_alone_and_all_of_it_to_a_new_service(tmp_path: Path) -> None:
+    sent: list[Body] = []
+    is_connected = True
+
+    async def connection() -> Multiplexer:
+        raise NotImplementedError
+
+    plan = PlannedBackend("local", {"num_workers": 1})
+    hosted = HostedBackend(plan, sent.append, str(tmp_path), connection, lambda: is_connected)
+    hosted._attempts["a"], hosted._live["a"] = 1, Running("a", 1.0)
+    for step in range(3):
+        hosted._report(Progressed("a", Progress(float(step), step)))
+    await wait_until(lambda: bool(sent), 10)
+    assert sent == [Events("local", [Progressed("a", Progress(2.0, 2))], [1])]
+    sent.clear()
+    is_connected = False
+    hosted._report(Progressed("a", Progress(3.0, 3)))
+    await wait_until(lambda: not hosted._untold, 10)
+    assert not sent, "nobody is there who could be told"
+    hosted.report_state()
+    assert isinstance(sent[0], Events) and sent[0].events == [Running("a", 1.0), Progressed("a", Progress(3.0, 3))]
 
 
 async def test_an_allocation_is_kept_for_a_task_that_an_earlier_service_had_sent() -> None:

@@ -88,6 +88,8 @@ class ComputeBackend(BackendBase):
     def check(self, spec: TaskSpec) -> None:
         """Raise InvalidTask where the task needs more than there is, or has more ranks than the nodes can hold; each
         rank takes two processes."""
+        if spec.layout.mode == "native":
+            return
         cores = self.nodes.cores
         refuse_too_large(spec.layout, self._known_nodes)
         refuse_too_many_ranks(spec.layout, len(cores))

@@ -294,7 +294,7 @@ class Dispatcher:
 
     def _assign(self) -> None:
         """Give out what is free, to functions and processes in their order."""
-        if self.processes.queue:
+        if self.processes.queue.size:
             self._assign_functions(before=self.processes.queue[0])
             self.processes.assign()
         self._assign_functions()
@@ -320,12 +320,13 @@ class Dispatcher:
             self._start_worker(node)
 
     def _feed_worker(self, worker: Worker) -> None:
-        fair_share = -(-len(self._function_queue) // max(1, len(self._workers)))
+        fair_share = -(-self._function_queue.size // max(1, len(self._workers)))
         room = max(0, min(worker.window, max(1, fair_share)) - len(worker.assigned))
         share: list[InFlightTask] = []
         size = 0
-        while self._function_queue and len(share) < room and size < _MAX_SENT_BYTES:
-            task = self._function_queue.popleft()
+        queue = self._function_queue
+        while queue.size and len(share) < room and size < _MAX_SENT_BYTES:
+            task = queue.popleft()
             if task.uid not in self.tasks:  # its end came after all, from a node that was taken for lost
                 continue
             size += task.size
@@ -418,7 +419,8 @@ class Dispatcher:
         is_short = message.ended - message.started < _SHORT_S
         worker.window = min(worker.window * 2, _MAX_SENT) if is_short else 1
         worker.recalled.discard(message.uid)
-        if self._function_queue and not self.is_halted and not self._yields(worker):
+        waiting = self.processes.queue.size
+        if self._function_queue.size and not self.is_halted and not (waiting and self._yields(worker)):
             if len(worker.assigned) <= worker.window // 2:
                 self._feed_worker(worker)
         elif not worker.assigned:
@@ -427,9 +429,7 @@ class Dispatcher:
             self._recall_unstarted()
 
     def _yields(self, worker: Worker) -> bool:
-        """Whether a program or a job that waits is to have the core of the worker before more functions."""
-        if not self.processes.queue:
-            return False
+        """Whether a program or a job, some of which wait, is to have the core of the worker before more functions."""
         return worker.node.is_held or self.processes.queue[0].comes_before(self._function_queue[0])
 
     def task_revoked(self, uid: str) -> None:

@@ -354,9 +354,7 @@ class Engine:
 
     def _on_progress(self, message: TaskProgressed) -> None:
         task = self.dispatcher.tasks.get(message.uid)
-        if task is not None and message.rank <= (
-            message.rank if task.rank_that_tells is None else task.rank_that_tells
-        ):
+        if task is not None and message.rank <= getattr(task, "rank_that_tells", message.rank):
             task.rank_that_tells = message.rank
             task.report(Progressed(task.uid, message.progress))
 

@@ -160,10 +160,6 @@ class InFlightTask:
         self.started: float | None = None
         self.stop_cause: Cause | None = None
         self.timer: asyncio.TimerHandle | None = None
-        self.printed: tuple[RankOutcome, ...] = ()
-        """What its ranks had printed, once its engine is lost."""
-        self.rank_that_tells: int | None = None
-        """The first rank that has told its progress, which stands for that of the task."""
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -177,6 +173,11 @@ class InFlightTask:
         """The size of the function and its arguments, in bytes; 0 for a program."""
         work = self.task_run.spec.work
         return len(work.code) + len(work.arguments) if isinstance(work, Call) else 0
+
+    printed: tuple[RankOutcome, ...]
+    """What its ranks had printed; set once its engine is lost."""
+    rank_that_tells: int
+    """The first rank that has told its progress, which stands for that of the task; set once one has."""
 
     def comes_before(self, other: InFlightTask) -> bool:
         """Whether this task is to start before the other, where both could."""

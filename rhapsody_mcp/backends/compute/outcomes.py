@@ -10,7 +10,7 @@ from rhapsody_mcp.backends.compute.in_flight import InFlightTask
 from rhapsody_mcp.engine.messages import FunctionFinished, WorkerExited
 from rhapsody_mcp.engine.task.output import left_out, stopped_note, with_printed
 from rhapsody_mcp.engine.task.rank_result import how_it_ended
-from rhapsody_mcp.model.outcome import Measured, Outcome, failed, why_stopped
+from rhapsody_mcp.model.outcome import Measured, Outcome, RankOutcome, failed, why_stopped
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream
 
@@ -39,7 +39,7 @@ def finished(task: InFlightTask, message: FunctionFinished) -> Outcome:
         exception=result.exception,
         notes=(*left_out(message), *([stopped_note(message.left_running)] if message.left_running else ())),
         progress=message.progress,
-        measured=Measured(message.cpu_s),
+        measured=Measured(message.cpu_s) if message.cpu_s else None,
     )
 
 
@@ -53,7 +53,7 @@ def stopped(task: InFlightTask, output: tuple[Stream, Stream] = _NO_OUTPUT, star
         cause=cause,
         error=why_stopped(cause, task.task_run.spec.timeout_s),
     )
-    return with_printed(_with_output(outcome, output), task.printed)
+    return with_printed(_with_output(outcome, output), _printed(task))
 
 
 def crashed(task: InFlightTask, exited: WorkerExited, output: tuple[Stream, Stream]) -> Outcome:
@@ -64,7 +64,11 @@ def crashed(task: InFlightTask, exited: WorkerExited, output: tuple[Stream, Stre
 
 def lost(task: InFlightTask, reason: str) -> Outcome:
     """The outcome of a task whose engine or node ended, or is not there."""
-    return with_printed(failed(Cause.LOST, reason, started=task.started), task.printed)
+    return with_printed(failed(Cause.LOST, reason, started=task.started), _printed(task))
+
+
+def _printed(task: InFlightTask) -> tuple[RankOutcome, ...]:
+    return getattr(task, "printed", ())
 
 
 def refused(message: str) -> Outcome:

@@ -22,7 +22,7 @@ class ProgressNote:
 
     def begin(self, uid: str) -> None:
         """From now on, progress is that of this task."""
-        task.Current.tags = {"task": uid}
+        task.Current.uid = uid
 
     def take(self) -> Progress | None:
         """What the function has told, which is forgotten here."""

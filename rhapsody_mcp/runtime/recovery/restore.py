@@ -111,7 +111,8 @@ def _restore_state(task: Task, row: TaskRow) -> None:
     task.attempts = max(row.attempts, task.earlier_attempts)
     if row.outcome is not None:
         task.state, task.outcome, task.started = row.outcome.state, row.outcome, row.outcome.started
-        task.progress = row.outcome.progress
+        if row.outcome.progress is not None:
+            task.progress = row.outcome.progress
         if row.started is None and task.started is not None and not isinstance(task, ForEach):
             task.attempts += 1  # the start was reported together with the end
     elif row.started is not None and not isinstance(task, ForEach):

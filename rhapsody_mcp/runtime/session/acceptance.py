@@ -56,7 +56,9 @@ class Acceptance:
                 raise InvalidTask(f"submit_tasks takes ComputeTask and AITask objects, not a {type(task).__name__}.")
             if task.state is not TaskState.NEW or task.uid in self._tasks or task.uid in uids:
                 raise InvalidTask(f"{task.uid} is submitted already; make a new task for a new run.", uid=task.uid)
-            uids |= {one.uid: one for one in with_children([task])}
+            uids[task.uid] = task
+            if isinstance(task, ForEach):
+                uids |= {child.uid: child for child in task.children}
         encoder = Encoder(reference)
         specs = [(task, _specify(task, encoder)) for task in with_children(batch)]
         for task in batch:

@@ -101,4 +101,5 @@ def forget_end(task: Task, now: float) -> None:
     task.ranks = ()
     if task.raised is not None:
         task.raised = None
+    task.forget_progress()
     task.forget_future()

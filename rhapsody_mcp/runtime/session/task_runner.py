@@ -314,7 +314,8 @@ class TaskRunner:
         return failed and task.attempts < task.most_attempts and not self.closed
 
     def _schedule_retry(self, task: Task, outcome: Outcome) -> None:
-        task.state, task.started, task.progress = TaskState.QUEUED, None, None
+        task.state, task.started = TaskState.QUEUED, None
+        task.forget_progress()
         task.last_failure = f"attempt {task.attempts} ended with cause {outcome.cause}: {outcome.error}"
         delay_s = min(task.retry_delay_s * 2.0 ** (task.attempts - task.earlier_attempts - 1), _MAX_RETRY_DELAY_S)
         self._retry_timers[task.uid] = asyncio.get_running_loop().call_later(delay_s, self._retry, task)
@@ -337,7 +338,8 @@ class TaskRunner:
             if task.state.final:
                 continue
             outcome = with_attempts(task, outcome)
-            outcome = with_progress(task, outcome)
+            if task.progress is not None or outcome.progress is not None:
+                outcome = with_progress(task, outcome)
             task.outcome, task.state, task.started = outcome, outcome.state, outcome.started
             self._finish(task)
             task.complete_future()

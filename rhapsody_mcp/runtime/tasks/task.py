@@ -230,6 +230,11 @@ class Task:
         """The spec for a backend. Raises InvalidTask where a value cannot be sent."""
         raise NotImplementedError
 
+    def forget_progress(self) -> None:
+        """Forget what an earlier attempt has told."""
+        if self.progress is not None:
+            self.progress = None
+
     # --- outcome
 
     @property
@@ -266,7 +271,8 @@ class Task:
     @property
     def counted_as(self) -> str:
         """The name of the state, and "skipped" for a skipped task, which no count shows as canceled."""
-        return "skipped" if self.cause is Cause.SKIPPED else self.state.value
+        outcome = self.outcome
+        return "skipped" if outcome is not None and outcome.cause is Cause.SKIPPED else self.state.value
 
     @property
     def traceback(self) -> str:

@@ -105,6 +105,7 @@ def wait_report(
     tasks = {task.uid: task for task in leaves(selected.awaited)}.values()
     all_ended = all(task.state.final for task in selected.until)
     notes = _notes(selected, [task for _, task in news])
+    running = _running(selected)
     engines = selected.open_session.session.engines
     allocation = allocation_of(selected.open_session)
     if is_pending(allocation):
@@ -130,7 +131,7 @@ def wait_report(
             applied_timeout_s=applied_timeout_s,
             waited_s=round(waited_s, 3),
             until=_until(condition, answer) if condition is not None else None,
-            running=_running(selected) or None,
+            running=running or None,
         )
         return reply(_text(data, [row.line(text) for row, text in rows], selected, allocation), data)
 

@@ -21,6 +21,7 @@ __all__ = ["Answer", "Condition", "Until", "UntilField"]
 
 _FIELDS_SHOWN = 10
 _PIECE_BYTES = 1024 * 1024
+_PIECES_A_LOOK = 8
 
 
 class Until(BaseModel):
@@ -138,16 +139,22 @@ class _TextSearch:
     def __init__(self, reader: OutputReader, task: Task, rank: int) -> None:
         self._reader, self._task, self._rank = reader, task, rank
         self._rests: list[bytes] = [b"", b""]
+        self._is_over = False
 
     async def find(self, text: str) -> str:
         """The line with the text, case ignored; empty where there is none so far."""
-        while self._task.outcome is None:
+        if self._is_over:
+            return ""
+        for _ in range(_PIECES_A_LOOK):  # the task may print faster than this reads
+            if self._task.outcome is not None:
+                self._is_over = True
+                return await _find_in_ended(self._task, self._rank, text)
             new = await self._reader.read(_PIECE_BYTES)
             if new is None or not any(new):
                 return ""
             if line := self._line_with(text, new):
                 return line
-        return await _find_in_ended(self._task, self._rank, text)
+        return ""
 
     def _line_with(self, text: str, new: tuple[bytes, bytes]) -> str:
         for stream, data in enumerate(new):
