@@ -30,7 +30,8 @@ def printing(stop):
 
 
 def program(stop: Path, **more: object) -> dict[str, object]:
-    return {"name": "printing", "executable": "/bin/sh", "arguments": ["-c", PRINTING.format(stop=stop)], **more}
+    script = PRINTING.format(stop=stop)
+    return {"name": "printing", "executable": "/bin/sh", "arguments": ["-c", script], "cores": 0.1, **more}
 
 
 async def submitted(client: Client, *tasks: dict[str, object]) -> Caller:
