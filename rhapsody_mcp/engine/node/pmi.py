@@ -39,6 +39,8 @@ __all__ = ["PmiChoice", "PmiName", "PmiProber", "link_pmix", "rank_environment"]
 PmiName = Literal["pmix", "cray"]
 _TITLES: dict[PmiName, str] = {"pmix": "PMIx", "cray": "Cray PMI"}
 _TRIAL_TIMEOUTS_S = (60.0, 120.0)
+_EXCERPT_CHARS = 200
+"""Of an error: a longer refusal would be shown without its middle, where it says what helps."""
 _GRACE_S = 2  # from the stop of a trial to KILL
 
 
@@ -261,10 +263,10 @@ def _error_excerpt(folder: Path) -> str:
     """Return the last lines of a rank's stderr, or Dragon's reason for the end of its runtime."""
     for path in sorted(folder.glob("*.err")):
         if lines := _lines(path):
-            return ": " + " | ".join(lines[-3:])[-500:]
+            return ": " + " | ".join(lines[-3:])[-_EXCERPT_CHARS:]
     lines = _lines(folder / "log")
     marker = next((number for number, line in enumerate(lines) if "Abnormal Termination" in line), -1)
-    return f": {lines[marker + 1]}"[:500] if 0 <= marker < len(lines) - 1 else ""
+    return f": {lines[marker + 1]}"[:_EXCERPT_CHARS] if 0 <= marker < len(lines) - 1 else ""
 
 
 def _lines(path: Path) -> list[str]:
