@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 __all__ = ["progress"]
 
@@ -27,9 +27,9 @@ def progress(step: float | None = None, of: float | None = None, message: str = 
     line: dict[str, Any] = {name: _number(name, value) for name, value in given.items() if value is not None}
     if message:
         line["message"] = str(message)
-    Current.tell(line)
+    current.tell(line)
     if path := os.environ.get(VARIABLE):
-        _append(path, json.dumps({"task": Current.uid, **line} if Current.uid else line))
+        _append(path, json.dumps({"task": current.uid, **line} if current.uid else line))
 
 
 def _number(name: str, value: Any) -> float:
@@ -55,8 +55,12 @@ def _append(path: str, line: str) -> None:
         os.close(file)
 
 
-class Current:
+class _Current:
     """The task that this process runs, set by a worker that runs one function after the other."""
 
-    uid = ""
-    tell: ClassVar[Callable[[dict[str, Any]], None]] = staticmethod(lambda line: None)
+    def __init__(self) -> None:
+        self.uid = ""
+        self.tell: Callable[[dict[str, Any]], None] = lambda line: None
+
+
+current = _Current()

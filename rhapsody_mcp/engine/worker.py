@@ -193,7 +193,7 @@ class _Worker:
         c_streams.flush(find_new_libraries=may_have_side_effects)
         is_reusable = self.state.restore() and is_reusable
         stdout, stderr = self.output.collect(folder, self.config.caps.output_bytes)
-        progress = self.progress.take()
+        progress = self.progress.take() if self.progress.told is not None else None
         self._forget_definitions()
         is_reusable = is_reusable and not self.output.are_pipes_closed and can_start_threads()
         return FunctionFinished(
@@ -214,7 +214,7 @@ class _Worker:
 
     def _start_and_perform(self, run: RunFunction, folder: str) -> FunctionResult:
         self.output.begin(run.uid)
-        self.progress.begin(run.uid)
+        self.progress.current.uid = run.uid
         if not _change_directory(self.config.cwd):
             return FunctionResult(None, Cause.INVALID, FOLDER_GONE.format(self.config.cwd))
         try:

@@ -40,7 +40,10 @@ class Scene:
     def __init__(self, session: Session, folder: Path, kwargs: dict[str, Any]) -> None:
         self.session = session
         self.up = folder / "up"
-        self.running = ComputeTask(sleep_with_a_child, args=(str(self.up),), task_backend_specific_kwargs=kwargs)
+        all_cores = {"cores": len(os.sched_getaffinity(0))} if kwargs else {}  # so that processes wait behind it
+        self.running = ComputeTask(
+            sleep_with_a_child, args=(str(self.up),), task_backend_specific_kwargs={**kwargs, **all_cores}
+        )
         self.lines = [folder / f"line {number}" for number in range(4)]
         self.waiting = [
             ComputeTask(write_line, args=(str(path),), task_backend_specific_kwargs=kwargs) for path in self.lines

@@ -31,13 +31,13 @@ def printing(stop):
 
 def program(stop: Path, **more: object) -> dict[str, object]:
     script = PRINTING.format(stop=stop)
-    return {"name": "printing", "executable": "/bin/sh", "arguments": ["-c", script], "cores": 0.1, **more}
+    return {"name": "printing", "executable": "/bin/sh", "arguments": ["-c", script], "cores": 0.01, **more}
 
 
 async def submitted(client: Client, *tasks: dict[str, object]) -> Caller:
     """Who has submitted these to session-1, and has seen them print."""
     agent = Caller(client)
-    await agent.call("create_session", backends=["local"], num_workers=8)
+    await agent.call("create_session", backends=["local"], num_workers=2)
     await agent.call("submit_tasks", session="session-1", tasks=list(tasks))
     for task in tasks:
         until = {"task": task["name"], "text": "first"}

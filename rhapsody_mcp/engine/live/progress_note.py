@@ -17,17 +17,15 @@ class ProgressNote:
 
     def __init__(self, path: str) -> None:
         os.environ[task.VARIABLE] = path
-        self._progress: Progress | None = None
-        task.Current.tell = self._tell
-
-    def begin(self, uid: str) -> None:
-        """From now on, progress is that of this task."""
-        task.Current.uid = uid
+        self.told: Progress | None = None
+        """What the function has told so far."""
+        self.current = task.current
+        self.current.tell = self._tell
 
     def take(self) -> Progress | None:
         """What the function has told, which is forgotten here."""
-        progress, self._progress = self._progress, None
-        return progress
+        told, self.told = self.told, None
+        return told
 
     def _tell(self, line: dict[str, Any]) -> None:
-        self._progress = advanced(self._progress, progress_of(line, time.time()))
+        self.told = advanced(self.told, progress_of(line, time.time()))

@@ -39,8 +39,9 @@ class FunctionOutput:
 
     def begin(self, uid: str) -> None:
         """Note that what comes from now on is the output of this task."""
-        data = uid.encode()[: _UID_BYTES - 1] + b"\0"
-        self._current_uid[: len(data)] = data
+        data = f"{uid}\0".encode()
+        if len(data) <= _UID_BYTES:
+            self._current_uid[: len(data)] = data
 
     def collect(self, folder: str, max_bytes: int | None) -> tuple[Stream, Stream]:
         """Return the output since the last call. No function may run during the call."""

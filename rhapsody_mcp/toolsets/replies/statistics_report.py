@@ -202,8 +202,11 @@ def _rates(statistics: Statistics) -> str:
         timed = tokens["in_per_s"] is not None
         parts.append(f"Tokens: {tokens['prompt_tokens']} in, {tokens['completion_tokens']} out{rates * timed}.")
     if (used := _used(statistics["used"])) is not None:
-        peak = f", at most {used['peak_memory_gb']:g} GB of memory in one process tree ({one_line(used['largest'])})"
-        parts.append(f"Used: {_plain(used['cpu_seconds'])} CPU seconds{peak if 'largest' in used else ''}.")
+        peak = ""
+        if "largest" in used:
+            memory, task = f"{used['peak_memory_gb']:g} GB of memory", one_line(used["largest"])
+            peak = f", at most {memory} in one process tree ({task})"
+        parts.append(f"Used: {_plain(used['cpu_seconds'])} CPU seconds{peak}.")
     parts += [
         f"{busy['backend']}: {busy['share']:.0%} of {busy['places']} {busy['of']} busy." for busy in statistics["busy"]
     ]
