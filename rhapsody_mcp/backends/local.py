@@ -52,5 +52,5 @@ class LocalExecutionBackend(ComputeBackend):
             raise InvalidTask(
                 f"backend {self.name!r} runs no MPI, which needs the dragon backend: use a session that has it "
                 '(create_session with backends=["dragon"]), or leave mpi out: its ranks then run as independent '
-                'processes (in Python: "pmi": "none").'
+                "processes."
             )

@@ -27,7 +27,7 @@ from rhapsody_mcp.engine.process.tree import (
     reap,
     send_signal,
 )
-from rhapsody_mcp.engine.task.output_files import MOVE_COUNT, STREAMS, Output, shared_count
+from rhapsody_mcp.engine.task.output_files import MOVE_COUNT, STREAMS, Output, make_room, shared_count
 from rhapsody_mcp.engine.task.start_log import FOLDER_GONE, NOT_STARTED, START_NOT_LOGGED, log_start, place_of
 
 TYPE_CHECKING = False
@@ -264,6 +264,11 @@ class _Supervisor:
 
     def _write_outcome(self, problem: str, message: str, code: int | None = None, left_running: int = 0) -> int:
         run = (self.pid, code, self.started, left_running, *self.used)
+        if any(output.has_unnoted_loss for output in self.outputs):
+            make_room(self.outputs)
+        if write_outcome(self.path, problem, message, *run):
+            return 0
+        make_room(self.outputs)  # the disk is full, perhaps of what the program has printed
         return 0 if write_outcome(self.path, problem, message, *run) else 1
 
 

@@ -111,6 +111,11 @@ class Stream(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
         return Path(self.file).read_bytes().decode("utf-8", "replace")
 
 
+def gap_note(left_out: int) -> bytes:
+    """The line in the place of so many bytes that are left out of an output."""
+    return f"\n[... {left_out} bytes left out here ...]\n".encode()
+
+
 Reader = Callable[[Value], Any]
 
 

@@ -14,6 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from rhapsody_mcp.engine.node.hardware import is_host
+from rhapsody_mcp.engine.node.mpi_hint import mpi_remedies
 from rhapsody_mcp.engine.task.import_check import imports_of
 from rhapsody_mcp.machine import Machine
 from rhapsody_mcp.model.specs import Layout, Software
@@ -140,7 +141,7 @@ def unmet_needs(
 
 def _unmet_layout_needs(layout: Layout, machine: Machine, folder: str) -> Iterator[str]:
     if layout.pmi not in (None, "none") and not machine.pmi:
-        yield "no PMIx or Cray PMI library was found here, through which MPI ranks find each other"
+        yield f"no PMIx or Cray PMI library was found here, through which MPI ranks find each other. {mpi_remedies()}"
     owner = "this machine" if machine.host else "each node"
     for template in (group.template for group in layout.groups):
         if template.cwd is not None and not os.path.isdir(cwd := os.path.join(folder, template.cwd)):

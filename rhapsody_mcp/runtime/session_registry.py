@@ -24,6 +24,7 @@ from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
 from rhapsody_mcp.runtime.backend_factory import OpenBackends, SessionConfig
 from rhapsody_mcp.runtime.call_context import current_caller
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
+from rhapsody_mcp.runtime.mpi_record import MpiRecord
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.package_cache import PackageCache
 from rhapsody_mcp.runtime.recovery.orphans import end_orphans
@@ -67,6 +68,7 @@ class SessionRegistry:
         self.limits = Limits(settings or Settings(), self._usages, storage.folder if storage else None)
         self._last_number = 0
         self._watchers: list[Watcher] = []
+        self.mpi = MpiRecord()
         self.restored = asyncio.Event()
         """Set once the sessions of the previous run are restored."""
         if storage is None:
@@ -102,6 +104,8 @@ class SessionRegistry:
     def _notify(self, opened: OpenSession, task: Task | None = None) -> None:
         if task is not None and opened.recorder is not None:
             opened.recorder.record_change(task)
+        if task is not None and task.outcome is not None:
+            self.mpi.heed(opened, task)
         self._tell_watchers(opened, task)
 
     def _tell_watchers(self, opened: OpenSession, task: Task | None) -> None:

@@ -94,12 +94,17 @@ class Insight:
 
     async def describe_system(self) -> Annotated[CallToolResult, SystemReport]:
         scheduler = await describe_scheduler()
-        data = _system(inspect_machine(), self._settings, self._sessions.all(), scheduler)
+        machine = inspect_machine()
+        data = _system(machine, self._sessions.mpi.told(machine), self._settings, self._sessions.all(), scheduler)
         return reply(_system_text(data, self._settings, scheduler), data)
 
 
 def _system(
-    machine: Machine, settings: Settings, sessions: Sequence[OpenSession], scheduler: SchedulerDescription
+    machine: Machine,
+    mpi: str,
+    settings: Settings,
+    sessions: Sequence[OpenSession],
+    scheduler: SchedulerDescription,
 ) -> SystemReport:
     return SystemReport(
         host=machine.host,
@@ -109,7 +114,7 @@ def _system(
         memory_gib=machine.memory_gib,
         gpus=list(machine.gpus),
         backends=_backends(machine),
-        mpi=_mpi(machine),
+        mpi=mpi,
         settings=settings.model_dump(mode="json", include=_SHOWN_SETTINGS, exclude_none=True),
         environment=_environment(settings, sessions),
         scheduler=scheduler_data(scheduler, settings),
@@ -132,14 +137,6 @@ def _backends(machine: Machine) -> list[BackendStatus]:
         _backend(name, registration.runs.format(device=device), machine.dependency(registration.needs))
         for name, registration in BACKENDS.items()
     ]
-
-
-def _mpi(machine: Machine) -> str:
-    if not machine.dragon.present:
-        return "MPI jobs do not run here: they need Dragon"
-    if not machine.pmi:
-        return "MPI jobs do not run here: no PMIx or Cray PMI library was found; other jobs of many ranks run"
-    return f"MPI jobs may run here, on dragon: {machine.pmi} is here, and the first one tries whether it works"
 
 
 def _backend(name: str, runs: str, part: Dependency | None) -> BackendStatus:

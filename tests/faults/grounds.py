@@ -13,7 +13,14 @@ from tests.faults.disks import CannotMake, Disk
 from tests.faults.world import World
 from tests.ledgers import MKFS
 
-__all__ = ["a_clock", "a_disk_that_fails", "a_limit_of_processes", "a_small_disk", "nothing_special"]
+__all__ = [
+    "a_clock",
+    "a_disk_that_fails",
+    "a_limit_of_processes",
+    "a_small_disk",
+    "a_small_temporary_folder",
+    "nothing_special",
+]
 
 _SMALL = "24m"
 _PIDS = Path("/sys/fs/cgroup/pids")
@@ -29,6 +36,17 @@ def a_small_disk(world: World) -> Iterator[None]:
     """A tmpfs, which can be filled, and be made read-only while nobody writes to it."""
     world.state.mkdir(mode=0o700)
     world.disk = Disk(world.state)
+    world.disk.mount("-t", "tmpfs", "-o", f"size={_SMALL},mode=0700", "tmpfs")
+    try:
+        yield
+    finally:
+        world.disk.unmount()
+
+
+@contextmanager
+def a_small_temporary_folder(world: World) -> Iterator[None]:
+    """A tmpfs, in which engines keep what tasks print while they run."""
+    world.disk = Disk(world.folder / "tmp")
     world.disk.mount("-t", "tmpfs", "-o", f"size={_SMALL},mode=0700", "tmpfs")
     try:
         yield

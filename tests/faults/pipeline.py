@@ -11,7 +11,9 @@ from tests.processes import wait_until
 
 __all__ = ["RUNNING", "WORKERS", "Pipeline"]
 
-WORKERS = 3
+WORKERS = 4
+"""One more than are held: what it leaves of two cores is enough for the program and the job that are held, too."""
+_LITTLE = 0.1
 RUNNING = {"held-1": "lost", "sum-1": "upstream", "held-3": "lost", "program": "lost", "ranks": "lost"}
 """What cannot be DONE where all that was running is lost; held-2 has a retry."""
 _MARKED_S = 60
@@ -43,8 +45,8 @@ class Pipeline:
             self.steps.native("held-1", held=True),
             self.steps.native("held-2", held=True, retries=1),
             self.steps.native("held-3", held=True),
-            self.steps.program("program", held=True),
-            self.steps.job("ranks", held=True),
+            self.steps.program("program", held=True, cores=_LITTLE),
+            self.steps.job("ranks", held=True, cores=_LITTLE),
         ]
         held_1, held_2, *_ = running
         later = [self.steps.native(f"later-{number}", size=LARGE if number == 2 else 3) for number in range(1, 6)]

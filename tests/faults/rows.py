@@ -14,9 +14,11 @@ from tests.faults.grounds import (
     a_disk_that_fails,
     a_limit_of_processes,
     a_small_disk,
+    a_small_temporary_folder,
     nothing_special,
 )
 from tests.faults.pipeline import RUNNING
+from tests.faults.printing import fill_disk_with_output, kill_service_while_tasks_print, watch_a_gigabyte
 from tests.faults.prompts import SIGNALS, asked_in, break_in_turn
 from tests.faults.world import Ground, World
 
@@ -129,6 +131,12 @@ ROWS = [
     *_killed("program", kill_runner, "program", {"program": "crashed"}),
     *(_killed_together(*parts) for parts in _TOGETHER),
     *(_killed_in_stream(part) for part in ("service", "keeper", "host")),
+    Row(
+        "SIGKILL of the service while tasks print",
+        kill_service_while_tasks_print,
+        {**RUNNING, "talk": "lost", "talk-program": "lost"},
+        beyond="what they had printed is there after the restart",
+    ),
     _broken_in_turn("vLLM server"),
     _broken_in_turn("vLLM engine core"),
     Row("SIGSTOP of a worker", faults.stop_worker, _CRASHED, settings={"stall_s": 3}),
@@ -148,6 +156,14 @@ ROWS = [
         on=a_small_disk,
         settings=_SMALL,
         beyond="a submission is refused in words meanwhile",
+    ),
+    Row(
+        "Disk full of what a task prints, which is watched",
+        fill_disk_with_output,
+        _NOTHING,
+        on=a_small_temporary_folder,
+        settings=_SMALL,
+        beyond="what there was room for can be read, and a line says that the rest is lost",
     ),
     Row(
         "Read-only state folder at the start",
@@ -198,6 +214,12 @@ ROWS = [
         beyond="another task hashes it; the service's memory stays",
     ),
     Row("1 GB on stdout, 1 GB on stderr", faults.print_a_gigabyte, _NOTHING, beyond="the service's memory stays"),
+    Row(
+        "1 GB on stderr, which `logs --follow` and an agent watch",
+        watch_a_gigabyte,
+        _NOTHING,
+        beyond="they see the beginning, the end and what was left out; the memory of service and command stays",
+    ),
     Row(
         "300 forks under a pids limit",
         faults.fork_300,

@@ -87,9 +87,9 @@ class Steps:
         request = {"name": name, "source": _STEP, "args": args, "retry_delay_s": 0, **fields}
         return Step(request, value_of(name, size), (name,), held)
 
-    def job(self, name: str, ranks: int = 2, held: bool = False) -> Step:
+    def job(self, name: str, ranks: int = 2, held: bool = False, **fields: Any) -> Step:
         files = tuple(f"{name}.{rank}" for rank in range(ranks))
-        return replace(self.native(name, held=held, ranks=ranks), files=files)
+        return replace(self.native(name, held=held, ranks=ranks, **fields), files=files)
 
     def program(self, name: str, script: str = _SHELL, held: bool = False, **fields: Any) -> Step:
         gate = str(self.gate) if held else ""

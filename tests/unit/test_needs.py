@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 
 from rhapsody_mcp.engine.messages import Devices, StartTask
-from rhapsody_mcp.model.specs import Needs
+from rhapsody_mcp.model.specs import Layout, Needs, RankGroup, Template
 from rhapsody_mcp.model.states import Cause, TaskState
 from tests.unit.dispatching import DONE, Notes, Scene, finished, function, job, needing
 
@@ -128,3 +129,17 @@ async def test_a_queue_that_was_emptied_from_its_middle_takes_tasks_again() -> N
     scene.dispatcher.task_ended(node, "b", DONE)
     scene.submit(job("c", 1))
     assert agent.uids == ["a", "large", "b", "c"] and not scene.dispatcher.processes.queue
+
+
+async def test_ranks_that_are_pinned_to_a_node_with_too_little_are_refused() -> None:
+    scene = Scene()
+    scene.node("one", 4, gpus=1)
+    scene.node("two", 4, gpus=4)
+    group = RankGroup(2, Template(host_name="one"))
+    run = job("a", 2)
+    layout = Layout("job", (group,), needs=Needs(1, 1))
+    scene.submit(msgspec.structs.replace(run, spec=msgspec.structs.replace(run.spec, layout=layout)))
+    outcome = scene.outcomes["a"]
+    assert outcome.cause is Cause.INVALID
+    assert "host_name puts 2 ranks of 1 core and 1 GPU each on one with 4 cores" in outcome.error
+    assert "valid is up to 1 such ranks there" in outcome.error

@@ -87,6 +87,28 @@ def test_a_full_disk_does_not_stop_the_program(output: Output, monkeypatch: pyte
     assert output.drain()
 
 
+def test_what_a_full_disk_cost_is_told_once_in_its_place(
+    output: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, write_file, room = tmp_path / "out", os.write, 1000
+
+    def write(descriptor: int, data: bytes) -> int:
+        if descriptor == output._file and file.stat().st_size + len(data) > room:
+            raise OSError(errno.ENOSPC, "full")
+        return write_file(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    for number in range(5):
+        write_file(output.writer, b"%d" % number * 400)
+        output.drain()
+    room = 10_000
+    write_file(output.writer, b"end")
+    output.drain()
+    text = file.read_text()
+    line = "\n[... the disk was full: what was printed here is lost ...]\n"
+    assert text == "0" * 400 + "1" * (400 - len(line)) + line + "end"
+
+
 def test_what_is_short_stays_as_it_is(file: int, tmp_path: Path) -> None:
     os.write(file, b"short")
     assert collect(file, str(tmp_path), MOST) == Stream("short", None, 5)
@@ -122,7 +144,7 @@ def test_a_file_with_a_name_is_gone_afterwards(tmp_path: Path) -> None:
 def test_output_for_which_the_disk_has_no_room_is_cut_and_nothing_fails(file: int) -> None:
     write(file, 1)
     stream = collect(file, "/proc/no/such/folder", MOST)
-    assert stream.file is None and stream.left_out == MOST - len(stream.text)
+    assert stream.file is None and stream.left_out == MOST - stream.text.count("A")
 
 
 def test_a_sentence_tells_what_was_left_out() -> None:

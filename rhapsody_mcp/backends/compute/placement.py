@@ -31,6 +31,7 @@ def place(layout: Layout, nodes: Sequence[Node], *, mpi_over_nodes: bool = False
     pinned = _pinned_ranks(layout, nodes)
     refuse_too_many_ranks(layout, len(nodes))
     _refuse_too_many_pinned(pinned, most)
+    _refuse_too_large_pinned(pinned, layout.needs)
     if layout.uses_mpi and len(nodes) > 1 and not mpi_over_nodes:
         return _place_on_one_node(layout, nodes, pinned)
     counts = _rank_counts(layout, nodes, {node: len(ranks) for node, ranks in pinned.items()}, most)
@@ -106,6 +107,16 @@ def _refuse_too_many_pinned(pinned: Mapping[Node, Sequence[int]], most: int) -> 
             )
 
 
+def _refuse_too_large_pinned(pinned: Mapping[Node, Sequence[int]], needs: Needs) -> None:
+    for node, ranks in pinned.items() if needs != Needs() else ():
+        if len(ranks) > (room := node.pool.most(needs)):
+            has = needs_text(Needs(node.cores, node.gpus, node.memory_gb))
+            raise InvalidTask(
+                f"host_name puts {len(ranks)} ranks of {needs_text(needs)} each on {node.name} with {has}; "
+                f"valid is up to {room} such ranks there."
+            )
+
+
 def _place_on_one_node(
     layout: Layout, nodes: Sequence[Node], pinned: Mapping[Node, Sequence[int]]
 ) -> dict[Node, tuple[int, ...]] | None:
@@ -122,7 +133,7 @@ def _place_on_one_node(
         largest = max(min(node.pool.most(needs), most) for node in pinned or nodes)
         raise InvalidTask(
             f"{layout.ranks} ranks that speak MPI are too many for one node, and this engine does not run MPI over "
-            f'several nodes; valid is up to {largest} ranks, or ranks without MPI (in Python: "pmi": "none").'
+            f"several nodes; valid is up to {largest} ranks, or ranks without MPI (mpi: false)."
         )
     free = [node for node in fitting if node.agent is not None and node.pool.room(needs) >= layout.ranks]
     node = max(free, key=lambda node: node.pool.room(needs), default=None)

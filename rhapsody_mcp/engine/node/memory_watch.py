@@ -14,6 +14,7 @@ __all__ = ["WatchedProcess", "watch_memory"]
 _LOOK_S = 0.25
 _SHARE_OF_TIME = 20
 """The looks take at most a twentieth of a core, however many processes the node has."""
+_TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -37,22 +38,28 @@ def watch_memory(find: Callable[[], list[WatchedProcess]]) -> None:
 
 
 def _look(watched: Iterable[WatchedProcess]) -> None:
-    children, resident = _processes()
+    children, resident, cpu_s = _processes()
     for process, supervisor, limit in watched:
         pids = _descendants(supervisor, children)
+        process.cpu_s = max(process.cpu_s, sum(cpu_s[pid] for pid in pids))
         used = sum(resident[pid] for pid in pids)
         if limit is not None and used > limit:
             used = sum(_proportional(pid, resident[pid]) for pid in pids)  # shared memory counts once
         process.peak_memory_bytes = max(process.peak_memory_bytes, used)
         if limit is not None and used > limit and not process.kill_reason:
             process.exceeded_memory = used
-            process.kill(f"used {used / 1e9:.3g} GB of memory, and was allowed {limit / 1e9:.3g} GB")
+            process.kill(
+                f"used {used / 1e9:.3g} GB of memory, and was allowed {limit / 1e9:.3g} GB: give the task a larger "
+                "memory_gb, or less work at a time"
+            )
 
 
-def _processes() -> tuple[dict[int, list[int]], dict[int, int]]:
-    """Return the children of each process, and its resident memory in bytes."""
+def _processes() -> tuple[dict[int, list[int]], dict[int, int], dict[int, float]]:
+    """Return the children of each process, its resident memory in bytes, and its CPU seconds with those of the
+    descendants that have ended."""
     children: dict[int, list[int]] = {}
     resident: dict[int, int] = {}
+    cpu_s: dict[int, float] = {}
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
             try:
@@ -63,7 +70,8 @@ def _processes() -> tuple[dict[int, list[int]], dict[int, int]]:
             if len(fields) > 21:
                 children.setdefault(int(fields[1]), []).append(int(entry))
                 resident[int(entry)] = int(fields[21]) * _PAGE
-    return children, resident
+                cpu_s[int(entry)] = sum(map(int, fields[11:15])) / _TICKS
+    return children, resident, cpu_s
 
 
 def _descendants(pid: int, children: dict[int, list[int]]) -> list[int]:

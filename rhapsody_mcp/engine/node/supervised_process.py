@@ -38,6 +38,8 @@ class SupervisedProcess:
         """The reason given to `kill`; empty if `kill` was not called."""
         self.peak_memory_bytes = 0
         """The most memory that was seen in use."""
+        self.cpu_s = 0.0
+        """The most CPU seconds that were seen of its descendants together."""
         self.exceeded_memory = 0
         """The memory in bytes for which the process was killed; 0 if it was not."""
 

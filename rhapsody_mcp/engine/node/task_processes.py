@@ -363,7 +363,8 @@ class ProcessTask:
     def _measured(self, ends: list[RankEnd]) -> Measured | None:
         peaks = [process.peak_memory_bytes for process in self._processes.values()]
         peak = max([*peaks, *(end.peak_memory_bytes for end in ends)], default=0)
-        return Measured(sum(end.cpu_s for end in ends), peak) if peak else None
+        seen = {rank: process.cpu_s for rank, process in self._processes.items()}  # of a rank that was killed
+        return Measured(sum(end.cpu_s or seen.get(end.outcome.rank, 0.0) for end in ends), peak) if peak else None
 
     def _progress(self) -> Progress | None:
         """What the first rank that has told anything has told."""
@@ -412,7 +413,7 @@ _SEEN_AT_ONCE = {} if "PYTHONUNBUFFERED" in os.environ else {"PYTHONUNBUFFERED":
 """Variables for programs: what a Python program prints is else not seen before it has printed 8 KB."""
 _MPI_ALONE = (
     "its ranks seem to use MPI, and were started without: each is alone, of a world of size 1. For MPI between them "
-    'submit it with mpi: true (in Python: "type": "mpi")'
+    "submit it with mpi: true"
 )
 _GROUP_START_S = (60.0, 120.0)
 

@@ -13,7 +13,7 @@ import msgspec
 from rhapsody_mcp.engine.live.progress_file import PROGRESS
 from rhapsody_mcp.engine.task.output_files import CURRENT_TASK, MOVE_COUNT, STREAMS, middle
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.values import INLINE_BYTES, Stream
+from rhapsody_mcp.model.values import INLINE_BYTES, Stream, gap_note
 
 __all__ = [
     *("collect", "end_part", "left_out", "move_stream", "open_part", "stopped_note", "take_output", "write_file"),
@@ -138,7 +138,7 @@ def _stream(file: int, size: int, folder: str, max_bytes: int | None) -> Stream:
     """Return the output: inline if it is short, else in a file of `folder`. Of output longer than `max_bytes`, keep the
     beginning and the end."""
     start, end = middle(size, max_bytes) if max_bytes is not None and size > max_bytes else (size, size)
-    note = f"\n[... {end - start} bytes left out here ...]\n".encode() if start < end else b""
+    note = gap_note(end - start) if start < end else b""
     kept = start + len(note) + size - end
     if kept <= INLINE_BYTES:
         data = b"".join([*_pieces(file, 0, start), note, *_pieces(file, end, size)])
@@ -148,7 +148,8 @@ def _stream(file: int, size: int, folder: str, max_bytes: int | None) -> Stream:
     try:
         return Stream(_text(tail), write_pieces(pieces, folder, ".output"), kept, end - start)
     except OSError:  # the disk is full: the task's result is worth more than its output
-        return Stream(_text(tail), None, len(tail), size - len(tail))
+        data = gap_note(size - len(tail)) + tail
+        return Stream(_text(data), None, len(data), size - len(tail))
 
 
 def _pieces(file: int, start: int, end: int) -> Iterator[bytes]:

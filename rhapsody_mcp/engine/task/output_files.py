@@ -10,9 +10,9 @@ import os  # import little: the supervisor of every program imports this module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import MutableSequence
+    from collections.abc import MutableSequence, Sequence
 
-__all__ = ["CURRENT_TASK", "MOVE_COUNT", "STREAMS", "Output", "middle", "punch_hole", "shared_count"]
+__all__ = ["CURRENT_TASK", "MOVE_COUNT", "STREAMS", "Output", "make_room", "middle", "punch_hole", "shared_count"]
 
 STREAMS = ("out", "err")
 """Suffixes of the two output files."""
@@ -22,6 +22,8 @@ CURRENT_TASK = "task"
 """Suffix of the file in which a worker notes the uid of the function that it runs, before a NUL byte."""
 _BLOCK = 4096
 _PIECE = 1 << 20
+_LOST = b"\n[... the disk was full: what was printed here is lost ...]\n"
+_ROOM = 4 * _BLOCK
 _PIECES_A_TURN = 16  # the supervisor has other work, also while a program prints without end
 _PUNCH_HOLE = 0x03  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, linux/falloc.h
 
@@ -38,6 +40,10 @@ class Output:
         self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self.reader, self.writer = _open_named_pipe(f"{path}.pipe")
         self._max_bytes, self._move_counter, self._trimmed = max_bytes, move_counter, 0
+        self._is_full = False
+        """Whether the disk was full at the last write."""
+        self.has_unnoted_loss = False
+        """Whether output was lost of which no line says so."""
 
     def close_writer(self) -> None:
         """Close the writing end, which the program has inherited."""
@@ -72,7 +78,25 @@ class Output:
             while data := data[os.write(self._file, data) :]:
                 continue
         except OSError:  # the disk is full: this output is lost, and the program continues
+            if not self._is_full:
+                self.note_loss(len(_LOST))
+            self._is_full = True
             return
+        self._is_full = False
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._file).st_size
+
+    def note_loss(self, cut: int = 0) -> None:
+        """Put a line that says what is lost in the place of the last `cut` bytes of the file: behind them may be no
+        room."""
+        try:
+            os.ftruncate(self._file, max(0, self.size - cut))
+            os.write(self._file, _LOST)
+            self.has_unnoted_loss = False
+        except OSError:
+            self.has_unnoted_loss = True
 
     def _trim(self) -> None:
         """Free the disk blocks in the middle of the file, if the file is longer than the limit."""
@@ -89,6 +113,15 @@ class Output:
         for descriptor in (self.reader, self.writer, self._file):
             if descriptor >= 0:
                 os.close(descriptor)
+
+
+def make_room(outputs: Sequence[Output]) -> None:
+    """Free some blocks of a full disk at the end of the longest output, and note what the others have lost."""
+    for output in sorted(outputs, key=lambda output: -output.size)[:1]:
+        output.note_loss(_ROOM)
+    for output in outputs:
+        if output.has_unnoted_loss:
+            output.note_loss()
 
 
 def _open_named_pipe(path: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from rhapsody_mcp.model.values import Stream
+from rhapsody_mcp.model.values import Stream, gap_note
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.toolsets.output.live import STREAMS, OutputReader
@@ -60,8 +60,10 @@ class _Followed:
         outcome = self._source.task.outcome
         source = outcome.ranks[self._source.rank] if self._source.rank < len(outcome.ranks) else outcome
         for index, (name, read) in enumerate(zip(STREAMS, self._reader.ends, strict=True)):
-            data = await anyio.to_thread.run_sync(_rest_of, getattr(source, name), read)
-            if text := self._lines(index, data, is_last=True):
+            async for data in _rest_of(getattr(source, name), read):
+                if text := self._lines(index, data):
+                    yield name, text
+            if text := self._lines(index, b"", is_last=True):
                 yield name, text
 
     def _lines(self, index: int, data: bytes, *, is_last: bool = False) -> str:
@@ -73,15 +75,31 @@ class _Followed:
         return "".join(f"{label} {line}\n" for line in text.splitlines()) if label else text
 
 
-def _rest_of(stream: Stream, read: int) -> bytes:
-    """What follows the bytes that were read while the task ran. Of an output over the limit, the kept end."""
-    if stream.left_out and read:
-        return f"\n[... the rest is over the limit; its end is: ...]\n{stream.text[-_PIECE_BYTES:]}".encode()
-    if stream.file is None:
-        return stream.text.encode()[read:]
+async def _rest_of(stream: Stream, read: int) -> AsyncIterator[bytes]:
+    """Yield what follows the bytes that were read while the task ran, in pieces."""
+    at = _position(stream, read)
     try:
-        with Path(stream.file).open("rb") as file:
-            file.seek(read)
-            return file.read()
+        while data := await anyio.to_thread.run_sync(_piece, stream, at):
+            at += len(data)
+            yield data
     except OSError:
-        return f"[its file, {stream.file}, is gone]\n{stream.text}".encode()
+        yield f"[its file, {stream.file}, is gone]\n{stream.text}".encode()
+
+
+def _position(stream: Stream, read: int) -> int:
+    """Where the output that was kept goes on after `read` bytes of the whole."""
+    if not stream.left_out:
+        return read
+    note = gap_note(stream.left_out)
+    gap = stream.text.encode().find(note) if stream.file is None else (stream.size - len(note)) // 2
+    if read < gap + stream.left_out:
+        return min(read, gap)
+    return read - stream.left_out + len(note)
+
+
+def _piece(stream: Stream, start: int) -> bytes:
+    if stream.file is None:
+        return stream.text.encode()[start:]
+    with Path(stream.file).open("rb") as file:
+        file.seek(start)
+        return file.read(_PIECE_BYTES)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import anyio.to_thread
 
 from rhapsody_mcp.model.live.output import OutputPart, OutputQuery
-from rhapsody_mcp.model.values import Stream
+from rhapsody_mcp.model.values import Stream, gap_note
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import Task
 from rhapsody_mcp.toolsets.output.excerpts import SEARCHED_BYTES, Excerpt, OutputEnd, read_excerpt
@@ -87,4 +87,4 @@ class OutputReader:
 def _with_gap(part: OutputPart, read: int) -> bytes:
     if part.start <= read:
         return part.data
-    return f"\n[... {part.start - read} bytes left out here ...]\n".encode() + part.data
+    return gap_note(part.start - read) + part.data

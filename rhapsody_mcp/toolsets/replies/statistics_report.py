@@ -37,6 +37,7 @@ class SessionStatistics(Reply):
     idle_s: SkipJsonSchema[float | None] = None
     tasks_per_s: SkipJsonSchema[float | None] = None
     tokens: SkipJsonSchema[dict[str, float | None] | None] = None
+    used: SkipJsonSchema[dict[str, Any] | None] = None
     busy: SkipJsonSchema[list[dict[str, Any]] | None] = None
     critical_path: SkipJsonSchema[dict[str, Any] | None] = None
     nodes: SkipJsonSchema[dict[str, int] | None] = None
