@@ -74,6 +74,48 @@ async def test_functions_do_not_starve_a_large_job_and_go_on_after_it() -> None:
     assert (first.uids, second.uids) == (["a", "c"], ["b", "d"])
 
 
+async def test_a_hold_ends_with_the_task_that_it_is_for() -> None:
+    scene = Scene(patience_s=0)
+    node, agent = scene.node("one", 2)
+    worker = scene.worker("1")
+    scene.submit(job("a", 1), job("large", 2))
+    scene.submit(function("f"))
+    assert agent.uids == ["a"] and not worker.uids, "the node is held"
+    scene.dispatcher.stop(["large"], Cause.CANCELED)
+    assert worker.uids == ["f"]
+
+
+async def test_a_task_that_waits_for_a_gpu_leaves_the_cores_to_others_and_gets_both_in_the_end() -> None:
+    scene = Scene(patience_s=0)
+    node, agent = scene.node("one", 3, gpus=2)
+    worker = scene.worker("1")
+    scene.submit(needing("train", Needs(1, 1)), needing("large", Needs(2, 2)), needing("small", Needs(1, 1)))
+    scene.submit(job("plain", 1), function("f"))
+    assert (agent.uids, worker.uids) == (["train", "plain"], ["f"]), "the other GPU is kept"
+    scene.submit(job("next", 1))
+    scene.dispatcher.task_ended(node, "train", DONE)
+    assert agent.uids == ["train", "plain"], "only cores are missing now"
+    scene.dispatcher.task_ended(node, "plain", DONE)
+    assert agent.uids == ["train", "plain", "large"]
+    scene.dispatcher.task_ended(node, "large", DONE)
+    assert agent.uids[3:] == ["small", "next"]
+
+
+async def test_a_hole_is_filled_from_behind_a_thousand_tasks_for_which_there_is_no_room() -> None:
+    scene = Scene()
+    node, agent = scene.node("one", 4, gpus=1)
+    scene.submit(*(needing(f"train{number}", Needs(1, 1)) for number in range(1000)), job("plain", 1))
+    assert agent.uids == ["train0", "plain"]
+
+
+async def test_a_job_with_more_ranks_than_cores_does_not_overtake_onto_one_idle_node() -> None:
+    scene = Scene()
+    _, first = scene.node("one", 4)
+    _, second = scene.node("two", 4)
+    scene.submit(job("a", 4), job("large", 8), job("oversubscribed", 9), job("b", 3))
+    assert first.uids + second.uids == ["a", "b"]
+
+
 async def test_whole_cores_and_gpus_are_given_out_by_number_and_are_free_again() -> None:
     scene = Scene()
     node, agent = scene.node("one", 4, gpus=2, cpus=(0, 2, 4, 6))

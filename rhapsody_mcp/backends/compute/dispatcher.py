@@ -11,7 +11,7 @@ from itertools import count
 import msgspec
 
 from rhapsody_mcp.backends.base import BeforeStart, Ended, Report, Returned, Running
-from rhapsody_mcp.backends.compute.in_flight import Channel, InFlightTask, Node, Worker
+from rhapsody_mcp.backends.compute.in_flight import Channel, Hold, InFlightTask, Node, Worker
 from rhapsody_mcp.backends.compute.outcomes import finished, lost, stopped
 from rhapsody_mcp.backends.compute.process_dispatcher import ProcessDispatcher, RunStep
 from rhapsody_mcp.backends.compute.start_gate import StartGate
@@ -294,8 +294,9 @@ class Dispatcher:
 
     def _assign(self) -> None:
         """Give out what is free, to functions and processes in their order."""
-        if self.processes.queue.size:
-            self._assign_functions(before=self.processes.queue[0])
+        if self.processes.is_waiting:
+            if queue := self.processes.queue:
+                self._assign_functions(before=queue[0])
             self.processes.assign()
         self._assign_functions()
 
@@ -430,7 +431,7 @@ class Dispatcher:
 
     def _yields(self, worker: Worker) -> bool:
         """Whether a program or a job, some of which wait, is to have the core of the worker before more functions."""
-        return worker.node.is_held or self.processes.queue[0].comes_before(self._function_queue[0])
+        return worker.node.hold is Hold.ALL or self.processes.queue[0].comes_before(self._function_queue[0])
 
     def task_revoked(self, uid: str) -> None:
         """The worker gives this task back: the task has not started there and never will."""

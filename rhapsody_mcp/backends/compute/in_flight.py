@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
@@ -10,10 +11,10 @@ from rhapsody_mcp.backends.base import Report
 from rhapsody_mcp.backends.compute.node_pool import NodePool
 from rhapsody_mcp.engine.messages import Devices, WorkerExited
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.specs import Call, TaskRun
+from rhapsody_mcp.model.specs import Call, Needs, TaskRun
 from rhapsody_mcp.model.states import Cause
 
-__all__ = ["Channel", "InFlightTask", "Node", "Placement", "Worker"]
+__all__ = ["Channel", "Hold", "InFlightTask", "Node", "Placement", "Worker"]
 
 
 class Channel(Protocol):
@@ -22,6 +23,12 @@ class Channel(Protocol):
     def send(self, *messages: object) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Hold(enum.Enum):
+    """What of a node is kept for a task that waits: its GPUs and the memory that tasks ask for, or all of it."""
+
+    NOTHING, DEVICES, ALL = range(3)
 
 
 class Node:
@@ -49,8 +56,7 @@ class Node:
         self.gpus, self.memory_gib = gpus, memory_gib
         memory_bytes = None if memory_gib is None else memory_gib * 1024**3
         self.pool = NodePool(cores, self.worker_slots, gpus=gpus, memory_bytes=memory_bytes, cpus=cpus)
-        self.is_held = False
-        """Whether no task starts here but the one that the node is held for."""
+        self.hold = Hold.NOTHING
         self.workers: dict[str, Worker] = {}
         self.process_tasks: dict[str, InFlightTask] = {}
         """By uid, the programs and jobs that hold cores of this node, in the order in which they got them."""
@@ -64,7 +70,13 @@ class Node:
     @property
     def takes_worker(self) -> bool:
         """Whether an idle worker of the node may get functions now."""
-        return not self.is_held and self.pool.has_room_for_worker
+        return self.hold is not Hold.ALL and self.pool.has_room_for_worker
+
+    def admits(self, needs: Needs) -> bool:
+        """Whether the node is not held against a task with these needs."""
+        if self.hold is Hold.DEVICES:
+            return not needs.gpus and needs.memory_gb is None
+        return self.hold is Hold.NOTHING
 
     def take(self, task: InFlightTask, ranks: int) -> tuple[Devices, ...]:
         """Give these ranks of the task what they need, and return the devices of each."""
@@ -140,7 +152,8 @@ class InFlightTask:
 
     __slots__ = (
         *("is_sent", "nodes", "number", "permission", "permission_asked", "placement", "printed", "priority"),
-        *("rank_that_tells", "report", "runs_in_worker", "started", "stop_cause", "task_run", "timer", "uid", "worker"),
+        *("rank_that_tells", "report", "runs_in_worker", "shape", "started", "stop_cause", "task_run", "timer", "uid"),
+        "worker",
     )
 
     def __init__(self, task_run: TaskRun, report: Report, number: int = 0) -> None:
@@ -160,13 +173,8 @@ class InFlightTask:
         self.started: float | None = None
         self.stop_cause: Cause | None = None
         self.timer: asyncio.TimerHandle | None = None
-
-    @property
-    def shape(self) -> tuple[object, ...]:
-        """What decides where the task can run: of tasks with one shape, there is room for all or for none."""
-        layout = self.task_run.spec.layout
-        hosts = tuple(group.template.host_name for group in layout.groups)
-        return layout.ranks, layout.needs, layout.ranks_per_node, layout.pmi, hosts
+        self.shape: tuple[object, ...] | None = None
+        """See `shape_of`; None until somebody has asked."""
 
     @property
     def size(self) -> int:

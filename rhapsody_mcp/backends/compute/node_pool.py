@@ -14,6 +14,10 @@ _ROUNDING = 1e-6
 """Parts of cores are added and subtracted; this much is no core."""
 
 
+_MANY = 1e9
+"""More ranks than anything asks for."""
+
+
 class NodePool:
     """The cores, GPUs and memory of one node. Functions and processes share the cores.
 
@@ -55,12 +59,16 @@ class NodePool:
         return self._ranks(needs, self.cores, self.gpus, self.memory_bytes)
 
     def _ranks(self, needs: Needs, cores: float, gpus: int, memory_bytes: float) -> int:
-        ranks = math.floor(max(0.0, cores + _ROUNDING) / needs.counted_cores)
+        ranks = math.floor(min(max(0.0, cores + _ROUNDING) / needs.counted_cores, _MANY))
         if needs.gpus:
             ranks = min(ranks, gpus // needs.gpus)
         if needs.memory_bytes is not None and memory_bytes < math.inf:
             ranks = min(ranks, int(max(0.0, memory_bytes) // needs.memory_bytes))
         return ranks
+
+    def has_devices(self, needs: Needs, ranks: int) -> bool:
+        """Whether the GPUs and the memory that so many ranks need are free, whatever cores are."""
+        return ranks <= self._ranks(needs, math.inf, len(self._free_gpus), self.memory_bytes - self._used_memory)
 
     @property
     def has_room(self) -> bool:

@@ -12,42 +12,52 @@ from rhapsody_mcp.engine.node.hardware import is_host
 from rhapsody_mcp.model.errors import InvalidSettings, InvalidTask
 from rhapsody_mcp.model.specs import Layout, Needs
 
-__all__ = ["nodes_to_hold", "place", "refuse_too_large", "refuse_too_many_ranks", "slots_of_nodes"]
+__all__ = ["has_devices", "nodes_to_hold", "place", "refuse_too_large", "refuse_too_many_ranks", "slots_of_nodes"]
 
 _NAMED = 10
 _ANY = (None, "localhost")
 
 
-def place(layout: Layout, nodes: Sequence[Node], *, mpi_over_nodes: bool = False) -> dict[Node, tuple[int, ...]] | None:
+def place(
+    layout: Layout, nodes: Sequence[Node], *, mpi_over_nodes: bool = False, of_nodes: int | None = None
+) -> dict[Node, tuple[int, ...]] | None:
     """The ranks of each node that the task gets now, the node of rank 0 first; None while the task has to wait.
 
     The nodes with the most room are filled, and the ranks are in the order of `nodes`. Ranks that speak MPI get one
     node. A job whose ranks ask for nothing, and which has more ranks than there are cores, waits until no core is used,
-    and then gets ranks on each node in proportion to its cores. Raises InvalidTask where the task can never run on
-    these nodes.
+    and then gets ranks on each node in proportion to its cores. `of_nodes` is how many nodes there are, where `nodes`
+    are some of them. Raises InvalidTask where the task can never run on these nodes.
     """
+    of_nodes = len(nodes) if of_nodes is None else of_nodes
     most = layout.ranks_per_node or layout.ranks
     refuse_too_large(layout, nodes)
     pinned = _pinned_ranks(layout, nodes)
     refuse_too_many_ranks(layout, len(nodes))
     _refuse_too_many_pinned(pinned, most)
     _refuse_too_large_pinned(pinned, layout.needs)
-    if layout.uses_mpi and len(nodes) > 1 and not mpi_over_nodes:
+    if layout.uses_mpi and of_nodes > 1 and not mpi_over_nodes:
         return _place_on_one_node(layout, nodes, pinned)
-    counts = _rank_counts(layout, nodes, {node: len(ranks) for node, ranks in pinned.items()}, most)
+    pinned_counts = {node: len(ranks) for node, ranks in pinned.items()}
+    counts = _rank_counts(layout, nodes, pinned_counts, most, are_all=len(nodes) == of_nodes)
     return None if counts is None else _in_rank_order(layout.ranks, counts, pinned)
 
 
-def nodes_to_hold(layout: Layout, nodes: Sequence[Node]) -> list[Node]:
-    """The nodes that a task waits for: those with the most room, as few as can run it."""
+def nodes_to_hold(layout: Layout, nodes: Sequence[Node]) -> dict[Node, int]:
+    """The nodes that a task waits for, each with how many ranks it can run: those with the most room, as few as can
+    run it."""
     needs, most = layout.needs, layout.ranks_per_node or layout.ranks
     pinned, missing = list(_pinned_ranks(layout, nodes)), layout.ranks
-    chosen: list[Node] = []
+    chosen: dict[Node, int] = {}
     for node in [*pinned, *sorted(nodes, key=lambda node: node.pool.room(needs), reverse=True)]:
         if missing > 0 and node not in chosen:
-            chosen.append(node)
-            missing -= min(node.pool.most(needs), most)
+            chosen[node] = min(node.pool.most(needs), most, missing)
+            missing -= chosen[node]
     return chosen
+
+
+def has_devices(needs: Needs, ranks: Mapping[Node, int]) -> bool:
+    """Whether each of these nodes has the free GPUs and memory that so many ranks need."""
+    return all(node.pool.has_devices(needs, count) for node, count in ranks.items())
 
 
 def _pinned_ranks(layout: Layout, nodes: Sequence[Node]) -> dict[Node, list[int]]:
@@ -141,13 +151,13 @@ def _place_on_one_node(
 
 
 def _rank_counts(
-    layout: Layout, nodes: Sequence[Node], pinned: Mapping[Node, int], most: int
+    layout: Layout, nodes: Sequence[Node], pinned: Mapping[Node, int], most: int, *, are_all: bool
 ) -> dict[Node, int] | None:
     """The number of ranks of each node; None where there is too little room now."""
     ranks, needs = layout.ranks, layout.needs
     unpinned = ranks - sum(pinned.values())
     if unpinned > sum(_room(node.pool.most(needs), most, pinned.get(node, 0)) for node in nodes):
-        if not all(node.pool.is_idle for node in nodes):
+        if not are_all or not all(node.pool.is_idle for node in nodes):
             return None
         limits = [most - pinned.get(node, 0) for node in nodes]
         more = dict(zip(nodes, _in_proportion(unpinned, [node.cores for node in nodes], limits), strict=True))

@@ -8,10 +8,10 @@ from functools import partial
 from itertools import islice
 
 from rhapsody_mcp.backends.compute.free_cores import FreeCores
-from rhapsody_mcp.backends.compute.in_flight import InFlightTask, Node, Placement
+from rhapsody_mcp.backends.compute.in_flight import Hold, InFlightTask, Node, Placement
 from rhapsody_mcp.backends.compute.job_parts import JobPart, failed_rank, merged
 from rhapsody_mcp.backends.compute.outcomes import lost, refused, stopped
-from rhapsody_mcp.backends.compute.placement import nodes_to_hold, place
+from rhapsody_mcp.backends.compute.placement import has_devices, nodes_to_hold, place
 from rhapsody_mcp.backends.compute.start_gate import StartGate
 from rhapsody_mcp.backends.priority_queue import PriorityQueue
 from rhapsody_mcp.engine.messages import CancelTask, StartTask
@@ -28,14 +28,16 @@ RunStep = Callable[[str, Sequence[tuple[Node, str]]], object]
 
 _PATIENCE_S = 10.0
 """How long smaller tasks may start before the first task of the queue, in seconds."""
-_LOOKAHEAD = 200
+_LOOKAHEAD = 2000
+"""How many tasks of the queue are looked at for one that fills a hole."""
 
 
 class ProcessDispatcher:
     """Starts programs and jobs, each once there is room for it, and merges their parts.
 
     The first task of the queue starts as soon as it can. While it waits, tasks behind it fill the room that is too
-    small for it; after `patience_s`, nodes are held for it, on which no other task starts.
+    small for it; after `patience_s`, nodes are held for it. While GPUs or memory are missing, tasks that ask for
+    neither start there still; once only cores are missing, no other task does.
 
     `finish` gets each task with its outcome. `on_room` is called with a node on which cores have become free, or which
     is held no longer. Until `expected_nodes` have joined, a task that no node can run waits, and so does a job with
@@ -60,7 +62,8 @@ class ProcessDispatcher:
         self._blocked: InFlightTask | None = None
         """The first task of the queue, where there is no room for it since `_blocked_since`, by the loop's clock."""
         self._blocked_since = 0.0
-        self._held: list[Node] = []
+        self._held: Mapping[Node, int] = {}
+        """The nodes that are held for the first task of the queue, and how many of its ranks each can run."""
         self.on_free: Callable[[], object] = self.assign
         """Called when something has become free, or has to be placed anew."""
         self._lost: dict[str, tuple[Node, str]] = {}
@@ -83,6 +86,11 @@ class ProcessDispatcher:
         """The free cores of the node have changed."""
         self._free_cores.update(node)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is something for `assign` to do: a task that waits, or a hold for one that waits no longer."""
+        return self.queue.size > 0 or self._blocked is not None
+
     def assign(self) -> None:
         """Start queued tasks while there is room for them."""
         while self.queue and self.nodes and not self.is_halted and self._assign_task(self.queue[0], self.nodes):
@@ -98,24 +106,34 @@ class ProcessDispatcher:
         now = asyncio.get_running_loop().time()
         if self._blocked is None:
             self._blocked, self._blocked_since = first, now
-        if not self._held and now - self._blocked_since >= self.patience_s:
-            self._held = nodes_to_hold(first.task_run.spec.layout, self.nodes)
-            for node in self._held:
-                node.is_held = True
+        if now - self._blocked_since >= self.patience_s:
+            layout = first.task_run.spec.layout
+            self._held = self._held or nodes_to_hold(layout, self.nodes)
+            self._hold(Hold.ALL if has_devices(layout.needs, self._held) else Hold.DEVICES)
+
+    def _hold(self, hold: Hold) -> None:
+        for node in self._held:
+            before, node.hold = node.hold, hold
+            if before is Hold.ALL is not hold:
+                self._on_room(node)
 
     def _stop_holding(self) -> None:
-        held, self._held, self._blocked = self._held, [], None
-        for node in held:
-            node.is_held = False
-            self._on_room(node)
+        self._blocked = None
+        self._hold(Hold.NOTHING)
+        self._held = {}
 
     def _fill_holes(self) -> None:
         """Start tasks behind the first one for which there is room."""
-        nodes = [node for node in self.nodes if not node.is_held and node.pool.has_room]
-        without_room = [self.queue[0].shape]
+        nodes = [node for node in self.nodes if node.hold is not Hold.ALL and node.pool.has_room]
+        without_room = [_shape_of(self.queue[0])]
         for task in list(islice(self.queue, 1, _LOOKAHEAD)) if nodes else ():
-            if task.shape not in without_room and not self._assign_task(task, nodes):
-                without_room.append(task.shape)
+            shape = _shape_of(task)
+            if shape not in without_room and not self._fill_hole(task, nodes):
+                without_room.append(shape)
+
+    def _fill_hole(self, task: InFlightTask, nodes: Sequence[Node]) -> bool:
+        needs = task.task_run.spec.layout.needs
+        return self._assign_task(task, [node for node in nodes if node.admits(needs)])
 
     def _assign_task(self, task: InFlightTask, nodes: Sequence[Node]) -> bool:
         """Start or refuse a task of the queue. False where the task has to wait."""
@@ -159,7 +177,7 @@ class ProcessDispatcher:
                 return {node: tuple(range(ranks))}
             if ranks == 1:
                 return None
-        return place(layout, nodes, mpi_over_nodes=self._run_step is not None)
+        return place(layout, nodes, mpi_over_nodes=self._run_step is not None, of_nodes=len(self.nodes))
 
     def _start(self, task: InFlightTask, placement: Placement) -> None:
         if task.placement is not placement or any(node.agent is None for node in placement.ranks):
@@ -262,6 +280,15 @@ class ProcessDispatcher:
 
 
 _NO_NEEDS = Needs()
+
+
+def _shape_of(task: InFlightTask) -> tuple[object, ...]:
+    """What decides where the task can run: of tasks with one shape, there is room for all or for none."""
+    if task.shape is None:
+        layout = task.task_run.spec.layout
+        hosts = tuple(group.template.host_name for group in layout.groups)
+        task.shape = layout.ranks, layout.needs, layout.ranks_per_node, layout.pmi, hosts
+    return task.shape
 
 
 def _part(placement: Placement, node: Node) -> JobPart:

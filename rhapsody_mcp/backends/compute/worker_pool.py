@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from heapq import heappop, heappush
 
-from rhapsody_mcp.backends.compute.in_flight import Channel, Node, Worker
+from rhapsody_mcp.backends.compute.in_flight import Channel, Hold, Node, Worker
 
 __all__ = ["WorkerPool", "nodes_with_room"]
 
@@ -90,7 +90,7 @@ class WorkerPool:
 
     def unpark(self, node: Node) -> None:
         """List as many idle workers of the node again as there is room for."""
-        room = 0 if node.is_held else node.pool.workers_that_fit
+        room = 0 if node.hold is Hold.ALL else node.pool.workers_that_fit
         while node.parked and room > 0:
             self.note_idle(heappop(node.parked)[1])
             room -= 1
