@@ -294,8 +294,9 @@ class NodeAgent:
             for worker in list(self._workers.values()):
                 told = worker.progress
                 if told.advance() and told.progress is not None:
-                    uid = told.uid or current_uid(worker.path)
-                    self.send(TaskProgressed(uid, 0, told.progress))
+                    with suppress(OSError):  # out of file descriptors: what comes next may be told
+                        uid = told.uid or current_uid(worker.path)
+                        self.send(TaskProgressed(uid, 0, told.progress))
 
     def processes_with_memory(self) -> list[WatchedProcess]:
         """Return the running processes of tasks in processes of their own."""

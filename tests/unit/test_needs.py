@@ -76,7 +76,7 @@ async def test_functions_do_not_starve_a_large_job_and_go_on_after_it() -> None:
 
 async def test_a_hold_ends_with_the_task_that_it_is_for() -> None:
     scene = Scene(patience_s=0)
-    node, agent = scene.node("one", 2)
+    _node, agent = scene.node("one", 2)
     worker = scene.worker("1")
     scene.submit(job("a", 1), job("large", 2))
     scene.submit(function("f"))
@@ -103,7 +103,7 @@ async def test_a_task_that_waits_for_a_gpu_leaves_the_cores_to_others_and_gets_b
 
 async def test_a_hole_is_filled_from_behind_a_thousand_tasks_for_which_there_is_no_room() -> None:
     scene = Scene()
-    node, agent = scene.node("one", 4, gpus=1)
+    _node, agent = scene.node("one", 4, gpus=1)
     scene.submit(*(needing(f"train{number}", Needs(1, 1)) for number in range(1000)), job("plain", 1))
     assert agent.uids == ["train0", "plain"]
 

@@ -46,12 +46,12 @@ class ProgressFile:
                     return False
                 self._read = self._freed = 0  # overwritten, in place of more lines
             file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                lines = self._new_lines(file)
+            finally:
+                os.close(file)
         except OSError:
             return False
-        try:
-            lines = self._new_lines(file)
-        finally:
-            os.close(file)
         now = time.time()
         for line in lines:
             uid, progress = read_line(line, now)
@@ -63,7 +63,6 @@ class ProgressFile:
         size = os.fstat(file).st_size
         start = max(self._read, size - _READ_BYTES)
         data = os.pread(file, size - start, start)
-        self._changed_ns = os.fstat(file).st_mtime_ns
         end = data.rfind(b"\n") + 1
         lines = data[:end].split(b"\n")
         if start > self._read:
@@ -72,6 +71,7 @@ class ProgressFile:
         if self._read - self._freed > _PUNCH_BYTES:
             punch_hole(file, self._freed, self._read - self._freed)
             self._freed = self._read
+        self._changed_ns = os.fstat(file).st_mtime_ns  # punch_hole changes it too
         return [line for line in lines if line.strip(b"\0 \r")]
 
     def final(self) -> Progress | None:

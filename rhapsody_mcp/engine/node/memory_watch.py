@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
@@ -31,7 +32,8 @@ def watch_memory(find: Callable[[], list[WatchedProcess]]) -> None:
     while True:
         if watched := find():
             began = time.monotonic()
-            _look(watched)
+            with suppress(OSError):  # out of file descriptors: the next look may find some
+                _look(watched)
             time.sleep(max(_LOOK_S, _SHARE_OF_TIME * (time.monotonic() - began)))
         else:
             time.sleep(_LOOK_S)

@@ -45,16 +45,16 @@ def read_line(line: bytes, at: float) -> tuple[str, Progress]:
     """
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         return "", Progress(at, message=_message(line.decode("utf-8", "replace").strip()))
-    return str(fields.get("task") or ""), progress_of(fields, at)
+    return _clean(str(fields.get("task") or "")), progress_of(fields, at)
 
 
 def progress_of(fields: Mapping[str, Any], at: float) -> Progress:
     """The progress that the object of a line tells."""
-    numbers = {name[:_NAME_CHARS]: _finite(value) for name, value in fields.items() if _is_number(value)}
+    numbers = {_clean(name[:_NAME_CHARS]): _finite(value) for name, value in fields.items() if _is_number(value)}
     step, of = numbers.pop("step", None), numbers.pop("of", None)
     kept = dict(list(numbers.items())[:_NUMBERS])
     history = {name: [value] for name, value in kept.items()}
@@ -62,7 +62,12 @@ def progress_of(fields: Mapping[str, Any], at: float) -> Progress:
 
 
 def _message(text: str) -> str:
-    return text[:_MESSAGE_CHARS]
+    return _clean(text[:_MESSAGE_CHARS])
+
+
+def _clean(text: str) -> str:
+    """Text that can be sent: without lone surrogates, as in names of files that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _is_number(value: Any) -> bool:
@@ -70,10 +75,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _finite(value: float) -> int | float | None:
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return value
     try:
-        return value if math.isfinite(value) else None
-    except OverflowError:  # an int that is too large for a float
+        number = float(value)  # also of an int that is too large to be sent
+    except OverflowError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def advanced(earlier: Progress | None, later: Progress) -> Progress:
