@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
@@ -303,7 +303,7 @@ class NodeAgent:
         found: list[WatchedProcess] = []
         for task in list(self._tasks.values()):
             limit = task.task_run.spec.layout.needs.memory_bytes
-            started = ((process, self.watched.get(process.name)) for process in task.processes())
+            started = ((process, self._pids(process)) for process in task.processes())
             found += [WatchedProcess(process, pids[0], limit) for process, pids in started if pids]
         return found
 
@@ -314,11 +314,14 @@ class NodeAgent:
         launchers = [os.getppid(), self._fork_launcher.pid]
         while True:
             time.sleep(self.config.stall_s / (MIN_CHECKS - 1))
-            launched = {pid: process for process in self._processes() for pid in self.watched.get(process.name, ())}
+            launched = {pid: process for process in self._processes() for pid in self._pids(process)}
             for pid in stop_detector.check([*launchers, *launched]):
                 if pid in launchers:
                     self.end(f"what started the host, or its fork server, {stalled}")
                 launched[pid].kill(f"{stalled}, and was ended for that")
+
+    def _pids(self, process: SupervisedProcess) -> Sequence[int]:
+        return () if process.has_ended else self.watched.get(process.name, ())
 
     def _processes(self) -> list[SupervisedProcess]:
         ranks = (process for task in list(self._tasks.values()) for process in task.processes())

@@ -193,7 +193,9 @@ class _Printed(NamedTuple):
 
     def added_to(self, outcome: Outcome, start: tuple[str, int]) -> Outcome:
         kept = self.outputs.get(start)
-        return outcome if kept is None else with_printed(outcome, printed_by_ranks(kept.paths, self.folder, kept.limit))
+        if kept is None:
+            return outcome
+        return with_printed(outcome, printed_by_ranks(start[0], kept.paths, self.folder, kept.limit))
 
 
 def _settle(

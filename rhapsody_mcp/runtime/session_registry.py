@@ -23,10 +23,10 @@ from rhapsody_mcp.ledger.records import CloseSession, DropSession, PutNumber, Pu
 from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
 from rhapsody_mcp.runtime.backend_factory import OpenBackends, SessionConfig
 from rhapsody_mcp.runtime.call_context import current_caller
+from rhapsody_mcp.runtime.environments.package_cache import PackageCache
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
 from rhapsody_mcp.runtime.mpi_record import MpiRecord
 from rhapsody_mcp.runtime.open_session import OpenSession
-from rhapsody_mcp.runtime.package_cache import PackageCache
 from rhapsody_mcp.runtime.recovery.orphans import end_orphans
 from rhapsody_mcp.runtime.recovery.recorder import Recorder, Storage
 from rhapsody_mcp.runtime.recovery.restore import restore

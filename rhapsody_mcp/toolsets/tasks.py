@@ -117,12 +117,10 @@ class Tasks:
             Field(ge=1, description="Return once so many more have ended (1: any); default is all."),
         ] = None,
         until: UntilField = None,
-        cursor: Annotated[
-            str | None, Field(description="cursor of the reply before, to see only what ended since.")
-        ] = None,
+        cursor: Annotated[str | None, Field(description="Of the reply before.")] = None,
         timeout_s: Annotated[
             float | None,
-            Field(ge=0, allow_inf_nan=False, description="Seconds to wait, default 25; cut at the server's cap."),
+            Field(ge=0, allow_inf_nan=False, description="Default 25."),
         ] = None,
     ) -> Annotated[CallToolResult, WaitReport]:
         started = asyncio.get_running_loop().time()  # the cap is on the whole call, also on a long selection of tasks

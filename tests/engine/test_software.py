@@ -16,7 +16,7 @@ from rhapsody_mcp.api import ComputeTask, Condition, ForEach, Module, Part, Sess
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.runtime.package_cache import PackageCache
+from rhapsody_mcp.runtime.environments.package_cache import PackageCache
 from tests.pythons import OTHER_VERSIONS, make_wheel, other_python
 
 pytestmark = pytest.mark.anyio

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rhapsody_mcp.model.errors import InvalidTask
-from rhapsody_mcp.runtime.package_cache import PackageCache
+from rhapsody_mcp.runtime.environments.package_cache import PackageCache
 from tests.processes import family, wait_until
 
 pytestmark = pytest.mark.anyio

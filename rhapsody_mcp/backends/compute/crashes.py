@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rhapsody_mcp.backends.compute.in_flight import InFlightTask
@@ -55,10 +56,13 @@ def collect_printed(
     for task in list(tasks.values()):
         own = places.get((task.uid, task.task_run.attempt), ())
         paths = [str(engine_folder.parent / place) for place in own if place.startswith(f"{engine_folder.name}/")]
-        task.printed = printed_by_ranks(paths, task.task_run.results_folder, caps.output_bytes)
+        task.printed = printed_by_ranks(task.uid, paths, task.task_run.results_folder, caps.output_bytes)
 
 
-def kept_output(task_run: TaskRun) -> tuple[RankOutcome, ...]:
-    """What the ranks of a task had printed whose engine has ended without its owner."""
-    kept = kept_outputs(task_run.results_folder).get((task_run.spec.uid, task_run.attempt))
-    return () if kept is None else printed_by_ranks(kept.paths, task_run.results_folder, kept.limit)
+def kept_output(task_runs: Iterable[TaskRun]) -> Iterator[tuple[RankOutcome, ...]]:
+    """Yield, for each of these tasks, what its ranks had printed whose engine has ended without its owner."""
+    kept_in = functools.cache(kept_outputs)
+    for task_run in task_runs:
+        uid, folder = task_run.spec.uid, task_run.results_folder
+        kept = kept_in(folder).get((uid, task_run.attempt))
+        yield () if kept is None else printed_by_ranks(uid, kept.paths, folder, kept.limit)

@@ -192,7 +192,8 @@ class Engine:
         """Note on the disk where output is kept if this process is killed."""
         if task_runs and task_runs[0].results_folder != self._results_folder:
             self._results_folder = task_runs[0].results_folder
-            note_results_folder(self.folder.path, self._results_folder, self.config.caps.output_bytes)
+            with suppress(OSError):  # a full disk: only what lost tasks had printed is missing later
+                note_results_folder(self.folder.path, self._results_folder, self.config.caps.output_bytes)
 
     # --- watching
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.outcome import Measured, Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause, TaskState
 
 __all__ = ["JobPart", "failed_rank", "merged"]
@@ -43,7 +43,16 @@ def merged(parts: Sequence[JobPart], failed_first: str | None = None) -> Outcome
         stderr=first.stderr,
         ranks=tuple(sorted((rank for part in parts for rank in _ranks(part)), key=lambda rank: rank.rank)),
         notes=_notes(parts),
+        progress=next((outcome.progress for outcome in outcomes if outcome.progress is not None), None),
+        measured=_measured([outcome.measured for outcome in outcomes if outcome.measured is not None]),
     )
+
+
+def _measured(parts: Sequence[Measured]) -> Measured | None:
+    if not parts:
+        return None
+    peaks = [part.peak_memory_bytes for part in parts if part.peak_memory_bytes is not None]
+    return Measured(sum(part.cpu_s for part in parts), max(peaks, default=None))
 
 
 def failed_rank(part: JobPart) -> int:

@@ -194,13 +194,16 @@ class PilotBackend(BackendBase):
             self._begin_again()
         else:
             self._fail_waiting(reason)
+        lost: list[_Live] = []
         for uid, live in list(self._live.items()):
             if live.is_canceled:
                 self._end_canceled(live)
             elif live.started or (uid, live.run.attempt) in noted or uid in unnoted:
-                self._end(live, Ended(uid, with_printed(failed(Cause.LOST, reason), kept_output(live.run))))
+                lost.append(live)
             else:
                 self._end(live, Returned(uid, reason))
+        for live, printed in zip(lost, kept_output(live.run for live in lost), strict=True):
+            self._end(live, Ended(live.run.spec.uid, with_printed(failed(Cause.LOST, reason), printed)))
 
     def _fail_waiting(self, reason: str) -> None:
         for waiting in (self._started, self._rested):

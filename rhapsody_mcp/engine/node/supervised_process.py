@@ -64,6 +64,11 @@ class SupervisedProcess:
         self._ended.set()
         return -signal.SIGKILL if self.kill_reason else code
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether `join` has returned. The same operating system process may supervise another task then."""
+        return self._ended.is_set()
+
     def kill(self, reason: str) -> None:
         """Kill the supervisor and its descendants. Call it from another thread than `join`."""
         self.kill_reason = reason

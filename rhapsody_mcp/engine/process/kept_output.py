@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from rhapsody_mcp.engine.task.output_files import STREAMS
+from rhapsody_mcp.engine.task.output_files import CURRENT_TASK, STREAMS
 from rhapsody_mcp.engine.task.start_log import read_places
 
 __all__ = ["KeptOutput", "keep_output", "kept_outputs", "note_results_folder"]
@@ -29,19 +29,21 @@ class KeptOutput(NamedTuple):
 
 def note_results_folder(engine_folder: Path, results_folder: str, limit: int | None) -> None:
     """Note where output is kept if the engine ends without its owner."""
-    (engine_folder / _NOTE).write_text(f"{limit or 0}\n{results_folder}")
+    new = engine_folder / f"{_NOTE}.new"
+    new.write_text(f"{limit or 0}\n{results_folder}")
+    new.replace(engine_folder / _NOTE)
 
 
 def keep_output(engine_folder: Path) -> None:
     """Move the output in the folder of an engine that has ended to the results of its session, if they are there."""
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # no note, or one that was cut short
         _, results = _read_note(engine_folder)
         printed = [file for suffix in STREAMS for file in engine_folder.glob(f"p*.{suffix}") if file.stat().st_size]
         if not printed or not os.path.isdir(results):
             return
         kept = Path(results, _KEPT, engine_folder.name)
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for file in (engine_folder / _NOTE, *printed):
+        for file in (engine_folder / _NOTE, *engine_folder.glob(f"p*.{CURRENT_TASK}"), *printed):
             shutil.move(file, kept / file.name)
 
 
@@ -52,16 +54,11 @@ def _read_note(folder: str | Path) -> tuple[int | None, str]:
 
 def kept_outputs(results_folder: str) -> dict[tuple[str, int], KeptOutput]:
     """Return the outputs that were kept, by uid and attempt."""
-    root = os.path.join(results_folder, _KEPT)
-    if not os.path.isdir(root):
-        return {}
+    root = Path(results_folder, _KEPT)
+    there = {str(file.relative_to(root).with_suffix("")) for suffix in STREAMS for file in root.glob(f"*/p*.{suffix}")}
     kept: dict[tuple[str, int], KeptOutput] = {}
-    for start, places in read_places(results_folder).items():
-        paths = [os.path.join(root, place) for place in places]
-        if any(map(_is_kept, paths)):
+    for start, places in read_places(results_folder).items() if there else ():
+        if not there.isdisjoint(places):
+            paths = [str(root / place) for place in places]
             kept[start] = KeptOutput(paths, _read_note(os.path.dirname(paths[0]))[0])
     return kept
-
-
-def _is_kept(path: str) -> bool:
-    return any(os.path.exists(f"{path}.{suffix}") for suffix in STREAMS)

@@ -10,6 +10,7 @@ from typing import BinaryIO, Protocol
 
 import msgspec
 
+from rhapsody_mcp.engine.live.printed import current_uid
 from rhapsody_mcp.engine.live.progress_file import PROGRESS
 from rhapsody_mcp.engine.task.output_files import CURRENT_TASK, MOVE_COUNT, STREAMS, middle
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
@@ -97,8 +98,11 @@ def take_output(path: str, folder: str | None, max_bytes: int | None) -> tuple[S
     return stdout, stderr
 
 
-def printed_by_ranks(paths: Sequence[str], folder: str, max_bytes: int | None) -> tuple[RankOutcome, ...]:
-    """Return what the ranks of a lost task had printed: their files have these paths, without the suffixes."""
+def printed_by_ranks(uid: str, paths: Sequence[str], folder: str, max_bytes: int | None) -> tuple[RankOutcome, ...]:
+    """Return what the ranks of a lost task had printed: their files have these paths, without the suffixes. The output
+    of a worker counts for the function that it ran last."""
+    if any(current_uid(path) not in ("", uid) for path in paths):
+        return ()
     outputs = [take_output(path, folder, max_bytes) for path in paths]
     return tuple(RankOutcome(rank, stdout=stdout, stderr=stderr) for rank, (stdout, stderr) in enumerate(outputs))
 

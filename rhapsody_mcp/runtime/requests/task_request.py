@@ -127,7 +127,7 @@ class TaskRequest(_StrictModel):
     ] = None
     prompt: Annotated[
         str | list[Any] | dict[str, Any] | None,
-        Field(description="Text, list of texts (the result is a list), or reference."),
+        Field(description="Text, list of texts, or reference."),
     ] = None
     messages: Annotated[
         list[dict[str, Any]] | None,
@@ -139,7 +139,7 @@ class TaskRequest(_StrictModel):
     model: Annotated[OrStandIn[str] | None, Field(description="Default is the backend's own.")] = None
     temperature: Annotated[
         OrStandIn[Annotated[float, Field(ge=0, le=2), _NUMBER]] | None,
-        Field(description="Randomness; default: the model's, mostly 1."),
+        Field(description="Default: the model's."),
     ] = None
     max_tokens: Annotated[
         OrStandIn[Annotated[int, Field(ge=1), _NUMBER]] | None, Field(description="Most tokens of one answer.")

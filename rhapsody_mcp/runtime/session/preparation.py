@@ -12,7 +12,7 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import Outcome, failed
 from rhapsody_mcp.model.specs import Software, TaskSpec
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.runtime.package_cache import PackageCache
+from rhapsody_mcp.runtime.environments.package_cache import PackageCache
 from rhapsody_mcp.runtime.tasks import Task
 
 __all__ = ["Preparation"]

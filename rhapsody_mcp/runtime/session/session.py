@@ -19,8 +19,8 @@ from rhapsody_mcp.model.sampling import check_integer
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.dataflow.graph import refuse_cycles
+from rhapsody_mcp.runtime.environments.package_cache import PackageCache
 from rhapsody_mcp.runtime.limits import Limits
-from rhapsody_mcp.runtime.package_cache import PackageCache
 from rhapsody_mcp.runtime.process_layout import read_software
 from rhapsody_mcp.runtime.session.acceptance import AcceptedTask
 from rhapsody_mcp.runtime.session.again import tasks_to_run_again

@@ -17,8 +17,8 @@ from rhapsody_mcp.model.outcome import Outcome, canceled, failed
 from rhapsody_mcp.model.specs import Software, TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import NOTHING, Reader, load, load_json
+from rhapsody_mcp.runtime.environments.package_cache import PackageCache
 from rhapsody_mcp.runtime.limits import Limits, SessionUsage
-from rhapsody_mcp.runtime.package_cache import PackageCache
 from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.session.acceptance import Acceptance, AcceptedTask
 from rhapsody_mcp.runtime.session.again import forget_end
