@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from rhapsody_mcp.backends.compute.job_parts import JobPart, merged
-from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.live.progress import Progress
+from rhapsody_mcp.model.outcome import Measured, Outcome, RankOutcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Stream, Value
 
@@ -55,6 +58,18 @@ def not_run(node: str, *ranks: int, state: TaskState, cause: Cause, error: str) 
 def test_a_task_on_one_node_keeps_its_outcome() -> None:
     part = done("a", 0, 1)
     assert merged([part]) is part.outcome
+
+
+def test_a_job_tells_what_all_of_its_nodes_used_and_the_progress_of_its_first_rank_that_told_any() -> None:
+    parts = [done("a", 0, 1), failed("b", 2, bad=2)]
+    measured, told = [Measured(2.0, 500), Measured(3.0, 700)], [Progress(1.0, 7), Progress(1.0, 5)]
+    outcome = merged(
+        [
+            part._replace(outcome=msgspec.structs.replace(part.outcome, measured=own, progress=progress))
+            for part, own, progress in zip(parts, measured, told, strict=True)
+        ]
+    )
+    assert (outcome.measured, outcome.progress) == (Measured(5.0, 700), Progress(1.0, 7))
 
 
 def test_a_job_has_the_value_and_output_of_rank_0_and_all_ranks_in_order() -> None:

@@ -58,7 +58,14 @@ def kept_outputs(results_folder: str) -> dict[tuple[str, int], KeptOutput]:
     there = {str(file.relative_to(root).with_suffix("")) for suffix in STREAMS for file in root.glob(f"*/p*.{suffix}")}
     kept: dict[tuple[str, int], KeptOutput] = {}
     for start, places in read_places(results_folder).items() if there else ():
-        if not there.isdisjoint(places):
+        if (place := next(filter(there.__contains__, places), None)) is not None:
             paths = [str(root / place) for place in places]
-            kept[start] = KeptOutput(paths, _read_note(os.path.dirname(paths[0]))[0])
+            kept[start] = KeptOutput(paths, _limit_of((root / place).parent))
     return kept
+
+
+def _limit_of(kept: Path) -> int | None:
+    try:
+        return _read_note(kept)[0]
+    except (OSError, ValueError):  # it was cut short: the output itself was never over the limit by much
+        return None
