@@ -53,7 +53,7 @@ class Acceptance:
     ) -> None:
         """`software` is that of tasks that name none."""
         self._backends, self._tasks, self._limits, self._usage = backends, tasks, limits, usage
-        self._software = software
+        self._software, self._has_software = software, bool(software)
         self._routes = {name: managed.backend for name, managed in backends.items()}
 
     def accept(self, batch: Sequence[Task]) -> list[AcceptedTask]:
@@ -117,6 +117,10 @@ class Acceptance:
         task = next(iter(leaves([task])), task)
         return task.layout.software.over(self._software) if isinstance(task, ComputeTask) else Software()
 
+    def _with_software(self, task: Task, spec: TaskSpec) -> TaskSpec:
+        software = self._software_for(task, spec)
+        return spec if software == spec.layout.software else replace(spec, layout=with_software(spec.layout, software))
+
     def _software_for(self, task: Task, spec: TaskSpec) -> Software:
         """An internal task, which reads results of others, runs with what the first that has any runs with."""
         own = spec.layout.software
@@ -140,9 +144,10 @@ class Acceptance:
             return AcceptedTask(task)
         try:
             managed = self._backends[route(kind_of(task), task.backend, self._routes)]
-            if (software := self._software_for(task, spec)) != spec.layout.software:
-                spec = replace(spec, layout=with_software(spec.layout, software))
-            if self._limits is not None and not is_hidden(task):
+            is_internal = is_hidden(task)
+            if is_internal or self._has_software:
+                spec = self._with_software(task, spec)
+            if self._limits is not None and not is_internal:
                 spec = self._limits.admit(spec)
             managed.backend.check(spec)
         except InvalidTask as error:

@@ -44,16 +44,13 @@ class Preparation:
         self._waiting: dict[Software, dict[str, Task]] = {}
         self._making: dict[Software, asyncio.Task[None]] = {}
 
-    def holds(self, task: Task) -> bool:
-        """Whether the task waits for its packages. It is queued again once they are there, and else ends."""
+    def hold(self, task: Task) -> None:
+        """Let the task wait for its packages. It is queued again once they are there, and else ends."""
         software = self._owner.specs[task.uid].layout.software
-        if not software.packages:
-            return False
         task.held_until = _HELD_UNTIL
         self._waiting.setdefault(software, {})[task.uid] = task
         if software not in self._making:
             self._making[software] = self._owner.spawn(self._make(software))
-        return True
 
     def drop(self, task: Task) -> bool:
         """Whether the task was waiting, which it does no longer. What nobody waits for is not made."""

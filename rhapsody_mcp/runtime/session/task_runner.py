@@ -142,11 +142,10 @@ class TaskRunner:
 
     async def run_again(self, accepted: Sequence[AcceptedTask]) -> None:
         """Run ended tasks again, a ForEach after its children. The caller holds `step_lock`."""
-        now = time.time()
         for task, _, spec in accepted:
             if spec is not None and task.outcome is not None:
                 self.usage.forget(spec, task.outcome)
-            forget_end(task, now)
+            forget_end(task, time.time())
         for task, _, _ in accepted:
             if task.parent is not None and task.parent.uid in self.unfinished:
                 self.for_each.count(task.parent)
@@ -213,23 +212,24 @@ class TaskRunner:
 
     def _submit_to_backends(self, tasks: Sequence[Task]) -> None:
         by_backend: dict[str, list[TaskRun]] = {}
+        folder = str(self.folder)
         for task in tasks:
             if source := self._failed_source(task):
                 self.end(task, canceled_by_upstream(source))
                 continue
-            is_conditional = task.when is not None and task.state is TaskState.WAITING
-            if is_conditional and not self._conditions.lets_run(task):
+            if task.when is not None and task.state is TaskState.WAITING and not self._conditions.lets_run(task):
                 continue
             task.state = TaskState.QUEUED
             self._notify(task)
             if isinstance(task, ForEach):
                 self.for_each.start(task)
                 continue
-            if self._preparation.holds(task):
+            if self.specs[task.uid].layout.software.packages:
+                self._preparation.hold(task)
                 continue
             task.attempts += 1
             self.queued[task.uid] = task
-            by_backend.setdefault(task.backend or "", []).append(self._task_run(task))
+            by_backend.setdefault(task.backend or "", []).append(self._task_run(task, folder))
         for name, task_runs in by_backend.items():
             self.backends[name].submit(task_runs)
 
@@ -239,13 +239,13 @@ class TaskRunner:
                 return source
         return None
 
-    def _task_run(self, task: Task) -> TaskRun:
+    def _task_run(self, task: Task, folder: str) -> TaskRun:
         bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
         is_resumed, task.is_resumed = task.is_resumed, False
         return TaskRun(
             spec=self.specs[task.uid],
             bindings=bindings,
-            results_folder=str(self.folder),
+            results_folder=folder,
             attempt=max(1, task.attempts),
             resumed=is_resumed,
         )
@@ -278,15 +278,8 @@ class TaskRunner:
         task = self.tasks[event.uid]
         if task.state.final:
             return
-        if isinstance(event, Progressed):
-            task.progress = event.progress
-            self._on_progress(task)
-            return
-        if isinstance(event, Running):
-            if event.nodes:
-                task.placed_on = event.nodes
-            self._set_running(task, event.at)
-            self._set_parent_running(task, event.at)
+        if not isinstance(event, Ended):
+            self._handle_sign_of_life(task, event)
             return
         outcome = event.outcome
         if self._limits is not None and outcome.cause is Cause.TIMEOUT:
@@ -302,6 +295,15 @@ class TaskRunner:
             self.spawn(self._open_long_result(task, outcome))
         else:
             self.end(task, open_results(task, outcome, self._read, self.specs[task.uid].layout.software))
+
+    def _handle_sign_of_life(self, task: Task, event: Running | Progressed) -> None:
+        if isinstance(event, Progressed):
+            task.progress = event.progress
+            self._on_progress(task)
+        else:
+            task.placed_on = event.nodes or task.placed_on
+            self._set_running(task, event.at)
+            self._set_parent_running(task, event.at)
 
     def _set_running(self, task: Task, at: float) -> None:
         task.state, task.started = TaskState.RUNNING, at
@@ -335,8 +337,7 @@ class TaskRunner:
 
     def end(self, task: Task, outcome: Outcome) -> None:
         """Give a task its final state, and each task that waits for it its next state."""
-        ending = [(task, outcome)]
-        ready: list[Task] = []
+        ending, ready = [(task, outcome)], list[Task]()
         for task, outcome in ending:  # the list grows in the loop
             if task.state.final:
                 continue
@@ -421,7 +422,7 @@ class TaskRunner:
                 by_backend.setdefault(task.backend or "", set()).add(task.uid)
         for name, uids in by_backend.items():
             withdrawn = self.backends[name].withdraw(uids)
-            candidates = [self.tasks[uid] for uid in uids]
+            candidates = map(self.tasks.__getitem__, uids)
             ending += [task for task in candidates if task.uid in withdrawn or task.state is TaskState.WAITING]
             self.backends[name].cancel(uids)
         return [(task, task.state) for task in ending if not task.state.final]
@@ -438,9 +439,8 @@ class TaskRunner:
             self.end(task, canceled(Cause.CANCELED, message))
         if self._temporary is not None:
             self._temporary.remove()
-        for error in errors:
-            if isinstance(error, BaseException):
-                raise error
+        for error in filter(None, errors):
+            raise error
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run the coroutine in the background; `close` waits for its end."""
