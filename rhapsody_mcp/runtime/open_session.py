@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 from rhapsody_mcp.model.errors import UnknownName
@@ -55,9 +56,13 @@ class OpenSession:
 
     def by_uid(self, uid: str) -> Task:
         """The task with this uid, also where another task has this uid as its name. Raises UnknownName."""
-        if (task := self._tasks.get(uid) or self._child(uid)) is None:
+        if (task := self.find(uid)) is None:
             raise UnknownName("task", uid, self._tasks)
         return task
+
+    def find(self, uid: str) -> Task | None:
+        """As `by_uid`; None where there is no such task."""
+        return self._tasks.get(uid) or self._child(uid)
 
     def _child(self, name: str) -> Task | None:
         parent_name, number = split_item_name(name)
@@ -123,13 +128,19 @@ class OpenSession:
             self.submissions[key] = submission
         return again
 
-    async def prioritize(self, tasks: Sequence[Task], priority: int) -> list[Task]:
-        """As `Session.prioritize`; with a ledger, the priority is durable first. Of a for_each, a single task has its
-        new priority only in the life of this service."""
-        submitted = [task for task in tasks if task.parent is None and not task.state.final]
-        if self.recorder is not None and submitted:
-            await self.recorder.record_priority(submitted, priority)
-        return self.session.prioritize(tasks, priority)
+    async def prioritize(self, priorities: Sequence[tuple[Task, int]]) -> None:
+        """Give each of these tasks its priority, where it has not ended; with a ledger, the priorities are durable
+        first. Of a for_each, a single task has its new priority only in the life of this service."""
+        if self.recorder is not None:
+            by_priority: defaultdict[int, list[Task]] = defaultdict(list)
+            for task, priority in priorities:
+                by_priority[priority] += [task] if task.parent is None and not task.state.final else []
+            for priority, tasks in by_priority.items():
+                if tasks:
+                    await self.recorder.record_priority(tasks, priority)
+        for task, priority in priorities:
+            if not task.state.final:
+                self.session.prioritize(task, priority)
 
     def add_uid(self, task: Task) -> None:
         """Make the task known by its uid alone."""

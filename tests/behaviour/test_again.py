@@ -271,3 +271,15 @@ async def test_what_still_waits_waits_also_for_what_runs_again() -> None:
         assert (await wait(agent))["counts"] == {"DONE": 8}
         assert (await result(agent, "both"))["result"] == "7"
         assert (await result(agent, "more"))["result"] == "[7]"
+
+
+async def test_a_task_whose_name_was_taken_stays_as_it_is_when_its_source_runs_again() -> None:
+    flaky = Flaky("task.000001")
+    async with open_agent(backend=flaky.backend) as agent:
+        first = {"name": "first", "source": SQUARE, "args": [3]}
+        await submit(agent, first, {"name": "second", "function": "builtins:str", "args": [{"ref": "first"}]})
+        await agent.call("submit_tasks", session="session-1", tasks=[{"name": "second", "function": "builtins:dict"}])
+        flaky.bad.clear()
+        await again(agent, "first")
+        assert (await wait(agent))["counts"] == {"DONE": 2}
+        assert (await result(agent, "first"))["result"] == 9

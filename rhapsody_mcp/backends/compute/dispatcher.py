@@ -176,6 +176,8 @@ class Dispatcher:
         """Move tasks that wait in a queue, by uid, to these priorities."""
         for queue in self._queues:
             queue.move(lambda task: task.uid in priorities, lambda task: priorities[task.uid])
+        for uid in priorities.keys() & self.tasks.keys():  # also those that a worker may give back
+            self.tasks[uid].priority = priorities[uid]
         self._assign()
 
     def stop(self, uids: Iterable[str], cause: Cause) -> None:
@@ -417,8 +419,7 @@ class Dispatcher:
             if not worker.assigned and worker.function_channel is not None:
                 worker.function_channel.close()  # the worker has run its bundle; it exits then
             return
-        is_short = message.ended - message.started < _SHORT_S
-        worker.window = min(worker.window * 2, _MAX_SENT) if is_short else 1
+        worker.window = min(worker.window * 2, _MAX_SENT) if message.ended - message.started < _SHORT_S else 1
         worker.recalled.discard(message.uid)
         waiting = self.processes.queue.size
         if self._function_queue.size and not self.is_halted and not (waiting and self._yields(worker)):

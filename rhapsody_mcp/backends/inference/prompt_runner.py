@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -104,8 +105,13 @@ class PromptRunner:
                 self._tasks[uid].cancel()
 
     def prioritize(self, priorities: Mapping[str, int]) -> None:
+        prompts: defaultdict[int, list[Prompt]] = defaultdict(list)
         for uid in priorities.keys() & self._prompt_tasks.keys():
-            self._prompt_tasks[uid].prioritize(priorities[uid])
+            task = self._prompt_tasks[uid]
+            task.priority = priorities[uid]
+            prompts[task.priority] += task.asked
+        for priority, asked in prompts.items():
+            self._batcher.prioritize(asked, priority)
 
     def remove_server(self, server: ChatServer, message: str) -> None:
         """This server is gone, with its prompts. Once no server is left, tasks that were not sent are returned."""
@@ -147,10 +153,6 @@ class _PromptTask:
         self.priority = task_run.spec.priority
         self.started: float | None = None
         self.time_limit = asyncio.timeout(None)
-
-    def prioritize(self, priority: int) -> None:
-        self.priority = priority
-        self.batcher.prioritize(self.asked, priority)
 
     async def run(self) -> Outcome | Returned:
         timeout_s = self.task_run.spec.timeout_s

@@ -35,7 +35,8 @@ async def restore(opened: OpenSession, ledger: Ledger, key: str) -> None:
             children.setdefault(row.parent, []).append(row)
     tasks, unreadable = await _restore_tasks(opened, [row for row in rows if row.parent is None], children)
     for submission in await ledger.submissions(key):
-        submitted = tuple(opened.by_uid(uid) for uid in submission.uids)
+        found = (opened.find(uid) for uid in submission.uids)  # a for_each may have fewer tasks than it had
+        submitted = tuple(task for task in found if task is not None)
         opened.submissions[submission.key] = Submission(submission.key, submission.asked, submitted)
     positions = {row.uid: row.position for row in rows if row.position is not None}
     ended = [task for task in with_children(tasks) if task.state.final]

@@ -8,9 +8,17 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of, with_children
 
-__all__ = ["attempts_before", "forget_end", "is_outdated", "tasks_to_run_again"]
+__all__ = ["JoinsResults", "attempts_before", "forget_end", "is_outdated", "tasks_to_run_again"]
 
 _BECAUSE_OF_OTHERS = (Cause.UPSTREAM, Cause.SKIPPED)
+
+
+class JoinsResults(InvalidTask):
+    """Tasks of `parent` cannot run again yet: all have ended, and the results of the ForEach are put together."""
+
+    def __init__(self, parent: ForEach) -> None:
+        super().__init__(f"{name_of(parent)} puts its results together now; call wait_tasks, then run it again.")
+        self.parent = parent
 
 
 def tasks_to_run_again(named: Sequence[Task], session_tasks: Sequence[Task]) -> list[Task]:
@@ -32,7 +40,7 @@ def tasks_to_run_again(named: Sequence[Task], session_tasks: Sequence[Task]) -> 
         if task.uid not in again:
             _refuse_impossible(task)
             again.add(task.uid)
-            pending += dependents.get(task.uid, ())
+            pending += filter(_has_its_name, dependents.get(task.uid, ()))
             pending += [task.parent] if task.parent is not None and task.parent.state.final else ()
     return [task for task in every if task.uid in again]
 
@@ -71,16 +79,19 @@ def _with_missing_sources(tasks: Iterable[Task]) -> Iterator[Task]:
                 pending += _failed_parts(source)
 
 
+def _has_its_name(task: Task) -> bool:
+    return (task.parent or task).replaced_by is None
+
+
 def _refuse_impossible(task: Task) -> None:
-    top = task.parent or task
-    if top.replaced_by is not None:
+    if not _has_its_name(task):
         raise InvalidTask(
-            f"{name_of(task)} ({task.uid}) cannot run again: {top.replaced_by} has taken its name. Submit what needs "
-            "it again, under its own name."
+            f"{name_of(task)} ({task.uid}) cannot run again: {(task.parent or task).replaced_by} has taken its name. "
+            "Submit what needs it again, under its own name."
         )
     parent = task.parent
     if isinstance(parent, ForEach) and not parent.state.final and all(one.state.final for one in parent.children):
-        raise InvalidTask(f"{name_of(parent)} puts its results together now; call wait_tasks, then run it again.")
+        raise JoinsResults(parent)
 
 
 def attempts_before(task: Task) -> int:
@@ -91,10 +102,11 @@ def attempts_before(task: Task) -> int:
 
 def forget_end(task: Task, now: float) -> None:
     """Make an ended task one that waits since now. Its attempts go on counting, and it has all its retries anew."""
+    was_sent = task.attempts > 0
     task.attempts = attempts_before(task)
     if task.attempts:
         task.earlier_attempts = task.attempts
-    if task.attempts and task.outcome is not None and task.cause is not None and task.cause not in _BECAUSE_OF_OTHERS:
+    if was_sent and task.outcome is not None and task.cause is not None and task.cause not in _BECAUSE_OF_OTHERS:
         task.last_failure = f"attempt {task.attempts} ended with cause {task.cause}: {task.outcome.error}"
     task.state, task.submitted = TaskState.WAITING, now
     task.outcome = task.started = task.position = task.return_value = task.stdout = task.stderr = None

@@ -33,6 +33,9 @@ class ConditionOwner(Protocol):
     async def run_hidden(self, task: Task) -> Task:
         """Run an internal task and return it when it has ended."""
 
+    def is_ready(self, task: Task) -> bool:
+        """Whether the task has everything that it needs, and no backend has it."""
+
     def queue(self, tasks: Sequence[Task]) -> None:
         """Submit ready tasks to their backends."""
 
@@ -88,17 +91,21 @@ class Conditions:
     async def _decide(self, condition: Condition, value: Value, outcome: Outcome | None) -> None:
         try:
             verdict = await (self._by_worker(condition) if value.format != "json" else _read(condition, value))
-        except (RhapsodyError, OSError) as error:
+            self._verdicts[condition] = outcome, verdict
+        except (RhapsodyError, OSError) as error:  # no verdict on the result: the tasks can run again
             verdict = _Verdict(Cause.INVALID, f"when: {error}")
-        self._verdicts[condition] = outcome, verdict
-        tasks = [task for task in self._undecided.pop(condition) if not task.state.final]
-        if not self._owner.closed:
+        undecided = dict.fromkeys(self._undecided.pop(condition))  # one that was canceled and runs again is there twice
+        tasks = [task for task in undecided if self._owner.is_ready(task)]
+        if verdict.cause is Cause.INVALID:
+            for task in tasks:
+                self._apply(task, verdict)
+        elif not self._owner.closed:
             self._owner.queue(tasks)
 
     async def _by_worker(self, condition: Condition) -> _Verdict:
         """The verdict on a Python object, which only a worker may open."""
         args = (condition.source, condition.path, msgspec.json.encode(condition.comparison))
-        task = await self._owner.run_hidden(ComputeTask(_WHY_NOT, args=args))
+        task = await self._owner.run_hidden(ComputeTask(_WHY_NOT, args=args, retries=2, retry_delay_s=0.0))
         if task.state is not TaskState.DONE or task.outcome is None or task.outcome.value is None:
             raise InvalidTask(task.outcome.error if task.outcome else "nothing came back")
         answer = load_json(task.outcome.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,17 +53,22 @@ class ForEachRunner:
         self._owner, self._max_bytes = owner, max_bytes
         self._unfinished: dict[str, int] = {}
         self._expansions: dict[str, asyncio.Task[None]] = {}
+        self._runs: defaultdict[str, int] = defaultdict(int)
+        """How often each ForEach was begun: one that was canceled may run again while its items are read, or its
+        results are put together."""
 
     def has_open_children(self, parent: ForEach) -> bool:
         return bool(self._unfinished.get(parent.uid))
 
     def start(self, parent: ForEach) -> None:
         """Make the children; the items are available now."""
+        self._runs[parent.uid] += 1
         self._expansions[parent.uid] = self._owner.spawn(self._expand(parent))
 
     def watch(self, parent: ForEach) -> None:
         """Join the results of the children when the last child ends."""
         parent.state = TaskState.QUEUED
+        self._runs[parent.uid] += 1
         self.count(parent)
         if not self._unfinished[parent.uid]:
             self._owner.spawn(self._join(parent))
@@ -92,13 +98,18 @@ class ForEachRunner:
             await asyncio.wait(by_workers, timeout=_WORKER_READS_S)
 
     async def _expand(self, parent: ForEach) -> None:
+        run = self._runs[parent.uid]
         try:
-            await self._owner.submit_children(parent, await self._read_items(parent))
+            items = await self._read_items(parent)
+            if self._runs[parent.uid] == run:
+                await self._owner.submit_children(parent, items)
         except (RhapsodyError, OSError) as error:
-            parent.children = []
-            self._owner.end(parent, failed(Cause.INVALID, str(error)))
+            if self._runs[parent.uid] == run:
+                parent.children = []
+                self._owner.end(parent, failed(Cause.INVALID, str(error)))
         finally:
-            self._expansions.pop(parent.uid, None)
+            if self._expansions.get(parent.uid) is asyncio.current_task():
+                del self._expansions[parent.uid]
 
     async def _read_items(self, parent: ForEach) -> Sequence[Any]:
         source = parent.source
@@ -119,13 +130,15 @@ class ForEachRunner:
         return [Part(list_task, f"/{number}") for number in range(list_task.outcome.value.length or 0)]
 
     async def _join(self, parent: ForEach) -> None:
+        run = self._runs[parent.uid]
         try:
             outcome = outcome_of(parent, await self._join_results(parent))
         except (RhapsodyError, OSError) as error:
             cause = Cause.ERROR if isinstance(error, LimitExceeded | TaskFailed) else Cause.LOST
             outcome = failed(cause, f"its results cannot be put together: {error}")
-        parent.return_value = [child.return_value for child in parent.children]
-        self._owner.end(parent, outcome)
+        if self._runs[parent.uid] == run:
+            parent.return_value = [child.return_value for child in parent.children]
+            self._owner.end(parent, outcome)
 
     async def _join_results(self, parent: ForEach) -> Value | None:
         """The list of the results. JSON results and files are joined in this process, other objects by a worker."""

@@ -114,7 +114,11 @@ class ManagedBackend:
             if (priority := priorities.get(task_run.spec.uid)) is not None:
                 self._pending[number] = replace(task_run, spec=replace(task_run.spec, priority=priority))
         self._sort_pending()
-        self.backend.prioritize({uid: priority for uid, priority in priorities.items() if uid in self._live})
+        submitted = {uid: priority for uid, priority in priorities.items() if uid in self._live}
+        for uid, priority in submitted.items():  # one that its engine gives back keeps its priority
+            task_run = self._live[uid]
+            self._live[uid] = replace(task_run, spec=replace(task_run.spec, priority=priority))
+        self.backend.prioritize(submitted)
 
     def _sort_pending(self) -> None:
         if any(task_run.spec.priority for task_run in self._pending):

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.outcome import Outcome, failed
 from rhapsody_mcp.model.specs import Software, TaskSpec
-from rhapsody_mcp.model.states import Cause
+from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.environments.package_cache import PackageCache
 from rhapsody_mcp.runtime.tasks import Task
 
@@ -81,4 +81,5 @@ class Preparation:
                 spec = self._owner.specs[task.uid]
                 prepared = replace(software, python=python, packages=())
                 self._owner.specs[task.uid] = replace(spec, layout=replace(spec.layout, software=prepared))
+                task.state = TaskState.WAITING
         self._owner.queue([task for task in tasks if not task.state.final])

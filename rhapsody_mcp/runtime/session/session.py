@@ -23,7 +23,7 @@ from rhapsody_mcp.runtime.environments.package_cache import PackageCache
 from rhapsody_mcp.runtime.limits import Limits
 from rhapsody_mcp.runtime.process_layout import read_software
 from rhapsody_mcp.runtime.session.acceptance import AcceptedTask
-from rhapsody_mcp.runtime.session.again import tasks_to_run_again
+from rhapsody_mcp.runtime.session.again import JoinsResults, tasks_to_run_again
 from rhapsody_mcp.runtime.session.managed_backend import EngineNotice
 from rhapsody_mcp.runtime.session.queue_positions import queued_before
 from rhapsody_mcp.runtime.session.statistics import StatisticsCollector
@@ -202,12 +202,13 @@ class Session:
         self._refuse_other_loop()
         named = [tasks] if isinstance(tasks, Task) else list(tasks)
         async with self._runner.step_lock:
-            again: list[Task] = []
-            while len(more := self.plan_retry(named)) > len(again):  # a for_each may end while the others are recorded
+            again, more = list[Task](), self.plan_retry(named)
+            while len(more) > len(again):  # a for_each may end while the others are recorded
                 again = more
                 accepted = self._runner.acceptance.accept_again(again)
                 if record is not None:
                     await record(again)
+                more = await self._plan_retry_later(named)
             self._statistics.count_anew()
             await self._runner.run_again(accepted)
         return again
@@ -228,6 +229,14 @@ class Session:
         """By uid, how many tasks of its backend come before each of these tasks that are QUEUED: those that run, and
         those that wait with a higher priority, or with the same one for longer."""
         return queued_before(tasks, self._runner.queued.values(), self._runner.unfinished.values())
+
+    async def _plan_retry_later(self, tasks: Sequence[Task]) -> list[Task]:
+        """As `plan_retry`, once no ForEach puts its results together: part of the plan is recorded already."""
+        while True:
+            try:
+                return self.plan_retry(tasks)
+            except JoinsResults as error:
+                await asyncio.wait([error.parent.future])
 
     def plan_retry(self, tasks: Sequence[Task]) -> list[Task]:
         """The tasks that `retry` would run again, each ForEach after its children. Raises what `retry` raises."""

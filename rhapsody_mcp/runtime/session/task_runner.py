@@ -110,7 +110,7 @@ class TaskRunner:
     def submit(self, accepted: Sequence[AcceptedTask]) -> None:
         for task, managed, spec in accepted:
             self._add_unfinished(task, managed, spec)
-        self.queue([task for task, _, _ in accepted if self._is_ready(task)])
+        self.queue([task for task, _, _ in accepted if self.is_ready(task)])
 
     def _add_unfinished(self, task: Task, managed: ManagedBackend | None, spec: TaskSpec | None) -> None:
         self._add(task, managed, spec)
@@ -169,10 +169,9 @@ class TaskRunner:
                 refused.setdefault(task.uid, str(error))
             (self._add_ended if task.state.final else self._add_unfinished)(*accepted)
         unfinished = [task for task in tasks if not task.state.final]
-        for task in unfinished:
-            if task.uid in refused:
-                self.end(task, failed(Cause.INVALID, refused[task.uid]))
-        self.queue([task for task in unfinished if self._is_ready(task)])
+        for task in [task for task in unfinished if task.uid in refused]:
+            self.end(task, failed(Cause.INVALID, refused[task.uid]))
+        self.queue([task for task in unfinished if self.is_ready(task)])
 
     async def run_hidden(self, task: Task) -> Task:
         """Run an internal task, which no list or count shows, and return it when it has ended.
@@ -193,8 +192,9 @@ class TaskRunner:
 
     # --- queueing
 
-    def _is_ready(self, task: Task) -> bool:
-        return task.state is TaskState.WAITING and not self._dependencies.is_waiting(task)
+    def is_ready(self, task: Task) -> bool:
+        is_open = task.uid in self.unfinished and task.state is TaskState.WAITING
+        return is_open and not self._dependencies.is_waiting(task)
 
     def queue(self, tasks: Sequence[Task]) -> None:
         """Submit ready tasks to their backends: the first step at once, the others in later steps."""
@@ -208,7 +208,7 @@ class TaskRunner:
         for step in steps(tasks):
             await asyncio.sleep(0)
             if not self.closed:
-                self._submit_to_backends([task for task in step if not task.state.final])
+                self._submit_to_backends([task for task in step if self.is_ready(task)])
 
     def _submit_to_backends(self, tasks: Sequence[Task]) -> None:
         by_backend: dict[str, list[TaskRun]] = {}

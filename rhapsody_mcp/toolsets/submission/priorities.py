@@ -11,14 +11,17 @@ from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.replies.base import count_states, reply
-from rhapsody_mcp.toolsets.replies.formatting import call_text, counts_text
+from rhapsody_mcp.toolsets.replies.formatting import call_text, counts_text, limited_list
 from rhapsody_mcp.toolsets.submission.report import SubmissionReport
 
 __all__ = ["prioritize"]
 
+_NAMES_SHOWN = 10
+
 
 async def prioritize(open_session: OpenSession, priorities: Mapping[str, int]) -> CallToolResult:
-    """Change all of the priorities or none. Raises UnknownName, and InvalidTask where a task has ended."""
+    """Change the priorities. Raises UnknownName, and InvalidTask where a task has ended, with nothing changed; the
+    reply tells of a task that has ended meanwhile."""
     async with open_session.naming_lock:
         tasks = {name: open_session.task(name) for name in priorities}
         for name, task in tasks.items():
@@ -31,19 +34,19 @@ async def prioritize(open_session: OpenSession, priorities: Mapping[str, int]) -
                 raise InvalidTask(
                     f"{name} has ended {task.counted_as}: its priority does nothing.", field="reprioritize"
                 )
-        changed = [
-            one for name, task in tasks.items() for one in await open_session.prioritize([task], priorities[name])
-        ]
+        await open_session.prioritize([(task, priorities[name]) for name, task in tasks.items()])
     singles = [task for task in leaves(tasks.values()) if not task.state.final]
     data = SubmissionReport(
         session=open_session.id,
         submitted=0,
-        first=changed[0].uid,
-        last=changed[-1].uid,
+        first=next(iter(tasks.values())).uid,
+        last=next(reversed(tasks.values())).uid,
         names={name_of(task): task.uid for task in tasks.values()},
         counts=count_states(singles),
         backends=dict(Counter(task.backend or "" for task in singles)),
     )
     given = ", ".join(f"{name} {priority}" for name, priority in priorities.items())
     text = f"Priorities: {given}; {tasks_text(len(singles))} of them open ({counts_text(data.counts)})."
+    if ended := [name for name, task in tasks.items() if task.state.final]:
+        text += f" Ended meanwhile: {limited_list(ended, _NAMES_SHOWN)}."
     return reply(f"{text}\nNext: {call_text('wait_tasks', session=open_session.id)}.", data)
