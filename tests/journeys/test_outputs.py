@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,15 @@ async def test_the_files_that_a_task_leaves_are_parts_of_its_result(agent: Trave
     assert isinstance(text, TextResourceContents) and "0.25" in text.text
 
 
+@pytest.fixture
+def written_here() -> Iterator[None]:
+    """For functions in workers, whose working directory is that of the server."""
+    yield
+    for path in Path().glob("out-?.txt"):
+        path.unlink()
+
+
+@pytest.mark.usefixtures("written_here")
 async def test_each_task_of_a_sweep_and_each_kind_of_function_gives_out_its_files(
     agent: Traveller, tmp_path: Path
 ) -> None:
