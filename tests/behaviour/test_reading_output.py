@@ -12,12 +12,15 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from rhapsody_mcp.backends.base import Progressed
 from rhapsody_mcp.model.live.output import OutputQuery, Printed
+from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Stream
 from rhapsody_mcp.runtime.tasks import leaves
 from rhapsody_mcp.toolsets.output.follow import follow
+from rhapsody_mcp.toolsets.replies.base import REPLY_BYTES, size_of
 from tests.agents import Agent, open_agent
 from tests.behaviour.test_resources import AT_ONCE, Ears, subscribed
 from tests.behaviour.test_watching import SESSION, WatchedBackend
@@ -228,3 +231,29 @@ async def test_a_subscriber_hears_that_a_shorter_later_attempt_grows() -> None:
                 await ears.until(log)
         backend.may_finish.set()
     ears.close()
+
+
+HISTORY: list[int | float | None] = [1 / (number + 3) for number in range(32)]
+
+
+async def test_the_history_of_numbers_takes_no_room_from_results_and_errors() -> None:
+    names = ("loss", "accuracy", "learning rate")
+    backend, error = Printing(failures=10), "by chance"
+    async with running(backend, for_each=20) as agent:
+        for number in range(20):
+            numbers: dict[str, int | float | None] = dict.fromkeys(names, HISTORY[-1])
+            history = dict.fromkeys(names, HISTORY)
+            uid = f"task.000001[{number}]"
+            backend.reports[uid](Progressed(uid, Progress(1.0, 31, 32, numbers=numbers, history=history)))
+        shown = (await agent.call("get_result", **SESSION, task="train[3]"))["progress"]
+        assert shown["history"]["loss"] == HISTORY
+        running_rows = (await agent.call("wait_tasks", **SESSION, timeout_s=0))["running"]
+        assert len(running_rows) == 5 and running_rows["train[0]"]["history"]["loss"] == HISTORY[-13:]
+        backend.may_finish.set()
+        waited = await agent.call("wait_tasks", **SESSION)
+        assert size_of(agent.replies[-1]) < REPLY_BYTES / 2 and error in waited["failures"][0]["error"]
+        rows = (await agent.call("list_tasks", **SESSION, for_each="train"))["tasks"]
+        assert size_of(agent.replies[-1]) < REPLY_BYTES and len(rows) == 20
+        assert {row["error"] for row in rows if "error" in row} == {f"ValueError: {error}"}
+        assert all(row["progress"]["numbers"] == numbers for row in rows)
+        assert all(len(row["progress"]["history"]["loss"]) == 3 for row in rows)

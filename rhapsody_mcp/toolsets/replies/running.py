@@ -34,7 +34,7 @@ async def show_running(
         shown = {name: whole.cut(int(max_bytes * share)) for name, whole in excerpts.items() if whole.text}
         output: dict[str, Any] = {name: excerpt.text for name, excerpt in shown.items()}
         output |= {f"{name}_bytes": excerpt.size for name, excerpt in shown.items()}
-        data = TaskResult(**row_fields(task), **output, rank=rank)
+        data = TaskResult(**row_fields(task, share), **output, rank=rank)
         lines = [_first_line(data, task), *_other_lines(excerpts, search is not None)]
         for name, excerpt in shown.items():
             lines += untrusted(name, excerpt.text, f"{excerpt.extent} so far")
