@@ -16,11 +16,14 @@ from rhapsody_mcp.backends.base import Progressed
 from rhapsody_mcp.model.live.output import OutputQuery, Printed
 from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import Outcome
+from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.values import Stream
 from rhapsody_mcp.runtime.tasks import leaves
+from rhapsody_mcp.toolsets.output.feed import OutputFeed
 from rhapsody_mcp.toolsets.output.follow import follow
 from rhapsody_mcp.toolsets.replies.base import REPLY_BYTES, size_of
+from rhapsody_mcp.toolsets.waiting.until import Condition, Until
 from tests.agents import Agent, open_agent
 from tests.behaviour.test_resources import AT_ONCE, Ears, subscribed
 from tests.behaviour.test_watching import SESSION, WatchedBackend
@@ -139,6 +142,39 @@ async def test_a_later_attempt_is_followed_from_its_first_byte_on() -> None:
             assert [line async for line in lines] == [("stdout", "last")]
 
 
+async def test_an_output_that_begins_anew_is_followed_from_its_first_byte_on() -> None:
+    backend = Printing()
+    backend.printed = b"a start that hangs\n"
+    async with running(backend) as agent:
+        opened = agent.sessions.get("session-1")
+        lines = follow(opened.session, opened.task("train"), None, until_end=True)
+        with anyio.fail_after(60):
+            assert await anext(lines) == ("stdout", "a start that hangs\n")
+            backend.printed = b"again\n"
+            assert await anext(lines) == ("stdout", "again\n")
+
+
+async def test_an_output_that_is_handed_over_before_the_end_is_told_is_not_given_again() -> None:
+    backend = Printing()
+    backend.printed = b"some\n"
+    async with running(backend) as agent:
+        opened = agent.sessions.get("session-1")
+        lines = follow(opened.session, opened.task("train"), None, until_end=True)
+        with anyio.fail_after(60):
+            assert await anext(lines) == ("stdout", "some\n")
+            backend.printed, looks = b"", backend.looks
+
+            async def end() -> None:
+                while backend.looks == looks:
+                    await anyio.lowlevel.checkpoint()
+                backend.ended_with = b"some\nmore\n"
+                backend.end_attempt()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(end)
+                assert [line async for line in lines] == [("stdout", "more\n")]
+
+
 @pytest.mark.parametrize(
     ("text", "met"), [("loss | 0.5", False), ("a || b", True), ("| b", True), ("|", True), ("epoch 3", False)]
 )
@@ -231,6 +267,38 @@ async def test_a_subscriber_hears_that_a_shorter_later_attempt_grows() -> None:
                 await ears.until(log)
         backend.may_finish.set()
     ears.close()
+
+
+async def test_the_output_of_a_task_that_has_ended_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+
+    class Counted(OutputFeed):
+        async def pieces(self, max_bytes: int) -> AsyncIterator[tuple[int, str]]:
+            reads.append(self._task.uid)
+            async for piece in super().pieces(max_bytes):
+                yield piece
+
+    monkeypatch.setattr("rhapsody_mcp.toolsets.waiting.until.OutputFeed", Counted)
+    backend, may_end = Printing(), anyio.Event()
+
+    async def script(spec: TaskSpec, _: object) -> Outcome:
+        if spec.uid == "task.000001[2]":
+            await may_end.wait()
+        return backend._end()
+
+    async with running(backend, for_each=3) as agent:
+        backend.script = script
+        backend.end_attempt()
+        opened = agent.sessions.get("session-1")
+        await opened.session.wait_tasks(leaves(opened.session.tasks)[:2], timeout=60)
+        condition = Condition(opened, Until(task="train", text="ready"))
+        assert await condition.answer() is None and set(reads) == {f"task.000001[{number}]" for number in range(3)}
+        reads.clear()
+        assert await condition.answer() is None and set(reads) == {"task.000001[2]"}
+        backend.ended_with = b"ready"
+        may_end.set()
+        await opened.session.wait_tasks(opened.session.tasks, timeout=60)
+        assert await condition.answer() == (True, "train[2] DONE printed: ready")
 
 
 HISTORY: list[int | float | None] = [1 / (number + 3) for number in range(32)]

@@ -79,6 +79,12 @@ async def test_a_character_that_was_read_in_part_follows_whole(tmp_path: Path, c
     assert begin + "".join(pieces) == printed.decode()
 
 
+@pytest.mark.parametrize("count", [1, 15_000], ids=["short", "in a file"])
+async def test_an_output_that_is_shorter_than_what_was_read_is_another(tmp_path: Path, count: int) -> None:
+    again = b"again\n" * count
+    assert await rest(collected(tmp_path, again, None), b"x" * 100_000, 100_000) == "\n" + again.decode()
+
+
 async def test_the_end_that_was_read_is_not_given_again_where_the_middle_was_left_out(tmp_path: Path) -> None:
     stream = Stream(gap_note(1000).decode() + "the end", None, len(gap_note(1000)) + 7, 1000)
     assert await rest(stream, b"", 1007) == ""

@@ -39,7 +39,7 @@ class OutputFeed:
     async def pieces(self, max_bytes: int) -> AsyncIterator[tuple[int, str]]:
         """What is new, each piece with the index of its stream: of a running task at most so many bytes of each stream,
         of one that has ended the rest."""
-        if self._reader.attempt != self._task.attempts:
+        if self._reader.is_outdated:
             for index, text in enumerate(self._texts):
                 yield index, text.closed()
             self._begin()
@@ -79,7 +79,11 @@ class StreamText:
         return text if self._ends_line and not text else f"{text}\n"
 
     async def rest(self, stream: Stream, read: int, max_bytes: int) -> AsyncIterator[str]:
-        """Yield what follows the `read` bytes that were decoded or left out while the task ran."""
+        """Yield what follows the `read` bytes that were decoded or left out while the task ran; of an output that is
+        shorter, as the task was started anew, all."""
+        if _printed_bytes(stream) < read:
+            yield self.closed()
+            self._chars = read = 0
         if stream.file is None:
             yield self._rest_in_text(stream, read)
             return

@@ -71,14 +71,23 @@ class OutputReader:
 
     def __init__(self, session: Session, task: Task, rank: int = 0) -> None:
         self._session, self._task, self._rank = session, task, rank
-        self.attempt = task.attempts
+        self._attempt, self._has_shrunk = task.attempts, False
         self.ends = _Ends()
         """How many bytes of each stream were read or left out."""
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the task was started anew, so that its output begins at its first byte again."""
+        return self._has_shrunk or self._task.attempts != self._attempt
+
     async def read(self, max_bytes: int) -> tuple[bytes, bytes] | None:
-        """What is new in stdout and stderr, at most so many bytes of each; None where the attempt does not run."""
+        """What is new in stdout and stderr, at most so many bytes of each; None where there is nothing any more."""
         printed = await self._session.read_output(self._task, OutputQuery(self.ends, max_bytes, self._rank))
-        if printed is None or self._task.attempts != self.attempt:
+        if printed is None:
+            return None
+        shrunk = [part.size for part, end in zip(printed, self.ends, strict=True) if part.size < end]
+        self._has_shrunk = any(shrunk)  # to nothing: the worker has handed the output over, as the function has ended
+        if shrunk or self.is_outdated:
             return None
         out, err = (_with_gap(part, end) for part, end in zip(printed, self.ends, strict=True))
         self.ends = _Ends(printed[0].end, printed[1].end)
