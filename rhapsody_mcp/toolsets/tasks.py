@@ -185,7 +185,7 @@ class Tasks:
             page = TaskPage(
                 session=session,
                 total=total,
-                tasks=[task_row(task, share) for _, task in rest[:limit]],
+                tasks=[task_row(task, share, min(len(rest), limit)) for _, task in rest[:limit]],
                 has_more=more,
                 next_cursor=str(rest[limit - 1][0]) if more else None,
             )

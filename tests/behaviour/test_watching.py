@@ -31,10 +31,10 @@ class WatchedBackend(ScriptedBackend):
     def __init__(self) -> None:
         super().__init__(perform)
         self.printed, self.gap = b"", (0, 0)
-        self._reports: dict[str, Report] = {}
+        self.reports: dict[str, Report] = {}
 
     def submit(self, task_runs: Sequence[TaskRun], report: Report, read: Reader) -> None:
-        self._reports |= {run.spec.uid: report for run in task_runs}
+        self.reports |= {run.spec.uid: report for run in task_runs}
         super().submit(task_runs, report, read)
 
     async def read_output(self, uid: str, query: OutputQuery) -> Printed | None:
@@ -47,7 +47,7 @@ class WatchedBackend(ScriptedBackend):
         return OutputPart(start, data, size, self.gap), OutputPart()
 
     def tell(self, uid: str, **numbers: float) -> None:
-        self._reports[uid](Progressed(uid, Progress(1.0, 3, 20, "epoch 3", dict(numbers))))
+        self.reports[uid](Progressed(uid, Progress(1.0, 3, 20, "epoch 3", dict(numbers))))
 
 
 @pytest.fixture

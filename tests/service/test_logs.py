@@ -61,6 +61,8 @@ async def test_logs_prints_what_is_there_and_follows_a_task_to_its_end(shared: O
             assert await following.wait() == 0
         one = await anyio.to_thread.run_sync(shared.run, "logs", "session-1", "printing", "--rank", "1")
         assert one.stdout == "first\nlast"
+        other = await anyio.to_thread.run_sync(shared.run, "logs", "session-1", "printing", "--rank", "99")
+        assert (other.stdout, other.returncode) == ("", 1) and "no rank 99. Valid: 0 to 1." in other.stderr
         unknown = await anyio.to_thread.run_sync(shared.run, "logs", "session-1", "prining")
         assert unknown.returncode == 1 and "'printing'" in unknown.stderr
         await agent.call("close_session", session="session-1", force=True)

@@ -24,6 +24,7 @@ from rhapsody_mcp.serving.http.server import serve_listener
 from rhapsody_mcp.serving.stream_server import LineStream
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.output.follow import follow
+from rhapsody_mcp.toolsets.output.sources import check_rank
 
 __all__ = ["ControlServer"]
 
@@ -112,6 +113,7 @@ class ControlServer:
         try:
             opened = self._service.sessions.get(command["session"])
             task = opened.task(command["task"])
+            check_rank(task, command.get("rank"))
         except RhapsodyError as error:
             await self._stream.send_message(error=str(error))
             return

@@ -22,27 +22,31 @@ SEARCHED_BYTES = 64 * 1024 * 1024
 
 
 class Excerpt(msgspec.Struct, frozen=True):
-    """A part of an output of `size` bytes; `found` is the number of lines that a search found."""
+    """A part of an output of `size` bytes, without `left_out` of them; `found` is the number of lines that a search
+    found."""
 
     end: OutputEnd
     text: str
     size: int
     found: int | None = None
+    left_out: int = 0
 
     @property
     def extent(self) -> str:
         """As in `last 2048 of 52301 bytes`."""
         if self.found is not None:
             return f"{len(self.text.splitlines())} of {self.found} lines that were found in {self.size} bytes"
-        shown = len(self.text.encode())
-        if shown >= self.size:
+        if not self.left_out:
             return f"{self.size} bytes"
-        return f"{'last' if self.end == 'tail' else 'first'} {shown} of {self.size} bytes"
+        return f"{'last' if self.end == 'tail' else 'first'} {self.size - self.left_out} of {self.size} bytes"
 
     def cut(self, max_bytes: int) -> Excerpt:
         data = self.text.encode()
-        kept = data[max(0, len(data) - max_bytes) :] if self.end == "tail" else data[:max_bytes]
-        return msgspec.structs.replace(self, text=kept.decode("utf-8", "ignore"))
+        if len(data) <= max_bytes:
+            return self
+        kept = data[len(data) - max_bytes :] if self.end == "tail" else data[:max_bytes]
+        shown = (self.size - self.left_out) * max_bytes // len(data)  # the text may have labels besides
+        return msgspec.structs.replace(self, text=kept.decode("utf-8", "ignore"), left_out=self.size - shown)
 
 
 async def read_excerpt(stream: Stream, end: OutputEnd, search: str | None, max_bytes: int) -> Excerpt:
@@ -106,12 +110,14 @@ def _read_excerpt(stream: Stream, end: OutputEnd, search: str | None, max_bytes:
         source = _open(stream)
     except (FileNotFoundError, NotADirectoryError):
         note = f"(its file, {stream.file}, is gone; this was its end)\n"
-        return Excerpt("head", note + stream.text[-max(0, max_bytes - len(note)) :], stream.size)
+        known = stream.text[-max(0, max_bytes - len(note)) :]
+        return Excerpt("head", note + known, stream.size, left_out=max(0, stream.size - len(known.encode())))
     with source as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - max_bytes) if end == "tail" and search is None else 0)
         if search is None:
-            return Excerpt(end, file.read(max_bytes).decode("utf-8", "replace"), size)
+            data = file.read(max_bytes)
+            return Excerpt(end, data.decode("utf-8", "replace"), size, left_out=size - len(data))
         lines = ((line, f"{number}: ", line.rstrip()) for number, line in _numbered(file))
         return _search(lines, search, max_bytes, size)
 

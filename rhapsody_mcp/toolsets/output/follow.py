@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 
-import anyio.to_thread
-
-from rhapsody_mcp.model.values import Stream, gap_note
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import Task
-from rhapsody_mcp.toolsets.output.live import STREAMS, OutputReader
+from rhapsody_mcp.toolsets.output.feed import OutputFeed
+from rhapsody_mcp.toolsets.output.live import STREAMS
 from rhapsody_mcp.toolsets.output.sources import OutputSource, sources_of
 
 __all__ = ["follow"]
@@ -30,7 +27,11 @@ async def follow(session: Session, task: Task, rank: int | None, *, until_end: b
     while True:
         has_ended, given = task.state.final, False
         for source in sources_of(task, rank):
-            one = followed.setdefault((source.task.uid, source.rank), _Followed(session, source))
+            key = (source.task.uid, source.rank)
+            if (one := followed.get(key)) is None:
+                one = followed[key] = _Followed(session, source)
+            if one.feed.is_over:
+                continue
             async for stream, text in one.new_lines():
                 given = True
                 yield stream, text
@@ -44,62 +45,21 @@ class _Followed:
     """One source, and what of its output was given."""
 
     def __init__(self, session: Session, source: OutputSource) -> None:
-        self._source, self._reader = source, OutputReader(session, source.task, source.rank)
-        self._rests = [b"", b""]
-        self._is_done = False
+        self.feed = OutputFeed(session, source.task, source.rank)
+        self._label = source.label
+        self._rests = ["", ""]
 
     async def new_lines(self) -> AsyncIterator[tuple[str, str]]:
-        if self._is_done:
-            return
-        if self._source.task.outcome is None:
-            for index, data in enumerate(await self._reader.read(_PIECE_BYTES) or ()):
-                if text := self._lines(index, data):
-                    yield STREAMS[index], text
-            return
-        self._is_done = True
-        outcome = self._source.task.outcome
-        source = outcome.ranks[self._source.rank] if self._source.rank < len(outcome.ranks) else outcome
-        for index, (name, read) in enumerate(zip(STREAMS, self._reader.ends, strict=True)):
-            async for data in _rest_of(getattr(source, name), read):
-                if text := self._lines(index, data):
-                    yield name, text
-            if text := self._lines(index, b"", is_last=True):
+        async for index, piece in self.feed.pieces(_PIECE_BYTES):
+            if text := self._lines(index, piece):
+                yield STREAMS[index], text
+        for index, name in enumerate(STREAMS):
+            if self.feed.is_over and (text := self._lines(index, "", is_last=True)):
                 yield name, text
 
-    def _lines(self, index: int, data: bytes, *, is_last: bool = False) -> str:
+    def _lines(self, index: int, piece: str, *, is_last: bool = False) -> str:
         """The whole lines, and at the end the last line too."""
-        data = self._rests[index] + data
-        end = len(data) if is_last or len(data) > _PIECE_BYTES else data.rfind(b"\n") + 1
-        self._rests[index] = data[end:]
-        text, label = data[:end].decode("utf-8", "replace"), self._source.label
-        return "".join(f"{label} {line}\n" for line in text.splitlines()) if label else text
-
-
-async def _rest_of(stream: Stream, read: int) -> AsyncIterator[bytes]:
-    """Yield what follows the bytes that were read while the task ran, in pieces."""
-    at = _position(stream, read)
-    try:
-        while data := await anyio.to_thread.run_sync(_piece, stream, at):
-            at += len(data)
-            yield data
-    except OSError:
-        yield f"[its file, {stream.file}, is gone]\n{stream.text}".encode()
-
-
-def _position(stream: Stream, read: int) -> int:
-    """Where the output that was kept goes on after `read` bytes of the whole."""
-    if not stream.left_out:
-        return read
-    note = gap_note(stream.left_out)
-    gap = stream.text.encode().find(note) if stream.file is None else (stream.size - len(note)) // 2
-    if read < gap + stream.left_out:
-        return min(read, gap)
-    return read - stream.left_out + len(note)
-
-
-def _piece(stream: Stream, start: int) -> bytes:
-    if stream.file is None:
-        return stream.text.encode()[start:]
-    with Path(stream.file).open("rb") as file:
-        file.seek(start)
-        return file.read(_PIECE_BYTES)
+        text = self._rests[index] + piece
+        end = len(text) if is_last or len(text) > _PIECE_BYTES else text.rfind("\n") + 1
+        self._rests[index], text = text[end:], text[:end]
+        return "".join(f"{self._label} {line}\n" for line in text.splitlines()) if self._label else text

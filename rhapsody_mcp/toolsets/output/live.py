@@ -32,7 +32,7 @@ async def live_excerpts(
 
 
 def _excerpt(part: OutputPart, end: OutputEnd) -> Excerpt:
-    return Excerpt(end, part.data.decode("utf-8", "replace"), part.size)
+    return Excerpt(end, part.data.decode("utf-8", "replace"), part.size, left_out=part.size - len(part.data))
 
 
 async def _search(session: Session, task: Task, rank: int, search: str, max_bytes: int) -> dict[str, Excerpt] | None:
@@ -64,20 +64,30 @@ class _Ends(NamedTuple):
 
 
 class OutputReader:
-    """Reads what a rank of a running task prints, each byte once.
+    """Reads what a rank of a running task prints in this attempt, each byte once.
 
     Of an output over the limit, what is not kept is left out, with a line that says so.
     """
 
     def __init__(self, session: Session, task: Task, rank: int = 0) -> None:
         self._session, self._task, self._rank = session, task, rank
+        self._attempt, self._has_shrunk = task.attempts, False
         self.ends = _Ends()
         """How many bytes of each stream were read or left out."""
 
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the task was started anew, so that its output begins at its first byte again."""
+        return self._has_shrunk or self._task.attempts != self._attempt
+
     async def read(self, max_bytes: int) -> tuple[bytes, bytes] | None:
-        """What is new in stdout and stderr, at most so many bytes of each; None where the task does not run."""
+        """What is new in stdout and stderr, at most so many bytes of each; None where there is nothing any more."""
         printed = await self._session.read_output(self._task, OutputQuery(self.ends, max_bytes, self._rank))
         if printed is None:
+            return None
+        shrunk = [part.size for part, end in zip(printed, self.ends, strict=True) if part.size < end]
+        self._has_shrunk = any(shrunk)  # to nothing: the worker has handed the output over, as the function has ended
+        if shrunk or self.is_outdated:
             return None
         out, err = (_with_gap(part, end) for part, end in zip(printed, self.ends, strict=True))
         self.ends = _Ends(printed[0].end, printed[1].end)

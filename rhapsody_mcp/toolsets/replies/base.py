@@ -12,7 +12,7 @@ from mcp.types import CallToolResult, ImageContent, TextContent
 from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
-from rhapsody_mcp.model.live.progress import Progress, progress_fields, progress_text
+from rhapsody_mcp.model.live.progress import HISTORY, Progress, progress_fields, progress_text
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.tasks import ForEach, Task, kind_of, leaves
 from rhapsody_mcp.toolsets.replies.formatting import counts_text, duration, limited_list, one_line, rounded, shortened
@@ -29,6 +29,7 @@ __all__ = [
     "row_fields",
     "size_of",
     "task_row",
+    "told_fields",
 ]
 
 REPLY_BYTES = 24_000
@@ -39,6 +40,9 @@ _SAME = "the same as above"
 _NODES = 3
 _TOLD_CHARS = 150
 _SMALLEST_SHARE = 1 / 256
+_NUMBERS = 20
+_HISTORY_VALUES, _LEAST_HISTORY = 200, 2
+"""How many earlier values of numbers a reply has in all its rows, and the fewest that are worth it of a number."""
 
 
 class Reply(BaseModel):
@@ -128,8 +132,20 @@ def size_of(result: CallToolResult) -> int:
     return text + len(msgspec.json.encode(result.structured_content))
 
 
-def row_fields(task: Task) -> dict[str, Any]:
-    """The fields of a Row for this task."""
+def told_fields(progress: Progress, share: float = 1.0, rows: int | None = None) -> dict[str, Any]:
+    """What a task has told: its numbers with the last values of each, in one of so many rows as many as there is room
+    for."""
+    numbers = dict(list(progress.numbers.items())[: int(_NUMBERS * share)])
+    most = HISTORY if rows is None else _HISTORY_VALUES // max(1, rows * len(numbers))
+    values = int(min(most, HISTORY) * share)
+    told = {name: progress.history[name] for name in numbers if name in progress.history}
+    history = {name: earlier[-values:] for name, earlier in told.items()} if values >= _LEAST_HISTORY else {}
+    fields = {**progress_fields(progress), "numbers": numbers, "history": history}
+    return {name: value for name, value in fields.items() if value not in ({}, None, "")}
+
+
+def row_fields(task: Task, share: float = 1.0, rows: int | None = None) -> dict[str, Any]:
+    """The fields of a Row for this task, by itself or one of so many rows."""
     return {
         "task": task.uid,
         "name": task.name,
@@ -138,14 +154,14 @@ def row_fields(task: Task) -> dict[str, Any]:
         "attempts": task.attempts if task.attempts > 1 else None,
         "most_attempts": max(task.attempts, task.most_attempts) if task.attempts > 1 else None,
         "nodes": limited_list(task.nodes, _NODES) or None,
-        "progress": progress_fields(task.progress) if task.progress is not None else None,
+        "progress": told_fields(task.progress, share, rows) if task.progress is not None else None,
         "counts": count_states(leaves([task])) if isinstance(task, ForEach) and task.children else None,
         "replaced_by": (task.parent or task).replaced_by,
     }
 
 
-def task_row(task: Task, share: float = 1.0) -> TaskRow:
-    fields, failure = row_fields(task), dict[str, Any]()
+def task_row(task: Task, share: float, rows: int) -> TaskRow:
+    fields, failure = row_fields(task, share, rows), dict[str, Any]()
     if task.outcome is not None and task.outcome.error:
         failure = {"cause": task.outcome.cause, "error": shortened(task.outcome.error, int(_ERROR_CHARS * share))}
     if task.state is TaskState.RUNNING and task.started is not None:

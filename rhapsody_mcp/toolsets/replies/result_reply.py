@@ -91,7 +91,7 @@ class ResultReply:
         excerpts = {name: whole.cut(int(REQUESTED_OUTPUT_BYTES * share)) for name, whole in self.excerpts.items()}
         if isinstance(shown, Page):
             shown = cut_page(shown, room)
-        fields = row_fields(self.task) | _failure_fields(self.task, self.source, share)
+        fields = row_fields(self.task, share) | _failure_fields(self.task, self.source, share)
         fields |= _value_fields(shown, room) | _output_fields(self.source, excerpts)
         data = TaskResult(**fields, **_run_fields(self.task, self.outcome, share), rank=self.rank)
         lines = [_first_line(data), *self._value_lines(shown, data), *_other_lines(data, excerpts)]

@@ -7,13 +7,12 @@ from typing import Any
 
 from mcp.types import CallToolResult
 
-from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
 from rhapsody_mcp.toolsets.output.excerpts import Excerpt, OutputEnd
 from rhapsody_mcp.toolsets.output.live import live_excerpts
-from rhapsody_mcp.toolsets.output.sources import OutputSource, ends_of_sources, rank_count, sources_of
+from rhapsody_mcp.toolsets.output.sources import OutputSource, check_rank, ends_of_sources, sources_of
 from rhapsody_mcp.toolsets.replies.base import fitted, reply, row_fields
 from rhapsody_mcp.toolsets.replies.formatting import duration, untrusted
 from rhapsody_mcp.toolsets.replies.result_reply import TaskResult
@@ -23,18 +22,19 @@ __all__ = ["show_running"]
 
 async def show_running(
     session: Session, task: Task, *, rank: int | None, end: OutputEnd, search: str | None, max_bytes: int
-) -> CallToolResult:
-    """Raises InvalidRequest for a rank that the task does not have."""
-    if rank is not None and rank >= (count := rank_count(task)):
-        raise InvalidRequest(f"this task has no rank {rank}. Valid: 0 to {count - 1}.")
+) -> CallToolResult | None:
+    """None where the task has ended meanwhile. Raises InvalidRequest for a rank that the task does not have."""
+    check_rank(task, rank)
     sources = sources_of(task, rank) if isinstance(task, ForEach) or task.state is TaskState.RUNNING else []
     excerpts = await _excerpts(session, sources, end, search, max_bytes)
+    if task.state.final:
+        return None
 
     def build(share: float) -> CallToolResult:
         shown = {name: whole.cut(int(max_bytes * share)) for name, whole in excerpts.items() if whole.text}
         output: dict[str, Any] = {name: excerpt.text for name, excerpt in shown.items()}
         output |= {f"{name}_bytes": excerpt.size for name, excerpt in shown.items()}
-        data = TaskResult(**row_fields(task), **output, rank=rank)
+        data = TaskResult(**row_fields(task, share), **output, rank=rank)
         lines = [_first_line(data, task), *_other_lines(excerpts, search is not None)]
         for name, excerpt in shown.items():
             lines += untrusted(name, excerpt.text, f"{excerpt.extent} so far")

@@ -66,7 +66,8 @@ async def show_result(
     if task.outcome is None:
         reading = search is not None or output is not None
         room = REQUESTED_OUTPUT_BYTES if reading else _OUTPUT_BYTES
-        return await show_running(session, task, rank=rank, end=output or "tail", search=search, max_bytes=room)
+        running = await show_running(session, task, rank=rank, end=output or "tail", search=search, max_bytes=room)
+        return running or await show_result(session, task, request, rank=rank, output=output, search=search)
     source: Outcome | RankOutcome = task.outcome if rank is None else _rank(task.outcome, rank)
     asks_for_output = search is not None or output is not None
     shown: Shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import islice
 from operator import itemgetter
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from mcp.types import CallToolResult
 from pydantic import Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
-from rhapsody_mcp.model.live.progress import progress_fields, progress_text
+from rhapsody_mcp.model.live.progress import Progress, progress_text
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
@@ -24,7 +25,7 @@ from rhapsody_mcp.toolsets.allocations import (
     is_pending,
     nodes_text,
 )
-from rhapsody_mcp.toolsets.replies.base import Reply, Row, count_states, fitted, reply, row_fields
+from rhapsody_mcp.toolsets.replies.base import Reply, Row, count_states, fitted, reply, row_fields, told_fields
 from rhapsody_mcp.toolsets.replies.failure_groups import FailureGroups, group_failures, group_notes
 from rhapsody_mcp.toolsets.replies.formatting import call_text, counts_text, duration, one_line, shortened
 from rhapsody_mcp.toolsets.replies.previews import preview_task, printed_only_text
@@ -105,7 +106,7 @@ def wait_report(
     tasks = {task.uid: task for task in leaves(selected.awaited)}.values()
     all_ended = all(task.state.final for task in selected.until)
     notes = _notes(selected, [task for _, task in news])
-    running = _running(selected)
+    running = _telling(selected)
     engines = selected.open_session.session.engines
     allocation = allocation_of(selected.open_session)
     if is_pending(allocation):
@@ -113,7 +114,10 @@ def wait_report(
 
     def build(share: float) -> CallToolResult:
         room = int(min(_RESULT_CHARS, _RESULTS_CHARS // max(1, len(shown))) * share)
-        rows = [_row(task, min(room, _PASSED_ON_CHARS) if task.passed_on else room, new_uids) for task in shown]
+        rows = [
+            _row(task, min(room, _PASSED_ON_CHARS) if task.passed_on else room, new_uids, share, len(shown))
+            for task in shown
+        ]
         failures = group_failures((task for _, task in news), share)
         data = WaitReport(
             ended=all_ended,
@@ -131,7 +135,7 @@ def wait_report(
             applied_timeout_s=applied_timeout_s,
             waited_s=round(waited_s, 3),
             until=_until(condition, answer) if condition is not None else None,
-            running=running or None,
+            running=_told(running, share) or None,
         )
         return reply(_text(data, [row.line(text) for row, text in rows], selected, allocation), data)
 
@@ -143,10 +147,15 @@ def _until(condition: Condition, answer: Answer | None) -> dict[str, Any]:
     return {"met": answer is not None and answer.is_met, "text": text}
 
 
-def _running(selected: SelectedTasks) -> dict[str, Any]:
+def _telling(selected: SelectedTasks) -> dict[str, Progress]:
     """What the first running tasks have told, by name."""
-    telling = [task for task in leaves(selected.until) if task.state is TaskState.RUNNING and task.progress is not None]
-    return {name_of(task): progress_fields(task.progress) for task in telling[:_NAMES_SHOWN] if task.progress}
+    running = (task for task in leaves(selected.until) if task.state is TaskState.RUNNING)
+    telling = ((name_of(task), task.progress) for task in running if task.progress is not None)
+    return dict(islice(telling, _NAMES_SHOWN))
+
+
+def _told(running: dict[str, Progress], share: float) -> dict[str, Any]:
+    return {name: told_fields(progress, share, len(running)) for name, progress in running.items()}
 
 
 def _notes(selected: SelectedTasks, ended: Sequence[Task]) -> list[str]:
@@ -186,15 +195,16 @@ def _page(selected: SelectedTasks, news: Sequence[tuple[int, Task]]) -> tuple[li
     return [task for _, task in [*done[: _ROWS - 1], done[-1]]], position, len(done) - _ROWS
 
 
-def _row(task: Task, max_chars: int, new_uids: set[str]) -> tuple[ResultRow, str]:
-    """The row and the text of its result."""
+def _row(task: Task, max_chars: int, new_uids: set[str], share: float, rows: int) -> tuple[ResultRow, str]:
+    """The row, one of so many, and the text of its result."""
+    fields = row_fields(task, share, rows)
     shown = preview_task(task, max_chars, lambda child: child.uid in new_uids)
     if shown is None:
-        return ResultRow(**row_fields(task)), ""
+        return ResultRow(**fields), ""
     if task.outcome and (printed := printed_only_text(task.outcome.value, task.outcome.stdout)):
-        return ResultRow(**row_fields(task), preview=printed), printed
+        return ResultRow(**fields, preview=printed), printed
     result = {"result": shown.value} if shown.complete else {"preview": shown.text}
-    return ResultRow(**row_fields(task), **result), shown.text
+    return ResultRow(**fields, **result), shown.text
 
 
 # --- open tasks

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from bisect import bisect_left
 from collections.abc import Iterable
-from typing import Annotated, Any, NamedTuple
+from itertools import islice
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -12,8 +15,7 @@ from rhapsody_mcp.model.live.progress import Progress, progress_text
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import Task, leaves, name_of
-from rhapsody_mcp.toolsets.output.excerpts import read_excerpt
-from rhapsody_mcp.toolsets.output.live import STREAMS, OutputReader
+from rhapsody_mcp.toolsets.output.feed import OutputFeed
 from rhapsody_mcp.toolsets.output.sources import rank_count
 from rhapsody_mcp.toolsets.replies.formatting import limited_list
 
@@ -22,6 +24,10 @@ __all__ = ["Answer", "Condition", "Until", "UntilField"]
 _FIELDS_SHOWN = 10
 _PIECE_BYTES = 1024 * 1024
 _PIECES_A_LOOK = 8
+_SEARCHES_AT_ONCE = 16
+_CHARS_BEFORE, _CHARS_AFTER = 230, 70
+_KEPT_CHARS = 1000
+"""How much of a line that has no end yet is searched again with what follows."""
 
 
 class Until(BaseModel):
@@ -86,17 +92,38 @@ class Condition:
         """Raises UnknownName for the task, and InvalidRequest for a prompt."""
         self.until = until
         self._session, self._task = open_session.session, open_session.task(until.task)
-        self._searches: dict[tuple[str, int], _TextSearch] = {}
+        self._undecided: list[Task] | None = None
+        self._searches: dict[str, list[_TextSearch]] = {}
         if self._task.kind == "ai":
             raise InvalidRequest(f"{name_of(self._task)} is a prompt, which tells and prints nothing while it runs.")
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the task has, and with it all that may meet the condition."""
+        return self._task.state.final
+
     async def answer(self) -> Answer | None:
         """The answer; None while the condition is not met and may still be."""
-        tasks = list(leaves([self._task]))
-        met = await self._met_by_text(tasks) if self.until.text is not None else self._met_by_number(tasks)
-        if met:
-            return Answer(True, met)
-        return Answer(False, self._missed(tasks)) if self._task.state.final else None
+        while True:
+            had_ended = self.has_ended  # what the task does during the search, the next one sees
+            if met := await self._met():
+                return Answer(True, met)
+            if had_ended:
+                return Answer(False, self._missed(leaves([self._task])))
+            if not self.has_ended:
+                return None
+
+    async def _met(self) -> str:
+        """What has met it; empty while nothing has. A task that has ended without is not looked at again."""
+        if self._undecided is None or self._undecided == [self._task]:
+            self._undecided = leaves([self._task])
+        if self.until.text is not None:
+            met = await self._met_by_text(self._undecided)
+            self._undecided = [task for task in self._undecided if not self._is_searched(task)]
+        else:
+            met = self._met_by_number(self._undecided)
+            self._undecided = [task for task in self._undecided if task.outcome is None]
+        return met
 
     def _met_by_number(self, tasks: Iterable[Task]) -> str:
         for task in tasks:
@@ -105,17 +132,27 @@ class Condition:
         return ""
 
     async def _met_by_text(self, tasks: Iterable[Task]) -> str:
-        for task in tasks:
-            if task.state is TaskState.RUNNING or task.outcome is not None:
-                for rank in range(rank_count(task)):
-                    if line := await self._search(task, rank).find(self.until.text or ""):
-                        return f"{name_of(task)} {task.state} printed: {line}"
+        printing = (task for task in tasks if task.state is TaskState.RUNNING or task.outcome is not None)
+        searches = (search for task in printing for search in self._searches_in(task))
+        while some := list(islice(searches, _SEARCHES_AT_ONCE)):
+            lines = await asyncio.gather(*(search.find() for search in some))
+            for search, line in zip(some, lines, strict=True):
+                if line:
+                    return f"{name_of(search.task)} {search.task.state} printed: {line}"
         return ""
 
-    def _search(self, task: Task, rank: int) -> _TextSearch:
-        if (task.uid, rank) not in self._searches:
-            self._searches[task.uid, rank] = _TextSearch(OutputReader(self._session, task, rank), task, rank)
-        return self._searches[task.uid, rank]
+    def _searches_in(self, task: Task) -> list[_TextSearch]:
+        if task.uid not in self._searches:
+            feeds = [OutputFeed(self._session, task, rank) for rank in range(rank_count(task))]
+            self._searches[task.uid] = [_TextSearch(task, feed, self.until.text or "") for feed in feeds]
+        return self._searches[task.uid]
+
+    def _is_searched(self, task: Task) -> bool:
+        """Whether the search in the task's output is over; its searches are then forgotten."""
+        is_searched = task.uid in self._searches and all(search.feed.is_over for search in self._searches[task.uid])
+        if is_searched:
+            del self._searches[task.uid]
+        return is_searched
 
     def _missed(self, tasks: Iterable[Task]) -> str:
         ended = f"{name_of(self._task)} ended {self._task.state} without {self.until.what}"
@@ -136,41 +173,34 @@ class Condition:
 class _TextSearch:
     """Looks for a text in the output of a rank, which grows, at each byte once."""
 
-    def __init__(self, reader: OutputReader, task: Task, rank: int) -> None:
-        self._reader, self._task, self._rank = reader, task, rank
-        self._rests: list[bytes] = [b"", b""]
-        self._is_over = False
+    def __init__(self, task: Task, feed: OutputFeed, text: str) -> None:
+        self.task, self.feed = task, feed
+        self._text = text.casefold()
+        self._rests = ["", ""]
 
-    async def find(self, text: str) -> str:
-        """The line with the text, case ignored; empty where there is none so far."""
-        if self._is_over:
-            return ""
+    async def find(self) -> str:
+        """What of its line is around the text, case ignored; empty where there is none so far."""
         for _ in range(_PIECES_A_LOOK):  # the task may print faster than this reads
-            if self._task.outcome is not None:
-                self._is_over = True
-                return await _find_in_ended(self._task, self._rank, text)
-            new = await self._reader.read(_PIECE_BYTES)
-            if new is None or not any(new):
-                return ""
-            if line := self._line_with(text, new):
-                return line
+            has_grown = False
+            async for stream, piece in self.feed.pieces(_PIECE_BYTES):
+                has_grown |= bool(piece)
+                if found := self._found(stream, piece):
+                    return found
+            if not has_grown:
+                break
         return ""
 
-    def _line_with(self, text: str, new: tuple[bytes, bytes]) -> str:
-        for stream, data in enumerate(new):
-            lines = (self._rests[stream] + data).split(b"\n")
-            self._rests[stream] = lines[-1][-_PIECE_BYTES:]
-            decoded = (line.decode("utf-8", "replace") for line in lines)
-            if (found := next((line for line in decoded if text.casefold() in line.casefold()), None)) is not None:
-                return found.strip()
-        return ""
+    def _found(self, stream: int, piece: str) -> str:
+        printed = self._rests[stream] + piece
+        self._rests[stream] = printed[printed.rfind("\n") + 1 :][-_KEPT_CHARS:]
+        return _line_around(printed, self._text) if self._text in printed.casefold() else ""
 
 
-async def _find_in_ended(task: Task, rank: int, text: str) -> str:
-    assert task.outcome is not None
-    source: Any = task.outcome.ranks[rank] if rank < len(task.outcome.ranks) else task.outcome
-    for name in STREAMS:
-        excerpt = await read_excerpt(getattr(source, name), "head", text, _PIECE_BYTES)
-        if excerpt.found:
-            return excerpt.text.splitlines()[0].partition(": ")[2]
-    return ""
+def _line_around(printed: str, text: str) -> str:
+    """The line with the text; of a long line, what is around the text."""
+    end = bisect_left(range(len(printed)), True, key=lambda length: text in printed[:length].casefold())
+    line_start, line_end = printed.rfind("\n", 0, end) + 1, printed.find("\n", end)
+    start = max(line_start, end - _CHARS_BEFORE)
+    stop = min(line_end if line_end >= 0 else len(printed), end + _CHARS_AFTER)
+    begins, ends = start == line_start, stop in (line_end, len(printed))
+    return f"{'' if begins else '... '}{printed[start:stop].strip()}{'' if ends else ' ...'}"

@@ -19,6 +19,8 @@ __all__ = ["ChangeSignal", "tick_text", "wait_for"]
 _TICK_S = 1.0
 _LOOK_S = 0.25
 """Seconds between two looks at what tasks tell and print."""
+_SHORTEST_LOOK_S = 0.5
+"""Seconds that a look has also at the end of a wait."""
 _TOLD = 3
 
 
@@ -55,18 +57,22 @@ async def wait_for(
     cancel a wait cancels no task.
     """
     now = asyncio.get_running_loop().time
-    progress = _Progress(selected, since)
-    last_tick = -_TICK_S
-    answer = await condition.answer() if condition is not None else None
-    while answer is None and not progress.is_enough(count) and (left := started + timeout_s - now()) > 0:
+    progress, until_s = _Progress(selected, since), started + timeout_s
+    last_tick, next_look = -_TICK_S, 0.0
+    while True:
+        answer, is_over = None, progress.is_enough(count) or now() >= until_s
+        if condition is not None and (is_over or condition.has_ended or now() >= next_look):
+            with anyio.move_on_after(max(_SHORTEST_LOOK_S, until_s - now())):  # what has to be read may not answer
+                answer = await condition.answer()
+            next_look = now() + _LOOK_S
+        if answer is not None or is_over or (left := until_s - now()) <= 0:
+            return now() - started, answer
         if now() - started - last_tick >= _TICK_S:
             last_tick = now() - started
             with anyio.move_on_after(left):  # a client that does not read must not hold up its own reply
                 await tick(last_tick)
         with anyio.move_on_after(min(_TICK_S if condition is None else _LOOK_S, left)):
             await signal.wait(selected.open_session)
-        answer = await condition.answer() if condition is not None else None
-    return now() - started, answer
 
 
 class _Progress:
