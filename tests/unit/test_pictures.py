@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 from importlib import import_module
 from typing import Any
 
@@ -52,11 +53,34 @@ def test_the_beginning_of_a_picture_tells_its_kind_and_size(kind: str, options: 
             (12, 7),
         ),
         ('\ufeff<svg width="100%"></svg>', (0, 0)),
+        (' \ufeff \n<?xml version="1.0"?> <!-- a --> <!-- b -->\n\n<svg height="3"/>', (0, 3)),
+        ('<svg width="1.2.3" height="5" viewBox="0 0 7 8"/>', (7, 5)),
+        (f'<svg width="{"9" * 400}" height="{"9" * 2000}"/>', (0, 0)),
+        (f'<svg viewBox="0 0 . {"9" * 400}"/>', (0, 0)),
+        ('<svg viewBox="0 0 . ."/>', (0, 0)),
     ],
 )
 def test_an_svg_is_known_by_its_first_tag(text: str, size: tuple[int, int]) -> None:
     facts = facts_of(text.encode())
     assert facts is not None and facts.mime_type == "image/svg+xml" and (facts.width, facts.height) == size
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b" " * 100_000,
+        b"<!-- a -->" * 10_000,
+        b"<!-- a -->\n" * 300 + b"<!-- unfinished",
+        b"<!--" * 25_000,
+        b"<?xml " * 20_000,
+        b"<svg " * 20_000,
+        b"<svg " + b"viewBox=" * 12_500,
+    ],
+)
+def test_text_that_only_begins_as_an_svg_does_is_told_from_one_at_once(data: bytes) -> None:
+    began = time.process_time()
+    assert facts_of(data) is None
+    assert time.process_time() - began < 1
 
 
 @given(

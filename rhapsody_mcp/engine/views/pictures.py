@@ -218,9 +218,12 @@ _BEGINNING = 256 * 1024
 
 
 def _svg_facts(beginning: bytes) -> Facts | None:
-    if not (match := _SVG.match(beginning[:_SVG_BEGINNING])):
+    at = 0
+    while match := _BEFORE_SVG.match(beginning, at):
+        at = match.end()
+    if not (match := _SVG.match(beginning, at)):
         return None
-    tag = match[1]
+    tag = match[0]
     box = _VIEW_BOX.search(tag)
     width, height = (_side(tag, name) or _box_side(box, number) for number, name in ((1, b"width"), (2, b"height")))
     return Facts("SVG", "image/svg+xml", width, height)
@@ -231,10 +234,13 @@ def _box_side(box: re.Match[bytes] | None, number: int) -> int:
 
 
 def _side(tag: bytes, name: bytes) -> int:
-    match = re.search(rb'\s%s\s*=\s*["\']\s*([0-9.]+)(?:px|pt)?\s*["\']' % name, tag)
+    match = re.search(rb'\s%s\s*=\s*["\']\s*%s(?:px|pt)?\s*["\']' % (name, _NUMBER), tag)
     return round(float(match[1])) if match else 0
 
 
-_SVG = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE[^>]*>|\s+)*(<svg\b[^>]*>)", re.DOTALL)
-_VIEW_BOX = re.compile(rb'viewBox\s*=\s*["\']\s*[-0-9.]+[\s,]+[-0-9.]+[\s,]+([0-9.]+)[\s,]+([0-9.]+)')
+_BEFORE_SVG = re.compile(rb"\s+|\xef\xbb\xbf|<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE[^>]*>", re.DOTALL)
+"""One part at a time: one pattern for all would backtrack for ever in white space that no SVG follows."""
+_SVG = re.compile(rb"<svg\b[^>]*>")
+_NUMBER = rb"([0-9]{1,6}(?:\.[0-9]*)?)"
+_VIEW_BOX = re.compile(rb'viewBox\s*=\s*["\']\s*[-0-9.]+[\s,]+[-0-9.]+[\s,]+%s[\s,]+%s\s*["\']' % (_NUMBER, _NUMBER))
 _SVG_BEGINNING = 4096
