@@ -18,6 +18,7 @@ from rhapsody_mcp.backends.compute.nodes import result_files
 from rhapsody_mcp.backends.compute.nodes.result_files import ResultFiles, delete_files
 from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.network.multiplexer import Multiplexer
+from rhapsody_mcp.engine.task import kept_files
 from rhapsody_mcp.engine.task.function_call import encode
 from rhapsody_mcp.engine.task.kept_files import with_outputs
 from rhapsody_mcp.engine.task.node_files import FILES_SOCKET, local_bindings
@@ -113,6 +114,58 @@ def test_what_cannot_be_kept_fails_the_task_and_leaves_nothing(
     result = kept(cwd, *patterns, max_bytes=most)
     assert result.cause is Cause.ERROR and result.value is None and told in result.error
     assert not list((cwd.parent / "kept").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("patterns", "told"),
+    [
+        (["a.json", "odd/*.png"], r"'odd/r\\udce9sum.png' is no text in UTF-8: rename it"),
+        (["a.json", "odd/*.svg"], r"newest first: odd/r\udce9sum.png, "),
+    ],
+)
+def test_a_name_that_is_no_text_can_be_told_and_not_kept(cwd: Path, patterns: list[str], told: str) -> None:
+    (cwd / "odd").mkdir()
+    (cwd / "odd/r\udce9sum.png").write_bytes(b"x")
+    result = kept(cwd, *patterns)
+    assert result.cause is Cause.ERROR and told in result.error
+    assert msgspec.msgpack.encode(result) and not list((cwd.parent / "kept").iterdir())
+
+
+def test_what_cannot_be_described_fails_the_task_and_leaves_nothing(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def describe(path: str) -> str:
+        raise OverflowError("a side of it is too long")
+
+    monkeypatch.setattr(kept_files, "describe_file", describe)
+    result = kept(cwd, "*")
+    assert result.cause is Cause.ERROR and "a side of it is too long" in result.error
+    assert not list((cwd.parent / "kept").iterdir())
+
+
+def test_two_stars_do_not_lead_into_links_to_folders(cwd: Path) -> None:
+    for name in ("latest", "plots/up", "plots/deep/round"):
+        (cwd / name).symlink_to(cwd)
+    (cwd / "c.png").symlink_to(cwd / "plots/one.png")
+    everywhere = ["c.png", "plots/deep/two.png", "plots/one.png"]
+    assert sorted(value_of(kept(cwd, "**/*.png")).files) == everywhere
+    assert sorted(value_of(kept(cwd, "./**/**/*.png")).files) == everywhere
+    assert sorted(value_of(kept(cwd, "**/deep/**")).files) == ["plots/deep/two.png"]
+    assert sorted(value_of(kept(cwd, "latest/pl*s/*")).files) == ["latest/plots/one.png"]
+    assert sorted(value_of(kept(cwd, "latest/**/t*.png")).files) == ["latest/plots/deep/two.png"]
+
+
+def test_no_more_files_are_looked_for_than_can_be_kept(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+
+    def is_file(path: str) -> bool:
+        looked_at.append(path)
+        return True
+
+    (cwd / "many").mkdir()
+    for number in range(3000):
+        (cwd / f"many/{number}").touch()
+    monkeypatch.setattr(os.path, "isfile", is_file)
+    assert "more than 1000 files" in kept(cwd, "many/*").error and len(looked_at) < 1100
+    assert "more than 1000 files" in kept(cwd, "many/*[0-4]", "many/[5-9]*").error
 
 
 def test_a_full_disk_fails_the_task_and_leaves_nothing(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
