@@ -22,12 +22,14 @@ from rhapsody_mcp.engine.task import kept_files
 from rhapsody_mcp.engine.task.function_call import encode
 from rhapsody_mcp.engine.task.kept_files import with_outputs
 from rhapsody_mcp.engine.task.node_files import FILES_SOCKET, local_bindings
+from rhapsody_mcp.engine.task.output import write_file
 from rhapsody_mcp.ledger.records import TaskEnded
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Value, load, load_json
+from rhapsody_mcp.runtime.dataflow import for_each_values
 from rhapsody_mcp.runtime.dataflow.for_each_values import list_with_files
 
 LONG = "x" * 100_000
@@ -182,15 +184,40 @@ def test_a_full_disk_fails_the_task_and_leaves_nothing(cwd: Path, monkeypatch: p
     assert len(copies) == 2 and not list((cwd.parent / "kept").iterdir())
 
 
-def test_a_list_of_such_results_has_the_files_of_all(cwd: Path) -> None:
+@pytest.mark.anyio
+async def test_a_list_of_such_results_has_the_files_of_all(cwd: Path) -> None:
     one, two = value_of(kept(cwd, "a.json", returned=LONG)), value_of(kept(cwd, "b.txt", returned={1}))
-    value = list_with_files([one, None, two])
+    value = await list_with_files([one, None, two], cwd.parent / "kept")
     assert len(value.paths) == 3
     copies = {path: shutil.copy(path, path + ".copy") for path in value.paths}
     loaded = load(value.moved(copies))
     assert resolve_pointer(loaded, "/0/files/a.json").endswith(".json.copy")
     assert resolve_pointer(loaded, "/0/files/a.json/loss") == 0.5
     assert (loaded[0]["result"], loaded[1], loaded[2]["result"]) == (LONG, None, {1})
+
+
+@pytest.mark.anyio
+async def test_what_such_a_list_holds_itself_is_short(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cwd.parent / "kept"
+    results = [value_of(kept(cwd, "a.json", returned="x" * 60_000)), encode({"y" * 60_000}, str(folder))]
+    results += [value_of(kept(cwd, "b.txt", returned=LONG)), value_of(kept(cwd, "b.txt", returned=1)), encode(2, "")]
+    value = await list_with_files(results, folder)
+    assert len(msgspec.msgpack.encode(value)) < 3000 and len(set(value.paths)) == len(value.paths) == 6
+    for loaded, result in zip(load(value), map(load, results), strict=True):
+        assert loaded == result
+
+    before, written = len(list(folder.iterdir())), [0]
+
+    def write(data: bytes, folder: str) -> str:
+        written[0] += 1
+        if written[0] == 2:
+            raise OSError(28, "No space left on device")
+        return write_file(data, folder)
+
+    monkeypatch.setattr(for_each_values, "write_file", write)
+    with pytest.raises(OSError, match="No space"):
+        await list_with_files(results, folder)
+    assert len(list(folder.iterdir())) == before
 
 
 # --- how they travel
