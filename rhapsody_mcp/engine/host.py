@@ -56,6 +56,7 @@ from rhapsody_mcp.engine.node.task_processes import ProcessTask
 from rhapsody_mcp.engine.process.liveness import MIN_CHECKS, StopDetector
 from rhapsody_mcp.engine.process.tree import PROCESS_MARK, adopt_orphans, descendants, end, marked, open_lifeline
 from rhapsody_mcp.engine.supervisor import OWNER_GONE
+from rhapsody_mcp.engine.task.error_text import error_message
 from rhapsody_mcp.engine.task.node_files import local_task_run, results_folder
 from rhapsody_mcp.engine.task.output import take_output
 from rhapsody_mcp.engine.task.start_log import NOT_STARTED
@@ -329,16 +330,23 @@ class NodeAgent:
 
     def _run_task(self, task: ProcessTask) -> None:
         try:
-            task.task_run = local_task_run(task.task_run, self.config.link_folder)
-        except OSError as error:
-            outcome: Outcome | None = failed(Cause.LOST, NOT_STARTED.format(error))
-        else:
-            outcome = task.run()
+            outcome = self._outcome(task)
+        except Exception as error:  # whatever it is, the task ends and gives back its cores
+            sys.excepthook(*sys.exc_info())
+            task.abandon()
+            outcome = failed(Cause.ERROR, f"the node agent could not see it to its end: {error_message(error)}")
         if outcome is not None:
             del self._tasks[task.uid]
             for process in task.processes():
                 self.watched.pop(process.name, None)
             self.send(TaskEnded(task.uid, outcome))
+
+    def _outcome(self, task: ProcessTask) -> Outcome | None:
+        try:
+            task.task_run = local_task_run(task.task_run, self.config.link_folder)
+        except OSError as error:
+            return failed(Cause.LOST, NOT_STARTED.format(error))
+        return task.run()
 
 
 if __name__ == "__main__":

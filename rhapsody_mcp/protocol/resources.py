@@ -98,7 +98,7 @@ class Resources:
             shown = await read_part(opened.session, opened.task(task), request)
         if isinstance(shown, Picture):
             if shown.why:
-                raise ResourceError(f"the {shown.about} is too large to be shown: {shown.why}.")
+                raise ResourceError(f"the {shown.about} cannot be shown: {shown.why}.")
             return _picture(a2b_base64(shown.base64), shown.mime_type)
         if isinstance(shown, Page):
             is_svg = shown.text is not None and shown.view_of.startswith("image/")

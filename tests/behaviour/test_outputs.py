@@ -17,6 +17,7 @@ from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.task.function_call import encode
 from rhapsody_mcp.engine.task.kept_files import with_outputs
 from rhapsody_mcp.model.specs import Call, Command
+from rhapsody_mcp.settings import Settings
 from tests.agents import Agent, open_agent, outcome_of
 
 pytestmark = pytest.mark.anyio
@@ -83,6 +84,7 @@ async def test_results_texts_and_json_in_files_are_read_without_a_worker(tmp_pat
     """Every task of the backend, also one that would look at an object, ends with this result."""
     (tmp_path / "plots").mkdir()
     (tmp_path / "r.json").write_text('{"loss": 0.5, "a/b": [1, 2]}')
+    (tmp_path / "plots" / "a.json").write_text('{"k": 3}')
     (tmp_path / "plots" / "long.txt").write_text("ä" * 20_000)
     returned = FunctionResult(encode({"x": [7, 8]}, str(tmp_path)))
     value = with_outputs(returned, ["*.json", "plots/*"], str(tmp_path), str(tmp_path), None).value
@@ -90,8 +92,8 @@ async def test_results_texts_and_json_in_files_are_read_without_a_worker(tmp_pat
         await agent.session()
         await agent.call("submit_tasks", **SESSION, tasks=[{"name": "run", "prompt": "x"}])
         waited = await agent.call("wait_tasks", **SESSION)
-        assert '"plots":{"long.txt":"file, 40000 bytes"}' in waited["done"][0]["preview"]
-        assert "(result and 2 files, " in agent.texts[-1]
+        assert '"long.txt":"file, 40000 bytes"}' in waited["done"][0]["preview"]
+        assert "(result and 3 files, " in agent.texts[-1]
 
         async def part(path: str, **page: Any) -> Any:
             return await agent.call("get_result", **SESSION, task="run", path=path, **page)
@@ -100,6 +102,7 @@ async def test_results_texts_and_json_in_files_are_read_without_a_worker(tmp_pat
         assert (await part("/files/r.json"))["result"].startswith('{"loss"')
         assert (await part("/files/r.json/loss"))["result"] == 0.5
         assert (await part("/files/r.json/a~1b/-1"))["result"] == 2
+        assert (await part("/files/plots/a.json/k"))["result"] == 3 == (await part("/files/plots~1a.json/k"))["result"]
         text = await part("/files/plots/long.txt", start=19_999)
         assert (text["result"], text["total"]) == ("ä", 20_000)
         for path, told in {
@@ -111,6 +114,23 @@ async def test_results_texts_and_json_in_files_are_read_without_a_worker(tmp_pat
         assert value is not None
         await anyio.Path(value.files["r.json"]).unlink()
         assert "is gone" in await agent.refusal("get_result", **SESSION, task="run", path="/files/r.json")
+
+
+async def test_results_with_files_that_are_too_long_together_fail_their_list(tmp_path: Path) -> None:
+    (tmp_path / "large.txt").write_text("x" * 100_000)
+    long, short = (
+        with_outputs(FunctionResult(encode("y" * length, "")), ["*.txt"], str(tmp_path), str(tmp_path), None).value
+        for length in (1000, 10)
+    )
+    each = {"name": "each", "prompt": {"item": True}, "for_each": ["a", "b", "c"]}
+    for value, state in ((long, "FAILED"), (short, "DONE")):
+        async with open_agent(backend=outcome_of(value=value), settings=Settings(max_result_bytes=2048)) as agent:
+            await agent.session()
+            await agent.call("submit_tasks", **SESSION, tasks=[each])
+            await agent.call("wait_tasks", **SESSION)
+            whole = await agent.call("get_result", **SESSION, task="each")
+            assert whole["state"] == state
+            assert value is short or "3,006 bytes together, and one result has 2,048 at most" in whole["error"]
 
 
 async def test_a_result_and_its_parts_are_resources(agent: Agent) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,48 @@ async def test_missing_and_large_files_fail_the_task(session: Session, layout: s
     assert all(task.state is TaskState.FAILED and task.cause is Cause.ERROR for task in (large, missing))
     assert large.outcome and "1,000,000 is the most (max_result_bytes" in large.outcome.error
     assert missing.outcome and "matches '2.bin'" in missing.outcome.error and "1.bin" in missing.outcome.error
+
+
+ODD_NAME = "touch \"$(printf 'r\\351sum.odd')\""
+
+
+def leave_odd_name() -> None:
+    from pathlib import Path
+
+    Path("r\udce9sum.odd").touch()
+
+
+async def test_a_name_that_is_no_text_fails_its_task_alone(session: Session, tmp_path: Path) -> None:
+    template = {"process_template": {"cwd": str(tmp_path)}}
+    kept, missed = (
+        ComputeTask(executable="sh", arguments=["-c", ODD_NAME], outputs=[name], task_backend_specific_kwargs=template)
+        for name in ("*.odd", "*.even")
+    )
+    function = ComputeTask(leave_odd_name, outputs=["*.odd"])
+    await run(session, kept, missed, function)
+    for task in (kept, function):
+        assert task.cause is Cause.ERROR and task.outcome and r"'r\\udce9sum.odd' is no text" in task.outcome.error
+    assert missed.cause is Cause.ERROR and missed.outcome and r"newest first: r\udce9sum.odd" in missed.outcome.error
+
+
+def leave_no_result() -> None:
+    import os
+    import sys
+
+    with open(f"{sys.argv[-1].removesuffix('.config')}.result", "w") as file:
+        file.write("junk")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("layout", ["process", "job"])
+async def test_a_task_ends_and_gives_back_its_cores_whatever_it_leaves(session: Session, layout: str) -> None:
+    all_cores = {**LAYOUTS[layout], "cores": len(os.sched_getaffinity(0)) // (2 if layout == "job" else 1)}
+    broken, good = (
+        ComputeTask(function, task_backend_specific_kwargs=all_cores) for function in (leave_no_result, os.getpid)
+    )
+    await run(session, broken, good)
+    assert broken.cause is Cause.ERROR and broken.outcome and "DecodeError" in broken.outcome.error
+    assert good.state is TaskState.DONE
 
 
 async def test_json_is_asked_of_rank_0_alone(session: Session) -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 
 import pytest
+from mcp import MCPError
 from mcp.types import BlobResourceContents, ImageContent
 from PIL import Image
 
@@ -32,6 +33,7 @@ def draw(width):
     Image.new("RGB", (width, 20), "red").save(buffer, format="PNG")
     return {"width": width, "picture": buffer.getvalue()}
 """
+BROKEN = "def broken():\n    return b'\\x89PNG\\r\\n\\x1a\\n\\0\\0\\0\\rIHDR\\0\\0\\0\\x1e\\0\\0\\0\\x07junk'"
 SVG = 'def svg():\n    return b\'<svg width="8" height="9"><text>hello</text></svg>\''
 PROGRAM = "import matplotlib.image as i, sys; i.imsave(sys.stdout.buffer, [[0.0, 1.0]], format='png')"
 FRAME = """
@@ -83,6 +85,17 @@ async def test_a_picture_comes_as_an_image_beside_what_it_is(agent: Traveller) -
     assert base64.b64decode(vector.blob).startswith(b"<svg")
     svg = await agent.result("svg")
     assert "<text>hello" in svg["result"] and "SVG picture 8x9" in agent.texts[-1]
+
+
+async def test_a_broken_picture_is_told_in_words(agent: Traveller) -> None:
+    await agent.create("local")
+    await agent.submit({"name": "broken", "source": BROKEN})
+    await agent.wait()
+    assert (await agent.result("broken"))["preview"] == "PNG picture 30x7, 28 bytes"
+    assert all(block.type == "text" for block in agent.replies[-1].content)
+    assert "which cannot be shown: Pillow could not read it" in agent.texts[-1]
+    with pytest.raises(MCPError, match="cannot be shown: Pillow could not read it"):
+        await agent.client.read_resource(f"rhapsody://sessions/{agent.session}/tasks/broken/result")
 
 
 async def test_tables_and_arrays_come_by_rows_with_their_shape(agent: Traveller) -> None:

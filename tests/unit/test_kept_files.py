@@ -18,15 +18,18 @@ from rhapsody_mcp.backends.compute.nodes import result_files
 from rhapsody_mcp.backends.compute.nodes.result_files import ResultFiles, delete_files
 from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.network.multiplexer import Multiplexer
+from rhapsody_mcp.engine.task import kept_files
 from rhapsody_mcp.engine.task.function_call import encode
 from rhapsody_mcp.engine.task.kept_files import with_outputs
 from rhapsody_mcp.engine.task.node_files import FILES_SOCKET, local_bindings
+from rhapsody_mcp.engine.task.output import write_file
 from rhapsody_mcp.ledger.records import TaskEnded
 from rhapsody_mcp.model.errors import InvalidTask
 from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.values import Value, load, load_json
+from rhapsody_mcp.runtime.dataflow import for_each_values
 from rhapsody_mcp.runtime.dataflow.for_each_values import list_with_files
 
 LONG = "x" * 100_000
@@ -115,6 +118,58 @@ def test_what_cannot_be_kept_fails_the_task_and_leaves_nothing(
     assert not list((cwd.parent / "kept").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("patterns", "told"),
+    [
+        (["a.json", "odd/*.png"], r"'odd/r\\udce9sum.png' is no text in UTF-8: rename it"),
+        (["a.json", "odd/*.svg"], r"newest first: odd/r\udce9sum.png, "),
+    ],
+)
+def test_a_name_that_is_no_text_can_be_told_and_not_kept(cwd: Path, patterns: list[str], told: str) -> None:
+    (cwd / "odd").mkdir()
+    (cwd / "odd/r\udce9sum.png").write_bytes(b"x")
+    result = kept(cwd, *patterns)
+    assert result.cause is Cause.ERROR and told in result.error
+    assert msgspec.msgpack.encode(result) and not list((cwd.parent / "kept").iterdir())
+
+
+def test_what_cannot_be_described_fails_the_task_and_leaves_nothing(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def describe(path: str) -> str:
+        raise OverflowError("a side of it is too long")
+
+    monkeypatch.setattr(kept_files, "describe_file", describe)
+    result = kept(cwd, "*")
+    assert result.cause is Cause.ERROR and "a side of it is too long" in result.error
+    assert not list((cwd.parent / "kept").iterdir())
+
+
+def test_two_stars_do_not_lead_into_links_to_folders(cwd: Path) -> None:
+    for name in ("latest", "plots/up", "plots/deep/round"):
+        (cwd / name).symlink_to(cwd)
+    (cwd / "c.png").symlink_to(cwd / "plots/one.png")
+    everywhere = ["c.png", "plots/deep/two.png", "plots/one.png"]
+    assert sorted(value_of(kept(cwd, "**/*.png")).files) == everywhere
+    assert sorted(value_of(kept(cwd, "./**/**/*.png")).files) == everywhere
+    assert sorted(value_of(kept(cwd, "**/deep/**")).files) == ["plots/deep/two.png"]
+    assert sorted(value_of(kept(cwd, "latest/pl*s/*")).files) == ["latest/plots/one.png"]
+    assert sorted(value_of(kept(cwd, "latest/**/t*.png")).files) == ["latest/plots/deep/two.png"]
+
+
+def test_no_more_files_are_looked_for_than_can_be_kept(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[str] = []
+
+    def is_file(path: str) -> bool:
+        looked_at.append(path)
+        return True
+
+    (cwd / "many").mkdir()
+    for number in range(3000):
+        (cwd / f"many/{number}").touch()
+    monkeypatch.setattr(os.path, "isfile", is_file)
+    assert "more than 1000 files" in kept(cwd, "many/*").error and len(looked_at) < 1100
+    assert "more than 1000 files" in kept(cwd, "many/*[0-4]", "many/[5-9]*").error
+
+
 def test_a_full_disk_fails_the_task_and_leaves_nothing(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copies: list[str] = []
 
@@ -129,15 +184,40 @@ def test_a_full_disk_fails_the_task_and_leaves_nothing(cwd: Path, monkeypatch: p
     assert len(copies) == 2 and not list((cwd.parent / "kept").iterdir())
 
 
-def test_a_list_of_such_results_has_the_files_of_all(cwd: Path) -> None:
+@pytest.mark.anyio
+async def test_a_list_of_such_results_has_the_files_of_all(cwd: Path) -> None:
     one, two = value_of(kept(cwd, "a.json", returned=LONG)), value_of(kept(cwd, "b.txt", returned={1}))
-    value = list_with_files([one, None, two])
+    value = await list_with_files([one, None, two], cwd.parent / "kept")
     assert len(value.paths) == 3
     copies = {path: shutil.copy(path, path + ".copy") for path in value.paths}
     loaded = load(value.moved(copies))
     assert resolve_pointer(loaded, "/0/files/a.json").endswith(".json.copy")
     assert resolve_pointer(loaded, "/0/files/a.json/loss") == 0.5
     assert (loaded[0]["result"], loaded[1], loaded[2]["result"]) == (LONG, None, {1})
+
+
+@pytest.mark.anyio
+async def test_what_such_a_list_holds_itself_is_short(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = cwd.parent / "kept"
+    results = [value_of(kept(cwd, "a.json", returned="x" * 60_000)), encode({"y" * 60_000}, str(folder))]
+    results += [value_of(kept(cwd, "b.txt", returned=LONG)), value_of(kept(cwd, "b.txt", returned=1)), encode(2, "")]
+    value = await list_with_files(results, folder)
+    assert len(msgspec.msgpack.encode(value)) < 3000 and len(set(value.paths)) == len(value.paths) == 6
+    for loaded, result in zip(load(value), map(load, results), strict=True):
+        assert loaded == result
+
+    before, written = len(list(folder.iterdir())), [0]
+
+    def write(data: bytes, folder: str) -> str:
+        written[0] += 1
+        if written[0] == 2:
+            raise OSError(28, "No space left on device")
+        return write_file(data, folder)
+
+    monkeypatch.setattr(for_each_values, "write_file", write)
+    with pytest.raises(OSError, match="No space"):
+        await list_with_files(results, folder)
+    assert len(list(folder.iterdir())) == before
 
 
 # --- how they travel

@@ -135,6 +135,15 @@ class ProcessTask:
         self._free_group()
         return outcome
 
+    def abandon(self) -> None:
+        """End all ranks, and return when they have ended."""
+        self.cancel(Cause.LOST)
+        for process in self.processes():
+            if not process.has_ended:
+                with suppress(Exception):  # Dragon raises errors of many kinds
+                    process.join()
+        self._free_group()
+
     def _free_group(self) -> None:
         """Free the resources of a job with a PMI."""
         if self._group is not None:

@@ -10,12 +10,13 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import msgspec
 
 from rhapsody_mcp.engine.messages import FunctionResult
+from rhapsody_mcp.engine.task.error_text import sendable
 from rhapsody_mcp.engine.task.output import end_part, open_part
 from rhapsody_mcp.engine.views.pictures import describe_file
 from rhapsody_mcp.model.states import Cause
@@ -24,6 +25,7 @@ from rhapsody_mcp.model.values import NOTHING, PREVIEW_CHARS, Value, as_tree
 __all__ = ["with_outputs"]
 
 _MOST_FILES = 1000
+_TOO_MANY = f"its outputs are more than {_MOST_FILES} files. Put them into an archive, or keep fewer."
 _LISTED = 20
 _LISTED_FROM = 2000
 """Files of a folder that are looked at for a message."""
@@ -43,23 +45,50 @@ def with_outputs(
     if not patterns or result.cause is not None:
         return result
     try:
-        names = [name for pattern in patterns for name in _matching(pattern, cwd)]
-        return msgspec.structs.replace(
-            result, value=_value(result.value or NOTHING, _kept(list(dict.fromkeys(names)), cwd, folder, max_bytes))
-        )
+        names = list(dict.fromkeys(name for pattern in patterns for name in _matching(pattern, cwd)))
+        _check_amount(names, cwd, max_bytes)
+        return msgspec.structs.replace(result, value=_kept(names, cwd, folder, result.value or NOTHING))
     except _Refused as error:
-        return FunctionResult(None, Cause.ERROR, f"it ended, and {error}")
-    except OSError as error:
-        return FunctionResult(None, Cause.ERROR, f"it ended, and its outputs could not be kept: {error}")
+        problem = str(error)
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
+        problem = f"its outputs could not be kept: {error}"
+    return FunctionResult(None, Cause.ERROR, f"it ended, and {sendable(problem)}")
 
 
 def _matching(pattern: str, cwd: str) -> list[str]:
-    names = glob.glob(pattern, root_dir=cwd, recursive=True, include_hidden=pattern.startswith("."))
-    files = sorted(os.path.normpath(name) for name in names if os.path.isfile(os.path.join(cwd, name)))
+    files, folder = set[str](), ""
+    for name in _found(pattern, cwd, pattern.startswith(".")):
+        path = os.path.join(cwd, name)
+        if os.path.isfile(path):
+            files.add(_sendable_name(os.path.normpath(name)))
+        elif not folder and os.path.isdir(path):
+            folder = f"; {name} is a folder: write {name.rstrip('/')}/*"
+        if len(files) > _MOST_FILES:
+            raise _Refused(_TOO_MANY)
     if not files:
-        folder = f"; {names[0]} is a folder: write {names[0].rstrip('/')}/*" if names else ""
         raise _Refused(f"no file in {cwd} matches {pattern!r} of its outputs{folder}. {_there(cwd)}")
-    return files
+    return sorted(files)
+
+
+def _found(pattern: str, cwd: str, with_hidden: bool) -> Iterator[str]:
+    """Yield what glob finds, one by one. Here `**` does not lead into links to folders, which may lead round."""
+    steps = pattern.split("/")
+    if "**" not in steps:
+        yield from glob.iglob(pattern, root_dir=cwd, include_hidden=with_hidden)
+        return
+    at = steps.index("**")
+    rest = "/".join(itertools.dropwhile("**".__eq__, steps[at:])) or "*"
+    tops = glob.iglob("/".join(steps[:at]), root_dir=cwd, include_hidden=with_hidden) if at else [""]
+    for top in tops:
+        for folder, below, _ in os.walk(os.path.join(cwd, top)):
+            below[:] = (name for name in below if with_hidden or not name.startswith("."))
+            yield from (os.path.relpath(os.path.join(folder, name), cwd) for name in _found(rest, folder, with_hidden))
+
+
+def _sendable_name(name: str) -> str:
+    if sendable(name) != name:
+        raise _Refused(f"the name of its output {sendable(name)!r} is no text in UTF-8: rename it, or do not keep it.")
+    return name
 
 
 def _there(cwd: str) -> str:
@@ -83,25 +112,27 @@ def _files_below(cwd: str) -> Iterator[str]:
         yield from (os.path.join(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
-def _kept(names: Sequence[str], cwd: str, folder: str, max_bytes: int | None) -> dict[str, str]:
-    """Copy the files, and return the paths of the copies by name."""
+def _check_amount(names: Sequence[str], cwd: str, max_bytes: int | None) -> None:
     if len(names) > _MOST_FILES:
-        raise _Refused(f"its outputs are {len(names)} files; {_MOST_FILES} is the most. Put them into an archive.")
+        raise _Refused(_TOO_MANY)
     size = sum(os.path.getsize(os.path.join(cwd, name)) for name in names)
     if max_bytes is not None and size > max_bytes:
         raise _Refused(
             f"its outputs have {size:,} bytes together; {max_bytes:,} is the most (max_result_bytes in the settings of "
             "the server). Keep less, and hand on the paths of large files."
         )
-    kept: dict[str, str] = {}
-    try:
+
+
+def _kept(names: Sequence[str], cwd: str, folder: str, inner: Value) -> Value:
+    """Copy the files, and return the result with the copies."""
+    with ExitStack() as undo:
+        kept: dict[str, str] = {}
         for name in names:
             kept[name] = _copy(os.path.join(cwd, name), folder)
-    except BaseException:
-        for path in kept.values():
-            os.unlink(path)
-        raise
-    return kept
+            undo.callback(os.unlink, kept[name])
+        value = _value(inner, kept)
+        undo.pop_all()
+        return value
 
 
 def _copy(path: str, folder: str) -> str:

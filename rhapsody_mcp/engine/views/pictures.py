@@ -1,7 +1,7 @@
 """Pictures among the results of tasks: described, drawn as PNG, and made small enough to be shown.
 
-This runs in a process for user code. A library for pictures is used where a value is one of its objects; Pillow also
-where a picture is too large to be shown.
+This runs in a process for user code, of Python 3.10 too. A library for pictures is used where a value is one of its
+objects; Pillow also, where it is installed, to read each picture that is to be shown.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 import sys
 from typing import Any, NamedTuple
 
-from rhapsody_mcp.engine.task.error_text import Interrupted, error_message
+from rhapsody_mcp.engine.task.error_text import error_message
 
 __all__ = ["Bounds", "Drawn", "Facts", "about_bytes", "about_picture", "describe_file", "draw", "facts_of"]
 
@@ -104,17 +104,15 @@ def draw(value: Any, bounds: Bounds) -> Drawn | None:
     facts = facts_of(data) if data else None
     if data is None or facts is None:
         return None
-    if facts.kind == "SVG" or (len(data) <= bounds.bytes and max(facts.width, facts.height) <= bounds.pixels):
+    if facts.kind == "SVG":
         return Drawn(facts, data, len(data))
     try:
-        return _scaled(data, facts, bounds)
+        return _decoded(data, facts, bounds)
     except ImportError:
-        why = "Pillow, which could scale it down, is not installed where its task ran"
-    except Interrupted:
-        raise
-    except Exception as error:  # a picture that Pillow cannot read, or refuses to read because of its size
-        why = f"it could not be scaled down: {error_message(error)}"
-    return Drawn(facts, b"", len(data), why=why)
+        why = _why_not_unread(data, facts, bounds)
+    except Exception as error:  # a broken picture, or one that Pillow refuses to read because of its size
+        why = f"Pillow could not read it: {error_message(error)}"
+    return Drawn(facts, b"" if why else data, len(data), why=why)
 
 
 # --- objects
@@ -148,13 +146,25 @@ def _data_of(value: Any) -> bytes | None:
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
-# --- scaling
+# --- decoded, as a client refuses a broken picture
 
 
-def _scaled(data: bytes, original: Facts, bounds: Bounds) -> Drawn:
+def _decoded(data: bytes, facts: Facts, bounds: Bounds) -> Drawn:
+    """Return the picture, scaled down where that is needed. Raises what Pillow raises for a broken one."""
     pillow: Any = importlib.import_module("PIL.Image")  # the user's own, where there is one
     with pillow.open(io.BytesIO(data)) as opened:
-        picture = opened.convert("RGBA" if opened.has_transparency_data else "RGB")
+        opened.load()
+        facts = facts._replace(width=opened.width, height=opened.height)
+        if _fits(data, facts, bounds):
+            return Drawn(facts, data, len(data))
+        return _scaled(opened.convert("RGBA" if opened.has_transparency_data else "RGB"), len(data), facts, bounds)
+
+
+def _fits(data: bytes, facts: Facts, bounds: Bounds) -> bool:
+    return len(data) <= bounds.bytes and max(facts.width, facts.height) <= bounds.pixels
+
+
+def _scaled(picture: Any, size: int, original: Facts, bounds: Bounds) -> Drawn:
     side = min(bounds.pixels, max(picture.size))
     while True:
         picture.thumbnail((side, side))
@@ -164,10 +174,26 @@ def _scaled(data: bytes, original: Facts, bounds: Bounds) -> Drawn:
             if len(scaled := buffer.getvalue()) <= bounds.bytes or side <= _SMALLEST:
                 facts = facts_of(scaled)
                 assert facts is not None, "it was just written"
-                return Drawn(facts, scaled, len(data), original)
+                return Drawn(facts, scaled, size, original)
         side = side * 3 // 4
 
 
+def _why_not_unread(data: bytes, facts: Facts, bounds: Bounds) -> str:
+    """Return why a picture cannot be shown that was not decoded; empty if it can be."""
+    if not (facts.width and facts.height and _has_end(data, facts.kind)):
+        return "it is broken, or its size is not known"
+    if not _fits(data, facts, bounds):
+        return "it is too large, and Pillow, which could scale it down, is not installed where its task ran"
+    return ""
+
+
+def _has_end(data: bytes, kind: str) -> bool:
+    if kind == "WebP":
+        return 8 + int.from_bytes(data[4:8], "little") <= len(data)
+    return data.rstrip(b"\0\r\n ").endswith(_ENDS[kind])
+
+
+_ENDS = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "GIF": b";"}
 _SMALLEST = 64
 
 
@@ -218,9 +244,12 @@ _BEGINNING = 256 * 1024
 
 
 def _svg_facts(beginning: bytes) -> Facts | None:
-    if not (match := _SVG.match(beginning[:_SVG_BEGINNING])):
+    at = 0
+    while match := _BEFORE_SVG.match(beginning, at):
+        at = match.end()
+    if not (match := _SVG.match(beginning, at)):
         return None
-    tag = match[1]
+    tag = match[0]
     box = _VIEW_BOX.search(tag)
     width, height = (_side(tag, name) or _box_side(box, number) for number, name in ((1, b"width"), (2, b"height")))
     return Facts("SVG", "image/svg+xml", width, height)
@@ -231,10 +260,13 @@ def _box_side(box: re.Match[bytes] | None, number: int) -> int:
 
 
 def _side(tag: bytes, name: bytes) -> int:
-    match = re.search(rb'\s%s\s*=\s*["\']\s*([0-9.]+)(?:px|pt)?\s*["\']' % name, tag)
+    match = re.search(rb'\s%s\s*=\s*["\']\s*%s(?:px|pt)?\s*["\']' % (name, _NUMBER), tag)
     return round(float(match[1])) if match else 0
 
 
-_SVG = re.compile(rb"\s*(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE[^>]*>|\s+)*(<svg\b[^>]*>)", re.DOTALL)
-_VIEW_BOX = re.compile(rb'viewBox\s*=\s*["\']\s*[-0-9.]+[\s,]+[-0-9.]+[\s,]+([0-9.]+)[\s,]+([0-9.]+)')
+_BEFORE_SVG = re.compile(rb"\s+|\xef\xbb\xbf|<\?xml[^>]*>|<!--.*?-->|<!DOCTYPE[^>]*>", re.DOTALL)
+"""One part at a time: one pattern for all would backtrack for ever in white space that no SVG follows."""
+_SVG = re.compile(rb"<svg\b[^>]*>")
+_NUMBER = rb"([0-9]{1,6}(?:\.[0-9]*)?)"
+_VIEW_BOX = re.compile(rb'viewBox\s*=\s*["\']\s*[-0-9.]+[\s,]+[-0-9.]+[\s,]+%s[\s,]+%s\s*["\']' % (_NUMBER, _NUMBER))
 _SVG_BEGINNING = 4096

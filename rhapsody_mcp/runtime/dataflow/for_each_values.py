@@ -7,13 +7,13 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from rhapsody_mcp.engine.task.output import write_pieces
+from rhapsody_mcp.engine.task.output import write_file, write_pieces
 from rhapsody_mcp.model.errors import InvalidTask, LimitExceeded
 from rhapsody_mcp.model.json_pointer import resolve_pointer
 from rhapsody_mcp.model.outcome import Outcome, canceled
@@ -26,6 +26,8 @@ __all__ = ["join", "known_count", "list_with_files", "outcome_of", "read_items",
 
 _MAX_BYTES = 32 * 1024**2
 """The largest result that items are read from. Decoded, it takes about ten times as much memory."""
+_SHORT_BYTES = 512
+"""A value of so many bytes takes no more room in a list than the path of a file and what is kept of each file."""
 
 
 async def read_items(source: Part) -> list[Any]:
@@ -81,6 +83,24 @@ def _read(value: Value, path: str) -> Any:
 
 async def join(values: Sequence[Value | None], folder: Path, max_bytes: int | None = None) -> Value:
     """The list of JSON values, with null for None. Raises LimitExceeded for more than `max_bytes` bytes."""
+    size = _checked_size(values, max_bytes)
+    if any(value and value.file for value in values) or size > INLINE_BYTES:
+        return await asyncio.to_thread(_join_now, values, folder)
+    return _join_now(values, folder)
+
+
+async def list_with_files(values: Sequence[Value | None], folder: Path, max_bytes: int | None = None) -> Value:
+    """The list of values, with null for None, of which some have files. Raises LimitExceeded where they have more than
+    `max_bytes` bytes without the files, which are there already."""
+    _checked_size([value and (value.inner or value) for value in values], max_bytes)
+    items = tuple(_without_preview(value or NOTHING) for value in values)
+    if sum(map(_inline_bytes, items)) > INLINE_BYTES:
+        items = await asyncio.to_thread(_in_files, items, str(folder))
+    size, count = sum(item.size for item in items), len(items)
+    return Value("files", "list", size, length=count, about=f"list of {count} results with files", items=items)
+
+
+def _checked_size(values: Sequence[Value | None], max_bytes: int | None) -> int:
     size = sum(value.size for value in values if value)
     if max_bytes is not None and size > max_bytes:
         raise LimitExceeded(
@@ -89,16 +109,33 @@ async def join(values: Sequence[Value | None], folder: Path, max_bytes: int | No
             "file",
             "max_result_bytes",
         )
-    if any(value and value.file for value in values) or size > INLINE_BYTES:
-        return await asyncio.to_thread(_join_now, values, folder)
-    return _join_now(values, folder)
+    return size
 
 
-def list_with_files(values: Sequence[Value | None]) -> Value:
-    """The list of values, with null for None, of which some have files."""
-    items = tuple(replace(value, preview="") if value else NOTHING for value in values)
-    size, count = sum(item.size for item in items), len(items)
-    return Value("files", "list", size, length=count, about=f"list of {count} results with files", items=items)
+def _without_preview(value: Value) -> Value:
+    return replace(value, preview="", inner=value.inner and _without_preview(value.inner))
+
+
+def _inline_bytes(value: Value) -> int:
+    return len((value.inner or value).data or b"")
+
+
+def _in_files(values: Sequence[Value], folder: str) -> tuple[Value, ...]:
+    """The values, with files in the place of data that is not short."""
+    with ExitStack() as undo:
+        stored = tuple(_in_file(value, folder, undo) for value in values)
+        undo.pop_all()
+        return stored
+
+
+def _in_file(value: Value, folder: str, undo: ExitStack) -> Value:
+    if value.inner is not None:
+        return replace(value, inner=_in_file(value.inner, folder, undo))
+    if value.data is None or len(value.data) <= _SHORT_BYTES:
+        return value
+    path = write_file(value.data, folder)
+    undo.callback(os.unlink, path)
+    return replace(value, data=None, file=path)
 
 
 def _join_now(values: Sequence[Value | None], folder: Path) -> Value:

@@ -147,7 +147,7 @@ class ForEachRunner:
         if all(value is None or value.format == "json" for value in values):
             return await join(values, self._owner.folder, self._max_bytes)
         if any(value is not None and value.format == "files" for value in values):
-            return list_with_files(values)
+            return await list_with_files(values, self._owner.folder, self._max_bytes)
         join_task = await self._owner.run_hidden(ComputeTask(Module("builtins:list"), args=(done_children,)))
         await join_task
         return join_task.outcome.value if join_task.outcome else None

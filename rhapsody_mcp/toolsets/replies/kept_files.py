@@ -25,11 +25,10 @@ def readable_part(value: Value, path: str) -> tuple[Value, str] | None:
     first, *steps = split_pointer(path) or [""]
     if first == "result" and value.inner is not None and value.inner.format == "json":
         return value.inner, _pointer(steps)
-    names = ("/".join(steps[:count]) for count in range(1, len(steps) + 1))
-    name = next((name for name in names if name in value.files), None)
-    if first != "files" or name is None:
+    count = next((count for count in range(1, len(steps) + 1) if "/".join(steps[:count]) in value.files), 0)
+    if first != "files" or not count:
         return None
-    rest = steps[name.count("/") + 1 :]
+    name, rest = "/".join(steps[:count]), steps[count:]
     if (data := _read(value.files[name])) is None:
         return None
     return (_json(data, name), _pointer(rest)) if rest else _text(data)

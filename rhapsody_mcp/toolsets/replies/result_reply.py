@@ -241,7 +241,7 @@ def _picture_lines(picture: Picture, task: Task) -> list[str]:
     about, shown = one_line(picture.about), one_line(picture.shown)
     original = f'{{"ref": "{name_of(task)}"}} in submit_tasks passes the original'
     if picture.why:
-        return [f"result: {about}, which is too large to be shown: {one_line(picture.why)}. {original}."]
+        return [f"result: {about}, which cannot be shown: {one_line(picture.why)}. {original}."]
     scaled = f", scaled down to a {shown}; {original}" if shown else ""
     return [f"result ({about}), untrusted output of the task: the picture comes with this text{scaled}."]
 
