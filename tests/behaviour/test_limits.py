@@ -223,15 +223,20 @@ async def test_the_system_is_described_with_its_limits_policy_and_what_engines_s
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SOME_API_KEY", "secret")
-    async with agent_with(max_sessions=7, allowed_executables=["/usr/bin/*"], allowed_folders=["/scratch"]) as agent:
-        given = {"variables": {"OMP_NUM_THREADS": 4, "MY_TOKEN": "hidden"}, "setup": ["module load gcc"]}
+    async with agent_with(allowed_executables=["/usr/bin/*"]) as agent:
+        await agent.call("describe_system")
+        assert "allowed_executables: /usr/bin/*" in agent.texts[-1]
+        setup = await agent.refusal("create_session", environment={"setup": ["true"]})
+        assert "setup in environment is not allowed here, because allowed_executables" in setup
+    async with agent_with(max_sessions=7, allowed_folders=["/scratch"]) as agent:
+        given = {"variables": {"OMP_NUM_THREADS": 4, "MY_TOKEN": "hidden"}, "setup": ["module() { true; }"]}
         await agent.call("create_session", name="own", environment=given)
         system = await agent.call("describe_system")
         text = agent.texts[-1]
         assert system["settings"]["max_sessions"] == 7 and system["settings"]["allowed_folders"] == ["/scratch"]
-        assert "max_sessions 7" in text and "allowed_executables: /usr/bin/*" in text
+        assert "max_sessions 7" in text
         assert "SOME_API_KEY" in system["environment"]["withheld"] and "secret" not in text
-        assert "Engines of own start with variables MY_TOKEN, OMP_NUM_THREADS, setup module load gcc." in text
+        assert "Engines of own start with variables MY_TOKEN, OMP_NUM_THREADS, setup module() { true; }." in text
         assert "hidden" not in text
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from rhapsody_mcp.api import ComputeTask, Session, TaskState
 from tests.processes import dragon_files, family, wait_until
 
-__all__ = ["PROCESS", "Scene", "kill", "sleep_with_a_child", "write_line"]
+__all__ = ["ON_ALL_CORES", "PROCESS", "Scene", "kill", "sleep_with_a_child", "write_line"]
 
 PROCESS: dict[str, Any] = {"process_template": {}}
+ON_ALL_CORES: dict[str, Any] = PROCESS | {"cores": len(os.sched_getaffinity(0))}
 
 
 # --- the functions that tasks run; imports inside, because only the function travels
@@ -40,10 +41,7 @@ class Scene:
     def __init__(self, session: Session, folder: Path, kwargs: dict[str, Any]) -> None:
         self.session = session
         self.up = folder / "up"
-        all_cores = {"cores": len(os.sched_getaffinity(0))} if kwargs else {}  # so that processes wait behind it
-        self.running = ComputeTask(
-            sleep_with_a_child, args=(str(self.up),), task_backend_specific_kwargs={**kwargs, **all_cores}
-        )
+        self.running = ComputeTask(sleep_with_a_child, args=(str(self.up),), task_backend_specific_kwargs=kwargs)
         self.lines = [folder / f"line {number}" for number in range(4)]
         self.waiting = [
             ComputeTask(write_line, args=(str(path),), task_backend_specific_kwargs=kwargs) for path in self.lines

@@ -14,7 +14,7 @@ import pytest
 from rhapsody_mcp.api import ComputeTask, Session, TaskState
 from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
 from rhapsody_mcp.model.states import Cause
-from tests.engine.scene import PROCESS, Scene, kill, write_line
+from tests.engine.scene import ON_ALL_CORES, Scene, kill, write_line
 from tests.processes import FAMILY, family, wait_until
 
 pytestmark = pytest.mark.anyio
@@ -65,7 +65,7 @@ async def test_what_ran_fails_and_what_waited_runs_whichever_process_is_killed(
 async def test_a_process_of_its_own_is_lost_with_its_engine_and_those_behind_it_run(
     session: Session, tmp_path: Path
 ) -> None:
-    scene = Scene(session, tmp_path, PROCESS)
+    scene = Scene(session, tmp_path, ON_ALL_CORES)
     await scene.begin()
     kill(scene.find("host"), signal.SIGKILL)
     await scene.end()

@@ -52,7 +52,8 @@ def find_interpreter(python: str, folder: str, path: str | None = None) -> Inter
     try:
         version = _version(interpreter, os.stat(interpreter).st_mtime_ns)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise _refusal(python, f"{interpreter} is no Python: {error}") from None
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise _refusal(python, f"{interpreter} is no Python: {why}") from None
     if version < LEAST_VERSION:
         found = "{}.{}".format(*version)
         raise _refusal(python, f"{interpreter} is Python {found}, older than {'.'.join(map(str, LEAST_VERSION))}")
