@@ -27,7 +27,10 @@ WRITE = "def write(n):\n    with open(f'out-{n}.txt', 'w') as file:\n        fil
 PROGRAM = {"executable": "echo", "arguments": ['{"loss": 0.5}'], "stdout": "json"}
 
 
-async def test_a_program_and_a_function_carry_what_was_asked_for(agent: Agent) -> None:
+async def test_a_program_and_a_function_carry_what_was_asked_for(
+    agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     sweep = {"source": WRITE, "args": [{"item": True}], "for_each": [1, 2], "outputs": ["out-{item}.txt"]}
     await agent.call("submit_tasks", **SESSION, tasks=[{**PROGRAM, "outputs": ["a.json"]}, sweep])
     await agent.call("wait_tasks", **SESSION)
