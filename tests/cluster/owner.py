@@ -64,7 +64,8 @@ async def main() -> None:
 
 def make_tasks(folder: Path, retries: int) -> dict[str, ComputeTask]:
     """By name: functions that wait, in workers and in processes of their own, and functions that do not wait."""
-    kinds: list[tuple[str, int, dict[str, Any]]] = [("long", 4, {}), ("short", 40, {}), ("process", 2, OWN_PROCESS)]
+    processes = OWN_PROCESS | {"cores": 0.5}  # so that all that waits runs at a time on two nodes of two cores
+    kinds: list[tuple[str, int, dict[str, Any]]] = [("long", 3, {}), ("short", 40, {}), ("process", 2, processes)]
     names = [(f"{kind}{number}", keys) for kind, count, keys in kinds for number in range(count)]
     return {
         name: ComputeTask(
