@@ -1,6 +1,7 @@
 """The Python API: tasks, sessions and their exceptions."""
 
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidTask, RhapsodyError, SessionClosed, UnknownName
+from rhapsody_mcp.model.live.output import OutputQuery
 from rhapsody_mcp.model.outcome import TaskCanceled, TaskFailed
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.serialization import Module, Source
@@ -15,6 +16,7 @@ __all__ = [
     "ForEach",
     "InvalidTask",
     "Module",
+    "OutputQuery",
     "Part",
     "RhapsodyError",
     "Session",

@@ -208,8 +208,8 @@ class NodeAgent:
         task = self._tasks.get(uid)
         if task is not None or not uid:
             self.watched[name] = [int(pid) for pid in pids.split(",")]
-        if task is not None and not task.has_reported_start:
-            task.has_reported_start = True
+        if task is not None and task.started_at is None:
+            task.started_at = float(at)
             self.send(TaskStarted(uid, float(at)))
 
     def _handle(self, message: ToHost) -> None:

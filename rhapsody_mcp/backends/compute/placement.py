@@ -84,7 +84,9 @@ def refuse_too_large(layout: Layout, nodes: Sequence[Node]) -> None:
     if layout.ranks > room:
         what = needs_text(needs) if layout.ranks == 1 else f"{layout.ranks} ranks of {needs_text(needs)} each"
         largest = max(nodes, key=lambda node: (node.pool.most(needs), node.cores))
-        has = needs_text(Needs(largest.cores, largest.gpus, largest.memory_gb))
+        has = needs_text(Needs(largest.cores, largest.gpus, largest.memory_gb)) + (
+            " and no GPU" if needs.gpus and not largest.gpus else ""
+        )
         where = f"{len(nodes)} nodes, the largest with {has}" if len(nodes) > 1 else f"{largest.name} with {has}"
         valid = f"valid is up to {room} such ranks, or ranks that need less" if room else "ask for less"
         raise InvalidTask(f"it needs {what}, and this engine has {where}; {valid}.", field=_field_of(needs, largest))

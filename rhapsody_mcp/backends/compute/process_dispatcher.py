@@ -36,8 +36,8 @@ class ProcessDispatcher:
     """Starts programs and jobs, each once there is room for it, and merges their parts.
 
     The first task of the queue starts as soon as it can. While it waits, tasks behind it fill the room that is too
-    small for it; after `patience_s`, nodes are held for it. While GPUs or memory are missing, tasks that ask for
-    neither start there still; once only cores are missing, no other task does.
+    small for it; after `patience_s`, or at once for a task of a priority above 0, nodes are held for it. While GPUs or
+    memory are missing, tasks that ask for neither start there still; once only cores are missing, no other task does.
 
     `finish` gets each task with its outcome. `on_room` is called with a node on which cores have become free, or which
     is held no longer. Until `expected_nodes` have joined, a task that no node can run waits, and so does a job with
@@ -106,7 +106,7 @@ class ProcessDispatcher:
         now = asyncio.get_running_loop().time()
         if self._blocked is None:
             self._blocked, self._blocked_since = first, now
-        if now - self._blocked_since >= self.patience_s:
+        if now - self._blocked_since >= self.patience_s or first.priority > 0:
             layout = first.task_run.spec.layout
             self._held = self._held or nodes_to_hold(layout, self.nodes)
             self._hold(Hold.ALL if has_devices(layout.needs, self._held) else Hold.DEVICES)

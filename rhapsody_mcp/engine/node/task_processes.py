@@ -64,7 +64,7 @@ class ProcessTask:
         self._nodes = message.nodes
         self._devices = dict(zip(self._ranks, message.devices, strict=False))
         self._launcher: Launcher = node.fork_launcher if task_run.spec.layout.forked else node.launcher
-        self.has_reported_start = False
+        self.started_at: float | None = None
         self._stop_cause: Cause | None = None
         self._stop_requested: Future[None] = Future()
         self._processes: dict[int, SupervisedProcess] = {}
@@ -353,7 +353,7 @@ class ProcessTask:
             state, cause, error = (state, None, "") if result.cause is None else _failure(result)
         return Outcome(
             state=state,
-            started=min((end.started for end in ends if end.started is not None), default=None),
+            started=min((end.started for end in ends if end.started is not None), default=self.started_at),
             ended=max((end.ended for end in ends), default=time.time()),
             value=result.value if state is TaskState.DONE else None,
             stdout=first.stdout,

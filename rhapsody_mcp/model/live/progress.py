@@ -12,7 +12,7 @@ import msgspec
 __all__ = ["HISTORY", "Progress", "advanced", "progress_fields", "progress_of", "progress_text", "read_line"]
 
 HISTORY = 32
-"""How many values of a number are kept. Beyond that, every second value is dropped, and the newest stays."""
+"""How many values of a number are kept. Beyond that, only every second, fourth, ... value is kept, and the newest."""
 _MESSAGE_CHARS = 200
 _NUMBERS = 20
 _NAME_CHARS = 64
@@ -21,8 +21,8 @@ _NAME_CHARS = 64
 class Progress(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What a task has said last, at `at` seconds since the epoch: that `step` of `of` is done, a message, and numbers.
 
-    A number that is not finite is None. `history` holds earlier and last values of each number, in order, at most
-    `HISTORY` of each, from the whole run.
+    A number that is not finite is None. `history` holds values of each number, in order, evenly spread over the
+    run, and the last: at most `HISTORY` of each. `counts` is how many values each number has had.
     """
 
     at: float
@@ -31,6 +31,7 @@ class Progress(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     message: str = ""
     numbers: dict[str, int | float | None] = {}
     history: dict[str, list[int | float | None]] = {}
+    counts: dict[str, int] = {}
 
     def value_of(self, field: str) -> int | float | None:
         """The last value of a number, also of `step` and `of`. None where there is none, or no finite one."""
@@ -58,7 +59,8 @@ def progress_of(fields: Mapping[str, Any], at: float) -> Progress:
     step, of = numbers.pop("step", None), numbers.pop("of", None)
     kept = dict(list(numbers.items())[:_NUMBERS])
     history = {name: [value] for name, value in kept.items()}
-    return Progress(at, step, of, _message(str(fields.get("message") or "")), kept, history)
+    message = _message(str(fields.get("message") or ""))
+    return Progress(at, step, of, message, kept, history, dict.fromkeys(kept, 1))
 
 
 def _message(text: str) -> str:
@@ -89,7 +91,10 @@ def advanced(earlier: Progress | None, later: Progress) -> Progress:
     if earlier is None:
         return later
     numbers = dict(list({**earlier.numbers, **later.numbers}.items())[:_NUMBERS])
-    history = {name: _appended(earlier.history.get(name, []), later.history.get(name, [])) for name in numbers}
+    counts, history = dict(earlier.counts), dict(earlier.history)
+    for name in numbers.keys() & later.numbers.keys():
+        history[name] = _appended(history.get(name, []), counts.get(name, 0), numbers[name])
+        counts[name] = counts.get(name, 0) + 1
     return Progress(
         later.at,
         earlier.step if later.step is None else later.step,
@@ -97,14 +102,25 @@ def advanced(earlier: Progress | None, later: Progress) -> Progress:
         later.message or earlier.message,
         numbers,
         history,
+        counts,
     )
 
 
-def _appended(values: list[int | float | None], more: list[int | float | None]) -> list[int | float | None]:
-    values = [*values, *more]
-    while len(values) > HISTORY:
-        values = [*values[:-1:2], values[-1]]
-    return values
+def _appended(kept: list[int | float | None], count: int, value: float | None) -> list[int | float | None]:
+    """What is kept after one more value: `kept` is that of the `count` values before."""
+    stride = _stride(count)
+    spread = kept[: -(-count // stride)]  # without the newest, where it is there only as such
+    if _stride(count + 1) > stride:
+        spread = spread[::2]
+    return [*spread, value]
+
+
+def _stride(count: int) -> int:
+    """Every how many values one is kept, of so many: a power of two, so that there is room for the newest."""
+    stride = 1
+    while -(-count // stride) > HISTORY - 1:
+        stride *= 2
+    return stride
 
 
 def progress_text(progress: Progress) -> str:
@@ -117,4 +133,4 @@ def progress_text(progress: Progress) -> str:
 
 def progress_fields(progress: Progress) -> Mapping[str, Any]:
     """The progress as plain data for replies, without times."""
-    return {name: value for name, value in msgspec.to_builtins(progress).items() if name != "at"}
+    return {name: value for name, value in msgspec.to_builtins(progress).items() if name not in ("at", "counts")}

@@ -244,7 +244,8 @@ class Session:
         if again := tasks_to_run_again(tasks, self._submitted):
             return again
         raise InvalidTask(
-            f"nothing is to run again: {_states_text(tasks)}. Only what ended FAILED or CANCELED runs again."
+            f"nothing is to run again: {_states_text(tasks)}. What FAILED or was CANCELED runs again; a skipped task "
+            "does with the task of its condition, or is submitted again under its name."
         )
 
     def accept(self, tasks: Sequence[Task]) -> list[AcceptedTask]:

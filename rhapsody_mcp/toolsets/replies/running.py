@@ -73,6 +73,7 @@ def _first_line(data: TaskResult, task: Task) -> str:
 
 def _other_lines(excerpts: dict[str, Excerpt], is_search: bool) -> list[str]:
     if not is_search:
-        return []
+        is_silent = excerpts and not any(excerpt.size for excerpt in excerpts.values())
+        return ["It has printed nothing so far that it has flushed."] if is_silent else []
     empty = [name for name, excerpt in excerpts.items() if not excerpt.text]
     return [f"{name}: no line of its {excerpts[name].size} bytes so far has what was searched for." for name in empty]

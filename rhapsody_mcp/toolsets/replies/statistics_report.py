@@ -208,9 +208,14 @@ def _rates(statistics: Statistics) -> str:
             peak = f", at most {memory} in one process tree ({task})"
         parts.append(f"Used: {_plain(used['cpu_seconds'])} CPU seconds{peak}.")
     parts += [
-        f"{busy['backend']}: {busy['share']:.0%} of {busy['places']} {busy['of']} busy." for busy in statistics["busy"]
+        f"{busy['backend']}: {busy['share']:.0%} of {busy['places']} {busy['of']} {_taken(busy['of'])}."
+        for busy in statistics["busy"]
     ]
     return " ".join(parts)
+
+
+def _taken(places: str) -> str:
+    return "reserved" if places == "cores" else "busy"
 
 
 def _nodes_lines(nodes: Mapping[str, int]) -> list[str]:

@@ -49,7 +49,7 @@ async def _submit(open_session: OpenSession, requests: Sequence[TaskRequest], ke
     if canceled := _canceled_with(replaced, open_session):
         names = limited_list(canceled, NAMES_SHOWN, ", ...")
         notes.append(
-            f"{names} had been canceled because of what this replaces, and do not run by themselves: submit them again."
+            f"{names} had ended CANCELED because of what this replaces: what is still wanted is to be submitted again."
         )
     data = SubmissionReport(**report_fields(open_session, tasks), problems=texts or None)
     return submission_report(data, notes)

@@ -143,7 +143,7 @@ def wait_report(
 
 
 def _until(condition: Condition, answer: Answer | None) -> dict[str, Any]:
-    text = f"not yet {condition.until.what} of {condition.until.task}" if answer is None else answer.text
+    text = condition.so_far if answer is None else answer.text
     return {"met": answer is not None and answer.is_met, "text": text}
 
 
@@ -237,13 +237,13 @@ def _why(task: Task, first: Task, before: dict[str, int], running: Counter[str |
         return f" for {', '.join(list(sources)[:_SOURCES])}" if sources else ""
     if task.state is TaskState.RUNNING and task.attempts > 1:
         return f", attempt {task.attempts} of {max(task.attempts, task.most_attempts)}"
-    if task.state is TaskState.QUEUED and task.last_failure and task.uid not in before:
-        return f" to be tried again: {shortened(task.last_failure, 100)}"
     task = first
     if task.state is not TaskState.QUEUED or task.backend is None:
         return ""
     if task.held_until:
         return f" until {task.held_until}"
+    if first.last_failure and first.uid not in before:
+        return f" to be tried again: {shortened(first.last_failure, 100)}"
     if (state := engines.get(task.backend, _READY)) != _READY:
         return f" until {task.backend} is ready{f' ({state})' if len(state) <= _STATE_CHARS else ''}"
     if count := before.get(task.uid):

@@ -154,20 +154,34 @@ class Condition:
             del self._searches[task.uid]
         return is_searched
 
+    @property
+    def so_far(self) -> str:
+        """As in `not yet loss below 0.6 of train`, with what the task tells instead."""
+        text = f"not yet {self.until.what} of {self.until.task}"
+        tasks = [task for task in leaves([self._task]) if task.state is TaskState.RUNNING or task.outcome is not None]
+        missing = self._missing(tasks) if tasks and self.until.field is not None else ""
+        return f"{text}: so far {missing}" if missing else text
+
     def _missed(self, tasks: Iterable[Task]) -> str:
         ended = f"{name_of(self._task)} ended {self._task.state} without {self.until.what}"
         if self.until.text is not None:
             return ended
         told = [task.progress for task in tasks if task.progress is not None]
+        missing = self._missing(tasks)
+        return f"{ended}: {missing}" if missing else f"{ended}; the last was {progress_text(told[-1])}"
+
+    def _missing(self, tasks: Iterable[Task]) -> str:
+        """What the tasks tell where that has not the field; empty where it has."""
+        told = [task.progress for task in tasks if task.progress is not None]
         if not told:
             return (
-                f"{ended}: it told nothing. A function tells with rhapsody_mcp.task.progress(step, of, loss=...), "
-                "a program with a line of JSON in the file $RHAPSODY_PROGRESS"
+                "it told nothing. A function tells with rhapsody_mcp.task.progress(step, of, loss=...), a program with "
+                "a line of JSON in the file $RHAPSODY_PROGRESS; what is printed is found by text"
             )
         known = list(dict.fromkeys(field for progress in told for field in progress.numbers))
-        if self.until.field not in {*known, "step", "of"}:
-            return f"{ended}: it told {limited_list(known, _FIELDS_SHOWN) or 'no number'}"
-        return f"{ended}; the last was {progress_text(told[-1])}"
+        if self.until.field in {*known, "step", "of"}:
+            return ""
+        return f"it told {limited_list(known, _FIELDS_SHOWN) or 'no number'}"
 
 
 class _TextSearch:
