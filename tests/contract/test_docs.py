@@ -50,18 +50,26 @@ def test_the_python_example_runs_on_dragon(tmp_path: Path) -> None:
     assert "'total_tasks': 5" in summary
 
 
-def test_the_example_of_progress_runs(tmp_path: Path) -> None:
-    function, program = run_example(PYTHON[1], tmp_path).splitlines()
-    assert function.startswith("20 20 {'loss': 0.0115") and function.endswith(" 20")
+def test_the_example_of_needs_runs(tmp_path: Path) -> None:
+    assert run_example(PYTHON[1], tmp_path) == "('1', 1) True\n2.0 3.0 4.0 True\n"
+
+
+def test_the_example_of_output_and_progress_runs(tmp_path: Path) -> None:
+    *printed, function, program = run_example(PYTHON[2], tmp_path).splitlines()
+    assert printed and printed == [f"epoch {epoch}" for epoch in range(1, len(printed) + 1)]
+    assert function == "CANCELED True True"
     assert program == "half {'energy': -3.5}"
 
 
 def test_the_example_of_files_runs(tmp_path: Path) -> None:
-    assert run_example(PYTHON[2], tmp_path) == "{'loss': 0.5} ['out', 'result.json']\n1.0 42\n"
+    assert run_example(PYTHON[3], tmp_path) == "{'loss': 0.5} ['out', 'result.json']\n1.0 42\n"
 
 
-def test_the_example_of_a_sweep_runs(tmp_path: Path) -> None:
-    assert run_example(PYTHON[3], tmp_path) == "[0.04, 0.01, 0.0] 0.0 tidy\n"
+def test_the_example_of_order_conditions_and_retries_runs(tmp_path: Path) -> None:
+    first, why, again = run_example(PYTHON[4], tmp_path).splitlines()
+    assert first == "FAILED [1, None] 1 tidy skipped"
+    assert why.startswith("FileNotFoundError(2, ")
+    assert again == "DONE [1, 2] 3 all 3"
 
 
 @pytest.mark.ci
@@ -69,13 +77,13 @@ def test_the_example_of_a_sweep_runs(tmp_path: Path) -> None:
 def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rhapsody_mcp", "init", str(tmp_path), "--shipped-model"]
     subprocess.run(command, capture_output=True, check=True)
-    answers = run_example(PYTHON[4], tmp_path).splitlines()
+    answers = run_example(PYTHON[5], tmp_path).splitlines()
     assert [set(json.loads(answer)) for answer in answers] == [{"f1", "f2", "f3", "f4", "label"}] * 2
 
 
 def test_every_python_example_is_among_those_that_run() -> None:
     assert [name for name in DOCUMENTS if blocks("python", name)] == ["README.md", "docs/python.md"]
-    assert len(PYTHON) == 5
+    assert len(PYTHON) == 6
 
 
 # --- what is read
