@@ -21,8 +21,10 @@ def progress(step: float | None = None, of: float | None = None, message: str = 
     """Tell that `step` of `of` is done, with a message and numbers, as in `progress(3, 20, "epoch 3", loss=0.4)`.
 
     What a call leaves out stays as it was. Numbers may be of any type that `float` takes. Outside a task nothing
-    happens. Raises TypeError for a number that is none.
+    happens. Raises TypeError for a number that is none, and for one named `task`, which a line has for the task.
     """
+    if "task" in numbers:
+        raise TypeError("task is no name for a number: a line names the task with it.")
     given = {"step": step, "of": of, **numbers}
     line: dict[str, Any] = {name: _number(name, value) for name, value in given.items() if value is not None}
     if message:

@@ -93,6 +93,7 @@ class FunctionResult(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     error: str = ""
     traceback: str = ""
     exception: bytes = b""
+    notes: tuple[str, ...] = ()
     mpi_alone: bool = False
     """Whether the function ran as one rank of several, but its MPI world had size 1."""
 

@@ -213,6 +213,7 @@ class _Worker:
         return result, interrupted
 
     def _start_and_perform(self, run: RunFunction, folder: str) -> FunctionResult:
+        began = time.time()
         self.output.begin(run.uid)
         self.progress.current.uid = run.uid
         if not _change_directory(self.config.cwd):
@@ -226,7 +227,10 @@ class _Worker:
         except OSError as error:
             return FunctionResult(None, Cause.LOST, NOT_STARTED.format(error))
         result = perform(run.call, bindings, folder, self.sources, self.config.caps)
-        return with_outputs(result, run.call.outputs, self.config.cwd, folder, self.config.caps.result_bytes)
+        if not run.call.outputs:
+            return result
+        max_bytes = self.config.caps.result_bytes
+        return with_outputs(result, run.call.outputs, self.config.cwd, folder, max_bytes, began)
 
     def _has_no_threads(self) -> bool:
         """Return whether all threads of the function have ended. A joined thread may need a moment to end."""

@@ -102,7 +102,9 @@ class Resources:
             return _picture(a2b_base64(shown.base64), shown.mime_type)
         if isinstance(shown, Page):
             is_svg = shown.text is not None and shown.view_of.startswith("image/")
-            return _picture((shown.text or "").encode(), shown.view_of) if is_svg else shown.json
+            if is_svg:
+                return _picture((shown.text or "").encode(), shown.view_of)
+            return shown.json if shown.is_whole else _cut(shown)
         return _json(shown.value.preview if shown else None)
 
     def check(self, uri: str) -> None:
@@ -116,6 +118,20 @@ class Resources:
         with _refusals():
             opened = self._sessions.get(str(names["session"]))
             opened.tasks([str(names["task"])] if "task" in names else [])
+
+
+def _cut(page: Page) -> str:
+    """The beginning of a part that is too long, with the words that say so."""
+    return _json(
+        {
+            "about": f"only the beginning of {page.described}; get_result with start={page.end} reads on",
+            "columns": page.columns or None,
+            "start": page.start,
+            "end": page.end,
+            "total": page.total,
+            "beginning": page.json if page.broken else page.data,
+        }
+    )
 
 
 def _picture(data: bytes, mime_type: str) -> _Picture:

@@ -22,6 +22,7 @@ from rhapsody_mcp.backends.pilot.backend import PilotBackend
 from rhapsody_mcp.backends.pilot.messages import PlannedBackend
 from rhapsody_mcp.backends.vllm.config import SHIPPED, Device, VllmConfig, read_config
 from rhapsody_mcp.backends.vllm.launch_plan import find_model, interpreter
+from rhapsody_mcp.engine.software.containers import find_container
 from rhapsody_mcp.engine.software.interpreter import find_interpreter
 from rhapsody_mcp.machine import Machine, inspect_machine
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidSettings
@@ -155,14 +156,22 @@ def plan_backends(config: SessionConfig, settings: Settings) -> list[BackendPlan
 
 
 async def try_environment(config: SessionConfig, settings: Settings) -> None:
-    """Raise InvalidRequest for setup lines that fail and a Python that is none, where tasks run on this machine."""
+    """Raise InvalidRequest for setup lines that fail, a Python that is none and a container that cannot be, where tasks
+    run on this machine."""
     if config.needs_allocation:
         return
     if config.environment is not None and config.environment.setup:
         Policy.of(settings).check_setup()
         await replace(config.environment, withheld=settings.withheld_variables).build()
-    if config.software.python and not config.software.container:
-        await asyncio.to_thread(find_interpreter, config.software.python, config.folder or os.getcwd())
+    software, folder = config.software, config.folder or os.getcwd()
+    if software.container:
+        has_setup = bool(config.environment and config.environment.setup) or bool(software.setup)
+        path = os.environ.get("PATH", os.defpath)
+        await asyncio.to_thread(
+            find_container, software.container, folder, path, software.runtime, after_setup=has_setup
+        )
+    elif software.python:
+        await asyncio.to_thread(find_interpreter, software.python, folder)
 
 
 def _check_policy(config: SessionConfig, policy: Policy) -> None:

@@ -161,6 +161,20 @@ async def test_results_and_logs_are_cut(era: str, tmp_path: Path) -> None:
         assert await read(agent, f"{TRAIN}/stderr") == "oops"
 
 
+async def test_a_result_that_is_too_long_says_so() -> None:
+    data = json.dumps(list(range(300_000)), separators=(",", ":")).encode()
+    ended = Outcome(
+        state=TaskState.DONE, started=1.0, ended=2.0, value=Value("json", "list", len(data), data, length=300_000)
+    )
+    async with open_agent(backend=ScriptedBackend(lambda *_: ended)) as agent:
+        await agent.session()
+        await submit(agent, {"name": "train", "executable": "/bin/run"})
+        await agent.call("wait_tasks", **SESSION)
+        shown = json.loads(await read(agent, f"{TRAIN}/result"))
+        assert (shown["start"], shown["total"]) == (0, 300_000) and "only the beginning" in shown["about"]
+        assert shown["beginning"] == list(range(shown["end"])) and 0 < shown["end"] < 300_000
+
+
 @pytest.mark.parametrize(
     ("uri", "told"),
     [

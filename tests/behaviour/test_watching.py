@@ -117,6 +117,11 @@ async def test_progress_is_in_every_reply_and_in_progress_notifications(agent: A
 
 async def test_a_wait_ends_when_the_number_is_told_and_not_before(agent: Agent, backend: WatchedBackend) -> None:
     until = {"task": "train", "field": "loss", "below": 0.4, "above": 0.1}
+    waited = await agent.call("wait_tasks", **SESSION, until=until, timeout_s=0)
+    assert "so far it told nothing. A function tells with rhapsody_mcp.task.progress" in waited["until"]["text"]
+    backend.tell("task.000001", other=1)
+    waited = await agent.call("wait_tasks", **SESSION, until=until, timeout_s=0)
+    assert waited["until"]["text"] == "not yet loss above 0.1 and below 0.4 of train: so far it told other"
     for loss, met in ((0.5, False), (0.05, False), (0.3, True)):
         backend.tell("task.000001", loss=loss)
         waited = await agent.call("wait_tasks", **SESSION, until=until, timeout_s=0 if not met else 50)

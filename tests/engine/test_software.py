@@ -133,7 +133,7 @@ async def test_a_program_finds_the_python_first_also_after_setup_lines_and_for_e
     session: Session, version: str
 ) -> None:
     python = other_python(version)
-    plain = program("python3", "-c", VERSION, python=python)
+    plain = program("python", "-c", VERSION, python=python)
     after_lines = program("python3", "-c", VERSION, python=python, setup=["true"])
     each = ForEach([1, 2], lambda item, _: function(FACTS, item, python=python))
     await run(session, plain, after_lines, each)

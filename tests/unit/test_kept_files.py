@@ -49,6 +49,13 @@ def kept(cwd: Path, *patterns: str, returned: Any = None, max_bytes: int | None 
     return with_outputs(FunctionResult(encode(returned, folder)), patterns, str(cwd), folder, max_bytes)
 
 
+def test_a_note_tells_of_files_that_are_older_than_the_task(cwd: Path) -> None:
+    os.utime(cwd / "b.txt", (1.0, 1.0))
+    folder, began = str(cwd.parent / "kept"), (cwd / "a.json").stat().st_mtime
+    result = with_outputs(FunctionResult(), ["a.json", "b.txt"], str(cwd), folder, None, began)
+    assert result.notes == ("of its outputs these are older than the task: b.txt",)
+
+
 def value_of(result: FunctionResult) -> Value:
     assert result.value is not None, result.error
     return result.value

@@ -12,7 +12,7 @@ import pytest
 from rhapsody_mcp import task
 from rhapsody_mcp.engine.live.progress_file import ProgressFile
 from rhapsody_mcp.engine.live.progress_note import ProgressNote
-from rhapsody_mcp.model.live.progress import Progress, read_line
+from rhapsody_mcp.model.live.progress import HISTORY, Progress, advanced, progress_of, read_line
 
 _ODD = {
     "large integers": (b'{"step": 1, "tokens": 100000000000000000000}', {"tokens": 1e20}),
@@ -49,6 +49,30 @@ def test_each_line_is_read_after_more_of_them_than_are_kept_on_the_disk(tmp_path
         file.write(b'{"step": 60}')
     final = told.final()
     assert final is not None and final.step == 60
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 100, 600, 1000, 1025])
+def test_the_history_is_of_the_whole_run(count: int) -> None:
+    told = None
+    for step in range(count):
+        told = advanced(told, progress_of({"loss": step}, 1.0))
+    assert told is not None
+    *spread, newest = (int(value or 0) for value in told.history["loss"])
+    stride = spread[1] - spread[0] if len(spread) > 1 else 1
+    assert newest == count - 1 and spread == list(range(0, newest, stride))
+    assert min(count, 16) <= len(told.history["loss"]) <= HISTORY
+
+
+def test_a_number_that_is_told_now_and_then_has_a_history_of_its_own() -> None:
+    told = progress_of({"loss": 1}, 1.0)
+    for step in range(5):
+        told = advanced(told, progress_of({"loss": step} if step % 2 else {"rate": step}, 1.0))
+    assert told.history == {"loss": [1, 1, 3], "rate": [0, 2, 4]}
+
+
+def test_a_number_has_another_name_than_task() -> None:
+    with pytest.raises(TypeError, match="task is no name"):
+        task.progress(1, task=7)
 
 
 def test_a_function_may_tell_numbers_that_are_too_large_to_be_sent(

@@ -37,7 +37,11 @@ def finished(task: InFlightTask, message: FunctionFinished) -> Outcome:
         error=result.error,
         traceback=result.traceback,
         exception=result.exception,
-        notes=(*left_out(message), *([stopped_note(message.left_running)] if message.left_running else ())),
+        notes=(
+            *result.notes,
+            *left_out(message),
+            *([stopped_note(message.left_running)] if message.left_running else ()),
+        ),
         progress=message.progress,
         measured=Measured(message.cpu_s) if message.cpu_s else None,
     )

@@ -364,7 +364,7 @@ class ProcessTask:
             traceback=trace,
             exception=failed[0].exception if failed and self._stop_cause is None else b"",
             ranks=tuple(ranks) if spec.layout.mode == "job" else (),
-            notes=self._notes(ends),
+            notes=(*self._notes(ends), *result.notes),
             progress=self._progress(),
             measured=self._measured(ends),
         )
@@ -402,7 +402,8 @@ class ProcessTask:
         work = task_run.spec.work
         patterns = () if isinstance(work, Completion) else work.outputs
         cwd = os.path.join(config.cwd, self._templates[0].cwd or "")
-        return with_outputs(result, patterns, cwd, task_run.results_folder, config.caps.result_bytes)
+        max_bytes = config.caps.result_bytes
+        return with_outputs(result, patterns, cwd, task_run.results_folder, max_bytes, self.started_at)
 
     def _notes(self, ends: list[RankEnd]) -> tuple[str, ...]:
         ranks, notes = len(ends), [*left_out(*(end.outcome for end in ends))]

@@ -64,6 +64,8 @@ class TaskSoftware:
         differ from the node agent's."""
         variables = {**env, **template.env}
         if self._python is not None:
+            if arguments[0] in _ANY_PYTHON:
+                arguments = [self._python.path, *arguments[1:]]
             path_variable = self._python.path_with(self._path(variables))
             variables = {**self._python.variables, **variables, "PATH": path_variable}
         if self._container is not None:
@@ -85,6 +87,9 @@ class TaskSoftware:
 
     def _path(self, env: _Variables) -> str:
         return env.get("PATH") or self._node.task_env.get("PATH") or os.environ.get("PATH", os.defpath)
+
+
+_ANY_PYTHON = ("python", "python3")
 
 
 def _is_users(folder: str) -> bool:

@@ -27,6 +27,8 @@ __all__ = ["with_outputs"]
 _MOST_FILES = 1000
 _TOO_MANY = f"its outputs are more than {_MOST_FILES} files. Put them into an archive, or keep fewer."
 _LISTED = 20
+_CLOCK_S = 1.0
+"""How far the clocks of a file system and of a node may differ, in seconds."""
 _LISTED_FROM = 2000
 """Files of a folder that are looked at for a message."""
 _INNER_CHARS = 1000
@@ -38,16 +40,23 @@ class _Refused(Exception):
 
 
 def with_outputs(
-    result: FunctionResult, patterns: Sequence[str], cwd: str, folder: str, max_bytes: int | None
+    result: FunctionResult,
+    patterns: Sequence[str],
+    cwd: str,
+    folder: str,
+    max_bytes: int | None,
+    started: float | None = None,
 ) -> FunctionResult:
     """Return the result with the files in `cwd` that match the patterns, copied into `folder`. It is a failure where a
-    pattern matches no file, and where the files have more than `max_bytes` together."""
+    pattern matches no file, and where the files have more than `max_bytes` together. A note tells of files that are
+    older than `started`."""
     if not patterns or result.cause is not None:
         return result
     try:
         names = list(dict.fromkeys(name for pattern in patterns for name in _matching(pattern, cwd)))
         _check_amount(names, cwd, max_bytes)
-        return msgspec.structs.replace(result, value=_kept(names, cwd, folder, result.value or NOTHING))
+        value = _kept(names, cwd, folder, result.value or NOTHING)
+        return msgspec.structs.replace(result, value=value, notes=(*result.notes, *_older(names, cwd, started)))
     except _Refused as error:
         problem = str(error)
     except (OSError, ValueError, OverflowError, RecursionError) as error:
@@ -83,6 +92,14 @@ def _found(pattern: str, cwd: str, with_hidden: bool) -> Iterator[str]:
         for folder, below, _ in os.walk(os.path.join(cwd, top)):
             below[:] = (name for name in below if with_hidden or not name.startswith("."))
             yield from (os.path.relpath(os.path.join(folder, name), cwd) for name in _found(rest, folder, with_hidden))
+
+
+def _older(names: Sequence[str], cwd: str, started: float | None) -> Iterator[str]:
+    """Yield a sentence about the files that were there before the task."""
+    limit = (started or 0.0) - _CLOCK_S
+    if old := [name for name in names if _changed(os.path.join(cwd, name)) < limit]:
+        more = f" and {len(old) - _LISTED} more" if len(old) > _LISTED else ""
+        yield f"of its outputs these are older than the task: {', '.join(old[:_LISTED])}{more}"
 
 
 def _sendable_name(name: str) -> str:

@@ -57,6 +57,8 @@ def progress_of(fields: Mapping[str, Any], at: float) -> Progress:
     """The progress that the object of a line tells."""
     numbers = {_clean(name[:_NAME_CHARS]): _finite(value) for name, value in fields.items() if _is_number(value)}
     step, of = numbers.pop("step", None), numbers.pop("of", None)
+    numbers.pop("message", None)
+    numbers.pop("task", None)
     kept = dict(list(numbers.items())[:_NUMBERS])
     history = {name: [value] for name, value in kept.items()}
     message = _message(str(fields.get("message") or ""))

@@ -70,6 +70,11 @@ class Page(msgspec.Struct, frozen=True):
         return self.start + (len(self.pieces) - self.broken if self.text is None else len(self.text))
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the page is all of the result."""
+        return not self.broken and (self.total is None or (self.start == 0 and self.end >= self.total))
+
+    @property
     def json(self) -> str:
         """The page as JSON; of a broken piece, the beginning."""
         if self.text is not None:

@@ -9,9 +9,11 @@ from mcp.types import CallToolResult, ImageContent
 from pydantic import WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
+from rhapsody_mcp.backends.compute.node_pool import needs_text
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
+from rhapsody_mcp.model.specs import Needs
 from rhapsody_mcp.model.states import Cause
-from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
+from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, name_of
 from rhapsody_mcp.toolsets.output.excerpts import Excerpt
 from rhapsody_mcp.toolsets.replies.base import Reply, Row, reply, row_fields
 from rhapsody_mcp.toolsets.replies.failure_groups import FailureGroups, group_failures
@@ -67,6 +69,7 @@ class TaskResult(Row):
     ranks: SkipJsonSchema[list[RankRow] | None] = None
     notes: SkipJsonSchema[list[str] | None] = None
     queue_seconds: SkipJsonSchema[float | None] = None
+    asked_for: SkipJsonSchema[str | None] = None
     cpu_seconds: SkipJsonSchema[float | None] = None
     peak_memory_gb: SkipJsonSchema[float | None] = None
     prompt_tokens: SkipJsonSchema[int | None] = None
@@ -165,6 +168,7 @@ def _run_fields(task: Task, outcome: Outcome, share: float) -> dict[str, Any]:
     ranks = [_rank_row(rank, int(_RANK_CHARS * share)) for rank in _ranks_shown(outcome)]
     return {
         "queue_seconds": rounded(task.timing.queue_s),
+        "asked_for": _asked_for(task),
         **_measured_fields(outcome),
         "notes": [shortened(note, int(_TRACEBACK_CHARS * share)) for note in outcome.notes] or None,
         "rank_count": len(outcome.ranks) or None,
@@ -172,6 +176,12 @@ def _run_fields(task: Task, outcome: Outcome, share: float) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens if usage else None,
         "completion_tokens": usage.completion_tokens if usage else None,
     }
+
+
+def _asked_for(task: Task) -> str | None:
+    """What the task, or each of its ranks, needs; None where it says nothing."""
+    needs = task.layout.needs if isinstance(task, ComputeTask) else Needs()
+    return needs_text(needs) if needs != Needs() else None
 
 
 def _measured_fields(outcome: Outcome) -> dict[str, Any]:
@@ -264,7 +274,9 @@ def _described_lines(result: DescribedResult, data: TaskResult, task: Task) -> l
 def _other_lines(data: TaskResult, excerpts: dict[str, Excerpt]) -> list[str]:
     lines = [] if data.exit_code is None else [f"exit code {data.exit_code}"]
     if data.peak_memory_gb is not None:
-        lines.append(f"used {data.cpu_seconds or 0:g} CPU seconds and at most {data.peak_memory_gb:g} GB of memory")
+        asked = f" (asked for {data.asked_for})" if data.asked_for else ""
+        used = f"{data.cpu_seconds or 0:g} CPU seconds and at most {data.peak_memory_gb:g} GB of memory"
+        lines.append(f"used {used}{asked}")
     lines += [one_line(note) for note in data.notes or []]
     lines += [group.line() for group in data.failures or []]
     if data.traceback:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from mcp.types import CallToolResult
 
 from rhapsody_mcp.model.errors import InvalidTask
+from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.open_session import OpenSession
-from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, leaves, name_of, tasks_text
+from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, Task, leaves, name_of, tasks_text
 from rhapsody_mcp.toolsets.replies.base import count_states, reply
 from rhapsody_mcp.toolsets.replies.formatting import call_text, counts_text, limited_list
 from rhapsody_mcp.toolsets.submission.report import SubmissionReport
@@ -17,6 +18,10 @@ from rhapsody_mcp.toolsets.submission.report import SubmissionReport
 __all__ = ["prioritize"]
 
 _NAMES_SHOWN = 10
+
+
+def _waits(task: Task) -> bool:
+    return task.state in (TaskState.WAITING, TaskState.QUEUED)
 
 
 async def prioritize(open_session: OpenSession, priorities: Mapping[str, int]) -> CallToolResult:
@@ -34,6 +39,7 @@ async def prioritize(open_session: OpenSession, priorities: Mapping[str, int]) -
                 raise InvalidTask(
                     f"{name} has ended {task.counted_as}: its priority does nothing.", field="reprioritize"
                 )
+        waiting = {name for name, task in tasks.items() if any(_waits(one) for one in leaves([task]))}
         await open_session.prioritize([(task, priorities[name]) for name, task in tasks.items()])
     singles = [task for task in leaves(tasks.values()) if not task.state.final]
     data = SubmissionReport(
@@ -47,6 +53,8 @@ async def prioritize(open_session: OpenSession, priorities: Mapping[str, int]) -
     )
     given = ", ".join(f"{name} {priority}" for name, priority in priorities.items())
     text = f"Priorities: {given}; {tasks_text(len(singles))} of them open ({counts_text(data.counts)})."
+    if running := [name for name, task in tasks.items() if name not in waiting and not task.state.final]:
+        text += f" No effect on what runs already: {limited_list(running, _NAMES_SHOWN)}."
     if ended := [name for name, task in tasks.items() if task.state.final]:
         text += f" Ended meanwhile: {limited_list(ended, _NAMES_SHOWN)}."
     return reply(f"{text}\nNext: {call_text('wait_tasks', session=open_session.id)}.", data)
