@@ -199,7 +199,9 @@ class Tasks:
         task: Annotated[str, Field(description='Its name or id, e.g. "train" or "task.000002".')],
         path: Annotated[str, Field(description='JSON Pointer to a part of the result, e.g. "/0/label".')] = "",
         rank: Annotated[int | None, Field(ge=0, description="One rank of a job, from 0.")] = None,
-        start: Annotated[int | None, Field(description="Of the result: first item or character; -20: the last 20.")] = None,
+        start: Annotated[
+            int | None, Field(description="Of the result: first item or character; -20: the last 20.")
+        ] = None,
         limit: Annotated[int | None, Field(ge=1, description="Most items or characters; default: what fits.")] = None,
         output: Annotated[
             OutputEnd | None,

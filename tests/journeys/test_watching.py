@@ -103,6 +103,19 @@ async def test_what_a_running_task_printed_is_read_from_both_ends_and_searched(
     assert whole["stdout"].startswith(f"{word} 1\n{word} 2\n") and whole["progress"]["step"] >= 12
 
 
+async def test_a_search_in_a_sweep_finds_what_ended_and_running_items_printed(opened: Traveller, stop: Path) -> None:
+    script = f"echo found $0; [ $0 = 0 ] || until [ -e {stop} ]; do sleep 0.05; done"
+    each = {"name": "each", "executable": "sh", "arguments": ["-c", script, {"item": True}], "for_each": [0, 1]}
+    await opened.submit(each)
+    await opened.wait(count=1)
+    await opened.wait(until={"task": "each[1]", "text": "found 1"}, timeout_s=50)
+    found = await opened.result("each", search="found")
+    assert found["state"] == "RUNNING"
+    assert found["stdout"].splitlines() == ["each[0] 1: found 0", "each[1] 1: found 1"]
+    await anyio.Path(stop).touch()
+    await opened.wait()
+
+
 async def test_lines_of_ranks_and_items_are_told_apart(opened: Traveller, stop: Path) -> None:
     job = {**program(stop), "name": "job", "ranks": 2}
     each = {**program(stop), "name": "each", "for_each": 2}

@@ -6,11 +6,12 @@ import time
 from typing import Any
 
 from mcp.types import CallToolResult
+from msgspec.structs import replace
 
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.session.session import Session
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
-from rhapsody_mcp.toolsets.output.excerpts import Excerpt, OutputEnd
+from rhapsody_mcp.toolsets.output.excerpts import Excerpt, OutputEnd, search_in_children
 from rhapsody_mcp.toolsets.output.live import live_excerpts
 from rhapsody_mcp.toolsets.output.sources import OutputSource, check_rank, ends_of_sources, sources_of
 from rhapsody_mcp.toolsets.replies.base import fitted, reply, row_fields
@@ -26,7 +27,7 @@ async def show_running(
     """None where the task has ended meanwhile. Raises InvalidRequest for a rank that the task does not have."""
     check_rank(task, rank)
     sources = sources_of(task, rank) if isinstance(task, ForEach) or task.state is TaskState.RUNNING else []
-    excerpts = await _excerpts(session, sources, end, search, max_bytes)
+    excerpts = await _excerpts(session, task, sources, end, search, max_bytes)
     if task.state.final:
         return None
 
@@ -44,14 +45,15 @@ async def show_running(
 
 
 async def _excerpts(
-    session: Session, sources: list[OutputSource], end: OutputEnd, search: str | None, max_bytes: int
+    session: Session, task: Task, sources: list[OutputSource], end: OutputEnd, search: str | None, max_bytes: int
 ) -> dict[str, Excerpt]:
     if search is None:
         return await ends_of_sources(session, sources, end, max_bytes)
-    found: dict[str, Excerpt] = {}
-    for task, rank, label in sources:
-        if task.outcome is None:
-            live = await live_excerpts(session, task, rank, end, search, max_bytes)
+    ended = await search_in_children(task, search, max_bytes) if isinstance(task, ForEach) else {}
+    found = {name: replace(excerpt, text=f"{excerpt.text}\n" * bool(excerpt.text)) for name, excerpt in ended.items()}
+    for source, rank, label in sources:
+        if source.outcome is None:
+            live = await live_excerpts(session, source, rank, end, search, max_bytes)
             for name, excerpt in (live or {}).items():
                 found[name] = _added(found.get(name), excerpt, label, max_bytes)
     return found
