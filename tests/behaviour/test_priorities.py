@@ -58,6 +58,10 @@ async def test_waiting_tasks_get_another_priority_and_the_position_in_the_queue_
         reply = await agent.call("wait_tasks", session=session, timeout_s=0)
         assert reply["open"][0] == "a QUEUED behind 1 on scripted, 1 of them waiting"
         assert reply["open"][3] == "d QUEUED at scripted, which has not started it yet"
+        large = {"name": "large", "executable": "ls", "cores": 4}
+        await agent.call("submit_tasks", session=session, tasks=[large])
+        reply = await agent.call("wait_tasks", session=session, timeout_s=0)
+        assert reply["open"][4].endswith("behind 4 on scripted, 4 of them waiting; it needs 4 cores at once")
         backend.may_start.set()
         await agent.call("wait_tasks", session=session)
         text = await agent.refusal("submit_tasks", session=session, reprioritize={"d": 3})

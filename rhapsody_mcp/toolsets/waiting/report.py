@@ -13,10 +13,11 @@ from mcp.types import CallToolResult
 from pydantic import Field, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
 
+from rhapsody_mcp.backends.compute.node_pool import needs_text
 from rhapsody_mcp.model.live.progress import Progress, progress_text
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.open_session import OpenSession
-from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
+from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, leaves, name_of
 from rhapsody_mcp.toolsets.allocations import (
     AllocationFacts,
     allocation_data,
@@ -249,8 +250,16 @@ def _why(task: Task, first: Task, before: dict[str, int], running: Counter[str |
     if count := before.get(task.uid):
         runs = running[task.backend]
         waits = f", {count - runs} of them waiting" if count > runs else ""
-        return f" behind {count} on {task.backend}{waits}"
-    return f" at {task.backend}, which has not started it yet"
+        return f" behind {count} on {task.backend}{waits}{_at_once(task)}"
+    return f" at {task.backend}, which has not started it yet{_at_once(task)}"
+
+
+def _at_once(task: Task) -> str:
+    """What has to be free at a time for the task, where that is more than a core."""
+    if not isinstance(task, ComputeTask) or task.layout.ranks * task.layout.needs.counted_cores <= 1:
+        return ""
+    ranks, needs = task.layout.ranks, needs_text(task.layout.needs)
+    return f"; it needs {f'{ranks} times {needs}' if ranks > 1 else needs} at once"
 
 
 # --- as text
