@@ -38,15 +38,21 @@ def software(agent: Agent) -> list[Software]:
     return [run.spec.layout.software for run in agent.backend.received]
 
 
-async def test_a_task_has_its_own_software_or_else_that_of_the_session() -> None:
+async def test_a_task_has_its_own_software_or_else_that_of_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "apptainer").touch(0o700)  # nothing runs in it here
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     async with open_agent("auto") as agent:
         refusal = await agent.refusal("create_session", environment={"python": "/opt/env", "setup": ["true"]})
         assert "/opt/env does not exist" in refusal
-        await agent.call("create_session", environment={"container": "base.sif"})
+        refusal = await agent.refusal("create_session", environment={"container": "base.sif"})
+        assert "base.sif does not exist" in refusal
+        await agent.call("create_session", environment={"container": "docker://base"})
         await run_each(agent)
         assert software(agent) == [
-            Software(container="base.sif"),
-            Software(container="base.sif", setup=("module load cuda",)),
+            Software(container="docker://base"),
+            Software(container="docker://base", setup=("module load cuda",)),
             Software(python="/opt/env"),
             Software(),
             Software(container="a.sif", setup=("export SEED=a",)),

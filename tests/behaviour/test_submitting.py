@@ -163,9 +163,9 @@ async def test_a_replacement_names_what_its_failure_had_canceled() -> None:
         await agent.call("submit_tasks", session=session, tasks=[bad, needs])
         await agent.call("wait_tasks", session=session)
         await agent.call("submit_tasks", session=session, tasks=[bad | {"args": [-3]}])
-        assert "needs had been canceled because of what this replaces" in agent.texts[-1]
+        assert "needs had ended CANCELED because of what this replaces" in agent.texts[-1]
         await agent.call("submit_tasks", session=session, tasks=[needs])
-        assert "canceled because" not in agent.texts[-1]
+        assert "because of what this" not in agent.texts[-1]
         await agent.call("wait_tasks", session=session)
         assert (await agent.call("get_result", session=session, task="needs"))["result"] == 3
 
