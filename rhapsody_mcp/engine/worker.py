@@ -213,7 +213,7 @@ class _Worker:
         return result, interrupted
 
     def _start_and_perform(self, run: RunFunction, folder: str) -> FunctionResult:
-        began = time.time()
+        began = time.time() if run.call.outputs else 0.0
         self.output.begin(run.uid)
         self.progress.current.uid = run.uid
         if not _change_directory(self.config.cwd):

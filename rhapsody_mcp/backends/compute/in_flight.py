@@ -159,8 +159,9 @@ class InFlightTask:
     def __init__(self, task_run: TaskRun, report: Report, number: int = 0) -> None:
         """Tasks with a lower `number` were submitted before."""
         self.task_run, self.report, self.number = task_run, report, number
-        self.uid, self.priority = task_run.spec.uid, task_run.spec.priority
-        self.runs_in_worker = task_run.spec.layout.mode == "native"
+        spec = task_run.spec
+        self.uid, self.priority = spec.uid, spec.priority
+        self.runs_in_worker = spec.layout.mode == "native"
         self.worker: Worker | None = None
         self.placement: Placement | None = None
         self.is_sent = False

@@ -17,6 +17,7 @@ from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.session.managed_backend import ManagedBackend
 from rhapsody_mcp.runtime.session.routing import route
 from rhapsody_mcp.runtime.tasks import (
+    MOST_PRIORITY,
     ComputeTask,
     ForEach,
     Part,
@@ -38,6 +39,10 @@ class AcceptedTask(NamedTuple):
     task: Task
     backend: ManagedBackend | None = None
     spec: TaskSpec | None = None
+
+    def order(self) -> int:
+        """A number that is lower for what is submitted first: each ForEach, then the other tasks by priority."""
+        return -MOST_PRIORITY - 1 if isinstance(self.task, ForEach) else -self.task.priority
 
 
 class Acceptance:

@@ -102,8 +102,7 @@ class TaskRunner:
         now = time.time()
         for task, _, _ in accepted:
             task.state, task.submitted = TaskState.WAITING, task.submitted or now
-        parents_first = sorted(accepted, key=lambda entry: (not isinstance(entry.task, ForEach), -entry.task.priority))
-        for step in steps(parents_first):
+        for step in steps(sorted(accepted, key=AcceptedTask.order)):
             self.submit(step)
             await asyncio.sleep(0)
 

@@ -423,7 +423,7 @@ def name_of(task: Task) -> str:
 
 def is_hidden(task: Task) -> bool:
     """Whether the task is internal: no list or count shows it."""
-    return task.uid.startswith("~")
+    return task.uid[:1] == "~"
 
 
 def tasks_text(count: int) -> str:
