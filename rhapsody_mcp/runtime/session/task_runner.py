@@ -240,7 +240,8 @@ class TaskRunner:
 
     def _task_run(self, task: Task, folder: str) -> TaskRun:
         bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
-        is_resumed, task.is_resumed = task.is_resumed, False
+        if is_resumed := task.is_resumed:
+            task.is_resumed = False
         return TaskRun(
             spec=self.specs[task.uid],
             bindings=bindings,

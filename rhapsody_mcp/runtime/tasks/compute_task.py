@@ -69,6 +69,8 @@ class ComputeTask(Task):
     """
 
     kind = "compute"
+    stdout_form: Literal["text", "json"] | None = None
+    outputs: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -91,8 +93,10 @@ class ComputeTask(Task):
         self.args = tuple(args)
         self.kwargs = kwargs if isinstance(kwargs, Task | Part) else dict(kwargs or {})
         self.arguments = tuple(arguments)
-        self.stdout_form = stdout
-        self.outputs = _checked_outputs(outputs)
+        if stdout is not None:
+            self.stdout_form = stdout
+        if checked := _checked_outputs(outputs):
+            self.outputs = checked
         self.task_backend_specific_kwargs = dict(task_backend_specific_kwargs or {})
         self.layout = read_layout(self.task_backend_specific_kwargs, native=function is not None)
         self._timeout_s = read_timeout(self.task_backend_specific_kwargs)
