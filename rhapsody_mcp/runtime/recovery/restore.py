@@ -108,7 +108,9 @@ def _restore_state(task: Task, row: TaskRow) -> None:
     """Set the state that the task had in the previous run."""
     if (earlier := row.retries - task.retries) > 0:
         task.earlier_attempts = earlier
-    task.submitted, task.last_failure = row.submitted, row.last_failure
+    task.submitted = row.submitted
+    if row.last_failure:
+        task.last_failure = row.last_failure
     task.attempts = max(row.attempts, task.earlier_attempts)
     if row.outcome is not None:
         task.state, task.outcome, task.started = row.outcome.state, row.outcome, row.outcome.started

@@ -301,7 +301,8 @@ class TaskRunner:
             task.progress = event.progress
             self._on_progress(task)
         else:
-            task.placed_on = event.nodes or task.placed_on
+            if event.nodes:
+                task.placed_on = event.nodes
             self._set_running(task, event.at)
             self._set_parent_running(task, event.at)
 

@@ -188,8 +188,7 @@ class Task:
 
     kind: str
     # Most tasks never set these fields, nor most optional fields of an AITask; defaults on the class save memory.
-    # Python shares the attribute names of a class's objects, up to 30 that `__init__` sets; an object with others needs
-    # 1.3 KB more.
+    # Python shares the attribute names of a class's objects up to 29; an object with more needs 1.3 KB more.
     when: Condition | None = None
     priority = 0
     last_failure = ""
