@@ -89,6 +89,7 @@ def _end_with_owner(agent: NodeAgent) -> None:
 
 _JOIN_TIMEOUT_S = 3.0
 _PROGRESS_S = 0.25
+_SHORT_S = 0.25
 
 
 def _batch_launcher() -> Launcher:
@@ -300,10 +301,14 @@ class NodeAgent:
                         self.send(TaskProgressed(uid, 0, told.progress))
 
     def processes_with_memory(self) -> list[WatchedProcess]:
-        """Return the running processes of tasks in processes of their own."""
+        """Return the running processes of tasks in processes of their own. What short ones without a limit have used is
+        known at their ends."""
         found: list[WatchedProcess] = []
+        now = time.time()
         for task in list(self._tasks.values()):
             limit = task.task_run.spec.layout.needs.memory_bytes
+            if limit is None and task.started_at is not None and now - task.started_at < _SHORT_S:
+                continue
             started = ((process, self._pids(process)) for process in task.processes())
             found += [WatchedProcess(process, pids[0], limit) for process, pids in started if pids]
         return found

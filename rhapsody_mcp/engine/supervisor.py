@@ -66,10 +66,12 @@ _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
+_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
 def command(module: str, *arguments: str) -> list[str]:
     """Return the command that runs the main function of a module of this package in a Python without site-packages."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    boot = f"import sys; sys.path.append({root!r}); from rhapsody_mcp.engine.{module} import main; main()"
+    boot = f"import sys; sys.path.append({_ROOT!r}); from rhapsody_mcp.engine.{module} import main; main()"
     return [sys.executable, "-I", "-S", "-c", boot, *arguments]
 
 

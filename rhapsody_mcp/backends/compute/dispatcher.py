@@ -297,8 +297,8 @@ class Dispatcher:
     def _assign(self) -> None:
         """Give out what is free, to functions and processes in their order."""
         if self.processes.is_waiting:
-            if queue := self.processes.queue:
-                self._assign_functions(before=queue[0])
+            if self._function_queue.size and self.processes.queue.size:
+                self._assign_functions(before=self.processes.queue.first())
             self.processes.assign()
         self._assign_functions()
 
@@ -310,7 +310,7 @@ class Dispatcher:
         if self._bundles:
             self._start_workers_for_bundles()
         queue = self._function_queue
-        while queue and (before is None or queue[0].comes_before(before)):
+        while queue.size and (before is None or queue.first().comes_before(before)):
             if (worker := self._workers.first_idle()) is None:
                 return
             self._feed_worker(worker)
@@ -432,7 +432,7 @@ class Dispatcher:
 
     def _yields(self, worker: Worker) -> bool:
         """Whether a program or a job, some of which wait, is to have the core of the worker before more functions."""
-        return worker.node.hold is Hold.ALL or self.processes.queue[0].comes_before(self._function_queue[0])
+        return worker.node.hold is Hold.ALL or self.processes.queue.first().comes_before(self._function_queue.first())
 
     def task_revoked(self, uid: str) -> None:
         """The worker gives this task back: the task has not started there and never will."""

@@ -93,12 +93,13 @@ class ProcessDispatcher:
 
     def assign(self) -> None:
         """Start queued tasks while there is room for them."""
-        while self.queue and self.nodes and not self.is_halted and self._assign_task(self.queue[0], self.nodes):
+        queue = self.queue
+        while queue.size and self.nodes and not self.is_halted and self._assign_task(queue.first(), self.nodes):
             pass
-        if not self.queue or self.queue[0] is not self._blocked:
+        if self._blocked is not None and (not queue.size or queue.first() is not self._blocked):
             self._stop_holding()
-        if self.queue and self.nodes and not self.is_halted:
-            self._wait_for_room(self.queue[0])
+        if queue.size and self.nodes and not self.is_halted:
+            self._wait_for_room(queue.first())
             self._fill_holes()
 
     def _wait_for_room(self, first: InFlightTask) -> None:
@@ -125,8 +126,10 @@ class ProcessDispatcher:
     def _fill_holes(self) -> None:
         """Start tasks behind the first one for which there is room."""
         nodes = [node for node in self.nodes if node.hold is not Hold.ALL and node.pool.has_room]
-        without_room = [_shape_of(self.queue[0])]
-        for task in list(islice(self.queue, 1, _LOOKAHEAD)) if nodes else ():
+        if not nodes:
+            return
+        without_room = [_shape_of(self.queue.first())]
+        for task in list(islice(self.queue, 1, _LOOKAHEAD)):
             shape = _shape_of(task)
             if shape not in without_room and not self._fill_hole(task, nodes):
                 without_room.append(shape)

@@ -90,7 +90,9 @@ class WorkerPool:
 
     def unpark(self, node: Node) -> None:
         """List as many idle workers of the node again as there is room for."""
-        room = 0 if node.hold is Hold.ALL else node.pool.workers_that_fit
+        if not node.parked or node.hold is Hold.ALL:
+            return
+        room = node.pool.workers_that_fit
         while node.parked and room > 0:
             self.note_idle(heappop(node.parked)[1])
             room -= 1

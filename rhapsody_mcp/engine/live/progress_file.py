@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 
 from rhapsody_mcp.engine.task.output_files import punch_hole
 from rhapsody_mcp.model.live.progress import Progress, advanced, read_line
@@ -75,11 +76,14 @@ class ProgressFile:
         return [line for line in lines if line.strip(b"\0 \r")]
 
     def final(self) -> Progress | None:
-        """What the task has told at its end, also in a last line without a line break."""
+        """What the task has told at its end, also in a last line without a line break. Deletes the file."""
         with self._lock:
-            self._advance()
-            if rest := self._rest():
-                self.progress = advanced(self.progress, read_line(rest, time.time())[1])
+            if os.path.exists(self.path):
+                self._advance()
+                if rest := self._rest():
+                    self.progress = advanced(self.progress, read_line(rest, time.time())[1])
+                with suppress(OSError):
+                    os.unlink(self.path)
             return self.progress
 
     def _rest(self) -> bytes:

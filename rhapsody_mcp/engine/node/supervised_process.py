@@ -51,8 +51,9 @@ class SupervisedProcess:
 
     def write_plan(self, plan: ProcessPlan) -> None:
         """Write the plan into the file that the supervisor reads; its variables take precedence."""
-        plan = msgspec.structs.replace(plan, env={**self.program.env, **plan.env})
-        Path(self.path).write_bytes(marshal.dumps(msgspec.to_builtins(plan)))
+        fields = msgspec.to_builtins(plan) | {"env": {**self.program.env, **plan.env}}
+        with open(self.path, "wb") as file:
+            file.write(marshal.dumps(fields))
 
     def launch(self, launcher: Launcher) -> None:
         """Start the supervisor. The ranks of a group are started together instead, by `launch_group`."""

@@ -11,12 +11,10 @@ import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import msgspec
 
-from rhapsody_mcp.engine.live.progress_file import PROGRESS
 from rhapsody_mcp.engine.messages import FunctionResult
 from rhapsody_mcp.engine.software.containers import did_not_start
 from rhapsody_mcp.engine.software.setup_lines import SETUP, failed_line
@@ -67,15 +65,21 @@ def rank_end(path: str, task_run: TaskRun, rank: int, max_output_bytes: int | No
     """Collect the files of the supervisor with this path, and delete them; return None if the supervisor was killed.
     Raises OSError if the output or the value cannot be stored."""
     try:
-        supervisor_outcome = _SupervisorOutcome(*marshal.loads(Path(f"{path}.outcome").read_bytes()))
+        supervisor_outcome = _SupervisorOutcome(*marshal.loads(_content(f"{path}.outcome")))
     except (FileNotFoundError, EOFError, ValueError):  # missing or incomplete
         return None
     try:
         return _collect_end(supervisor_outcome, path, task_run, rank, max_output_bytes)
     finally:
-        for suffix in ("outcome", "result", *STREAMS, PROGRESS, SETUP):
+        of_setup = (SETUP,) if task_run.spec.layout.software.setup else ()
+        for suffix in ("outcome", "result", *STREAMS, *of_setup):
             with suppress(FileNotFoundError):
                 os.unlink(f"{path}.{suffix}")
+
+
+def _content(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
 def _collect_end(
@@ -110,7 +114,7 @@ def _result(supervisor_outcome: _SupervisorOutcome, path: str, task_run: TaskRun
     if supervisor_outcome.problem:
         return FunctionResult(None, Cause(supervisor_outcome.problem), supervisor_outcome.message)
     with suppress(FileNotFoundError):
-        return msgspec.json.decode(Path(f"{path}.result").read_bytes(), type=FunctionResult)
+        return msgspec.json.decode(_content(f"{path}.result"), type=FunctionResult)
     code, software = supervisor_outcome.code or 0, task_run.spec.layout.software
     if problem := failed_line(software.setup, path, how_it_ended(code)):
         return FunctionResult(None, Cause.INVALID, problem)
@@ -196,7 +200,7 @@ def _long_value(file: BinaryIO, folder: str) -> Value:
     size = os.path.getsize(path)
     if size > INLINE_BYTES:
         return Value("json", "str", size, None, path, text.length, text.preview)
-    data = Path(path).read_bytes()  # short without the surrounding white space
+    data = _content(path)  # short without the surrounding white space
     os.unlink(path)
     return Value("json", "str", size, data, length=text.length)
 
