@@ -242,13 +242,8 @@ class TaskRunner:
         bindings = {source.uid: (source.outcome and source.outcome.value) or NOTHING for source in task.needs()}
         if is_resumed := task.is_resumed:
             task.is_resumed = False
-        return TaskRun(
-            spec=self.specs[task.uid],
-            bindings=bindings,
-            results_folder=folder,
-            attempt=max(1, task.attempts),
-            resumed=is_resumed,
-        )
+        spec, attempt = self.specs[task.uid], max(1, task.attempts)
+        return TaskRun(spec=spec, bindings=bindings, results_folder=folder, attempt=attempt, resumed=is_resumed)
 
     @property
     def folder(self) -> Path:
@@ -300,11 +295,11 @@ class TaskRunner:
         if isinstance(event, Progressed):
             task.progress = event.progress
             self._on_progress(task)
-        else:
-            if event.nodes:
-                task.placed_on = event.nodes
-            self._set_running(task, event.at)
-            self._set_parent_running(task, event.at)
+            return
+        if event.nodes:
+            task.placed_on = event.nodes
+        self._set_running(task, event.at)
+        self._set_parent_running(task, event.at)
 
     def _set_running(self, task: Task, at: float) -> None:
         task.state, task.started = TaskState.RUNNING, at
