@@ -50,7 +50,7 @@ from rhapsody_mcp.engine.messages import (
 from rhapsody_mcp.engine.node.context import NodeContext, start_events_path
 from rhapsody_mcp.engine.node.hardware import memory_gib, usable_cpus
 from rhapsody_mcp.engine.node.launchers import DragonLauncher, ForkLauncher, Launcher
-from rhapsody_mcp.engine.node.memory_watch import WatchedProcess, watch_memory
+from rhapsody_mcp.engine.node.memory_watch import LOOK_S, WatchedProcess, watch_memory
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 from rhapsody_mcp.engine.node.task_processes import ProcessTask
 from rhapsody_mcp.engine.process.liveness import MIN_CHECKS, StopDetector
@@ -89,7 +89,6 @@ def _end_with_owner(agent: NodeAgent) -> None:
 
 _JOIN_TIMEOUT_S = 3.0
 _PROGRESS_S = 0.25
-_SHORT_S = 0.25
 
 
 def _batch_launcher() -> Launcher:
@@ -307,7 +306,7 @@ class NodeAgent:
         now = time.time()
         for task in list(self._tasks.values()):
             limit = task.task_run.spec.layout.needs.memory_bytes
-            if limit is None and task.started_at is not None and now - task.started_at < _SHORT_S:
+            if limit is None and task.started_at is not None and now - task.started_at < LOOK_S:
                 continue
             started = ((process, self._pids(process)) for process in task.processes())
             found += [WatchedProcess(process, pids[0], limit) for process, pids in started if pids]

@@ -182,7 +182,7 @@ class _Worker:
     def _run(self, run: RunFunction, started: float) -> tuple[FunctionFinished, bool]:
         """Run a function; return its result, and whether this process can run another function."""
         folder = results_folder(run.results_folder, self.config.link_folder)
-        result, interrupted = self._perform(run, folder)
+        result, interrupted = self._perform(run, folder, started)
         ended = time.time()
         cpu_s = self.cpu_meter.read(ended - started)
         may_have_side_effects = ended - started > _MIN_SIDE_EFFECT_S
@@ -200,11 +200,11 @@ class _Worker:
             run.uid, started, ended, result, stdout, stderr, interrupted, children.count(True), progress, cpu_s
         ), is_reusable
 
-    def _perform(self, run: RunFunction, folder: str) -> tuple[FunctionResult, bool]:
+    def _perform(self, run: RunFunction, folder: str, started: float) -> tuple[FunctionResult, bool]:
         interrupted = False
         try:
             try:
-                result = self._start_and_perform(run, folder)
+                result = self._start_and_perform(run, folder, started)
             finally:
                 interrupted = self.current_task.finish()
         except Interrupted:
@@ -212,8 +212,7 @@ class _Worker:
             return FunctionResult(None, Cause.ERROR, "interrupted"), True
         return result, interrupted
 
-    def _start_and_perform(self, run: RunFunction, folder: str) -> FunctionResult:
-        began = time.time() if run.call.outputs else 0.0
+    def _start_and_perform(self, run: RunFunction, folder: str, started: float) -> FunctionResult:
         self.output.begin(run.uid)
         self.progress.current.uid = run.uid
         if not _change_directory(self.config.cwd):
@@ -227,10 +226,8 @@ class _Worker:
         except OSError as error:
             return FunctionResult(None, Cause.LOST, NOT_STARTED.format(error))
         result = perform(run.call, bindings, folder, self.sources, self.config.caps)
-        if not run.call.outputs:
-            return result
         max_bytes = self.config.caps.result_bytes
-        return with_outputs(result, run.call.outputs, self.config.cwd, folder, max_bytes, began)
+        return with_outputs(result, run.call.outputs, self.config.cwd, folder, max_bytes, started)
 
     def _has_no_threads(self) -> bool:
         """Return whether all threads of the function have ended. A joined thread may need a moment to end."""

@@ -116,6 +116,9 @@ class Needs(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     gpus: int = 0
     memory_gb: float | None = None
 
+    def __bool__(self) -> bool:
+        return self != _NO_NEEDS
+
     @property
     def counted_cores(self) -> float:
         return 1.0 if self.cores is None else self.cores
@@ -152,7 +155,7 @@ class Software(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
         return msgspec.structs.replace(session, setup=(*session.setup, *self.setup))
 
 
-_NO_SOFTWARE = Software()
+_NO_NEEDS, _NO_SOFTWARE = Needs(), Software()
 
 
 class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

@@ -166,9 +166,8 @@ async def try_environment(config: SessionConfig, settings: Settings) -> None:
     software, folder = config.software, config.folder or os.getcwd()
     if software.container:
         has_setup = bool(config.environment and config.environment.setup) or bool(software.setup)
-        path = os.environ.get("PATH", os.defpath)
         await asyncio.to_thread(
-            find_container, software.container, folder, path, software.runtime, after_setup=has_setup
+            find_container, software.container, folder, runtime=software.runtime, after_setup=has_setup
         )
     elif software.python:
         await asyncio.to_thread(find_interpreter, software.python, folder)

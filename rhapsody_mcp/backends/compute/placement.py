@@ -78,7 +78,7 @@ def _pinned_ranks(layout: Layout, nodes: Sequence[Node]) -> dict[Node, list[int]
 def refuse_too_large(layout: Layout, nodes: Sequence[Node]) -> None:
     """Raise InvalidTask where the ranks ask for more than the nodes have."""
     needs = layout.needs
-    if needs == Needs() or not nodes:
+    if not needs or not nodes:
         return
     room = sum(min(node.pool.most(needs), layout.ranks_per_node or layout.ranks) for node in nodes)
     if layout.ranks > room:
@@ -120,7 +120,7 @@ def _refuse_too_many_pinned(pinned: Mapping[Node, Sequence[int]], most: int) -> 
 
 
 def _refuse_too_large_pinned(pinned: Mapping[Node, Sequence[int]], needs: Needs) -> None:
-    for node, ranks in pinned.items() if needs != Needs() else ():
+    for node, ranks in pinned.items() if needs else ():
         if len(ranks) > (room := node.pool.most(needs)):
             has = needs_text(Needs(node.cores, node.gpus, node.memory_gb))
             raise InvalidTask(

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from rhapsody_mcp.engine.node.supervised_process import SupervisedProcess
 
-__all__ = ["WatchedProcess", "watch_memory"]
+__all__ = ["LOOK_S", "WatchedProcess", "watch_memory"]
 
-_LOOK_S = 0.25
+LOOK_S = 0.25
+"""The least time from one look to the next, in seconds."""
 _SHARE_OF_TIME = 20
 """The looks take at most a twentieth of a core, however many processes the node has."""
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -34,9 +35,9 @@ def watch_memory(find: Callable[[], list[WatchedProcess]]) -> None:
             began = time.monotonic()
             with suppress(OSError):  # out of file descriptors: the next look may find some
                 _look(watched)
-            time.sleep(max(_LOOK_S, _SHARE_OF_TIME * (time.monotonic() - began)))
+            time.sleep(max(LOOK_S, _SHARE_OF_TIME * (time.monotonic() - began)))
         else:
-            time.sleep(_LOOK_S)
+            time.sleep(LOOK_S)
 
 
 def _look(watched: Iterable[WatchedProcess]) -> None:

@@ -66,7 +66,9 @@ def passed_on(env: Mapping[str, str | None], own: Mapping[str, str | None]) -> l
     return [name for name, value in env.items() if value is not None and (name in own or name not in _OWN)]
 
 
-def find_container(image: str, folder: str, path: str, runtime: str = "", *, after_setup: bool = False) -> Container:
+def find_container(
+    image: str, folder: str, path: str | None = None, runtime: str = "", *, after_setup: bool = False
+) -> Container:
     """The image, seen from `folder`, and the runtime, by default the first that is found on `path`; one that is not
     there may come with the setup lines of the task. Raises InvalidTask where something is missing."""
     names = (runtime,) if runtime else _RUNTIMES

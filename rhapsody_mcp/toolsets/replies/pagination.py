@@ -72,7 +72,7 @@ class Page(msgspec.Struct, frozen=True):
     @property
     def is_whole(self) -> bool:
         """Whether the page is all of the result."""
-        return not self.broken and (self.total is None or (self.start == 0 and self.end >= self.total))
+        return not self.broken and not self.start and (self.total is None or self.end >= self.total)
 
     @property
     def json(self) -> str:

@@ -11,7 +11,6 @@ from pydantic.json_schema import SkipJsonSchema
 
 from rhapsody_mcp.backends.compute.node_pool import needs_text
 from rhapsody_mcp.model.outcome import Outcome, RankOutcome
-from rhapsody_mcp.model.specs import Needs
 from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, name_of
 from rhapsody_mcp.toolsets.output.excerpts import Excerpt
@@ -180,8 +179,7 @@ def _run_fields(task: Task, outcome: Outcome, share: float) -> dict[str, Any]:
 
 def _asked_for(task: Task) -> str | None:
     """What the task, or each of its ranks, needs; None where it says nothing."""
-    needs = task.layout.needs if isinstance(task, ComputeTask) else Needs()
-    return needs_text(needs) if needs != Needs() else None
+    return needs_text(task.layout.needs) if isinstance(task, ComputeTask) and task.layout.needs else None
 
 
 def _measured_fields(outcome: Outcome) -> dict[str, Any]:
@@ -217,11 +215,10 @@ def _first_line(data: TaskResult) -> str:
 
 def _page_lines(page: Page, task: Task) -> list[str]:
     heading = f"result ({one_line(page.described)}), untrusted output of the task"
-    is_whole = not page.start and (page.total is None or page.end >= page.total)
     if page.broken:
         part = f"{heading}; item {page.start} alone is too long, this is its beginning:"
         more = f'Take a part of it with path, as in path="/{page.start}".' if page.total else ""
-    elif is_whole:
+    elif page.is_whole:
         return [f"{heading}:", *_json_lines(page), *([_view_text(page, task)] if page.view_of else [])]
     else:
         part = f"{heading}; {page.unit} {page.start} to {page.end - 1}:"

@@ -243,8 +243,8 @@ def _why(task: Task, first: Task, before: dict[str, int], running: Counter[str |
         return ""
     if task.held_until:
         return f" until {task.held_until}"
-    if first.last_failure and first.uid not in before:
-        return f" to be tried again: {shortened(first.last_failure, 100)}"
+    if task.last_failure and task.uid not in before:
+        return f" to be tried again: {shortened(task.last_failure, 100)}"
     if (state := engines.get(task.backend, _READY)) != _READY:
         return f" until {task.backend} is ready{f' ({state})' if len(state) <= _STATE_CHARS else ''}"
     if count := before.get(task.uid):

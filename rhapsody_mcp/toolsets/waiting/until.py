@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Annotated, NamedTuple
 
@@ -159,20 +159,19 @@ class Condition:
         """As in `not yet loss below 0.6 of train`, with what the task tells instead."""
         text = f"not yet {self.until.what} of {self.until.task}"
         tasks = [task for task in leaves([self._task]) if task.state is TaskState.RUNNING or task.outcome is not None]
-        missing = self._missing(tasks) if tasks and self.until.field is not None else ""
+        missing = self._missing(_told(tasks)) if tasks and self.until.field is not None else ""
         return f"{text}: so far {missing}" if missing else text
 
     def _missed(self, tasks: Iterable[Task]) -> str:
         ended = f"{name_of(self._task)} ended {self._task.state} without {self.until.what}"
         if self.until.text is not None:
             return ended
-        told = [task.progress for task in tasks if task.progress is not None]
-        missing = self._missing(tasks)
+        told = _told(tasks)
+        missing = self._missing(told)
         return f"{ended}: {missing}" if missing else f"{ended}; the last was {progress_text(told[-1])}"
 
-    def _missing(self, tasks: Iterable[Task]) -> str:
-        """What the tasks tell where that has not the field; empty where it has."""
-        told = [task.progress for task in tasks if task.progress is not None]
+    def _missing(self, told: Sequence[Progress]) -> str:
+        """What was told where that has not the field; empty where it has."""
         if not told:
             return (
                 "it told nothing. A function tells with rhapsody_mcp.task.progress(step, of, loss=...), a program with "
@@ -182,6 +181,10 @@ class Condition:
         if self.until.field in {*known, "step", "of"}:
             return ""
         return f"it told {limited_list(known, _FIELDS_SHOWN) or 'no number'}"
+
+
+def _told(tasks: Iterable[Task]) -> list[Progress]:
+    return [task.progress for task in tasks if task.progress is not None]
 
 
 class _TextSearch:
