@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+from mcp.server.apps import client_supports_apps
 from mcp.server.lowlevel.helper_types import ReadResourceContents
 from mcp.server.mcpserver import Context, Extension, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
@@ -17,8 +18,10 @@ from rhapsody_mcp import __version__
 from rhapsody_mcp.cards import read_cards, read_prompt, read_prompts
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import UnknownName
+from rhapsody_mcp.protocol.apps import REFRESH_TOOL, Page, hidden_without_apps
 from rhapsody_mcp.protocol.audit import Audit, audit_deferred
 from rhapsody_mcp.protocol.completions import Completions
+from rhapsody_mcp.protocol.dashboard import Dashboard
 from rhapsody_mcp.protocol.durability import durable_replies
 from rhapsody_mcp.protocol.output_watch import OutputWatch
 from rhapsody_mcp.protocol.prompts import make_prompt, refuse_prompt
@@ -55,8 +58,9 @@ class Server(MCPServer):
     async def call_tool(
         self, name: str, arguments: dict[str, Any], context: Context[Any, Any] | None = None
     ) -> CallToolResult | InputRequiredResult:
-        names = [tool.name for tool in await self.list_tools()]
-        if name not in names:
+        names = [tool.name for tool in await self.list_tools() if tool.name != REFRESH_TOOL]
+        is_refresh = name == REFRESH_TOOL and context is not None and client_supports_apps(context)
+        if name not in names and not is_refresh:
             raise ToolError(error_text(UnknownName("tool", name, names), "one of these"))
         return await audit_deferred(super().call_tool(name, arguments, context))
 
@@ -103,10 +107,10 @@ def build_server(
         instructions=offered.instructions(read_prompt("instructions")),
         version=__version__,
         tools=[tool for tool in make_tools(toolsets, cards) if tool.name in offered.names],
-        extensions=extensions,
+        extensions=[*extensions, Page(Dashboard(sessions))],
         lifespan=lambda _: nullcontext(state),
         subscriptions=updates.bus,
-        middleware=[audit or Audit(), durable_replies(sessions)],
+        middleware=[hidden_without_apps, audit or Audit(), durable_replies(sessions)],
         log_level="WARNING",
     )
     prompts = offered.prompts(read_prompts())

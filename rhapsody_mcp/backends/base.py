@@ -36,11 +36,13 @@ Kind = Literal["function", "executable", "prompt"]
 
 
 class Running(msgspec.Struct, frozen=True, tag="running", gc=False):
-    """The task's user code has started, at this time (seconds since the epoch), on these nodes, where it is told."""
+    """The task's user code has started, at this time (seconds since the epoch). `nodes` and, of a function, the number
+    of its `worker` are there where they are told."""
 
     uid: str
     at: float
     nodes: tuple[str, ...] = ()
+    worker: int | None = None
 
 
 class Ended(msgspec.Struct, frozen=True, tag="ended", gc=False):

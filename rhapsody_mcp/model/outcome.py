@@ -54,7 +54,8 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
     `started` is None if user code never ran. `exception` is the pickled exception of a function, or empty; unpickle an
     exception only where user code may run. `notes` are remarks about the run, such as "8 ranks on 2 cores".
     `nodes` are the names of the nodes that the task ran on, the node of rank 0 first; empty on an engine of one node.
-    `progress` is what the task has said last of itself. `measured` is None where nothing could be measured.
+    `progress` is what the task has said last of itself. `measured` is None where nothing could be measured. `worker` is
+    the number of the worker of the engine that ran a function; None for a process.
     """
 
     state: TaskState
@@ -74,6 +75,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=
     nodes: tuple[str, ...] = ()
     progress: Progress | None = None
     measured: Measured | None = None
+    worker: int | None = None
 
 
 def failed(cause: Cause, error: str, *, started: float | None = None, exit_code: int | None = None) -> Outcome:

@@ -15,7 +15,18 @@ from rhapsody_mcp.model.percentiles import Spread, spread_of
 from rhapsody_mcp.model.task_totals import BusyTime, Row, TokenTotals, Totals, merge_intervals
 from rhapsody_mcp.model.timing import Timing
 
-__all__ = ["Busy", "Measures", "Places", "Spread", "Statistics", "Summary", "Tally", "Times", "Tokens"]
+__all__ = [
+    "Busy",
+    "Measures",
+    "Places",
+    "Spread",
+    "Statistics",
+    "Summary",
+    "Tally",
+    "Times",
+    "Tokens",
+    "name_stem",
+]
 
 _NUMBERED = re.compile(r"(.*?)[-_. \[]*\d+\]?")
 
@@ -208,8 +219,13 @@ class Tally:
 
 
 def _stem(row: Row) -> str:
-    """The name without the number at its end; empty for a name without a number, and for a task of a ForEach."""
-    match = None if row.for_each or not row.name else _NUMBERED.fullmatch(row.name)
+    """As `name_stem`; empty for a task of a ForEach."""
+    return "" if row.for_each or not row.name else name_stem(row.name)
+
+
+def name_stem(name: str) -> str:
+    """The name without the number at its end; empty for a name without a number."""
+    match = _NUMBERED.fullmatch(name)
     return match[1] if match else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,10 +29,13 @@ __all__ = ["Audit", "audit_deferred", "open_audit"]
 
 T = TypeVar("T")
 _UNRECORDED_METHODS = {"ping"}
+_REFRESH_TOOL = "dashboard"
+"""The page calls this tool twice a second."""
 _CLIENT_INFO = "io.modelcontextprotocol/clientInfo"
 _RECORDED_FIELDS = ("session", "submitted", "first", "last", "repeated", "task", "canceled")
 """The fields of a reply that name tasks."""
 _NAME_CHARS, _REASON_CHARS = 60, 300
+_TASKS_RECORDED = 20
 _HANDLE_CHARS = 8
 """Only the beginning of a handle is recorded: without tokens, the whole handle gives access to the result."""
 
@@ -48,7 +51,7 @@ class Audit:
         self._file, self._now = file, now
 
     async def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
-        if ctx.request_id is None or ctx.method in _UNRECORDED_METHODS:
+        if ctx.request_id is None or ctx.method in _UNRECORDED_METHODS or _is_refresh(ctx):
             return await call_next(ctx)
         call = _Call(self, _caller_fields(ctx), ctx)
         with _as_current(call), self._recorded(call):
@@ -60,6 +63,12 @@ class Audit:
         """Record an HTTP request that was refused before it became a call."""
         origin = {"caller": caller, "peer": peer, "transport": "http"}
         self._append({**origin, "method": request, "result": "refused", "why": f"HTTP status {status}", **fields})
+
+    def canceled(self, caller: str, peer: str, session: str, tasks: Sequence[str]) -> None:
+        """Record that a person canceled tasks on the page."""
+        origin = {"caller": caller, "peer": peer, "transport": "http"}
+        fields = {"session": session, "canceled": len(tasks), "tasks": list(tasks[:_TASKS_RECORDED]), "result": "ok"}
+        self._append({**origin, "method": "dashboard cancel", **fields})
 
     def token(self, action: str, name: str) -> None:
         """Record that this process's user made or revoked a token."""
@@ -85,6 +94,10 @@ class Audit:
     def _append(self, entry: Mapping[str, Any]) -> None:
         if self._file is not None:
             self._file.write({"at": self._now().isoformat(timespec="milliseconds"), **entry})
+
+
+def _is_refresh(ctx: ServerRequestContext[Any, Any]) -> bool:
+    return ctx.method == "tools/call" and (ctx.params or {}).get("name") == _REFRESH_TOOL
 
 
 @contextmanager

@@ -15,12 +15,13 @@ KNOWS: dict[str, set[str]] = {
     "ledger": {"model", "engine"},
     "backends": {"model", "engine", "schedulers", "shipped_model"},
     "runtime": {"model", "engine", "schedulers", "ledger", "backends", "machine", "settings"},
-    "api": {"model", "runtime"},
+    "dashboard": {"model", "runtime"},
+    "api": {"model", "runtime", "dashboard"},
     "toolsets": {"model", "schedulers", "backends", "runtime", "machine", "settings", "cards"},
-    "protocol": {"model", "ledger", "runtime", "settings", "cards", "toolsets"},
+    "protocol": {"model", "ledger", "runtime", "dashboard", "settings", "cards", "toolsets"},
     "demo": {"model", "runtime", "api", "backends", "settings", "server", "serving", "shipped_model"},
     "bench": {"model", "engine", "ledger", "backends", "runtime", "api", "settings", "server", "serving", "toolsets"},
-    "serving": {"model", "ledger", "runtime", "settings", "cards", "toolsets", "protocol", "server"},
+    "serving": {"model", "ledger", "runtime", "dashboard", "settings", "cards", "toolsets", "protocol", "server"},
 }
 ALONE = {"dragon": {"engine", "bench/bare_dragon.py"}, "vllm": {"engine"}}
 """Packages of others, and where alone they are imported."""

@@ -401,7 +401,7 @@ class Dispatcher:
         if task.runs_in_worker and timeout_s is not None:
             left_s = max(0.0, timeout_s - (time.time() - task.started))
             task.timer = asyncio.get_running_loop().call_later(left_s, self.stop, [task.uid], Cause.TIMEOUT)
-        task.report(Running(task.uid, task.started, task.nodes if self._names_nodes else ()))
+        task.report(Running(task.uid, task.started, task.nodes if self._names_nodes else (), task.worker_number))
 
     def function_finished(self, worker_name: str, message: FunctionFinished) -> None:
         """A function has ended in a worker, which may have exited meanwhile."""

@@ -183,6 +183,10 @@ class InFlightTask:
         work = self.task_run.spec.work
         return len(work.code) + len(work.arguments) if isinstance(work, Call) else 0
 
+    @property
+    def worker_number(self) -> int | None:
+        return None if self.worker is None else self.worker.number
+
     printed: tuple[RankOutcome, ...]
     """What its ranks had printed; set once its engine is lost."""
     rank_that_tells: int

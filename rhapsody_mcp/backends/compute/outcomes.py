@@ -24,7 +24,7 @@ def finished(task: InFlightTask, message: FunctionFinished) -> Outcome:
     result = message.result
     if message.interrupted and task.stop_cause is not None:
         outcome = stopped(task, (message.stdout, message.stderr), message.started)
-        return msgspec.structs.replace(outcome, progress=message.progress)
+        return msgspec.structs.replace(outcome, progress=message.progress, worker=task.worker_number)
     state = TaskState.DONE if result.cause is None else TaskState.FAILED
     return Outcome(
         state=state,
@@ -44,6 +44,7 @@ def finished(task: InFlightTask, message: FunctionFinished) -> Outcome:
         ),
         progress=message.progress,
         measured=Measured(message.cpu_s) if message.cpu_s else None,
+        worker=task.worker_number,
     )
 
 

@@ -100,6 +100,8 @@ class Session:
         `position` counts, and the ones before do not."""
         self.replaced: list[Task] = []
         """The tasks whose name a later task has taken."""
+        self.rewrites = 0
+        """How often ended tasks ran again or were replaced: each time, what was counted of `ended` no longer holds."""
         self._statistics = StatisticsCollector(self.ended, self._runner.unfinished, self._runner.tasks)
         self.on_change: Callable[[Task], None] | None = None
         """Called after each change of a task's state. A start that is reported together with the end is no change."""
@@ -124,6 +126,10 @@ class Session:
     def tasks(self) -> list[Task]:
         """Every task, in the order of submission, without the children of a ForEach."""
         return list(self._submitted)
+
+    def tasks_from(self, number: int, count: int) -> list[Task]:
+        """At most `count` of the `tasks`, from this number on."""
+        return self._submitted[number : number + count]
 
     @property
     def task_count(self) -> int:
@@ -155,6 +161,11 @@ class Session:
         return dict(Counter(task.counted_as for task in leaves(self._current)))
 
     @property
+    def unfinished(self) -> Mapping[str, Task]:
+        """The tasks that have not ended, by uid; among them each child of a ForEach, and internal tasks."""
+        return self._runner.unfinished
+
+    @property
     def _current(self) -> list[Task]:
         return [task for task in self._submitted if task.replaced_by is None]
 
@@ -171,6 +182,7 @@ class Session:
         task.replaced_by = uid
         self.replaced.append(task)
         self._statistics.discard(task)
+        self.rewrites += 1
 
     # --- submission
 
@@ -210,6 +222,7 @@ class Session:
                     await record(again)
                 more = await self._plan_retry_later(named)
             self._statistics.count_anew()
+            self.rewrites += 1
             await self._runner.run_again(accepted)
         return again
 

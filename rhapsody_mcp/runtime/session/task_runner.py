@@ -298,6 +298,8 @@ class TaskRunner:
             return
         if event.nodes:
             task.placed_on = event.nodes
+        if event.worker is not None:
+            task.started_in = event.worker
         self._set_running(task, event.at)
         self._set_parent_running(task, event.at)
 

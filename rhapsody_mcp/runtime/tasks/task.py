@@ -195,6 +195,8 @@ class Task:
     replaced_by: str | None = None
     placed_on: tuple[str, ...] = ()
     """The nodes that it runs on, where they are known."""
+    started_in: int | None = None
+    """The number of the worker that it runs in, where it was told."""
     held_until = ""
     """What a QUEUED task waits for before a backend gets it, as in "its packages are installed"."""
     earlier_attempts = 0

@@ -16,10 +16,12 @@ from starlette.types import ASGIApp
 
 from rhapsody_mcp.model.errors import InvalidSettings
 from rhapsody_mcp.protocol.audit import Audit, open_audit
+from rhapsody_mcp.protocol.dashboard import Dashboard
 from rhapsody_mcp.protocol.tasks_extension import TasksExtension
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import Server, build_server, open_sessions
 from rhapsody_mcp.serving.http.authorization import authorized_app
+from rhapsody_mcp.serving.http.dashboard import PageData, PageFile
 from rhapsody_mcp.serving.http.listeners import Listener
 from rhapsody_mcp.serving.http.tokens import TokenFile, TokenVerifier, read_plain_token
 from rhapsody_mcp.serving.http.uvicorn_protocol import connection_class
@@ -70,7 +72,11 @@ async def serve_listener(
         audit.token("create", file.read()[-1].name)
     server = build_server(settings, sessions, [tasks], audit)
     read_only_server = build_server(settings.model_copy(update={"read_only": True}), sessions, [tasks], audit)
-    full_app, read_only_app = (_app(one, checks, settings) for one in (server, read_only_server))
+    dashboard = Dashboard(sessions)
+    full_app, read_only_app = (
+        PageData(_app(one, checks, settings), dashboard, checks, audit, may_cancel=may_cancel)
+        for one, may_cancel in ((server, not settings.read_only), (read_only_server, False))
+    )
     withheld_tools = await _tool_names(server) - await _tool_names(read_only_server)
     token_required = not listener.private or plain_token is not None
     verifier = TokenVerifier(file, plain_token)
@@ -83,7 +89,7 @@ async def serve_listener(
         greeting += f"\n{_token_hint(first_token, settings)}"
     try:
         async with read_only_server.session_manager.run():
-            await run_web_server(server, app, listener, stop, lambda: say(greeting), protocol)
+            await run_web_server(server, PageFile(app, checks), listener, stop, lambda: say(greeting), protocol)
     finally:
         for one in (server, read_only_server):
             one.detach()

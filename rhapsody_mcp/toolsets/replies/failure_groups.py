@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -11,6 +10,7 @@ from pydantic import WithJsonSchema
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
+from rhapsody_mcp.runtime.tasks.failures import NUMBER, failure_key, failure_place
 from rhapsody_mcp.toolsets.replies.base import Reply
 from rhapsody_mcp.toolsets.replies.formatting import limited_list, one_line, shortened
 
@@ -18,8 +18,6 @@ __all__ = ["FailureGroup", "FailureGroups", "group_failures", "group_notes"]
 
 _NAMES_SHOWN, _ERROR_CHARS, _DETAIL_CHARS, _NOTE_CHARS = 3, 600, 300, 200
 _RANKS_SHOWN, _RANK_GROUPS, _RANK_CHARS = 8, 3, 60
-_NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+(\.\d+)?")
-_FRAME = re.compile(r'^  File "([^"\n]*)", (line \d+, in [^\n]*)((?:\n    [^\n]*)?)', re.MULTILINE)
 
 
 class FailureGroup(Reply):
@@ -60,16 +58,9 @@ def group_failures(tasks: Iterable[Task], share: float = 1.0) -> list[FailureGro
         if task.outcome is None or task.outcome.state is TaskState.DONE or task.cause is Cause.SKIPPED:
             continue
         if not (isinstance(task, ForEach) and task.children):
-            groups.setdefault(_failure_key(task.outcome), []).append(task)
+            groups.setdefault(failure_key(task.outcome), []).append(task)
     ordered = sorted(groups.items(), key=lambda group: (group[0][0], -len(group[1])))
     return [_group(cause, members, share) for (_, cause, _), members in ordered]
-
-
-def _failure_key(outcome: Outcome) -> tuple[bool, str, str]:
-    """Whether the task was canceled, the cause, and the first line of the error without numbers."""
-    first_line = outcome.error.partition("\n")[0]
-    error = "" if outcome.cause is Cause.UPSTREAM else _NUMBER.sub("#", first_line)
-    return outcome.state is TaskState.CANCELED, str(outcome.cause), error
 
 
 def _group(cause: str, members: list[Task], share: float) -> FailureGroup:
@@ -87,7 +78,7 @@ def _group(cause: str, members: list[Task], share: float) -> FailureGroup:
 
 def _detail(outcome: Outcome) -> str:
     """The place where the function raised or the last line of stderr, and what came of the other ranks of a job."""
-    return "; ".join(filter(None, [_place(outcome), _other_ranks(outcome)]))
+    return "; ".join(filter(None, [failure_place(outcome), _other_ranks(outcome)]))
 
 
 def _other_ranks(outcome: Outcome) -> str:
@@ -100,18 +91,6 @@ def _other_ranks(outcome: Outcome) -> str:
             ranks.setdefault(shortened(one_line(came_of_it), _RANK_CHARS), []).append(str(rank.rank))
     texts = [f"{limited_list(numbers, _RANKS_SHOWN)}: {text}" for text, numbers in ranks.items()]
     return f"other ranks: {limited_list(texts, _RANK_GROUPS)}" if texts else ""
-
-
-def _place(outcome: Outcome) -> str:
-    if outcome.cause is Cause.INVALID:  # the task never ran: the frames are this package's
-        return ""
-    if frames := _FRAME.findall(outcome.traceback):
-        file, place, code = frames[-1]
-        return f"{file}, {place}: {code.strip()}" if code else f"{file}, {place}"
-    streams = [outcome.stderr, *(rank.stderr for rank in outcome.ranks if rank.error or rank.exit_code)]
-    last = next((stream.text.rstrip() for stream in streams if stream.text.strip()), "")
-    line = last[last.rfind("\n") + 1 :]
-    return f"stderr: {line}" if line and line not in outcome.error else ""
 
 
 def group_notes(tasks: Iterable[Task], most: int) -> list[str]:
@@ -132,4 +111,4 @@ def group_notes(tasks: Iterable[Task], most: int) -> list[str]:
 def _note_key(note: str) -> str:
     """The note without numbers, except the number of attempts, which keeps notes apart."""
     attempts, mark, rest = note.partition("; ") if note.startswith("attempt ") else ("", "", note)
-    return attempts + mark + _NUMBER.sub("#", rest)
+    return attempts + mark + NUMBER.sub("#", rest)

@@ -1,0 +1,77 @@
+"""The graph of a session: its tasks, or groups of them, and which need which."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rhapsody_mcp.dashboard.spans import group_of
+from rhapsody_mcp.model.critical_path import CriticalPath
+from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
+
+__all__ = ["TaskGraph"]
+
+_MAX_TASKS = 40
+"""A session with more tasks is shown by groups."""
+_MAX_NODES, _MAX_EDGES = 150, 400
+
+
+class TaskGraph:
+    """Grows with the submissions of a session. A ForEach is one node."""
+
+    def __init__(self) -> None:
+        self._tasks: list[Task] = []
+        """The first ones, for as long as each is a node."""
+        self.sizes: Counter[str] = Counter()
+        """The number of tasks in each group."""
+        self._edges: Counter[tuple[str, str]] = Counter()
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """Add submitted tasks, a ForEach without its children."""
+        for task in tasks:
+            group = group_of(task)
+            if not isinstance(task, ForEach):
+                self.sizes[group] += 1
+            if len(self._tasks) <= _MAX_TASKS:
+                self._tasks.append(task)
+            for source in task.sources():
+                self._edges[group_of(source), group] += 1
+
+    def describe(self, counts: Mapping[str, Mapping[str, int]], path: CriticalPath | None) -> dict[str, Any]:
+        """Nodes and edges; `counts` are the tasks that have ended in each state, by group. Nodes that the critical path
+        goes through are marked."""
+        on_path = {step["task"] for step in path["steps"]} if path is not None else set()
+        if len(self._tasks) <= _MAX_TASKS:
+            return self._of_tasks(on_path)
+        on_path |= {group for group in self.sizes if any(name.startswith(group) for name in on_path)}
+        nodes = [
+            {"id": group, "name": group, "counts": dict(counts.get(group, {})), "total": size, "path": group in on_path}
+            for group, size in self.sizes.most_common(_MAX_NODES)
+        ]
+        shown = {node["id"] for node in nodes}
+        edges = [
+            [source, target, count]
+            for (source, target), count in self._edges.most_common(_MAX_EDGES)
+            if source != target and {source, target} <= shown
+        ]
+        return {"of": "groups", "nodes": nodes, "edges": edges, "left_out": max(0, len(self.sizes) - len(nodes))}
+
+    def _of_tasks(self, on_path: set[str]) -> dict[str, Any]:
+        nodes = [
+            {
+                "id": task.uid,
+                "name": name_of(task),
+                "counts": dict(Counter(leaf.counted_as for leaf in leaves([task]))),
+                "total": len(leaves([task])),
+                "path": any(name_of(leaf) in on_path for leaf in leaves([task])),
+                "replaced": task.replaced_by is not None,
+            }
+            for task in self._tasks
+        ]
+        edges = [
+            [(source.parent or source).uid, task.uid, 1]
+            for task in self._tasks
+            for source in dict.fromkeys(task.sources())
+        ][:_MAX_EDGES]
+        return {"of": "tasks", "nodes": nodes, "edges": edges, "left_out": 0}

@@ -1,0 +1,135 @@
+"""Answers what the page asks: the same over HTTP and in an MCP App."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from rhapsody_mcp.dashboard.details import describe_task, matching, row_of
+from rhapsody_mcp.dashboard.feed import Cursor, Feed
+from rhapsody_mcp.dashboard.picture import stream_svg
+from rhapsody_mcp.dashboard.report import write_report
+from rhapsody_mcp.dashboard.trace import chrome_trace
+from rhapsody_mcp.dashboard.view import SessionView
+from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
+from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.model.values import is_index
+from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.runtime.session_registry import SessionRegistry
+from rhapsody_mcp.runtime.tasks import Task, leaves
+from rhapsody_mcp.toolsets.allocations import allocation_of, allocation_sentence
+from rhapsody_mcp.toolsets.output.sources import ends_of_sources, sources_of
+
+__all__ = ["FILES", "Dashboard"]
+
+Query = Mapping[str, str]
+_ROWS_A_PAGE = 50
+_BLOCK_ROWS = 100_000
+_OUTPUT_BYTES = 16 * 1024
+FILES = {"report": "text/html; charset=utf-8", "trace": "application/json", "picture": "image/svg+xml"}
+"""The MIME type of each file that can be made of a session."""
+
+
+class Dashboard:
+    """Answers for the sessions of a registry; every answer is plain JSON data, and changes nothing but `cancel`."""
+
+    def __init__(self, sessions: SessionRegistry) -> None:
+        self._sessions = sessions
+        self._feeds: WeakKeyDictionary[OpenSession, Feed] = WeakKeyDictionary()
+
+    def feed(self, session: str) -> Feed:
+        """The frames of a session. Raises UnknownName."""
+        opened = self._sessions.get(session)
+        if (feed := self._feeds.get(opened)) is None:
+            feed = self._feeds[opened] = Feed(SessionView(opened.session, opened.id), _allocation_fields(opened))
+        return feed
+
+    async def answer(self, what: str, query: Query) -> dict[str, Any]:
+        """Raises InvalidRequest for an unknown question or a missing field, and UnknownName."""
+        match what:
+            case "sessions":
+                rows = [{"session": opened.id, "counts": opened.session.counts} for opened in self._sessions.all()]
+                return {"sessions": rows}
+            case "task":
+                return await self._task(query)
+            case "tasks":
+                return self._tasks(query)
+            case "rows":
+                return self._rows(query)
+        raise InvalidRequest(f"{what!r} is no question. Valid: sessions, task, tasks, rows.")
+
+    async def _task(self, query: Query) -> dict[str, Any]:
+        opened = self._sessions.get(_field(query, "session"))
+        task = self._at_row(query) if "row" in query else opened.by_uid(_field(query, "uid"))
+        described = describe_task(task)
+        if task.state is not TaskState.RUNNING:
+            return described
+        printed = await ends_of_sources(opened.session, sources_of(task), "tail", _OUTPUT_BYTES)
+        texts = {name: {"text": one.text, "size": one.size} for name, one in printed.items() if one.text}
+        return described | texts
+
+    def _at_row(self, query: Query) -> Task:
+        view, row = self.feed(_field(query, "session")).view, _number(query, "row")
+        if row >= len(view.spans):
+            raise UnknownName("row", str(row), (), f"0 to {len(view.spans) - 1}")
+        return view.session.ended[view.spans.index[row]]
+
+    def _tasks(self, query: Query) -> dict[str, Any]:
+        opened = self._sessions.get(_field(query, "session"))
+        states = [state for state in query.get("states", "").split(",") if state]
+        found = matching(leaves(opened.session.tasks), states, query.get("name", ""))
+        offset = _number(query, "offset", "0")
+        return {"total": len(found), "tasks": [row_of(task) for task in found[offset : offset + _ROWS_A_PAGE]]}
+
+    def _rows(self, query: Query) -> dict[str, Any]:
+        spans = self.feed(_field(query, "session")).view.spans
+        first, last = _number(query, "first"), min(_number(query, "last"), len(spans))
+        return spans.block(max(first, last - _BLOCK_ROWS), last)
+
+    async def frame(self, session: str, cursor: str, version: int) -> tuple[bytes, Cursor, int]:
+        """The next frame for a page that asks for each."""
+        return await self.feed(session).next_frame(Cursor.read(cursor), version)
+
+    async def file(self, what: str, session: str) -> bytes:
+        """A file of a session as it is now. Raises InvalidRequest for a kind that is not in FILES, and UnknownName."""
+        opened = self._sessions.get(session)
+        if what not in FILES:
+            raise InvalidRequest(f"{what!r} is no kind of file. Valid: {', '.join(FILES)}.")
+        feed = self.feed(session)
+        await feed.view.catch_up()
+        if what == "trace":
+            return await asyncio.to_thread(chrome_trace, feed.view)
+        if what == "picture":
+            return stream_svg(feed.view).encode()
+        return write_report(feed.view, _allocation_fields(opened)()).encode()
+
+    async def cancel(self, session: str, uids: Sequence[str]) -> list[Task]:
+        """Cancel these tasks, all that have not ended where none is given; returns when they have ended."""
+        opened = self._sessions.get(session)
+        tasks = [opened.by_uid(uid) for uid in uids] or opened.session.tasks
+        open_tasks = [task for task in tasks if not task.state.final]
+        await opened.session.cancel(open_tasks)
+        return open_tasks
+
+
+def _allocation_fields(opened: OpenSession) -> Any:
+    def fields() -> dict[str, Any]:
+        facts = allocation_of(opened)
+        return {} if facts is None else {"allocation": allocation_sentence(facts)}
+
+    return fields
+
+
+def _field(query: Query, name: str) -> str:
+    if not (value := query.get(name, "")):
+        raise InvalidRequest(f"{name} is missing.", field=name)
+    return value
+
+
+def _number(query: Query, name: str, default: str = "") -> int:
+    text = query.get(name, default)
+    if not is_index(text):
+        raise InvalidRequest(f"{name} is {text[:40]!r}; valid is a whole number.", field=name)
+    return int(text)
