@@ -62,6 +62,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_serving(subparsers)
     _add_service_control(subparsers)
     _add_token(subparsers)
+    _add_page(subparsers)
     _add_other_commands(subparsers)
     return parser
 
@@ -122,6 +123,29 @@ def _add_service_control(subparsers: _Subparsers) -> None:
         _add_folder(action)
     for action in (start, run):
         _add_config(action)
+
+
+def _add_page(subparsers: _Subparsers) -> None:
+    page = subparsers.add_parser("dashboard", help="open a live page of what runs, for as long as this command runs")
+    page.add_argument("session", nargs="?", metavar="SESSION", help="as in session-1 (default: the newest)")
+    page.add_argument("--port", type=_port, default=0, help="of 127.0.0.1 (default: one that is free)")
+    page.add_argument("--no-browser", action="store_true", help="only say where the page is")
+    page.add_argument(
+        "--allowed-host",
+        action="append",
+        metavar="NAME",
+        dest="http_allowed_hosts",
+        help="the name of a host whose proxy calls it, as of JupyterHub; again for each",
+    )
+    page.set_defaults(run=commands.dashboard)
+    report = subparsers.add_parser("report", help="write a page of a session into a file, which needs no server")
+    report.add_argument("session", metavar="SESSION", help="as in session-1; also one that was closed")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="HTML (default: SESSION.html)")
+    report.add_argument("--trace", type=Path, metavar="FILE", help="JSON for Perfetto and chrome://tracing")
+    report.add_argument("--svg", type=Path, metavar="FILE", help="the task stream as a picture")
+    report.set_defaults(run=commands.report)
+    for command in (page, report):
+        _add_folder(command)
 
 
 def _add_other_commands(subparsers: _Subparsers) -> None:

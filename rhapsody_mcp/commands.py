@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     *(
         "bench",
+        "dashboard",
         "demo",
         "doctor",
         "http",
@@ -29,7 +31,7 @@ __all__ = [
         "service_status",
         "service_stop",
     ),
-    *("service_stop", "stdio", "token_create", "token_list", "token_revoke"),
+    *("report", "service_stop", "stdio", "token_create", "token_list", "token_revoke"),
 ]
 
 _say = partial(print, flush=True)
@@ -64,7 +66,38 @@ def http(options: argparse.Namespace) -> int:
         settings["http_token_file"] = str(options.http_token_file.expanduser().absolute())
     socket = str(options.socket.absolute()) if options.socket else None
     address = {"host": options.host, "port": options.port, "socket": socket}
-    return listen(_client(options), {**address, "settings": settings}, _say)
+    return listen(_client(options), {**address, "settings": settings}, lambda said, address: _say(said))
+
+
+def dashboard(options: argparse.Namespace) -> int:
+    """Open the page, and serve it for as long as this command runs."""
+    import webbrowser
+    from urllib.parse import quote
+
+    from rhapsody_mcp.serving.daemon.control_client import listen
+
+    def begin(said: str, address: str) -> None:
+        shown = f"#session={quote(options.session)}" if options.session else ""
+        page = f"{address.removesuffix('/mcp')}/dashboard/{shown}"
+        _say(f"The page is at {page}")
+        if not options.no_browser and not webbrowser.open(page):
+            _say(
+                "No browser could be opened here. From your own machine: ssh -L PORT:127.0.0.1:PORT, then that address."
+            )
+
+    settings = _options_given(options, "http_allowed_hosts")
+    address = {"host": "127.0.0.1", "port": options.port, "socket": None, "settings": settings}
+    return listen(_client(options), address, begin)
+
+
+def report(options: argparse.Namespace) -> int:
+    from rhapsody_mcp.serving.daemon.control_client import write
+
+    given = {"report": options.output, "trace": options.trace, "picture": options.svg}
+    files = {what: str(path.expanduser().absolute()) for what, path in given.items() if path is not None}
+    if not files:
+        files = {"report": os.path.abspath(f"{options.session}.html")}
+    return write(_client(options), options.session, files, _say)
 
 
 def _http_in_process(options: argparse.Namespace) -> int:

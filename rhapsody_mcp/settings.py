@@ -114,6 +114,8 @@ class Settings(BaseModel):
     keep_sessions_days: Annotated[float, Field(gt=0)] = 30.0
     """An open session that has nothing to do, and that nobody has used for so long, is closed, and its results are
     deleted."""
+    keep_reports_days: Annotated[float, Field(ge=0)] = 30.0
+    """The report of a session that was closed is kept for so long; 0 keeps none."""
     service_idle_s: Annotated[float, Field(gt=0)] = 1800.0
     """The service ends once it has had no client and no open session for so long, in seconds."""
     read_only: bool = False

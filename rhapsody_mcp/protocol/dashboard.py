@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from rhapsody_mcp.dashboard.archive import kept_report
 from rhapsody_mcp.dashboard.details import describe_task, matching, row_of
 from rhapsody_mcp.dashboard.feed import Cursor, Feed
+from rhapsody_mcp.dashboard.page_text import report_html
 from rhapsody_mcp.dashboard.picture import stream_svg
-from rhapsody_mcp.dashboard.report import write_report
+from rhapsody_mcp.dashboard.report import report_data
 from rhapsody_mcp.dashboard.trace import chrome_trace
 from rhapsody_mcp.dashboard.view import SessionView
 from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
@@ -19,7 +22,7 @@ from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.runtime.tasks import Task, leaves
-from rhapsody_mcp.toolsets.allocations import allocation_of, allocation_sentence
+from rhapsody_mcp.toolsets.allocations import allocation_field
 from rhapsody_mcp.toolsets.output.sources import ends_of_sources, sources_of
 
 __all__ = ["FILES", "Dashboard"]
@@ -43,7 +46,8 @@ class Dashboard:
         """The frames of a session. Raises UnknownName."""
         opened = self._sessions.get(session)
         if (feed := self._feeds.get(opened)) is None:
-            feed = self._feeds[opened] = Feed(SessionView(opened.session, opened.id), _allocation_fields(opened))
+            more = partial(allocation_field, opened)
+            feed = self._feeds[opened] = Feed(SessionView(opened.session, opened.id), more)
         return feed
 
     async def answer(self, what: str, query: Query) -> dict[str, Any]:
@@ -93,17 +97,22 @@ class Dashboard:
         return await self.feed(session).next_frame(Cursor.read(cursor), version)
 
     async def file(self, what: str, session: str) -> bytes:
-        """A file of a session as it is now. Raises InvalidRequest for a kind that is not in FILES, and UnknownName."""
-        opened = self._sessions.get(session)
+        """A file of a session as it is now, or the report that is kept of a closed one. Raises UnknownName, and
+        InvalidRequest for a kind that is not in FILES."""
         if what not in FILES:
             raise InvalidRequest(f"{what!r} is no kind of file. Valid: {', '.join(FILES)}.")
-        feed = self.feed(session)
-        await feed.view.catch_up()
-        if what == "trace":
-            return await asyncio.to_thread(chrome_trace, feed.view)
-        if what == "picture":
-            return stream_svg(feed.view).encode()
-        return write_report(feed.view, _allocation_fields(opened)()).encode()
+        try:
+            opened = self._sessions.get(session)
+        except UnknownName:
+            kept = await asyncio.to_thread(kept_report, self._sessions.state_folder, session)
+            if kept is None or what != "report":
+                raise
+            return report_html(kept).encode()
+        view = self.feed(session).view
+        await view.catch_up()
+        if what == "report":
+            return report_html(report_data(view, allocation_field(opened))).encode()
+        return await asyncio.to_thread(chrome_trace, view) if what == "trace" else stream_svg(view).encode()
 
     async def cancel(self, session: str, uids: Sequence[str]) -> list[Task]:
         """Cancel these tasks, all that have not ended where none is given; returns when they have ended."""
@@ -112,14 +121,6 @@ class Dashboard:
         open_tasks = [task for task in tasks if not task.state.final]
         await opened.session.cancel(open_tasks)
         return open_tasks
-
-
-def _allocation_fields(opened: OpenSession) -> Any:
-    def fields() -> dict[str, Any]:
-        facts = allocation_of(opened)
-        return {} if facts is None else {"allocation": allocation_sentence(facts)}
-
-    return fields
 
 
 def _field(query: Query, name: str) -> str:

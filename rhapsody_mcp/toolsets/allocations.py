@@ -21,6 +21,7 @@ from rhapsody_mcp.toolsets.tooling.confirmation import CallContext, Confirm, Ser
 __all__ = [
     "AllocationFacts",
     "allocation_data",
+    "allocation_field",
     "allocation_of",
     "allocation_sentence",
     "ask_for_node_hours",
@@ -155,6 +156,12 @@ def allocation_data(facts: AllocationFacts | None) -> dict[str, Any] | None:
 def allocation_sentence(facts: AllocationFacts) -> str:
     """As in "job 12 RUNNING on node1, node2 for 4 min, 6 min left; 0.13 node-hours used"."""
     return f"{allocation_text(facts)}; {hours(facts.node_s / 3600)} used"
+
+
+def allocation_field(open_session: OpenSession) -> dict[str, str]:
+    """The field of the page; empty for a session without nodes of its own."""
+    facts = allocation_of(open_session)
+    return {} if facts is None else {"allocation": allocation_sentence(facts)}
 
 
 def utilization(facts: AllocationFacts, statistics: Statistics, slots: int) -> float | None:

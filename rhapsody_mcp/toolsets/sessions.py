@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import sys
@@ -16,6 +17,9 @@ from rhapsody_mcp.backends.base import Backend
 from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.backends.local_models import shipped_text
 from rhapsody_mcp.backends.vllm.config import Device
+from rhapsody_mcp.dashboard.archive import keep_report, write_whole
+from rhapsody_mcp.dashboard.report import write_report
+from rhapsody_mcp.dashboard.view import SessionView
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Software
 from rhapsody_mcp.runtime.allocation_plan import AllocationPlan, ask_scheduler, plan_allocation
@@ -33,6 +37,7 @@ from rhapsody_mcp.schedulers.base import Verdict
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.allocations import (
     allocation_data,
+    allocation_field,
     allocation_of,
     allocation_sentence,
     ask_for_node_hours,
@@ -123,6 +128,7 @@ class CloseReport(Reply):
 class ExportReport(Reply):
     script: str
     provenance: str
+    report: str
 
 
 async def ask_to_close(session: str, force: bool, context: CallContext) -> Elicit[Confirm] | Confirm:
@@ -239,8 +245,14 @@ class Sessions:
         session: SessionId,
         folder: Annotated[str | None, Field(description='Where to, e.g. "/home/me/runs".')] = None,
     ) -> Annotated[CallToolResult, ExportReport]:
-        exported = await export(self._sessions.get(session), self._settings, self._sessions.state_folder, folder)
-        data = ExportReport(script=str(exported.script_file), provenance=str(exported.provenance_file))
+        opened = self._sessions.get(session)
+        exported = await export(opened, self._settings, self._sessions.state_folder, folder)
+        page = exported.script_file.with_suffix(".html")
+        view = SessionView(opened.session, opened.id)
+        await view.catch_up()
+        await asyncio.to_thread(write_whole, page, write_report(view, allocation_field(opened)).encode())
+        files = {"script": exported.script_file, "provenance": exported.provenance_file, "report": page}
+        data = ExportReport(**{name: str(file) for name, file in files.items()})
         return reply(_exported_text(data, exported.script), data)
 
     async def close_session(
@@ -256,7 +268,20 @@ class Sessions:
         used = None if facts is None else round(facts.node_s / 3600, 3)
         text = f"{session} is closed and nothing of it is running: {counts_text(counts)}. Its results are deleted."
         text += "" if used is None else f" It used {hours(used)}."
+        text += await _kept_report_text(closed, self._sessions, self._settings)
         return reply(text, CloseReport(session=session, counts=counts, canceled=len(running), node_hours=used))
+
+
+async def _kept_report_text(closed: OpenSession, sessions: SessionRegistry, settings: Settings) -> str:
+    """Keep the report of a closed session where sessions are kept; a sentence that says so, or why it failed."""
+    if sessions.ledger is None or not settings.keep_reports_days or not closed.session.task_count:
+        return ""
+    view = SessionView(closed.session, closed.id)
+    try:
+        await asyncio.to_thread(keep_report, sessions.state_folder, view, allocation_field(closed))
+    except OSError as error:
+        return f" No report of it could be kept: {error.strerror or error}."
+    return f" A report of it is kept: rhapsody-mcp report {closed.id} -o FILE.html."
 
 
 def _dry_run_text(rows: list[BackendRow], plan: AllocationPlan | None, verdict: Verdict | None) -> str:
@@ -290,6 +315,7 @@ def _exported_text(data: ExportReport, script: Script) -> str:
         f"{f'; not in it: {missing}' if missing else ''}.\n"
         f"Run it with: {shlex.join([sys.executable, data.script])}\n"
         f"{data.provenance}: versions, machine, and for each task its times, state and digest of its result.\n"
+        f"{data.report}: a page for people, which a browser opens.\n"
         f"--- the script{begins} ---\n{head}"
     )
 

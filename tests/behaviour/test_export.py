@@ -317,14 +317,14 @@ async def test_the_reply_is_short_and_the_files_are_their_owners_alone(agent: Ag
     assert 1000 < len(head) <= 2048 and text.startswith(head) and head.endswith("\n")
     assert f"({len(text)} bytes) repeats 200 tasks" in agent.texts[-1]
     assert len(agent.texts[-1]) < 3000
-    assert (mode(reply["script"]), mode(reply["provenance"])) == (0o600, 0o600)
+    assert {mode(reply[field]) for field in ("script", "provenance", "report")} == {0o600}
     assert mode(tmp_path / "new" / "runs") == 0o700
 
 
 async def test_an_export_overwrites_nothing(agent: Agent, tmp_path: Path) -> None:
     replies = [await agent.call("export_session", session="session-1", folder=str(tmp_path)) for _ in range(3)]
-    files = {reply[field] for reply in replies for field in ("script", "provenance")}
-    assert len(files) == 6 and {str(tmp_path / name) for name in os.listdir(tmp_path)} == files
+    files = {reply[field] for reply in replies for field in ("script", "provenance", "report")}
+    assert len(files) == 9 and {str(tmp_path / name) for name in os.listdir(tmp_path)} == files
 
 
 async def test_without_a_folder_it_goes_to_the_users_state(

@@ -16,7 +16,7 @@ from rhapsody_mcp.model.errors import NotConfirmed, RhapsodyError
 from rhapsody_mcp.serving.daemon.client import ServiceClient
 from rhapsody_mcp.serving.daemon.connection import ServiceConnection, ServiceHangs, ServiceUnavailable
 
-__all__ = ["listen", "logs", "start", "status", "stop"]
+__all__ = ["listen", "logs", "start", "status", "stop", "write"]
 
 _STOP_TIMEOUT_S = 120.0
 _CLOSE_TIMEOUT_S = 10.0
@@ -106,6 +106,15 @@ def logs(
     return int(message["ended"] not in ("", "DONE"))
 
 
+def write(client: ServiceClient, session: str, files: Mapping[str, str], say: Callable[[str], None]) -> int:
+    """Have the service write files of a session, whose paths stand by their kinds. Raises RhapsodyError."""
+    connection, reply = client.connect(**{"as": "control"})
+    _warn(reply["notes"])
+    _checked(connection.request({"do": "write", "session": session, "files": files}))
+    say(f"Wrote {', '.join(files.values())}.")
+    return 0
+
+
 def _checked(reply: dict[str, Any] | None) -> dict[str, Any]:
     if reply is None:
         raise ServiceUnavailable("the service went away.")
@@ -144,14 +153,15 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if hours < 1 else f"{hours} h {minutes % 60} min"
 
 
-def listen(client: ServiceClient, options: Mapping[str, Any], say: Callable[[str], None]) -> int:
+def listen(client: ServiceClient, options: Mapping[str, Any], begin: Callable[[str, str], None]) -> int:
     """Have the service listen on HTTP until this process gets SIGINT or SIGTERM, or ends. Returns when the listener is
-    closed. Raises RhapsodyError with the service's own words."""
+    closed. `begin` gets what the service says, and its address. Raises RhapsodyError with the service's own words."""
     connection, reply = client.connect(**{"as": "control"})
     _warn(reply["notes"])
     with _signals_raise():
         try:
-            say(_checked(connection.request({"do": "listen", **options}))["said"])
+            listening = _checked(connection.request({"do": "listen", **options}))
+            begin(listening["said"], listening["address"])
             connection.wait_for_close(math.inf)
         except _Interrupted:
             return _close_listener(connection)

@@ -14,8 +14,10 @@ import anyio
 import anyio.to_thread
 
 from rhapsody_mcp import __version__
+from rhapsody_mcp.dashboard.archive import write_whole
 from rhapsody_mcp.model.errors import RhapsodyError
 from rhapsody_mcp.model.states import TaskState
+from rhapsody_mcp.protocol.dashboard import Dashboard
 from rhapsody_mcp.runtime.tasks import tasks_text
 from rhapsody_mcp.serving.daemon.client_settings import changed_settings, client_settings
 from rhapsody_mcp.serving.daemon.state import ServiceState
@@ -52,9 +54,11 @@ class ControlServer:
                 case "logs":
                     await self._send_logs(command)
                     return
+                case "write":
+                    await self._write(command)
                 case unknown:
                     await self._stream.send_message(
-                        error=f"unknown order {unknown!r}. Valid: status, stop, listen, logs."
+                        error=f"unknown order {unknown!r}. Valid: status, stop, listen, logs, write."
                     )
 
     async def _status(self) -> dict[str, Any]:
@@ -125,6 +129,19 @@ class ControlServer:
             await self._stream.send_message(ended=task.state.value if task.state.final else "")
             group.cancel_scope.cancel()
 
+    async def _write(self, command: dict[str, Any]) -> None:
+        """Write files of a session, whose paths stand by their kinds."""
+        dashboard = Dashboard(self._service.sessions)
+        try:
+            for what, path in command["files"].items():
+                content = await dashboard.file(what, command["session"])
+                await anyio.to_thread.run_sync(write_whole, Path(path), content)
+            await self._stream.send_message(written=list(command["files"].values()))
+        except RhapsodyError as error:
+            await self._stream.send_message(error=str(error))
+        except OSError as error:
+            await self._stream.send_message(error=f"{error.filename} cannot be written: {error.strerror}.")
+
     async def _cancel_when_closed(self, scope: anyio.CancelScope) -> None:
         await self._stream.wait_for_close()
         scope.cancel()
@@ -147,7 +164,7 @@ class ControlServer:
         def say(text: str) -> None:
             service.http_addresses.append(listener.address)
             _log.info("it listens on %s", listener.address)
-            group.start_soon(partial(self._stream.send_message, said=text))
+            group.start_soon(partial(self._stream.send_message, said=text, address=listener.address))
 
         service = self._service
         stop, closed = anyio.Event(), anyio.Event()

@@ -19,6 +19,7 @@ import anyio.to_thread
 from anyio.abc import UNIXSocketStream
 
 from rhapsody_mcp import __version__
+from rhapsody_mcp.dashboard.archive import prune_reports
 from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.model.errors import InvalidSettings, RhapsodyError
 from rhapsody_mcp.protocol.audit import open_audit
@@ -139,6 +140,8 @@ class Service:
         while True:
             try:
                 await self._sessions.prune(time.time() - self._settings.keep_sessions_days * _DAY_S)
+                before = time.time() - self._settings.keep_reports_days * _DAY_S
+                await anyio.to_thread.run_sync(prune_reports, self._sessions.state_folder, before)
             except Exception:  # the next try does the same work
                 _log.exception("old sessions cannot be forgotten")
             await anyio.sleep(_HOUR_S)
