@@ -5,7 +5,7 @@ class Detail {
     this.source = source;
     this.dialog = byId("detail");
     byId("detail-close").addEventListener("click", () => this.dialog.close());
-    this.dialog.addEventListener("close", () => (this.query = null));
+    this.dialog.addEventListener("close", () => (this.query = this.canceled = null));
     this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.dialog.close());
   }
 
@@ -86,7 +86,13 @@ class Detail {
       const text = [rank.error, rank.stdout, rank.stderr].filter(Boolean).join("\n");
       if (text && task.ranks.length > 1) yield* block(`Rank ${rank.rank}${rank.host ? ` on ${rank.host}` : ""}`, text);
     }
-    if (!task.ended && this.source.act) yield this.canceling(`Cancel ${task.name}`, { session: this.query.session, tasks: task.uid });
+    if (!task.ended && this.source.act) yield this.cancelingOf(task);
+  }
+
+  /** The one button of a task, which a refresh leaves as it is. */
+  cancelingOf(task) {
+    if (this.canceled?.uid !== task.uid) this.canceled = { uid: task.uid, place: this.canceling(`Cancel ${task.name}`, { session: this.query.session, tasks: task.uid }) };
+    return this.canceled.place;
   }
 
   /** A button that asks before it cancels. */
