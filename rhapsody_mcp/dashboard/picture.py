@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import NamedTuple
 
 from rhapsody_mcp.dashboard.spans import Spans
 from rhapsody_mcp.dashboard.view import SessionView
 
-__all__ = ["group_color", "stream_svg"]
+__all__ = ["group_colors", "stream_svg"]
 
 _COLORS = (
     *("#4e79a7", "#f28e2b", "#76b7b2", "#59a14f", "#b07aa1", "#edc948", "#9c755f", "#ff9da7", "#3d9bb3", "#a7b34e"),
@@ -32,13 +32,26 @@ class _Bar(NamedTuple):
     color: str
 
 
-def group_color(name: str) -> str:
-    """The colour of a group, by its name alone (FNV-1a of its UTF-16 code units)."""
+def group_colors(names: Sequence[str]) -> list[str]:
+    """The colours of groups, as in the page: each by its name (FNV-1a of its UTF-16 code units), and no two alike while
+    there are others."""
+    taken: set[int] = set()
+    colors = []
+    for name in names:
+        place = _hash(name) % len(_COLORS)
+        while place in taken and len(taken) < len(_COLORS):
+            place = (place + 7) % len(_COLORS)
+        taken.add(place)
+        colors.append(_COLORS[place])
+    return colors
+
+
+def _hash(name: str) -> int:
     units = name.encode("utf-16-le", "surrogatepass")
     digest = 2166136261
     for at in range(0, len(units), 2):
         digest = (digest ^ int.from_bytes(units[at : at + 2], "little")) * 16777619 & 0xFFFFFFFF
-    return _COLORS[digest % len(_COLORS)]
+    return digest
 
 
 def stream_svg(view: SessionView, width: int = 900) -> str:
@@ -46,6 +59,8 @@ def stream_svg(view: SessionView, width: int = 900) -> str:
     spans, now = view.spans, time.time()
     running = [task for task in view.running() if task.started is not None]
     running_lanes = spans.running_lanes(running, now)
+    running_groups = [view.group_of(task) for task in running]
+    colors = group_colors(spans.groups)
     lanes = spans.order()[:_MAX_LANES]
     first = spans.first if spans.first is not None else min((task.submitted or now for task in running), default=now)
     last = max([*(spans.ended[-1:]), *([now] if running else []), first + 1e-3])
@@ -59,21 +74,20 @@ def stream_svg(view: SessionView, width: int = 900) -> str:
         f'{height:.0f}" style="font:11px system-ui,\'DejaVu Sans\',sans-serif;background:#fff" role="img">',
         f"<title>{escape(view.name)}: {len(spans)} runs of tasks in {len(lanes)} lanes, {len(running)} running</title>",
     ]
-    for lane, bars in _bars(spans, first, scale).items():
+    for lane, bars in _bars(spans, colors, first, scale).items():
         if lane in rows:
             parts += [_rect(bar, rows[lane], lane_height) for bar in bars]
-    for task, lane in zip(running, running_lanes, strict=True):
+    for task, lane, group in zip(running, running_lanes, running_groups, strict=True):
         if lane in rows:
             x = _GUTTER + ((task.started or now) - first) * scale
-            color = group_color(spans.groups[view.group_of(task)])
-            bar = _Bar(x, max(1.0, _GUTTER + (last - first) * scale - x), color)
+            bar = _Bar(x, max(1.0, _GUTTER + (last - first) * scale - x), colors[group])
             parts.append(_rect(bar, rows[lane], lane_height, ' fill-opacity="0.55"'))
     parts += [*_labels(spans, lanes, lane_height), *_axis(width, chart_height, last - first, scale)]
-    parts += [*_legend(spans, chart_height + _AXIS + 12), "</svg>"]
+    parts += [*_legend(spans, colors, chart_height + _AXIS + 12), "</svg>"]
     return "\n".join(parts)
 
 
-def _bars(spans: Spans, first: float, scale: float) -> dict[int, list[_Bar]]:
+def _bars(spans: Spans, colors: Sequence[str], first: float, scale: float) -> dict[int, list[_Bar]]:
     """The bars of each lane; of the narrow spans in a place, the longest gives the colour, or a failed one."""
     bars: dict[int, list[_Bar]] = {}
     narrow: dict[tuple[int, int], tuple[bool, float, int]] = {}
@@ -81,13 +95,13 @@ def _bars(spans: Spans, first: float, scale: float) -> dict[int, list[_Bar]]:
         x, wide = (span.started - first) * scale, (span.ended - span.started) * scale
         failed = span.state == "FAILED"
         if wide >= _BIN:
-            color = _FAILED if failed else group_color(spans.groups[span.group])
+            color = _FAILED if failed else colors[span.group]
             bars.setdefault(span.lane, []).append(_Bar(_GUTTER + x, wide, color))
             continue
         place = span.lane, int(x / _BIN)
         narrow[place] = max(narrow.get(place, (False, -1.0, 0)), (failed, wide, span.group))
     for (lane, number), (failed, _, group) in sorted(narrow.items()):
-        color = _FAILED if failed else group_color(spans.groups[group])
+        color = _FAILED if failed else colors[group]
         own = bars.setdefault(lane, [])
         x = _GUTTER + number * _BIN
         if own and own[-1].color == color and abs(own[-1].x + own[-1].width - x) < 1e-6:
@@ -121,9 +135,9 @@ def _axis(width: int, top: float, seconds: float, scale: float) -> Iterator[str]
         yield f'<text x="{x:.1f}" y="{top + 14:.1f}" fill="{_DIM}" text-anchor="{anchor}">{at:.3g} s</text>'
 
 
-def _legend(spans: Spans, y: float) -> Iterator[str]:
+def _legend(spans: Spans, colors: Sequence[str], y: float) -> Iterator[str]:
     for number, name in enumerate(spans.groups[:_GROUPS_SHOWN]):
         x = 2 + number * 110
-        yield f'<rect x="{x}" y="{y - 9:.1f}" width="10" height="10" fill="{group_color(name)}"/>'
+        yield f'<rect x="{x}" y="{y - 9:.1f}" width="10" height="10" fill="{colors[number]}"/>'
         shown = name if len(name) <= 14 else f"{name[:13]}…"
         yield f'<text x="{x + 14}" y="{y:.1f}" fill="{_DIM}">{escape(shown)}</text>'

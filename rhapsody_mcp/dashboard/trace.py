@@ -64,8 +64,10 @@ def _threads(spans: Spans) -> list[tuple[int, int]]:
 
 def _names(session: str, spans: Spans) -> Iterator[dict[str, Any]]:
     yield _metadata("process_name", session, _SESSION, 0)
-    for lane, (process, thread) in zip(spans.lanes, _threads(spans), strict=True):
-        yield _metadata("process_name", " ".join(filter(None, lane[:2])), process, 0)
+    lanes = list(zip(spans.lanes, _threads(spans), strict=True))
+    for process, name in {process: " ".join(filter(None, lane[:2])) for lane, (process, _) in lanes}.items():
+        yield _metadata("process_name", name, process, 0)
+    for lane, (process, thread) in lanes:
         yield _metadata("thread_name", f"{lane.kind} {lane.number}", process, thread)
         yield {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": thread, "args": {"sort_index": thread}}
 

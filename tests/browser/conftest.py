@@ -32,7 +32,7 @@ async def page(browser: Browser) -> AsyncIterator[Page]:
     context = await browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light")
     page = await context.new_page()
     said: list[str] = []
-    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("console", lambda message: said.extend([message.text] if message.type in ("error", "warning") else []))
     page.on("pageerror", lambda error: said.append(f"error: {error}"))
     page.on("request", lambda request: said.extend([] if _CONVENTION.match(request.url) else [request.url]))
     yield page

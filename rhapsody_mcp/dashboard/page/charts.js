@@ -26,19 +26,34 @@ class Steps {
   }
 }
 
-/** Amounts spread evenly over intervals; values() gives the amount a second around each point. */
-class Rates extends Steps {
-  spread(from, to, amount) {
-    const last = POINTS - 1;
-    const [a, b] = [Math.max(0, Math.min(last, (from - this.first) / this.step)), Math.max(0, Math.min(last, (to - this.first) / this.step))];
-    if (b - a < 1) {
-      this.changes[Math.floor(a)] += amount / this.step;
-      this.changes[Math.floor(a) + 1] -= amount / this.step;
-      return;
+/** Levels of intervals, averaged over each step: a level that lasts half a step counts half. */
+class Levels extends Steps {
+  constructor(first, last) {
+    super(first, last);
+    this.parts = new Float64Array(POINTS + 1);
+  }
+
+  add(from, to, level = 1) {
+    const place = (time) => Math.max(0, Math.min(POINTS, (time - this.first) / this.step));
+    const [a, b] = [place(from), place(to)];
+    const [start, end] = [Math.floor(a), Math.floor(b)];
+    if (start === end) this.parts[start] += level * (b - a);
+    else {
+      this.parts[start] += level * (start + 1 - a);
+      this.parts[end] += level * (b - end);
+      this.changes[start + 1] += level;
+      this.changes[end] -= level;
     }
-    const [start, end] = [Math.floor(a), Math.ceil(b)];
-    this.changes[start] += amount / ((end - start) * this.step);
-    this.changes[end] -= amount / ((end - start) * this.step);
+  }
+
+  /** Adds an amount that came about evenly in the interval; the values are amounts a second. */
+  spread(from, to, amount) {
+    const wide = Math.max(to - from, 1e-3 * this.step);
+    this.add(from, from + wide, amount / wide);
+  }
+
+  values() {
+    return super.values().map((value, index) => value + this.parts[index]);
   }
 }
 
@@ -60,7 +75,8 @@ class Charts {
 
   states(head, time, first, now) {
     const { spans } = this;
-    const [waiting, running, ended, failed] = [1, 2, 3, 4].map(() => new Steps(first, now));
+    const [waiting, ended, failed] = [1, 2, 3].map(() => new Steps(first, now));
+    const running = new Levels(first, now);
     const past = now + (now - first);
     for (let row = 0; row < spans.rows; row++) {
       if (spans.state[row] & MORE_RANKS) continue;
@@ -83,8 +99,7 @@ class Charts {
 
   amounts(head, time, first, now) {
     const { spans } = this;
-    const [reserved, gpus, memory] = [1, 2, 3].map(() => new Steps(first, now));
-    const [used, tokensIn, tokensOut] = [1, 2, 3].map(() => new Rates(first, now));
+    const [reserved, gpus, memory, used, tokensIn, tokensOut] = Array.from({ length: 6 }, () => new Levels(first, now));
     const started = (row) => spans.ended[row] - spans.execution[row];
     for (let row = 0; row < spans.rows; row++) {
       if (spans.lane[row] === NO_LANE) continue;
@@ -155,8 +170,8 @@ class Charts {
       scales: { x: { time: false, range: (_, least, most) => [least, most] }, y: { range: (_, __, most) => [0, (most || 1) * 1.08] }, ended: { range: (_, __, most) => [0, (most || 1) * 1.08] } },
       axes: [
         { ...axis, values: relative, space: 70 },
-        { ...axis, size: 48, values: (_, ticks) => ticks.map(plain) },
-        ...(second ? [{ ...axis, side: 1, scale: "ended", size: 48, grid: { show: false }, values: (_, ticks) => ticks.map(plain) }] : []),
+        { ...axis, size: 48, values: (_, ticks) => ticks.map(compact) },
+        ...(second ? [{ ...axis, side: 1, scale: "ended", size: 48, grid: { show: false }, values: (_, ticks) => ticks.map(compact) }] : []),
       ],
       series: [
         { label: "at", value: (_, value) => (value === null ? "–" : seconds(value - first)) },

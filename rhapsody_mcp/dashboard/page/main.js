@@ -64,7 +64,7 @@ function showFailures(head) {
 function showLegend() {
   const { spans, stream } = page;
   fill(byId("legend"), JSON.stringify([spans.groups, stream.only]), () => spans.groups.slice(0, 24).map((name, group) =>
-    make("button", { class: "key", text: name, title: name, "aria-pressed": String(stream.only === group), style: { "--key": groupColor(name) }, click: () => {
+    make("button", { class: "key", text: name, title: name, "aria-pressed": String(stream.only === group), style: { "--key": spans.colors[group] }, click: () => {
       stream.only = stream.only === group ? null : group;
       stream.draw();
       showLegend();
@@ -142,7 +142,7 @@ function showTable({ total, tasks }, offset) {
   const columns = ["name", "state", "kind", "queue", "execution", "error"];
   fill(byId("task-table"), JSON.stringify(tasks), () => [
     make("caption", { class: "note", hidden: true, text: "Tasks" }),
-    make("thead", {}, make("tr", {}, ...columns.map((text) => make("th", { text, scope: "col" })))),
+    make("thead", {}, make("tr", {}, ...columns.map((text, at) => make("th", { text, scope: "col", class: at === 3 || at === 4 ? "number" : null })))),
     make("tbody", {}, ...tasks.map((task) => make("tr", {},
       make("td", {}, make("button", { class: "link", text: task.name, click: () => page.detail.open(page.session, { uid: task.uid }) })),
       make("td", { class: "state" }, make("span", { class: "key", text: task.state, style: { "--key": stateColor(task.state) } })),

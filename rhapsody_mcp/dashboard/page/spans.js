@@ -20,6 +20,7 @@ class Spans {
     this.lanes = [];
     this.order = [];
     this.groups = [];
+    this.colors = [];
     this.processes = [];
     this.tokens = [];
     for (const name in COLUMNS) this[name] = new COLUMNS[name](1024);
@@ -29,6 +30,7 @@ class Spans {
     if (block.reset) this.clear(block.first);
     this.lanes.push(...block.lanes.map(([backend, node, kind, number]) => ({ backend, node, kind, number })));
     this.groups.push(...block.groups);
+    if (block.groups.length) this.colors = groupColors(this.groups);
     this.order = block.order;
     if (block.rows) this.append(block);
   }

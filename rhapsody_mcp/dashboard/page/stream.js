@@ -153,7 +153,7 @@ class Stream {
         if (bad) failed[cell] = 1;
       }
     }
-    const colors = spans.groups.map(groupColor);
+    const { colors } = spans;
     const red = cssColor("--failed");
     const image = context.createImageData(columns, height);
     const memory = new Uint32Array(image.data.buffer);
@@ -186,7 +186,7 @@ class Stream {
       const right = gutter + Math.min(width - gutter, (now - from) * perSecond);
       const tall = Math.max(1, laneHeight - (laneHeight > 5 ? 2 : 0));
       context.globalAlpha = this.only !== null && this.only !== task.group ? 0.12 : 0.6;
-      context.fillStyle = groupColor(this.spans.groups[task.group] ?? "");
+      context.fillStyle = this.spans.colors[task.group] ?? "#888888";
       context.fillRect(left, position * laneHeight, Math.max(1, right - left), tall);
       context.globalAlpha = 1;
       context.fillStyle = cssColor("--running");

@@ -50,6 +50,7 @@ function seconds(value) {
 
 const plain = (value) =>
   value === undefined || value === null ? "–" : value >= 1000 ? Math.round(value).toLocaleString("en") : +value.toPrecision(3) + "";
+const compact = (value) => (value >= 1000 ? new Intl.NumberFormat("en", { notation: "compact" }).format(value) : plain(value));
 const clock = (time) => new Date(time * 1000).toLocaleTimeString();
 
 const PALETTE = [
@@ -57,11 +58,17 @@ const PALETTE = [
   "#7a6bc2", "#c96f9c", "#6b9e78", "#d2a35b", "#5b8fd0", "#8c8c3f", "#b3655a", "#4aa38f", "#937bb0", "#7f8fa6",
 ];
 
-/** The colour of a group: by its name, so that it is the same in every picture. */
-function groupColor(name) {
-  let hash = 2166136261;
-  for (let at = 0; at < name.length; at++) hash = Math.imul(hash ^ name.charCodeAt(at), 16777619);
-  return PALETTE[(hash >>> 0) % PALETTE.length];
+/** The colours of groups: each by its name, so that it is much the same in every picture, and no two alike while there are others. */
+function groupColors(names) {
+  const taken = new Set();
+  return names.map((name) => {
+    let hash = 2166136261;
+    for (let at = 0; at < name.length; at++) hash = Math.imul(hash ^ name.charCodeAt(at), 16777619);
+    let place = (hash >>> 0) % PALETTE.length;
+    while (taken.has(place) && taken.size < PALETTE.length) place = (place + 7) % PALETTE.length;
+    taken.add(place);
+    return PALETTE[place];
+  });
 }
 
 /** The pixel of a canvas's memory for a colour such as #4e79a7 or #fff; alpha from 0 to 1. */
