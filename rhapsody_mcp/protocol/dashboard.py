@@ -28,7 +28,7 @@ from rhapsody_mcp.toolsets.output.sources import ends_of_sources, sources_of
 __all__ = ["FILES", "Dashboard"]
 
 Query = Mapping[str, str]
-_ROWS_A_PAGE = 50
+_MOST_ROWS = 100
 _BLOCK_ROWS = 100_000
 _OUTPUT_BYTES = 16 * 1024
 FILES = {"report": "text/html; charset=utf-8", "trace": "application/json", "picture": "image/svg+xml"}
@@ -84,8 +84,9 @@ class Dashboard:
         opened = self._sessions.get(_field(query, "session"))
         states = [state for state in query.get("states", "").split(",") if state]
         found = matching(leaves(opened.session.tasks), states, query.get("name", ""))
-        offset = _number(query, "offset", "0")
-        return {"total": len(found), "tasks": [row_of(task) for task in found[offset : offset + _ROWS_A_PAGE]]}
+        offset, limit = _number(query, "offset", "0"), _number(query, "limit", str(_MOST_ROWS))
+        shown = found[offset : offset + min(limit, _MOST_ROWS)]
+        return {"total": len(found), "tasks": [row_of(task) for task in shown]}
 
     def _rows(self, query: Query) -> dict[str, Any]:
         spans = self.feed(_field(query, "session")).view.spans

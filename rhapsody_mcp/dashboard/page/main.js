@@ -123,7 +123,7 @@ function toggleState(state) {
 }
 
 async function refreshTable(offset = page.offset ?? 0) {
-  const asked = { session: page.session, states: page.states.join(","), name: byId("filter").value, offset: String(offset) };
+  const asked = { session: page.session, states: page.states.join(","), name: byId("filter").value, offset: String(offset), limit: String(ROWS_A_PAGE) };
   page.offset = offset;
   const key = JSON.stringify(asked);
   if (page.tableAsked === key) return;

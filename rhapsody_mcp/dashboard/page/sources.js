@@ -89,8 +89,9 @@ class AppSource {
       appInfo: { name: "rhapsody-dashboard", version: "1" },
       appCapabilities: { availableDisplayModes: ["inline", "fullscreen"] },
     });
-    this.canSave = Boolean(answer.hostCapabilities?.downloadFile);
     this.heed(answer.hostContext ?? {});
+    if (answer.hostContext?.availableDisplayModes?.includes("fullscreen"))
+      byId("saving").append(make("button", { text: "Enlarge", click: () => this.request("ui/request-display-mode", { mode: "fullscreen" }) }));
     this.notify("ui/notifications/initialized");
     const root = document.documentElement;
     new ResizeObserver(() => this.notify("ui/notifications/size-changed", { width: root.scrollWidth, height: Math.ceil(document.body.getBoundingClientRect().height) })).observe(document.body);

@@ -34,7 +34,8 @@ function fill(element, key, children) {
   element.replaceChildren(...children());
 }
 
-const ROWS_A_PAGE = 50;
+/** Fewer in a chat, whose height the page shares. */
+const ROWS_A_PAGE = document.documentElement.dataset.source === "app" ? 10 : 50;
 const STATES = ["DONE", "FAILED", "CANCELED", "skipped"];
 const stateColor = (state) => `var(--${state.toLowerCase()})`;
 const cssColor = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
