@@ -14,15 +14,16 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
-from opentelemetry import trace
+from opentelemetry.trace import get_tracer_provider
 
 from rhapsody_mcp import __version__
+from rhapsody_mcp.runtime.telemetry.current import current_ids
 
 __all__ = ["end_telemetry", "telemetry"]
 
 _log = logging.getLogger(__name__)
 _SIGNALS = ("traces", "metrics", "logs")
-_EXPORT_S = 5.0
+_EXPORT_S = 3.0
 """How long the end of a server may wait until what is left is exported."""
 
 
@@ -50,26 +51,28 @@ def _exporters(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def _exporter(signal: str, variables: Mapping[str, str]) -> str:
-    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT")
-    default = "otlp" if any(map(variables.get, endpoints)) else ""
+    default = "otlp" if any(map(variables.get, _endpoints(signal))) else ""
     return variables.get(f"OTEL_{signal}_EXPORTER", "").strip() or default
 
 
+def _endpoints(signal: str) -> tuple[str, str]:
+    return "OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal}_ENDPOINT"
+
+
 def _set_up(exporters: Mapping[str, str]) -> bool:
-    named = " and ".join(exporters)
+    problem = ""
     if find_spec("opentelemetry.sdk") is None:
-        _log.warning(
-            "%s ask for telemetry, and OpenTelemetry's SDK is not installed: pip install 'rhapsody-mcp[otel]', or set "
-            "OTEL_SDK_DISABLED=true.",
-            named,
-        )
-        return False
-    try:
-        _configure(exporters)
-    except Exception as error:  # whatever an exporter raises
-        _log.warning("there is no telemetry, as %s cannot be followed: %s", named, error)
-        return False
-    return True
+        problem = "its SDK is not installed; pip install 'rhapsody-mcp[otel]', or set OTEL_SDK_DISABLED=true."
+    else:
+        try:
+            _configure(exporters)
+        except Exception as error:  # whatever an exporter raises
+            problem = f"{error}."
+    if problem:
+        names = (*exporters, *(endpoint for signal in _SIGNALS for endpoint in _endpoints(signal.upper())))
+        asking = next(filter(os.environ.get, names))
+        _log.warning("no telemetry goes through OpenTelemetry, as %s asks: %s", asking, problem)
+    return not problem
 
 
 def _configure(exporters: Mapping[str, str]) -> None:
@@ -117,7 +120,7 @@ def end_telemetry() -> None:
     from opentelemetry._logs import get_logger_provider
     from opentelemetry.metrics import get_meter_provider
 
-    providers = (trace.get_tracer_provider(), get_meter_provider(), get_logger_provider())
+    providers = (get_tracer_provider(), get_meter_provider(), get_logger_provider())
     deadline = time.monotonic() + _EXPORT_S
     ends = [end for provider in providers if (end := getattr(provider, "shutdown", None)) is not None]
     threads = [threading.Thread(target=end, daemon=True) for end in ends]
@@ -146,6 +149,5 @@ class _WithIds(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line, end, more = self._formatter.format(record).partition("\n")
-        span = trace.get_current_span().get_span_context()
-        ids = f" trace_id={span.trace_id:032x} span_id={span.span_id:016x}" if span.is_valid else ""
+        ids = "".join(f" {name}={id}" for name, id in current_ids().items())
         return f"{line}{ids}{end}{more}"
