@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -17,6 +20,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.agents import Caller
+from tests.bare_client import COMMAND, call
 from tests.services import OwnService, own_service
 from tests.spans import kept_spans
 
@@ -102,15 +106,15 @@ async def test_a_trace_leads_through_the_service_to_the_program_and_arrives_at_a
             found = await run_program(service)
         await anyio.to_thread.run_sync(collected.wait_for, lambda: collected.span("task shown"))
         chat, sent = spans.named("chat"), spans.named("MCP send tools/call submit_tasks")
-        call, task = collected.span("tools/call submit_tasks"), collected.span("task shown")
+        made, task = collected.span("tools/call submit_tasks"), collected.span("task shown")
         execution = collected.span("execution")
-        assert call.parent_span_id == spans.id_of(sent).to_bytes(8)
-        assert task.parent_span_id == call.span_id and execution.parent_span_id == task.span_id
+        assert made.parent_span_id == spans.id_of(sent).to_bytes(8)
+        assert task.parent_span_id == made.span_id and execution.parent_span_id == task.span_id
         assert chat.context is not None and task.trace_id == chat.context.trace_id.to_bytes(16)
         assert found.split("-")[1:3] == [task.trace_id.hex(), execution.span_id.hex()]
         entries = [json.loads(line) for line in service.paths.audit.read_text().splitlines()]
         (entry,) = [entry for entry in entries if entry.get("tool") == "submit_tasks"]
-        assert (entry["trace_id"], entry["span_id"]) == (task.trace_id.hex(), call.span_id.hex())
+        assert (entry["trace_id"], entry["span_id"]) == (task.trace_id.hex(), made.span_id.hex())
         stopped = await anyio.to_thread.run_sync(service.run, "service", "stop", "--force")
         assert stopped.returncode == 0
         assert {"rhapsody.tasks", "rhapsody.task.execution.duration"} <= {
@@ -128,3 +132,24 @@ async def test_a_collector_that_is_not_there_stops_nothing() -> None:
         with anyio.fail_after(30):
             stopped = await anyio.to_thread.run_sync(service.run, "service", "stop", "--force")
         assert stopped.returncode == 0
+
+
+@pytest.mark.parametrize("end", ["end of stdin", signal.SIGTERM])
+async def test_a_command_in_process_exports_to_its_console_and_keeps_stdout_for_the_protocol(
+    end: str | signal.Signals,
+) -> None:
+    environment = {**os.environ, "OTEL_TRACES_EXPORTER": "console"}
+    with anyio.fail_after(60), tempfile.TemporaryFile() as errors:
+        async with await anyio.open_process(COMMAND, env=environment, stderr=errors) as server:
+            await call(server, "create_session", backends=["local"])
+            program = {"name": "shown", "executable": "sh", "arguments": ["-c", "echo $TRACEPARENT"]}
+            await call(server, "submit_tasks", session="session-1", tasks=[program])
+            await call(server, "wait_tasks", session="session-1")
+            found = (await call(server, "get_result", session="session-1", task="shown"))["result"]
+            assert server.stdin is not None
+            await server.stdin.aclose() if end == "end of stdin" else server.send_signal(cast(signal.Signals, end))
+            await server.wait()
+        errors.seek(0)
+        text = errors.read().decode()
+    assert f'"span_id": "0x{found.split("-")[2]}"' in text
+    assert '"service.name": "rhapsody-mcp"' in text
