@@ -23,6 +23,8 @@ __all__ = ["end_telemetry", "telemetry"]
 
 _log = logging.getLogger(__name__)
 _SIGNALS = ("traces", "metrics", "logs")
+_MAX_SPANS = "16384"
+"""How many spans may wait for the exporter: a call with many short tasks makes 4,000 within a second."""
 _EXPORT_S = 3.0
 """How long the end of a server may wait until what is left is exported."""
 
@@ -67,7 +69,7 @@ def _set_up(exporters: Mapping[str, str]) -> bool:
         try:
             _configure(exporters)
         except Exception as error:  # whatever an exporter raises
-            problem = f"{error}."
+            problem = f"{error}; pip install 'rhapsody-mcp[otel]' brings otlp over HTTP."
     if problem:
         names = (*exporters, *(endpoint for signal in _SIGNALS for endpoint in _endpoints(signal.upper())))
         asking = next(filter(os.environ.get, names))
@@ -94,7 +96,7 @@ def _configure(exporters: Mapping[str, str]) -> None:
 @contextmanager
 def _defaults(exporters: Mapping[str, str]) -> Iterator[None]:
     """Have the variables say within the block what they leave open; tasks inherit what the user has set alone."""
-    defaults = {**exporters, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
+    defaults = {**exporters, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf", "OTEL_BSP_MAX_QUEUE_SIZE": _MAX_SPANS}
     if "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         defaults["OTEL_SERVICE_NAME"] = "rhapsody-mcp"
     added = {name: value for name, value in defaults.items() if not os.environ.get(name)}

@@ -149,26 +149,34 @@ async def test_a_prompt_tells_its_model_and_its_tokens(spans: Spans) -> None:
     }
 
 
-async def test_above_a_thousand_tasks_of_a_call_one_of_each_hundred_has_spans_and_each_that_failed(
-    spans: Spans,
-) -> None:
-    def script(spec: Any, values: object) -> object:
-        if spec.uid.endswith("[1701]"):
-            raise ValueError("this one")
-        return 1
-
-    backend = ScriptedBackend(script)
+async def test_above_a_thousand_tasks_of_a_call_one_of_each_hundred_has_spans(spans: Spans) -> None:
+    backend = ScriptedBackend(lambda spec, values: 1)
     async with open_agent(backend=backend) as agent:
-        await run(agent, sweep(2000), echo("first"))
+        await run(agent, sweep(2000))
+        await run(agent, echo("first"))
     items = [span for span in spans.all() if span.name.startswith("task sweep[")]
     # the for_each is the first of the 1,000
-    assert len(items) == 999 + 10 + 1
-    failed = spans.named("task sweep[1701]")
+    assert len(items) == 999 + 10
+    spans.named("task first")
+    flags = Counter(int(run.variables["TRACEPARENT"][-2:], 16) & 1 for run in backend.received)
+    assert flags == {1: 999 + 10 + 1, 0: 991}
+
+
+async def test_of_the_others_what_failed_has_spans_up_to_the_same_bound(spans: Spans) -> None:
+    def script(spec: Any, values: object) -> object:
+        if int(spec.uid.partition("[")[2][:-1]) > 1500:
+            raise ValueError("it is broken")
+        return 1
+
+    async with open_agent(backend=ScriptedBackend(script)) as agent:
+        await run(agent, sweep(3000))
+    items = [span for span in spans.all() if span.name.startswith("task sweep[")]
+    failed = spans.named("task sweep[1501]")
+    # of the 1,499 that failed, 15 are sampled anyhow; of the other 1,484, 1,000 and then 4
+    assert len(items) == 999 + 20 + 1000 + 4
     assert failed.status.status_code is StatusCode.ERROR
     assert set(spans.tree(failed)) == {"queue", "execution"}
     assert failed.parent is not None and failed.parent.span_id == spans.id_of(spans.named("task sweep"))
-    flags = Counter(run.variables["TRACEPARENT"][-2:] for run in backend.received)
-    assert flags == {"03": 999 + 10, "00": 992}
 
 
 async def test_what_runs_again_on_request_has_spans_below_that_request(spans: Spans) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,12 +45,20 @@ class _Call:
     def __init__(self, span_context: SpanContext, **attributes: bool) -> None:
         self.context = _context_of(span_context)
         self.attributes = attributes
-        self.count = 0
+        self._tasks, self._failures = itertools.count(1), itertools.count(1)
         self.unsampled_variables = _variables(_with(span_context, span_context.span_id, TraceFlags()))
 
     def samples_next(self) -> bool:
-        self.count += 1
-        return self.count <= _FIRST or self.count % _ONE_OF == 0
+        """Whether the next task that is submitted has spans."""
+        return _is_sampled(next(self._tasks))
+
+    def samples_failure(self) -> bool:
+        """Whether the next of the other tasks that has failed has spans nevertheless."""
+        return _is_sampled(next(self._failures))
+
+
+def _is_sampled(number: int) -> bool:
+    return number <= _FIRST or number % _ONE_OF == 0
 
 
 class _TaskSpan:
@@ -74,10 +83,10 @@ class TaskSpans:
     `execution`, below which stands a span for each rank of a job. Times are those of the task; ranks, which start
     together and end together, have those of their job.
 
-    Of the tasks of one call, the first 1,000 have spans, and then one of each 100; what ends FAILED always has. Tasks
-    that are submitted while no span is current count as one call for each session, and so do those that are restored
-    after a restart, each of which has a trace of its own. Of a job, the first 32 ranks have spans, and those that
-    failed.
+    Of the tasks of one call, the first 1,000 have spans, and then one of each 100. Of the others, those that end FAILED
+    have spans by the same rule: the first 1,000, and then one of each 100. Tasks that are submitted while no span is
+    current count as one call for each session, and so do those that are restored after a restart, each of which has a
+    trace of its own. Of a job, the first 32 ranks have spans, and 32 more that failed.
     """
 
     def __init__(self, session: str, tracer: Tracer) -> None:
@@ -193,7 +202,7 @@ class TaskSpans:
         task_span, outcome = self._open.pop(task.uid, None), task.outcome
         if task_span is None:
             call = self._unsampled.pop(task.uid, None)
-            if call is None or task.state is not TaskState.FAILED:
+            if call is None or task.state is not TaskState.FAILED or not call.samples_failure():
                 return
             task_span = self._start(task, call, _ns(task.submitted or 0.0))
         assert outcome is not None, "an ended task has one"
@@ -227,9 +236,9 @@ class TaskSpans:
             attributes["process.exit.code"] = outcome.exit_code
         span = self._tracer.start_span("execution", task_span.context, attributes=attributes, start_time=started)
         _set_status(span, outcome.state, outcome.error)
-        for number, rank in enumerate(outcome.ranks):
-            if number < _MAX_RANKS or rank.cause is not None:
-                self._add_rank(span, rank, started, ended)
+        failed = [rank for rank in outcome.ranks[_MAX_RANKS:] if rank.cause is not None]
+        for rank in (*outcome.ranks[:_MAX_RANKS], *failed[:_MAX_RANKS]):
+            self._add_rank(span, rank, started, ended)
         span.end(ended)
 
     def _add_rank(self, execution: Span, rank: RankOutcome, started: int, ended: int) -> None:
