@@ -26,6 +26,7 @@ class Spans:
     """What has ended since this was made."""
 
     tracer = _PROVIDER.get_tracer("tests")
+    task_tracer = _PROVIDER.get_tracer("rhapsody_mcp.tasks")
 
     def all(self) -> list[ReadableSpan]:
         return list(_EXPORTER.get_finished_spans())

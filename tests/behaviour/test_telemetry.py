@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,6 +210,25 @@ async def test_a_task_of_an_earlier_service_has_a_trace_of_its_own(spans: Spans,
     _, task = (span for span in spans.all() if span.name == "task first")
     assert task.parent is None and task.start_time is not None and task.start_time >= restored
     assert attributes_of(task)["rhapsody.task.restored"] is True
+
+
+async def test_a_sampler_that_raises_ends_the_telemetry_and_no_task(
+    spans: Spans, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def should_sample(*_: object, **__: object) -> None:
+        raise RuntimeError("it is broken")
+
+    async with open_agent() as agent:
+        session = await agent.session()
+        with spans.tracer.start_as_current_span("chat"), monkeypatch.context() as patched:
+            opened = agent.sessions.get(session).session
+            patched.setattr(spans.task_tracer, "sampler", SimpleNamespace(should_sample=should_sample))
+            await agent.call("submit_tasks", session=session, tasks=[echo("first"), echo("second", after=["first"])])
+            await agent.call("wait_tasks", session=session)
+        assert opened.counts == {"DONE": 2}
+    assert [record.getMessage() for record in caplog.records] == [
+        "the telemetry of a session ends here; its tasks go on"
+    ]
 
 
 # --- metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,34 +18,50 @@ from rhapsody_mcp.runtime.telemetry.task_spans import TaskSpans
 
 __all__ = ["Telemetry", "configured_telemetry"]
 
+_log = logging.getLogger(__name__)
+
 
 class Telemetry:
-    """What a session tells of its tasks."""
+    """What a session tells of its tasks. Where that raises, as a processor of a user may, it ends, and the tasks go
+    on."""
 
     def __init__(self, spans: TaskSpans | None, metrics: SessionMetrics | None) -> None:
         self._spans, self._metrics = spans, metrics
 
     def note_change(self, task: Task) -> None:
         """The state of the task has changed."""
-        if self._spans is not None:
-            self._spans.note_change(task)
-        if self._metrics is not None:
-            self._metrics.note_change(task)
+        with self._guarded():
+            if self._spans is not None:
+                self._spans.note_change(task)
+            if self._metrics is not None:
+                self._metrics.note_change(task)
 
     def traced(self, task: Task, task_run: TaskRun) -> TaskRun:
         """The task run with the trace context of its execution in its variables."""
-        return task_run if self._spans is None else self._spans.traced(task, task_run)
+        with self._guarded():
+            if self._spans is not None:
+                return self._spans.traced(task, task_run)
+        return task_run
 
     def end_attempt(self, task: Task, outcome: Outcome) -> None:
         """An attempt of the task has failed, and another follows."""
-        if self._spans is not None:
-            self._spans.end_attempt(task, outcome)
+        with self._guarded():
+            if self._spans is not None:
+                self._spans.end_attempt(task, outcome)
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
         """What is submitted within the block was submitted in a previous run."""
         with nullcontext() if self._spans is None else self._spans.restoring():
             yield
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            _log.exception("the telemetry of a session ends here; its tasks go on")
+            self._spans = self._metrics = None
 
 
 def configured_telemetry(session: str) -> Telemetry | None:
