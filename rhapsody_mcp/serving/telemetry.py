@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -36,8 +36,10 @@ def telemetry() -> Iterator[None]:
     if not (exporters := _exporters(os.environ)):
         yield
         return
+    handlers = list(logging.getLogger().handlers)
     if _set_up(exporters):
-        _add_ids_to_log()
+        _add_ids(handlers)
+        _keep_exporters_quiet(handlers)
     try:
         yield
     finally:
@@ -130,16 +132,25 @@ def end_telemetry() -> None:
         thread.start()
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
+    if any(thread.is_alive() for thread in threads):  # else the SDK complains at the exit of Python
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
 
 
 # --- log lines
 
 
-def _add_ids_to_log() -> None:
+def _add_ids(handlers: Iterable[logging.Handler]) -> None:
     """Add the ids of the current span to the lines of the log."""
-    for handler in logging.getLogger().handlers:
+    for handler in handlers:
         if handler.formatter is not None:
             handler.setFormatter(_WithIds(handler.formatter))
+
+
+def _keep_exporters_quiet(others: Iterable[logging.Handler]) -> None:
+    """What they say of a collector that is not there would be exported too; the log gets their failures alone."""
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
+    for handler in {*logging.getLogger().handlers}.difference(others):
+        handler.addFilter(lambda record: not record.name.startswith("opentelemetry."))
 
 
 class _WithIds(logging.Formatter):

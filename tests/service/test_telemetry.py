@@ -132,6 +132,8 @@ async def test_a_collector_that_is_not_there_stops_nothing() -> None:
         with anyio.fail_after(30):
             stopped = await anyio.to_thread.run_sync(service.run, "service", "stop", "--force")
         assert stopped.returncode == 0
+        levels = [line.split()[2] for line in service.paths.log.read_text().splitlines() if " opentelemetry." in line]
+        assert set(levels) <= {"ERROR"}
 
 
 @pytest.mark.parametrize("end", ["end of stdin", signal.SIGTERM])
