@@ -50,9 +50,11 @@ def _stdio_in_process(options: argparse.Namespace) -> int:
 
     from rhapsody_mcp.engine.process.gc_tuning import collect_less
     from rhapsody_mcp.serving.stdio.server import serve_stdio
+    from rhapsody_mcp.serving.telemetry import telemetry
 
     collect_less()
-    anyio.run(serve_stdio, _settings(options))
+    with telemetry():
+        anyio.run(serve_stdio, _settings(options))
     return 0
 
 
@@ -106,10 +108,11 @@ def _http_in_process(options: argparse.Namespace) -> int:
     from rhapsody_mcp.engine.process.gc_tuning import collect_less
     from rhapsody_mcp.serving.http.listeners import listen_on_host, listen_on_socket
     from rhapsody_mcp.serving.http.server import serve_http
+    from rhapsody_mcp.serving.telemetry import telemetry
 
     settings = _settings(options)
     listening = listen_on_socket(options.socket) if options.socket else listen_on_host(options.host, options.port)
-    with listening as listener:
+    with listening as listener, telemetry():
         collect_less()
         anyio.run(serve_http, settings, listener, _say)
     return 0
@@ -173,11 +176,13 @@ def service_run(options: argparse.Namespace) -> int:
 
             from rhapsody_mcp.engine.process.gc_tuning import collect_less
             from rhapsody_mcp.serving.daemon.service import run_service
+            from rhapsody_mcp.serving.telemetry import telemetry
 
             logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
             logging.getLogger("rhapsody_mcp").setLevel(logging.INFO)
             collect_less()
-            anyio.run(run_service, _settings(options), listener, report.ready, options.config)
+            with telemetry():
+                anyio.run(run_service, _settings(options), listener, report.ready, options.config)
     except AlreadyRunning:
         report.already_running()
     except Exception as error:

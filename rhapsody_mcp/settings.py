@@ -18,7 +18,7 @@ __all__ = ["SECRETS", "Settings", "read_settings", "settings_file"]
 
 SECRETS = (
     *("*TOKEN", "*SECRET*", "*PASSWORD*", "*PASSWD", "*PASSPHRASE*", "*_PWD", "*_PAT", "*CREDENTIAL*"),
-    *("*API_KEY*", "*APIKEY*", "*ACCESS_KEY*", "*PRIVATE_KEY*", "SSH_AUTH_SOCK"),
+    *("*API_KEY*", "*APIKEY*", "*ACCESS_KEY*", "*PRIVATE_KEY*", "SSH_AUTH_SOCK", "OTEL_EXPORTER_OTLP_*HEADERS"),
 )
 """Patterns of the names of environment variables that hold secrets, or lead to them."""
 

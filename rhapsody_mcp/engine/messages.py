@@ -62,14 +62,15 @@ LauncherName = Literal["dragon", "local"]
 # --- backend → worker
 
 
-class RunFunction(msgspec.Struct, frozen=True, tag="run", gc=False):
-    """Run a function; the result is stored in `folder` if it is long."""
+class RunFunction(msgspec.Struct, frozen=True, omit_defaults=True, tag="run", gc=False):
+    """Run a function; the result is stored in `folder` if it is long. `variables` are added to the environment."""
 
     uid: str
     call: Call
     bindings: dict[str, Value]
     results_folder: str
     attempt: int
+    variables: dict[str, str] = {}
 
 
 class Interrupt(msgspec.Struct, frozen=True, tag="interrupt", gc=False):

@@ -17,7 +17,8 @@ import threading
 import time
 import warnings
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -225,7 +226,8 @@ class _Worker:
             bindings = local_bindings(run.bindings, self.config.link_folder)
         except OSError as error:
             return FunctionResult(None, Cause.LOST, NOT_STARTED.format(error))
-        result = perform(run.call, bindings, folder, self.sources, self.config.caps)
+        with _variables(run.variables) if run.variables else _NO_VARIABLES:
+            result = perform(run.call, bindings, folder, self.sources, self.config.caps)
         max_bytes = self.config.caps.result_bytes
         return with_outputs(result, run.call.outputs, self.config.cwd, folder, max_bytes, started)
 
@@ -281,6 +283,20 @@ _MIN_SIDE_EFFECT_S = 0.00005
 """Seconds. A function that ran shorter cannot have started a process or loaded a library, so neither is checked."""
 _THREAD_END_S = 0.1
 _TRACKED_CLASSES = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID
+
+
+_NO_VARIABLES = nullcontext()
+
+
+@contextmanager
+def _variables(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables within the block, and leave none for `ProcessState`, which takes longer."""
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            os.environ.pop(name, None)
 
 
 def _change_directory(folder: str) -> bool:

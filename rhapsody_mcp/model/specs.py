@@ -211,11 +211,12 @@ class Caps(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     exception_bytes: int = 64 * 1024
 
 
-class TaskRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class TaskRun(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """A task that can start. `bindings` are the values of its Refs, by uid.
 
     `results_folder` is for the files of large results and outputs. `attempt` is 1 for the first start of the task.
-    `resumed` is True where this attempt has started already, in the allocation of an earlier service.
+    `resumed` is True where this attempt has started already, in the allocation of an earlier service. `variables` are
+    the trace context, for the environment of the task's processes.
     """
 
     spec: TaskSpec
@@ -223,3 +224,4 @@ class TaskRun(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     results_folder: str
     attempt: int = 1
     resumed: bool = False
+    variables: dict[str, str] = {}

@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from rhapsody_mcp.protocol.audit_log import AuditFile
 from rhapsody_mcp.runtime.call_context import current_caller, current_peer
 from rhapsody_mcp.runtime.redaction import redacted, summary
+from rhapsody_mcp.runtime.telemetry.current import current_ids
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.replies.formatting import one_line, shortened
 
@@ -135,7 +136,8 @@ class _Call:
     began: float = field(default_factory=time.monotonic)
 
     def entry(self) -> dict[str, Any]:
-        return {**self.caller, **_request_fields(self.ctx), "ms": round((time.monotonic() - self.began) * 1000)}
+        took = {"ms": round((time.monotonic() - self.began) * 1000)}
+        return {**self.caller, **_request_fields(self.ctx), **took, **current_ids()}
 
     def end_deferred(self, end: object) -> None:
         """Write the second entry, if the call has been answered. `end` is the result or the exception."""

@@ -157,6 +157,7 @@ class SessionRegistry:
         folder = storage and storage.folder / "sessions" / key
         session = Session(
             backends,
+            id,
             opens_results=False,
             engine_idle_s=self._engine_idle_s,
             folder=folder,

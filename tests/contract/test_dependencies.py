@@ -49,7 +49,9 @@ def undeclared(folder: Path, declared: set[str]) -> Iterator[str]:
 
 
 def test_what_the_package_imports_is_declared() -> None:
-    users = REQUIRED | EXTRAS["bench"] | EXTRAS["mpi"] | EXTRAS["parsl"] | EXTRAS["cpu"] | EXTRAS["gpu"]
+    users = (
+        REQUIRED | EXTRAS["bench"] | EXTRAS["mpi"] | EXTRAS["otel"] | EXTRAS["parsl"] | EXTRAS["cpu"] | EXTRAS["gpu"]
+    )
     assert not list(undeclared(PACKAGE, users | WITH_VLLM))
 
 

@@ -32,9 +32,11 @@ from mcp.server import ServerRequestContext
 from mcp.server.connection import Connection
 from mcp.server.mcpserver import MCPServer
 from mcp.types import CompleteRequestParams, CompleteResult, Completion, PromptReference
+from opentelemetry.sdk.trace import TracerProvider
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from rhapsody_mcp.runtime.telemetry.span_ids import span_ids
 from tests.agents import ERAS
 
 # --- Python
@@ -190,3 +192,15 @@ async def test_the_transport_of_a_process_can_be_closed() -> None:
     transport = vars(process)["_transport"]
     transport.close()
     assert transport.is_closing() and process.returncode == 0
+
+
+# --- OpenTelemetry
+
+
+def test_a_tracer_takes_the_id_of_each_span_from_its_generator() -> None:
+    tracer: Any = TracerProvider(shutdown_on_exit=False).get_tracer("tests")
+    ids = span_ids(tracer)
+    assert ids is not None and span_ids(tracer) is ids
+    ids.given = 0x1234
+    assert tracer.start_span("first").get_span_context().span_id == 0x1234
+    assert tracer.start_span("second").get_span_context().span_id != 0x1234

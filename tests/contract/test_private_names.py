@@ -41,6 +41,11 @@ LIBRARIES = {
         "_connection": {"protocol/subscriptions.py"},
     },
     "cloudpickle": {"_DYNAMIC_CLASS_TRACKER_BY_ID": {"engine/worker.py"}},
+    "opentelemetry-sdk": {
+        "_OTelSDKConfigurator": {"serving/telemetry.py"},
+        "_configuration": {"serving/telemetry.py"},
+        "_logs": {"serving/telemetry.py"},
+    },
 }
 """The same of libraries; each is required in the versions of one series."""
 DOCUMENTED = {"_exit", "_fields", "_replace"}
@@ -117,6 +122,7 @@ def test_a_library_whose_inside_is_used_is_required_in_one_series(library: str) 
         *PROJECT["dependencies"],
         *PROJECT["optional-dependencies"]["cpu"],
         *PROJECT["optional-dependencies"]["gpu"],
+        *PROJECT["optional-dependencies"]["otel"],
     ]
     (line,) = [line for line in lines if re.match(rf"{library}\b(?!-)", line)]
     assert re.search(r"==\d+\.\d+\.\*", line), line

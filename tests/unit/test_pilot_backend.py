@@ -21,6 +21,7 @@ from rhapsody_mcp.backends.pilot.messages import (
     Body,
     Cancel,
     Events,
+    Numbered,
     OutputTold,
     PlannedBackend,
     Prioritize,
@@ -255,3 +256,15 @@ def test_of_the_files_of_a_result_those_of_this_node_are_deleted(tmp_path: Path)
     ranks = tuple(RankOutcome(number, value=of) for number, of in enumerate(values))
     delete_files(msgspec.structs.replace(DONE, stdout=Stream(file=output), ranks=ranks), str(tmp_path))
     assert [path for path in files if path.exists()] == files[2:]
+
+
+async def test_the_trace_context_of_a_task_goes_with_it_to_the_pilot() -> None:
+    granted, events = Granted(), list[Event]()
+    backend = PilotBackend(ScriptedBackend(lambda *_: None), cast(Allocation, granted))
+    await backend.start()
+    variables = {"TRACEPARENT": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    backend.submit([msgspec.structs.replace(function("a"), variables=variables)], events.append, cast(Any, None))
+    await wait_until(lambda: bool(granted.submitted), 10)
+    told = msgspec.msgpack.decode(msgspec.msgpack.encode(Numbered(1, granted.sent[-1])), type=Numbered)
+    assert isinstance(told.body, Submit) and told.body.task_runs[0].variables == variables
+    await backend.close()

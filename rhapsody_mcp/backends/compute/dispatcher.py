@@ -346,12 +346,12 @@ class Dispatcher:
             return
         messages: list[object] = []
         for task in share:
-            task_run, work = task.task_run, task.task_run.spec.work
+            run, work = task.task_run, task.task_run.spec.work
             assert isinstance(work, Call)
             if worker.assigned.get(task.uid) is task:
                 task.is_sent, task.nodes = True, worker.node.names
                 messages.append(
-                    RunFunction(task.uid, work, task_run.bindings, task_run.results_folder, task_run.attempt)
+                    RunFunction(task.uid, work, run.bindings, run.results_folder, run.attempt, run.variables)
                 )
         if messages:
             self._workers.note_holding(worker)

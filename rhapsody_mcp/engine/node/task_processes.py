@@ -248,6 +248,7 @@ class ProcessTask:
             "RHAPSODY_RANKS": str(layout.ranks),
             "RHAPSODY_NODES": ",".join(self._nodes),
             PROGRESS_VARIABLE: process.progress.path,
+            **({} if task_run.variables.keys() & template.env.keys() else task_run.variables),
         }
         if isinstance(work, Command):
             env |= _SEEN_AT_ONCE

@@ -7,6 +7,7 @@ import itertools
 import os
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +30,7 @@ from rhapsody_mcp.runtime.session.queue_positions import queued_before
 from rhapsody_mcp.runtime.session.statistics import StatisticsCollector
 from rhapsody_mcp.runtime.session.task_runner import TaskRunner
 from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, Task, leaves, name_of, with_children
+from rhapsody_mcp.runtime.telemetry.telemetry import configured_telemetry
 
 __all__ = ["Session"]
 
@@ -79,6 +81,7 @@ class Session:
             for backend in backends:
                 backend.work_in(self.work_dir)
         self.software = read_software(software or {})
+        self._telemetry = configured_telemetry(self.uid)
         self._runner = TaskRunner(
             backends,
             opens_results=opens_results,
@@ -90,6 +93,7 @@ class Session:
             notify=lambda notice: self.notices.append(notice),
             software=self.software,
             package_cache=package_cache or PackageCache(None, self.work_dir or ""),
+            telemetry=self._telemetry,
         )
         self._submitted: list[Task] = []
         self._closing: asyncio.Task[None] | None = None
@@ -113,6 +117,8 @@ class Session:
     def _handle_change(self, task: Task) -> None:
         if task.state.final:
             self._statistics.add_ended()
+        if self._telemetry is not None:
+            self._telemetry.note_change(task)
         if self.on_change is not None:
             self.on_change(task)
 
@@ -317,7 +323,8 @@ class Session:
         and run. A task that cannot run ends FAILED with cause invalid; `unreadable` has reasons for this, by uid.
         """
         self._submitted += tasks
-        self._runner.restore(list(with_children(tasks)), ended, unreadable)
+        with nullcontext() if self._telemetry is None else self._telemetry.restoring():
+            self._runner.restore(list(with_children(tasks)), ended, unreadable)
 
     def software_of(self, task: Task) -> dict[str, Any]:
         """The software that the task runs with, as keys of `task_backend_specific_kwargs`; empty for a prompt."""

@@ -30,6 +30,7 @@ from rhapsody_mcp.runtime.session.outcomes import canceled_by_upstream, open_res
 from rhapsody_mcp.runtime.session.preparation import Preparation
 from rhapsody_mcp.runtime.session.steps import TASKS_PER_STEP, steps
 from rhapsody_mcp.runtime.tasks import MOST_PRIORITY, ForEach, Task, is_hidden, reference
+from rhapsody_mcp.runtime.telemetry.telemetry import Telemetry
 
 __all__ = ["TaskRunner"]
 
@@ -59,6 +60,7 @@ class TaskRunner:
         notify: Callable[[EngineNotice], None],
         software: Software,
         package_cache: PackageCache,
+        telemetry: Telemetry | None,
     ) -> None:
         self.tasks: dict[str, Task] = {}
         self.unfinished: dict[str, Task] = {}
@@ -68,7 +70,7 @@ class TaskRunner:
         self.usage, self.closed = SessionUsage(), False
         self._on_change, self._on_progress, self._notify_engine = on_change, on_progress, notify
         self._read: Reader = load if opens_results else load_json
-        self._opens_results, self._limits = opens_results, limits
+        self._opens_results, self._limits, self._telemetry = opens_results, limits, telemetry
         self.backends = {backend.name: self._manage(backend, engine_idle_s) for backend in backends}
         self.acceptance = Acceptance(self.backends, self.tasks, limits, self.usage, software)
         self.for_each = ForEachRunner(self, limits.settings.max_result_bytes if limits else None)
@@ -243,7 +245,8 @@ class TaskRunner:
         if is_resumed := task.is_resumed:
             task.is_resumed = False
         spec, attempt = self.specs[task.uid], max(1, task.attempts)
-        return TaskRun(spec=spec, bindings=bindings, results_folder=folder, attempt=attempt, resumed=is_resumed)
+        run = TaskRun(spec=spec, bindings=bindings, results_folder=folder, attempt=attempt, resumed=is_resumed)
+        return run if self._telemetry is None else self._telemetry.traced(task, run)
 
     @property
     def folder(self) -> Path:
@@ -317,6 +320,8 @@ class TaskRunner:
         return failed and task.attempts < task.most_attempts and not self.closed
 
     def _schedule_retry(self, task: Task, outcome: Outcome) -> None:
+        if self._telemetry is not None:
+            self._telemetry.end_attempt(task, outcome)
         task.state, task.started = TaskState.QUEUED, None
         task.forget_progress()
         task.last_failure = f"attempt {task.attempts} ended with cause {outcome.cause}: {outcome.error}"
@@ -430,8 +435,7 @@ class TaskRunner:
         self.closed = True
         message = "its session was closed"
         await self.cancel(list(self.unfinished.values()), message)
-        closing = (managed.close() for managed in self.backends.values())
-        errors = await asyncio.gather(*closing, return_exceptions=True)
+        errors = await asyncio.gather(*(managed.close() for managed in self.backends.values()), return_exceptions=True)
         await asyncio.gather(*self._background, return_exceptions=True)
         for task in list(self.unfinished.values()):
             self.end(task, canceled(Cause.CANCELED, message))

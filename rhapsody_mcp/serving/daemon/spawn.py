@@ -20,6 +20,8 @@ __all__ = ["ServiceDied", "StartReport", "start_service"]
 
 _MAX_LOG_BYTES = 5_000_000
 _LOG_END_BYTES = 2000
+_OF_STARTER = ("TRACEPARENT", "TRACESTATE", "BAGGAGE")
+"""The trace of whoever starts the service is not that of the tasks that it will run."""
 
 
 class StartReport:
@@ -74,6 +76,7 @@ def start_service(paths: ServicePaths, config: Path | None, client_fd: int | Non
             stdout=subprocess.PIPE,
             stderr=log,
             cwd=_home(),
+            env={name: value for name, value in os.environ.items() if name not in _OF_STARTER},
             start_new_session=True,
         ) as process:
             assert process.stdout

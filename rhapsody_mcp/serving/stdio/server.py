@@ -16,6 +16,7 @@ from rhapsody_mcp.server import build_server, open_sessions
 from rhapsody_mcp.serving.paths import ServicePaths
 from rhapsody_mcp.serving.stdio.stdin import StdinStream
 from rhapsody_mcp.serving.stream_server import LineStream, serve_client
+from rhapsody_mcp.serving.telemetry import end_telemetry
 from rhapsody_mcp.settings import Settings
 
 __all__ = ["serve_stdio"]
@@ -41,5 +42,6 @@ async def _stop_on_signal(
         task_status.started()
         async for number in signals:
             await sessions.close_all()
+            end_telemetry()
             logging.shutdown()
             os._exit(128 + number)  # the thread that reads stdin cannot be interrupted

@@ -1,0 +1,1 @@
+"""Spans and metrics of tasks, where OpenTelemetry is configured in this process."""
