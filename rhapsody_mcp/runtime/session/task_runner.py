@@ -299,10 +299,8 @@ class TaskRunner:
             task.progress = event.progress
             self._on_progress(task)
             return
-        if event.nodes:
-            task.placed_on = event.nodes
-        if event.worker is not None:
-            task.started_in = event.worker
+        if event.nodes or event.worker is not None:
+            task.placed_on, task.started_in = event.nodes, event.worker
         self._set_running(task, event.at)
         self._set_parent_running(task, event.at)
 
