@@ -25,11 +25,11 @@ def simulate(number):
 """
 FIT = "def fit(number):\n    import time\n    time.sleep(0.3 + number / 10)\n    return number"
 TASKS: list[dict[str, Any]] = [
-    {"name": "draft", "prompt": "Write sample {item}.", "for_each": list(range(48)), "max_tokens": 64},
+    {"name": "draft", "prompt": "Write sample {item}.", "for_each": list(range(12)), "max_tokens": 400},
     {"name": "simulate", "source": SIMULATE, "args": [{"item": True}], "for_each": list(range(40))},
     {"name": "relax", "executable": "/bin/sleep", "arguments": ["2.5"], "ranks": 2, "after": ["draft"]},
     *({"name": f"fit-{number}", "source": FIT, "args": [number], "after": ["draft", "relax"]} for number in range(5)),
-    {"name": "train", "source": "def train(a, b):\n    return a + b", "args": [{"task": "fit-0"}, {"task": "fit-4"}]},
+    {"name": "train", "source": "def train(a, b):\n    return a + b", "args": [{"ref": "fit-0"}, {"ref": "fit-4"}]},
 ]
 
 
@@ -50,9 +50,12 @@ async def test_the_page_shows_a_pipeline_of_inference_and_simulation(page: Page,
             await wait(client)
             await call(client, "submit_tasks", session="pipeline", tasks=TASKS)
             await wait(client)
-            await page.set_viewport_size({"width": 1180, "height": 1080})
+            await page.set_viewport_size({"width": 1180, "height": 1120})
             await page.goto(f"{dashboard}#session=pipeline")
             await shows(page, "#chips", "2 FAILED")
             await shows(page, "#legend", "simulate")
             await page.wait_for_selector("#charts .uplot")
+            await page.get_by_role("button", name="Now", exact=True).click()
+            for _ in range(2):
+                await page.get_by_role("button", name="+", exact=True).click()
             await page.screenshot(path=pictures / "dashboard.png")

@@ -64,10 +64,10 @@ class Charts {
     new ResizeObserver(() => this.resize()).observe(place);
   }
 
-  /** Draws all curves over the same time; each chart is there once it has something to show. */
-  show(head, [first, last]) {
-    if (!head || last <= first) return;
-    const now = head.closed || !head.running.length ? last : Math.max(last, head.now);
+  /** Draws all curves over the time that the task stream shows; each chart is there once it has something to show. */
+  show(head, [first, now]) {
+    if (!head || now <= first) return;
+    this.zero = head.first ?? first;
     const time = Array.from({ length: POINTS }, (_, index) => first + ((now - first) * index) / (POINTS - 1));
     this.states(head, time, first, now);
     this.amounts(head, time, first, now);
@@ -153,7 +153,7 @@ class Charts {
     known?.plot.destroy();
     const box = known?.box ?? make("div", {}, make("h2", { text: title }));
     if (!known) this.place.append(box);
-    const plot = new uPlot(this.options(box, time[0], curves), data, box);
+    const plot = new uPlot(this.options(box, this.zero, curves), data, box);
     this.plots.set(title, { plot, box, key, title });
   }
 
@@ -161,6 +161,11 @@ class Charts {
     const grid = { stroke: () => cssColor("--line"), width: 1 };
     const axis = { stroke: () => cssColor("--dim"), grid, ticks: grid, font: "11px system-ui, 'DejaVu Sans', sans-serif" };
     const relative = (_, ticks, __, ___, step) => ticks.map((tick) => tickText(tick - first, step));
+    const splits = (_, __, least, most, step) => {
+      const ticks = [];
+      for (let tick = Math.ceil((least - first) / step) * step; tick <= most - first; tick += step) ticks.push(tick + first);
+      return ticks;
+    };
     const second = curves.some((curve) => curve.scale);
     return {
       width: Math.max(200, box.clientWidth),
@@ -169,7 +174,7 @@ class Charts {
       legend: { live: true },
       scales: { x: { time: false, range: (_, least, most) => [least, most] }, y: { range: (_, __, most) => [0, (most || 1) * 1.08] }, ended: { range: (_, __, most) => [0, (most || 1) * 1.08] } },
       axes: [
-        { ...axis, values: relative, space: 70 },
+        { ...axis, values: relative, splits, space: 70 },
         { ...axis, size: 48, values: (_, ticks) => ticks.map(compact) },
         ...(second ? [{ ...axis, side: 1, scale: "ended", size: 48, grid: { show: false }, values: (_, ticks) => ticks.map(compact) }] : []),
       ],

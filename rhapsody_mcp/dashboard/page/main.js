@@ -158,14 +158,13 @@ function showTable({ total, tasks }, offset) {
 // --- frames
 
 function apply(frame) {
-  const { spans, stream, charts } = page;
+  const { spans, stream } = page;
   spans.apply(frame.block);
   const head = (page.head = frame.head);
   stream.show(head);
   showLegend();
   showCounts(head);
   showFailures(head);
-  charts.show(head, stream.range());
   showGraphOf(head);
   showTimes(head);
   showResources(head);
@@ -282,6 +281,7 @@ async function begin() {
   page.stream = new Stream(byId("stream"), byId("tip"), page.spans, (query) => page.detail.open(page.session, query));
   page.stream.isStill = Source === FileSource;
   page.charts = new Charts(byId("charts"), page.spans);
+  page.stream.onView = () => page.charts.show(page.head, page.stream.view());
   toolbar();
   byId("theme").addEventListener("click", () => {
     const isDark = (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";

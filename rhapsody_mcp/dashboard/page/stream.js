@@ -1,6 +1,6 @@
 // The task stream: a lane a worker, process, rank or prompt, drawn on a canvas from counts of each pixel.
 
-const GUTTER = 92;
+const GUTTER = 108;
 const AXIS = 20;
 
 class Stream {
