@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from mcp.server.apps import APP_MIME_TYPE, EXTENSION_ID
 from mcp.types import TextResourceContents
 
 from rhapsody_mcp.protocol.apps import PAGE_URI
-from tests.agents import ERAS, Agent, Refused, open_agent
+from rhapsody_mcp.testing import ScriptedBackend
+from tests.agents import ERAS, Agent, Refused, open_agent, perform
+from tests.slurm_stand_in import SlurmStandIn
 
 pytestmark = pytest.mark.anyio
 SHOWS_PAGES = [advertise(EXTENSION_ID, {"mimeTypes": [APP_MIME_TYPE]})]
@@ -98,3 +102,18 @@ async def test_the_refresh_of_a_page_is_no_entry_of_the_audit_log_and_changes_no
         before = await agent.call("get_statistics", session=session)
         await ask(agent, "frame", session=session)
         assert await agent.call("get_statistics", session=session) == before
+
+
+async def test_the_allocation_of_a_session_is_shown_with_its_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SlurmStandIn(tmp_path, monkeypatch)
+    ends = time.time() + 605
+    asked = {"nodes": 2, "minutes": 30}
+    facts = {**asked, "job": "12", "state": "RUNNING", "on": ["n1", "n2"], "node_s": 1800.0, "ends_at": ends}
+    backend = ScriptedBackend(perform)
+    monkeypatch.setattr(backend, "describe", lambda: {"backend": backend.name, "allocation": facts})
+    async with open_agent(backend=backend, extensions=SHOWS_PAGES) as agent:
+        await agent.call("create_session", nodes=2, minutes=30)
+        frame = await ask(agent, "frame", session="session-1")
+        assert frame["head"]["allocation"] == "job 12 RUNNING on n1, n2, 10 min left; 0.5 node-hours used"

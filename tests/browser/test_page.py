@@ -10,6 +10,7 @@ import anyio
 import pytest
 from playwright.async_api import Page, expect
 
+from tests.backends.openai_stand_in import StandIn, serve
 from tests.browser.sessions import SIMULATE, call, local_session, proxy, served, shows
 
 pytestmark = [pytest.mark.ci, pytest.mark.anyio]
@@ -163,6 +164,22 @@ async def test_no_text_of_a_task_becomes_markup(page: Page) -> None:
                 0,
                 1,
             ]
+
+
+async def test_no_text_of_a_model_becomes_markup(page: Page) -> None:
+    async with serve(StandIn()) as model:
+        model.answer = lambda prompt: f"{HOSTILE} {prompt}"
+        with served() as (address, dashboard):
+            async with local_session(page, address) as client:
+                options = {"backends": ["endpoint"], "endpoint_url": model.url, "endpoint_model": "tiny"}
+                await call(client, "create_session", name="chat", **options)
+                await call(client, "submit_tasks", session="chat", tasks=[{"name": "ask", "prompt": HOSTILE}])
+                await call(client, "wait_tasks", session="chat")
+                await page.goto(f"{dashboard}#session=chat")
+                await page.locator("#task-table").get_by_role("button", name="ask").click()
+                await shows(page, "#detail-body", "onerror=")
+                elements = await page.evaluate("[window.hacked, document.images.length, document.scripts.length]")
+                assert elements == [None, 0, 1]
 
 
 @pytest.mark.parametrize("strips", [True, False])

@@ -271,6 +271,7 @@ class ComputeBackend(BackendBase):
             described["host"] = ", ".join(node.name for node in nodes)
             described["cores"] = sum(node.cores for node in nodes)
             described["gpus"] = sum(node.gpus for node in nodes)
+            described["memory_gb"] = round(sum(node.memory_gb or 0.0 for node in nodes), 1)
         return described
 
 
