@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from rhapsody_mcp.dashboard.details import preview_text
 from rhapsody_mcp.dashboard.spans import Spans
 from rhapsody_mcp.dashboard.view import SessionView
+from rhapsody_mcp.model.values import preview_text
 from rhapsody_mcp.runtime.tasks import Task, leaves, name_of
 
 __all__ = ["chrome_trace"]
