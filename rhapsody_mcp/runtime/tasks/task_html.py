@@ -80,16 +80,15 @@ def chips(counts: Mapping[str, int | str]) -> str:
     )
 
 
-def failure(count: int, outcome: Outcome, names: Iterable[str]) -> str:
+def failure(count: int, state: str, cause: str, error: str, place: str, names: Iterable[str]) -> str:
     """Failures with one cause: their number, the first one's error and place, and names of tasks."""
     shown = [escape(name[:_LINE_CHARS]) for _, name in zip(range(_NAMES_SHOWN), names, strict=False)]
     more = [f"{count - len(shown):,} more"] if count > len(shown) else []
-    head = f"{count:,} {outcome.state} ({outcome.cause})" if outcome.cause else f"{count:,} {outcome.state}"
-    place = escape(failure_place(outcome)[:_LINE_CHARS])
+    where = escape(place[:_LINE_CHARS]) + " &middot; " * bool(place)
     return (
-        f'<div style="border-left:4px solid {STATE_COLORS[outcome.state]};padding-left:8px;margin-top:8px">'
-        f"<b>{escape(head)}</b>: {escape(outcome.error.partition(chr(10))[0][:_LINE_CHARS])}"
-        f'<div style="color:{_DIM}">{place}{" &middot; " * bool(place)}{", ".join([*shown, *more])}</div></div>'
+        f'<div style="border-left:4px solid {STATE_COLORS[state]};padding-left:8px;margin-top:8px">'
+        f"<b>{count:,} {state} ({cause})</b>: {escape(error.partition(chr(10))[0][:_LINE_CHARS])}"
+        f'<div style="color:{_DIM}">{where}{", ".join([*shown, *more])}</div></div>'
     )
 
 
@@ -122,7 +121,7 @@ def task_html(task: ShownTask) -> str:
         for name, content in _rows(task)
         if content
     )
-    return card(_title(task), f'<table style="border-collapse:collapse;margin:6px 0 0">{rows}</table>')
+    return card(_title(task), f'<table style="border-collapse:collapse;margin:6px 0 0;font:inherit">{rows}</table>')
 
 
 def for_each_html(task: ShownTask, children: Sequence[ShownTask]) -> str:
@@ -141,8 +140,9 @@ def _failures(children: Iterable[ShownTask]) -> Iterator[str]:
         if outcome is not None and outcome.state is not TaskState.DONE and outcome.cause is not Cause.SKIPPED:
             groups.setdefault(failure_key(outcome), []).append((child.name or child.uid, outcome))
     for key in sorted(groups, key=lambda key: (key[0], -len(groups[key])))[:_GROUPS_SHOWN]:
-        group = groups[key]
-        yield failure(len(group), group[0][1], (name for name, _ in group))
+        group, outcome = groups[key], groups[key][0][1]
+        said = outcome.state.value, str(outcome.cause), outcome.error, failure_place(outcome)
+        yield failure(len(group), *said, (name for name, _ in group))
 
 
 def _title(task: ShownTask) -> str:
