@@ -19,6 +19,7 @@ from rich.console import Console
 
 from rhapsody_mcp.api import ComputeTask, ForEach, Session
 from rhapsody_mcp.dashboard.live.notebook import NotebookDisplay
+from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import TaskState
@@ -100,6 +101,28 @@ async def test_a_session_tells_its_progress_and_its_states_in_its_repr() -> None
 async def submitted(session: Session, *tasks: Any) -> list[Any]:
     await session.submit_tasks(tasks)
     return list(tasks)
+
+
+async def test_the_numbers_are_those_of_all_tasks_once_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rhapsody_mcp.dashboard.view._STATISTICS_SHARE", 10**9)
+    async with Session([ScriptedBackend(script)]) as session:
+        assert "on average" not in session._repr_html_()
+        await session.wait_tasks(await submitted(session, sweep(8)))
+        assert "on average" in session._repr_html_()
+
+
+async def test_running_tasks_tell_how_far_they_are() -> None:
+    backend = ScriptedBackend(script)
+    backend.may_finish.clear()
+    async with Session([backend]) as session:
+        task = ComputeTask(abs, args=(1,), name=HOSTILE)
+        runs = asyncio.Event()
+        session.on_change = lambda task: runs.set() if task.state is TaskState.RUNNING else None
+        await session.submit_tasks(task)
+        await runs.wait()
+        task.progress = Progress(0.0, 3, 20, HOSTILE, {"loss": 0.5})
+        text = said(session._repr_html_())
+        assert "RUNNING 1" in text and "3 of 20" in text and "loss 0.5 (15%)" in text
 
 
 # --- in a notebook
@@ -211,7 +234,7 @@ async def test_bars_of_all_tasks_and_of_each_group_are_drawn_as_tasks_are_submit
     assert isinstance(console.file, io.StringIO)
     drawn = console.file.getvalue()
     last = drawn[drawn.rindex("all tasks") :]
-    assert "120/120" in last and "96 DONE" in last and "24 FAILED" in last and "/s" in last
+    assert "120/120" in last and "96 DONE" in last and "24 FAILED" in last and "tasks a second" in last
     assert (
         last.count("10/10") == 8 and "a?[31m<>[red]" in last and "\x1b[31m<>" not in drawn and "4 more groups" in last
     )
@@ -226,7 +249,7 @@ async def test_where_nothing_can_be_drawn_anew_one_line_is_printed_at_the_end() 
             raise KeyError
     assert isinstance(console.file, io.StringIO)
     line = console.file.getvalue()
-    assert line.startswith("s?[31m: 17 DONE, 3 FAILED after 0") and line.count("\n") == 1
+    assert line.startswith("s?[31m: 3 FAILED, 17 DONE after 0") and line.count("\n") == 1
 
 
 async def test_bars_are_drawn_while_a_wait_goes_on() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from rhapsody_mcp.dashboard.picture import stream_svg
 from rhapsody_mcp.dashboard.spans import STATES
 from rhapsody_mcp.dashboard.view import SessionView
-from rhapsody_mcp.model.live.progress import Progress
+from rhapsody_mcp.model.live.progress import Progress, progress_text
 from rhapsody_mcp.runtime.tasks import name_of
-from rhapsody_mcp.runtime.tasks.task_html import STATE_COLORS, card, chips, duration, failure, progress_text
+from rhapsody_mcp.runtime.tasks.task_html import STATE_COLORS, card, chips, duration, failure, rounded
 
 __all__ = ["session_html"]
 
@@ -81,7 +81,7 @@ def _numbers(head: Mapping[str, Any]) -> Iterator[str]:
         return
     yield f"{duration(statistics['makespan'])} from the first task to the last end"
     if statistics["throughput"]:
-        yield f"{statistics['throughput']:,.3g} tasks a second"
+        yield f"{rounded(statistics['throughput'])} tasks a second"
     execution = statistics["times"]["execution"]
     yield f"execution {duration(execution['mean'])} on average, {duration(execution['p95'])} at the 95th percentile"
     yield from (

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -18,23 +18,24 @@ from rhapsody_mcp.dashboard.live.redraw import Redraw
 from rhapsody_mcp.dashboard.spans import STATES, group_of
 from rhapsody_mcp.dashboard.view import SessionView
 from rhapsody_mcp.runtime.tasks import ForEach, is_hidden
-from rhapsody_mcp.runtime.tasks.task_html import duration
+from rhapsody_mcp.runtime.tasks.task_html import duration, rounded
 
 __all__ = ["terminal_progress"]
 
 _INTERVAL_S, _OPEN_S = 0.25, 1.0
 _GROUPS_SHOWN = 8
-_NAME_CHARS, _BAR_WIDTH = 24, 28
-_SHOWN = {"DONE": "green", "RUNNING": "blue", "FAILED": "red", "CANCELED": "yellow", "skipped": "dim"}
+_NAME_CHARS, _BAR_WIDTH = 24, 16
+_SHOWN = {"FAILED": "red", "RUNNING": "blue", "DONE": "green", "CANCELED": "yellow", "skipped": "dim"}
+"""In the order of importance: a narrow terminal has no room for the last ones."""
 
 
 @contextmanager
 def terminal_progress(view: SessionView, console: Console) -> Iterator[None]:
     """Show the bars for as long as the context is open; where nothing can be drawn anew, one line at the end."""
-    began = time.monotonic()
+    began, ended = time.monotonic(), _ended(sum(_groups(view).values(), Counter[str]()))
 
-    def bars() -> Table:
-        return _bars(_groups(view), time.monotonic() - began)
+    def bars() -> Group:
+        return _bars(_groups(view), time.monotonic() - began, ended)
 
     if not console.is_interactive:
         try:
@@ -65,26 +66,30 @@ def _groups(view: SessionView) -> dict[str, Counter[str]]:
     return groups
 
 
-def _bars(groups: Mapping[str, Counter[str]], elapsed_s: float) -> Table:
+def _bars(groups: Mapping[str, Counter[str]], elapsed_s: float, ended_before: int) -> Group:
+    """`ended_before` tasks are not part of the rate."""
     table = Table.grid(padding=(0, 2))
+    for justify in ("left", "left", "right"):
+        table.add_column(justify=justify, no_wrap=True)
+    table.add_column()  # takes what room there is
     counts = sum(groups.values(), Counter[str]())
-    ended = _ended(counts)
-    rate = f"{ended / elapsed_s:,.3g}/s" if ended and elapsed_s else ""
-    table.add_row("all tasks", *_row(counts), f"{duration(round(elapsed_s))} {rate}")
+    ended = max(0, _ended(counts) - ended_before)
+    rate = f", {rounded(ended / elapsed_s)} tasks a second" if ended and elapsed_s else ""
+    table.add_row("all tasks", *_row(counts))
     if len(groups) > 1:
         shown = sorted(groups, key=lambda name: _ended(groups[name]) == groups[name].total())[:_GROUPS_SHOWN]
         for name in groups:
             if name in shown:
-                table.add_row(Text(_short(name)), *_row(groups[name]), "")
+                table.add_row(Text(_short(name)), *_row(groups[name]))
         if len(groups) > len(shown):
             table.add_row(Text(f"{len(groups) - len(shown)} more groups", style="dim"))
-    return table
+    return Group(table, Text(f"{duration(round(elapsed_s))}{rate}", style="dim"))
 
 
 def _row(counts: Counter[str]) -> tuple[ProgressBar, Text, Text]:
     total, ended = counts.total(), _ended(counts)
     bar = ProgressBar(total=max(1, total), completed=ended, width=_BAR_WIDTH)
-    return bar, Text(f"{ended:,}/{total:,}", justify="right"), _states_text(counts)
+    return bar, Text(f"{ended:,}/{total:,}"), _states_text(counts)
 
 
 def _ended(counts: Mapping[str, int]) -> int:
@@ -94,7 +99,8 @@ def _ended(counts: Mapping[str, int]) -> int:
 def _states_text(counts: Mapping[str, int]) -> Text:
     waiting = sum(counts.values()) - sum(counts.get(state, 0) for state in _SHOWN)
     parts = [Text(f"{counts[state]:,} {state}", style=style) for state, style in _SHOWN.items() if counts.get(state)]
-    return Text(", ").join([*parts, *([Text(f"{waiting:,} waiting", style="dim")] if waiting else [])])
+    parts += [Text(f"{waiting:,} waiting", style="dim")] if waiting else []
+    return Text(", ", no_wrap=True, overflow="ellipsis").join(parts)
 
 
 def _short(name: str) -> str:

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Protocol
 
-from rhapsody_mcp.model.live.progress import Progress
+from rhapsody_mcp.model.live.progress import Progress, progress_text
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.model.values import Stream, preview_text
 from rhapsody_mcp.runtime.tasks.failures import failure_key, failure_place
 
-__all__ = ["STATE_COLORS", "card", "chips", "duration", "failure", "for_each_html", "progress_text", "task_html"]
+__all__ = ["STATE_COLORS", "card", "chips", "duration", "failure", "for_each_html", "rounded", "task_html"]
 
 STATE_COLORS = {
     **{"WAITING": "#b9c0ca", "QUEUED": "#8fa3bf", "RUNNING": "#2f7de1", "DONE": "#2f9e62", "FAILED": "#d03b3b"},
@@ -26,7 +26,7 @@ _TEXT, _DIM, _LINE, _RAISED = "#1c2430", "#5b6675", "#d9dde3", "#f6f7f9"
 _TEXT_CHARS = 2000
 _TRACE_CHARS = 4000
 _LINE_CHARS = 300
-_NAMES_SHOWN, _NODES_SHOWN, _NOTES_SHOWN, _NUMBERS_SHOWN, _GROUPS_SHOWN = 4, 8, 5, 8, 5
+_NAMES_SHOWN, _NODES_SHOWN, _NOTES_SHOWN, _GROUPS_SHOWN = 4, 8, 5, 5
 
 
 class ShownTask(Protocol):
@@ -101,13 +101,9 @@ def duration(seconds: float) -> str:
     return f"{hours} h {more} min" if hours else f"{minutes} min {rest} s"
 
 
-def progress_text(progress: Progress) -> str:
-    """As in `3 of 20, training, loss 0.4`."""
-    steps = (
-        [f"{progress.step:g}" + (f" of {progress.of:g}" if progress.of else "")] if progress.step is not None else []
-    )
-    numbers = [f"{name} {value:.4g}" for name, value in progress.numbers.items() if value is not None]
-    return ", ".join(filter(None, [*steps, progress.message, *numbers[:_NUMBERS_SHOWN]]))
+def rounded(number: float) -> str:
+    """As in `0.25`, `12.3` or `35,059`."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 # --- tasks
@@ -160,7 +156,7 @@ def _rows(task: ShownTask) -> Iterator[tuple[str, str]]:
     yield "times", _times(task)
     yield "attempts", str(task.attempts) if task.attempts > 1 else ""
     yield "waits until", escape(task.held_until) if outcome is None else ""
-    yield "progress", escape(progress_text(task.progress)) if task.progress is not None else ""
+    yield "progress", escape(progress_text(task.progress)[:_LINE_CHARS]) if task.progress is not None else ""
     if outcome is not None:
         yield from _ended(outcome)
 
