@@ -8,17 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from rhapsody_mcp.dashboard.live.notebook import NotebookDisplay, Shell, kernel_shell
 from rhapsody_mcp.dashboard.live.session_html import session_html
-from rhapsody_mcp.dashboard.live.terminal import terminal_progress
 from rhapsody_mcp.dashboard.picture import stream_svg
 from rhapsody_mcp.dashboard.report import write_report
 from rhapsody_mcp.dashboard.trace import chrome_trace
 from rhapsody_mcp.dashboard.view import SessionView
 from rhapsody_mcp.runtime.session import session
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Session"]
 
@@ -57,7 +58,9 @@ class Session(session.Session):
             self._display(shell)
             yield
         else:
-            with terminal_progress(self._view, console or Console(stderr=True)):
+            from rhapsody_mcp.dashboard.live.terminal import terminal_progress  # here: it takes time
+
+            with terminal_progress(self._view, console):
                 yield
 
     def __repr__(self) -> str:

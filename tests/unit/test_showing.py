@@ -222,6 +222,21 @@ def test_outside_of_a_kernel_ipython_is_left_to_show_the_repr() -> None:
         Session()._ipython_display_()
 
 
+async def test_what_another_thread_does_is_shown_at_the_end_of_a_cell() -> None:
+    shell, session = FakeShell(), Session([ScriptedBackend(script)])
+
+    async def work() -> None:
+        async with session:
+            await session.wait_tasks(await submitted(session, sweep(8)))
+
+    NotebookDisplay(session, shell, session._repr_html_).show()
+    await asyncio.to_thread(asyncio.run, work())
+    await asyncio.sleep(0)
+    assert len(shell.outputs) == 1
+    shell.end_cell()
+    assert "DONE 6" in shell.outputs[-1][2] and "(closed)" in shell.outputs[-1][2]
+
+
 # --- in a terminal
 
 

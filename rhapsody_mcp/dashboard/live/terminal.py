@@ -30,8 +30,10 @@ _SHOWN = {"FAILED": "red", "RUNNING": "blue", "DONE": "green", "CANCELED": "yell
 
 
 @contextmanager
-def terminal_progress(view: SessionView, console: Console) -> Iterator[None]:
-    """Show the bars for as long as the context is open; where nothing can be drawn anew, one line at the end."""
+def terminal_progress(view: SessionView, console: Console | None = None) -> Iterator[None]:
+    """Show the bars for as long as the context is open; where nothing can be drawn anew, one line at the end. The
+    default console is on stderr."""
+    console = console or Console(stderr=True)
     began, ended = time.monotonic(), _ended(sum(_groups(view).values(), Counter[str]()))
 
     def bars() -> Group:
