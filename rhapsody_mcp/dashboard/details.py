@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.values import Stream, Value
+from rhapsody_mcp.model.values import Stream, preview_text
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, kind_of, name_of
 
-__all__ = ["describe_task", "matching", "preview_text", "row_of"]
+__all__ = ["describe_task", "matching", "row_of"]
 
 _RESULT_CHARS = 4000
 _OUTPUT_CHARS = 16_000
@@ -80,7 +80,7 @@ def _ended(outcome: Outcome, output_chars: int) -> dict[str, Any]:
         "notes": list(outcome.notes),
         "measured": msgspec.to_builtins(outcome.measured) if outcome.measured is not None else None,
         "usage": msgspec.to_builtins(outcome.usage) if outcome.usage is not None else None,
-        "result": preview_text(outcome.value) if outcome.value is not None else "",
+        "result": preview_text(outcome.value, _RESULT_CHARS) if outcome.value is not None else "",
         "stdout": _printed(outcome.stdout, output_chars),
         "stderr": _printed(outcome.stderr, output_chars),
         "ranks": [
@@ -101,15 +101,6 @@ def _printed(stream: Stream, most: int) -> dict[str, Any] | None:
     """The end of an output, with the size of the whole in bytes; no file is read."""
     text = stream.text[-most:] if most else ""
     return {"text": text, "size": stream.size or len(stream.text.encode())} if stream.text else None
-
-
-def preview_text(value: Value, most: int = _RESULT_CHARS) -> str:
-    """The beginning of a result, or what it is; no file is read and nothing is unpickled."""
-    text = value.data.decode("utf-8", "replace") if value.format == "json" and value.data is not None else value.preview
-    what = value.about or f"{value.type}, {value.size} bytes"
-    if not text or value.is_picture:
-        return f"({what})"
-    return text if len(text) <= most and value.file is None else f"{text[:most]} ... ({what})"
 
 
 def matching(tasks: Sequence[Task], states: Sequence[str], name: str) -> list[Task]:

@@ -23,16 +23,19 @@ class TaskGraph:
     def __init__(self) -> None:
         self._tasks: list[Task] = []
         """The first ones, for as long as each is a node."""
-        self.sizes: Counter[str] = Counter()
-        """The number of tasks in each group."""
+        self._sizes: Counter[str] = Counter()
+        """The number of tasks in each group, without those of a ForEach, which can be made later."""
+        self._sweeps: list[ForEach] = []
         self._edges: Counter[tuple[str, str]] = Counter()
 
     def add(self, tasks: Iterable[Task]) -> None:
         """Add submitted tasks, a ForEach without its children."""
         for task in tasks:
             group = group_of(task)
-            if not isinstance(task, ForEach):
-                self.sizes[group] += 1
+            if isinstance(task, ForEach):
+                self._sweeps.append(task)
+            else:
+                self._sizes[group] += 1
             if len(self._tasks) <= _MAX_TASKS:
                 self._tasks.append(task)
             for source in task.sources():
@@ -44,10 +47,13 @@ class TaskGraph:
         on_path = {step["task"] for step in path["steps"]} if path is not None else set()
         if len(self._tasks) <= _MAX_TASKS:
             return self._of_tasks(on_path)
-        on_path |= {group for group in self.sizes if any(name.startswith(group) for name in on_path)}
+        sizes = self._sizes.copy()
+        for sweep in self._sweeps:
+            sizes[group_of(sweep)] += len(leaves([sweep]))
+        on_path |= {group for group in sizes if any(name.startswith(group) for name in on_path)}
         nodes = [
             {"id": group, "name": group, "counts": dict(counts.get(group, {})), "total": size, "path": group in on_path}
-            for group, size in self.sizes.most_common(_MAX_NODES)
+            for group, size in sizes.most_common(_MAX_NODES)
         ]
         shown = {node["id"] for node in nodes}
         edges = [
@@ -55,7 +61,7 @@ class TaskGraph:
             for (source, target), count in self._edges.most_common(_MAX_EDGES)
             if source != target and {source, target} <= shown
         ]
-        return {"of": "groups", "nodes": nodes, "edges": edges, "left_out": max(0, len(self.sizes) - len(nodes))}
+        return {"of": "groups", "nodes": nodes, "edges": edges, "left_out": max(0, len(sizes) - len(nodes))}
 
     def _of_tasks(self, on_path: set[str]) -> dict[str, Any]:
         nodes = [

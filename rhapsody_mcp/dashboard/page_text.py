@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-__all__ = ["page_html", "report_html"]
+__all__ = ["json_bytes", "page_html", "report_html"]
 
 _SCRIPTS = ("uplot", "util", "spans", "stream", "charts", "graph", "sources", "detail", "main")
 _POLICY = (
@@ -41,9 +41,25 @@ def page_html(source: Literal["http", "app"]) -> str:
 
 def report_html(data: dict[str, Any]) -> str:
     """The page with its data in it, which needs no server."""
-    text = msgspec.json.encode(data).decode().replace("<", "\\u003c")  # no text can end the element
+    text = json_bytes(data).decode().replace("<", "\\u003c")  # no text can end the element
     title = html.escape(f"{data['head']['session']} - Rhapsody")
     return _page("file", title, f'<script type="application/json" id="data">{text}</script>\n')
+
+
+def json_bytes(data: object) -> bytes:
+    """Data as JSON; half characters, as in the name of a task that is made of a file's name, are replaced."""
+    try:
+        return msgspec.json.encode(data)
+    except UnicodeEncodeError:
+        return msgspec.json.encode(_whole(msgspec.to_builtins(data)))
+
+
+def _whole(data: Any) -> Any:
+    if isinstance(data, str):
+        return data.encode("utf-8", "replace").decode()
+    if isinstance(data, dict):
+        return {_whole(key): _whole(value) for key, value in data.items()}
+    return [_whole(item) for item in data] if isinstance(data, list) else data
 
 
 def _page(source: str, title: str, data: str) -> str:

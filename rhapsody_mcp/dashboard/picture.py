@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import NamedTuple
@@ -54,8 +55,11 @@ def _hash(name: str) -> int:
     return digest
 
 
-def stream_svg(view: SessionView, width: int = 900) -> str:
-    """The whole task stream of a session until now; `view` has caught up. Failed tasks are red."""
+def stream_svg(view: SessionView, width: int = 900, most_bars: int = 100_000) -> str:
+    """The whole task stream of a session until now; `view` has caught up. Failed tasks are red.
+
+    With more than about `most_bars` spans, near ones of a lane are put together; a bar takes some 25 bytes.
+    """
     spans, now = view.spans, time.time()
     running = [task for task in view.running() if task.started is not None]
     running_lanes = spans.running_lanes(running, now)
@@ -67,6 +71,7 @@ def stream_svg(view: SessionView, width: int = 900) -> str:
     lane_height = max(2.0, min(18.0, 320 / max(1, len(lanes))))
     chart_height = lane_height * max(1, len(lanes))
     scale = (width - _GUTTER - 4) / (last - first)
+    narrow = max(_BIN, len(lanes) * (width - _GUTTER) / most_bars)
     rows = {lane: number * lane_height for number, lane in enumerate(lanes)}
     height = chart_height + _AXIS + _LEGEND
     parts = [
@@ -74,46 +79,52 @@ def stream_svg(view: SessionView, width: int = 900) -> str:
         f'{height:.0f}" style="font:11px system-ui,\'DejaVu Sans\',sans-serif;background:#fff" role="img">',
         f"<title>{escape(view.name)}: {len(spans)} runs of tasks in {len(lanes)} lanes, {len(running)} running</title>",
     ]
-    for lane, bars in _bars(spans, colors, first, scale).items():
-        if lane in rows:
-            parts += [_rect(bar, rows[lane], lane_height) for bar in bars]
+    bars = _bars(spans, colors, first, scale, narrow)
+    placed = ((bar, row) for lane, row in rows.items() for bar in bars.get(lane, ()))
+    parts += _paths(placed, lane_height)
+    open_bars = list[tuple[_Bar, float]]()
     for task, lane, group in zip(running, running_lanes, running_groups, strict=True):
         if lane in rows:
             x = _GUTTER + ((task.started or now) - first) * scale
-            bar = _Bar(x, max(1.0, _GUTTER + (last - first) * scale - x), colors[group])
-            parts.append(_rect(bar, rows[lane], lane_height, ' fill-opacity="0.55"'))
+            open_bars.append((_Bar(x, max(1.0, _GUTTER + (last - first) * scale - x), colors[group]), rows[lane]))
+    parts += _paths(open_bars, lane_height, ' fill-opacity="0.55"')
     parts += [*_labels(spans, lanes, lane_height), *_axis(width, chart_height, last - first, scale)]
     parts += [*_legend(spans, colors, chart_height + _AXIS + 12), "</svg>"]
     return "\n".join(parts)
 
 
-def _bars(spans: Spans, colors: Sequence[str], first: float, scale: float) -> dict[int, list[_Bar]]:
+def _bars(spans: Spans, colors: Sequence[str], first: float, scale: float, least: float) -> dict[int, list[_Bar]]:
     """The bars of each lane; of the narrow spans in a place, the longest gives the colour, or a failed one."""
     bars: dict[int, list[_Bar]] = {}
     narrow: dict[tuple[int, int], tuple[bool, float, int]] = {}
     for span in spans:
         x, wide = (span.started - first) * scale, (span.ended - span.started) * scale
         failed = span.state == "FAILED"
-        if wide >= _BIN:
+        if wide >= least:
             color = _FAILED if failed else colors[span.group]
             bars.setdefault(span.lane, []).append(_Bar(_GUTTER + x, wide, color))
             continue
-        place = span.lane, int(x / _BIN)
+        place = span.lane, int(x / least)
         narrow[place] = max(narrow.get(place, (False, -1.0, 0)), (failed, wide, span.group))
     for (lane, number), (failed, _, group) in sorted(narrow.items()):
         color = _FAILED if failed else colors[group]
         own = bars.setdefault(lane, [])
-        x = _GUTTER + number * _BIN
+        x = _GUTTER + number * least
         if own and own[-1].color == color and abs(own[-1].x + own[-1].width - x) < 1e-6:
-            own[-1] = _Bar(own[-1].x, own[-1].width + _BIN, color)
+            own[-1] = _Bar(own[-1].x, own[-1].width + least, color)
         else:
-            own.append(_Bar(x, _BIN, color))
+            own.append(_Bar(x, least, color))
     return bars
 
 
-def _rect(bar: _Bar, y: float, height: float, more: str = "") -> str:
+def _paths(bars: Iterable[tuple[_Bar, float]], height: float, more: str = "") -> Iterator[str]:
+    """The bars, each with the top of its lane, as one path for each colour."""
     tall = height - 1 if height > 3 else height
-    return f'<rect x="{bar.x:.2f}" y="{y:.1f}" width="{bar.width:.2f}" height="{tall:.1f}" fill="{bar.color}"{more}/>'
+    paths = defaultdict[str, list[str]](list)
+    for bar, y in bars:
+        paths[bar.color].append(f"M{bar.x:.2f} {y:.1f}h{bar.width:.2f}v{tall:.1f}h-{bar.width:.2f}z")
+    for color, path in paths.items():
+        yield f'<path fill="{color}"{more} d="{"".join(path)}"/>'
 
 
 def _labels(spans: Spans, lanes: Iterable[int], lane_height: float) -> Iterator[str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
-
-from rhapsody_mcp.dashboard.details import preview_text
+from rhapsody_mcp.dashboard.page_text import json_bytes
 from rhapsody_mcp.dashboard.spans import Spans
 from rhapsody_mcp.dashboard.view import SessionView
+from rhapsody_mcp.model.values import preview_text
 from rhapsody_mcp.runtime.tasks import Task, leaves, name_of
 
 __all__ = ["chrome_trace"]
@@ -50,7 +49,7 @@ def chrome_trace(view: SessionView) -> bytes:
             }
         )
     events += [*_arrows(ended, places), *_counters(spans, first)]
-    return msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"session": view.name}})
+    return json_bytes({"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"session": view.name}})
 
 
 def _threads(spans: Spans) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ _RUNNING_SHOWN = 300
 _NOTICES_SHOWN = 20
 _TIMES_SHOWN = 200
 _STATISTICS_SHARE = 50
-"""Statistics are computed again after so many times the time that they took."""
+"""Statistics are computed again after so many times the time that they took, and once all tasks have ended."""
 _FACTS: tuple[str, ...] = ("host", "cores", "gpus", "memory_gb", "model", "device")
 """What is shown of a backend's description of itself."""
 _COUNTED = ("WAITING", "QUEUED", "RUNNING", "DONE", "FAILED", "CANCELED", "skipped")
@@ -39,7 +39,7 @@ class SessionView:
         self.epoch = 0
         self._catching_up = asyncio.Lock()
         self._statistics: Statistics | None = None
-        self._statistics_due = 0.0
+        self._statistics_due, self._statistics_ends = 0.0, 0
         self._begin()
 
     def _begin(self) -> None:
@@ -166,8 +166,10 @@ class SessionView:
 
     def _current_statistics(self) -> Statistics | None:
         now = time.monotonic()
-        if now >= self._statistics_due:
-            self._statistics = self.session.get_statistics()
+        ended = len(self.session.ended)
+        is_last = not self.session.unfinished and ended != self._statistics_ends
+        if now >= self._statistics_due or is_last:
+            self._statistics, self._statistics_ends = self.session.get_statistics(), ended
             self._statistics_due = time.monotonic() + _STATISTICS_SHARE * (time.monotonic() - now)
         return self._statistics if self._statistics and self._statistics["ran"] else None
 

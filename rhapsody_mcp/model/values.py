@@ -14,7 +14,7 @@ from rhapsody_mcp.model.errors import InvalidTask, ResultGone
 
 __all__ = [
     *("INLINE_BYTES", "NOTHING", "PLAIN", "PREVIEW_CHARS", "KeptFiles", "Ref", "Stream", "Value"),
-    *("as_tree", "holds_code", "is_index", "load", "load_json", "may_hold_code", "version_here"),
+    *("as_tree", "holds_code", "is_index", "load", "load_json", "may_hold_code", "preview_text", "version_here"),
 ]
 
 PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
@@ -88,6 +88,15 @@ class Value(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
             return Path(self.file or "").open("rb")
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ResultGone(f"the file of this result, {self.file}, is gone; submit its task again.") from error
+
+
+def preview_text(value: Value, most: int) -> str:
+    """The beginning of a result, or what it is; no file is read and nothing is unpickled."""
+    text = value.data.decode("utf-8", "replace") if value.format == "json" and value.data is not None else value.preview
+    what = value.about or f"{value.type}, {value.size} bytes"
+    if not text or value.is_picture:
+        return f"({what})"
+    return text if len(text) <= most and value.file is None else f"{text[:most]} ... ({what})"
 
 
 NOTHING = Value("json", "nothing", 4, b"null")

@@ -61,12 +61,18 @@ def test_the_example_of_output_and_progress_runs(tmp_path: Path) -> None:
     assert program == "half {'energy': -3.5}"
 
 
+def test_the_example_of_watching_runs(tmp_path: Path) -> None:
+    shown = "<Session seeds (closed): 9 DONE, 1 FAILED>\nseeds.html seeds.svg seeds.json\n"
+    assert run_example(PYTHON[3], tmp_path) == shown
+    assert "nothing grows from 7" in (tmp_path / "seeds.html").read_text(encoding="utf-8")
+
+
 def test_the_example_of_files_runs(tmp_path: Path) -> None:
-    assert run_example(PYTHON[3], tmp_path) == "{'loss': 0.5} ['out', 'result.json']\n1.0 42\n"
+    assert run_example(PYTHON[4], tmp_path) == "{'loss': 0.5} ['out', 'result.json']\n1.0 42\n"
 
 
 def test_the_example_of_order_conditions_and_retries_runs(tmp_path: Path) -> None:
-    first, why, again = run_example(PYTHON[4], tmp_path).splitlines()
+    first, why, again = run_example(PYTHON[5], tmp_path).splitlines()
     assert first == "FAILED [1, None] 1 tidy skipped"
     assert why.startswith("FileNotFoundError(2, ")
     assert again == "DONE [1, 2] 3 all 3"
@@ -77,13 +83,13 @@ def test_the_example_of_order_conditions_and_retries_runs(tmp_path: Path) -> Non
 def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rhapsody_mcp", "init", str(tmp_path), "--shipped-model"]
     subprocess.run(command, capture_output=True, check=True)
-    answers = run_example(PYTHON[5], tmp_path).splitlines()
+    answers = run_example(PYTHON[6], tmp_path).splitlines()
     assert [set(json.loads(answer)) for answer in answers] == [{"f1", "f2", "f3", "f4", "label"}] * 2
 
 
 def test_every_python_example_is_among_those_that_run() -> None:
     assert [name for name in DOCUMENTS if blocks("python", name)] == ["README.md", "docs/python.md"]
-    assert len(PYTHON) == 6
+    assert len(PYTHON) == 7
 
 
 # --- what is read

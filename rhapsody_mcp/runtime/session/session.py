@@ -111,6 +111,8 @@ class Session:
         """Called after each change of a task's state. A start that is reported together with the end is no change."""
         self.on_progress: Callable[[Task], None] | None = None
         """Called after a running task has told its progress."""
+        self.watchers: set[Callable[[], None]] = set()
+        """Called after each change of a task's state, and after a running task has told its progress."""
         self.notices: deque[EngineNotice] = deque(maxlen=_MAX_NOTICES)
         """The latest notices: an engine was lost, restarted, or stopped because it was idle."""
 
@@ -121,10 +123,16 @@ class Session:
             self._telemetry.note_change(task)
         if self.on_change is not None:
             self.on_change(task)
+        self._call_watchers()
 
     def _handle_progress(self, task: Task) -> None:
         if self.on_progress is not None:
             self.on_progress(task)
+        self._call_watchers()
+
+    def _call_watchers(self) -> None:
+        for watcher in self.watchers:
+            watcher()
 
     # --- contents
 

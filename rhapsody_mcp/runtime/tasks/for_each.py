@@ -13,6 +13,7 @@ from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.tasks.ai_task import AITask
 from rhapsody_mcp.runtime.tasks.compute_task import ComputeTask
 from rhapsody_mcp.runtime.tasks.task import COMMON_FIELDS, Part, Task, name_of, tasks_in
+from rhapsody_mcp.runtime.tasks.task_html import for_each_html
 
 __all__ = ["ForEach", "child_named", "kind_of", "leaves", "split_item_name", "with_children"]
 
@@ -88,6 +89,9 @@ class ForEach(Task):
 
     def spec(self, encoder: Encoder) -> TaskSpec:
         raise NotImplementedError("its children are what backends get")
+
+    def _repr_html_(self) -> str:
+        return for_each_html(self, self.children)
 
 
 def split_item_name(name: str) -> tuple[str, int | None]:

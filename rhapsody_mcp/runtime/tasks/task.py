@@ -20,6 +20,7 @@ from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.model.values import PLAIN, Ref, Value
 from rhapsody_mcp.runtime.serialization import Encoder
+from rhapsody_mcp.runtime.tasks.task_html import task_html
 
 __all__ = [
     "COMMON_FIELDS",
@@ -358,6 +359,9 @@ class Task:
 
     def __repr__(self) -> str:
         return f"<{' '.join(filter(None, [type(self).__name__, self.uid, self.name, self.what, self.state]))}>"
+
+    def _repr_html_(self) -> str:
+        return task_html(self)
 
 
 def _checked_after(after: object) -> tuple[Task, ...]:
