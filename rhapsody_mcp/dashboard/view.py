@@ -13,7 +13,7 @@ from rhapsody_mcp.dashboard.spans import Spans, group_of
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.session.session import Session
-from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, is_hidden, name_of
+from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, name_of
 
 __all__ = ["SessionView"]
 
@@ -122,12 +122,13 @@ class SessionView:
         submitted: dict[float, int] = {}
         queued = waiting = 0
         for task in self.session.unfinished.values():
-            if is_hidden(task) or (isinstance(task, ForEach) and task.children):
+            state = task.state
+            if (type(task) is ForEach and task.children) or task.uid[0] == "~":  # as is_hidden, without its call
                 continue
-            if task.state is TaskState.RUNNING:
+            if state is TaskState.RUNNING:
                 running.append(task)
                 continue
-            if task.state is TaskState.QUEUED:
+            if state is TaskState.QUEUED:
                 queued += 1
             else:
                 waiting += 1

@@ -242,7 +242,8 @@ async def test_a_report_holds_every_task_and_no_text_can_end_its_data() -> None:
     hostile = "</script><script>alert(1)</script>"
     view = await view_of(*named(3), ComputeTask(work, name=hostile))
     data = report_data(view, {"allocation": "none"})
-    assert [task["name"] for task in data["tasks"]] == ["sim-0", "sim-1", "sim-2", hostile]
+    name = data["tasks"]["fields"].index("name")
+    assert [row[name] for row in data["tasks"]["rows"]] == ["sim-0", "sim-1", "sim-2", hostile]
     text = report_html(data)
     assert hostile not in text and text.count("<script") == 2
     held = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)

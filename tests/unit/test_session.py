@@ -6,6 +6,7 @@ import asyncio
 import pickle
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import pytest
 from rhapsody_mcp.api import AITask, ComputeTask, Part, RhapsodyError, Session, Source, TaskCanceled, TaskFailed
 from rhapsody_mcp.backends.base import Event, Kind, Report, Running
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidRequest, InvalidTask, SessionClosed, UnknownName
+from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.values import Reader
+from rhapsody_mcp.model.values import Reader, Stream
 from rhapsody_mcp.runtime.tasks import ForEach
 from rhapsody_mcp.testing import ScriptedBackend
 
@@ -369,3 +371,13 @@ async def test_a_start_that_is_told_with_the_end_makes_the_for_each_run_all_the_
         await parent
         assert states == ["QUEUED", "RUNNING", "DONE"]
         assert all(child.started is not None for child in parent.children)
+
+
+async def test_a_task_whose_output_is_gone_from_the_disk_ends_with_the_end_of_it(tmp_path: Path) -> None:
+    gone = Stream(text="the end", file=str(tmp_path / "gone"), size=100_000)
+    ended = Outcome(state=TaskState.DONE, started=1.0, ended=2.0, stdout=gone, stderr=gone)
+    async with Session(backends=[await ScriptedBackend(lambda spec, values: ended)]) as session:
+        task = ComputeTask(function=work)
+        await session.submit_tasks([task])
+        await session.wait_tasks([task], timeout=10)
+    assert (task.state, task.stdout, task.stderr) == (TaskState.DONE, "the end", "the end")

@@ -165,6 +165,8 @@ class AppSource {
 class FileSource {
   constructor() {
     this.data = JSON.parse(byId("data").textContent);
+    const { fields, rows } = this.data.tasks;
+    this.data.tasks = rows.map((row) => Object.fromEntries(fields.map((field, at) => [field, row[at]])));
     this.session = this.data.head.session;
   }
 

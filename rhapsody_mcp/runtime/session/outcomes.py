@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from rhapsody_mcp.model.outcome import Outcome, canceled
 from rhapsody_mcp.model.specs import Software
 from rhapsody_mcp.model.states import Cause, TaskState
-from rhapsody_mcp.model.values import Reader
+from rhapsody_mcp.model.values import Reader, Stream
 from rhapsody_mcp.runtime.tasks import Task, name_of, rank_of
 
 __all__ = ["canceled_by_upstream", "open_results", "with_attempts", "with_progress"]
@@ -58,7 +58,7 @@ def open_results(task: Task, outcome: Outcome, read: Reader, software: Software)
     Returns the outcome; it is FAILED where the result cannot be opened in this process. Of a result that another Python
     has made, only a note says that: tasks in that Python can use it.
     """
-    task.stdout, task.stderr = outcome.stdout.read(), outcome.stderr.read()
+    task.stdout, task.stderr = _read(outcome.stdout), _read(outcome.stderr)
     if outcome.exception:
         task.raised = _load_exception(outcome.exception)
     try:
@@ -72,6 +72,14 @@ def open_results(task: Task, outcome: Outcome, read: Reader, software: Software)
             return replace(outcome, notes=(*outcome.notes, f"return_value is None, as {message}"))
         return Outcome(state=TaskState.FAILED, ended=outcome.ended, cause=Cause.ERROR, error=message)
     return outcome
+
+
+def _read(stream: Stream) -> str:
+    """The output; of a long one whose file is gone, its end."""
+    try:
+        return stream.read()
+    except OSError:
+        return stream.text
 
 
 def _load_exception(data: bytes) -> BaseException | None:
