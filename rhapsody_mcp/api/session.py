@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rhapsody_mcp.dashboard.archive import write_whole
 from rhapsody_mcp.dashboard.live.notebook import NotebookDisplay, Shell, kernel_shell
 from rhapsody_mcp.dashboard.live.session_html import session_html
 from rhapsody_mcp.dashboard.picture import stream_svg
@@ -91,15 +91,7 @@ class Session(session.Session):
         return self._view
 
 
-def _write(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write a file that only this user can read, or leave what is there as it is."""
-    file = Path(path)
-    handle, draft = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "wb") as opened:
-            opened.write(data)
-        os.replace(draft, file)
-    except OSError:
-        os.unlink(draft)
-        raise
-    return file
+def _write(file: str | os.PathLike[str], content: bytes) -> Path:
+    path = Path(file).absolute()
+    write_whole(path, content)
+    return path
