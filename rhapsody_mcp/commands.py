@@ -89,7 +89,7 @@ def dashboard(options: argparse.Namespace) -> int:
 
     settings = _options_given(options, "http_allowed_hosts")
     address = {"host": "127.0.0.1", "port": options.port, "socket": None, "settings": settings}
-    return listen(_client(options), address, begin)
+    return listen(_client(options), {**address, "session": options.session}, begin)
 
 
 def report(options: argparse.Namespace) -> int:
@@ -99,6 +99,8 @@ def report(options: argparse.Namespace) -> int:
     files = {what: str(path.expanduser().absolute()) for what, path in given.items() if path is not None}
     if not files:
         files = {"report": os.path.abspath(f"{options.session}.html")}
+    if len({*files.values()}) < len(files) or any(path.name == "-" for path in given.values() if path is not None):
+        raise RhapsodyError("report writes files: give each of -o, --trace and --svg the name of a file of its own.")
     return write(_client(options), options.session, files, _say)
 
 

@@ -92,6 +92,6 @@ class Session(session.Session):
 
 
 def _write(file: str | os.PathLike[str], content: bytes) -> Path:
-    path = Path(file).absolute()
+    path = Path(file)
     write_whole(path, content)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import re
@@ -34,12 +35,20 @@ def keep_report(state_folder: Path, view: SessionView, more: dict[str, Any]) -> 
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write a file that its owner alone can read, in one step; a file that is there is replaced. Raises OSError."""
-    handle, draft = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    """Write a file that its owner alone can read, in one step; a file that is there is replaced, a link leads to it.
+    Raises OSError, also for what is there and is no file."""
+    target = Path(os.path.realpath(file))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "a folder or a device is there", str(file))
+    try:
+        handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}-")
+    except OSError as error:
+        error.filename = str(file)
+        raise
     try:
         with os.fdopen(handle, "wb") as opened:
             opened.write(data)
-        os.replace(draft, file)
+        os.replace(draft, target)
     except BaseException:
         os.unlink(draft)
         raise

@@ -18,6 +18,8 @@ _OUTPUT_CHARS = 16_000
 _TEXT_CHARS = 20_000
 _RANKS_SHOWN, _SOURCES_SHOWN, _CHILDREN_SHOWN = 64, 50, 200
 _RANK_CHARS = 500
+_ALSO_ZERO = ("exit_code", "worker", "queue_s", "execution_s")
+"""Fields of which 0 says something."""
 
 
 def row_of(task: Task) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def row_of(task: Task) -> dict[str, Any]:
         "execution_s": task.timing.execution_s,
         "started": task.started if task.outcome is None else None,
         "error": task.outcome.error.partition("\n")[0][:300] if task.outcome else "",
+        "replaced": task.replaced_by is not None,
     }
 
 
@@ -57,7 +60,7 @@ def describe_task(task: Task, output_chars: int = _OUTPUT_CHARS) -> dict[str, An
         "progress": msgspec.to_builtins(task.progress) if task.progress is not None else None,
         **(_ended(outcome, output_chars) if outcome is not None else {}),
     }
-    return {name: value for name, value in fields.items() if value not in (None, "", [], {}, 0) or name == "exit_code"}
+    return {name: value for name, value in fields.items() if value not in (None, "", [], {}, 0) or name in _ALSO_ZERO}
 
 
 def _names(tasks: Iterable[Task], most: int) -> list[dict[str, str]]:
@@ -109,6 +112,6 @@ def matching(tasks: Sequence[Task], states: Sequence[str], name: str) -> list[Ta
     return [
         task
         for task in tasks
-        if (not wanted or task.counted_as in wanted)
+        if (not wanted or (task.counted_as in wanted and task.replaced_by is None))
         and (not text or text in name_of(task).casefold() or text in task.uid)
     ]

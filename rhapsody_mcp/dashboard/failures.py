@@ -33,9 +33,16 @@ class Failures:
             first.append(task)
         self._counts[key] = self._counts.get(key, 0) + 1
 
+    @property
+    def left_out(self) -> int:
+        """How many groups `describe` leaves out."""
+        return max(0, len(self._groups) - _GROUPS_SHOWN)
+
     def describe(self) -> list[dict[str, Any]]:
-        """The groups: FAILED before CANCELED, then the largest first. Error and traceback are the first task's."""
-        keys = sorted(self._groups, key=lambda key: (key[0], -self._counts[key]))[:_GROUPS_SHOWN]
+        """The groups: FAILED before CANCELED, then the largest first, then the newest. The error and the traceback are
+        those of the first task."""
+        newest_first = reversed(self._groups)
+        keys = sorted(newest_first, key=lambda key: (key[0], -self._counts[key]))[:_GROUPS_SHOWN]
         return [_described(self._groups[key], self._counts[key]) for key in keys]
 
 

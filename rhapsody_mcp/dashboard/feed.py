@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -58,21 +58,34 @@ class Feed:
     async def next_frame(self, cursor: Cursor, seen: int, wait_s: float = _HEARTBEAT_S) -> tuple[bytes, Cursor, int]:
         """The next frame as JSON after the version `seen`, with the page's cursor and version then. Where nothing
         changes for `wait_s`, the frame says so."""
+        parts, end, version = await self._next_parts(cursor, seen, wait_s)
+        return b"".join(parts), end, version
+
+    async def _next_parts(self, cursor: Cursor, seen: int, wait_s: float) -> tuple[Sequence[bytes], Cursor, int]:
+        """As `next_frame`, in parts, of which the long ones are shared by all pages."""
         until = time.monotonic() + wait_s
         while True:
             await self._look_once()
             if self._version != seen or time.monotonic() >= until:
                 break
         end = self._end()
-        frame = b'{"cursor":"%s","block":%s,"head":%s}' % (str(end).encode(), self._block(cursor, end), self._head)
-        return frame, end, self._version
+        parts = (
+            b'{"cursor":"',
+            str(end).encode(),
+            b'","block":',
+            self._block(cursor, end),
+            b',"head":',
+            self._head,
+            b"}",
+        )
+        return parts, end, self._version
 
-    async def frames(self, cursor: Cursor) -> AsyncIterator[bytes]:
-        """Frames for as long as they are read, until the session is closed."""
+    async def frames(self, cursor: Cursor) -> AsyncIterator[Sequence[bytes]]:
+        """Frames, each in parts, for as long as they are read, until the session is closed."""
         version = -1
         while not (version >= 0 and self.view.session.closed):
-            frame, cursor, version = await self.next_frame(cursor, version)
-            yield frame
+            parts, cursor, version = await self._next_parts(cursor, version, _HEARTBEAT_S)
+            yield parts
 
     async def _look_once(self) -> None:
         """Wait until the next look is due, and have it; one look serves everyone who waits."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rhapsody_mcp.dashboard.spans import group_of
 from rhapsody_mcp.model.critical_path import CriticalPath
+from rhapsody_mcp.model.statistics import name_stem
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of
 
 __all__ = ["TaskGraph"]
@@ -18,9 +19,10 @@ _MAX_NODES, _MAX_EDGES = 150, 400
 
 
 class TaskGraph:
-    """Grows with the submissions of a session. A ForEach is one node."""
+    """Grows with the submissions of a session. A ForEach is one node. `group` gives the name of a task's group."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Callable[[Task], str] = group_of) -> None:
+        self._group = group
         self._tasks: list[Task] = []
         """The first ones, for as long as each is a node."""
         self._sizes: Counter[str] = Counter()
@@ -31,15 +33,15 @@ class TaskGraph:
     def add(self, tasks: Iterable[Task]) -> None:
         """Add submitted tasks, a ForEach without its children."""
         for task in tasks:
-            group = group_of(task)
+            group = self._group(task)
             if isinstance(task, ForEach):
                 self._sweeps.append(task)
-            else:
+            elif task.replaced_by is None:
                 self._sizes[group] += 1
             if len(self._tasks) <= _MAX_TASKS:
                 self._tasks.append(task)
             for source in task.sources():
-                self._edges[group_of(source), group] += 1
+                self._edges[self._group(source), group] += 1
 
     def describe(self, counts: Mapping[str, Mapping[str, int]], path: CriticalPath | None) -> dict[str, Any]:
         """Nodes and edges; `counts` are the tasks that have ended in each state, by group. Nodes that the critical path
@@ -49,19 +51,19 @@ class TaskGraph:
             return self._of_tasks(on_path)
         sizes = self._sizes.copy()
         for sweep in self._sweeps:
-            sizes[group_of(sweep)] += len(leaves([sweep]))
-        on_path |= {group for group in sizes if any(name.startswith(group) for name in on_path)}
+            sizes[self._group(sweep)] += len(leaves([sweep])) if sweep.replaced_by is None else 0
+        on_path |= {name_stem(name) or name for name in on_path}
         nodes = [
             {"id": group, "name": group, "counts": dict(counts.get(group, {})), "total": size, "path": group in on_path}
             for group, size in sizes.most_common(_MAX_NODES)
         ]
         shown = {node["id"] for node in nodes}
-        edges = [
-            [source, target, count]
-            for (source, target), count in self._edges.most_common(_MAX_EDGES)
-            if source != target and {source, target} <= shown
+        between = [
+            (edge, count) for edge, count in self._edges.most_common() if edge[0] != edge[1] and {*edge} <= shown
         ]
-        return {"of": "groups", "nodes": nodes, "edges": edges, "left_out": max(0, len(sizes) - len(nodes))}
+        edges = [[*edge, count] for edge, count in between[:_MAX_EDGES]]
+        left_out = {"left_out": max(0, len(sizes) - len(nodes)), "edges_left_out": len(between) - len(edges)}
+        return {"of": "groups", "nodes": nodes, "edges": edges, **left_out}
 
     def _of_tasks(self, on_path: set[str]) -> dict[str, Any]:
         nodes = [
@@ -79,5 +81,9 @@ class TaskGraph:
             [(source.parent or source).uid, task.uid, 1]
             for task in self._tasks
             for source in dict.fromkeys(task.sources())
-        ][:_MAX_EDGES]
-        return {"of": "tasks", "nodes": nodes, "edges": edges, "left_out": 0}
+        ]
+        shown = edges[:_MAX_EDGES]
+        return {
+            **{"of": "tasks", "nodes": nodes, "edges": shown},
+            **{"left_out": 0, "edges_left_out": len(edges) - len(shown)},
+        }

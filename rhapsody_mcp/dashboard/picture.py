@@ -15,7 +15,7 @@ __all__ = ["group_colors", "stream_svg"]
 
 _COLORS = (
     *("#4e79a7", "#f28e2b", "#76b7b2", "#59a14f", "#b07aa1", "#edc948", "#9c755f", "#ff9da7", "#3d9bb3", "#a7b34e"),
-    *("#7a6bc2", "#c96f9c", "#6b9e78", "#d2a35b", "#5b8fd0", "#8c8c3f", "#b3655a", "#4aa38f", "#937bb0", "#7f8fa6"),
+    *("#7a6bc2", "#c96f9c", "#6b9e78", "#d2a35b", "#5b8fd0", "#8c8c3f", "#8a5fb0", "#4aa38f", "#937bb0", "#7f8fa6"),
 )
 """As in the page, so that a group has one colour everywhere."""
 _FAILED, _DIM, _LINE = "#d03b3b", "#5b6675", "#d9dde3"
@@ -66,7 +66,8 @@ def stream_svg(view: SessionView, width: int = 900, most_bars: int = 100_000) ->
     running_groups = [view.group_of(task) for task in running]
     colors = group_colors(spans.groups)
     lanes = spans.order()[:_MAX_LANES]
-    first = spans.first if spans.first is not None else min((task.submitted or now for task in running), default=now)
+    known = [task.submitted or now for task in running] + ([] if spans.first is None else [spans.first])
+    first = min(known, default=now)
     last = max([*(spans.ended[-1:]), *([now] if running else []), first + 1e-3])
     lane_height = max(2.0, min(18.0, 320 / max(1, len(lanes))))
     chart_height = lane_height * max(1, len(lanes))

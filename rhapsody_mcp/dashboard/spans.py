@@ -143,6 +143,10 @@ class Spans:
             self.groups.append(name)
         return number
 
+    def group_name(self, task: Task) -> str:
+        """The group of a task, as it is numbered here."""
+        return self.groups[self.group_number(group_of(task))]
+
     def _lane_number(self, lane: Lane) -> int:
         number = self._lane_numbers.get(lane)
         if number is None:
@@ -202,7 +206,8 @@ class Spans:
 
     def __iter__(self) -> Iterator[Span]:
         """The spans of the tasks that ran."""
-        for row, lane in enumerate(self.lane):
+        for row in range(len(self.index)):  # the last column that grows, as another thread may read
+            lane = self.lane[row]
             if lane != NO_LANE:
                 ended = self.ended[row]
                 state = STATES[self.state[row] & ~MORE_RANKS]

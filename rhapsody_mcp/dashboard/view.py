@@ -21,6 +21,7 @@ _TASKS_PER_STEP = 500
 _RUNNING_SHOWN = 300
 _NOTICES_SHOWN = 20
 _TIMES_SHOWN = 200
+_GROUPS_SHOWN = 50
 _STATISTICS_SHARE = 50
 """Statistics are computed again after so many times the time that they took, and once all tasks have ended."""
 _FACTS: tuple[str, ...] = ("host", "cores", "gpus", "memory_gb", "model", "device")
@@ -43,7 +44,8 @@ class SessionView:
         self._begin()
 
     def _begin(self) -> None:
-        self.spans, self.failures, self.graph = Spans(), Failures(), TaskGraph()
+        self.spans, self.failures = Spans(), Failures()
+        self.graph = TaskGraph(self.spans.group_name)
         self._rewrites = self.session.rewrites
         self._seen_ends = self._seen_tasks = 0
 
@@ -88,18 +90,19 @@ class SessionView:
         open_counts, running, waiting_since = self._open_tasks()
         statistics = self._current_statistics()
         submitted = [task.submitted for task in running if task.submitted]
-        first = spans.first if spans.first is not None else min(submitted, default=None)
+        known = [*submitted, *(at for at in waiting_since if at), *([spans.first] if spans.first is not None else [])]
         counts = open_counts | spans.counts
         shown = sorted(running, key=lambda task: task.started or now)[:_RUNNING_SHOWN]
         return {
             "session": self.name,
             "now": now,
-            "first": first,
+            "first": min(known, default=None),
             "closed": session.closed,
             "counts": {state: counts[state] for state in _COUNTED if counts.get(state)},
             "running": self._running_rows(shown, now),
             "waiting_since": _merged(waiting_since),
             "failures": self.failures.describe(),
+            "failures_left_out": self.failures.left_out,
             "graph": self.graph.describe(self._named_counts(), statistics and statistics["critical_path"]),
             "statistics": statistics and _measures(statistics),
             "backends": [self._backend_row(name) for name in (backend.name for backend in session.backends)],
@@ -210,7 +213,8 @@ def _measures(statistics: Statistics) -> dict[str, Any]:
         "nodes": statistics["nodes"],
         "path": {"seconds": path["seconds"], "steps": path["steps"][-200:]},
         "groups": {
-            name: {"counts": group["counts"], "times": group["times"], "throughput": group["throughput"]}
-            for name, group in list(statistics["groups"].items())[:50]
+            name: {key: group[key] for key in ("counts", "ran", "times", "throughput")}
+            for name, group in list(statistics["groups"].items())[:_GROUPS_SHOWN]
         },
+        "groups_left_out": max(0, len(statistics["groups"]) - _GROUPS_SHOWN),
     }

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from rhapsody_mcp.dashboard.page_text import page_html
 from rhapsody_mcp.model.errors import RhapsodyError
+from rhapsody_mcp.model.values import is_index
 from rhapsody_mcp.protocol.dashboard import Dashboard
 
 __all__ = ["PAGE_URI", "REFRESH_TOOL", "Page", "hidden_without_apps"]
@@ -66,7 +67,7 @@ class Page(Apps):
 
     async def _frame(self, query: dict[str, str]) -> dict[str, Any]:
         version = query.get("version", "")
-        seen = int(version) if version.isdecimal() else -1
+        seen = int(version) if is_index(version) else -1
         frame, cursor, now = await self._dashboard.frame(query.get("session", ""), query.get("cursor", ""), seen)
         return {**msgspec.json.decode(frame), "cursor": str(cursor), "version": now}
 

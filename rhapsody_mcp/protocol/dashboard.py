@@ -13,7 +13,7 @@ from rhapsody_mcp.dashboard.details import describe_task, matching, row_of
 from rhapsody_mcp.dashboard.feed import Cursor, Feed
 from rhapsody_mcp.dashboard.page_text import report_html
 from rhapsody_mcp.dashboard.picture import stream_svg
-from rhapsody_mcp.dashboard.report import report_data
+from rhapsody_mcp.dashboard.report import write_report_in_steps
 from rhapsody_mcp.dashboard.trace import chrome_trace
 from rhapsody_mcp.dashboard.view import SessionView
 from rhapsody_mcp.model.errors import InvalidRequest, UnknownName
@@ -83,7 +83,8 @@ class Dashboard:
     def _tasks(self, query: Query) -> dict[str, Any]:
         opened = self._sessions.get(_field(query, "session"))
         states = [state for state in query.get("states", "").split(",") if state]
-        found = matching(leaves(opened.session.tasks), states, query.get("name", ""))
+        name, tasks = query.get("name", ""), leaves(opened.session.tasks)
+        found = matching(tasks, states, name) if states or name else tasks
         offset, limit = _number(query, "offset", "0"), _number(query, "limit", str(_MOST_ROWS))
         shown = found[offset : offset + min(limit, _MOST_ROWS)]
         return {"total": len(found), "tasks": [row_of(task) for task in shown]}
@@ -91,7 +92,7 @@ class Dashboard:
     def _rows(self, query: Query) -> dict[str, Any]:
         spans = self.feed(_field(query, "session")).view.spans
         first, last = _number(query, "first"), min(_number(query, "last"), len(spans))
-        return spans.block(max(first, last - _BLOCK_ROWS), last)
+        return spans.block(min(last, max(first, last - _BLOCK_ROWS)), last)
 
     async def frame(self, session: str, cursor: str, version: int) -> tuple[bytes, Cursor, int]:
         """The next frame for a page that asks for each."""
@@ -106,13 +107,15 @@ class Dashboard:
             opened = self._sessions.get(session)
         except UnknownName:
             kept = await asyncio.to_thread(kept_report, self._sessions.state_folder, session)
-            if kept is None or what != "report":
+            if kept is None:
                 raise
+            if what != "report":
+                raise InvalidRequest(f"{session} is closed; of it, only the report is kept.") from None
             return report_html(kept).encode()
         view = self.feed(session).view
-        await view.catch_up()
         if what == "report":
-            return report_html(report_data(view, allocation_field(opened))).encode()
+            return (await write_report_in_steps(view, allocation_field(opened))).encode()
+        await view.catch_up()
         return await asyncio.to_thread(chrome_trace, view) if what == "trace" else stream_svg(view).encode()
 
     async def cancel(self, session: str, uids: Sequence[str]) -> list[Task]:

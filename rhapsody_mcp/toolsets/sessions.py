@@ -18,7 +18,7 @@ from rhapsody_mcp.backends.environment import Environment, read_environment
 from rhapsody_mcp.backends.local_models import shipped_text
 from rhapsody_mcp.backends.vllm.config import Device
 from rhapsody_mcp.dashboard.archive import keep_report, write_whole
-from rhapsody_mcp.dashboard.report import write_report
+from rhapsody_mcp.dashboard.report import write_report_in_steps
 from rhapsody_mcp.dashboard.view import SessionView
 from rhapsody_mcp.model.errors import InvalidRequest, InvalidSettings
 from rhapsody_mcp.model.specs import Software
@@ -251,8 +251,8 @@ class Sessions:
         exported = await export(opened, self._settings, self._sessions.state_folder, folder)
         page = exported.script_file.with_suffix(".html")
         view = SessionView(opened.session, opened.id)
-        await view.catch_up()
-        await asyncio.to_thread(write_whole, page, write_report(view, allocation_field(opened)).encode())
+        text = await write_report_in_steps(view, allocation_field(opened))
+        await asyncio.to_thread(write_whole, page, text.encode())
         files = {"script": exported.script_file, "provenance": exported.provenance_file, "report": page}
         data = ExportReport(**{name: str(file) for name, file in files.items()})
         return reply(_exported_text(data, exported.script), data)

@@ -227,7 +227,7 @@ async def test_another_host_name_is_refused(page: Page) -> None:
         )
         assert response.status == 403
         response = await page.request.get(f"{dashboard}sessions")
-        assert await response.json() == {"sessions": []}
+        assert await response.json() == {"sessions": [], "may_cancel": True}
 
 
 async def test_pictures_report_and_trace_are_saved(page: Page) -> None:
@@ -247,3 +247,33 @@ async def test_pictures_report_and_trace_are_saved(page: Page) -> None:
                 download = await downloading.value
                 assert re.match(r"session-1\.(svg|trace\.json|html|png)", download.suggested_filename)
                 assert (await anyio.Path(await download.path()).read_bytes()).startswith(beginning)
+
+
+async def test_the_end_of_a_session_is_said_and_no_other_is_shown_in_its_place(page: Page) -> None:
+    with served() as (address, dashboard):
+        async with local_session(page, address, SWEEP) as client:
+            await call(client, "create_session", name="other", backends=["local"])
+            await page.goto(f"{dashboard}#session=session-1")
+            await shows(page, "#chips", "36 DONE")
+            await call(client, "close_session", session="session-1", force=True)
+            await expect(page.locator("#status")).to_have_text("closed", timeout=20_000)
+            await shows(page, "#chips", "36 DONE")
+            page.expected = "404"  # type: ignore[attr-defined]
+            await page.goto("about:blank")
+            await page.goto(f"{dashboard}#session=nowhere")
+            await shows(page, "#problem", "nowhere")
+            await expect(page.locator("#status")).to_have_text("not open")
+            assert await page.locator("#chips").text_content() == ""
+
+
+async def test_output_stays_where_a_reader_scrolled_to(page: Page) -> None:
+    with served() as (address, dashboard):
+        async with local_session(page, address, PRINTER, wait=False):
+            await page.goto(dashboard)
+            await page.locator("#task-table").get_by_role("button", name="printer").click()
+            await shows(page, "#detail pre.live", "line 40")
+            output = page.locator("#detail pre.live")
+            assert await output.evaluate("one => one.scrollTop + one.clientHeight >= one.scrollHeight - 4")
+            await output.evaluate("one => (one.scrollTop = 30)")
+            await shows(page, "#detail pre.live", "line 50")
+            assert await output.evaluate("one => one.scrollTop") == 30

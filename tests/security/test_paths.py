@@ -80,7 +80,7 @@ async def test_an_export_overwrites_nothing_and_is_for_its_owner_alone(tmp_path:
         assert "an absolute path" in text
     assert first != second
     modes = modes_in(tmp_path)
-    assert len(modes) == 4 and not any(mode & 0o077 for mode in modes)
+    assert len(modes) == 6 and not any(mode & 0o077 for mode in modes)
 
 
 def modes_in(folder: Path) -> list[int]:

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 
 from rhapsody_mcp.api import ComputeTask, ForEach, Session
+from rhapsody_mcp.dashboard.archive import write_whole
 from rhapsody_mcp.dashboard.feed import Cursor, Feed
 from rhapsody_mcp.dashboard.page_text import page_html, report_html
 from rhapsody_mcp.dashboard.picture import group_colors, stream_svg
@@ -263,3 +264,53 @@ def test_the_page_loads_nothing_and_runs_no_other_script(source: Any, reaches: s
 def test_a_row_takes_the_memory_that_is_said() -> None:
     columns = [column for column in vars(Spans()).values() if isinstance(column, array)]
     assert sum(column.itemsize for column in columns) <= 34
+
+
+async def test_a_page_begins_with_the_first_submission_also_of_a_task_that_runs() -> None:
+    backend = ScriptedBackend(Clock().outcome)
+    async with Session([await backend]) as session:
+        view = SessionView(session, "session-1")
+        backend.may_finish.clear()
+        (first,) = await submitted(session, named(1))
+        backend.may_finish.set()
+        await session.wait_tasks([first])
+        backend.may_start.clear()
+        (waiting,) = await submitted(session, named(1, "waits"))
+        waiting.submitted = (first.submitted or 0.0) - 5
+        await view.catch_up()
+        assert view.head()["first"] == waiting.submitted
+        backend.may_start.set()
+
+
+async def test_only_the_groups_of_the_critical_path_are_marked() -> None:
+    first = named(1, "trainer")
+    last = ComputeTask(work, name="trainer", after=first)
+    view = await view_of(*named(45, "t"), *first, last)
+    assert {node["name"] for node in view.head()["graph"]["nodes"] if node["path"]} == {"trainer"}
+
+
+async def test_what_is_left_out_of_the_failures_is_counted() -> None:
+    words = iter(f"unlike {'a' * number}" for number in range(70))
+    backend = ScriptedBackend(lambda spec, values: failed(Cause.ERROR, next(words)))
+    async with Session([await backend]) as session:
+        await session.wait_tasks(await submitted(session, named(70)))
+    view = SessionView(session, "session-1")
+    view.catch_up_now()
+    head = view.head()
+    assert (len(head["failures"]), head["failures_left_out"]) == (50, 20)
+    assert head["failures"][0]["tasks"][0]["name"] == "sim-69"
+
+
+def test_a_file_is_written_whole_through_links_and_never_in_the_place_of_a_folder_or_a_device(tmp_path: Path) -> None:
+    file, link, folder = tmp_path / "file", tmp_path / "link", tmp_path / "folder"
+    folder.mkdir()
+    link.symlink_to(file)
+    write_whole(link, b"one")
+    assert (file.read_bytes(), link.is_symlink()) == (b"one", True)
+    for target in (folder, Path("/dev/null")):
+        with pytest.raises(OSError, match="a folder or a device is there"):
+            write_whole(target, b"two")
+    with pytest.raises(FileNotFoundError) as missing:
+        write_whole(folder / "none" / "file", b"three")
+    assert missing.value.filename == str(folder / "none" / "file")
+    assert [*folder.iterdir()] == [] and Path("/dev/null").is_char_device()

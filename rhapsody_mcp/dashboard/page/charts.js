@@ -88,6 +88,8 @@ class Charts {
       if (spans.state[row] === 1) failed.add(end, past);
     }
     for (const task of head.running) running.add(task.started, past);
+    const unlisted = (head.counts.RUNNING ?? 0) - head.running.length; // the list of running tasks is bounded
+    if (unlisted > 0) running.add(Math.max(...head.running.map((task) => task.started)), past, unlisted);
     for (const [submitted, count] of head.waiting_since) waiting.add(submitted, past, count);
     this.draw("States", time, [
       { label: "running", color: "--running", values: running.values(), fill: true },
@@ -153,17 +155,18 @@ class Charts {
     known?.plot.destroy();
     const box = known?.box ?? make("div", {}, make("h2", { text: title }));
     if (!known) this.place.append(box);
-    const plot = new uPlot(this.options(box, this.zero, curves), data, box);
+    const plot = new uPlot(this.options(box, curves), data, box);
     this.plots.set(title, { plot, box, key, title });
   }
 
-  options(box, first, curves) {
+  options(box, curves) {
     const grid = { stroke: () => cssColor("--line"), width: 1 };
     const axis = { stroke: () => cssColor("--dim"), grid, ticks: grid, font: "11px system-ui, 'DejaVu Sans', sans-serif" };
-    const relative = (_, ticks, __, ___, step) => ticks.map((tick) => tickText(tick - first, step));
+    const relative = (_, ticks, __, ___, step) => ticks.map((tick) => tickText(tick - this.zero, step));
     const splits = (_, __, least, most, step) => {
       const ticks = [];
-      for (let tick = Math.ceil((least - first) / step) * step; tick <= most - first; tick += step) ticks.push(tick + first);
+      const zero = this.zero;
+      for (let tick = Math.ceil((least - zero) / step) * step; tick <= most - zero; tick += step) ticks.push(tick + zero);
       return ticks;
     };
     const second = curves.some((curve) => curve.scale);
@@ -175,11 +178,11 @@ class Charts {
       scales: { x: { time: false, range: (_, least, most) => [least, most] }, y: { range: (_, __, most) => [0, (most || 1) * 1.08] }, ended: { range: (_, __, most) => [0, (most || 1) * 1.08] } },
       axes: [
         { ...axis, values: relative, splits, space: 70 },
-        { ...axis, size: 48, values: (_, ticks) => ticks.map(compact) },
+        { ...axis, size: 56, values: (_, ticks) => ticks.map(compact) },
         ...(second ? [{ ...axis, side: 1, scale: "ended", size: 48, grid: { show: false }, values: (_, ticks) => ticks.map(compact) }] : []),
       ],
       series: [
-        { label: "at", value: (_, value) => (value === null ? "–" : seconds(value - first)) },
+        { label: "at", value: (_, value) => (value === null ? "–" : seconds(value - this.zero)) },
         ...curves.map((curve) => ({
           label: curve.label,
           scale: curve.scale ?? "y",

@@ -35,10 +35,24 @@ class Detail {
     byId("detail-title").textContent = task.name;
     const body = byId("detail-body");
     const place = body.parentElement.scrollTop;
+    const live = () => [...body.querySelectorAll("pre.live")];
+    const before = live().map((one) => (one.scrollTop + one.clientHeight >= one.scrollHeight - 4 ? null : one.scrollTop));
     fill(body, JSON.stringify(task), () => [...this.parts(task)]);
     body.parentElement.scrollTop = place;
-    for (const output of body.querySelectorAll("pre.live")) output.scrollTop = output.scrollHeight;
-    this.isOpen = !task.ended;
+    live().forEach((output, at) => (output.scrollTop = before[at] ?? output.scrollHeight)); // at its end, or where it was
+    this.isOpen = !this.hasEnded(task);
+    this.since = this.isOpen && task.started;
+    this.tick();
+  }
+
+  hasEnded(task) {
+    return STATES.includes(task.state);
+  }
+
+  /** Shows for how long the task runs, by the clock of the server. */
+  tick() {
+    const place = byId("running-for");
+    if (place && this.since) place.textContent = seconds(page.stream.now() - this.since);
   }
 
   *parts(task) {
@@ -58,10 +72,11 @@ class Detail {
       nodes: task.nodes?.join(", "),
       worker: task.worker,
       needs: task.needs && Object.entries(task.needs).map(([name, value]) => `${name} ${value}`).join(", "),
-      submitted: task.submitted && clock(task.submitted),
-      "in the queue": task.queue_s !== undefined && task.ended ? seconds(task.queue_s) : undefined,
-      "running for": task.started && !task.ended ? seconds(Date.now() / 1000 - task.started) : undefined,
-      execution: task.ended && task.started ? seconds(task.execution_s) : undefined,
+      submitted: task.submitted && moment(task.submitted),
+      "in the queue": this.hasEnded(task) ? seconds(task.queue_s) : undefined,
+      "running for": task.started && !this.hasEnded(task) ? " " : undefined,
+      execution: this.hasEnded(task) ? seconds(task.execution_s) : undefined,
+      ended: task.ended && moment(task.ended),
       attempts: task.attempts > 1 ? task.attempts : undefined,
       "exit code": task.exit_code ?? undefined,
       progress: progress && [progress.step !== undefined && `${progress.step}${progress.of ? ` of ${progress.of}` : ""}`, progress.message, ...Object.entries(progress.numbers ?? {}).map(([name, value]) => `${name} ${plain(value)}`)].filter(Boolean).join(", "),
@@ -71,22 +86,22 @@ class Detail {
       "last failure": task.last_failure,
     };
     const list = make("dl");
-    for (const [name, value] of Object.entries(facts)) if (value !== undefined && value !== "" && value !== null && value !== false) list.append(make("dt", { text: name }), make("dd", { text: value }));
+    for (const [name, value] of Object.entries(facts)) if (value !== undefined && value !== "" && value !== null && value !== false) list.append(make("dt", { text: name }), make("dd", { text: value, id: name === "running for" ? "running-for" : null }));
     yield make("h3", { text: "Facts" });
     yield list;
     for (const note of task.notes ?? []) yield make("p", { class: "note", text: note });
     if (task.sources?.length) yield make("h3", { text: "Needs" }), yield links(task.sources);
     if (task.children?.length) yield make("h3", { text: "Its tasks" }), yield links(task.children);
     yield* block("Result", task.result);
-    const size = (printed) => (printed.size > printed.text.length ? `, the last of ${printed.size} bytes` : "");
-    const live = task.ended ? {} : { class: "live" };
+    const size = (printed) => (printed.size > byteCount(printed.text) ? `, the last of ${printed.size} bytes` : "");
+    const live = this.hasEnded(task) ? {} : { class: "live" };
     if (task.stdout) yield* block(`stdout${size(task.stdout)}`, task.stdout.text, live);
     if (task.stderr) yield* block(`stderr${size(task.stderr)}`, task.stderr.text, live);
     for (const rank of task.ranks ?? []) {
       const text = [rank.error, rank.stdout, rank.stderr].filter(Boolean).join("\n");
       if (text && task.ranks.length > 1) yield* block(`Rank ${rank.rank}${rank.host ? ` on ${rank.host}` : ""}`, text);
     }
-    if (!task.ended && this.source.act) yield this.cancelingOf(task);
+    if (!this.hasEnded(task) && this.source.mayCancel) yield this.cancelingOf(task);
   }
 
   /** The one button of a task, which a refresh leaves as it is. */

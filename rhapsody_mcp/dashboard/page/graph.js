@@ -74,14 +74,15 @@ function showGraph(place, note, graph, onTask, onGroup) {
   }
   for (const node of nodes) picture.append(nodeOf(node, places.get(node.id), graph.of === "tasks" ? onTask : onGroup));
   place.replaceChildren(picture);
-  const left = graph.left_out ? ` ${graph.left_out} smaller groups are left out.` : "";
-  note.textContent = `${graph.of === "tasks" ? "Each box is a task or a for_each" : "Each box is a group of tasks"}; the critical path is in blue.${left}`;
+  const left = [graph.left_out && `${graph.left_out} smaller groups`, graph.edges_left_out && `${graph.edges_left_out} edges`].filter(Boolean).join(" and ");
+  note.textContent = `${graph.of === "tasks" ? "Each box is a task or a for_each" : "Each box is a group of tasks"}; the critical path is in blue.${left && ` Left out: ${left}.`}`;
 }
 
 function nodeOf(node, { x, y }, onClick) {
   const counts = Object.entries(node.counts);
   const ended = STATES.reduce((sum, state) => sum + (node.counts[state] ?? 0), 0);
-  const words = node.total === 1 ? (counts[0]?.[0] ?? "").toLowerCase() : `${ended} of ${node.total} ended`;
+  let words = node.total === 1 ? (counts[0]?.[0] ?? "").toLowerCase() : `${ended} of ${node.total} ended`;
+  if (node.replaced) words += ", replaced by a later task";
   const group = svg("g", { class: `node${node.path ? " path" : ""}`, transform: `translate(${x},${y})`, tabindex: 0, role: "button", "aria-label": `${node.name}: ${words}`, click: () => onClick(node), keydown: (event) => event.key === "Enter" && onClick(node) });
   group.append(svg("rect", { width: NODE.width, height: NODE.height, rx: 6 }));
   group.append(svg("title", { text: `${node.name}: ${words}` }));

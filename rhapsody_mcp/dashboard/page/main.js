@@ -9,10 +9,12 @@ function setTheme(theme) {
   page.stream?.draw();
 }
 
+/** Says what is wrong; a problem of the connection goes with the next frame, others stay until they are read. */
 function problem(text, ...more) {
   const place = byId("problem");
   place.hidden = !text;
-  place.replaceChildren(...(text ? [make("span", { text }), ...more] : []));
+  const close = more.length ? [] : [make("button", { text: "✕", "aria-label": "Close", click: () => problem("") })];
+  place.replaceChildren(...(text ? [make("span", { text: `${text} ` }), ...more, ...close] : []));
 }
 
 function status(words, kind) {
@@ -43,9 +45,10 @@ function showCounts(head) {
 
 function showFailures(head) {
   byId("failures").hidden = !head.failures.length;
-  fill(byId("failure-groups"), JSON.stringify(head.failures), () => {
+  fill(byId("failure-groups"), JSON.stringify([head.failures, head.failures_left_out]), () => {
     const opened = new Set([...byId("failure-groups").querySelectorAll("details[open]")].map((one) => one.dataset.name));
-    return head.failures.map((group) => {
+    const more = head.failures_left_out ? [make("p", { class: "note", text: `${head.failures_left_out} more kinds of failure are not shown here; the table of tasks has them.` })] : [];
+    return [...head.failures.map((group) => {
       const name = `${group.state} ${group.cause} ${group.error}`;
       const many = group.count === 1 ? "" : `${group.count} × `;
       const box = make("details", { class: group.state, "data-name": name, open: opened.has(name) });
@@ -57,18 +60,19 @@ function showFailures(head) {
       box.append(make("div", { class: "list" }, ...group.tasks.map((task) => make("button", { class: "link", text: task.name, click: () => page.detail.open(page.session, { uid: task.uid }) }))));
       if (group.count > group.tasks.length) box.append(make("p", { class: "note", text: `and ${group.count - group.tasks.length} more; the table of tasks has them` }));
       return box;
-    });
+    }), ...more];
   });
 }
 
 function showLegend() {
   const { spans, stream } = page;
-  fill(byId("legend"), JSON.stringify([spans.groups, stream.only]), () => spans.groups.slice(0, 24).map((name, group) =>
+  const more = spans.groups.length - LEGEND;
+  fill(byId("legend"), JSON.stringify([spans.groups, stream.only]), () => [...spans.groups.slice(0, LEGEND).map((name, group) =>
     make("button", { class: "key", text: name, title: name, "aria-pressed": String(stream.only === group), style: { "--key": spans.colors[group] }, click: () => {
       stream.only = stream.only === group ? null : group;
       stream.draw();
       showLegend();
-    } })));
+    } })), ...(more > 0 ? [make("span", { class: "note", text: `and ${more} more` })] : [])]);
 }
 
 function showGraphOf(head) {
@@ -79,7 +83,7 @@ function showGraphOf(head) {
   page.graphKey = key;
   showGraph(byId("graph"), byId("graph-note"), graph, (node) => page.detail.open(page.session, { uid: node.id }), (node) => {
     byId("filter").value = node.name;
-    refreshTable();
+    refreshTable(0);
     byId("tasks").scrollIntoView();
   });
 }
@@ -93,10 +97,11 @@ function showTimes(head) {
   byId("times-section").hidden = !s;
   if (!s) return;
   const columns = ["", "tasks", "queue p50", "p95", "p99", "execution p50", "p95", "p99", "a second"];
-  const cells = (name, one) => [name, Object.values(one.counts ?? head.counts).reduce((sum, count) => sum + count, 0).toLocaleString("en"), ...["queue", "execution"].flatMap((part) => ["p50", "p95", "p99"].map((key) => seconds(one.times[part][key]))), plain(one.throughput)];
-  fill(byId("times"), JSON.stringify([s.times, s.groups]), () => {
+  const cells = (name, one) => [name, Object.values(one.counts ?? head.counts).reduce((sum, count) => sum + count, 0).toLocaleString("en"), ...["queue", "execution"].flatMap((part) => ["p50", "p95", "p99"].map((key) => (one.ran === 0 ? "–" : seconds(one.times[part][key])))), plain(one.throughput)];
+  fill(byId("times"), JSON.stringify([s.times, s.groups, s.groups_left_out]), () => {
     const groups = Object.entries(s.groups);
     const rows = [...(groups.length > 1 ? [row(cells("all", s))] : []), ...groups.map(([name, group]) => row(cells(name, group)))];
+    if (s.groups_left_out) rows.push(row([`and ${s.groups_left_out} quicker groups`, ...columns.slice(1).map(() => "")]));
     return [make("thead", {}, make("tr", {}, ...columns.map((text, at) => make("th", { text, scope: "col", class: at ? "number" : null })))), make("tbody", {}, ...rows)];
   });
 }
@@ -119,7 +124,7 @@ function showResources(head) {
 function toggleState(state) {
   page.states = page.states.includes(state) ? page.states.filter((one) => one !== state) : [...page.states, state];
   showCounts(page.head);
-  refreshTable();
+  refreshTable(0);
 }
 
 async function refreshTable(offset = page.offset ?? 0) {
@@ -145,14 +150,14 @@ function showTable({ total, tasks }, offset) {
     make("thead", {}, make("tr", {}, ...columns.map((text, at) => make("th", { text, scope: "col", class: at === 3 || at === 4 ? "number" : null })))),
     make("tbody", {}, ...tasks.map((task) => make("tr", {},
       make("td", {}, make("button", { class: "link", text: task.name, click: () => page.detail.open(page.session, { uid: task.uid }) })),
-      make("td", { class: "state" }, make("span", { class: "key", text: task.state, style: { "--key": stateColor(task.state) } })),
+      make("td", { class: "state" }, make("span", { class: "key", text: task.replaced ? `${task.state}, replaced` : task.state, style: { "--key": stateColor(task.state) } })),
       make("td", { text: task.kind }), make("td", { class: "number", text: seconds(task.queue_s) }),
-      make("td", { class: "number", text: task.started ? `since ${clock(task.started)}` : seconds(task.execution_s) }), make("td", { text: task.error })))),
+      make("td", { class: "number", text: task.started ? `since ${clock(task.started)}` : seconds(task.execution_s) }), make("td", { class: "error", text: task.error, title: task.error })))),
   ]);
   const more = make("span");
   if (offset > 0) more.append(make("button", { text: "◀ before", click: () => refreshTable(Math.max(0, offset - ROWS_A_PAGE)) }), " ");
   if (offset + tasks.length < total) more.append(make("button", { text: "next ▶", click: () => refreshTable(offset + ROWS_A_PAGE) }));
-  byId("task-note").replaceChildren(make("span", { text: total ? `${offset + 1} to ${offset + tasks.length} of ${total.toLocaleString("en")} ` : "No task is like this. " }), more);
+  byId("task-note").replaceChildren(make("span", { text: total ? `${offset + 1} to ${offset + tasks.length} of ${total.toLocaleString("en")} ` : page.states.length || byId("filter").value ? "No task is like this. " : "No task yet. " }), more);
 }
 
 // --- frames
@@ -168,9 +173,19 @@ function apply(frame) {
   showGraphOf(head);
   showTimes(head);
   showResources(head);
-  refreshTable();
-  if (page.detail.isOpen) page.detail.refresh();
+  refreshTableSoon();
   loadHistory();
+}
+
+/** Refreshes the table at most every 2 s, and not while nobody looks: the server reads all tasks for it. */
+function refreshTableSoon() {
+  const wait = (page.tableAt ?? 0) + 2000 - performance.now();
+  if (document.hidden || page.tableTimer) return;
+  page.tableTimer = setTimeout(() => {
+    page.tableTimer = null;
+    page.tableAt = performance.now();
+    refreshTable();
+  }, Math.max(0, wait));
 }
 
 /** Loads the rows before those that are here, one block after the other. */
@@ -194,7 +209,12 @@ async function loadHistory() {
 async function watch(session) {
   page.ending?.abort();
   const ending = (page.ending = new AbortController());
-  Object.assign(page, { session, states: [], offset: 0, graphKey: null, head: null });
+  Object.assign(page, { session, states: [], offset: 0, graphKey: null, head: null, tableAt: 0 });
+  document.title = `${session} - Rhapsody`;
+  if (Source === HttpSource) history.replaceState(null, "", `#session=${encodeURIComponent(session)}`);
+  byId("filter").value = "";
+  page.stream.only = null;
+  page.stream.head = null;
   page.spans.clear(0);
   page.charts.clear();
   page.stream.fit();
@@ -202,20 +222,29 @@ async function watch(session) {
     try {
       for await (const frame of source.frames(session, ending.signal)) {
         if (ending.signal.aborted) return;
-        problem("");
+        if (page.isCutOff) problem("");
+        page.isCutOff = false;
         wait = 1;
         apply(frame);
         status(Source === FileSource ? `as of ${new Date(frame.head.now * 1000).toLocaleString()}` : frame.head.closed ? "closed" : "live", frame.head.closed || Source === FileSource ? "" : "live");
       }
-      if (Source === FileSource) return;
+      if (Source === FileSource || page.head?.closed) return;
     } catch (error) {
       if (ending.signal.aborted) return;
       if (refused(error, () => watch(session))) return;
+      if (error.status === 404 || /^unknown_session|unknown session/.test(error.message)) return gone(session, error.message);
+      page.isCutOff = true;
       problem(error.message);
     }
     status("the connection is lost; trying again", "lost");
     await new Promise((resolve) => setTimeout(resolve, wait * 1000));
   }
+}
+
+/** The session is not open any more, or never was. */
+function gone(session, message) {
+  status(page.head ? "closed" : "not open", "");
+  if (!page.head) problem(message);
 }
 
 /** Asks for a token where the server wants one. */
@@ -243,9 +272,9 @@ async function chooseSession() {
     return;
   }
   const names = rows.map((one) => one.session);
-  fill(select, JSON.stringify(rows), () => rows.map((one) => make("option", { value: one.session, text: one.session })));
-  const wanted = page.session ?? (names.includes(source.session) ? source.session : names.at(-1));
-  if (!page.session && source.session && !names.includes(source.session)) problem(`There is no open session ${source.session}.`);
+  const wanted = page.session ?? source.session ?? names.at(-1);
+  const closed = wanted && !names.includes(wanted) ? [make("option", { value: wanted, text: `${wanted} (not open)` })] : [];
+  fill(select, JSON.stringify([names, wanted]), () => [...closed, ...names.map((name) => make("option", { value: name, text: name }))]);
   if (!wanted) {
     status("no session is open", "");
     return setTimeout(chooseSession, 3000);
@@ -257,6 +286,8 @@ async function chooseSession() {
 function button(text, click, more = {}) {
   return make("button", { text, click, ...more });
 }
+
+const LEGEND = 24;
 
 function toolbar() {
   const { stream } = page;
@@ -297,7 +328,11 @@ async function begin() {
   await chooseSession();
   if (Source !== FileSource) {
     byId("session").addEventListener("focus", chooseSession);
-    setInterval(() => page.detail.isOpen && page.detail.refresh(), 1000);
+    setInterval(() => page.detail.query && page.detail.isOpen && (page.detail.tick(), page.detail.refresh()), 1000);
+    addEventListener("hashchange", () => {
+      const session = new URLSearchParams(location.hash.slice(1)).get("session");
+      if (session && session !== page.session) watch(session).catch(() => {}), chooseSession();
+    });
     const live = () => (page.head?.running.length && !document.hidden && page.stream.follow && page.stream.draw(), setTimeout(live, 250));
     live();
   }

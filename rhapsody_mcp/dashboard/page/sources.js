@@ -1,5 +1,8 @@
 // Where the data comes from: the server over HTTP, the host of an MCP App, or the file itself.
 
+/** The server says something at least every 15 s; after this time the connection is taken for lost. */
+const SILENCE_MS = 40000;
+
 /** Over HTTP. The token stands in the fragment of the address, which no server gets, and then in this tab's storage. */
 class HttpSource {
   constructor() {
@@ -16,13 +19,18 @@ class HttpSource {
   }
 
   get token() {
-    return this.own ?? window.sessionStorage?.getItem("rhapsody-token") ?? "";
+    if (this.own !== undefined) return this.own;
+    try {
+      return sessionStorage.getItem("rhapsody-token") ?? "";
+    } catch {
+      return "";
+    }
   }
 
   store(token) {
-    this.own = token;
+    this.own = /^[\x21-\x7e]*$/.test(token) ? token : "not-a-token"; // a header takes no other characters
     try {
-      sessionStorage.setItem("rhapsody-token", token);
+      sessionStorage.setItem("rhapsody-token", this.own);
     } catch {} // a browser may refuse storage; the token then lives as long as the page
   }
 
@@ -30,7 +38,12 @@ class HttpSource {
     const url = new URL(what, this.base);
     for (const [name, value] of Object.entries(query)) if (value !== undefined && value !== null) url.searchParams.set(name, value);
     const headers = this.token ? { Authorization: `Bearer ${this.token}` } : {};
-    const response = await fetch(url, { ...options, headers, cache: "no-store", credentials: "same-origin" });
+    let response;
+    try {
+      response = await fetch(url, { ...options, headers, cache: "no-store", credentials: "same-origin" });
+    } catch (error) {
+      throw options.signal?.aborted ? error : new Error("The server cannot be reached.");
+    }
     if (response.ok) return response;
     const text = await response.text();
     let message = text;
@@ -42,7 +55,9 @@ class HttpSource {
   }
 
   async ask(what, query = {}) {
-    return (await this.fetch(what, query)).json();
+    const answer = await (await this.fetch(what, query)).json();
+    if (what === "sessions") this.mayCancel = answer.may_cancel;
+    return answer;
   }
 
   async act(what, query) {
@@ -51,12 +66,30 @@ class HttpSource {
 
   /** The frames of a session, until `signal` ends them. */
   async *frames(session, signal) {
+    const silence = new AbortController();
+    let timer;
+    const heard = () => {
+      clearTimeout(timer);
+      timer = setTimeout(() => silence.abort(), SILENCE_MS);
+    };
+    signal.addEventListener("abort", () => silence.abort());
+    try {
+      yield* this.events(session, silence.signal, heard);
+    } finally {
+      clearTimeout(timer);
+      silence.abort(); // a page that has left the loop reads no more
+    }
+  }
+
+  async *events(session, signal, heard) {
+    heard();
     const response = await this.fetch("events", { session }, { signal });
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let text = "";
     while (true) {
       const { value, done } = await reader.read();
       if (done) return;
+      heard();
       text += value;
       let end;
       while ((end = text.indexOf("\n\n")) >= 0) {
@@ -77,6 +110,7 @@ class HttpSource {
 class AppSource {
   constructor() {
     this.waiting = new Map();
+    this.mayCancel = true;
     this.number = 0;
     this.session = null;
     this.sessionKnown = new Promise((resolve) => (this.learn = resolve));
@@ -155,6 +189,7 @@ class AppSource {
     while (!signal.aborted && !this.ended) {
       const frame = await this.ask("frame", { session, cursor, version: String(version) });
       ({ cursor, version } = frame);
+      if (frame.head.closed) this.ended = true;
       if (!document.hidden || version === 0) yield frame;
       else await new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true })), (cursor = ""), (version = -1);
     }
@@ -178,11 +213,11 @@ class FileSource {
     if (what === "sessions") return { sessions: [{ session: this.session, counts: this.data.head.counts }] };
     if (what === "task") {
       const uid = query.row !== undefined ? this.data.tasks[this.data.rows[query.row]].uid : query.uid;
-      return this.data.details[uid] ?? { ...this.data.tasks.find((task) => task.uid === uid), note: "The report has no more of this task." };
+      return this.data.details[uid] ?? { ...this.data.tasks.find((task) => task.uid === uid), note: "The report has no more than this of the task." };
     }
     const states = query.states ? query.states.split(",") : [];
     const name = (query.name ?? "").toLowerCase();
-    const found = this.data.tasks.filter((task) => (!states.length || states.includes(task.state)) && (task.name.toLowerCase().includes(name) || task.uid.includes(name)));
+    const found = this.data.tasks.filter((task) => (!states.length || (states.includes(task.state) && !task.replaced)) && (task.name.toLowerCase().includes(name) || task.uid.includes(name)));
     return { total: found.length, tasks: found.slice(+query.offset || 0, (+query.offset || 0) + ROWS_A_PAGE) };
   }
 }

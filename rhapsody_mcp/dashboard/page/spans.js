@@ -67,7 +67,8 @@ class Spans {
   laneName(number, several) {
     const lane = this.lanes[number];
     const place = [several || lane.kind === "prompt" ? lane.backend : "", lane.node].filter(Boolean).join(" ");
-    return `${place ? place + " " : ""}${lane.kind} ${lane.number}`;
+    const kind = lane.kind === "ended worker" ? "lost worker" : lane.kind;
+    return `${place ? place + " " : ""}${kind} ${lane.number}`;
   }
 
   /** The row whose span covers a time in a lane, or comes nearest within a tolerance in seconds; -1 for none. */

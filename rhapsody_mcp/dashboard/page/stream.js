@@ -62,7 +62,8 @@ class Stream {
   move(share) {
     const [from, to] = this.view();
     const [first, last] = this.range();
-    const step = Math.max(first - to + 1e-6, Math.min(last - from - 1e-6, share * (to - from)));
+    const least = 0.1 * (to - from); // of the picture, so much shows something
+    const step = Math.max(first - to + least, Math.min(last - from - least, share * (to - from)));
     this.follow = false;
     this.window = [from + step, to + step];
     this.draw();
@@ -261,12 +262,16 @@ class Stream {
       this.zoom(Math.exp(Math.sign(event.deltaY) * 0.25), this.at(event).time);
     }, { passive: false });
     let drag = null;
-    canvas.addEventListener("pointerdown", (event) => (drag = { x: event.clientX, moved: false }));
+    canvas.addEventListener("pointerdown", (event) => {
+      if (event.button !== 0) return;
+      drag = { x: event.clientX, moved: false };
+      canvas.setPointerCapture(event.pointerId);
+    });
+    canvas.addEventListener("pointercancel", () => (drag = null));
     canvas.addEventListener("pointermove", (event) => {
       if (!drag) return this.hover(event);
       const step = event.clientX - drag.x;
       if (!drag.moved && Math.abs(step) < 4) return;
-      if (!drag.moved) canvas.setPointerCapture(event.pointerId);
       drag = { x: event.clientX, moved: true };
       this.move(-step / this.size().width);
     });
@@ -325,10 +330,11 @@ function niceStep(raw) {
 
 function tickText(value, step) {
   if (step >= 60) {
-    const [hours, minutes] = [Math.floor(value / 3600), Math.round((value % 3600) / 60)];
+    const all = Math.round(value / 60);
+    const [hours, minutes] = [Math.floor(all / 60), all % 60];
     return hours ? `${hours} h${minutes ? ` ${minutes} min` : ""}` : `${minutes} min`;
   }
-  if (step >= 0.01) return `${+value.toFixed(Math.max(0, Math.ceil(-Math.log10(step))))} s`;
+  if (step >= 0.01) return `${+value.toFixed(Math.max(0, Math.ceil(-Math.log10(step)) + 1))} s`;
   return `${+(value * 1000).toFixed(3)} ms`;
 }
 

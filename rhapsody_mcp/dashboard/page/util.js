@@ -27,11 +27,21 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Replaces the children of an element where its content has changed, which `key` tells. */
+let pressed = false;
+addEventListener("pointerdown", () => (pressed = true), true);
+for (const end of ["pointerup", "pointercancel", "blur"]) addEventListener(end, () => setTimeout(() => (pressed = false)), true);
+
+/**
+ * Replaces the children of an element where its content has changed, which `key` tells. What a person is pressing stays
+ * until the next frame, and the focus stays where it was.
+ */
 function fill(element, key, children) {
-  if (element.dataset.key === key) return;
+  if (element.dataset.key === key || (pressed && element.matches(":hover"))) return;
   element.dataset.key = key;
+  const places = () => [...element.querySelectorAll("button, summary")];
+  const focused = element.contains(document.activeElement) ? places().indexOf(document.activeElement) : -1;
   element.replaceChildren(...children());
+  if (focused >= 0) places()[Math.min(focused, places().length - 1)]?.focus({ preventScroll: true });
 }
 
 /** Fewer in a chat, whose height the page shares. */
@@ -42,9 +52,10 @@ const cssColor = (name) => getComputedStyle(document.documentElement).getPropert
 
 function seconds(value) {
   if (value === undefined || value === null || Number.isNaN(value)) return "–";
-  if (value >= 86400) return `${(value / 86400).toFixed(1)} d`;
-  if (value >= 3600) return `${Math.floor(value / 3600)} h ${Math.round((value % 3600) / 60)} min`;
-  if (value >= 100) return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+  const [whole, minutes] = [Math.round(value), Math.round(value / 60)];
+  if (minutes >= 1440) return `${(value / 86400).toFixed(1)} d`;
+  if (minutes >= 60) return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  if (whole >= 100) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
   if (value >= 1) return `${value.toFixed(2)} s`;
   return value >= 0.01 ? `${(value * 1000).toFixed(0)} ms` : `${(value * 1000).toFixed(2)} ms`;
 }
@@ -53,10 +64,12 @@ const plain = (value) =>
   value === undefined || value === null ? "–" : value >= 1000 ? Math.round(value).toLocaleString("en") : +value.toPrecision(3) + "";
 const compact = (value) => (value >= 1000 ? new Intl.NumberFormat("en", { notation: "compact" }).format(value) : plain(value));
 const clock = (time) => new Date(time * 1000).toLocaleTimeString();
+const moment = (time) => new Date(time * 1000).toLocaleString();
+const byteCount = (text) => new TextEncoder().encode(text).length;
 
 const PALETTE = [
   "#4e79a7", "#f28e2b", "#76b7b2", "#59a14f", "#b07aa1", "#edc948", "#9c755f", "#ff9da7", "#3d9bb3", "#a7b34e",
-  "#7a6bc2", "#c96f9c", "#6b9e78", "#d2a35b", "#5b8fd0", "#8c8c3f", "#b3655a", "#4aa38f", "#937bb0", "#7f8fa6",
+  "#7a6bc2", "#c96f9c", "#6b9e78", "#d2a35b", "#5b8fd0", "#8c8c3f", "#8a5fb0", "#4aa38f", "#937bb0", "#7f8fa6",
 ];
 
 /** The colours of groups: each by its name, so that it is much the same in every picture, and no two alike while there are others. */

@@ -149,6 +149,9 @@ class ControlServer:
     async def _listen(self, command: dict[str, Any]) -> None:
         """Serve HTTP until the connection is closed or the service stops. The sessions stay open."""
         try:
+            if session := command.get("session"):
+                await self._service.sessions.restored.wait()
+                self._service.sessions.get(session)
             settings = client_settings(self._service.settings, command["settings"])
             path = command["socket"]
             with listen_on_socket(Path(path)) if path else listen_on_host(command["host"], command["port"]) as listener:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rhapsody_mcp.dashboard.feed import Cursor, Feed
 from rhapsody_mcp.dashboard.page_text import page_html
-from rhapsody_mcp.model.errors import RhapsodyError
+from rhapsody_mcp.model.errors import RhapsodyError, UnknownName
 from rhapsody_mcp.protocol.audit import Audit
 from rhapsody_mcp.protocol.dashboard import FILES, Dashboard
 from rhapsody_mcp.serving.http.limits import caller_name, send_error
@@ -45,12 +45,13 @@ class PageFile:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_folder = scope["type"] == "http" and str(scope["path"]).endswith(_FOLDER)
-        if scope["type"] != "http" or scope["method"] != "GET" or not (is_folder or _name(scope) == ""):
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not (is_folder or _name(scope) == ""):
             await self._app(scope, receive, send)
             return
         response: Response | None = await self._checks.validate_request(Request(scope))
         if response is None and is_folder:
-            response = RedirectResponse(f".{_FOLDER}/")  # relative: a proxy's prefix stays
+            query = scope["query_string"].decode("latin-1")
+            response = RedirectResponse(f".{_FOLDER}/{'?' * bool(query)}{query}")  # relative: a proxy's prefix stays
         elif response is None:
             response = Response(page_html("http"), media_type="text/html", headers=_HEADERS)
         await response(scope, receive, send)
@@ -76,7 +77,7 @@ class PageData:
         try:
             response = await self._answer(name, request)
         except RhapsodyError as error:
-            await send_error(send, 404, str(error))
+            await send_error(send, 404 if isinstance(error, UnknownName) else 400, str(error))
             return
         if response is None:
             await send_error(send, 405, f"{request.method} {name} is not there: the page reads with GET.")
@@ -95,7 +96,8 @@ class PageData:
             return StreamingResponse(_events(self._dashboard.feed(session)), media_type="text/event-stream")
         if name in FILES:
             return Response(await self._dashboard.file(name, session), media_type=FILES[name])
-        return _json(await self._dashboard.answer(name, query))
+        answer = await self._dashboard.answer(name, query)
+        return _json({**answer, "may_cancel": self._may_cancel} if name == "sessions" else answer)
 
     async def _cancel(self, session: str, tasks: str, request: Request) -> Response:
         if not self._may_cancel:
@@ -109,8 +111,11 @@ class PageData:
 
 
 async def _events(feed: Feed) -> AsyncIterator[bytes]:
-    async for frame in feed.frames(Cursor()):
-        yield b"data: " + frame + b"\n\n"
+    async for parts in feed.frames(Cursor()):
+        yield b"data: "
+        for part in parts:
+            yield part
+        yield b"\n\n"
 
 
 def _json(data: dict[str, Any], status: int = 200) -> Response:
