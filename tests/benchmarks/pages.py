@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import httpx2
 from mcp import Client
 
 from tests.behaviour.test_http import call, connected, serving
@@ -43,8 +44,10 @@ async def _run(client: Client, address: str, pid: int, session: str, pages: int)
     await call(client, "create_session", name=session, backends=["local"])
     await call(client, "submit_tasks", session=session, tasks=[{"name": "warm", "source": _FUNCTION, "args": [1]}])
     await call(client, "wait_tasks", session=session)
-    events = f"{address.removesuffix('/mcp')}/dashboard/events?session={session}"
+    dashboard = f"{address.removesuffix('/mcp')}/dashboard"
+    events = f"{dashboard}/events?session={session}"
     watching = [await asyncio.create_subprocess_exec("curl", "-sNo", os.devnull, events) for _ in range(pages)]
+    tables = asyncio.create_task(_ask_for_tables(f"{dashboard}/tasks?session={session}&limit=50", pages))
     await asyncio.sleep(1)
     sweep = {"name": "sweep", "source": _FUNCTION, "for_each": list(range(_TASKS)), "args": [{"item": True}]}
     began, cpu = time.perf_counter(), _cpu_s(pid)
@@ -52,11 +55,21 @@ async def _run(client: Client, address: str, pid: int, session: str, pages: int)
     while not (await call(client, "wait_tasks", session=session, timeout_s=50))["ended"]:
         pass
     seconds, cpu_s = time.perf_counter() - began, _cpu_s(pid) - cpu
+    tables.cancel()
     for page in watching:
         page.kill()
         await page.wait()
     await call(client, "close_session", session=session)
     return seconds, cpu_s
+
+
+async def _ask_for_tables(address: str, pages: int) -> None:
+    """Ask for the table of tasks as pages do: each every 2 s."""
+    async with httpx2.AsyncClient() as client:
+        while True:
+            for _ in range(pages):
+                (await client.get(address)).raise_for_status()
+            await asyncio.sleep(2)
 
 
 def _cpu_s(pid: int) -> float:
