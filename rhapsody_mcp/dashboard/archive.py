@@ -39,7 +39,8 @@ def write_whole(file: Path, data: bytes) -> None:
     Raises OSError, also for what is there and is no file."""
     target = Path(os.path.realpath(file))
     if target.exists() and not target.is_file():
-        raise OSError(errno.EINVAL, "a folder or a device is there", str(file))
+        code = errno.EISDIR if target.is_dir() else errno.EINVAL
+        raise OSError(code, "a folder or a device is there", str(file))
     try:
         handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}-")
     except OSError as error:

@@ -155,6 +155,7 @@ def _system_text(data: SystemReport, settings: Settings, scheduler: SchedulerDes
     lines += [f"- {data.mpi}.", *scheduler_text(scheduler, settings)]
     model = shipped_text() if settings.default_model == SHIPPED else f"{settings.default_model}. {models_text()}"
     lines += [f"Default model: {model}", _bounds_text(settings)]
+    lines.append("A person can watch sessions on a page: rhapsody-mcp dashboard.")
     lines += [_limits_text(settings), *_policy_text(settings), *_environment_text(data.environment)]
     return "\n".join(lines)
 

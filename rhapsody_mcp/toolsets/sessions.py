@@ -230,8 +230,6 @@ class Sessions:
         lines += [f"- {name} serves {shipped_text()}" for name in shipped]
         if not any("prompt" in row.runs for row in rows):
             lines.append("- prompts are refused: no backend of this session answers them (see describe_system)")
-        if self._sessions.ledger is not None:
-            lines.append(f"- a person can watch it on a page: rhapsody-mcp dashboard {open_session.id}")
         return "\n".join([*lines, f'Next: submit_tasks(session="{open_session.id}", tasks=[...]).'])
 
     async def list_sessions(self) -> Annotated[CallToolResult, SessionList]:
