@@ -344,8 +344,10 @@ async def test_a_job_that_is_run_again_while_no_service_is_there_runs_nothing_tw
     async with login.client() as client:
         async with closed_at_the_end(login, client):
             state = await login.wait(client, 240)
-            assert login.runs == Counter({str(number): 1 for number in range(8)})
+            assert {*login.runs.values()} == {1}
             assert set(state["counts"]) == {"DONE", "FAILED"} and state["counts"]["DONE"] >= 4
+            # a task whose start was written down when the job ended is lost, also where its own first line did not run
+            assert sum(state["counts"].values()) == 8 and len(login.runs) >= state["counts"]["DONE"]
 
 
 async def test_a_node_that_dies_takes_its_own_tasks_alone(login: Login) -> None:
