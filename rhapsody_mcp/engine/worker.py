@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -226,7 +226,10 @@ class _Worker:
             bindings = local_bindings(run.bindings, self.config.link_folder)
         except OSError as error:
             return FunctionResult(None, Cause.LOST, NOT_STARTED.format(error))
-        with _variables(run.variables) if run.variables else _NO_VARIABLES:
+        if run.variables:
+            with _variables(run.variables):
+                result = perform(run.call, bindings, folder, self.sources, self.config.caps)
+        else:
             result = perform(run.call, bindings, folder, self.sources, self.config.caps)
         max_bytes = self.config.caps.result_bytes
         return with_outputs(result, run.call.outputs, self.config.cwd, folder, max_bytes, started)
@@ -283,9 +286,6 @@ _MIN_SIDE_EFFECT_S = 0.00005
 """Seconds. A function that ran shorter cannot have started a process or loaded a library, so neither is checked."""
 _THREAD_END_S = 0.1
 _TRACKED_CLASSES = cloudpickle.cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID
-
-
-_NO_VARIABLES = nullcontext()
 
 
 @contextmanager

@@ -123,7 +123,8 @@ class Session:
             self._telemetry.note_change(task)
         if self.on_change is not None:
             self.on_change(task)
-        self._call_watchers()
+        if self.watchers:
+            self._call_watchers()
 
     def _handle_progress(self, task: Task) -> None:
         if self.on_progress is not None:
