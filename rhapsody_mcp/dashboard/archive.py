@@ -18,7 +18,7 @@ import msgspec
 from rhapsody_mcp.dashboard.report import report_data
 from rhapsody_mcp.dashboard.view import SessionView
 
-__all__ = ["keep_report", "kept_report", "kept_sessions", "prune_reports", "write_whole"]
+__all__ = ["keep_report", "kept_report", "prune_reports", "write_whole"]
 
 _FOLDER = "reports"
 _NAME = re.compile(r"(.+)-\d{8}T\d{12}Z\.json\.gz")
@@ -59,11 +59,6 @@ def kept_report(state_folder: Path, session: str) -> dict[str, Any] | None:
     """The data of the newest report that is kept of a session with this id; None where there is none."""
     files = sorted(file for id, file in _files(state_folder) if id == session)
     return cast(dict[str, Any], msgspec.json.decode(gzip.decompress(files[-1].read_bytes()))) if files else None
-
-
-def kept_sessions(state_folder: Path) -> list[str]:
-    """The ids of the sessions of which a report is kept."""
-    return sorted({id for id, _ in _files(state_folder)})
 
 
 def prune_reports(state_folder: Path, before: float) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.runtime.tasks import Task, name_of
-from rhapsody_mcp.runtime.tasks.failures import failure_key, failure_place
+from rhapsody_mcp.runtime.tasks.failures import failure_key, failure_place, is_failure
 
 __all__ = ["Failures"]
 
@@ -25,7 +24,7 @@ class Failures:
 
     def add(self, task: Task) -> None:
         outcome = task.outcome
-        if outcome is None or outcome.state is TaskState.DONE or outcome.cause is Cause.SKIPPED:
+        if outcome is None or not is_failure(outcome):
             return
         key = failure_key(outcome)
         first = self._groups.setdefault(key, [])

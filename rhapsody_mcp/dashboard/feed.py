@@ -49,7 +49,7 @@ class Feed:
         """`more` gives further fields of each frame."""
         self.view, self._more = view, more
         self._head = b"{}"
-        self._compared = b""
+        self._compared: dict[str, Any] = {}
         self._version = 0
         self._looked_at, self._pause_s = 0.0, 0.0
         self._look: asyncio.Task[None] | None = None
@@ -106,7 +106,7 @@ class Feed:
 
     def _take_head(self) -> None:
         head = self.view.head() | self._more()
-        compared = msgspec.json.encode({**head, "now": 0, "end": self._end()})
+        compared = {**head, "now": 0, "end": self._end()}
         if compared != self._compared:
             self._version += 1
             self._compared = compared
@@ -122,13 +122,6 @@ class Feed:
         if start.epoch != end.epoch or any(had > have for had, have in zip(start, end, strict=True)):
             start = Cursor(end.epoch, max(0, end.rows - _MAX_ROWS))
         if (start, end) not in self._blocks:
-            spans = self.view.spans
-            block = {
-                "reset": start.lanes == 0 and start.groups == 0,
-                "lanes": spans.lanes[start.lanes :],
-                "order": spans.order(),
-                "groups": spans.groups[start.groups :],
-                **spans.block(start.rows, end.rows),
-            }
+            block = self.view.spans.since(start.rows, start.lanes, start.groups)
             self._blocks[start, end] = msgspec.json.encode(block)
         return self._blocks[start, end]

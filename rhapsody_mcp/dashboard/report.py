@@ -60,13 +60,7 @@ def _steps(view: SessionView, more: dict[str, Any]) -> Iterator[dict[str, Any] |
         yield None
     yield {
         "head": head,
-        "block": {
-            "reset": True,
-            "lanes": spans.lanes,
-            "order": spans.order(),
-            "groups": spans.groups,
-            **spans.block(0, len(spans)),
-        },
+        "block": spans.since(),
         "tasks": {"fields": list(row_of(tasks[0])) if tasks else [], "rows": rows},
         "rows": [numbers.get(ended[index].uid, -1) for index in spans.index],
         "details": details,

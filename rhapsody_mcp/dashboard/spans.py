@@ -80,7 +80,8 @@ class Spans:
         """The last end in each shared lane, by backend, node and kind."""
 
     def __len__(self) -> int:
-        return len(self.ended)
+        """The rows that are whole, also while another thread adds one."""
+        return len(self.index)
 
     def add(self, task: Task, index: int) -> None:
         """Add a task that has ended; `index` is its place in the session's list of ends."""
@@ -121,7 +122,7 @@ class Spans:
         self.lane.append(lane)
         self.group.append(group)
         self.state.append(state)
-        self.index.append(index)
+        self.index.append(index)  # the last one: see `__len__`
 
     def _add_amounts(self, task: Task, row: int) -> None:
         outcome = task.outcome
@@ -129,10 +130,8 @@ class Spans:
         if (usage := outcome.usage) is not None:
             self.tokens.append((row, usage.prompt_tokens, usage.completion_tokens))
         if isinstance(task, ComputeTask) and task.layout.groups:
-            needs, ranks = task.layout.needs, task.layout.ranks
             peak = (outcome.measured.peak_memory_bytes or 0) if outcome.measured is not None else 0
-            amounts = row, ranks * needs.counted_cores, ranks * needs.gpus, round(peak / 1e9, 3)
-            self.processes.append(amounts)
+            self.processes.append((row, task.layout.cores, task.layout.gpus, round(peak / 1e9, 3)))
 
     def group_number(self, name: str) -> int:
         number = self._group_numbers.get(name)
@@ -200,13 +199,23 @@ class Spans:
             "tokens": [row for row in _from(self.tokens, first) if row[0] < last],
         }
 
+    def since(self, rows: int = 0, lanes: int = 0, groups: int = 0) -> dict[str, Any]:
+        """What a page lacks that has so many rows, lanes and groups: the fields of `block`, with the names."""
+        return {
+            "reset": lanes == 0 and groups == 0,
+            "lanes": self.lanes[lanes:],
+            "order": self.order(),
+            "groups": self.groups[groups:],
+            **self.block(rows, len(self)),
+        }
+
     def counts_task(self, row: int) -> bool:
         """Whether the row is that of a task that ran; false for the further ranks of a job."""
         return self.lane[row] != NO_LANE and not self.state[row] & MORE_RANKS
 
     def __iter__(self) -> Iterator[Span]:
         """The spans of the tasks that ran."""
-        for row in range(len(self.index)):  # the last column that grows, as another thread may read
+        for row in range(len(self)):
             lane = self.lane[row]
             if lane != NO_LANE:
                 ended = self.ended[row]

@@ -108,8 +108,9 @@ def _arrows(ended: list[Task], places: dict[str, tuple[int, int, float, float]])
 
 def _counters(spans: Spans, first: float) -> Iterator[dict[str, Any]]:
     changes: list[tuple[float, int, int]] = []
-    for row, ended in enumerate(spans.ended):
+    for row in range(len(spans)):
         if spans.counts_task(row):
+            ended = spans.ended[row]
             started = ended - spans.execution_s[row]
             changes += [(started - spans.queue_s[row], 1, 0), (started, -1, 1), (ended, 0, -1)]
     waiting = running = 0

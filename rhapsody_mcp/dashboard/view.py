@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from rhapsody_mcp.dashboard.spans import Spans, group_of
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.model.statistics import Statistics
 from rhapsody_mcp.runtime.session.session import Session
-from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, name_of
+from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, is_hidden, name_of
 
 __all__ = ["SessionView"]
 
@@ -103,9 +104,9 @@ class SessionView:
             "waiting_since": _merged(waiting_since),
             "failures": self.failures.describe(),
             "failures_left_out": self.failures.left_out,
-            "graph": self.graph.describe(self._named_counts(), statistics and statistics["critical_path"]),
+            "graph": self.graph.describe(self.group_counts(), statistics and statistics["critical_path"]),
             "statistics": statistics and _measures(statistics),
-            "backends": [self._backend_row(name) for name in (backend.name for backend in session.backends)],
+            "backends": self._backend_rows(),
             "notices": [{"at": notice.at, "text": notice.text} for notice in list(session.notices)[-_NOTICES_SHOWN:]],
         }
 
@@ -118,16 +119,20 @@ class SessionView:
         """The number of the group that a task is coloured by."""
         return self.spans.group_number(group_of(task))
 
+    def open_tasks(self) -> Iterator[Task]:
+        """The tasks that have not ended; the children stand for a ForEach."""
+        for task in self.session.unfinished.values():
+            if not is_hidden(task) and not (isinstance(task, ForEach) and task.children):
+                yield task
+
     def _open_tasks(self) -> tuple[dict[str, int], list[Task], dict[float, int]]:
         """The counts of the tasks that have not ended, those of them that run, and how many others were submitted
         when."""
         running: list[Task] = []
         submitted: dict[float, int] = {}
         queued = waiting = 0
-        for task in self.session.unfinished.values():
+        for task in self.open_tasks():
             state = task.state
-            if (type(task) is ForEach and task.children) or task.uid[0] == "~":  # as is_hidden, without its call
-                continue
             if state is TaskState.RUNNING:
                 running.append(task)
                 continue
@@ -153,20 +158,22 @@ class SessionView:
             for task, lane in zip(tasks, self.spans.running_lanes(tasks, now), strict=True)
         ]
 
-    def _named_counts(self) -> dict[str, dict[str, int]]:
-        return {self.spans.groups[number]: dict(counts) for number, counts in self.spans.group_counts.items()}
+    def group_counts(self) -> dict[str, Counter[str]]:
+        """How many tasks of each group have ended in each state."""
+        return {self.spans.groups[number]: counts.copy() for number, counts in self.spans.group_counts.items()}
 
-    def _backend_row(self, name: str) -> dict[str, Any]:
-        backend = next(one for one in self.session.backends if one.name == name)
-        facts = backend.describe()
-        shown = {key: facts[key] for key in _FACTS if key in facts}
-        return {
-            "name": name,
-            "runs": sorted(backend.kinds),
-            "workers": backend.num_workers,
-            "engine": self.session.engines.get(name, ""),
-            **shown,
-        }
+    def _backend_rows(self) -> list[dict[str, Any]]:
+        engines = self.session.engines
+        return [
+            {
+                "name": backend.name,
+                "runs": sorted(backend.kinds),
+                "workers": backend.num_workers,
+                "engine": engines.get(backend.name, ""),
+                **{key: value for key, value in backend.describe().items() if key in _FACTS},
+            }
+            for backend in self.session.backends
+        ]
 
     def _current_statistics(self) -> Statistics | None:
         now = time.monotonic()
@@ -182,8 +189,7 @@ def _needs(task: Task) -> dict[str, float] | None:
     """The cores and GPUs of a task in processes of its own; None for a task in a worker, and a prompt."""
     if not isinstance(task, ComputeTask) or not task.layout.groups:
         return None
-    ranks, needs = task.layout.ranks, task.layout.needs
-    return {"cores": ranks * needs.counted_cores, "gpus": ranks * needs.gpus}
+    return {"cores": task.layout.cores, "gpus": task.layout.gpus}
 
 
 def _merged(counts: dict[float, int]) -> list[tuple[float, int]]:

@@ -179,6 +179,16 @@ class Layout(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
         return sum(group.ranks for group in self.groups) if self.groups else 0
 
     @property
+    def cores(self) -> float:
+        """The cores that all its processes hold together."""
+        return self.ranks * self.needs.counted_cores
+
+    @property
+    def gpus(self) -> int:
+        """The GPUs that all its processes hold together."""
+        return self.ranks * self.needs.gpus
+
+    @property
     def uses_mpi(self) -> bool:
         """Whether the ranks find each other through a PMI; they then end together, once one of them fails."""
         return self.pmi not in (None, "none")

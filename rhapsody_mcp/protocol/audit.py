@@ -19,6 +19,7 @@ from mcp.server.context import CallNext, HandlerResult, ServerRequestContext
 from mcp.server.mcpserver.exceptions import ToolError
 from pydantic import BaseModel
 
+from rhapsody_mcp.protocol.apps import REFRESH_TOOL
 from rhapsody_mcp.protocol.audit_log import AuditFile
 from rhapsody_mcp.runtime.call_context import current_caller, current_peer
 from rhapsody_mcp.runtime.redaction import redacted, summary
@@ -30,8 +31,6 @@ __all__ = ["Audit", "audit_deferred", "open_audit"]
 
 T = TypeVar("T")
 _UNRECORDED_METHODS = {"ping"}
-_REFRESH_TOOL = "dashboard"
-"""The page calls this tool twice a second."""
 _CLIENT_INFO = "io.modelcontextprotocol/clientInfo"
 _RECORDED_FIELDS = ("session", "submitted", "first", "last", "repeated", "task", "canceled")
 """The fields of a reply that name tasks."""
@@ -98,7 +97,7 @@ class Audit:
 
 
 def _is_refresh(ctx: ServerRequestContext[Any, Any]) -> bool:
-    return ctx.method == "tools/call" and (ctx.params or {}).get("name") == _REFRESH_TOOL
+    return ctx.method == "tools/call" and (ctx.params or {}).get("name") == REFRESH_TOOL
 
 
 @contextmanager

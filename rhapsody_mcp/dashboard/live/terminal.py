@@ -17,7 +17,6 @@ from rich.text import Text
 from rhapsody_mcp.dashboard.live.redraw import Redraw
 from rhapsody_mcp.dashboard.spans import STATES, group_of
 from rhapsody_mcp.dashboard.view import SessionView
-from rhapsody_mcp.runtime.tasks import ForEach, is_hidden
 from rhapsody_mcp.runtime.tasks.task_html import duration, rounded
 
 __all__ = ["terminal_progress"]
@@ -61,10 +60,9 @@ def terminal_progress(view: SessionView, console: Console | None = None) -> Iter
 def _groups(view: SessionView) -> dict[str, Counter[str]]:
     """How many tasks of each group are in each state."""
     view.catch_up_now()
-    groups = {view.spans.groups[number]: Counter(counts) for number, counts in view.spans.group_counts.items()}
-    for task in view.session.unfinished.values():
-        if not is_hidden(task) and not (isinstance(task, ForEach) and task.children):
-            groups.setdefault(group_of(task), Counter())[task.state.value] += 1
+    groups = view.group_counts()
+    for task in view.open_tasks():
+        groups.setdefault(group_of(task), Counter())[task.state.value] += 1
     return groups
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rhapsody_mcp.backends.base import Backend
-from rhapsody_mcp.model.specs import Layout
 from rhapsody_mcp.model.statistics import Places, Statistics, Tally
 from rhapsody_mcp.model.task_totals import Row
 from rhapsody_mcp.runtime.tasks import ComputeTask, ForEach, Task, is_hidden, kind_of, leaves, name_of
@@ -74,15 +73,11 @@ def _row(task: Task) -> Row:
         timing=task.timing,
         for_each=name_of(task.parent) if task.parent else None,
         backend=task.backend or "",
-        cores=_cores(task.layout) if isinstance(task, ComputeTask) and task.layout.groups else 0,
+        cores=task.layout.cores if isinstance(task, ComputeTask) and task.layout.groups else 0,
         usage=task.outcome.usage if task.outcome else None,
         measured=task.outcome.measured if task.outcome else None,
         nodes=task.nodes,
     )
-
-
-def _cores(layout: Layout) -> float:
-    return layout.ranks * layout.needs.counted_cores
 
 
 def _places(backends: Sequence[Backend]) -> dict[str, Places]:

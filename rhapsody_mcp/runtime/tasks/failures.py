@@ -7,11 +7,16 @@ import re
 from rhapsody_mcp.model.outcome import Outcome
 from rhapsody_mcp.model.states import Cause, TaskState
 
-__all__ = ["NUMBER", "failure_key", "failure_place"]
+__all__ = ["NUMBER", "failure_key", "failure_place", "is_failure"]
 
 NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+(\.\d+)?")
 """What may differ in texts that mean the same."""
 _FRAME = re.compile(r'^  File "([^"\n]*)", (line \d+, in [^\n]*)((?:\n    [^\n]*)?)', re.MULTILINE)
+
+
+def is_failure(outcome: Outcome) -> bool:
+    """Whether a task ended FAILED or CANCELED, and was not skipped."""
+    return outcome.state is not TaskState.DONE and outcome.cause is not Cause.SKIPPED
 
 
 def failure_key(outcome: Outcome) -> tuple[bool, str, str]:

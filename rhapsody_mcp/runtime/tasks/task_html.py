@@ -10,10 +10,9 @@ from typing import Protocol
 
 from rhapsody_mcp.model.live.progress import Progress, progress_text
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.states import Cause, TaskState
 from rhapsody_mcp.model.timing import Timing
 from rhapsody_mcp.model.values import Stream, preview_text
-from rhapsody_mcp.runtime.tasks.failures import failure_key, failure_place
+from rhapsody_mcp.runtime.tasks.failures import failure_key, failure_place, is_failure
 
 __all__ = ["STATE_COLORS", "card", "chips", "duration", "failure", "for_each_html", "rounded", "task_html"]
 
@@ -133,7 +132,7 @@ def _failures(children: Iterable[ShownTask]) -> Iterator[str]:
     groups: dict[tuple[bool, str, str], list[tuple[str, Outcome]]] = {}
     for child in children:
         outcome = child.outcome
-        if outcome is not None and outcome.state is not TaskState.DONE and outcome.cause is not Cause.SKIPPED:
+        if outcome is not None and is_failure(outcome):
             groups.setdefault(failure_key(outcome), []).append((child.name or child.uid, outcome))
     for key in sorted(groups, key=lambda key: (key[0], -len(groups[key])))[:_GROUPS_SHOWN]:
         group, outcome = groups[key], groups[key][0][1]

@@ -8,9 +8,9 @@ from typing import Annotated
 from pydantic import WithJsonSchema
 
 from rhapsody_mcp.model.outcome import Outcome
-from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.states import Cause
 from rhapsody_mcp.runtime.tasks import ForEach, Task, name_of
-from rhapsody_mcp.runtime.tasks.failures import NUMBER, failure_key, failure_place
+from rhapsody_mcp.runtime.tasks.failures import NUMBER, failure_key, failure_place, is_failure
 from rhapsody_mcp.toolsets.replies.base import Reply
 from rhapsody_mcp.toolsets.replies.formatting import limited_list, one_line, shortened
 
@@ -55,7 +55,7 @@ def group_failures(tasks: Iterable[Task], share: float = 1.0) -> list[FailureGro
     """
     groups: dict[tuple[bool, str, str], list[Task]] = {}
     for task in tasks:
-        if task.outcome is None or task.outcome.state is TaskState.DONE or task.cause is Cause.SKIPPED:
+        if task.outcome is None or not is_failure(task.outcome):
             continue
         if not (isinstance(task, ForEach) and task.children):
             groups.setdefault(failure_key(task.outcome), []).append(task)

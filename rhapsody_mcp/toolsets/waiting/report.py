@@ -256,7 +256,7 @@ def _why(task: Task, first: Task, before: dict[str, int], running: Counter[str |
 
 def _at_once(task: Task) -> str:
     """What has to be free at a time for the task, where that is more than a core."""
-    if not isinstance(task, ComputeTask) or task.layout.ranks * task.layout.needs.counted_cores <= 1:
+    if not isinstance(task, ComputeTask) or task.layout.cores <= 1:
         return ""
     ranks, needs = task.layout.ranks, needs_text(task.layout.needs)
     return f"; it needs {f'{ranks} times {needs}' if ranks > 1 else needs} at once"
