@@ -350,6 +350,24 @@ async def test_a_job_that_is_run_again_while_no_service_is_there_runs_nothing_tw
             assert sum(state["counts"].values()) == 8 and len(login.runs) >= state["counts"]["DONE"]
 
 
+async def test_what_the_scheduler_ends_before_the_pilot_takes_no_waiting_task_along(login: Login) -> None:
+    async with login.client() as client:
+        await login.open(client, scheduler={"lines": ["--requeue"], "allocations": 2})
+        async with closed_at_the_end(login, client):
+            await login.submit(client, 8, 3)
+            await login.until_started(4)
+            for node in login.cluster.nodes:
+                for line in login.processes(node):
+                    if "rhapsody_mcp.engine.worker" in line:
+                        login.cluster.run(*login.cluster.on(node, "kill", "-TERM", line.split()[0]))
+            await anyio.sleep(1)  # as a busy node keeps the pilot's signal back
+            (job,) = login.jobs()
+            login.cluster.run("scontrol", "requeue", job)
+            await login.until_started_again(job)
+            state = await login.wait(client, 240)
+            assert state["counts"] == {"DONE": 4, "FAILED": 4} and set(login.runs.values()) == {1}
+
+
 async def test_a_node_that_dies_takes_its_own_tasks_alone(login: Login) -> None:
     async with login.client() as client:
         await login.open(client)

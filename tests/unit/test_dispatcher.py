@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import anyio
 import pytest
 
@@ -180,3 +182,18 @@ async def test_with_bundles_a_worker_is_started_for_each_and_let_go_after_it() -
     for uid in list(worker.uids):
         scene.dispatcher.function_finished("2", finished(uid, seconds=0.001))
     assert worker.is_closed
+
+
+async def test_after_a_sigterm_from_outside_no_task_starts_for_a_moment() -> None:
+    scene = Scene()
+    scene.node("one", 1)
+    first = scene.worker("1")
+    scene.submit(function("a"))
+    scene.dispatcher.worker_exited(WorkerExited("1", -signal.SIGTERM))
+    scene.dispatcher.worker_disconnected("1", first)
+    waits = scene.worker("2")
+    scene.submit(function("b"))
+    assert waits.uids == []
+    with anyio.fail_after(5):
+        while waits.uids != ["b"]:  # noqa: ASYNC110 - what the worker is sent is no event
+            await anyio.sleep(0.05)

@@ -61,8 +61,7 @@ class Dispatcher:
     ) -> None:
         self.tasks: dict[str, InFlightTask] = {}
         """Every task that has not ended, by uid."""
-        self.is_halted = False
-        self._drain_reason = ""
+        self.is_halted, self._drain_reason = False, ""
         self._on_exit, self._bundles, self._stop_grace_s = on_exit, bundles, stop_grace_s
         self._gate = StartGate(before_start)
         self._workers = WorkerPool(lambda node: self.processes.update(node))
@@ -119,6 +118,7 @@ class Dispatcher:
 
     def worker_exited(self, message: WorkerExited) -> None:
         if (worker := self._workers.by_name.get(message.worker)) is not None:
+            self._gate.process_ended(None if message.why else message.exit_code)
             worker.exit = message
             self._hand_over_tasks(worker)
 
@@ -269,6 +269,7 @@ class Dispatcher:
 
     def _return(self, task: InFlightTask, reason: str) -> None:
         if self.tasks.pop(task.uid, None) is not None:
+            task.placement = None
             task.report(Returned(task.uid, reason))
 
     def halt(self) -> None:
@@ -288,9 +289,7 @@ class Dispatcher:
             elif task.has_started(noted_starts):
                 self.finish(task, lost(task, reason))
             else:
-                del self.tasks[task.uid]
-                task.placement = None
-                task.report(Returned(task.uid, reason))
+                self._return(task, reason)
 
     # --- who gets what
 
@@ -447,4 +446,5 @@ class Dispatcher:
     def task_ended(self, node: Node, uid: str, outcome: Outcome) -> None:
         """A program, or the ranks of a job on this node, have ended."""
         if (task := self.tasks.get(uid)) is not None:
+            self._gate.process_ended(outcome.exit_code if outcome.cause in (Cause.CRASHED, Cause.EXIT_CODE) else None)
             self.processes.ended_on(node, task, outcome)
