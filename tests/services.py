@@ -16,11 +16,14 @@ from typing import Any, cast
 import anyio
 from anyio.abc import Process
 from mcp import Client, StdioServerParameters
+from mcp.types import Implementation
 
 from rhapsody_mcp.serving.paths import ServicePaths
 
-__all__ = ["PROGRAM", "OwnService", "own_service"]
+__all__ = ["CLIENT", "PROGRAM", "OwnService", "own_service"]
 
+CLIENT = Implementation(name="tests", version="1")
+"""A client with a name of its own, whose waits take the usual time."""
 PROGRAM = [sys.executable, "-m", "rhapsody_mcp"]
 
 
@@ -63,7 +66,7 @@ class OwnService:
         """An MCP client before it, as a chat starts it."""
         command = self.command("stdio", *options)
         server = StdioServerParameters(command=command[0], args=command[1:], env=self._environment())
-        async with Client(server, mode=cast(Any, era)) as client:
+        async with Client(server, mode=cast(Any, era), client_info=CLIENT) as client:
             yield client
 
     @asynccontextmanager

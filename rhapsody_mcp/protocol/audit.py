@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from rhapsody_mcp.protocol.apps import REFRESH_TOOL
 from rhapsody_mcp.protocol.audit_log import AuditFile
-from rhapsody_mcp.runtime.call_context import current_caller, current_peer
+from rhapsody_mcp.runtime.call_context import current_caller, current_client, current_peer
 from rhapsody_mcp.runtime.redaction import redacted, summary
 from rhapsody_mcp.runtime.telemetry.current import current_ids
 from rhapsody_mcp.settings import Settings
@@ -41,8 +41,8 @@ _HANDLE_CHARS = 8
 
 
 class Audit:
-    """Middleware of MCP servers. Sets `current_caller` during each call, and writes an entry when a request is
-    answered; a call that was answered with a handle gets a second entry when it ends.
+    """Middleware of MCP servers. Sets `current_caller` and `current_client` during each call, and writes an entry when
+    a request is answered; a call that was answered with a handle gets a second entry when it ends.
 
     Several servers may share one audit. Without a file it writes nothing.
     """
@@ -153,12 +153,17 @@ _current: ContextVar[_Call] = ContextVar("_current")
 @contextmanager
 def _as_current(call: _Call) -> Iterator[None]:
     """Tasks that the call starts inherit these context variables; tasks that serve many calls do not."""
-    tokens = current_caller.set(_caller_text(call.caller)), _current.set(call)
+    tokens = (
+        current_caller.set(_caller_text(call.caller)),
+        current_client.set(_client(call.ctx)[0]),
+        _current.set(call),
+    )
     try:
         yield
     finally:
         current_caller.reset(tokens[0])
-        _current.reset(tokens[1])
+        current_client.reset(tokens[1])
+        _current.reset(tokens[2])
 
 
 def _caller_fields(ctx: ServerRequestContext[Any, Any]) -> dict[str, Any]:
@@ -168,20 +173,26 @@ def _caller_fields(ctx: ServerRequestContext[Any, Any]) -> dict[str, Any]:
         peer, transport = str(ctx.request.scope.get("state", {}).get("peer", "")), "http"
     else:
         transport = "socket" if peer else "stdio"
-    fields = {"client": _client(ctx), "token": token and token.client_id, "peer": peer, "transport": transport}
+    fields = {
+        "client": " ".join(text for text in _client(ctx) if text),
+        "token": token and token.client_id,
+        "peer": peer,
+        "transport": transport,
+    }
     return {key: value for key, value in fields.items() if value}
 
 
-def _client(ctx: ServerRequestContext[Any, Any]) -> str:
-    """The name and the version that the client states, unverified."""
+def _client(ctx: ServerRequestContext[Any, Any]) -> tuple[str, str]:
+    """The name and the version that the client states, unverified; "" for each that it does not state."""
     params = ctx.params or {}
     initialized = ctx.session.client_params
     if initialized is not None:
-        name_and_version = [initialized.client_info.name, initialized.client_info.version]
+        name, version = initialized.client_info.name, initialized.client_info.version
     else:
         info = params.get("clientInfo") or (params.get("_meta") or {}).get(_CLIENT_INFO) or {}
-        name_and_version = [str(info.get(key, "")) for key in ("name", "version")] if isinstance(info, Mapping) else []
-    return " ".join(one_line(text[:_NAME_CHARS]) for text in name_and_version if text)
+        stated = info if isinstance(info, Mapping) else {}
+        name, version = str(stated.get("name", "")), str(stated.get("version", ""))
+    return one_line(name[:_NAME_CHARS]), one_line(version[:_NAME_CHARS])
 
 
 def _caller_text(caller: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import anyio
@@ -41,7 +42,7 @@ from rhapsody_mcp.toolsets.tooling.background import to_thread_if_large
 from rhapsody_mcp.toolsets.tooling.confirmation import Answer, CallContext, Force, require_agreement
 from rhapsody_mcp.toolsets.tooling.deferred import LONGEST_WAIT_S, defer
 from rhapsody_mcp.toolsets.waiting.report import WaitReport, wait_report
-from rhapsody_mcp.toolsets.waiting.selection import State, WaitFilters, select_tasks
+from rhapsody_mcp.toolsets.waiting.selection import State, select_tasks
 from rhapsody_mcp.toolsets.waiting.until import Condition, UntilField
 from rhapsody_mcp.toolsets.waiting.wait import ChangeSignal, tick_text, wait_for
 
@@ -63,7 +64,7 @@ class TaskPage(Reply):
 class Tasks:
     def __init__(self, sessions: SessionRegistry, settings: Settings) -> None:
         self._sessions, self._settings = sessions, settings
-        self._signal, self._filters = ChangeSignal(), WaitFilters()
+        self._signal = ChangeSignal()
         self.leave = sessions.watch(self._signal.notify)
 
     async def submit_tasks(
@@ -120,32 +121,34 @@ class Tasks:
         cursor: Annotated[str | None, Field(description="Of the reply before.")] = None,
         timeout_s: Annotated[
             float | None,
-            Field(ge=0, allow_inf_nan=False, description="Default 25."),
+            Field(ge=0, allow_inf_nan=False, description="Default 25, or what your client allows."),
         ] = None,
     ) -> Annotated[CallToolResult, WaitReport]:
         started = asyncio.get_running_loop().time()  # the cap is on the whole call, also on a long selection of tasks
-        selected = select_tasks(self._sessions.get(session), tasks, state, cursor, self._filters)
+        selected = select_tasks(self._sessions.get(session), tasks, state, cursor)
         condition = Condition(selected.open_session, until) if until is not None else None
-        since = selected.since if cursor else len(selected.open_session.session.ended)
-        asked_s = self._settings.wait_default_s if timeout_s is None else timeout_s
-        waits = asked_s > 0 and not all(task.state.final for task in selected.awaited)
-        cap_s = LONGEST_WAIT_S if waits and defer() else self._settings.wait_cap_s
+        waits = timeout_s != 0 and not all(task.state.final for task in selected.awaited)
+        is_deferred = waits and defer()
+        usual_s = self._settings.wait_default_s
+        default_s = usual_s if is_deferred else selected.patience.default_s(usual_s)
+        asked_s = default_s if timeout_s is None else timeout_s
+        cap_s = LONGEST_WAIT_S if is_deferred else self._settings.wait_cap_s
         applied_s = min(asked_s, cap_s)
 
         async def tick(waited_s: float) -> None:
             await context.report_progress(waited_s, applied_s, tick_text(selected))
 
         until_s = min(applied_s, _SHARE_OF_CAP * cap_s)
-        waited_s, answer = await wait_for(
-            selected,
-            self._signal,
-            count=count,
-            since=since,
-            timeout_s=until_s,
-            started=started,
-            tick=tick,
-            condition=condition,
-        )
+        with nullcontext() if is_deferred else selected.noting_end():
+            waited_s, answer = await wait_for(
+                selected,
+                self._signal,
+                count=count,
+                timeout_s=until_s,
+                started=started,
+                tick=tick,
+                condition=condition,
+            )
         others = [one for one in self._sessions.all() if one is not selected.open_session]
         return wait_report(
             selected,
@@ -153,6 +156,7 @@ class Tasks:
             asked_timeout_s=asked_s,
             applied_timeout_s=applied_s,
             waited_s=waited_s,
+            longer_s=usual_s if timeout_s is None and selected.patience.may_wait_longer(applied_s, usual_s) else None,
             condition=condition,
             answer=answer,
         )

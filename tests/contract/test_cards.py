@@ -107,14 +107,13 @@ def fields(schema: dict[str, Any]) -> Iterator[str]:
 
 
 @pytest.mark.anyio
-async def test_schemas_are_flat_and_closed_and_every_parameter_is_described() -> None:
+async def test_schemas_are_flat_and_every_parameter_is_described() -> None:
     for tool in await offered():
         form = wire(wire_form(tool))
         assert "$ref" not in form and "$defs" not in form
         for schema in (tool.input_schema, tool.output_schema or {}):
             assert schema["type"] == "object"
             assert not {"anyOf", "oneOf", "allOf"} & schema.keys()
-        assert tool.input_schema["additionalProperties"] is False
         for name, field in tool.input_schema["properties"].items():
             assert field.get("description"), f"{tool.name}.{name}"
 

@@ -19,7 +19,7 @@ from mcp.types import ElicitRequestParams, ElicitResult, JSONRPCResponse
 
 from tests.agents import Caller, text_of
 from tests.contract.count_tokens import tokens_of
-from tests.services import own_service
+from tests.services import CLIENT, own_service
 
 __all__ = ["IN_ONE_ERA", "Line", "Person", "Traveller", "connected", "rows_by_name"]
 
@@ -112,7 +112,7 @@ async def connected(era: str, *arguments: str) -> AsyncIterator[Traveller]:
         server = StdioServerParameters(command=command[0], args=command[1:], env=dict(os.environ))
         person, line = Person(), Line()
         wire = line.between(stdio_client(server))
-        async with Client(wire, mode=cast(Any, era), elicitation_callback=person) as client:
+        async with Client(wire, mode=cast(Any, era), elicitation_callback=person, client_info=CLIENT) as client:
             yield Traveller(client, person, line)
 
 

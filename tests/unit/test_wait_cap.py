@@ -20,7 +20,7 @@ class Open:
     """Stands for the selection of a task that does not end."""
 
     def __init__(self, task: Task) -> None:
-        self.until, self.open_session = [task], None
+        self.until, self.open_session, self.counted_from = [task], None, 0
 
 
 class Silent:
@@ -72,7 +72,6 @@ async def wait(task: Task, timeout_s: float, started: float, signal: object, con
             selected,  # type: ignore[arg-type]
             signal,  # type: ignore[arg-type]
             count=None,
-            since=0,
             timeout_s=timeout_s,
             started=started,
             tick=tick,

@@ -107,7 +107,7 @@ def _make_tool(method: Any, card: Card) -> Tool:
     tool = CardTool.from_function(method, title=card.title, description=card.text, annotations=_annotations(card))
     tool.fn_metadata = _UnparsedArguments(**dict(tool.fn_metadata))
     checked = {**flat(tool.parameters), "additionalProperties": False}
-    tool = tool.model_copy(update={"checked": checked, "parameters": {**brief(checked), "additionalProperties": False}})
+    tool = tool.model_copy(update={"checked": checked, "parameters": brief(checked)})
     if tool.fn_metadata.output_schema is not None:
         tool.fn_metadata.output_schema = flat(tool.fn_metadata.output_schema)
     return tool

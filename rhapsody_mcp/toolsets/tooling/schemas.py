@@ -26,7 +26,6 @@ _DEFAULTS: list[tuple[str, Any]] = [
     ("default", None),
     ("default", False),
     ("additionalProperties", True),
-    ("items", {}),
 ]
 
 
@@ -121,6 +120,10 @@ def _flat_node(node: Schema, definitions: Schema) -> Schema:
         definition = definitions[node["$ref"].rpartition("/")[2]]
         node = {**definition, **{key: value for key, value in node.items() if key != "$ref"}}
     node = _with_types(_without_null(node))
+    if "const" in node:  # Gemini has no const, and refuses an array without items, as OpenAI does
+        node = {**{key: value for key, value in node.items() if key != "const"}, "enum": [node["const"]]}
+    if "array" in _types(node):
+        node = {"items": {}, **node}
     return {
         key: _flat_value(key, value, definitions)
         for key, value in node.items()

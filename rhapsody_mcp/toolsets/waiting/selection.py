@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,8 +13,9 @@ from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.runtime.open_session import OpenSession
 from rhapsody_mcp.runtime.tasks import ForEach, Task, leaves, name_of, with_children
 from rhapsody_mcp.toolsets.replies.formatting import limited_list
+from rhapsody_mcp.toolsets.waiting.patience import patience_of
 
-__all__ = ["SelectedTasks", "State", "WaitFilter", "WaitFilters", "has_children", "select_tasks"]
+__all__ = ["SelectedTasks", "State", "WaitFilter", "has_children", "select_tasks"]
 
 State = Literal["open", "WAITING", "QUEUED", "RUNNING", "DONE", "FAILED", "CANCELED"]
 _OPEN = ("open", "WAITING", "QUEUED", "RUNNING")
@@ -36,24 +38,13 @@ class WaitFilter(NamedTuple):
         return f"{zlib.crc32(repr((session, uids, self.state)).encode()) & 0xFFFF:04x}"
 
 
-class WaitFilters:
-    """The filters of earlier waits for each session, by the keys in the cursors of their replies."""
-
-    def __init__(self) -> None:
-        self._by_session: WeakKeyDictionary[OpenSession, dict[str, WaitFilter]] = WeakKeyDictionary()
-
-    def add(self, open_session: OpenSession, wait_filter: WaitFilter) -> str:
-        """Keep the filter, and return its key."""
-        key = wait_filter.key(open_session.id)
-        self._by_session.setdefault(open_session, {})[key] = wait_filter
-        return key
-
-    def get(self, open_session: OpenSession, key: str) -> WaitFilter | None:
-        return self._by_session.get(open_session, {}).get(key)
+_filters: WeakKeyDictionary[OpenSession, dict[str, WaitFilter]] = WeakKeyDictionary()
+"""The filters of earlier waits for each session, by the keys in the cursors of their replies."""
 
 
 class SelectedTasks:
-    """The tasks that a wait is for. `since` is how many tasks of the session had ended at the cursor.
+    """The tasks that a wait is for. `since` is how many tasks of the session had ended at the cursor, `counted_from`
+    how many where the count of others begins: at the cursor, else at the call, or at one before that was given up.
 
     A for_each among `tasks` stands for all its children. `awaited` are the tasks themselves or, where the selection is
     by state, the tasks that were in that state at the selection or have ended since the cursor. `until` are the tasks
@@ -71,9 +62,13 @@ class SelectedTasks:
         names: Sequence[str] | None,
         earlier: WaitFilter | None = None,
         note: str = "",
+        counted_from: int | None = None,
     ) -> None:
         self.open_session, self.tasks, self.state, self.since = open_session, tasks, state, since or 0
-        self.names, self.earlier, self.note, self._key = names, earlier, note, key
+        self.names, self.earlier, self._key = names, earlier, key
+        self.counted_from = self.since if counted_from is None else counted_from
+        self.patience = patience_of(open_session)
+        self.notes = [text for text in (note, self.patience.take_note()) if text]
         self.awaited = self.until = tasks
         if state is not None:
             ended = () if since is None or state not in _OPEN else open_session.session.ended[since:]
@@ -113,6 +108,10 @@ class SelectedTasks:
     def _size(self) -> int:
         return sum(1 + len(task.children) if isinstance(task, ForEach) else 1 for task in self.awaited)
 
+    def noting_end(self) -> AbstractContextManager[None]:
+        """A context for the wait, from whose end is learned what its client lets it do."""
+        return self.patience.noting_end(self._key, self.counted_from)
+
     def cursor(self, position: int) -> str:
         return f"{position}.{self._key}"
 
@@ -122,21 +121,27 @@ def select_tasks(
     names: Sequence[str] | None,
     state: State | None,
     cursor: str | None,
-    filters: WaitFilters,
 ) -> SelectedTasks:
     """Raises UnknownName for a name, and InvalidRequest for a text that is no cursor of a reply.
 
     With the cursor of another filter, ends that its replies have shown are not shown again; where that filter is not
-    known any more, every end is shown.
+    known any more, every end is shown. Without a cursor, the wait goes on from one that the client gave up.
     """
     current = (task for task in open_session.session.tasks if task.replaced_by is None)
     tasks = list(current) if names is None else open_session.tasks(names)
     uids = None if names is None else frozenset(task.uid for task in tasks)
-    key = filters.add(open_session, WaitFilter(uids, state))
-    since, cursor_key = (None, key) if cursor is None else _parse_cursor(open_session, cursor)
+    key = (wait_filter := WaitFilter(uids, state)).key(open_session.id)
+    filters = _filters.setdefault(open_session, {})
+    filters[key] = wait_filter
+    unseen = patience_of(open_session).take_unseen(key)
+    if cursor is None:
+        begins = len(open_session.session.ended) if unseen is None else unseen
+        since = unseen if state is not None else None
+        return SelectedTasks(open_session, tasks, state, since, key, names, counted_from=begins)
+    since, cursor_key = _parse_cursor(open_session, cursor)
     if cursor_key == key:
         return SelectedTasks(open_session, tasks, state, since, key, names)
-    if (earlier := filters.get(open_session, cursor_key)) is None:
+    if (earlier := filters.get(cursor_key)) is None:
         return SelectedTasks(open_session, tasks, state, 0, key, names, note=_UNKNOWN_FILTER)
     return SelectedTasks(open_session, tasks, state, since, key, names, earlier, _other_filter(open_session, earlier))
 

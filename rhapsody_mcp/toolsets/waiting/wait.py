@@ -44,20 +44,19 @@ async def wait_for(
     signal: ChangeSignal,
     *,
     count: int | None,
-    since: int,
     timeout_s: float,
     started: float,
     tick: Callable[[float], Awaitable[None]],
     condition: Condition | None = None,
 ) -> tuple[float, Answer | None]:
-    """Return when all selected tasks have ended, or `count` of them after `since`, or the condition has its answer, or
+    """Return when all selected tasks have ended, or `count` of them more, or the condition has its answer, or
     `timeout_s` after `started` by the event loop's clock. The result is the seconds waited, and the answer.
 
     `tick` is called about once a second with the seconds waited so far, and is canceled at the end of the wait. To
     cancel a wait cancels no task.
     """
     now = asyncio.get_running_loop().time
-    progress, until_s = _Progress(selected, since), started + timeout_s
+    progress, until_s = _Progress(selected), started + timeout_s
     last_tick, next_look = -_TICK_S, 0.0
     while True:
         answer, is_over = None, progress.is_enough(count) or now() >= until_s
@@ -78,8 +77,8 @@ async def wait_for(
 class _Progress:
     """Counts ended tasks, and looks at each task once however often it is asked."""
 
-    def __init__(self, selected: SelectedTasks, since: int) -> None:
-        self._selected, self._seen, self._count = selected, since, 0
+    def __init__(self, selected: SelectedTasks) -> None:
+        self._selected, self._seen, self._count = selected, selected.counted_from, 0
         self._open = list(selected.until)
 
     def is_enough(self, count: int | None) -> bool:

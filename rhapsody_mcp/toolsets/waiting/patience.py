@@ -1,0 +1,99 @@
+"""How long the clients of a session let a call run, and what the waits that they gave up had to show."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+from rhapsody_mcp.runtime.call_context import current_client
+from rhapsody_mcp.runtime.open_session import OpenSession
+from rhapsody_mcp.toolsets.replies.formatting import duration
+
+__all__ = ["Patience", "patience_of"]
+
+_CAUTIOUS_S = 4.0
+"""The default for clients of which nothing is known: openai-agents, google-adk and Dragon's agents give a call 5 s, and
+the reply needs time."""
+_NAMES_UNKNOWN = ("", "mcp", "fastmcp", "google-adk")
+"""The names of clients that give a call 5 s, or 10 (agno, as "fastmcp"). The SDK's own name, "mcp", stands for many."""
+_SHARE_OF_LIMIT = 0.8
+_MOST_CLIENTS = 100
+
+
+@dataclass
+class Patience:
+    """How long a client lets a call run, as far as its calls in a session have shown."""
+
+    client: str
+    longest_s: float = 0.0
+    """The longest wait that the client took the reply of."""
+    limit_s: float = math.inf
+    """After how long the client gave up a wait; a longer one that it takes the reply of proves this wrong."""
+    _running: dict[int, float] = field(default_factory=dict)
+    """When each wait began that runs and may prove something."""
+    _unseen: dict[str, int] = field(default_factory=dict)
+    """For each filter, how many tasks of the session had ended before a wait that was given up."""
+    _gave_up_after_s: float | None = None
+
+    def default_s(self, usual_s: float) -> float:
+        """How long a wait lasts that says no time; `usual_s` suits most clients that have a name of their own."""
+        allowed_s = math.floor(self.longest_s) if self.client in _NAMES_UNKNOWN else usual_s
+        return min(usual_s, max(_CAUTIOUS_S, min(allowed_s, round(_SHARE_OF_LIMIT * self.limit_s, 1))))
+
+    def may_wait_longer(self, waited_s: float, usual_s: float) -> bool:
+        return waited_s < usual_s and math.isinf(self.limit_s)
+
+    def take_unseen(self, key: str) -> int | None:
+        """Where the reply to this filter begins, if the client gave up its last wait with the filter."""
+        return self._unseen.pop(key, None)
+
+    def take_note(self) -> str:
+        """A sentence about the wait before, if the client gave it up."""
+        after_s, self._gave_up_after_s = self._gave_up_after_s, None
+        if after_s is None:
+            return ""
+        return f"your client gave up the wait before this one after {duration(after_s)}"
+
+    @contextmanager
+    def noting_end(self, key: str, since: int) -> Iterator[None]:
+        """Learn from a wait with this filter, which began when `since` tasks had ended.
+
+        Older clients give up a call without a word: a wait during which the client begins another one proves nothing.
+        """
+        now = asyncio.get_running_loop().time
+        number, began = next(_numbers), now()
+        self._running = {other: at for other, at in self._running.items() if began - at < _CAUTIOUS_S}
+        self._running[number] = began
+        try:
+            yield
+            if number in self._running:
+                self._note_answer(now() - began)
+        except asyncio.CancelledError:
+            self.limit_s = self._gave_up_after_s = now() - began
+            self._unseen[key] = since
+            raise
+        finally:
+            self._running.pop(number, None)
+
+    def _note_answer(self, waited_s: float) -> None:
+        self.longest_s = max(self.longest_s, waited_s)
+        if self.longest_s > self.limit_s:
+            self.limit_s = math.inf
+
+
+_numbers = itertools.count()
+_by_session: WeakKeyDictionary[OpenSession, dict[str, Patience]] = WeakKeyDictionary()
+"""By the name of the client. A client may connect for each call anew, so no server can keep this."""
+
+
+def patience_of(open_session: OpenSession) -> Patience:
+    """The patience that the client of this call has shown in this session."""
+    clients, name = _by_session.setdefault(open_session, {}), current_client.get()
+    if name not in clients and len(clients) == _MOST_CLIENTS:
+        del clients[next(iter(clients))]
+    return clients.setdefault(name, Patience(name))

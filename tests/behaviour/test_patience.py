@@ -1,0 +1,116 @@
+"""How long a wait takes that says no time, and what becomes of a wait that the client gives up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+from mcp.types import Implementation
+
+from rhapsody_mcp.settings import Settings
+from rhapsody_mcp.toolsets.waiting import patience
+from rhapsody_mcp.toolsets.waiting.patience import Patience
+from tests.agents import Agent, open_agent
+
+pytestmark = pytest.mark.anyio
+
+SESSION = {"session": "session-1"}
+HELD = {"name": "held", "prompt": "x"}
+
+
+@pytest.fixture
+def _hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the careful default be 0.05 s."""
+    monkeypatch.setattr(patience, "_CAUTIOUS_S", 0.05)
+
+
+async def opened(agent: Agent, *tasks: dict[str, Any]) -> Agent:
+    """With these tasks, which do not end before they may."""
+    await agent.session()
+    agent.backend.may_finish.clear()
+    await agent.call("submit_tasks", **SESSION, tasks=list(tasks or [HELD]))
+    return agent
+
+
+async def give_up(agent: Agent, after_s: float = 0.2, **arguments: Any) -> None:
+    """Ask for a wait, and no longer wait for the reply after this time."""
+    with anyio.move_on_after(after_s) as scope:
+        await agent.call("wait_tasks", **SESSION, timeout_s=30, **arguments)
+    assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("era", ["auto", "legacy"])
+@pytest.mark.parametrize(("name", "allowed_s"), [("mcp", 0.05), ("fastmcp", 0.05), ("claude-code", 0.2)])
+@pytest.mark.usefixtures("_hasty")
+async def test_a_client_of_which_nothing_is_known_gets_a_reply_soon(name: str, allowed_s: float, era: str) -> None:
+    client_info = Implementation(name=name, version="1")
+    async with open_agent(era, settings=Settings(wait_default_s=0.2), client_info=client_info) as agent:
+        await opened(agent)
+        reply = await agent.call("wait_tasks", **SESSION)
+        assert (reply["asked_timeout_s"], reply["ended"]) == (allowed_s, False)
+        longer = "timeout_s=0.2 waits longer, if your client lets a call run so long"
+        assert (longer in agent.texts[-1]) == (allowed_s < 0.2)
+
+
+@pytest.mark.usefixtures("_hasty")
+async def test_a_time_that_is_asked_for_is_kept_to_and_is_taken_from_then_on() -> None:
+    async with open_agent(settings=Settings(wait_default_s=2.0)) as agent:
+        await opened(agent)
+        reply = await agent.call("wait_tasks", **SESSION, timeout_s=1.1)
+        assert reply["applied_timeout_s"] == 1.1 and reply["waited_s"] >= 1.1
+        assert (await agent.call("wait_tasks", **SESSION, timeout_s=0))["applied_timeout_s"] == 0
+        assert (await agent.call("wait_tasks", **SESSION))["applied_timeout_s"] == 1.0
+
+
+@pytest.mark.usefixtures("_hasty")
+async def test_after_a_wait_that_was_given_up_the_next_are_shorter_and_say_so() -> None:
+    client_info = Implementation(name="impatient", version="1")
+    async with open_agent(settings=Settings(wait_default_s=5.0), client_info=client_info) as agent:
+        await opened(agent)
+        await give_up(agent, 0.5)
+        reply = await agent.call("wait_tasks", **SESSION)
+        assert 0.35 < reply["applied_timeout_s"] < 0.6
+        assert "your client gave up the wait before this one after 5" in agent.texts[-1]
+        assert "waits longer" not in agent.texts[-1]
+        await agent.call("wait_tasks", **SESSION, timeout_s=0.8)
+        assert "gave up" not in agent.texts[-1]
+        assert (await agent.call("wait_tasks", **SESSION))["applied_timeout_s"] >= 0.05
+
+
+@pytest.mark.parametrize("selection", [{}, {"state": "open"}, {"tasks": ["held"]}, {"state": "open", "count": 1}])
+async def test_what_ended_during_a_wait_that_was_given_up_is_in_the_next(selection: dict[str, Any]) -> None:
+    async with open_agent() as agent:
+        await opened(agent)
+        await give_up(agent, **selection)
+        agent.backend.may_finish.set()
+        await agent.call("wait_tasks", **SESSION, state="RUNNING", timeout_s=20)
+        reply = await agent.call("wait_tasks", **SESSION, timeout_s=20, **selection)
+        assert [row["name"] for row in reply["done"]] == ["held"] and reply["waited_s"] < 5
+
+
+async def test_a_count_goes_on_from_the_wait_that_was_given_up() -> None:
+    async with open_agent() as agent:
+        await opened(agent, HELD)
+        await give_up(agent, count=1)
+        agent.backend.may_finish.set()
+        await agent.call("wait_tasks", **SESSION, tasks=["held"], timeout_s=20)
+        agent.backend.may_finish.clear()
+        await agent.call("submit_tasks", **SESSION, tasks=[{"name": "later", "prompt": "y"}])
+        reply = await agent.call("wait_tasks", **SESSION, count=1, timeout_s=20)
+        assert (reply["ended"], reply["waited_s"] < 5) == (False, True)
+
+
+@pytest.mark.usefixtures("_hasty")
+async def test_a_reply_that_nobody_may_have_read_proves_nothing() -> None:
+    shown = Patience("mcp")
+    async with anyio.create_task_group() as group:
+
+        async def wait(seconds: float) -> None:
+            with shown.noting_end("key", 0):
+                await anyio.sleep(seconds)
+
+        group.start_soon(wait, 0.3)
+        await anyio.sleep(0.1)
+        group.start_soon(wait, 0.05)
+    assert 0.05 <= shown.longest_s < 0.2
