@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rhapsody_mcp.dashboard.archive import write_whole
 from rhapsody_mcp.dashboard.live.notebook import NotebookDisplay, Shell, kernel_shell
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["Session"]
+
+_OF_RHAPSODY_PY = {
+    "add_backend": "Session(backends=[...]) takes all backends of the session",
+    "get_telemetry": "session.get_statistics() has times and rates, session.report(file) a page",
+    "start_telemetry": "session.get_statistics() has times and rates, session.report(file) a page, and the variables "
+    "of OpenTelemetry turn on traces (docs/operation.md)",
+}
+"""Names that users of rhapsody-py know, and what takes their place."""
 
 
 class Session(session.Session):
@@ -79,6 +87,10 @@ class Session(session.Session):
         if self._shown is None:
             self._shown = NotebookDisplay(self, shell, self._repr_html_)
         self._shown.show()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        instead = f": {_OF_RHAPSODY_PY[name]}" if name in _OF_RHAPSODY_PY else ""
+        raise AttributeError(f"Session has no attribute {name!r}{instead}.", name=name, obj=self)
 
     _shown: NotebookDisplay | None = None
 

@@ -10,6 +10,8 @@ import multiprocessing.context
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from rhapsody_mcp.model.errors import refuse_import
+
 if TYPE_CHECKING:
     from rhapsody_mcp.backends.dragon import DragonExecutionBackendV3
     from rhapsody_mcp.backends.endpoint import EndpointInferenceBackend
@@ -92,6 +94,27 @@ BACKENDS = {
 }
 """Every kind of backend, by the name that sessions use."""
 
+_LOCAL = "LocalExecutionBackend(), which runs functions and programs as processes of this machine"
+_DRAGON = "DragonExecutionBackendV3()"
+
+_OF_RHAPSODY_PY = {
+    "BackendRegistry": "BACKENDS, which holds every kind by name",
+    "BaseBackend": "rhapsody_mcp.backends.base.Backend",
+    "ConcurrentExecutionBackend": _LOCAL,
+    "DaskExecutionBackend": f"{_LOCAL}, or a session with nodes (docs/allocations.md)",
+    "DragonExecutionBackend": _DRAGON,
+    "DragonExecutionBackendV1": _DRAGON,
+    "DragonExecutionBackendV2": _DRAGON,
+    "NoopExecutionBackend": "rhapsody_mcp.testing.ScriptedBackend, for tests, or submit_tasks with dry_run, for agents",
+    "OrbitExecutionBackend": "a session with nodes on another cluster (docs/allocations.md)",
+    "RadicalExecutionBackend": "a session with nodes (docs/allocations.md), which holds the pilot itself",
+    "StateMapper": "TaskState of rhapsody_mcp.api",
+    "TasksMainStates": "TaskState of rhapsody_mcp.api",
+    "discover_backends": "BACKENDS, which holds every kind by name",
+    "get_backend": f"the class itself, as in `await {_DRAGON}`",
+}
+"""Names that users of rhapsody-py know, and what takes their place."""
+
 
 class _DragonContext(multiprocessing.context.SpawnContext):
     """The spawn start method under the name "dragon", for programs written for Dragon.
@@ -110,4 +133,4 @@ def __getattr__(name: str) -> Any:
     for registration in BACKENDS.values():
         if registration.class_name == name:
             return registration.load_class()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    refuse_import(__name__, name, _OF_RHAPSODY_PY)

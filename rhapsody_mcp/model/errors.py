@@ -30,10 +30,10 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import copy
 from itertools import islice
-from typing import Self
+from typing import NoReturn, Self
 
 __all__ = [
     "BackendError",
@@ -56,6 +56,8 @@ __all__ = [
     "SessionClosed",
     "UnknownName",
     "nearest",
+    "refuse_import",
+    "refuse_other_fields",
     "refuse_unknown",
     "root_of",
 ]
@@ -275,3 +277,21 @@ def refuse_unknown(kind: str, given: Iterable[str], known: Iterable[str]) -> Non
 def _listed(names: list[str]) -> str:
     shown = ", ".join(names[:20]) or "none yet"
     return f"{shown}, and {len(names) - 20} more" if len(names) > 20 else shown
+
+
+def refuse_other_fields(kind: str, fields: Iterable[str], places: Mapping[str, str]) -> None:
+    """Raise InvalidTask for a field that other libraries have; `places` says how this kind of task expresses it."""
+    for field in fields:
+        if field in places:
+            raise InvalidTask(f"{kind} has no field {field!r}; write it as {places[field]}.", field=field)
+
+
+def refuse_import(module: str, name: str, instead: Mapping[str, str]) -> NoReturn:
+    """Raise ImportError for a name of rhapsody-py that has another one here, else AttributeError."""
+    if name not in instead:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    raise ImportError(
+        f"{module} has no {name}, as in rhapsody-py: what takes its place is {instead[name]}. "
+        "docs/from_rhapsody_py.md lists all that differs.",
+        name=module,
+    )

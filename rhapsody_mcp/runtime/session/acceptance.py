@@ -75,7 +75,10 @@ class Acceptance:
         uids: dict[str, Task] = {}
         for task in batch:
             if not isinstance(task, Task):
-                raise InvalidTask(f"submit_tasks takes ComputeTask and AITask objects, not a {type(task).__name__}.")
+                raise InvalidTask(
+                    "submit_tasks takes ComputeTask and AITask objects, as ComputeTask(**fields) makes one of a dict; "
+                    f"not a {type(task).__name__}."
+                )
             if task.state is not TaskState.NEW or task.uid in self._tasks or task.uid in uids:
                 raise InvalidTask(f"{task.uid} is submitted already; make a new task for a new run.", uid=task.uid)
             uids[task.uid] = task

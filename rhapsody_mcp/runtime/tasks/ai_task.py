@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
+from rhapsody_mcp.model.errors import InvalidTask, refuse_other_fields, refuse_unknown
 from rhapsody_mcp.model.sampling import SAMPLING, check_message, check_parameter
 from rhapsody_mcp.model.specs import Completion, Layout, Message, TaskSpec
 from rhapsody_mcp.model.values import Ref
@@ -15,6 +15,11 @@ from rhapsody_mcp.runtime.tasks.task import COMMON_FIELDS, Part, Task, Text, con
 
 __all__ = ["AITask"]
 
+_PLACES = {
+    "inference_endpoint": 'the backend of the session: EndpointInferenceBackend("http://127.0.0.1:8000/v1")',
+    "timeout": 'task_backend_specific_kwargs={"timeout": seconds}',
+}
+"""Field names of other libraries, and how AITask expresses them."""
 _AI_FIELDS = ("prompt", "messages", "system_prompt", *SAMPLING, "task_backend_specific_kwargs")
 
 
@@ -65,6 +70,7 @@ class AITask(Task):
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
         **common: Any,
     ) -> None:
+        refuse_other_fields("AITask", common, _PLACES)
         refuse_unknown("field of AITask", common.keys() - COMMON_FIELDS, (*_AI_FIELDS, *COMMON_FIELDS))
         super().__init__(**common)
         self.prompt = prompt

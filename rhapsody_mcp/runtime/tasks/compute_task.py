@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
+from rhapsody_mcp.model.errors import InvalidTask, refuse_other_fields, refuse_unknown
 from rhapsody_mcp.model.specs import Call, Command, TaskSpec
 from rhapsody_mcp.runtime.process_layout import read_layout, read_timeout, refuse_half_characters
 from rhapsody_mcp.runtime.serialization import Encoder, Module, Source, are_plain
@@ -34,6 +34,13 @@ _PLACES = {
     "ranks": 'task_backend_specific_kwargs={"process_templates": [(ranks, {})]}',
     "shell": 'executable="sh", arguments=["-c", "..."]',
     "capture_stdio": "task.stdout and task.stderr, which are always kept",
+    "cpu_threads": 'task_backend_specific_kwargs={"cores": 4}',
+    "environment": 'task_backend_specific_kwargs={"process_template": {"env": {...}}}',
+    "gpu": 'task_backend_specific_kwargs={"gpus": 1}',
+    "input_files": "arguments, or args, with full paths, or with tasks whose outputs they are",
+    "memory": 'task_backend_specific_kwargs={"memory_gb": 8}',
+    "output_files": 'outputs=["result.json"]',
+    "working_directory": 'task_backend_specific_kwargs={"process_template": {"cwd": ...}}',
 }
 """Field names of other libraries, and how ComputeTask expresses them."""
 
@@ -85,7 +92,7 @@ class ComputeTask(Task):
         task_backend_specific_kwargs: Mapping[str, Any] | None = None,
         **common: Any,
     ) -> None:
-        _refuse_foreign_fields(common)
+        refuse_other_fields("ComputeTask", common, _PLACES)
         refuse_unknown("field of ComputeTask", common.keys() - COMMON_FIELDS, (*_COMPUTE_FIELDS, *COMMON_FIELDS))
         super().__init__(**common)
         self.function = function
@@ -176,12 +183,6 @@ class ComputeTask(Task):
             arguments = tuple(map(content, self.arguments))
             work = Command(self.executable or "", arguments, self.stdout_form or "text", self.outputs)
         return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s, priority=self.priority)
-
-
-def _refuse_foreign_fields(fields: Iterable[str]) -> None:
-    for field in fields:
-        if field in _PLACES:
-            raise InvalidTask(f"ComputeTask has no field {field!r}; write it as {_PLACES[field]}.", field=field)
 
 
 def _checked_outputs(patterns: Sequence[str]) -> tuple[str, ...]:
