@@ -172,6 +172,11 @@ def _add_other_commands(subparsers: _Subparsers) -> None:
         doctor.add_argument(f"--{name}", help=f"the {name} of that job")
     doctor.set_defaults(run=commands.doctor)
 
+    clients = subparsers.add_parser("clients", help="say what MCP clients have to be told to use this server")
+    clients.add_argument("--ssh", metavar="HOST", help="for a client on another machine, which calls this one so")
+    clients.add_argument("--bundle", type=Path, metavar="FILE", help="write a bundle (.mcpb) for Claude Desktop")
+    clients.set_defaults(run=commands.clients)
+
     init = subparsers.add_parser("init", help="write a commented config.yaml for the vllm backend")
     init.add_argument("folder", type=Path, help="where to write it; made if it is not there")
     init.add_argument(

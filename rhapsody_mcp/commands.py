@@ -265,6 +265,21 @@ def doctor(options: argparse.Namespace) -> int:
     return run_doctor_on_nodes(_paths(options), read_settings(), options.nodes, given)
 
 
+def clients(options: argparse.Namespace) -> int:
+    from rhapsody_mcp.clients import entries, server_command, write_bundle
+
+    command = server_command(options.ssh)
+    if options.bundle is None:
+        print("\n\n".join(f"{client}\n  {entry}" for client, entry in entries(command).items()))
+        return 0
+    try:
+        write_bundle(options.bundle, command)
+    except OSError as error:
+        raise RhapsodyError(f"{options.bundle} cannot be written: {error.strerror}.") from error
+    print(f"Wrote {options.bundle}. Open it with Claude Desktop.")
+    return 0
+
+
 def init(options: argparse.Namespace) -> int:
     from rhapsody_mcp.backends.vllm.config import sample_config
 

@@ -35,7 +35,7 @@ EXTRAS = {extra: names(lines) for extra, lines in PROJECT["optional-dependencies
 
 def imported(folder: Path) -> dict[str, set[str]]:
     """The distributions that may bring each package of others that is imported below the folder, by the package."""
-    files = [file for file in folder.rglob("*.py") if "rivals" not in file.parts]
+    files = [file for file in folder.rglob("*.py") if not {"rivals", "recipes"} & set(file.parts)]
     packages = {name.partition(".")[0] for file in files for name in imports(file)}
     ours = {"rhapsody_mcp", "tests", "rhapsody_key", ""}
     return {
