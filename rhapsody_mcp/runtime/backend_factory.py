@@ -162,7 +162,7 @@ async def try_environment(config: SessionConfig, settings: Settings) -> None:
         return
     if config.environment is not None and config.environment.setup:
         Policy.of(settings).check_setup()
-        await replace(config.environment, withheld=settings.withheld_variables).build()
+        await _try_setup(replace(config.environment, withheld=settings.withheld_variables))
     software, folder = config.software, config.folder or os.getcwd()
     if software.container:
         has_setup = bool(config.environment and config.environment.setup) or bool(software.setup)
@@ -171,6 +171,20 @@ async def try_environment(config: SessionConfig, settings: Settings) -> None:
         )
     elif software.python:
         await asyncio.to_thread(find_interpreter, software.python, folder)
+
+
+async def _try_setup(environment: Environment) -> None:
+    """Raise InvalidSettings where its setup lines fail. A trial that a client gives up goes on: `module load` may take
+    longer than a client waits, and the next call for the same environment gets the end of the trial."""
+    key = msgspec.json.encode(environment)
+    trial = _trials[key] = _trials.get(key) or asyncio.create_task(environment.build())
+    await asyncio.wait([trial])
+    _trials.pop(key, None)
+    trial.result()
+
+
+_trials: dict[bytes, asyncio.Task[dict[str, str]]] = {}
+"""The trials of setup lines that run, or whose end nobody has taken."""
 
 
 def _check_policy(config: SessionConfig, policy: Policy) -> None:

@@ -41,6 +41,7 @@ from rhapsody_mcp.toolsets.submission.submit import submit
 from rhapsody_mcp.toolsets.tooling.background import to_thread_if_large
 from rhapsody_mcp.toolsets.tooling.confirmation import Answer, CallContext, Force, require_agreement
 from rhapsody_mcp.toolsets.tooling.deferred import LONGEST_WAIT_S, defer
+from rhapsody_mcp.toolsets.waiting.patience import patience_of
 from rhapsody_mcp.toolsets.waiting.report import WaitReport, wait_report
 from rhapsody_mcp.toolsets.waiting.selection import State, select_tasks
 from rhapsody_mcp.toolsets.waiting.until import Condition, UntilField
@@ -241,7 +242,7 @@ class Tasks:
         had_ended = sum(task.state.final for task in leaves(canceled))
         if ending := with_dependents(canceled, open_session.session.tasks):
             defer()
-        with anyio.move_on_after(_CANCEL_WAIT_S):
+        with anyio.move_on_after(min(_CANCEL_WAIT_S, patience_of(open_session).default_s(_CANCEL_WAIT_S))):
             await open_session.session.cancel([task for task in canceled if not task.state.final])
         return cancel_report(ending, had_ended)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+from mcp import MCPError
 from mcp.types import Implementation
 
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.waiting import patience
 from rhapsody_mcp.toolsets.waiting.patience import Patience
 from tests.agents import Agent, open_agent
+from tests.services import own_service
 
 pytestmark = pytest.mark.anyio
 
@@ -99,6 +102,18 @@ async def test_a_count_goes_on_from_the_wait_that_was_given_up() -> None:
         await agent.call("submit_tasks", **SESSION, tasks=[{"name": "later", "prompt": "y"}])
         reply = await agent.call("wait_tasks", **SESSION, count=1, timeout_s=20)
         assert (reply["ended"], reply["waited_s"] < 5) == (False, True)
+
+
+async def test_setup_lines_that_take_longer_than_a_call_may_are_tried_once(tmp_path: Path) -> None:
+    lines = [f"echo tried >>{tmp_path}/tries", "sleep 1"]
+    wanted = {"name": "slow", "environment": {"setup": lines}}
+    with own_service() as service:
+        async with service.client() as client:
+            with pytest.raises(MCPError, match="timed out"):
+                await client.call_tool("create_session", wanted, read_timeout_seconds=0.5)
+            opened = await client.call_tool("create_session", wanted)
+            assert not opened.is_error
+    assert (tmp_path / "tries").read_text() == "tried\n"
 
 
 @pytest.mark.usefixtures("_hasty")
