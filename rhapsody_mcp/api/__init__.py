@@ -1,5 +1,6 @@
-"""The Python API: tasks, sessions and their exceptions."""
+"""The Python API: tasks, sessions, executors and their exceptions."""
 
+from rhapsody_mcp.api.executor import SessionExecutor
 from rhapsody_mcp.api.session import Session
 from rhapsody_mcp.model.errors import BackendUnavailable, InvalidTask, RhapsodyError, SessionClosed, UnknownName
 from rhapsody_mcp.model.live.output import OutputQuery
@@ -21,6 +22,7 @@ __all__ = [
     "RhapsodyError",
     "Session",
     "SessionClosed",
+    "SessionExecutor",
     "Source",
     "TaskCanceled",
     "TaskFailed",
