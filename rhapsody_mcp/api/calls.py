@@ -30,14 +30,14 @@ _DIED = (Cause.CRASHED, Cause.LOST, Cause.MEMORY)
 
 
 class RemoteTraceback(Exception):
-    """The traceback, as text, of a function that raised in another process."""
+    """The traceback, as text, of a function that raised in another process; `tb`, as in the standard library."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
+    def __init__(self, tb: str) -> None:
+        super().__init__(tb)
+        self.tb = tb
 
     def __str__(self) -> str:
-        return f'\n"""\n{self.text}"""'
+        return f'\n"""\n{self.tb}"""'
 
 
 class ProcessDied(TaskFailed, BrokenExecutor):
@@ -187,8 +187,6 @@ class Calls:
         with self._lock:
             self._refusal = self._refusal or "cannot schedule new futures after shutdown"
             still_open = list(self._open)
-        if self._loop.is_closed():
-            self._give_up()
         for call in still_open if cancel or stop else ():
             if (promise := call.promise) is not None:
                 promise.cancel()
@@ -219,7 +217,7 @@ class Calls:
 
     def _wake(self) -> None:
         with self._lock:
-            if self._is_awake:
+            if self._is_awake and not self._loop.is_closed():
                 return
             self._is_awake = True
         try:
@@ -230,7 +228,7 @@ class Calls:
     def _give_up(self) -> None:
         """End what no event loop will end."""
         with self._lock:
-            self._refusal = "cannot schedule new futures: the event loop of the session has ended"
+            self._refusal = self._refusal or "cannot schedule new futures: the event loop of the session has ended"
             left, self._open, self._is_awake = self._open, set(), False
         for call in left:
             call.settle(None, SessionClosed(f"{call.uid}: the event loop of its session has ended."))
