@@ -66,7 +66,14 @@ class SessionExecutor(Executor):
         return executor
 
     def _take(self, calls: Calls) -> None:
-        self._calls, self._options, self._origin = calls, dict[str, Any](), self
+        self._calls, self._options = calls, dict[str, Any]()
+
+    _origin: SessionExecutor | None = None
+
+    @property
+    def _max_workers(self) -> int:
+        """How many functions run at a time, under the name by which Dask and others ask an executor."""
+        return sum(backend.num_workers or 0 for backend in self.session.backends) or 1
 
     @property
     def session(self) -> Session:
@@ -80,6 +87,7 @@ class SessionExecutor(Executor):
         packages, and the fields of a task, such as name, backend, retries and priority. Raises InvalidTask.
         """
         other = copy(self)
+        other._origin = self  # whose end is that of the calls
         fields = {name: value for name, value in options.items() if name in _OPTIONS}
         kwargs = {name: value for name, value in options.items() if name not in _OPTIONS}
         kwargs = self._options.get("task_backend_specific_kwargs", {}) | kwargs

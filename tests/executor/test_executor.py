@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from rhapsody_mcp.api import ComputeTask, InvalidTask, Session, SessionClosed, SessionExecutor, TaskFailed
-from rhapsody_mcp.backends import LocalExecutionBackend
+from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
 from rhapsody_mcp.model.errors import InvalidRequest
 from rhapsody_mcp.model.states import Cause, TaskState
 
@@ -318,7 +318,7 @@ PROGRAM = """if True:
     import os, signal, sys, time
     from pathlib import Path
     from rhapsody_mcp.api import SessionExecutor
-    from rhapsody_mcp.backends import LocalExecutionBackend
+    from rhapsody_mcp.backends import DragonExecutionBackendV3, LocalExecutionBackend
     def slow(name, seconds):
         import time
         from pathlib import Path
@@ -418,6 +418,15 @@ async def test_any_thread_uses_the_executor_of_an_open_session(once: Once) -> No
     assert waits.cancelled() or waits.exception(0) is not None
 
 
+async def test_a_call_that_has_ended_is_not_run_again_by_its_session() -> None:
+    async with Session([LocalExecutionBackend(num_workers=1)]) as session:
+        future = SessionExecutor.of(session).submit(divmod, 1, 0)
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wrap_future(future)
+        with pytest.raises(InvalidTask, match="call of an executor"):
+            await session.retry(session.tasks)
+
+
 async def test_an_executor_whose_session_is_closed_fails_its_calls() -> None:
     async with Session([LocalExecutionBackend(num_workers=1)]) as session:
         executor = SessionExecutor.of(session)
@@ -444,6 +453,23 @@ def test_an_executor_whose_event_loop_has_ended_ends_its_futures() -> None:
 def sum_of_squares(executor: Executor, numbers: Iterable[int]) -> int:
     """Code that knows the standard interface alone, as that of libraries with an argument `executor`."""
     return sum(future.result() for future in as_completed([executor.submit(pow, n, 2) for n in numbers]))
+
+
+def test_it_says_how_many_calls_run_at_a_time_as_dask_asks(executor: SessionExecutor) -> None:
+    assert executor._max_workers == 2
+
+
+def test_calls_run_on_dragon() -> None:
+    with SessionExecutor(DragonExecutionBackendV3(num_workers=1)) as executor:
+        assert list(executor.map(abs, [-1, -2])) == [1, 2]
+        assert executor.options(process_template={}).submit(abs, -3).result(LIMIT_S) == 3
+
+
+def test_an_executor_of_several_backends_runs_a_call_where_it_is_told() -> None:
+    backends = [LocalExecutionBackend(num_workers=1, name=name) for name in ("one", "other")]
+    with SessionExecutor(*backends) as executor:
+        assert executor.options(backend="other").submit(abs, -1).result(LIMIT_S) == 1
+        assert executor.session.tasks[-1].backend == "other"
 
 
 def test_code_for_a_standard_executor_runs_unchanged(executor: SessionExecutor) -> None:
