@@ -20,6 +20,7 @@ from rhapsody_mcp.model.errors import InvalidTask, SessionClosed
 from rhapsody_mcp.model.outcome import TaskFailed
 from rhapsody_mcp.model.specs import TaskSpec
 from rhapsody_mcp.model.states import Cause, TaskState
+from rhapsody_mcp.model.values import Value
 from rhapsody_mcp.runtime.serialization import Encoder
 from rhapsody_mcp.runtime.session.steps import TASKS_PER_STEP
 from rhapsody_mcp.runtime.tasks import ComputeTask
@@ -77,11 +78,6 @@ class Call(ComputeTask):
         """The future of the caller; None once it has ended."""
         return self._promise
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether the future can no longer be canceled, or has heard that it was."""
-        return self._begun
-
     def begin(self) -> None:
         """Have the future run, or hear that it was canceled."""
         if not self._begun and self._promise is not None:
@@ -120,11 +116,15 @@ class Call(ComputeTask):
     def _release(self) -> None:
         self.function, self.args, self.kwargs = _Gone(self.what), (), {}
         self.return_value = self.raised = None
-        if self.outcome is not None and (value := self.outcome.value) is not None and not self.passed_on:
-            if value.file is not None:
-                Path(value.file).unlink(missing_ok=True)
-            gone = replace(value, data=None, file=value.file or f"the result of {self.uid}")
-            self.outcome = replace(self.outcome, value=gone, exception=b"")
+        if self.outcome is not None and self.outcome.value is not None and not self.passed_on:
+            self.outcome = replace(self.outcome, value=self._without_data(self.outcome.value))
+
+    def _without_data(self, value: Value) -> Value:
+        if value.format == "files":
+            return value
+        if value.file is not None:
+            Path(value.file).unlink(missing_ok=True)
+        return replace(value, data=None, file=value.file or f"the result of {self.uid}")
 
 
 class _Gone:
@@ -272,7 +272,7 @@ class Calls:
                 wanted.append(call)
         try:
             await self.session.submit_tasks(wanted)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # pickling runs the user's own code
             if len(wanted) == 1:
                 wanted[0].settle(None, error)
             else:
@@ -303,8 +303,11 @@ class OwnCalls(Calls):
         self._thread.start()
 
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self._serve())
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+                runner.run(self._serve())
+        finally:
+            self._give_up()
 
     async def _serve(self) -> None:
         async with self.session:

@@ -124,9 +124,11 @@ class SessionExecutor(Executor):
         futures = deque(self.submit(fn, *args) for args in itertools.islice(calls, buffersize))
 
         def results() -> Iterator[_T]:
+            more = len(futures) == buffersize
             try:
                 while futures:
-                    futures.extend(self.submit(fn, *args) for args in itertools.islice(calls, 1))
+                    if more and (more := (args := next(calls, None)) is not None):
+                        futures.append(self.submit(fn, *args))
                     yield _result(futures.popleft(), end)
             finally:
                 for future in futures:

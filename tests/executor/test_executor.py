@@ -22,6 +22,7 @@ from concurrent.futures import (
     wait,
 )
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -139,6 +140,13 @@ def test_map_with_a_buffer_takes_items_only_as_results_are_taken(executor: Sessi
     assert len(taken) == 8
 
 
+@pytest.mark.parametrize("buffersize", [None, 1, 2, 9])
+def test_map_takes_no_more_of_one_iterable_than_zip_does(executor: SessionExecutor, buffersize: int | None) -> None:
+    longer = iter(range(10))
+    assert list(executor.map(pow, longer, [2, 2, 2], buffersize=buffersize)) == [0, 1, 4]
+    assert next(longer) == 4
+
+
 @pytest.mark.parametrize("size", ["chunksize", "buffersize"])
 def test_map_refuses_a_size_below_one(executor: SessionExecutor, size: str) -> None:
     sizes: dict[str, Any] = {size: 0}
@@ -182,6 +190,30 @@ def test_what_cannot_be_sent_fails_its_own_future_alone(executor: SessionExecuto
     assert [future.exception(LIMIT_S) is None for future in futures] == [True, True, True, False, True, True]
     with pytest.raises(InvalidTask, match="cannot be sent to another process: TypeError"):
         futures[3].result()
+
+
+class ExitsWhenSent:
+    def __reduce__(self) -> str:
+        sys.exit("sent")
+
+
+def test_an_argument_that_exits_when_it_is_sent_fails_its_own_future_alone(executor: SessionExecutor) -> None:
+    with pytest.raises(SystemExit, match="sent"):
+        executor.submit(id, ExitsWhenSent()).result(LIMIT_S)
+    assert executor.submit(abs, -1).result(LIMIT_S) == 1
+
+
+def test_files_that_a_call_leaves_are_in_its_result(executor: SessionExecutor) -> None:
+    def leave() -> int:
+        from pathlib import Path
+
+        Path("left.txt").write_text("here")
+        return 3
+
+    with TemporaryDirectory() as folder:
+        leaves = executor.options(outputs=["left.txt"], process_template={"cwd": folder})
+        result: Any = leaves.submit(leave).result(LIMIT_S)
+    assert (result["result"], Path(result["files"]["left.txt"]).read_text()) == (3, "here")
 
 
 def test_a_future_runs_from_the_start_of_its_call_and_is_then_not_canceled(
