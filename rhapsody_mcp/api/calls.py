@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures.thread  # noqa: F401  # its hook at the end of a program comes before ours, so that it runs after
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Future, wait
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from rhapsody_mcp.runtime.tasks import ComputeTask
 
 __all__ = ["Call", "Calls", "OwnCalls", "ProcessDied", "RemoteTraceback"]
 
+_THREADS = 4
 _DIED = (Cause.CRASHED, Cause.LOST, Cause.MEMORY)
 
 
@@ -296,22 +296,26 @@ class OwnCalls(Calls):
     """Calls with an event loop in a thread of their own, at whose end the session is closed."""
 
     def __init__(self, session: Session) -> None:
+        self._drained, self._helpers = asyncio.Event(), _started_threads()
         super().__init__(session, asyncio.new_event_loop())
-        self._drained = asyncio.Event()
+        self._loop.set_default_executor(self._helpers)
         # a daemon, so that an interrupted wait at the end of the program ends the program
         self._thread = threading.Thread(target=self._run, name=f"executor of {session.uid}", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-                runner.run(self._serve())
+            self._loop.run_until_complete(self._serve())
         finally:
+            self._helpers.shutdown()
+            self._loop.close()
             self._give_up()
 
     async def _serve(self) -> None:
         async with self.session:
             await self._drained.wait()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
 
     def _join(self) -> None:
         self._thread.join()
@@ -330,6 +334,18 @@ class OwnCalls(Calls):
                 self._drained.set()
 
 
+def _started_threads() -> ThreadPoolExecutor:
+    """Threads for an event loop, all of which run: at the end of a program, some versions of Python start no others."""
+    threads, all_run = ThreadPoolExecutor(_THREADS), threading.Barrier(_THREADS)
+    try:
+        for _ in range(_THREADS):
+            threads.submit(all_run.wait)
+    except BaseException:
+        all_run.abort()
+        raise
+    return threads
+
+
 _all: weakref.WeakSet[Calls] = weakref.WeakSet()
 
 
@@ -345,6 +361,7 @@ def _abandon_all() -> None:
         calls.abandon()
 
 
-# not atexit, which comes after the threads that a session needs to end
+# not atexit, which comes after the end of the threads that a session needs; of these, the last registered runs first,
+# and the hook of ThreadPoolExecutor is registered by its import
 threading._register_atexit(_finish_all)  # type: ignore[attr-defined]
 os.register_at_fork(after_in_child=_abandon_all)

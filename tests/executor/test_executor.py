@@ -378,6 +378,16 @@ def test_a_program_that_forgets_shutdown_ends_once_its_calls_have(tmp_path: Path
     assert (tmp_path / "done").exists()
 
 
+def test_a_program_whose_last_line_submits_ends_once_the_calls_have(tmp_path: Path) -> None:
+    text = """
+    executor = SessionExecutor(LocalExecutionBackend(num_workers=1))
+    executor.submit(slow, sys.argv[1], float(sys.argv[2])), executor.submit(bytes, 1_000_000)
+    """
+    ended = run_program(text, tmp_path / "done", 0.1)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("", "", 0)
+    assert (tmp_path / "done").exists()
+
+
 def test_a_program_that_is_interrupted_cancels_what_runs(tmp_path: Path) -> None:
     text = "    with start()[0]:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(60)\n"
     began = time.monotonic()
