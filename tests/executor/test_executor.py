@@ -243,6 +243,26 @@ def test_a_future_that_is_canceled_before_its_start_never_runs(tmp_path: Path, o
     assert [task.state for task in executor.session.tasks] == [TaskState.DONE, TaskState.CANCELED]
 
 
+def test_futures_that_are_canceled_at_any_moment_all_end(tmp_path: Path) -> None:
+    def append(number: int) -> int:
+        with open(tmp_path / "ran", "a") as file:
+            file.write(f"{number}\n")
+        return number
+
+    with SessionExecutor(LocalExecutionBackend(num_workers=2)) as executor:
+        futures = [executor.submit(append, number) for number in range(3000)]
+        threads = [threading.Thread(target=lambda part=part: [f.cancel() for f in futures[part::4]]) for part in (1, 2)]
+        for thread in threads:
+            thread.start()
+        done, not_done = wait(futures, timeout=LIMIT_S)
+        for thread in threads:
+            thread.join()
+    assert not not_done and {future for future in done if not future.cancelled()} >= {*futures[0::4], *futures[3::4]}
+    assert [f.result() for f in futures if not f.cancelled()] == [n for n, f in enumerate(futures) if not f.cancelled()]
+    ran = {int(line) for line in (tmp_path / "ran").read_text().split()}
+    assert ran >= {number for number, future in enumerate(futures) if not future.cancelled()}
+
+
 def test_completed_futures_come_as_they_complete(executor: SessionExecutor, once: Once) -> None:
     held, quick = executor.submit(once.call()), executor.submit(str, "quick")
     order = as_completed([held, quick], LIMIT_S)
