@@ -1,7 +1,8 @@
-"""The Python API: tasks, sessions and their exceptions."""
+"""The Python API: tasks, sessions, executors and their exceptions."""
 
 from typing import NoReturn
 
+from rhapsody_mcp.api.executor import SessionExecutor
 from rhapsody_mcp.api.session import Session
 from rhapsody_mcp.model.errors import (
     BackendUnavailable,
@@ -30,6 +31,7 @@ __all__ = [
     "RhapsodyError",
     "Session",
     "SessionClosed",
+    "SessionExecutor",
     "Source",
     "TaskCanceled",
     "TaskFailed",

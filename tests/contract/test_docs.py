@@ -27,6 +27,7 @@ from tests.contract.test_imports import KNOWS
 PACKAGE = ROOT / "rhapsody_mcp"
 ARCHITECTURE = DOCUMENTS["docs/architecture.md"]
 PYTHON = blocks("python", "docs/python.md")
+EXECUTOR = blocks("python", "docs/executor.md")
 every_document = pytest.mark.parametrize("document", DOCUMENTS)
 
 
@@ -78,6 +79,12 @@ def test_the_example_of_order_conditions_and_retries_runs(tmp_path: Path) -> Non
     assert again == "DONE [1, 2] 3 all 3"
 
 
+def test_the_examples_of_executors_run(tmp_path: Path) -> None:
+    own, of_session = (run_example(example, tmp_path) for example in EXECUTOR)
+    assert own == "[0, 1, 4, 9, 16] 333283335000\n[0, 10, 20]\n1024\ncrashed 1\ncalls.html\n"
+    assert of_session == "[0, 2, 4, 6]\n9900\n"
+
+
 @pytest.mark.ci
 @pytest.mark.vllm
 def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
@@ -88,8 +95,10 @@ def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
 
 
 def test_every_python_example_is_among_those_that_run() -> None:
-    assert [name for name in DOCUMENTS if blocks("python", name)] == ["README.md", "docs/python.md"]
-    assert len(PYTHON) == 7
+    assert [name for name in DOCUMENTS if blocks("python", name)] == [
+        *("README.md", "docs/executor.md", "docs/python.md")
+    ]
+    assert (len(PYTHON), len(EXECUTOR)) == (7, 2)
 
 
 # --- what is read

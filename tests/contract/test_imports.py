@@ -16,7 +16,7 @@ KNOWS: dict[str, set[str]] = {
     "backends": {"model", "engine", "schedulers", "shipped_model"},
     "runtime": {"model", "engine", "schedulers", "ledger", "backends", "machine", "settings"},
     "dashboard": {"model", "runtime"},
-    "api": {"model", "runtime", "dashboard"},
+    "api": {"model", "backends", "runtime", "dashboard"},
     "toolsets": {"model", "schedulers", "backends", "runtime", "dashboard", "machine", "settings", "cards"},
     "protocol": {"model", "ledger", "runtime", "dashboard", "settings", "cards", "toolsets"},
     "demo": {"model", "runtime", "api", "backends", "settings", "server", "serving", "shipped_model"},

@@ -72,6 +72,19 @@ def test_a_program_can_end_its_threads_and_run_its_exit_functions_before_its_end
     assert (ended.stdout.splitlines(), ended.returncode) == (["thread", "all threads", "exit function"], 3)
 
 
+def test_what_is_registered_with_threading_runs_before_the_standard_executors_end_and_the_last_first() -> None:
+    program = """if True:
+        import atexit, threading
+        from concurrent.futures.thread import ThreadPoolExecutor
+        pool = ThreadPoolExecutor()
+        atexit.register(print, "exit function")
+        threading._register_atexit(print, "first")
+        threading._register_atexit(lambda: print(pool.submit(str, "a thread is there").result()))
+    """
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines() == ["a thread is there", "first", "exit function"], ended.stderr
+
+
 def test_the_environment_holds_its_variables_as_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     variables: dict[bytes, bytes] = vars(os.environ)["_data"]
     monkeypatch.setenv("RHAPSODY_TEST", "é")

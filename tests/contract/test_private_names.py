@@ -21,6 +21,7 @@ STANDARD = {
     "_locale": {"engine/isolation/process_state.py"},
     "_count": {"engine/task/function_call.py", "engine/worker.py"},
     "_shutdown": {"engine/task/function_call.py"},
+    "_register_atexit": {"api/calls.py"},
     "_run_exitfuncs": {"engine/rank.py", "engine/task/function_call.py"},
     "_data": {"engine/isolation/process_state.py"},
     "_filters_mutated": {"engine/isolation/process_state.py"},
