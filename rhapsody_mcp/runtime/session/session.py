@@ -71,7 +71,12 @@ class Session:
         `task_backend_specific_kwargs` for functions and programs that name none. `package_cache` makes the environments
         for packages; the default is in the user's cache folder.
         """
-        names = [backend.name for backend in backends]
+        try:
+            names = [backend.name for backend in backends]
+        except (TypeError, AttributeError):
+            raise InvalidRequest(
+                "backends is a list of backends, as in Session(backends=[await LocalExecutionBackend()])."
+            ) from None
         if duplicates := {name for name in names if names.count(name) > 1}:
             raise InvalidRequest(f"two backends are named {duplicates.pop()!r}; give one another name (name=...).")
         self.uid = uid or f"session.{next(_uids):04d}"
