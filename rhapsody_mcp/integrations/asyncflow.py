@@ -11,7 +11,7 @@ from weakref import WeakSet
 import msgspec
 
 from rhapsody_mcp.api import AITask, ComputeTask, Session
-from rhapsody_mcp.model.errors import InvalidRequest, RhapsodyError, UnknownName
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, RhapsodyError, UnknownName
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.tasks.task import COMMON_FIELDS, Task
 
@@ -22,6 +22,7 @@ Description = dict[str, Any]
 Callback = Callable[[Description, str], object]
 _FIELDS = COMMON_FIELDS - {"uid", "name", "backend"} | {"stdout", "outputs"}
 """The keys of a task_description that are fields of a ComputeTask; the others are its task_backend_specific_kwargs."""
+_OPERATORS = frozenset({"|", "||", "&", "&&", ";", "<", ">", ">>", "2>", "2>&1", "&>"})
 _backends: WeakSet[AsyncFlowBackend] = WeakSet()
 
 
@@ -116,13 +117,11 @@ class AsyncFlowBackend:
         if description.get("prompt"):
             timeout = {key: asked.pop(key) for key in ("timeout",) if key in asked}
             return AITask(description["prompt"], task_backend_specific_kwargs=timeout, **common, **asked)
-        in_shell = asked.pop("shell", False)
         common.update({key: asked.pop(key) for key in _FIELDS & asked.keys()})
         if function := description["function"]:
             args, kwargs = description["args"], description["kwargs"]
             return ComputeTask(function, args=args, kwargs=kwargs, task_backend_specific_kwargs=asked, **common)
-        words = [description["executable"], *description["arguments"]]
-        executable, *arguments = ["sh", "-c", " ".join(words)] if in_shell else words
+        executable, *arguments = _command(description, asked.pop("shell", None))
         return ComputeTask(executable=executable, arguments=arguments, task_backend_specific_kwargs=asked, **common)
 
     # --- from the session to the flow
@@ -186,6 +185,20 @@ def _wake(callback: Callback) -> None:
 
 def _ignore(description: Description, state: str) -> None:
     """Stands in the place of a flow."""
+
+
+def _command(description: Description, in_shell: bool | None) -> list[str]:
+    """The words of a program. AsyncFlow has split them as a shell does, which loses what was quoted."""
+    words = [description["executable"], *description["arguments"]]
+    if in_shell:
+        return ["sh", "-c", " ".join(words)]
+    if in_shell is None and (operators := _OPERATORS.intersection(words)):
+        raise InvalidTask(
+            f"{min(operators)!r} in {' '.join(words)!r} would be text for the program, as it runs without a shell: "
+            "return bash -c '...', or give task_description={'shell': True}; with False it is text.",
+            field="shell",
+        )
+    return words
 
 
 def _result(task: Task) -> Any:
