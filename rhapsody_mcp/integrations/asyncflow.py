@@ -11,7 +11,7 @@ from weakref import WeakSet
 import msgspec
 
 from rhapsody_mcp.api import AITask, ComputeTask, Session
-from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, RhapsodyError, UnknownName
+from rhapsody_mcp.model.errors import InvalidRequest, InvalidTask, UnknownName
 from rhapsody_mcp.model.states import TaskState
 from rhapsody_mcp.runtime.tasks.task import COMMON_FIELDS, Task
 
@@ -209,8 +209,10 @@ def _result(task: Task) -> Any:
 
 def _exception(task: Task) -> Exception:
     """What the function has raised, where that is here and a flow can take it."""
+    failure = task.exception
+    assert failure is not None, "it is FAILED"
     if not isinstance(task.raised, Exception):
-        return task.exception or RhapsodyError(f"{task.uid} failed")
+        return failure
     if task.traceback:
         task.raised.add_note(task.traceback)
     return task.raised

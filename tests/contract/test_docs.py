@@ -78,6 +78,15 @@ def test_the_example_of_order_conditions_and_retries_runs(tmp_path: Path) -> Non
     assert again == "DONE [1, 2] 3 all 3"
 
 
+def test_the_example_of_asyncflow_runs(tmp_path: Path) -> None:
+    (example,) = blocks("python", "docs/asyncflow.md")
+    results, session, files = run_example(example, tmp_path).splitlines()
+    assert results == r"['kept 0.03\n', 'kept 0.05\n']"
+    assert session == "<Session campaign (closed): 16 DONE>"
+    assert files == "campaign.html campaign.json"
+    assert "simulate.0" in (tmp_path / "campaign.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.ci
 @pytest.mark.vllm
 def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
@@ -88,7 +97,11 @@ def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
 
 
 def test_every_python_example_is_among_those_that_run() -> None:
-    assert [name for name in DOCUMENTS if blocks("python", name)] == ["README.md", "docs/python.md"]
+    assert {name for name in DOCUMENTS if blocks("python", name)} == {
+        "README.md",
+        "docs/asyncflow.md",
+        "docs/python.md",
+    }
     assert len(PYTHON) == 7
 
 
