@@ -118,6 +118,8 @@ class AsyncFlowBackend:
             timeout = {key: asked.pop(key) for key in ("timeout",) if key in asked}
             return AITask(description["prompt"], task_backend_specific_kwargs=timeout, **common, **asked)
         common.update({key: asked.pop(key) for key in _FIELDS & asked.keys()})
+        if of_process := {key: asked.pop(key) for key in ("cwd", "env") if key in asked}:
+            asked["process_template"] = {**asked.get("process_template", {}), **of_process}
         if function := description["function"]:
             args, kwargs = description["args"], description["kwargs"]
             return ComputeTask(function, args=args, kwargs=kwargs, task_backend_specific_kwargs=asked, **common)

@@ -183,6 +183,12 @@ async def test_a_task_description_asks_for_processes_and_variables(flow: Flow) -
     assert alone == (None, 1)
     assert both[0] == "yes"
 
+    @flow.executable_task
+    async def show() -> str:
+        return "sh -c 'echo $MINE in $PWD'"
+
+    assert await show(task_description={"env": {"MINE": "yes"}, "cwd": flow.work_dir}) == f"yes in {flow.work_dir}\n"
+
 
 async def test_a_task_that_takes_longer_than_its_time_fails(flow: Flow) -> None:
     @flow.function_task
