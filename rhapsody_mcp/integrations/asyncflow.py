@@ -64,7 +64,7 @@ class AsyncFlowBackend:
         self.is_attached = False
         self.attached_to: list[str] = []
         self._backend = backend
-        self._work_dir = ""
+        self._work_dir = self._folder = ""
         self._open: dict[str, _Open] = {}
         self._callback: Callback = _ignore
         session.on_change.add(self._handle_change)
@@ -83,7 +83,7 @@ class AsyncFlowBackend:
                 f"the backend {self.name!r} runs tasks of another flow; give each flow an AsyncFlowBackend of its own, "
                 "which may be over the same session."
             )
-        self._callback = func
+        self._callback, self._folder = func, self._work_dir  # which AsyncFlow has set
 
     async def submit_tasks(self, tasks: Sequence[Description]) -> None:
         for description in tasks:
@@ -164,7 +164,7 @@ class AsyncFlowBackend:
             self._tell(description, task.state)
 
     def _write(self, description: Description, stream: str, text: str | None) -> str:
-        path = Path(self._work_dir, f"{description['uid']}.{stream}")
+        path = Path(self._folder, f"{description['uid']}.{stream}")
         path.write_text(text or "", encoding="utf-8", errors="surrogateescape")
         return str(path)
 

@@ -1,6 +1,7 @@
 """Runs AsyncFlow's own examples and tests on our backend: `python -m tests.integrations.asyncflow_own CHECKOUT`.
 
-CHECKOUT is a copy of its repository. pytest-asyncio has to be installed. Run by hand, as no registry has the copy.
+CHECKOUT is a copy of its repository; pytest-asyncio has to be installed. Run by hand, as no registry has the copy. The
+examples of telemetry are left out: they need the package rhapsody.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -141,6 +143,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "--example":
         stand_in()
         asyncio.run(runpy.run_path(sys.argv[2])["main"]())
+    elif find_spec("pytest_asyncio") is None:
+        raise SystemExit("the tests of AsyncFlow need pytest-asyncio: pip install pytest-asyncio")
     else:
         run_examples(Path(sys.argv[1]).resolve())
         run_tests(Path(sys.argv[1]).resolve())

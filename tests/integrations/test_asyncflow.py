@@ -166,11 +166,11 @@ async def test_json_and_kept_files_of_a_program_are_its_result(flow: Flow, sessi
     async def measure(**description: Any) -> str:
         return "sh -c 'echo {}; touch a.txt'"
 
-    assert await measure(task_description={"stdout": "json", "outputs": ["a.txt"]}) == {
+    description = {"stdout": "json", "outputs": ["a.txt"], "cwd": flow.work_dir}
+    assert await measure(task_description=description) == {
         "result": {},
         "files": {"a.txt": session.tasks[0].return_value["files"]["a.txt"]},
     }
-    os.remove("a.txt")
 
 
 async def test_a_task_description_asks_for_processes_and_variables(flow: Flow) -> None:
