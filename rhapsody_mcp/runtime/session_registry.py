@@ -170,8 +170,8 @@ class SessionRegistry:
             if recorder is not None:
                 backend.book, backend.before_start = recorder.engine_book, recorder.before_start
         opened = OpenSession(id, session, config, recorder)
-        session.on_change = partial(self._notify, opened)
-        session.on_progress = partial(self._tell_watchers, opened)
+        session.on_change.add(partial(self._notify, opened))
+        session.on_progress.add(partial(self._tell_watchers, opened))
         self._sessions[id] = opened
         return opened
 
@@ -260,7 +260,7 @@ class SessionRegistry:
         for row in await self._storage.ledger.prune(before):
             opened = self._sessions.pop(row.id.rpartition(".")[0], None)
             if opened is not None:
-                opened.session.on_change = None
+                opened.session.on_change.clear()
                 self._notify(opened)
                 await opened.session.close()
             await asyncio.to_thread(shutil.rmtree, row.folder, ignore_errors=True)
@@ -297,7 +297,9 @@ class SessionRegistry:
         suspended = list(self._sessions.values())
         self._sessions.clear()
         for opened in suspended:
-            opened.session.on_change = opened.recorder.record_while_suspending if opened.recorder is not None else None
+            opened.session.on_change.clear()
+            if opened.recorder is not None:
+                opened.session.on_change.add(opened.recorder.record_while_suspending)
             for backend in opened.session.backends:
                 backend.detach()
         await _run_all(

@@ -110,7 +110,7 @@ async def test_real_workers_and_programs_start_by_priority(tmp_path: Path) -> No
 
     runs = asyncio.Event()
     async with Session([LocalExecutionBackend(num_workers=1)]) as session:
-        session.on_change = lambda task: runs.set() if task.state is TaskState.RUNNING else None
+        session.on_change.add(lambda task: runs.set() if task.state is TaskState.RUNNING else None)
         first = ComputeTask(note, args=("0", 1.0))
         await session.submit_tasks([first])
         await asyncio.wait_for(runs.wait(), 60)

@@ -85,6 +85,15 @@ def test_the_examples_of_executors_run(tmp_path: Path) -> None:
     assert of_session == "[0, 2, 4, 6]\n9900\n"
 
 
+def test_the_example_of_asyncflow_runs(tmp_path: Path) -> None:
+    (example,) = blocks("python", "docs/asyncflow.md")
+    results, session, files = run_example(example, tmp_path).splitlines()
+    assert results == r"['kept 0.03\n', 'kept 0.05\n']"
+    assert session == "<Session campaign (closed): 16 DONE>"
+    assert files == "campaign.html campaign.json"
+    assert "simulate.0" in (tmp_path / "campaign.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.ci
 @pytest.mark.vllm
 def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
@@ -95,9 +104,8 @@ def test_the_inference_example_runs_on_vllm(tmp_path: Path) -> None:
 
 
 def test_every_python_example_is_among_those_that_run() -> None:
-    assert [name for name in DOCUMENTS if blocks("python", name)] == [
-        *("README.md", "docs/executor.md", "docs/python.md")
-    ]
+    documents = [name for name in DOCUMENTS if blocks("python", name)]
+    assert documents == ["README.md", "docs/asyncflow.md", "docs/executor.md", "docs/python.md"]
     assert (len(PYTHON), len(EXECUTOR)) == (7, 2)
 
 

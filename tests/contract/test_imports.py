@@ -17,6 +17,7 @@ KNOWS: dict[str, set[str]] = {
     "runtime": {"model", "engine", "schedulers", "ledger", "backends", "machine", "settings"},
     "dashboard": {"model", "runtime"},
     "api": {"model", "backends", "runtime", "dashboard"},
+    "integrations": {"model", "runtime", "api"},
     "toolsets": {"model", "schedulers", "backends", "runtime", "dashboard", "machine", "settings", "cards"},
     "protocol": {"model", "ledger", "runtime", "dashboard", "settings", "cards", "toolsets"},
     "demo": {"model", "runtime", "api", "backends", "settings", "server", "serving", "shipped_model"},

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import cloudpickle
@@ -33,6 +34,7 @@ from mcp.server.connection import Connection
 from mcp.server.mcpserver import MCPServer
 from mcp.types import CompleteRequestParams, CompleteResult, Completion, PromptReference
 from opentelemetry.sdk.trace import TracerProvider
+from radical.asyncflow import WorkflowEngine
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -205,6 +207,14 @@ async def test_the_transport_of_a_process_can_be_closed() -> None:
     transport = vars(process)["_transport"]
     transport.close()
     assert transport.is_closing() and process.returncode == 0
+
+
+@pytest.mark.anyio
+async def test_a_flow_of_asyncflow_has_an_event_that_makes_it_look_for_ended_tasks(tmp_path: Path) -> None:
+    flow = await WorkflowEngine.create(dry_run=True, work_dir=str(tmp_path))
+    assert flow.task_callbacks.__self__ is flow
+    assert isinstance(vars(flow)["_component_change_event"], asyncio.Event)
+    await flow.shutdown()
 
 
 # --- OpenTelemetry

@@ -41,6 +41,7 @@ LIBRARIES = {
         "_lowlevel_server": {"protocol/completions.py", "protocol/subscriptions.py", "serving/stream_server.py"},
         "_connection": {"protocol/subscriptions.py"},
     },
+    "radical.asyncflow": {"_component_change_event": {"integrations/asyncflow.py"}},
     "cloudpickle": {"_DYNAMIC_CLASS_TRACKER_BY_ID": {"engine/worker.py"}},
     "opentelemetry-sdk": {
         "_OTelSDKConfigurator": {"serving/telemetry.py"},
@@ -121,6 +122,7 @@ def test_a_library_whose_inside_is_used_is_required_in_one_series(library: str) 
     """uvicorn: a subclass of its protocol; Dragon and vLLM: their processes, files and command lines."""
     lines = [
         *PROJECT["dependencies"],
+        *PROJECT["optional-dependencies"]["asyncflow"],
         *PROJECT["optional-dependencies"]["cpu"],
         *PROJECT["optional-dependencies"]["gpu"],
         *PROJECT["optional-dependencies"]["otel"],

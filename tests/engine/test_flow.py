@@ -166,12 +166,12 @@ async def test_a_task_that_fails_is_started_again_as_often_as_it_says(session: S
 async def test_a_task_that_waits_for_its_next_attempt_can_be_canceled(session: Session) -> None:
     task = ComputeTask(executable="false", retries=3, retry_delay_s=600)
     has_failed = asyncio.Event()
-    session.on_change = lambda changed: has_failed.set() if changed is task and task.last_failure else None
+    session.on_change.add(lambda changed: has_failed.set() if changed is task and task.last_failure else None)
     await session.submit_tasks([task])
     async with asyncio.timeout(600):
         await has_failed.wait()
         await session.cancel(task)
-    session.on_change = None
+    session.on_change.clear()
     assert (task.state, task.cause, task.attempts) == (TaskState.CANCELED, Cause.CANCELED, 1)
 
 

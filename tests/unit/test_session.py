@@ -365,7 +365,7 @@ class Terse(ScriptedBackend):
 async def test_a_start_that_is_told_with_the_end_makes_the_for_each_run_all_the_same() -> None:
     async with Session([Terse(lambda spec, values: spec.uid)]) as session:
         states: list[str] = []
-        session.on_change = lambda task: states.append(str(task.state)) if isinstance(task, ForEach) else None
+        session.on_change.add(lambda task: states.append(str(task.state)) if isinstance(task, ForEach) else None)
         parent = ForEach([1, 2], lambda item, number: ComputeTask(pow, args=(item, 2)))
         await session.submit_tasks([parent])
         await parent

@@ -117,7 +117,7 @@ async def test_running_tasks_tell_how_far_they_are() -> None:
     async with Session([backend]) as session:
         task = ComputeTask(abs, args=(1,), name=HOSTILE)
         runs = asyncio.Event()
-        session.on_change = lambda task: runs.set() if task.state is TaskState.RUNNING else None
+        session.on_change.add(lambda task: runs.set() if task.state is TaskState.RUNNING else None)
         await session.submit_tasks(task)
         await runs.wait()
         task.progress = Progress(0.0, 3, 20, HOSTILE, {"loss": 0.5})

@@ -148,8 +148,8 @@ async def test_a_running_task_shows_for_how_long_it_runs() -> None:
     async with Session([backend]) as session:
         task = ComputeTask(abs, args=(1,))
         runs = anyio.Event()
-        session.on_change = lambda task: runs.set() if task.state is TaskState.RUNNING else None
+        session.on_change.add(lambda task: runs.set() if task.state is TaskState.RUNNING else None)
         await session.submit_tasks(task)
         await runs.wait()
-        session.on_change = None
+        session.on_change.clear()
         assert "RUNNING" in said(task) and "runs for 0" in said(task)

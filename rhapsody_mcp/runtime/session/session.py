@@ -112,9 +112,9 @@ class Session:
         self.rewrites = 0
         """How often ended tasks ran again or were replaced: each time, what was counted of `ended` no longer holds."""
         self._statistics = StatisticsCollector(self.ended, self._runner.unfinished, self._runner.tasks)
-        self.on_change: Callable[[Task], None] | None = None
+        self.on_change: set[Callable[[Task], object]] = set()
         """Called after each change of a task's state. A start that is reported together with the end is no change."""
-        self.on_progress: Callable[[Task], None] | None = None
+        self.on_progress: set[Callable[[Task], object]] = set()
         """Called after a running task has told its progress."""
         self.watchers: set[Callable[[], None]] = set()
         """Called after each change of a task's state, and after a running task has told its progress."""
@@ -126,14 +126,14 @@ class Session:
             self._statistics.add_ended()
         if self._telemetry is not None:
             self._telemetry.note_change(task)
-        if self.on_change is not None:
-            self.on_change(task)
+        for listener in self.on_change:
+            listener(task)
         if self.watchers:
             self._call_watchers()
 
     def _handle_progress(self, task: Task) -> None:
-        if self.on_progress is not None:
-            self.on_progress(task)
+        for listener in self.on_progress:
+            listener(task)
         self._call_watchers()
 
     def _call_watchers(self) -> None:
