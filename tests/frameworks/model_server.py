@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from tests.frameworks.story import LAST_WORD, Call, Shown, Story
 
-__all__ = ["ScriptedModel", "scripted_model"]
+__all__ = ["ScriptedModel", "scripted_model", "tool_name"]
 
 
 class ScriptedModel:
@@ -64,17 +64,17 @@ class ScriptedModel:
 
     def _offered(self, name: str) -> dict[str, Any]:
         """The tool as the framework offers it: some put the server's name before its own."""
-        (tool,) = [tool for tool in self.tools if re.fullmatch(rf"(.*_)?{name}", _tool_name(tool))]
+        (tool,) = [tool for tool in self.tools if re.fullmatch(rf"(.*_)?{name}", tool_name(tool))]
         return tool
 
 
-def _tool_name(tool: dict[str, Any]) -> str:
+def tool_name(tool: dict[str, Any]) -> str:
     return str(tool.get("function", tool).get("name", ""))
 
 
 def _is_ours(tool: dict[str, Any]) -> bool:
     """Assistants ask for other things too, as for the title of a chat."""
-    return _tool_name(tool).endswith("wait_tasks")
+    return tool_name(tool).endswith("wait_tasks")
 
 
 class _Api(NamedTuple):
@@ -119,7 +119,7 @@ def _openai_shown(request: dict[str, Any]) -> Shown:
 def _openai_message(call: Call | None, tool: dict[str, Any]) -> dict[str, Any]:
     if call is None:
         return {"role": "assistant", "content": LAST_WORD}
-    function = {"name": _tool_name(tool), "arguments": json.dumps(call.arguments)}
+    function = {"name": tool_name(tool), "arguments": json.dumps(call.arguments)}
     return {
         "role": "assistant",
         "content": None,
@@ -175,7 +175,7 @@ def _responses_answer(call: Call | None, tool: dict[str, Any]) -> dict[str, Any]
         text = {"type": "output_text", "text": LAST_WORD, "annotations": []}
         item = {"type": "message", "id": f"m{number}", "role": "assistant", "status": "completed", "content": [text]}
     else:
-        item = {"type": "function_call", "id": f"f{number}", "call_id": f"c{number}", "name": _tool_name(tool)}
+        item = {"type": "function_call", "id": f"f{number}", "call_id": f"c{number}", "name": tool_name(tool)}
         item |= {"arguments": json.dumps(call.arguments)} | {key: tool[key] for key in ("namespace",) if key in tool}
     head = {"id": f"r{number}", "object": "response", "created_at": 1, "model": "scripted", "status": "completed"}
     return {**head, "output": [item], "parallel_tool_calls": False, "tool_choice": "auto", "tools": []}
@@ -208,7 +208,7 @@ def _as_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _anthropic_answer(call: Call | None, tool: dict[str, Any]) -> dict[str, Any]:
     text = {"type": "text", "text": LAST_WORD}
     use = (
-        {"type": "tool_use", "id": f"toolu_{next(_ids)}", "name": _tool_name(tool), "input": call.arguments}
+        {"type": "tool_use", "id": f"toolu_{next(_ids)}", "name": tool_name(tool), "input": call.arguments}
         if call
         else None
     )
@@ -252,7 +252,7 @@ def _gemini_shown(request: dict[str, Any]) -> Shown:
 
 
 def _gemini_answer(call: Call | None, tool: dict[str, Any]) -> dict[str, Any]:
-    part = {"text": LAST_WORD} if call is None else {"functionCall": {"name": _tool_name(tool), "args": call.arguments}}
+    part = {"text": LAST_WORD} if call is None else {"functionCall": {"name": tool_name(tool), "args": call.arguments}}
     candidate = {"content": {"role": "model", "parts": [part]}, "finishReason": "STOP", "index": 0}
     return {"candidates": [candidate], "modelVersion": "scripted"}
 

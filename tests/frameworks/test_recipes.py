@@ -15,7 +15,7 @@ import pytest
 
 from tests.behaviour.test_http import serving
 from tests.frameworks.environments import FRAMEWORKS, python_of, versions
-from tests.frameworks.model_server import ScriptedModel, scripted_model
+from tests.frameworks.model_server import ScriptedModel, scripted_model, tool_name
 from tests.frameworks.story import LAST_WORD, Story
 from tests.frameworks.table import read_table
 from tests.services import OwnService, own_service
@@ -24,6 +24,10 @@ pytestmark = [pytest.mark.ci, pytest.mark.parametrize("framework", sorted(FRAMEW
 
 ROOT = Path(__file__).parents[2]
 LONGEST_S = 240
+PARAMETERS: dict[str, dict[str, Any]] = {
+    snapshot.stem: json.loads(snapshot.read_text())["inputSchema"]["properties"]
+    for snapshot in (ROOT / "tests" / "contract" / "snapshots").glob("*.json")
+}
 
 
 def tell(framework: str, server: str) -> tuple[Story, ScriptedModel]:
@@ -66,9 +70,18 @@ def said(passed: list[dict[str, Any]], pattern: str) -> str:
     return text
 
 
+def properties(tool: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a tool as a provider gets it."""
+    function = tool.get("function", tool)
+    schemas = [function[key] for key in ("parameters", "parameters_json_schema") if key in function]
+    fields: dict[str, Any] = schemas[0]["properties"]
+    return fields
+
+
 def test_over_stdio_it_does_what_the_table_says(framework: str, tmp_path: Path) -> None:
     with own_service() as service:
-        story, _ = tell(framework, recording(service, log := tmp_path / "log"))
+        story, model = tell(framework, recording(service, log := tmp_path / "log"))
+    assert_whole(model, has_fields=framework != "llama_index")
     passed = messages(log)
     row = read_table()[framework]
     assert row.version == versions(framework)[FRAMEWORKS[framework][0].partition("[")[0]]
@@ -78,6 +91,15 @@ def test_over_stdio_it_does_what_the_table_says(framework: str, tmp_path: Path) 
     assert waits(passed) and not any("error" in message for message in passed)
     assert waits(passed)[0] == 4.0
     assert not any(message.get("method") == "notifications/cancelled" for message in passed)
+
+
+def assert_whole(model: ScriptedModel, has_fields: bool) -> None:
+    """Every tool reaches the provider, with all its parameters, and those of a task where the framework keeps them."""
+    sent = {tool_name(tool): properties(tool) for tool in model.tools}
+    for name, own in PARAMETERS.items():
+        assert sent[name].keys() == own.keys(), name
+    fields = sent["submit_tasks"]["tasks"].get("items", {}).get("properties", {})
+    assert fields.keys() == (PARAMETERS["submit_tasks"]["tasks"]["items"]["properties"].keys() if has_fields else set())
 
 
 def test_over_http_it_does_the_same(framework: str) -> None:
