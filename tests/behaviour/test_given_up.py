@@ -12,6 +12,7 @@ from mcp.types import Implementation
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.waiting import patience
 from tests.agents import Agent, open_agent
+from tests.behaviour.test_tasks_extension import Polls, Waits, created, open_house
 
 pytestmark = pytest.mark.anyio
 
@@ -76,6 +77,18 @@ async def test_a_wait_that_is_given_up_without_a_word_counts_too(monkeypatch: py
             await cancel(agent, "ends")
             assert await ends_shown(agent) == ["ends"]
             assert await ends_shown(agent) == []
+
+
+async def test_a_deferred_wait_that_is_canceled_counts_too() -> None:
+    async with open_house() as house:
+        client = await house.client(declares=Polls())
+        await client.call_tool("submit_tasks", {**SESSION, "tasks": [{"name": "runs", "prompt": "x"}]})
+        handle = await created(client, "wait_tasks", **SESSION, state="open")
+        await client.call_tool("cancel_tasks", {**SESSION, "tasks": ["held"], "force": True})
+        await Waits(client.session).send("tasks/cancel", handle.task_id)
+        reply = await client.call_tool("wait_tasks", {**SESSION, "state": "open", "timeout_s": 0})
+        assert reply.structured_content is not None
+        assert reply.structured_content["failures"][0]["tasks"] == ["held"]
 
 
 async def test_a_wait_is_not_told_to_be_longer_than_the_service_lets_it_be() -> None:
