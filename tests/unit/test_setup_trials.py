@@ -18,6 +18,12 @@ from rhapsody_mcp.settings import Settings
 pytestmark = pytest.mark.anyio
 
 
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Login shells that a test ends early leave nothing in the home of the person, such as the lock of pyenv."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
 def config(*lines: str) -> SessionConfig:
     return SessionConfig(environment=Environment(setup=lines))
 
