@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         code = _run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by who started this process
+            sys.stdout.flush()
     except* BrokenPipeError:
         if not _reader_has_left():
             raise

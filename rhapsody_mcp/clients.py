@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shlex
 import sys
 import zipfile
@@ -14,6 +15,7 @@ from urllib.parse import quote
 
 from rhapsody_mcp import __version__
 from rhapsody_mcp.cards import read_cards
+from rhapsody_mcp.model.errors import InvalidRequest
 
 __all__ = ["NAME", "entries", "server_command", "write_bundle"]
 
@@ -24,8 +26,13 @@ _MANIFEST_VERSION = "0.3"
 
 
 def server_command(host: str | None = None) -> list[str]:
-    """The command that serves one client, with the full path of this installation; over ssh where a host is named."""
+    """The command that serves one client, with the full path of this installation; over ssh where a host is named.
+
+    Raises InvalidRequest for what ssh would not take for a host.
+    """
     command = [str(Path(sys.executable).parent / "rhapsody-mcp"), "stdio"]
+    if host is not None and not re.fullmatch(r"[^\s-]\S*", host):
+        raise InvalidRequest(f"{host!r} is no host for ssh; give one that it reaches, as in login.example.org.")
     return command if host is None else ["ssh", host, shlex.join(command)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rhapsody_mcp.runtime.tasks.task import COMMON_FIELDS, Task
 
 __all__ = ["AsyncFlowBackend"]
 
+_log = logging.getLogger(__name__)
 Description = dict[str, Any]
 """A task as AsyncFlow describes it; what came of the task is added to the same dict."""
 Callback = Callable[[Description, str], object]
@@ -67,8 +69,6 @@ class AsyncFlowBackend:
         self._work_dir = self._folder = ""
         self._open: dict[str, _Open] = {}
         self._callback: Callback = _ignore
-        session.on_change.add(self._handle_change)
-        session.on_progress.add(self._handle_progress)
         _backends.add(self)
 
     # --- what AsyncFlow calls
@@ -86,6 +86,8 @@ class AsyncFlowBackend:
         self._callback, self._folder = func, self._work_dir  # which AsyncFlow has set
 
     async def submit_tasks(self, tasks: Sequence[Description]) -> None:
+        self.session.on_change.add(self._handle_change)
+        self.session.on_progress.add(self._handle_progress)
         for description in tasks:
             task: Task | None = None
             try:
@@ -107,6 +109,8 @@ class AsyncFlowBackend:
     async def shutdown(self) -> None:
         if self._open:
             await self.session.cancel([one.task for one in self._open.values()])
+        self.session.on_change.discard(self._handle_change)
+        self.session.on_progress.discard(self._handle_progress)
 
     # --- from the flow to the session
 
@@ -173,7 +177,10 @@ class AsyncFlowBackend:
         self._tell(description, TaskState.FAILED)
 
     def _tell(self, description: Description, state: TaskState) -> None:
-        self._callback(description, state.value)
+        try:
+            self._callback(description, state.value)
+        except Exception:  # what is raised here would end the engine of the session
+            _log.exception("the flow of %s failed as it was told that %s is %s", self.name, description["uid"], state)
         if state.final:
             _wake(self._callback)
 

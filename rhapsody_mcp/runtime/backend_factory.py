@@ -176,13 +176,25 @@ async def try_environment(config: SessionConfig, settings: Settings) -> None:
 async def _try_setup(environment: Environment) -> None:
     """Raise InvalidSettings where its setup lines fail. A trial that a client gives up goes on: `module load` may take
     longer than a client waits, and the next call for the same environment gets the end of the trial."""
-    key = msgspec.json.encode(environment)
-    trial = _trials[key] = _trials.get(key) or asyncio.create_task(environment.build())
+    loop, key = asyncio.get_running_loop(), msgspec.json.encode(environment)
+    trial = _trials.get(key)
+    if trial is None or trial.get_loop() is not loop:
+        trial = _trials[key] = loop.create_task(environment.build())
+        trial.add_done_callback(lambda trial: loop.call_later(_TRIAL_KEPT_S, _forget_trial, key, trial))
     await asyncio.wait([trial])
-    _trials.pop(key, None)
+    _forget_trial(key, trial)
     trial.result()
 
 
+def _forget_trial(key: bytes, trial: asyncio.Task[dict[str, str]]) -> None:
+    if not trial.cancelled():
+        trial.exception()  # perhaps nobody has come for it
+    if _trials.get(key) is trial:
+        del _trials[key]
+
+
+_TRIAL_KEPT_S = 120.0
+"""How long the end of a trial is kept whose call was given up; later, the lines may do something else."""
 _trials: dict[bytes, asyncio.Task[dict[str, str]]] = {}
 """The trials of setup lines that run, or whose end nobody has taken."""
 

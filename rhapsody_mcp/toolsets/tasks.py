@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Annotated, Any
 
 import anyio
@@ -126,21 +125,22 @@ class Tasks:
         ] = None,
     ) -> Annotated[CallToolResult, WaitReport]:
         started = asyncio.get_running_loop().time()  # the cap is on the whole call, also on a long selection of tasks
-        selected = select_tasks(self._sessions.get(session), tasks, state, cursor)
-        condition = Condition(selected.open_session, until) if until is not None else None
+        open_session = self._sessions.get(session)
+        condition = Condition(open_session, until) if until is not None else None
+        selected = select_tasks(open_session, tasks, state, cursor)
         waits = timeout_s != 0 and not all(task.state.final for task in selected.awaited)
         is_deferred = waits and defer()
-        usual_s = self._settings.wait_default_s
+        cap_s = LONGEST_WAIT_S if is_deferred else self._settings.wait_cap_s
+        usual_s = min(self._settings.wait_default_s, cap_s)
         default_s = usual_s if is_deferred else selected.patience.default_s(usual_s)
         asked_s = default_s if timeout_s is None else timeout_s
-        cap_s = LONGEST_WAIT_S if is_deferred else self._settings.wait_cap_s
         applied_s = min(asked_s, cap_s)
 
         async def tick(waited_s: float) -> None:
             await context.report_progress(waited_s, applied_s, tick_text(selected))
 
         until_s = min(applied_s, _SHARE_OF_CAP * cap_s)
-        with nullcontext() if is_deferred else selected.noting_end():
+        with selected.noting_end(is_deferred=is_deferred):
             waited_s, answer = await wait_for(
                 selected,
                 self._signal,
@@ -150,7 +150,7 @@ class Tasks:
                 tick=tick,
                 condition=condition,
             )
-        others = [one for one in self._sessions.all() if one is not selected.open_session]
+        others = [one for one in self._sessions.all() if one is not open_session]
         return wait_report(
             selected,
             others,

@@ -448,6 +448,40 @@ async def test_the_end_of_a_flow_cancels_its_tasks_and_leaves_the_session_open(
     assert len(backend.attached_to) == 2
 
 
+async def test_a_session_keeps_nothing_of_flows_that_have_ended(session: Session, flow_on: Flows) -> None:
+    for _ in range(3):
+        async with flow_on(AsyncFlowBackend(session)) as flow:
+
+            @flow.executable_task
+            async def say() -> str:
+                return "echo hello"
+
+            assert await say() == "hello\n"
+            assert (len(session.on_change), len(session.on_progress)) == (1, 1)
+    assert not session.on_change and not session.on_progress
+
+
+async def test_what_a_flow_raises_as_it_is_told_of_a_task_leaves_the_others_alone(
+    session: Session, flow_on: Flows, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend = AsyncFlowBackend(session)
+    async with flow_on(backend) as flow:
+
+        @flow.function_task
+        async def number(value: int) -> int:
+            return value
+
+        told = backend._callback
+
+        def fail(description: dict[str, Any], state: str) -> None:
+            monkeypatch.setattr(backend, "_callback", told)
+            raise RuntimeError("in the flow")
+
+        monkeypatch.setattr(backend, "_callback", fail)
+        assert await within(asyncio.gather(*map(number, range(5)))) == [0, 1, 2, 3, 4]
+    assert "failed as it was told that" in caplog.text and "in the flow" in caplog.text
+
+
 # --- services
 
 

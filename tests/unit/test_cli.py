@@ -76,3 +76,17 @@ def test_the_doctor_passes_where_the_demo_can_run(capsys: pytest.CaptureFixture[
     ready = inspect_machine().vllm.present
     assert main(["doctor"]) == (0 if ready else 1)
     assert ("Ready: rhapsody-mcp demo" in capsys.readouterr().out) is ready
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=touch x", "", "two words", "-"])
+def test_what_is_no_host_for_ssh_is_refused(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["clients", f"--ssh={host}"]) == 1
+    said = capsys.readouterr()
+    assert f"{host!r} is no host for ssh" in said.err and not said.out
+
+
+@pytest.mark.parametrize("words", ["clients", "clients --bundle x.mcpb"])
+def test_a_closed_stdout_is_no_error(words: str, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m rhapsody_mcp {words} >&-"
+    ran = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")

@@ -8,6 +8,7 @@ import anyio
 import pytest
 
 from rhapsody_mcp.backends.base import Event, Returned, Running
+from rhapsody_mcp.backends.compute import start_gate
 from rhapsody_mcp.engine.messages import CancelTask, Interrupt, StartWorker, WorkerExited
 from rhapsody_mcp.model.states import Cause, TaskState
 from tests.unit.dispatching import DONE, Notes, Scene, finished, function, job
@@ -184,16 +185,44 @@ async def test_with_bundles_a_worker_is_started_for_each_and_let_go_after_it() -
     assert worker.is_closed
 
 
-async def test_after_a_sigterm_from_outside_no_task_starts_for_a_moment() -> None:
+def paused() -> tuple[Scene, Notes, Notes]:
+    """After a SIGTERM from outside, with a node agent and a new worker."""
     scene = Scene()
-    scene.node("one", 1)
+    _, agent = scene.node("one", 2, worker_slots=1)
     first = scene.worker("1")
     scene.submit(function("a"))
     scene.dispatcher.worker_exited(WorkerExited("1", -signal.SIGTERM))
     scene.dispatcher.worker_disconnected("1", first)
-    waits = scene.worker("2")
-    scene.submit(function("b"))
-    assert waits.uids == []
+    return scene, agent, scene.worker("2")
+
+
+async def test_after_a_sigterm_from_outside_no_task_starts_for_a_moment() -> None:
+    scene, agent, worker = paused()
+    scene.submit(function("b"), job("c", 1))
+    assert worker.uids == agent.uids == []
     with anyio.fail_after(5):
-        while waits.uids != ["b"]:  # noqa: ASYNC110 - what the worker is sent is no event
+        while (worker.uids, agent.uids) != (["b"], ["c"]):  # noqa: ASYNC110 - what is sent is no event
             await anyio.sleep(0.05)
+
+
+async def test_what_is_held_back_is_canceled_at_once() -> None:
+    scene, _, _ = paused()
+    scene.submit(function("b"), job("c", 1))
+    scene.dispatcher.stop(["b", "c"], Cause.CANCELED)
+    assert scene.states == {"b": TaskState.CANCELED, "c": TaskState.CANCELED}
+
+
+@pytest.mark.parametrize("ending", ["drained", "lost"])
+async def test_what_is_held_back_is_returned_where_the_job_ends(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start_gate, "_PAUSE_S", 0.1)
+    scene, agent, worker = paused()
+    scene.submit(function("b"), job("c", 1))
+    if ending == "drained":
+        scene.dispatcher.drain("the job ends")
+    else:
+        scene.dispatcher.halt()
+    await anyio.sleep(0.3)  # nothing happens, which is no event
+    assert worker.uids == agent.uids == []
+    if ending == "lost":
+        scene.dispatcher.abandon("the job has ended", set())
+    assert {event.uid for event in scene.events if isinstance(event, Returned)} >= {"b", "c"}

@@ -253,7 +253,7 @@ class Dispatcher:
         """Start no further task: return those that have not started, also those that a worker gives back."""
         self.halt()
         self._drain_reason = reason
-        queued = [*self._function_queue, *self.processes.queue]
+        queued = [*self._function_queue, *self.processes.queue, *self.processes.take_held_back()]
         self._function_queue.clear()
         self.processes.queue.clear()
         for worker in self._workers.by_name.values():
@@ -341,7 +341,7 @@ class Dispatcher:
 
     def _send(self, worker: Worker, share: Iterable[InFlightTask]) -> None:
         """Send those tasks of `share` that are still assigned to the worker."""
-        if worker.function_channel is None:
+        if worker.function_channel is None or self.is_halted:
             return
         messages: list[object] = []
         for task in share:

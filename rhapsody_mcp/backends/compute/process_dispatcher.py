@@ -183,12 +183,7 @@ class ProcessDispatcher:
         return place(layout, nodes, mpi_over_nodes=self._run_step is not None, of_nodes=len(self.nodes))
 
     def _start(self, task: InFlightTask, placement: Placement) -> None:
-        if task.placement is not placement or any(node.agent is None for node in placement.ranks):
-            return
-        if task.stop_cause is not None:
-            self._release(task, placement)
-            self._finish(task, stopped(task))
-            self.on_free()
+        if self.is_halted or task.placement is not placement or any(node.agent is None for node in placement.ranks):
             return
         task.is_sent = True
         task.nodes = tuple(node.name for node in placement.ranks)
@@ -219,10 +214,24 @@ class ProcessDispatcher:
         self._on_room(node)
 
     def stop(self, task: InFlightTask) -> None:
-        """Ask the nodes of a task to end it; does nothing for a task that no node was asked to start."""
-        if task.placement is not None and task.is_sent:
-            for node in task.placement.running:
-                node.send(CancelTask(task.uid))
+        """Ask the nodes of a task to end it, or finish one that is held back from its start."""
+        if task.placement is None:
+            return
+        if not task.is_sent:
+            self._release(task, task.placement)
+            self._finish(task, stopped(task))
+            return
+        for node in task.placement.running:
+            node.send(CancelTask(task.uid))
+
+    def take_held_back(self) -> list[InFlightTask]:
+        """Take away the tasks that have their nodes and are held back from their start."""
+        placed = {task.uid: task for node in self.nodes for task in node.process_tasks.values()}
+        held_back = [task for task in placed.values() if not task.is_sent]
+        for task in held_back:
+            assert task.placement is not None
+            self._release(task, task.placement)
+        return held_back
 
     def ended_on(self, node: Node, task: InFlightTask, outcome: Outcome) -> None:
         """The ranks of the task on this node have ended."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from rhapsody_mcp.runtime.call_context import current_client
@@ -34,8 +35,8 @@ class Patience:
     """The longest wait that the client took the reply of."""
     limit_s: float = math.inf
     """After how long the client gave up a wait; a longer one that it takes the reply of proves this wrong."""
-    _running: dict[int, float] = field(default_factory=dict)
-    """When each wait began that runs and may prove something."""
+    _running: dict[int, _Wait] = field(default_factory=dict)
+    """The waits whose client is taken to wait for the reply."""
     _unseen: dict[str, int] = field(default_factory=dict)
     """For each filter, how many tasks of the session had ended before a wait that was given up."""
     _gave_up_after_s: float | None = None
@@ -48,9 +49,11 @@ class Patience:
     def may_wait_longer(self, waited_s: float, usual_s: float) -> bool:
         return waited_s < usual_s and math.isinf(self.limit_s)
 
-    def take_unseen(self, key: str) -> int | None:
-        """Where the reply to this filter begins, if the client gave up its last wait with the filter."""
-        return self._unseen.pop(key, None)
+    def unseen(self, key: str) -> int | None:
+        """Where the reply to this filter begins, if the client gave up a wait with the filter and has had no reply to
+        one since."""
+        self._drop_silent()
+        return self._unseen.get(key)
 
     def take_note(self) -> str:
         """A sentence about the wait before, if the client gave it up."""
@@ -60,30 +63,57 @@ class Patience:
         return f"your client gave up the wait before this one after {duration(after_s)}"
 
     @contextmanager
-    def noting_end(self, key: str, since: int) -> Iterator[None]:
+    def noting_end(self, key: str, since: int, *, is_deferred: bool = False) -> Iterator[None]:
         """Learn from a wait with this filter, which began when `since` tasks had ended.
 
-        Older clients give up a call without a word: a wait during which the client begins another one proves nothing.
+        A wait that is deferred shows nothing of how long its client waits.
         """
-        now = asyncio.get_running_loop().time
-        number, began = next(_numbers), now()
-        self._running = {other: at for other, at in self._running.items() if began - at < _CAUTIOUS_S}
-        self._running[number] = began
+        self._drop_silent()
+        number, wait = next(_numbers), _Wait(_now(), key, since)
+        self._running |= {} if is_deferred else {number: wait}
         try:
             yield
+            if is_deferred or number in self._running:
+                self._note_seen(wait)
             if number in self._running:
-                self._note_answer(now() - began)
+                self._note_answer(_now() - wait.began)
         except asyncio.CancelledError:
-            self.limit_s = self._gave_up_after_s = now() - began
-            self._unseen[key] = since
+            if not is_deferred:
+                self.limit_s = self._gave_up_after_s = _now() - wait.began
+            self._note_unseen(wait)
             raise
         finally:
             self._running.pop(number, None)
+
+    def _drop_silent(self) -> None:
+        """Older clients give up a call without a word: a wait during which the client begins another one proves
+        nothing, and its reply may be seen by nobody."""
+        for number, wait in list(self._running.items()):
+            if _now() - wait.began >= _CAUTIOUS_S:
+                del self._running[number]
+                self._note_unseen(wait)
+
+    def _note_unseen(self, wait: _Wait) -> None:
+        self._unseen[wait.key] = min(wait.since, self._unseen.get(wait.key, wait.since))
+
+    def _note_seen(self, wait: _Wait) -> None:
+        if self._unseen.get(wait.key, -1) >= wait.since:
+            del self._unseen[wait.key]
 
     def _note_answer(self, waited_s: float) -> None:
         self.longest_s = max(self.longest_s, waited_s)
         if self.longest_s > self.limit_s:
             self.limit_s = math.inf
+
+
+class _Wait(NamedTuple):
+    began: float
+    key: str
+    since: int
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 _numbers = itertools.count()

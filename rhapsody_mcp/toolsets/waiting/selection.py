@@ -108,9 +108,9 @@ class SelectedTasks:
     def _size(self) -> int:
         return sum(1 + len(task.children) if isinstance(task, ForEach) else 1 for task in self.awaited)
 
-    def noting_end(self) -> AbstractContextManager[None]:
+    def noting_end(self, *, is_deferred: bool) -> AbstractContextManager[None]:
         """A context for the wait, from whose end is learned what its client lets it do."""
-        return self.patience.noting_end(self._key, self.counted_from)
+        return self.patience.noting_end(self._key, self.counted_from, is_deferred=is_deferred)
 
     def cursor(self, position: int) -> str:
         return f"{position}.{self._key}"
@@ -133,10 +133,10 @@ def select_tasks(
     key = (wait_filter := WaitFilter(uids, state)).key(open_session.id)
     filters = _filters.setdefault(open_session, {})
     filters[key] = wait_filter
-    unseen = patience_of(open_session).take_unseen(key)
     if cursor is None:
+        unseen = patience_of(open_session).unseen(key)
         begins = len(open_session.session.ended) if unseen is None else unseen
-        since = unseen if state is not None else None
+        since = unseen if state in _OPEN else None
         return SelectedTasks(open_session, tasks, state, since, key, names, counted_from=begins)
     since, cursor_key = _parse_cursor(open_session, cursor)
     if cursor_key == key:
