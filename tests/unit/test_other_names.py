@@ -31,6 +31,12 @@ def test_an_import_names_what_takes_its_place(module: str, name: str, instead: s
 
 
 @pytest.mark.parametrize("module", ["rhapsody_mcp.api", "rhapsody_mcp.backends"])
+def test_the_page_names_all_that_an_import_names(module: str) -> None:
+    others = vars(importlib.import_module(module))["_OF_RHAPSODY_PY"]
+    assert [name for name in others if name.removesuffix("V1").removesuffix("V2") not in PAGE] == []
+
+
+@pytest.mark.parametrize("module", ["rhapsody_mcp.api", "rhapsody_mcp.backends"])
 def test_another_name_is_missing_as_ever(module: str) -> None:
     assert not hasattr(importlib.import_module(module), "nothing")
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
