@@ -271,12 +271,17 @@ def clients(options: argparse.Namespace) -> int:
     command = server_command(options.ssh)
     if options.bundle is None:
         print("\n\n".join(f"{client}\n  {entry}" for client, entry in entries(command).items()))
+        if options.ssh is not None:
+            print(f"\nOn the machine of the client `ssh {options.ssh}` has to log in without asking for a password.")
         return 0
     try:
         write_bundle(options.bundle, command)
     except OSError as error:
         raise RhapsodyError(f"{options.bundle} cannot be written: {error.strerror}.") from error
-    print(f"Wrote {options.bundle}. Open it with Claude Desktop.")
+    there = f"It starts {command[0]} there; where that is another machine than this one, write it with --ssh HOST."
+    if options.ssh is not None:
+        there = f"`ssh {options.ssh}` has to log in there without asking for a password."
+    print(f"Wrote {options.bundle}. Open it with Claude Desktop. {there}")
     return 0
 
 

@@ -7,7 +7,7 @@ import itertools
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from copy import copy
 from types import TracebackType
@@ -51,6 +51,7 @@ class SessionExecutor(Executor):
     def __init__(self, *backends: Backend, **session: Any) -> None:
         for name in session.keys() & _ELSEWHERE.keys():
             raise InvalidRequest(f"an executor takes no {name}=: {_ELSEWHERE[name]}")
+        _check(backends)
         self._take(OwnCalls(Session(backends, **session)))
         self._end = weakref.finalize(self, self._calls.shut_down)
         self._end.atexit = False
@@ -59,10 +60,11 @@ class SessionExecutor(Executor):
     def of(cls, session: Session) -> Self:
         """The executor of an open session, made in its event loop and used from that loop or from any thread.
 
-        It leaves the session open. In the thread of the event loop `shutdown` does not wait.
+        It leaves the session open. In the thread of the event loop `shutdown` does not wait. Raises InvalidRequest
+        elsewhere.
         """
         executor = cls.__new__(cls)
-        executor._take(Calls(session, asyncio.get_running_loop()))
+        executor._take(Calls(session, _running_loop()))
         return executor
 
     def _take(self, calls: Calls) -> None:
@@ -149,6 +151,30 @@ class SessionExecutor(Executor):
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self._calls.shut_down(stop=True)
         self.shutdown()
+
+
+def _check(backends: Sequence[Backend]) -> None:
+    if not backends or not all(isinstance(backend, Backend) for backend in backends):
+        raise InvalidRequest(
+            "an executor takes a backend, or several one after the other, as in "
+            "SessionExecutor(LocalExecutionBackend(num_workers=4)); no list."
+        )
+    for backend in backends:
+        if getattr(backend, "was_awaited", False):
+            raise InvalidRequest(
+                f"backend {backend.name!r} has been awaited and belongs to the event loop of that await; an executor "
+                "has one of its own: leave out the await, or open a session there and use SessionExecutor.of(session)."
+            )
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise InvalidRequest(
+            "SessionExecutor.of(session) is called in the event loop of the session, as in its async with; a program "
+            "without one has SessionExecutor(backend)."
+        ) from None
 
 
 def _one_by_one(fn: Callable[..., _T]) -> Callable[[list[tuple[Any, ...]]], list[_T]]:

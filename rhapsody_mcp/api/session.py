@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from rhapsody_mcp.backends.base import OF_ASYNCFLOW
 from rhapsody_mcp.dashboard.archive import write_whole
 from rhapsody_mcp.dashboard.live.notebook import NotebookDisplay, Shell, kernel_shell
 from rhapsody_mcp.dashboard.live.session_html import session_html
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Session"]
 
-_OF_RHAPSODY_PY = {
+_ELSEWHERE = {
+    "attached_to": OF_ASYNCFLOW,
     "add_backend": "Session(backends=[...]) takes all backends of the session",
     "get_telemetry": "session.get_statistics() has times and rates, session.report(file) a page",
     "start_telemetry": "session.get_statistics() has times and rates, session.report(file) a page, and the variables "
     "of OpenTelemetry turn on traces (docs/operation.md)",
 }
-"""Names that users of rhapsody-py know, and what takes their place."""
+"""Names that users of rhapsody-py know, or that AsyncFlow looks for, and what takes their place."""
 
 
 class Session(session.Session):
@@ -89,7 +91,7 @@ class Session(session.Session):
         self._shown.show()
 
     def __getattr__(self, name: str) -> NoReturn:
-        instead = f": {_OF_RHAPSODY_PY[name]}" if name in _OF_RHAPSODY_PY else ""
+        instead = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
         raise AttributeError(f"Session has no attribute {name!r}{instead}.", name=name, obj=self)
 
     _shown: NotebookDisplay | None = None

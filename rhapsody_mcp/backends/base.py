@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Literal, NoReturn, Protocol, Self, runtime_checkable
 
 import msgspec
 
@@ -16,6 +16,7 @@ from rhapsody_mcp.model.specs import TaskRun, TaskSpec
 from rhapsody_mcp.model.values import Reader
 
 __all__ = [
+    "OF_ASYNCFLOW",
     "RESTARTS",
     "Backend",
     "BackendBase",
@@ -219,6 +220,10 @@ RESTARTS = 5
 """How many restarts of an engine may fail in a row before its tasks are given up."""
 
 
+OF_ASYNCFLOW = "a flow takes AsyncFlowBackend(session) of rhapsody_mcp.integrations"
+"""Said where a flow of AsyncFlow is given a backend or a session."""
+
+
 def restart_delay_s(attempt: int) -> float:
     """The seconds to wait before restart number `attempt`, which counts from 1: 1, 2, 4, 8, 16."""
     return 2.0 ** (attempt - 1)
@@ -236,6 +241,8 @@ class BackendBase:
     num_workers: int | None = None
     num_cores: int | None = None
     abandons_start = False
+    was_awaited = False
+    """Whether a program has started the backend, in an event loop that the program chose."""
     _closing: asyncio.Task[None] | None = None
 
     @property
@@ -282,6 +289,10 @@ class BackendBase:
     async def _close(self) -> None:
         raise NotImplementedError
 
+    def __getattr__(self, name: str) -> NoReturn:
+        instead = f": {OF_ASYNCFLOW}" if name == "attached_to" else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{instead}.", name=name, obj=self)
+
     async def __aenter__(self) -> Self:
         return await self.initialize()
 
@@ -293,5 +304,6 @@ class BackendBase:
 
     async def initialize(self) -> Self:
         """Start the backend; the same as `await backend`."""
+        self.was_awaited = True
         await self.start()
         return self

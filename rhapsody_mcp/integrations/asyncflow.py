@@ -51,13 +51,18 @@ class AsyncFlowBackend:
     name      what the decorators of the flow select with their `backend`; default is `backend`, else "rhapsody"
 
     The flow's `shutdown()` cancels its tasks and leaves the session open, for its report and for further flows; one
-    flow at a time. Raises UnknownName.
+    flow at a time. Raises UnknownName, and InvalidRequest for what is no session.
     """
 
     supports_implicit_data_linking = False
     supports_explicit_data_linking = False
 
     def __init__(self, session: Session, backend: str | None = None, *, name: str | None = None) -> None:
+        if not isinstance(session, Session):
+            raise InvalidRequest(
+                f"AsyncFlowBackend takes a session, not a {type(session).__name__}: open one with async with "
+                "Session([backend]) as session, and give AsyncFlowBackend(session)."
+            )
         known = [own.name for own in session.backends]
         if backend is not None and backend not in known:
             raise UnknownName("backend", backend, known)
@@ -119,6 +124,7 @@ class AsyncFlowBackend:
         name = f"{description['name']}.{description['uid'].rpartition('.')[2]}"
         common: dict[str, Any] = {"name": name, "uid": None, "backend": asked.pop("backend", self._backend)}
         if description.get("prompt"):
+            _refuse_pending(description["prompt"])
             timeout = {key: asked.pop(key) for key in ("timeout",) if key in asked}
             return AITask(description["prompt"], task_backend_specific_kwargs=timeout, **common, **asked)
         common.update({key: asked.pop(key) for key in _FIELDS & asked.keys()})
@@ -199,6 +205,7 @@ def _ignore(description: Description, state: str) -> None:
 def _command(description: Description, in_shell: bool | None) -> list[str]:
     """The words of a program. AsyncFlow has split them as a shell does, which loses what was quoted."""
     words = [description["executable"], *description["arguments"]]
+    _refuse_pending(" ".join(words))
     if in_shell:
         return ["sh", "-c", " ".join(words)]
     if in_shell is None and (operators := _OPERATORS.intersection(words)):
@@ -208,6 +215,15 @@ def _command(description: Description, in_shell: bool | None) -> list[str]:
             field="shell",
         )
     return words
+
+
+def _refuse_pending(text: Any) -> None:
+    """AsyncFlow asks for a command or a prompt before the tasks in it have ended, and Python writes these so."""
+    if "<Future " in str(text):
+        raise InvalidTask(
+            f"{str(text)[:200]!r} holds a task in place of its result: await the task first, and call with its result, "
+            "as in a block."
+        )
 
 
 def _result(task: Task) -> Any:

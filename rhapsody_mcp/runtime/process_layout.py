@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from rhapsody_mcp.model.errors import InvalidTask, refuse_unknown
+from rhapsody_mcp.model.errors import InvalidTask, refuse_other_fields, refuse_unknown
 from rhapsody_mcp.model.specs import Layout, Needs, RankGroup, Software, Template
 
 __all__ = ["read_layout", "read_software", "read_timeout", "refuse_half_characters", "with_software"]
@@ -20,6 +20,12 @@ _SOFTWARE = ("python", "packages", "container", "setup")
 _PROCESSES = ("process_template", "process_templates", "type", "ranks", "ranks_per_node", "pmi")
 _KEYS = (*_PROCESSES, "timeout", *_NEEDS, *_SOFTWARE)
 _TEMPLATE_KEYS = ("env", "cwd", "policy")
+_PLACES = {
+    "cwd": '"process_template": {"cwd": ...}',
+    "env": '"process_template": {"env": {...}}',
+    "shell": 'executable="sh", arguments=["-c", "..."]',
+}
+"""Keys of rhapsody-py, and how they are written here."""
 _POLICY_KEYS = ("host_name", "cpu_affinity", "gpu_affinity")
 _PMI = ("auto", "pmix", "cray", "none")
 _EXAMPLE = "[(2, {}), (2, {})]"
@@ -30,6 +36,7 @@ def read_layout(kwargs: Mapping[str, Any], *, native: bool) -> Layout:
     that needs cores, GPUs or memory of its own is a process."""
     if not kwargs:
         return _NATIVE if native else _FORKED
+    refuse_other_fields("task_backend_specific_kwargs", kwargs, _PLACES)
     refuse_unknown("key of task_backend_specific_kwargs", kwargs, _KEYS)
     layout = with_software(_processes(kwargs, native), read_software(kwargs))
     if not any(key in kwargs for key in _NEEDS):

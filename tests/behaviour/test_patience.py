@@ -52,7 +52,7 @@ async def test_a_client_of_which_nothing_is_known_gets_a_reply_soon(name: str, a
         await opened(agent)
         reply = await agent.call("wait_tasks", **SESSION)
         assert (reply["asked_timeout_s"], reply["ended"]) == (allowed_s, False)
-        longer = "timeout_s=0.2 waits longer, if your client lets a call run so long"
+        longer = "With timeout_s=0.2 it waits longer, if your client lets a call take so long"
         assert (longer in agent.texts[-1]) == (allowed_s < 0.2)
 
 
@@ -75,7 +75,7 @@ async def test_after_a_wait_that_was_given_up_the_next_are_shorter_and_say_so() 
         reply = await agent.call("wait_tasks", **SESSION)
         assert 0.35 < reply["applied_timeout_s"] < 0.6
         assert "your client gave up the wait before this one after 5" in agent.texts[-1]
-        assert "waits longer" not in agent.texts[-1]
+        assert "it waits longer" not in agent.texts[-1]
         await agent.call("wait_tasks", **SESSION, timeout_s=0.8)
         assert "gave up" not in agent.texts[-1]
         assert (await agent.call("wait_tasks", **SESSION))["applied_timeout_s"] >= 0.05

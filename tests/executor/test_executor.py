@@ -537,3 +537,20 @@ def test_an_executor_of_several_backends_runs_a_call_where_it_is_told() -> None:
 def test_code_for_a_standard_executor_runs_unchanged(executor: SessionExecutor) -> None:
     with ProcessPoolExecutor(1) as pool:
         assert sum_of_squares(executor, range(30)) == sum_of_squares(pool, range(30))
+
+
+@pytest.mark.parametrize("wrong", [[], [[]], [4], ["local"], [LocalExecutionBackend]])
+def test_what_is_no_backend_is_refused_with_an_example(wrong: list[Any]) -> None:
+    with pytest.raises(InvalidRequest, match=r"as in SessionExecutor\(LocalExecutionBackend\(.*no list"):
+        SessionExecutor(*wrong)
+
+
+async def test_a_backend_of_another_event_loop_is_refused() -> None:
+    async with LocalExecutionBackend() as backend:
+        with pytest.raises(InvalidRequest, match=r"'local' has been awaited .*SessionExecutor.of\(session\)"):
+            SessionExecutor(backend)
+
+
+def test_the_executor_of_a_session_is_made_in_its_event_loop() -> None:
+    with pytest.raises(InvalidRequest, match=r"in the event loop of the session.*SessionExecutor\(backend\)"):
+        SessionExecutor.of(Session([LocalExecutionBackend()]))

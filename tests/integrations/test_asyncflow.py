@@ -552,3 +552,30 @@ async def test_a_backend_whose_flow_has_tasks_is_refused_to_another_flow(
 def test_the_package_is_imported_without_asyncflow() -> None:
     program = "import sys; sys.modules['radical'] = None; import rhapsody_mcp.integrations"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("takes_backend", [True, False])
+async def test_a_flow_that_is_given_a_backend_or_a_session_is_told_what_it_takes(
+    session: Session, takes_backend: bool
+) -> None:
+    with pytest.raises(AttributeError, match=r"'attached_to': a flow takes AsyncFlowBackend\(session\)"):
+        await WorkflowEngine.create(session.backends[0] if takes_backend else session)
+
+
+def test_a_backend_in_place_of_a_session_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="takes a session, not a LocalExecutionBackend"):
+        AsyncFlowBackend(LocalExecutionBackend())  # type: ignore[arg-type]
+
+
+async def test_a_command_with_a_task_that_has_not_ended_is_refused(flow: Flow) -> None:
+    @flow.function_task
+    async def one() -> int:
+        return 1
+
+    @flow.executable_task
+    async def say(number: object) -> str:
+        return f"echo {number}"
+
+    with pytest.raises(InvalidTask, match="holds a task in place of its result: await the task first"):
+        await within(say(one()))
+    assert await within(say(await within(one()))) == "1\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,12 @@ def test_an_import_names_what_takes_its_place(module: str, name: str, instead: s
     with pytest.raises(ImportError, match=re.escape(instead)) as refused:
         exec(f"from rhapsody_mcp.{module} import {name}")
     assert "docs/from_rhapsody_py.md" in str(refused.value) and name in PAGE
+
+
+@pytest.mark.parametrize("module", ["rhapsody_mcp.api", "rhapsody_mcp.backends"])
+def test_the_page_names_all_that_an_import_names(module: str) -> None:
+    others = vars(importlib.import_module(module))["_OF_RHAPSODY_PY"]
+    assert [name for name in others if name.removesuffix("V1").removesuffix("V2") not in PAGE] == []
 
 
 @pytest.mark.parametrize("module", ["rhapsody_mcp.api", "rhapsody_mcp.backends"])
@@ -61,3 +68,18 @@ def test_an_address_of_a_model_belongs_to_the_session() -> None:
 async def test_a_dict_is_told_how_to_become_a_task() -> None:
     with pytest.raises(InvalidTask, match=r"ComputeTask\(\*\*fields\)"):
         await Session(backends=[]).submit_tasks([{"executable": "/bin/true"}])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(("key", "instead"), [("shell", 'executable="sh"'), ("cwd", '"cwd": ...'), ("env", '"env": {')])
+def test_a_key_of_a_backend_names_what_takes_its_place(key: str, instead: str) -> None:
+    with pytest.raises(InvalidTask, match=f"task_backend_specific_kwargs has no field '{key}'.*{re.escape(instead)}"):
+        ComputeTask(executable="echo", task_backend_specific_kwargs={key: 1})
+    assert f'"{key}"' in PAGE
+
+
+@pytest.mark.parametrize("field", ["args", "arguments"])
+def test_a_text_in_place_of_a_list_is_refused(field: str) -> None:
+    what: dict[str, Any] = {"function": print} if field == "args" else {"executable": "echo"}
+    what[field] = "-n 4"
+    with pytest.raises(InvalidTask, match=rf"{field} is a text; valid is a list, as in {field}=\['-n 4'\]"):
+        ComputeTask(**what)

@@ -97,9 +97,9 @@ class ComputeTask(Task):
         super().__init__(**common)
         self.function = function
         self.executable = os.fspath(executable) if isinstance(executable, os.PathLike) else executable
-        self.args = tuple(args)
+        self.args = _items("args", args)
         self.kwargs = kwargs if isinstance(kwargs, Task | Part) else dict(kwargs or {})
-        self.arguments = tuple(arguments)
+        self.arguments = _items("arguments", arguments)
         if stdout is not None:
             self.stdout_form = stdout
         if checked := _checked_outputs(outputs):
@@ -183,6 +183,13 @@ class ComputeTask(Task):
             arguments = tuple(map(content, self.arguments))
             work = Command(self.executable or "", arguments, self.stdout_form or "text", self.outputs)
         return TaskSpec(uid=self.uid, work=work, layout=self.layout, timeout_s=self._timeout_s, priority=self.priority)
+
+
+def _items(field: str, items: Sequence[Any]) -> tuple[Any, ...]:
+    """A text is a sequence too, of its letters."""
+    if isinstance(items, str | bytes):
+        raise InvalidTask(f"{field} is a text; valid is a list, as in {field}=[{items[:80]!r}].", field=field)
+    return tuple(items)
 
 
 def _checked_outputs(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -344,14 +344,20 @@ def _repeated_call(data: WaitReport, selected: SelectedTasks) -> str:
     return call_text("wait_tasks", session=session, tasks=names, state=state, cursor=data.cursor)
 
 
+def _longer(longer_s: float | None) -> str:
+    if longer_s is None:
+        return ""
+    allowed = "if your client lets a call take so long; one that it gives up loses nothing"
+    return f". With timeout_s={longer_s:g} it waits longer, {allowed}"
+
+
 def _next_steps(
     data: WaitReport, selected: SelectedTasks, allocation: AllocationFacts | None, longer_s: float | None
 ) -> list[str]:
     steps, session = [], selected.open_session.id
     if not data.ended:
         again = _repeated_call(data, selected)
-        longer = f" (timeout_s={longer_s:g} waits longer, if your client lets a call run so long)" if longer_s else ""
-        steps.append(f"{again} again{longer}, which shows what ends from now on; nothing is lost meanwhile")
+        steps.append(f"{again} again, which shows what ends from now on; nothing is lost meanwhile{_longer(longer_s)}")
     if is_pending(allocation):
         give_up = f"{call_text('close_session', session=session)} to give up waiting for the job, which ends it"
         steps.append(f"{give_up} (force=true where your client cannot ask a person)")
