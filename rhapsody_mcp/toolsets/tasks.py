@@ -157,7 +157,7 @@ class Tasks:
             asked_timeout_s=asked_s,
             applied_timeout_s=applied_s,
             waited_s=waited_s,
-            longer_s=usual_s if timeout_s is None and selected.patience.may_wait_longer(applied_s, usual_s) else None,
+            hint="" if is_deferred else selected.patience.hint(applied_s if timeout_s is None else usual_s, usual_s),
             condition=condition,
             answer=answer,
         )

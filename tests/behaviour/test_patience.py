@@ -74,7 +74,7 @@ async def test_after_a_wait_that_was_given_up_the_next_are_shorter_and_say_so() 
         await give_up(agent, 0.5)
         reply = await agent.call("wait_tasks", **SESSION)
         assert 0.35 < reply["applied_timeout_s"] < 0.6
-        assert "your client gave up the wait before this one after 5" in agent.texts[-1]
+        assert "Your client gave up a wait after 5" in agent.texts[-1]
         assert "it waits longer" not in agent.texts[-1]
         await agent.call("wait_tasks", **SESSION, timeout_s=0.8)
         assert "gave up" not in agent.texts[-1]

@@ -39,28 +39,24 @@ class Patience:
     """The waits whose client is taken to wait for the reply."""
     _unseen: dict[str, int] = field(default_factory=dict)
     """For each filter, how many tasks of the session had ended before a wait that was given up."""
-    _gave_up_after_s: float | None = None
 
     def default_s(self, usual_s: float) -> float:
         """How long a wait lasts that says no time; `usual_s` suits most clients that have a name of their own."""
         allowed_s = math.floor(self.longest_s) if self.client in _NAMES_UNKNOWN else usual_s
         return min(usual_s, max(_CAUTIOUS_S, min(allowed_s, round(_SHARE_OF_LIMIT * self.limit_s, 1))))
 
-    def may_wait_longer(self, waited_s: float, usual_s: float) -> bool:
-        return waited_s < usual_s and math.isinf(self.limit_s)
+    def hint(self, allowed_s: float, usual_s: float) -> str:
+        """A sentence on why a wait of `allowed_s` took no longer, or how the next one can."""
+        if math.isfinite(self.limit_s):
+            return f"Your client gave up a wait after {duration(self.limit_s)}"
+        allowed = "if your client lets a call take so long; one that it gives up loses nothing"
+        return f"With timeout_s={usual_s:g} it waits longer, {allowed}" if allowed_s < usual_s else ""
 
     def unseen(self, key: str) -> int | None:
         """Where the reply to this filter begins, if the client gave up a wait with the filter and has had no reply to
         one since."""
         self._drop_silent()
         return self._unseen.get(key)
-
-    def take_note(self) -> str:
-        """A sentence about the wait before, if the client gave it up."""
-        after_s, self._gave_up_after_s = self._gave_up_after_s, None
-        if after_s is None:
-            return ""
-        return f"your client gave up the wait before this one after {duration(after_s)}"
 
     @contextmanager
     def noting_end(self, key: str, since: int, *, is_deferred: bool = False) -> Iterator[None]:
@@ -79,7 +75,7 @@ class Patience:
                 self._note_answer(_now() - wait.began)
         except asyncio.CancelledError:
             if not is_deferred:
-                self.limit_s = self._gave_up_after_s = _now() - wait.began
+                self.limit_s = _now() - wait.began
             self._note_unseen(wait)
             raise
         finally:

@@ -93,14 +93,15 @@ def wait_report(
     asked_timeout_s: float,
     applied_timeout_s: float,
     waited_s: float,
-    longer_s: float | None = None,
+    hint: str = "",
     condition: Condition | None = None,
     answer: Answer | None = None,
 ) -> CallToolResult:
     """The tasks that have ended since the cursor. Rows that do not fit are the first rows of the next reply.
 
     A result that another task gets has less room, as the agent need not read it. Where the job of the session is
-    pending, the nodes that the `others` have are named. `longer_s` is what the agent may ask for the next time.
+    pending, the nodes that the `others` have are named. `hint` says how a next wait
+    can take longer.
     """
     news = selected.news()
     shown, position, hidden = _page(selected, news)
@@ -139,7 +140,7 @@ def wait_report(
             until=_until(condition, answer) if condition is not None else None,
             running=_told(running, share) or None,
         )
-        return reply(_text(data, [row.line(text) for row, text in rows], selected, allocation, longer_s), data)
+        return reply(_text(data, [row.line(text) for row, text in rows], selected, allocation, hint), data)
 
     return fitted(build)
 
@@ -162,7 +163,8 @@ def _told(running: dict[str, Progress], share: float) -> dict[str, Any]:
 
 def _notes(selected: SelectedTasks, ended: Sequence[Task]) -> list[str]:
     errors = {task.outcome.error for task in ended if task.outcome}
-    return [*selected.notes, *group_notes(ended, _NOTES), *_service_notes(selected.open_session, errors)]
+    notes = [selected.note] if selected.note else []
+    return [*notes, *group_notes(ended, _NOTES), *_service_notes(selected.open_session, errors)]
 
 
 def _service_notes(open_session: OpenSession, errors: Collection[str]) -> list[str]:
@@ -270,7 +272,7 @@ def _text(
     rows: list[str],
     selected: SelectedTasks,
     allocation: AllocationFacts | None,
-    longer_s: float | None,
+    hint: str,
 ) -> str:
     session = selected.open_session.id
     if not data.counts and selected.tasks:
@@ -294,7 +296,7 @@ def _text(
         lines.append(f"... and {data.done_not_shown} more DONE: {_repeated_call(data, selected)} shows the next.")
     lines += [*(group.line() for group in data.failures), *_hidden_failures(data, session)]
     lines += [f"Note: {one_line(note).rstrip('.')}." for note in data.notes or []]
-    return "\n".join([*lines, *_next_steps(data, selected, allocation, longer_s)])
+    return "\n".join([*lines, *_next_steps(data, selected, allocation, hint)])
 
 
 def _until_line(until: dict[str, Any]) -> str:
@@ -344,20 +346,12 @@ def _repeated_call(data: WaitReport, selected: SelectedTasks) -> str:
     return call_text("wait_tasks", session=session, tasks=names, state=state, cursor=data.cursor)
 
 
-def _longer(longer_s: float | None) -> str:
-    if longer_s is None:
-        return ""
-    allowed = "if your client lets a call take so long; one that it gives up loses nothing"
-    return f". With timeout_s={longer_s:g} it waits longer, {allowed}"
-
-
-def _next_steps(
-    data: WaitReport, selected: SelectedTasks, allocation: AllocationFacts | None, longer_s: float | None
-) -> list[str]:
+def _next_steps(data: WaitReport, selected: SelectedTasks, allocation: AllocationFacts | None, hint: str) -> list[str]:
     steps, session = [], selected.open_session.id
     if not data.ended:
         again = _repeated_call(data, selected)
-        steps.append(f"{again} again, which shows what ends from now on; nothing is lost meanwhile{_longer(longer_s)}")
+        hint = f". {hint}" if hint else ""
+        steps.append(f"{again} again, which shows what ends from now on; nothing is lost meanwhile{hint}")
     if is_pending(allocation):
         give_up = f"{call_text('close_session', session=session)} to give up waiting for the job, which ends it"
         steps.append(f"{give_up} (force=true where your client cannot ask a person)")

@@ -68,7 +68,7 @@ class SelectedTasks:
         self.names, self.earlier, self._key = names, earlier, key
         self.counted_from = self.since if counted_from is None else counted_from
         self.patience = patience_of(open_session)
-        self.notes = [text for text in (note, self.patience.take_note()) if text]
+        self.note = note
         self.awaited = self.until = tasks
         if state is not None:
             ended = () if since is None or state not in _OPEN else open_session.session.ended[since:]
