@@ -134,7 +134,8 @@ class Tasks:
         usual_s = min(self._settings.wait_default_s, cap_s)
         default_s = usual_s if is_deferred else selected.patience.default_s(usual_s)
         asked_s = default_s if timeout_s is None else timeout_s
-        applied_s = min(asked_s, cap_s)
+        most_s = cap_s if is_deferred else min(cap_s, selected.patience.most_s(usual_s))
+        applied_s = min(asked_s, most_s)
 
         async def tick(waited_s: float) -> None:
             await context.report_progress(waited_s, applied_s, tick_text(selected))

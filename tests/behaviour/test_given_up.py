@@ -51,7 +51,7 @@ async def test_a_refused_wait_takes_nothing_from_the_next(wrong: dict[str, Any])
         await cancel(agent, "ends")
         await agent.refusal("wait_tasks", **SESSION, state="open", **wrong)
         assert await ends_shown(agent) == ["ends"]
-        assert "Your client gave up a wait" in agent.texts[-1]
+        assert "your client gave up a wait" in agent.texts[-1]
         assert await ends_shown(agent) == []
 
 

@@ -31,26 +31,42 @@ class Patience:
     """How long a client lets a call run, as far as its calls in a session have shown."""
 
     client: str
-    longest_s: float = 0.0
-    """The longest wait that the client took the reply of."""
     limit_s: float = math.inf
-    """After how long the client gave up a wait; a longer one that it takes the reply of proves this wrong."""
+    """After how long the client gave up a wait, unless it has taken the reply of a longer one since."""
     _running: dict[int, _Wait] = field(default_factory=dict)
     """The waits whose client is taken to wait for the reply."""
     _unseen: dict[str, int] = field(default_factory=dict)
     """For each filter, how many tasks of the session had ended before a wait that was given up."""
+    _has_given_up: bool = False
+    """Whether it gave up its last wait."""
 
     def default_s(self, usual_s: float) -> float:
-        """How long a wait lasts that says no time; `usual_s` suits most clients that have a name of their own."""
-        allowed_s = math.floor(self.longest_s) if self.client in _NAMES_UNKNOWN else usual_s
-        return min(usual_s, max(_CAUTIOUS_S, min(allowed_s, round(_SHARE_OF_LIMIT * self.limit_s, 1))))
+        """How long a wait lasts that says no time; `usual_s` suits most clients that have a name of their own.
+
+        A long wait that was answered proves nothing: clients of mcp 1 give up a call without a word, and nobody reads
+        the reply.
+        """
+        allowed_s = 0.0 if self.client in _NAMES_UNKNOWN else round(_SHARE_OF_LIMIT * self.limit_s, 1)
+        return min(usual_s, max(_CAUTIOUS_S, allowed_s))
+
+    def most_s(self, usual_s: float) -> float:
+        """The longest that a wait lasts: right after one that was given up, as long as one that says no time. The model
+        may have seen no more of the one before than an error, which invites the same call."""
+        return self.default_s(usual_s) if self._has_given_up else math.inf
+
+    @property
+    def note(self) -> str:
+        """A sentence about a wait that was given up."""
+        if math.isinf(self.limit_s):
+            return ""
+        return f"your client gave up a wait after {duration(self.limit_s)}; without timeout_s a wait takes less"
 
     def hint(self, allowed_s: float, usual_s: float) -> str:
-        """A sentence on why a wait of `allowed_s` took no longer, or how the next one can."""
-        if math.isfinite(self.limit_s):
-            return f"Your client gave up a wait after {duration(self.limit_s)}"
+        """How the next wait can take longer."""
+        if allowed_s >= usual_s or math.isfinite(self.limit_s):
+            return ""
         allowed = "if your client lets a call take so long; one that it gives up loses nothing"
-        return f"With timeout_s={usual_s:g} it waits longer, {allowed}" if allowed_s < usual_s else ""
+        return f"With timeout_s={usual_s:g} it waits longer, {allowed}"
 
     def unseen(self, key: str) -> int | None:
         """Where the reply to this filter begins, if the client gave up a wait with the filter and has had no reply to
@@ -75,7 +91,7 @@ class Patience:
                 self._note_answer(_now() - wait.began)
         except asyncio.CancelledError:
             if not is_deferred:
-                self.limit_s = _now() - wait.began
+                self.limit_s, self._has_given_up = _now() - wait.began, True
             self._note_unseen(wait)
             raise
         finally:
@@ -97,8 +113,8 @@ class Patience:
             del self._unseen[wait.key]
 
     def _note_answer(self, waited_s: float) -> None:
-        self.longest_s = max(self.longest_s, waited_s)
-        if self.longest_s > self.limit_s:
+        self._has_given_up = False
+        if waited_s > self.limit_s:
             self.limit_s = math.inf
 
 

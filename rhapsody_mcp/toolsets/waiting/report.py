@@ -109,6 +109,7 @@ def wait_report(
     tasks = {task.uid: task for task in leaves(selected.awaited)}.values()
     all_ended = all(task.state.final for task in selected.until)
     notes = _notes(selected, [task for _, task in news])
+    notes += [selected.patience.note] if selected.patience.note and not all_ended else []
     running = _telling(selected)
     engines = selected.open_session.session.engines
     allocation = allocation_of(selected.open_session)
