@@ -31,7 +31,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     wait_default_s: Annotated[float, Field(gt=0)] = 25.0
-    """How long wait_tasks waits when it is not told, in seconds."""
+    """How long wait_tasks waits when it is not told, in seconds; 4 s where the client may give a call 5."""
     wait_cap_s: Annotated[float, Field(gt=0)] = 55.0
     """The longest that one wait_tasks waits; many clients give up on a call after 60 s."""
     engine_idle_s: Annotated[float, Field(gt=0)] | None = 900.0
