@@ -6,7 +6,10 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rhapsody_mcp.model.errors import RhapsodyError
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     *(
         "bench",
+        "clients",
         "dashboard",
         "demo",
         "doctor",
@@ -274,10 +278,8 @@ def clients(options: argparse.Namespace) -> int:
         if options.ssh is not None:
             print(f"\nOn the machine of the client `ssh {options.ssh}` has to log in without asking for a password.")
         return 0
-    try:
+    with _writing(options.bundle):
         write_bundle(options.bundle, command)
-    except OSError as error:
-        raise RhapsodyError(f"{options.bundle} cannot be written: {error.strerror}.") from error
     there = f"It starts {command[0]} there; where that is another machine than this one, write it with --ssh HOST."
     if options.ssh is not None:
         there = f"`ssh {options.ssh}` has to log in there without asking for a password."
@@ -285,17 +287,24 @@ def clients(options: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RhapsodyError(f"{file} cannot be written: {error.strerror}.") from error
+
+
 def init(options: argparse.Namespace) -> int:
     from rhapsody_mcp.backends.vllm.config import sample_config
 
     file = options.folder / "config.yaml"
-    try:
-        options.folder.mkdir(parents=True, exist_ok=True)
-        with file.open("x", encoding="utf-8") as opened:
-            opened.write(sample_config(options.shipped_model))
-    except FileExistsError:
-        raise RhapsodyError(f"{file} is there already; remove it, or choose another folder.") from None
-    except OSError as error:
-        raise RhapsodyError(f"{file} cannot be written: {error.strerror}.") from error
+    with _writing(file):
+        try:
+            options.folder.mkdir(parents=True, exist_ok=True)
+            with file.open("x", encoding="utf-8") as opened:
+                opened.write(sample_config(options.shipped_model))
+        except FileExistsError:
+            raise RhapsodyError(f"{file} is there already; remove it, or choose another folder.") from None
     print(f"Wrote {file}. Use it with DragonVllmInferenceBackend(config_file={str(file)!r}).")
     return 0

@@ -17,6 +17,7 @@ from rhapsody_mcp.dashboard.picture import stream_svg
 from rhapsody_mcp.dashboard.report import write_report
 from rhapsody_mcp.dashboard.trace import chrome_trace
 from rhapsody_mcp.dashboard.view import SessionView
+from rhapsody_mcp.model.errors import refuse_attribute
 from rhapsody_mcp.runtime.session import session
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Session"]
 
 _ELSEWHERE = {
-    "attached_to": OF_ASYNCFLOW,
+    **OF_ASYNCFLOW,
     "add_backend": "Session(backends=[...]) takes all backends of the session",
     "get_telemetry": "session.get_statistics() has times and rates, session.report(file) a page",
     "start_telemetry": "session.get_statistics() has times and rates, session.report(file) a page, and the variables "
@@ -91,8 +92,7 @@ class Session(session.Session):
         self._shown.show()
 
     def __getattr__(self, name: str) -> NoReturn:
-        instead = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else ""
-        raise AttributeError(f"Session has no attribute {name!r}{instead}.", name=name, obj=self)
+        refuse_attribute(self, name, _ELSEWHERE)
 
     _shown: NotebookDisplay | None = None
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn, Protocol, Self, runtime_checkable
 
 import msgspec
 
+from rhapsody_mcp.model.errors import refuse_attribute
 from rhapsody_mcp.model.live.output import OutputQuery, Printed
 from rhapsody_mcp.model.live.progress import Progress
 from rhapsody_mcp.model.outcome import Outcome
@@ -220,8 +221,8 @@ RESTARTS = 5
 """How many restarts of an engine may fail in a row before its tasks are given up."""
 
 
-OF_ASYNCFLOW = "a flow takes AsyncFlowBackend(session) of rhapsody_mcp.integrations"
-"""Said where a flow of AsyncFlow is given a backend or a session."""
+OF_ASYNCFLOW = {"attached_to": "a flow takes AsyncFlowBackend(session) of rhapsody_mcp.integrations"}
+"""What a flow of AsyncFlow looks for in a backend or a session that it is given."""
 
 
 def restart_delay_s(attempt: int) -> float:
@@ -290,8 +291,7 @@ class BackendBase:
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> NoReturn:
-        instead = f": {OF_ASYNCFLOW}" if name == "attached_to" else ""
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{instead}.", name=name, obj=self)
+        refuse_attribute(self, name, OF_ASYNCFLOW)
 
     async def __aenter__(self) -> Self:
         return await self.initialize()

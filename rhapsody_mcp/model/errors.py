@@ -56,6 +56,7 @@ __all__ = [
     "SessionClosed",
     "UnknownName",
     "nearest",
+    "refuse_attribute",
     "refuse_import",
     "refuse_other_fields",
     "refuse_unknown",
@@ -284,6 +285,12 @@ def refuse_other_fields(kind: str, fields: Iterable[str], places: Mapping[str, s
     for field in fields:
         if field in places:
             raise InvalidTask(f"{kind} has no field {field!r}; write it as {places[field]}.", field=field)
+
+
+def refuse_attribute(owner: object, name: str, instead: Mapping[str, str]) -> NoReturn:
+    """Raise AttributeError, with a sentence for a name that other libraries have."""
+    hint = f": {instead[name]}" if name in instead else ""
+    raise AttributeError(f"{type(owner).__name__} has no attribute {name!r}{hint}.", name=name, obj=owner)
 
 
 def refuse_import(module: str, name: str, instead: Mapping[str, str]) -> NoReturn:

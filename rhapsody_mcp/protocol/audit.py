@@ -53,7 +53,8 @@ class Audit:
     async def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
         if ctx.request_id is None or ctx.method in _UNRECORDED_METHODS or _is_refresh(ctx):
             return await call_next(ctx)
-        call = _Call(self, _caller_fields(ctx), ctx)
+        client = _client(ctx)
+        call = _Call(self, client[0], _caller_fields(ctx, client), ctx)
         with _as_current(call), self._recorded(call):
             result = await call_next(ctx)
             call.end = _result_fields(result)
@@ -127,6 +128,7 @@ async def audit_deferred(running: Awaitable[T]) -> T:
 @dataclass
 class _Call:
     audit: Audit
+    client: str
     caller: Mapping[str, Any]
     ctx: ServerRequestContext[Any, Any]
     end: Mapping[str, Any] = field(default_factory=dict)
@@ -155,7 +157,7 @@ def _as_current(call: _Call) -> Iterator[None]:
     """Tasks that the call starts inherit these context variables; tasks that serve many calls do not."""
     tokens = (
         current_caller.set(_caller_text(call.caller)),
-        current_client.set(_client(call.ctx)[0]),
+        current_client.set(call.client),
         _current.set(call),
     )
     try:
@@ -166,7 +168,7 @@ def _as_current(call: _Call) -> Iterator[None]:
         _current.reset(tokens[2])
 
 
-def _caller_fields(ctx: ServerRequestContext[Any, Any]) -> dict[str, Any]:
+def _caller_fields(ctx: ServerRequestContext[Any, Any], client: tuple[str, str]) -> dict[str, Any]:
     token = get_access_token()
     peer = current_peer.get()
     if ctx.request is not None:
@@ -174,7 +176,7 @@ def _caller_fields(ctx: ServerRequestContext[Any, Any]) -> dict[str, Any]:
     else:
         transport = "socket" if peer else "stdio"
     fields = {
-        "client": " ".join(text for text in _client(ctx) if text),
+        "client": " ".join(text for text in client if text),
         "token": token and token.client_id,
         "peer": peer,
         "transport": transport,

@@ -158,7 +158,7 @@ class Tasks:
             asked_timeout_s=asked_s,
             applied_timeout_s=applied_s,
             waited_s=waited_s,
-            hint="" if is_deferred else selected.patience.hint(applied_s if timeout_s is None else usual_s, usual_s),
+            hint="" if is_deferred or timeout_s is not None else selected.patience.hint(usual_s),
             condition=condition,
             answer=answer,
         )
@@ -243,7 +243,7 @@ class Tasks:
         had_ended = sum(task.state.final for task in leaves(canceled))
         if ending := with_dependents(canceled, open_session.session.tasks):
             defer()
-        with anyio.move_on_after(min(_CANCEL_WAIT_S, patience_of(open_session).default_s(_CANCEL_WAIT_S))):
+        with anyio.move_on_after(patience_of(open_session).default_s(_CANCEL_WAIT_S)):
             await open_session.session.cancel([task for task in canceled if not task.state.final])
         return cancel_report(ending, had_ended)
 

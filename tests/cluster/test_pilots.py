@@ -86,8 +86,10 @@ class Login:
         """How often each task ran."""
         return Counter(self.runs_file.read_text().split()) if self.runs_file.exists() else Counter()
 
-    async def until_started_again(self, job: str, within_s: float = 60) -> None:
-        """Let a job start that was queued again: Slurm holds it back for two minutes."""
+    async def run_again(self, within_s: float = 60) -> None:
+        """Have the scheduler end the one job, and let it start again: Slurm holds it back for two minutes."""
+        (job,) = self.jobs()
+        self.cluster.run("scontrol", "requeue", job)
         with anyio.fail_after(within_s):
             while "PENDING" not in self.cluster.run("squeue", "-h", "--format=%T", "--jobs", job):  # noqa: ASYNC110
                 await anyio.sleep(0.5)
@@ -325,9 +327,7 @@ async def test_a_preempted_job_that_is_queued_again_goes_on_with_what_had_not_st
         async with closed_at_the_end(login, client):
             await login.submit(client, 8, 3)
             await login.until_started(4)
-            (job,) = login.jobs()
-            login.cluster.run("scontrol", "requeue", job)
-            await login.until_started_again(job)
+            await login.run_again()
             state = await login.wait(client, 240)
             assert state["counts"]["DONE"] >= 4 and set(login.runs.values()) == {1} and len(login.runs) == 8
 
@@ -338,9 +338,7 @@ async def test_a_job_that_is_run_again_while_no_service_is_there_runs_nothing_tw
         await login.submit(client, 8, 3)
         await login.until_started(4)
     os.kill(login.service.pid, signal.SIGKILL)
-    (job,) = login.jobs()
-    login.cluster.run("scontrol", "requeue", job)
-    await login.until_started_again(job)
+    await login.run_again()
     async with login.client() as client:
         async with closed_at_the_end(login, client):
             state = await login.wait(client, 240)
@@ -361,9 +359,7 @@ async def test_what_the_scheduler_ends_before_the_pilot_takes_no_waiting_task_al
                     if "rhapsody_mcp.engine.worker" in line:
                         login.cluster.run(*login.cluster.on(node, "kill", "-TERM", line.split()[0]))
             await anyio.sleep(1)  # as a busy node keeps the pilot's signal back
-            (job,) = login.jobs()
-            login.cluster.run("scontrol", "requeue", job)
-            await login.until_started_again(job)
+            await login.run_again()
             state = await login.wait(client, 240)
             assert state["counts"] == {"DONE": 4, "FAILED": 4} and set(login.runs.values()) == {1}
 

@@ -26,7 +26,6 @@ class ScriptedModel:
     def __init__(self, story: Story) -> None:
         self.story, self.tools, self.problem = story, list[dict[str, Any]](), ""
         self._steps: Generator[Call, Shown, None] = story.tell()
-        self._has_begun = False
         self._lock = threading.Lock()
         self.port = 0
 
@@ -52,10 +51,7 @@ class ScriptedModel:
 
     def _next(self, shown: Shown) -> Call | None:
         try:
-            if self._has_begun:
-                return self._steps.send(shown)
-            self._has_begun = True
-            return next(self._steps)
+            return self._steps.send(shown) if self.story.calls else next(self._steps)
         except StopIteration:
             return None
         except AssertionError as error:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.frameworks.assistants import MODULES, needs_assistants, run_in
 from tests.frameworks.model_server import ScriptedModel, scripted_model
 from tests.frameworks.story import LAST_WORD, Story
 from tests.frameworks.table import read_assistants
 from tests.frameworks.test_recipes import LONGEST_S, messages, recording, said, waits
 from tests.services import own_service
 
-PACKAGES = os.environ.get("RHAPSODY_NODE_PACKAGES")
-
-pytestmark = [
-    pytest.mark.ci,
-    pytest.mark.skipif(PACKAGES is None, reason="RHAPSODY_NODE_PACKAGES names no folder with the assistants"),
-]
+pytestmark = [pytest.mark.ci, needs_assistants]
 
 Settings = Callable[[Path, str, ScriptedModel], None]
 """Writes the settings of an assistant in its home, for this command of the server."""
@@ -73,27 +67,13 @@ def gemini_settings(home: Path, command: str, model: ScriptedModel) -> None:
     ],
 )
 def test_it_does_what_the_table_says(name: str, package: str, settings: Settings, words: str, tmp_path: Path) -> None:
-    assert PACKAGES is not None
-    modules = Path(PACKAGES) / "node_modules"
-    (project := tmp_path / "project").mkdir()
     with own_service() as service, scripted_model(story := Story()) as model:
         settings(tmp_path, recording(service, log := tmp_path / "log"), model)
-        environment = {"PATH": f"{modules / '.bin'}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path)}
-        environment |= model.environment | {"LANG": "C.UTF-8", "DISABLE_AUTOUPDATER": "1"}
-        ended = subprocess.run(
-            [*words.split(), "Run the pipeline."],
-            cwd=project,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=LONGEST_S,
-            check=False,
-        )
+        ended = run_in(tmp_path, [*words.split(), "Run the pipeline."], model.environment, LONGEST_S)
     assert not model.problem, model.problem
     assert ended.returncode == 0 and LAST_WORD in ended.stdout, ended.stdout[-3000:] + ended.stderr[-3000:]
     passed, row = messages(log), read_assistants()[name]
-    assert row.version == json.loads((modules / package / "package.json").read_text())["version"]
+    assert row.version == json.loads((MODULES / package / "package.json").read_text())["version"]
     assert row.era == said(passed, r'"result": {.*"protocolVersion": "([0-9-]+)"')
     assert row.name == said(passed, r'lientInfo": {"name": "([^"]+)"')
     assert (row.reply, row.pictures) == (story.seen["reply"], story.seen["pictures"])

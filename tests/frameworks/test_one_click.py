@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -20,14 +19,13 @@ import pytest
 from rhapsody_mcp import __version__
 from rhapsody_mcp.cards import read_cards
 from rhapsody_mcp.clients import entries, server_command, write_bundle
+from tests.frameworks.assistants import needs_assistants, run_in
 from tests.frameworks.environments import python_of
 from tests.services import OwnService, own_service
 
 pytestmark = pytest.mark.ci
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = os.environ.get("RHAPSODY_NODE_PACKAGES")
-needs_clients = pytest.mark.skipif(PACKAGES is None, reason="RHAPSODY_NODE_PACKAGES names no folder with the clients")
 
 
 @pytest.fixture
@@ -42,13 +40,8 @@ def command(service: OwnService) -> list[str]:
 
 
 def run(home: Path, line: str) -> str:
-    """What the command line of a client prints, in a project of an empty home."""
-    (project := home / "project").mkdir(exist_ok=True)
-    path = f"{Path(PACKAGES or '') / 'node_modules' / '.bin'}{os.pathsep}{os.environ['PATH']}"
-    environment = {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "DISABLE_AUTOUPDATER": "1"}
-    ended = subprocess.run(
-        shlex.split(line), cwd=project, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    """What the command line of a client prints."""
+    ended = run_in(home, shlex.split(line), {}, 120)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout + ended.stderr
 
@@ -57,20 +50,20 @@ def server_of(command: list[str]) -> Mapping[str, Any]:
     return {"command": command[0], "args": command[1:]}
 
 
-@needs_clients
+@needs_assistants
 def test_claude_code_adds_the_server_and_connects(command: list[str], tmp_path: Path) -> None:
     run(tmp_path, entries(command)["Claude Code"])
     assert "Connected" in run(tmp_path, "claude mcp list")
 
 
-@needs_clients
+@needs_assistants
 def test_codex_adds_the_server(command: list[str], tmp_path: Path) -> None:
     run(tmp_path, entries(command)["Codex"])
     settings = tomllib.loads((tmp_path / ".codex" / "config.toml").read_text())
     assert settings["mcp_servers"]["rhapsody"] == server_of(command)
 
 
-@needs_clients
+@needs_assistants
 def test_gemini_adds_the_server(tmp_path: Path) -> None:
     run(tmp_path, entries(command := server_command())["Gemini CLI"])
     (settings,) = tmp_path.rglob("settings.json")
@@ -90,7 +83,7 @@ def test_the_link_of_vs_code_holds_the_server(command: list[str]) -> None:
     assert json.loads(unquote(text)) == {"name": "rhapsody", **server_of(command)}
 
 
-@needs_clients
+@needs_assistants
 @pytest.mark.parametrize("host", [None, "login.example.org"])
 def test_the_bundle_is_one_for_its_own_validator(host: str | None, tmp_path: Path) -> None:
     write_bundle(bundle := tmp_path / "rhapsody.mcpb", server_command(host))

@@ -80,6 +80,18 @@ async def within(awaited: Awaitable[Any]) -> Any:
     return await asyncio.wait_for(awaited, WITHIN_S)
 
 
+async def running_program(flow: Flow, session: Session) -> Any:
+    """The future of a program that runs until it is canceled."""
+
+    @flow.executable_task
+    async def wait() -> str:
+        return "sleep 600"
+
+    runs, future = started(session), wait()
+    await within(runs.wait())
+    return future
+
+
 # --- what runs
 
 
@@ -377,12 +389,7 @@ async def test_an_unknown_backend_is_refused(session: Session) -> None:
 
 
 async def test_a_running_task_can_be_canceled(flow: Flow, session: Session) -> None:
-    @flow.executable_task
-    async def wait() -> str:
-        return "sleep 600"
-
-    runs, future = started(session), wait()
-    await within(runs.wait())
+    future = await running_program(flow, session)
     assert future.state == "RUNNING" and future.cancel()
     with pytest.raises(asyncio.CancelledError):
         await future
@@ -429,13 +436,7 @@ async def test_the_end_of_a_flow_cancels_its_tasks_and_leaves_the_session_open(
 ) -> None:
     backend = AsyncFlowBackend(session)
     async with flow_on(backend) as flow:
-
-        @flow.executable_task
-        async def wait() -> str:
-            return "sleep 600"
-
-        runs, future = started(session), wait()
-        await within(runs.wait())
+        future = await running_program(flow, session)
     assert future.cancelled()
     assert session.counts == {"CANCELED": 1} and not session.closed
     async with flow_on(backend) as flow:
@@ -538,13 +539,7 @@ async def test_a_backend_whose_flow_has_tasks_is_refused_to_another_flow(
 ) -> None:
     backend = AsyncFlowBackend(session)
     async with flow_on(backend) as flow:
-
-        @flow.executable_task
-        async def wait() -> str:
-            return "sleep 600"
-
-        runs, _ = started(session), wait()
-        await within(runs.wait())
+        await running_program(flow, session)
         with pytest.raises(InvalidRequest, match="give each flow an AsyncFlowBackend of its own"):
             await WorkflowEngine.create(backend, work_dir=str(tmp_path))
 

@@ -16,8 +16,6 @@ _QUEUED_PER_REQUEST = 512
 """How many queued tasks are recorded together with the tasks that start now: one record costs a write to the disk."""
 _VALID_S = 1.0
 """How long an answer of `before_start` stays valid, in seconds: later, the ledger may have become read-only."""
-
-
 _PAUSE_S = 2.0
 """A scheduler that ends a job sends SIGTERM to its processes one after the other, and to those of a busy node later."""
 _PAUSES_APART_S = 60.0

@@ -34,14 +34,17 @@ _PLACES = {
     "ranks": 'task_backend_specific_kwargs={"process_templates": [(ranks, {})]}',
     "shell": 'executable="sh", arguments=["-c", "..."]',
     "capture_stdio": "task.stdout and task.stderr, which are always kept",
-    "cpu_threads": 'task_backend_specific_kwargs={"cores": 4}',
-    "environment": 'task_backend_specific_kwargs={"process_template": {"env": {...}}}',
-    "gpu": 'task_backend_specific_kwargs={"gpus": 1}',
     "input_files": "arguments, or args, with full paths, or with tasks whose outputs they are",
-    "memory": 'task_backend_specific_kwargs={"memory_gb": 8}',
     "output_files": 'outputs=["result.json"]',
-    "working_directory": 'task_backend_specific_kwargs={"process_template": {"cwd": ...}}',
 }
+_SYNONYMS = {
+    "cpu_threads": "cores",
+    "environment": "env",
+    "gpu": "gpus",
+    "memory": "memory_gb",
+    "working_directory": "cwd",
+}
+_PLACES |= {synonym: _PLACES[name] for synonym, name in _SYNONYMS.items()}
 """Field names of other libraries, and how ComputeTask expresses them."""
 
 

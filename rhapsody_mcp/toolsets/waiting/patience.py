@@ -61,9 +61,9 @@ class Patience:
             return ""
         return f"your client gave up a wait after {duration(self.limit_s)}; without timeout_s a wait takes less"
 
-    def hint(self, allowed_s: float, usual_s: float) -> str:
-        """How the next wait can take longer."""
-        if allowed_s >= usual_s or math.isfinite(self.limit_s):
+    def hint(self, usual_s: float) -> str:
+        """How the next wait can take longer than one that says no time."""
+        if self.default_s(usual_s) >= usual_s or math.isfinite(self.limit_s):
             return ""
         allowed = "if your client lets a call take so long; one that it gives up loses nothing"
         return f"With timeout_s={usual_s:g} it waits longer, {allowed}"

@@ -100,8 +100,7 @@ def wait_report(
     """The tasks that have ended since the cursor. Rows that do not fit are the first rows of the next reply.
 
     A result that another task gets has less room, as the agent need not read it. Where the job of the session is
-    pending, the nodes that the `others` have are named. `hint` says how a next wait
-    can take longer.
+    pending, the nodes that the `others` have are named. `hint` says how the next wait can take longer.
     """
     news = selected.news()
     shown, position, hidden = _page(selected, news)

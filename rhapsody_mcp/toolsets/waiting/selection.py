@@ -65,10 +65,9 @@ class SelectedTasks:
         counted_from: int | None = None,
     ) -> None:
         self.open_session, self.tasks, self.state, self.since = open_session, tasks, state, since or 0
-        self.names, self.earlier, self._key = names, earlier, key
+        self.names, self.earlier, self.note, self._key = names, earlier, note, key
         self.counted_from = self.since if counted_from is None else counted_from
         self.patience = patience_of(open_session)
-        self.note = note
         self.awaited = self.until = tasks
         if state is not None:
             ended = () if since is None or state not in _OPEN else open_session.session.ended[since:]
