@@ -60,7 +60,7 @@ async def test_of_waits_that_are_given_up_at_a_time_the_earliest_counts() -> Non
         await opened(agent, "ends", "runs")
         async with anyio.create_task_group() as group:
             group.start_soon(give_up, agent, 0.5)
-            await anyio.sleep(0.1)
+            await anyio.wait_all_tasks_blocked()
             await cancel(agent, "ends")
             group.start_soon(give_up, agent, 0.8)
         assert await ends_shown(agent) == ["ends"]
@@ -73,7 +73,8 @@ async def test_a_wait_that_is_given_up_without_a_word_counts_too(monkeypatch: py
         async with anyio.create_task_group() as group:
             silent = {**SESSION, "state": "open", "timeout_s": 1}
             group.start_soon(partial(agent.call, "wait_tasks", **silent))
-            await anyio.sleep(0.2)
+            await anyio.wait_all_tasks_blocked()
+            await anyio.sleep(0.1)  # longer than the careful default, after which the client may have given up
             await cancel(agent, "ends")
             assert await ends_shown(agent) == ["ends"]
             assert await ends_shown(agent) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ async def give_up(agent: Agent, after_s: float = 0.2, **arguments: Any) -> None:
     assert scope.cancelled_caught
 
 
+def given_up_after_s(agent: Agent) -> float:
+    """As the last reply tells it."""
+    told = re.search(r"your client gave up a wait after (\d+) ms;|after ([\d.]+) s;", agent.texts[-1])
+    assert told is not None
+    return int(told[1]) / 1000 if told[1] else float(told[2])
+
+
 @pytest.mark.parametrize("era", ["auto", "legacy"])
 @pytest.mark.parametrize(("name", "allowed_s"), [("mcp", 0.05), ("fastmcp", 0.05), ("claude-code", 0.2)])
 @pytest.mark.usefixtures("_hasty")
@@ -72,15 +80,15 @@ async def test_after_a_wait_that_was_given_up_the_next_are_shorter_and_say_so() 
         await opened(agent)
         await give_up(agent, 0.5)
         reply = await agent.call("wait_tasks", **SESSION)
-        assert 0.35 < reply["applied_timeout_s"] < 0.6
-        assert "your client gave up a wait after 5" in agent.texts[-1]
+        assert reply["applied_timeout_s"] == pytest.approx(0.8 * given_up_after_s(agent), abs=0.06)
         assert "it waits longer" not in agent.texts[-1]
-        await agent.call("wait_tasks", **SESSION, timeout_s=0.8)
+        await agent.call("wait_tasks", **SESSION, timeout_s=given_up_after_s(agent) + 0.3)
         assert "gave up" not in agent.texts[-1]
         await give_up(agent, 0.6)
         reply = await agent.call("wait_tasks", **SESSION, timeout_s=30)
-        assert reply["asked_timeout_s"] == 30 and 0.4 < reply["applied_timeout_s"] < 0.7
-        assert "(asked 30 s)" in agent.texts[-1] and "without timeout_s a wait takes less" in agent.texts[-1]
+        assert reply["applied_timeout_s"] == pytest.approx(0.8 * given_up_after_s(agent), abs=0.06)
+        assert reply["asked_timeout_s"] == 30 and "(asked 30 s)" in agent.texts[-1]
+        assert "without timeout_s a wait takes less" in agent.texts[-1]
         await agent.call("wait_tasks", **SESSION, timeout_s=0.9)
         assert (await agent.call("wait_tasks", **SESSION))["applied_timeout_s"] >= 0.05
 

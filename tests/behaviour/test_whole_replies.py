@@ -61,7 +61,7 @@ async def test_a_running_task_shows_for_how_long_and_on_which_node() -> None:
     async with open_agent(backend=backend) as agent:
         session = await agent.session()
         await agent.call("submit_tasks", session=session, tasks=[INT | {"name": "long"}])
-        await agent.call("wait_tasks", session=session, timeout_s=0.1)
+        await agent.call("wait_tasks", session=session, timeout_s=0.2)
         agent.sessions.get(session).task("long").placed_on = ("node7",)
         row: dict[str, Any] = (await agent.call("list_tasks", session=session))["tasks"][0]
         assert 0.05 < row["seconds"] < 60 and row["nodes"] == "node7"

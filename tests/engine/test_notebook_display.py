@@ -26,7 +26,12 @@ until = ComputeTask(executable="sh", arguments=["-c", "while [ ! -e go ]; do sle
 sweep = ForEach([1, 2, 3], lambda item, _: ComputeTask(abs, args=(item,)), name="sweep")
 await session.submit_tasks([until, good, bad, sweep])
 """
-WAIT = "await session.wait_tasks([good, bad, sweep])"
+WAIT = """
+import asyncio
+await session.wait_tasks([good, bad, sweep])
+while until.state == "QUEUED":
+    await asyncio.sleep(0.01)
+"""
 GO = """
 Path("go").touch()
 with session.show_progress():
