@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ async def give_up(agent: Agent, after_s: float = 0.2, **arguments: Any) -> None:
 
 def given_up_after_s(agent: Agent) -> float:
     """As the last reply tells it."""
-    told = re.search(r"your client gave up a wait after (\d+) ms;|after ([\d.]+) s;", agent.texts[-1])
+    told = re.search(r"your client gave up a wait after ([\d.]+) (ms|s);", agent.texts[-1])
     assert told is not None
-    return int(told[1]) / 1000 if told[1] else float(told[2])
+    return float(told[1]) / (1000 if told[2] == "ms" else 1)
 
 
 @pytest.mark.parametrize("era", ["auto", "legacy"])
@@ -78,8 +79,10 @@ async def test_after_a_wait_that_was_given_up_the_next_are_shorter_and_say_so() 
     client_info = Implementation(name="impatient", version="1")
     async with open_agent(settings=Settings(wait_default_s=5.0), client_info=client_info) as agent:
         await opened(agent)
+        before = time.monotonic()
         await give_up(agent, 0.5)
         reply = await agent.call("wait_tasks", **SESSION)
+        assert 0.4 < given_up_after_s(agent) < time.monotonic() - before
         assert reply["applied_timeout_s"] == pytest.approx(0.8 * given_up_after_s(agent), abs=0.06)
         assert "it waits longer" not in agent.texts[-1]
         await agent.call("wait_tasks", **SESSION, timeout_s=given_up_after_s(agent) + 0.3)

@@ -61,7 +61,7 @@ async def test_a_missing_module_is_told_with_the_ways_to_get_it(agent: Traveller
     waited = await agent.wait(timeout_s=0.1)
     while not waited["ended"]:
         (told,) = waited["open"]
-        assert told == "with QUEUED until its packages are installed" or told == "with QUEUED" or "RUNNING" in told
+        assert told in ("with QUEUED until its packages are installed", "with QUEUED") or "RUNNING" in told
         waited = await agent.wait(timeout_s=5)
     assert rows_by_name(waited)["with"]["result"] == "hello"
 
