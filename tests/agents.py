@@ -33,6 +33,7 @@ from rhapsody_mcp.runtime.session_registry import SessionRegistry
 from rhapsody_mcp.server import build_server
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.testing import ScriptedBackend
+from tests.services import CLIENT
 
 ERAS = ["legacy", "auto"]
 """The handshake revisions of the protocol, and 2026-07-28."""
@@ -115,7 +116,9 @@ async def open_agent(
         await sessions.restore()
         tasks = await stack.enter_async_context(TasksExtension(store))
         server = build_server(settings or Settings(), sessions, [tasks])
-        client = await stack.enter_async_context(Client(server, mode=cast(Any, era), **options))
+        client = await stack.enter_async_context(
+            Client(server, mode=cast(Any, era), **{"client_info": CLIENT, **options})
+        )
         yield Agent(client, scripted, sessions)
 
 

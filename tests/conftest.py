@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("PYENV_REHASH_TIMEOUT", "1")
 """The seconds that a login shell waits for the lock of pyenv, 60 by default: one that a test kills leaves the lock."""
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import import_module
@@ -38,7 +37,6 @@ class ParslCall:
         self.last: CommandResult | None = None
         self._kind, self._environment, self._timeout_s, self._options = kind, environment, timeout_s, options
         self._loop = asyncio.get_running_loop()
-        self._running: concurrent.futures.Future[CommandResult] | None = None
         self._command: asyncio.Task[Any] | None = None
         self._is_over = False
 
@@ -51,9 +49,8 @@ class ParslCall:
             return await asyncio.to_thread(self._work, work, arguments)
         finally:
             self._is_over = True
-            if self._running is not None:
-                self._running.cancel()
             if self._command is not None:
+                self._command.cancel()
                 with anyio.CancelScope(shield=True):
                     await asyncio.wait({self._command})
 
@@ -89,16 +86,15 @@ class ParslCall:
         return type("Base", (ClusterProvider,), {"execute_wait": execute_wait})
 
     def _execute(self, command: str) -> tuple[int, str, str]:
-        if self._is_over:
-            raise SchedulerUnavailable(f"the call of {self._kind.title} was given up.")
         words = command.split()
         if self._options and (script := Path(words[-1])).is_file():
             self._use_own_options(script)
-        self._running = asyncio.run_coroutine_threadsafe(self._run_command(command, words[0]), self._loop)
-        self.last = self._running.result()
+        self.last = asyncio.run_coroutine_threadsafe(self._run_command(command, words[0]), self._loop).result()
         return self.last.exit_code, self.last.stdout, self.last.stderr
 
     async def _run_command(self, command: str, name: str) -> CommandResult:
+        if self._is_over:
+            raise SchedulerUnavailable(f"the call of {self._kind.title} was given up.")
         self._command = asyncio.current_task()
         return await run_command(["/bin/sh", "-c", command], self._environment, within_s=self._timeout_s, name=name)
 

@@ -321,10 +321,10 @@ async def test_a_refusal_is_the_tasks_fault_or_the_servers_by_its_status(
 
 async def test_a_task_whose_time_is_up_fails_and_its_request_is_ended(session: Session, server: StandIn) -> None:
     server.gate.clear()
-    task = AITask("slow", task_backend_specific_kwargs={"timeout": 0.05})
+    task = AITask("slow", task_backend_specific_kwargs={"timeout": 2})
     await run(session, task)
     assert (task.state, task.cause) == (TaskState.FAILED, Cause.TIMEOUT)
-    assert "its time of 0.05 s was up" in str(task.exception)
+    assert "its time of 2.0 s was up" in str(task.exception)
     await server.until(lambda: server.given_up == [["slow"]])
 
 

@@ -12,6 +12,7 @@ from mcp.types import Implementation
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.waiting import patience
 from tests.agents import Agent, open_agent
+from tests.behaviour.test_patience import give_up
 from tests.behaviour.test_tasks_extension import Polls, Waits, created, open_house
 
 pytestmark = pytest.mark.anyio
@@ -31,12 +32,6 @@ async def cancel(agent: Agent, name: str) -> None:
     await agent.call("cancel_tasks", **SESSION, tasks=[name], force=True)
 
 
-async def give_up(agent: Agent, after_s: float = 0.2) -> None:
-    with anyio.move_on_after(after_s) as scope:
-        await agent.call("wait_tasks", **SESSION, state="open", timeout_s=30)
-    assert scope.cancelled_caught
-
-
 async def ends_shown(agent: Agent) -> list[str]:
     """What a wait for open tasks shows now."""
     reply = await agent.call("wait_tasks", **SESSION, state="open", timeout_s=0)
@@ -47,7 +42,7 @@ async def ends_shown(agent: Agent) -> list[str]:
 async def test_a_refused_wait_takes_nothing_from_the_next(wrong: dict[str, Any]) -> None:
     async with open_agent() as agent:
         await opened(agent, "ends", "runs")
-        await give_up(agent)
+        await give_up(agent, state="open")
         await cancel(agent, "ends")
         await agent.refusal("wait_tasks", **SESSION, state="open", **wrong)
         assert await ends_shown(agent) == ["ends"]
@@ -59,10 +54,10 @@ async def test_of_waits_that_are_given_up_at_a_time_the_earliest_counts() -> Non
     async with open_agent() as agent:
         await opened(agent, "ends", "runs")
         async with anyio.create_task_group() as group:
-            group.start_soon(give_up, agent, 0.5)
+            group.start_soon(partial(give_up, agent, 0.5, state="open"))
             await anyio.wait_all_tasks_blocked()
             await cancel(agent, "ends")
-            group.start_soon(give_up, agent, 0.8)
+            group.start_soon(partial(give_up, agent, 0.8, state="open"))
         assert await ends_shown(agent) == ["ends"]
 
 
@@ -71,13 +66,14 @@ async def test_a_wait_that_is_given_up_without_a_word_counts_too(monkeypatch: py
     async with open_agent() as agent:
         await opened(agent, "ends", "runs")
         async with anyio.create_task_group() as group:
-            silent = {**SESSION, "state": "open", "timeout_s": 1}
+            silent = {**SESSION, "state": "open", "timeout_s": 30}
             group.start_soon(partial(agent.call, "wait_tasks", **silent))
             await anyio.wait_all_tasks_blocked()
             await anyio.sleep(0.1)  # longer than the careful default, after which the client may have given up
             await cancel(agent, "ends")
             assert await ends_shown(agent) == ["ends"]
             assert await ends_shown(agent) == []
+            await cancel(agent, "runs")  # which ends the silent wait
 
 
 async def test_a_deferred_wait_that_is_canceled_counts_too() -> None:

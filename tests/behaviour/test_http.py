@@ -28,7 +28,7 @@ from rhapsody_mcp.serving.http.listeners import listen_on_host, listen_on_socket
 from rhapsody_mcp.settings import Settings
 from tests.agents import ERAS, open_agent
 from tests.processes import FAMILY, family, wait_until
-from tests.services import PROGRAM, OwnService, own_service
+from tests.services import CLIENT, PROGRAM, OwnService, own_service
 
 SLEEPER: list[dict[str, Any]] = [{"name": "long", "executable": "/bin/sleep", "arguments": ["600"]}]
 
@@ -69,7 +69,7 @@ async def connected(address: str, era: str, path: Path | None = None) -> AsyncIt
     loop.set_exception_handler(pass_over)
     async with (
         httpx2.AsyncClient(transport=transport, timeout=60) as http,
-        Client(streamable_http_client(address, http_client=http), mode=cast(Any, era)) as client,
+        Client(streamable_http_client(address, http_client=http), mode=cast(Any, era), client_info=CLIENT) as client,
     ):
         yield client
 
@@ -92,7 +92,7 @@ def post(address: str, **headers: str) -> httpx2.Response:
         "Mcp-Method": "tools/list",
     }
     body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list", "params": {"_meta": meta}}
-    return httpx2.post(address, json=body, headers={**needed, **headers})
+    return httpx2.post(address, json=body, headers={**needed, **headers}, timeout=60)
 
 
 @pytest.mark.anyio
@@ -115,7 +115,7 @@ async def test_a_client_runs_a_task_and_hears_of_its_progress(
             await call(client, "create_session", name=session, backends=["local"])
             task = {"name": "echo", "executable": "/bin/sh", "arguments": ["-c", "sleep 1; echo hello"]}
             await call(client, "submit_tasks", session=session, tasks=[task])
-            waited = await client.call_tool("wait_tasks", {"session": session}, progress_callback=hear)
+            waited = await client.call_tool("wait_tasks", {"session": session, "timeout_s": 50}, progress_callback=hear)
             await call(client, "close_session", session=session)
             assert waited.structured_content and waited.structured_content["counts"] == {"DONE": 1}
     assert heard
@@ -150,10 +150,12 @@ async def test_a_signal_answers_those_who_wait_and_leaves_nothing(
         async with connected(address, era) as client:
             await call(client, "create_session", backends=["local"])
             await call(client, "submit_tasks", session="session-1", tasks=SLEEPER)
-            waited = await client.call_tool("wait_tasks", {"session": "session-1"}, progress_callback=end)
+            waited = await client.call_tool(
+                "wait_tasks", {"session": "session-1", "timeout_s": 50}, progress_callback=end
+            )
             assert waited.structured_content and waited.structured_content["counts"] == {"CANCELED": 1}
         assert await anyio.to_thread.run_sync(server.wait) == 0
-        await wait_until(lambda: not family(), within_s=15)
+        await wait_until(lambda: not family(), within_s=120)
 
 
 @pytest.fixture(scope="module")

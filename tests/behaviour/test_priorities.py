@@ -99,25 +99,27 @@ async def test_an_exported_script_has_the_priorities(tmp_path: Path) -> None:
 
 
 async def test_real_workers_and_programs_start_by_priority(tmp_path: Path) -> None:
-    log = tmp_path / "log"
+    log, go = tmp_path / "log", tmp_path / "go"
 
-    def note(what: str, seconds: float = 0.0) -> None:
+    def note(what: str, until: Path | None = None) -> None:
         import time
 
         with open(log, "a") as file:
             file.write(what)
-        time.sleep(seconds)
+        while until is not None and not until.exists():
+            time.sleep(0.01)
 
     runs = asyncio.Event()
     async with Session([LocalExecutionBackend(num_workers=1)]) as session:
         session.on_change.add(lambda task: runs.set() if task.state is TaskState.RUNNING else None)
-        first = ComputeTask(note, args=("0", 1.0))
+        first = ComputeTask(note, args=("0", go))
         await session.submit_tasks([first])
         await asyncio.wait_for(runs.wait(), 60)
         priorities = {"a": 0, "b": 1, "c": 0}
         later = [ComputeTask(note, args=(name,), priority=priority) for name, priority in priorities.items()]
         await session.submit_tasks(later)
         session.prioritize(later[2], 5)
+        go.touch()
         await session.wait_tasks(later, timeout=60)
         assert log.read_text() == "0cba"
 

@@ -367,7 +367,7 @@ TEXTS = st.text(max_size=40) | st.sampled_from(["\x1b\u2028" * 9000, "7" * 20_00
     ),
     failed=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_reply_is_too_long_whatever_the_result_and_the_arguments(
     result: Any, said: str, arguments: dict[str, Any], failed: bool
 ) -> None:

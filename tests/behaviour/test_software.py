@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from rhapsody_mcp.model.specs import Software
+from rhapsody_mcp.runtime.environments.package_cache import PackageCache
 from rhapsody_mcp.settings import Settings
 from tests.agents import ERAS, Agent, open_agent
 from tests.pythons import make_wheel
@@ -89,12 +91,20 @@ async def test_packages_are_there_before_a_backend_gets_the_task_also_after_a_re
     monkeypatch.setenv("UV_FIND_LINKS", str(first))
     monkeypatch.setenv("UV_OFFLINE", "1")
     make_wheel(first, "greeting", "")
+    may_build, build = asyncio.Event(), PackageCache._build
+
+    async def build_when_it_may(*arguments: Any) -> None:
+        await may_build.wait()
+        await build(*arguments)
+
+    monkeypatch.setattr(PackageCache, "_build", build_when_it_may)
     async with open_agent("auto", ledger=second) as agent:
         await agent.session()
         await submit(agent, {"name": "waits", "source": NOTHING, "packages": ["greeting==1.*"]})
         waited = await agent.call("wait_tasks", session="session-1", timeout_s=0)
         assert waited["open"] == ["waits QUEUED until its packages are installed"]
         assert agent.backend.received == []
+    may_build.set()
     async with open_agent("auto", ledger=second) as agent:
         assert (await agent.call("wait_tasks", session="session-1", timeout_s=50))["counts"] == {"DONE": 1}
         (given,) = software(agent)
@@ -113,7 +123,9 @@ async def test_packages_are_there_before_a_backend_gets_the_task_also_after_a_re
 async def test_a_task_that_waits_for_its_packages_is_canceled_at_once(tmp_path: Path) -> None:
     source = tmp_path / "slow"
     source.mkdir()
-    (source / "setup.py").write_text("import time\ntime.sleep(600)\n")
+    build = '[build-system]\nrequires = []\nbuild-backend = "slow"\nbackend-path = ["."]\n'
+    (source / "pyproject.toml").write_text(f'{build}[project]\nname = "slow"\nversion = "1"\n')
+    (source / "slow.py").write_text("import time\ntime.sleep(600)\n")
     async with open_agent("auto") as agent:
         await agent.session()
         await submit(agent, *[{"name": name, "source": NOTHING, "packages": [str(source)]} for name in ("one", "two")])

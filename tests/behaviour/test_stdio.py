@@ -46,7 +46,8 @@ async def test_a_client_runs_a_pipeline_in_both_eras_of_the_protocol(era: str, c
                 {"name": "numbers", "executable": "/bin/echo", "arguments": [1, 2, 39]},
             ]
             await client.call_tool("submit_tasks", {"session": session, "tasks": tasks})
-            await client.call_tool("wait_tasks", {"session": session})
+            waited = await client.call_tool("wait_tasks", {"session": session, "timeout_s": 50})
+            assert waited.structured_content and waited.structured_content["ended"]
             result = await client.call_tool("get_result", {"session": session, "task": "total"})
             await client.call_tool("close_session", {"session": session})
     assert result.structured_content
@@ -68,7 +69,7 @@ async def test_whatever_ends_the_server_ends_all_that_it_started(
             else:
                 await server.stdin.aclose()
             code = await server.wait()
-            await wait_until(lambda: not family(), within_s=15)
+            await wait_until(lambda: not family(), within_s=120)
     assert code == {"end of stdin": 0, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[way]
 
 

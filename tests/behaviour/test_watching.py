@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import anyio
@@ -100,11 +101,18 @@ async def test_a_subscriber_hears_of_progress(agent: Agent, ears: Ears, backend:
 async def test_progress_is_in_every_reply_and_in_progress_notifications(agent: Agent, backend: WatchedBackend) -> None:
     backend.tell("task.000001", loss=0.5)
     told: list[str | None] = []
+    heard = anyio.Event()
 
     async def hear(progress: float, total: float | None, message: str | None) -> None:
         told.append(message)
+        heard.set()
 
-    await agent.client.call_tool("wait_tasks", {**SESSION, "timeout_s": 0.1}, progress_callback=hear)
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as group:
+            wait = partial(agent.client.call_tool, "wait_tasks", {**SESSION, "timeout_s": 50}, progress_callback=hear)
+            group.start_soon(wait)
+            await heard.wait()
+            group.cancel_scope.cancel()
     assert told[0] == "0 of 1 ended; train: 3 of 20, epoch 3, loss 0.5"
     waited = await agent.call("wait_tasks", **SESSION, timeout_s=0)
     assert waited["open"] == ["train RUNNING (3 of 20, epoch 3, loss 0.5)"]

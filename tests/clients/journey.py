@@ -57,7 +57,7 @@ async def travel(call: Caller, *, asks: bool = False, backend: str = "local") ->
 
 
 async def _wait(call: Caller, session: dict[str, Any]) -> dict[str, Any]:
-    while not (reply := await call("wait_tasks", {**session, "timeout_s": 3}))["ended"]:
+    while not (reply := await call("wait_tasks", {**session, "timeout_s": 1}))["ended"]:
         assert not reply["failures"], reply
     return reply
 
@@ -71,7 +71,7 @@ async def _be_refused(call: Caller, session: dict[str, Any]) -> None:
 
 async def _close_while_a_task_runs(call: Caller, session: dict[str, Any], asks: bool) -> None:
     await call("submit_tasks", {**session, "tasks": _SLEEPER})
-    assert not (await call("wait_tasks", {**session, "timeout_s": 3}))["ended"]
+    assert not (await call("wait_tasks", {**session, "timeout_s": 1}))["ended"]
     if not asks:
         assert "force" in await _refusal(call, "close_session", session)
     assert (await call("close_session", session if asks else {**session, "force": True}))["canceled"] == 1

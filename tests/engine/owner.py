@@ -16,7 +16,7 @@ from rhapsody_mcp.ledger.ledger import Ledger
 from rhapsody_mcp.ledger.records import DropEngine, EngineRow, PutEngine
 from tests.processes import wait_until
 
-PROGRAM = "env -i setsid sleep 300{stray} & touch {folder}/program; wait"
+PROGRAM = "env -i setsid sleep 300{stray} & : >{folder}/program; wait"
 """A shell, and a sleep that has neither the engine's mark nor its session. The shell stays what it is: a process that
 becomes another program has no command line for a moment."""
 

@@ -465,7 +465,9 @@ async def test_tasks_that_wait_in_the_queue_are_canceled_without_having_run(sess
     blockers = [ComputeTask(ignores_interrupts, args=(str(tmp_path / str(n)),)) for n in range(2)]
     queued = [ComputeTask(identity, args=(n,)) for n in range(20)]
     process = [ComputeTask(executable="sleep", arguments=["300"]) for _ in range(5)]
-    await session.submit_tasks([*blockers, *queued, *process])
+    await session.submit_tasks(blockers)
+    await wait_until(lambda: all((tmp_path / str(n)).exists() for n in range(2)))
+    await session.submit_tasks([*queued, *process])
     await session.cancel([*queued, *process])
     assert {task.state for task in (*queued, *process)} == {TaskState.CANCELED}
     assert {task.started for task in queued} == {None}
@@ -481,6 +483,7 @@ async def test_short_tasks_do_not_wait_behind_a_long_one_while_a_worker_is_free(
     more = [ComputeTask(identity, args=(n,)) for n in range(100)]
     await session.submit_tasks([long, *more])
     await session.wait_tasks(more, timeout=600)
+    await wait_until(lambda: long.state is not TaskState.QUEUED)
     assert long.state is TaskState.RUNNING, long.exception
     await session.cancel(long)
 

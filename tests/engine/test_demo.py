@@ -37,7 +37,7 @@ async def test_the_demo_trains_on_what_the_model_wrote_in_at_most_four_calls(mon
     calls = re.search(r"^(\d+) tool calls from the open session", said, re.MULTILINE)
     assert calls and int(calls[1]) <= 4
     assert "2 DONE" in said
-    await wait_until(lambda: not family(), within_s=15)
+    await wait_until(lambda: not family(), within_s=120)
 
 
 async def test_a_model_that_is_not_there_fails_the_demo_in_words() -> None:
@@ -58,7 +58,7 @@ async def test_a_kill_in_the_middle_of_the_demo_leaves_nothing(victim: str, monk
             await wait_until(lambda: bool(family("vllm_launcher")))
             os.kill(family(victim)[0], signal.SIGKILL)
             assert await demo.wait() != 0
-            await wait_until(lambda: not family(), within_s=15)
+            await wait_until(lambda: not family(), within_s=120)
 
 
 @pytest.mark.ci
@@ -68,4 +68,4 @@ async def test_a_kill_of_the_server_ends_both_engines_and_what_they_run(monkeypa
         async with busy_server("dragon", "vllm") as server:
             assert family("vllm_launcher") and family("engine.host") and len(family("sleep 600")) >= 3
             server.kill()
-            await wait_until(lambda: not family(), within_s=15)
+            await wait_until(lambda: not family(), within_s=120)

@@ -210,7 +210,7 @@ async def test_a_forked_child_is_not_the_task(session: Session, how: str, code: 
 def leaves_alarm() -> None:
     import signal
 
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    signal.setitimer(signal.ITIMER_REAL, 60)
 
 
 def closes_stdout() -> None:
@@ -408,7 +408,7 @@ def innocent() -> list[Any]:
         *(sys.getrecursionlimit(), sys.gettrace(), str(signal.getsignal(signal.SIGUSR1))),
         *(str(signal.getsignal(signal.SIGTERM)), len(signal.pthread_sigmask(signal.SIG_BLOCK, ()))),
         *(os.system("true"), os.geteuid(), sum([1, 2]), sys.stdin.read(), socket.getdefaulttimeout()),
-        importlib.util.find_spec("colorsys") is not None,
+        *(importlib.util.find_spec("colorsys") is not None, signal.getitimer(signal.ITIMER_REAL)),
     ]
 
 
@@ -569,7 +569,7 @@ def prints_and(ends: str) -> None:
 @in_both_modes
 @pytest.mark.parametrize("ends", ["abort", "kill", "timeout"])
 async def test_what_was_printed_survives_the_process(session: Session, ends: str, kwargs: dict[str, Any]) -> None:
-    limited = {**kwargs, "timeout": 1} if ends == "timeout" else dict(kwargs)
+    limited = {**kwargs, "timeout": 10 if kwargs else 1} if ends == "timeout" else dict(kwargs)
     task = await run(session, prints_and, args=(ends,), task_backend_specific_kwargs=limited)
     assert task.cause == ("timeout" if ends == "timeout" else "crashed")
     assert task.stdout == "step 3: reading block 17\nfrom C\n"

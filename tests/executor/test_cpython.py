@@ -62,6 +62,11 @@ EXCLUDED = {
     "test_traceback": "cloudpickle sends the function of a class method by value, for which there is no line of source",
 }
 """By name, why a test does not hold here. Each is run nevertheless, and has to fail."""
+TIMED = (
+    *("test_first_completed", "test_first_exception", "test_first_exception_some_already_complete"),
+    *("test_free_reference", "test_map_timeout", "test_timeout"),
+)
+"""Tests that take a moment for granted: each has three attempts."""
 LEFT_OUT = {
     "FailingInitializerResourcesTest": "runs tests of ProcessPoolExecutor",
     "FutureTests": "is about the futures of the standard library, which are those of ours",
@@ -85,7 +90,10 @@ def class_of(name: str, *bases: type) -> type:
     made = type(name, (*bases, ExecutorMixin, util.BaseTestCase), {"__module__": __name__})
     for method in [method for method in dir(made) if method.startswith("test_")]:
         if reason := EXCLUDED.get(method):
-            setattr(made, method, pytest.mark.xfail(reason=reason, strict=True)(copied(getattr(made, method))))
+            strict = method != "test_cancel_futures"  # on a busy machine some calls may have started
+            setattr(made, method, pytest.mark.xfail(reason=reason, strict=strict)(copied(getattr(made, method))))
+        elif method in TIMED:
+            setattr(made, method, attempted(getattr(made, method)))
     return made
 
 
@@ -93,6 +101,20 @@ def copied(method: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(method)
     def test(self: object) -> None:
         method(self)
+
+    return test
+
+
+def attempted(method: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(method)
+    def test(self: Any) -> None:
+        for _ in range(2):
+            try:
+                return method(self)
+            except AssertionError:
+                self.executor.shutdown()
+                self.setUp()
+        return method(self)
 
     return test
 

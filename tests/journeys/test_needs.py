@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,17 @@ def bound(item=0):
 """
 ONE = {"source": BOUND}
 EATER = """
-def eat(mb):
-    import time
+def eat(mb, seconds, go):
+    import os, time
     print("begins", flush=True)
+    while not os.path.exists(go):
+        time.sleep(0.05)
     held = b"x" * (mb * 1000_000)
-    time.sleep(3)
+    time.sleep(seconds)
     return len(held)
 """
-EATS = "import sys, time; held = b'x' * (int(sys.argv[1]) * 1000_000); time.sleep(3)"
-CHILD_EATS = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {EATS!r}, sys.argv[1]])"
+EATS = "import sys, time; held = b'x' * (int(sys.argv[1]) * 1000_000); time.sleep(float(sys.argv[2]))"
+CHILD_EATS = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {EATS!r}, *sys.argv[1:]])"
 STEADY = """
 def steady(stop):
     import os, time
@@ -100,16 +102,24 @@ async def test_each_rank_of_a_job_has_cores_of_its_own(opened: Traveller) -> Non
 
 @pytest.mark.parametrize(
     "task",
-    [{"source": EATER, "args": [400]}, program(EATS, 400), program(CHILD_EATS, 400)],
+    [
+        lambda seconds, go: {"source": EATER, "args": [400, seconds, go]},
+        lambda seconds, go: program(EATS, 400, seconds),
+        lambda seconds, go: program(CHILD_EATS, 400, seconds),
+    ],
     ids=["function", "program", "child of a program"],
 )
 async def test_more_memory_than_asked_for_ends_that_task_alone(
-    opened: Traveller, task: dict[str, Any], tmp_path: Path
+    opened: Traveller, task: Callable[[int, str], dict[str, Any]], tmp_path: Path
 ) -> None:
-    stop = tmp_path / "stop"
+    stop, go = tmp_path / "stop", tmp_path / "go"
+    eats = task(600, str(go))
     await opened.submit(
-        {"name": "steady", "source": STEADY, "args": [str(stop)]}, {"name": "eat", "memory_gb": 0.2, **task}
+        {"name": "steady", "source": STEADY, "args": [str(stop)]}, {"name": "eat", "memory_gb": 0.2, **eats}
     )
+    if "source" in eats:
+        assert (await opened.wait(until={"task": "eat", "text": "begins"}))["until"]["met"]
+    await anyio.Path(go).touch()
     waited = await opened.wait(count=1)
     [failure] = waited["failures"]
     assert (failure["tasks"], failure["cause"]) == (["eat"], "memory")
@@ -119,10 +129,10 @@ async def test_more_memory_than_asked_for_ends_that_task_alone(
     assert result["asked_for"] == "1 core and 0.2 GB of memory"
     used = (await opened.call("get_statistics", session=opened.session))["used"]
     assert (used["largest"], used["peak_memory_gb"]) == ("eat", result["peak_memory_gb"])
-    if "source" in task:
+    if "source" in eats:
         assert result["stdout"] == "begins\n"
     assert 0 < result["cpu_seconds"] < 10
-    await opened.submit({"name": "eat", "memory_gb": 2, **task})
+    await opened.submit({"name": "eat", "memory_gb": 2, **task(0, str(go))})
     assert (await opened.wait(tasks=["eat"]))["counts"] == {"DONE": 1}
     await anyio.Path(stop).touch()
     assert (await opened.wait(tasks=["steady"]))["counts"] == {"DONE": 1}

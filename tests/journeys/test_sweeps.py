@@ -66,11 +66,11 @@ async def test_a_function_is_registered_once_and_used_by_name_in_fifty_tasks(age
 
 async def test_statistics_tell_the_slowest_group_and_the_critical_path_of_a_sweep(agent: Traveller) -> None:
     await agent.create("local")
-    burn = "def burn(start, count):\n    return start + sum(range(count))"
+    burn = "def burn(start, seconds):\n    import time\n\n    time.sleep(seconds)\n    return start + seconds"
     await agent.submit(
-        {"name": "load", "source": burn, "args": [0, 10]},
-        {"name": "quick", "source": burn, "args": [{"ref": "load"}, {"item": True}], "for_each": [10] * 100},
-        {"name": "slow", "source": burn, "args": [{"ref": "load"}, {"item": True}], "for_each": [4_000_000] * 4},
+        {"name": "load", "source": burn, "args": [0, 0]},
+        {"name": "quick", "source": burn, "args": [{"ref": "load"}, {"item": True}], "for_each": [0] * 100},
+        {"name": "slow", "source": burn, "args": [{"ref": "load"}, {"item": True}], "for_each": [1.5] * 4},
         {"name": "report", "function": "builtins:max", "args": [{"ref": "slow"}]},
     )
     assert (await agent.wait())["ended"]

@@ -98,7 +98,7 @@ class Traveller(Caller):
         return await self.call("submit_tasks", session=self.session, tasks=list(tasks), **options)
 
     async def wait(self, **options: Any) -> dict[str, Any]:
-        return await self.call("wait_tasks", session=self.session, **options)
+        return await self.call("wait_tasks", session=self.session, **{"timeout_s": 50, **options})
 
     async def result(self, task: str, **options: Any) -> dict[str, Any]:
         return await self.call("get_result", session=self.session, task=task, **options)

@@ -97,7 +97,7 @@ def test_a_body_that_hides_its_tool_finds_no_tool(server: Guarded) -> None:
     headers = {"Mcp-Method": "tools/call", "Mcp-Name": "create_session", "Authorization": f"Bearer {token}"}
     fixed = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
     for version in ({"Mcp-Protocol-Version": "2026-07-28"}, {}):
-        answer = httpx2.post(server.address, content=body, headers={**headers, **fixed, **version})
+        answer = httpx2.post(server.address, content=body, headers={**headers, **fixed, **version}, timeout=60)
         assert answer.status_code >= 400 and '"session-' not in answer.text
     listed = server.post(call_body("tools/call", "list_sessions"), token)
     assert listed.json()["result"]["structuredContent"] == {"sessions": []}
@@ -116,7 +116,7 @@ def test_a_page_of_another_name_is_refused_even_with_a_token(
 @pytest.mark.parametrize(("where", "here"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
 def test_beyond_this_machine_there_is_no_listener_without_a_token(where: str, here: str, tmp_path: Path) -> None:
     with guarded(tmp_path, "--host", where, "--allowed-host", "localhost") as server:
-        assert httpx2.post(f"http://{here}:{server.port}/mcp", json=call_body()).status_code == 401
+        assert httpx2.post(f"http://{here}:{server.port}/mcp", json=call_body(), timeout=60).status_code == 401
         assert server.tokens.read(), "one is made at the first start"
 
 

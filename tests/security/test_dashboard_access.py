@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
             ("submit_tasks", {"session": "session-1", "tasks": [SLEEPER]}),
         ):
             assert not server.post(call_body("tools/call", tool, **arguments), token).json()["result"].get("isError")
+        while ask(server, "tasks?session=session-1", token).json()["tasks"][0]["state"] != "RUNNING":
+            time.sleep(0.05)  # that it runs is no event here
         yield server
 
 

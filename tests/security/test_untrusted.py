@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rhapsody_mcp.model.outcome import RankOutcome
@@ -79,7 +79,6 @@ async def test_what_a_task_says_gives_no_orders(attack: str, state: TaskState) -
 _ODD = st.text(st.characters(codec="utf-8") | st.sampled_from(list("\n\r\x1b\u2028\u202e\u200b-| ")), max_size=200)
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(_ODD)
 def test_whatever_is_printed_each_line_is_marked(text: str) -> None:
     first, *lines, last = "\n".join(untrusted("stdout", text, "some")).split("\n")

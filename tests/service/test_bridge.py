@@ -69,16 +69,38 @@ def test_ten_megabytes_pass_whole_in_both_directions_and_what_was_said_last_is_a
     sent = os.urandom(10_000_000)
     heard = hashlib.sha256()
 
-    def script(caller: socket.socket, hello: dict[str, Any]) -> None:
-        while part := caller.recv(1 << 16):
-            heard.update(part)
-        caller.sendall(sent[::-1])
+    last = bytearray()
 
-    with playing(stage, script):
-        ran = bridge(stage, sent)
-    assert ran.returncode == 0, ran.stderr
+    def script(caller: socket.socket, hello: dict[str, Any]) -> None:
+        left = len(sent)
+        while left and (part := caller.recv(min(left, 1 << 16))):
+            heard.update(part)
+            left -= len(part)
+        caller.sendall(sent[::-1])
+        while part := caller.recv(1 << 16):
+            last.extend(part)
+        caller.sendall(b"the last answer")
+
+    def say(running: subprocess.Popen[bytes]) -> None:
+        assert running.stdin
+        running.stdin.write(sent)
+        running.stdin.flush()
+
+    with (
+        playing(stage, script),
+        subprocess.Popen(stage.command("stdio"), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running,
+    ):
+        assert running.stdin and running.stdout
+        saying = threading.Thread(target=say, args=[running])
+        saying.start()
+        answered = running.stdout.read(len(sent))
+        saying.join()
+        running.stdin.write(b"the last words")
+        running.stdin.close()
+        assert running.stdout.read() == b"the last answer"
+    assert running.returncode == 0
     assert heard.digest() == hashlib.sha256(sent).digest()
-    assert ran.stdout == sent[::-1]
+    assert answered == sent[::-1] and last == b"the last words"
 
 
 def test_the_end_of_stdin_ends_it_before_a_service_that_says_nothing(stage: OwnService) -> None:

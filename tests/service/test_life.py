@@ -171,7 +171,7 @@ async def test_what_a_client_may_not_ask_for_is_refused(hello: dict[str, Any], w
 
 @pytest.mark.anyio
 async def test_it_ends_by_itself_when_nobody_has_used_it_for_long(own: OwnService, tmp_path: Path) -> None:
-    (tmp_path / "settings.yaml").write_text("service_idle_s: 0.5")
+    (tmp_path / "settings.yaml").write_text("service_idle_s: 5")
     with anyio.fail_after(600):
         async with own.bridge("--config", tmp_path / "settings.yaml") as bridge:
             await call(bridge, "create_session", name="used", backends=["local"])

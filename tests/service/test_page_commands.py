@@ -52,8 +52,8 @@ async def test_the_dashboard_is_served_for_as_long_as_its_command_runs(shared: O
     with dashboard(shared, "looked-at") as (running, address):
         page, _, fragment = address.partition("#")
         assert page.startswith("http://127.0.0.1:") and fragment == "session=looked-at"
-        assert "<title>Rhapsody</title>" in httpx2.get(page).text
-        sessions = httpx2.get(f"{page}sessions").json()["sessions"]
+        assert "<title>Rhapsody</title>" in httpx2.get(page, timeout=60).text
+        sessions = httpx2.get(f"{page}sessions", timeout=60).json()["sessions"]
         assert {"session": "looked-at", "counts": {"DONE": 1, "FAILED": 1}} in sessions
         running.send_signal(signal.SIGTERM)
         assert await anyio.to_thread.run_sync(running.wait) == 0

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rhapsody_mcp.engine.process.tree import started_at
@@ -260,7 +260,6 @@ CHANGES = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(CHANGES, max_size=12))
 def test_changes_give_the_same_in_one_transaction_as_one_by_one(changes: list[Change]) -> None:
     assert dumped([[PutSession(session()), tasks(4), *changes]]) == dumped(

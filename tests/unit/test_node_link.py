@@ -131,7 +131,7 @@ async def test_a_node_link_that_is_killed_leaves_nothing(tmp_path: Path) -> None
         await backend.run()
         link.send_signal(signal.SIGKILL)
         await backend.nothing_is_left()
-        assert set(backend.gone) == set(backend.connections.values())
+        await wait_until(lambda: set(backend.gone) == set(backend.connections.values()), 60)
 
 
 async def test_a_node_link_without_its_backend_ends_everything(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ async def test_a_node_link_without_its_backend_ends_everything(tmp_path: Path) -
 
 async def test_a_node_link_ends_everything_when_its_backend_is_silent(tmp_path: Path) -> None:
     backend = Backend(tmp_path)
-    async with linked(backend, lease_s=2.0) as link:
+    async with linked(backend, lease_s=10.0) as link:
         await backend.next(NodeReady)
         assert backend.processes
         assert await link.wait() == 0

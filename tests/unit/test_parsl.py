@@ -3,9 +3,12 @@ Parsl's local provider for real."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import stat
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -318,13 +321,27 @@ async def test_a_command_that_hangs_is_given_up(stand_in: StandIn, log: Path) ->
         await scheduler.status(["1.vbox"])
 
 
-async def test_the_command_of_a_call_that_is_canceled_ends(stand_in: StandIn, tmp_path: Path) -> None:
+@pytest.mark.parametrize("interrupted", [False, True])
+async def test_the_command_of_a_call_that_is_canceled_ends(
+    stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    """Also where the thread that waits for the command has not been told of it."""
     started, alive = tmp_path / "started", tmp_path / "alive"
     os.mkfifo(started)
     os.mkfifo(alive)
     (stand_in.folder / "qstat").write_text(f"#!/bin/sh\nexec 3>{alive}; echo >{started}; sleep 1000 & wait\n")
     (stand_in.folder / "qstat").chmod(0o755)
     scheduler = ParslScheduler(PBS_PRO, stand_in.environment)
+    may_go_on = threading.Event()
+    if interrupted:
+        start = asyncio.run_coroutine_threadsafe
+
+        def interrupt(*arguments: Any) -> Any:
+            future = start(*arguments)
+            may_go_on.wait(60)
+            return future
+
+        monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", interrupt)
     with anyio.fail_after(30):
         async with anyio.create_task_group() as group:
             group.start_soon(anyio.to_thread.run_sync, alive.read_bytes)
@@ -332,6 +349,7 @@ async def test_the_command_of_a_call_that_is_canceled_ends(stand_in: StandIn, tm
                 call.start_soon(scheduler.status, ["1.vbox"])
                 await anyio.to_thread.run_sync(started.read_bytes)
                 call.cancel_scope.cancel()
+    may_go_on.set()
 
 
 # --- jobs
@@ -574,6 +592,11 @@ class LocalJobs(LocalProvider, ClusterProvider):  # type: ignore[misc]  # mypy d
 
     def _status(self) -> None:
         raise NotImplementedError
+
+    def _read_job_file(self, script_path: Any, suffix: str) -> Any:
+        while not (text := super()._read_job_file(script_path, suffix)):
+            time.sleep(0.01)  # a shell has made the file and has not written yet
+        return text
 
 
 LOCAL = ParslKind(

@@ -28,7 +28,7 @@ def test_what_hangs_is_tried_again_and_undone_when_it_comes_after_all() -> None:
         undone_what.append(number)
         undone.set()
 
-    assert call_with_timeouts(work, (0.01, 30.0), undo=undo) == 1
+    assert call_with_timeouts(work, (1.0, 30.0), undo=undo) == 1
     assert not undone_what
     hangs.set()
     assert undone.wait(30)

@@ -6,6 +6,7 @@ import asyncio
 import io
 import itertools
 import os
+import re
 import stat
 import time
 import xml.etree.ElementTree as ET
@@ -169,20 +170,22 @@ async def test_a_displayed_session_is_drawn_again_while_a_cell_waits_and_at_the_
         display.show()
         display.show()
         await session.submit_tasks(sweep(3))
-        shell.published.clear()
-        async with asyncio.timeout(10):
-            await shell.published.wait()
-        first, second, update = shell.outputs
-        assert first[0] == second[0] == update[0] and [first[1], second[1], update[1]] == [False, False, True]
-        assert "no tasks" in first[2] and "RUNNING 3" in update[2]
+        async with asyncio.timeout(60):
+            while "RUNNING 3" not in shell.outputs[-1][2]:
+                shell.published.clear()
+                await shell.published.wait()
+        assert len({display for display, _, _ in shell.outputs}) == 1
+        assert [update for _, update, _ in shell.outputs[:3]] == [False, False, True]
+        assert "no tasks" in shell.outputs[0][2]
         backend.may_finish.set()
         await session.wait_tasks(session.tasks)
         shell.end_cell()
-        assert "DONE 2" in shell.outputs[-1][2] and len(shell.outputs) == 4
+        drawn = len(shell.outputs)
+        assert "DONE 2" in shell.outputs[-1][2]
         shell.end_cell()
-        assert len(shell.outputs) == 4 and len(session.watchers) == len(shell.at_end) == 1
+        assert len(shell.outputs) == drawn and len(session.watchers) == len(shell.at_end) == 1
     shell.end_cell()
-    assert "(closed)" in shell.outputs[-1][2] and len(shell.outputs) == 5
+    assert "(closed)" in shell.outputs[-1][2] and len(shell.outputs) == drawn + 1
     assert not session.watchers and not shell.at_end
 
 
@@ -190,9 +193,10 @@ async def test_many_changes_are_drawn_once() -> None:
     shell = FakeShell()
     async with Session([ScriptedBackend(script)]) as session:
         NotebookDisplay(session, shell, session._repr_html_).show()
+        began = time.monotonic()
         for _ in range(20):
             await session.wait_tasks(await submitted(session, sweep(50)))
-        assert len(shell.outputs) <= 3
+        assert len(shell.outputs) <= 2 + (time.monotonic() - began)  # at first, soon after, then once a second
         shell.end_cell()
         assert "DONE 840" in shell.outputs[-1][2]
 
@@ -264,7 +268,7 @@ async def test_where_nothing_can_be_drawn_anew_one_line_is_printed_at_the_end() 
             raise KeyError
     assert isinstance(console.file, io.StringIO)
     line = console.file.getvalue()
-    assert line.startswith("s?[31m: 3 FAILED, 17 DONE after 0") and line.count("\n") == 1
+    assert re.match(r"s\?\[31m: 3 FAILED, 17 DONE after \d", line) and line.count("\n") == 1
 
 
 async def test_bars_are_drawn_while_a_wait_goes_on() -> None:

@@ -13,6 +13,7 @@ from rhapsody_mcp.engine.process.tree import living
 from rhapsody_mcp.model.errors import SchedulerRefusal, SchedulerUnavailable
 from rhapsody_mcp.schedulers.base import AllocationRequest, JobState, JobStatus
 from rhapsody_mcp.schedulers.ssh_hosts import SshHosts
+from tests.processes import wait_until
 from tests.ssh_stand_in import SshStandIn
 
 pytestmark = pytest.mark.anyio
@@ -60,6 +61,7 @@ async def test_a_job_runs_until_it_is_canceled_with_all_its_processes(ssh: SshSt
     assert (status.state, status.scheduler_state, status.nodes) == (JobState.RUNNING, "RUNNING", ("n1",))
     assert status.ends_at == (status.started_at or 0) + 300
     assert await hosts.find_jobs("job-a") == [job] and await hosts.find_jobs("job-b") == []
+    await wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"))
     await hosts.cancel(job)
     status = await until_ended(hosts, job)
     assert (status.scheduler_state, status.exit_code) == ("CANCELLED", -15)
@@ -160,6 +162,7 @@ async def test_a_job_that_was_killed_has_ended_without_an_exit_code(ssh: SshStan
     job = await hosts.submit(request(1), FOREVER, tmp_path / "log")
     lines = next(ssh.host("n1").glob("rhapsody-hosts-*/job-a/pids")).read_text().splitlines()
     pids = [int(line.split()[0]) for line in lines]
+    await wait_until(lambda: os.getpgid(pids[1]) == pids[1])
     os.kill(pids[0], 9)
     os.killpg(pids[1], 9)
     status = await until_ended(hosts, job)
