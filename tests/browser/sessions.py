@@ -24,7 +24,8 @@ def simulate(number):
         raise ValueError(f"no convergence after {number} steps")
     return number * number
 """
-_WAIT_MS = 20_000
+_WAIT_MS = 60_000
+expect.set_options(timeout=_WAIT_MS)
 
 
 @contextmanager
@@ -51,7 +52,7 @@ async def local_session(page: Page, address: str, *tasks: dict[str, Any], wait: 
 
 
 async def shows(page: Page, selector: str, text: str) -> None:
-    await expect(page.locator(selector).first).to_contain_text(text, timeout=_WAIT_MS)
+    await expect(page.locator(selector).first).to_contain_text(text)
 
 
 @asynccontextmanager

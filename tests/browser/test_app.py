@@ -49,9 +49,9 @@ async def test_a_chat_shows_the_page_which_asks_for_its_data_itself(
         async with local_session(page, address, PRINTER, wait=False) as client:
             frame = await host(page, address, host_script)
             await page.evaluate("show('get_statistics', {session: 'session-1'}, 'dark')")
-            await expect(frame.locator("#chips")).to_contain_text("1 RUNNING", timeout=20_000)
+            await expect(frame.locator("#chips")).to_contain_text("1 RUNNING")
             await call(client, "submit_tasks", session="session-1", tasks=[SWEEP])
-            await expect(frame.locator("#chips")).to_contain_text("36 DONE", timeout=20_000)
+            await expect(frame.locator("#chips")).to_contain_text("36 DONE")
             await frame.locator("#failure-groups summary").click()
             await frame.locator("#failure-groups .list button").first.click()
             await expect(frame.locator("#detail-body")).to_contain_text("no convergence after 3 steps")
@@ -72,11 +72,11 @@ async def test_a_task_is_canceled_from_the_chat_once_the_person_said_so(page: Pa
             frame = await host(page, address, host_script)
             await page.evaluate("show('wait_tasks', {session: 'session-1', timeout_s: 0.1}, 'light')")
             await frame.locator("#task-table").get_by_role("button", name="printer").click()
-            await expect(frame.locator("#detail-body pre.live")).to_contain_text("line", timeout=20_000)
+            await expect(frame.locator("#detail-body pre.live")).to_contain_text("line")
             await frame.get_by_role("button", name="Cancel printer").click()
             assert "cancel_tasks" not in await page.evaluate("seen.calls")
             await frame.get_by_role("button", name="Yes, cancel").click()
-            await expect(frame.locator("#chips")).to_contain_text("1 CANCELED", timeout=20_000)
+            await expect(frame.locator("#chips")).to_contain_text("1 CANCELED")
             result = await call(client, "get_result", session="session-1", task="printer")
             assert result["state"] == "CANCELED"
 

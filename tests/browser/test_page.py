@@ -256,7 +256,7 @@ async def test_the_end_of_a_session_is_said_and_no_other_is_shown_in_its_place(p
             await page.goto(f"{dashboard}#session=session-1")
             await shows(page, "#chips", "36 DONE")
             await call(client, "close_session", session="session-1", force=True)
-            await expect(page.locator("#status")).to_have_text("closed", timeout=20_000)
+            await expect(page.locator("#status")).to_have_text("closed")
             await shows(page, "#chips", "36 DONE")
             page.expected = "404"  # type: ignore[attr-defined]
             await page.goto("about:blank")

@@ -145,7 +145,7 @@ async def fill_disk_and_kill_service(pipeline: Pipeline) -> None:
 async def read_only_at_start(pipeline: Pipeline) -> None:
     """A service that starts on it is refused in words; then it can be written to again."""
     await _kill_service(pipeline)
-    await wait_until(lambda: not part("host"), within_s=20)
+    await wait_until(lambda: not part("host"), within_s=60)
     pipeline.world.disk.mount("-o", "remount,ro")
     pipeline.world.disk.must_refuse()
     said = await pipeline.world.refusal()
@@ -160,7 +160,7 @@ async def read_only_below_service(pipeline: Pipeline) -> None:
     world.disk.must_refuse()
     await _refused(pipeline, "cannot be written")
     await _kill_service(pipeline)
-    await wait_until(lambda: not part("host"), within_s=20)
+    await wait_until(lambda: not part("host"), within_s=60)
     world.disk.unmount()
     world.disk.mount("-o", "loop", str(world.folder / "disk"))
 
@@ -192,7 +192,7 @@ async def ledger_from_the_future(pipeline: Pipeline) -> None:
 
 async def _with_another_ledger(pipeline: Pipeline, change: Callable[[Path], None], word: str) -> None:
     await _kill_service(pipeline)
-    await wait_until(lambda: not part("host"), within_s=20)
+    await wait_until(lambda: not part("host"), within_s=60)
     ledger = pipeline.world.state / "ledger.sqlite"
     files = {path: path.read_bytes() for path in ledger.parent.glob("ledger.sqlite*") if path.is_file()}
     with sqlite3.connect(ledger) as opened:  # what is in the log of changes goes into the file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from tests.faults.record import Record
 from tests.faults.steps import LARGE, Step, Steps
@@ -63,7 +64,7 @@ class Pipeline:
             *more,
         )
         marks = [self.world.runs / file for step in running for file in step.files]
-        await wait_until(lambda: all(mark.exists() for mark in marks), within_s=_MARKED_S)
+        await wait_until(lambda: all(map(_is_written, marks)), within_s=_MARKED_S)
         await self.record.look()
 
     async def finish(self, fails: Mapping[str, str], may_fail: Mapping[str, str]) -> list[str]:
@@ -74,3 +75,7 @@ class Pipeline:
         await self.record.submit(self.steps.native("after"), self.steps.program("after-program"))
         await self.record.wait()
         return await self.record.check(fails, may_fail)
+
+
+def _is_written(mark: Path) -> bool:
+    return mark.exists() and mark.read_bytes().endswith(b"\n")

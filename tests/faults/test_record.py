@@ -10,9 +10,11 @@ from typing import Any, TypeAlias
 import pytest
 
 from tests.faults.grounds import nothing_special
+from tests.faults.processes import command_of
 from tests.faults.record import Record
 from tests.faults.steps import Steps
 from tests.faults.world import Client, World
+from tests.processes import wait_until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.ci]
 
@@ -99,6 +101,7 @@ async def test_an_end_that_is_not_the_true_one_is_complained_of(world: World) ->
 
 async def test_a_process_that_is_left_is_complained_of(world: World) -> None:
     left = await asyncio.create_subprocess_exec("sleep", "600", start_new_session=True)
+    await wait_until(lambda: command_of(left.pid) == ["sleep", "600"])  # it has none while it becomes the program
     assert await world.left(within_s=0) == [f"{left.pid} sleep 600"]
     left.kill()
     await left.wait()
