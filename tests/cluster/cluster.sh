@@ -115,7 +115,7 @@ up() {
   [[ -e $pmix || ! -e $pmix.2 ]] || { ln -s libpmix.so.2 "$pmix"; touch "$root/pmix"; }
   for ((i = 1; i <= nodes; i++)); do start_node "$prefix$i"; done
   controller start
-  for ((i = 0; i < 120; i++)); do
+  for ((i = 0; i < 480; i++)); do
     [[ $(sinfo -h -t idle -o %D -p batch 2>/dev/null) != "$nodes" ]] || return 0
     sleep 0.5
   done
@@ -136,10 +136,10 @@ start_node() {
   env -i PATH="$PATH" HOME="$HOME" CLUSTER_ID="$id" nohup unshare --net --uts --mount --pid --ipc --fork \
     bash "$(readlink -f "$0")" _init "$node" >"$root/$node/out" 2>&1 </dev/null &
   echo $! >"$root/$node/outer"
-  for ((i = 0; i < 200; i++)); do pid=$(init_of "$node") && break; sleep 0.05; done
+  for ((i = 0; i < 1200; i++)); do pid=$(init_of "$node") && break; sleep 0.05; done
   ip link add "v$id-$node" type veth peer name eth0 netns "$pid"
   ip link set "v$id-$node" master "$bridge" up
-  for ((i = 0; i < 200; i++)); do [[ ! -s $root/$node/ready ]] || return 0; sleep 0.05; done
+  for ((i = 0; i < 1200; i++)); do [[ ! -s $root/$node/ready ]] || return 0; sleep 0.05; done
   echo "$node did not start:" >&2; cat "$root/$node/out" >&2; return 1
 }
 

@@ -30,7 +30,7 @@ class Allocated:
     def __init__(self, cluster: Cluster, job_id: str, lines: BufferedByteReceiveStream, folder: Path) -> None:
         self.cluster, self.job_id, self.folder, self._lines = cluster, job_id, folder, lines
 
-    async def next(self, expected: str, within_s: float = 90) -> dict[str, Any]:
+    async def next(self, expected: str, within_s: float = 240) -> dict[str, Any]:
         """Return the next event, which must be of this kind."""
         with anyio.fail_after(within_s):
             while True:
@@ -99,12 +99,9 @@ def kill(cluster: Cluster, node: str, *words: str, number: int = signal.SIGKILL)
 
 async def leftovers(cluster: Cluster, node: str) -> list[str]:
     """What a program has left on a node: processes, folders, files in /dev/shm. Looks again until there is nothing, for
-    a few seconds."""
-    left: list[str] = []
-    for _ in range(50):
-        left = _leftovers(cluster, node)
-        if not left:
-            break
+    a minute."""
+    deadline = anyio.current_time() + 60
+    while (left := _leftovers(cluster, node)) and anyio.current_time() < deadline:  # noqa: ASYNC110
         await anyio.sleep(0.2)
     return left
 

@@ -18,7 +18,7 @@ from tests.processes import wait_until
 
 pytestmark = pytest.mark.anyio
 
-STALL_S = 4.0
+STALL_S = 8.0
 """A node that is silent for so long is lost."""
 NEXT = "from rhapsody_mcp.engine.process.run_dirs import RunDir; RunDir().remove()"
 """What the next process of this package on a node does first: it deletes the folders of killed processes."""
@@ -56,6 +56,7 @@ Fault = Callable[[Allocated, dict[str, list[str]]], Awaitable[None]]
 
 @pytest.fixture
 def folder(cluster: Cluster, request: pytest.FixtureRequest) -> Path:
+    cluster.wait_until_idle(180)
     made = cluster.shared / str(request.node.name)
     made.mkdir()
     return made
@@ -67,7 +68,7 @@ async def account_of(
     fault: Fault,
     heal: Callable[[], None] = lambda: None,
     backend: str = "local",
-    start_s: float = 90,
+    start_s: float = 240,
     **options: Any,
 ) -> Account:
     """Run tasks on two nodes, with this fault in the middle. Nothing of the engine is left on the nodes, also before
@@ -141,7 +142,7 @@ async def test_a_node_agent_that_hangs_when_it_is_started_again_is_given_up(clus
         await ended(cluster, second, running)
         await wait_until(lambda: bool(processes(cluster, second, PARTS["agent"])), 60)
         kill(cluster, second, PARTS["agent"], number=signal.SIGSTOP)
-        await wait_until(lambda: not processes(cluster, second, PARTS["link"]), 90)
+        await wait_until(lambda: not processes(cluster, second, PARTS["link"]), 240)
 
     account = await account_of(cluster, folder, fault, retries=2)
     account.check(starts=3)

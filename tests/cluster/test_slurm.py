@@ -65,8 +65,11 @@ async def test_a_job_runs_the_script_once_on_all_its_nodes_and_ends_with_its_exi
 
 
 async def test_a_job_that_runs_has_a_time_limit_and_is_canceled(cluster: Cluster, slurm: Slurm) -> None:
-    job_id = await slurm.submit(AllocationRequest(nodes=1, minutes=5), SLEEP, cluster.shared / "log")
+    log = cluster.shared / "canceled.log"
+    script = "#!/bin/sh\necho begun\nexec sleep 300\n"
+    job_id = await slurm.submit(AllocationRequest(nodes=1, minutes=5), script, log)
     status = await until(slurm, job_id, running)
+    await wait_until(lambda: log.exists() and log.read_text() == "begun\n", 90)
     assert status.ends_at and status.started_at
     assert status.ends_at - status.started_at == 300
     await slurm.cancel(job_id)
@@ -155,7 +158,7 @@ async def test_what_is_no_script_is_refused(slurm: Slurm, tmp_path: Path) -> Non
 async def test_the_description_has_the_partitions_with_what_is_free(cluster: Cluster, slurm: Slurm) -> None:
     job_id = await slurm.submit(AllocationRequest(nodes=2, minutes=5), SLEEP, cluster.shared / "log")
     await until(slurm, job_id, running)
-    described = await describe_scheduler(cluster.environment)
+    described = await describe_scheduler(cluster.environment, within_s=60)
     assert (described.name, described.problem, described.allocation) == ("slurm", "", None)
     assert described.version.startswith("slurm")
     batch, urgent = described.partitions

@@ -128,11 +128,11 @@ async def test_hosts_that_another_session_has_are_refused_in_words(hosts: Hosts)
             await hosts.submit(client, 1, 1)
             await hosts.wait(client)
             await call(client, "submit_tasks", session="other", tasks=[{"executable": "hostname"}])
-            state = await call(client, "wait_tasks", session="other")
+            state = await hosts.wait(client, session="other")
             assert state["counts"] == {"FAILED": 1}
             assert f"{hosts.cluster.nodes[0]} is in use by rhapsody-" in str(state["failures"]), state
         await call(client, "submit_tasks", session="other", tasks=[{"executable": "hostname"}])
-        state = await call(client, "wait_tasks", session="other")
+        state = await hosts.wait(client, session="other")
         assert state["counts"] == {"FAILED": 1, "DONE": 1}, state["failures"]
         await call(client, "close_session", session="other", force=True)
 
@@ -156,7 +156,7 @@ async def test_a_script_that_does_not_end_is_ended_at_its_time_limit(hosts: Host
             await anyio.sleep(1)
     assert (status.scheduler_state, status.exit_code) == ("TIMEOUT", 124)
     assert status.ends_at is not None and status.started_at is not None
-    assert 60 <= status.ends_at - status.started_at <= 65
+    assert 60 <= status.ends_at - status.started_at < 90  # when a script that goes on is killed
     assert log.read_text() == "begun\n"
 
 
