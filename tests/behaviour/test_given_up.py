@@ -7,12 +7,11 @@ from typing import Any
 
 import anyio
 import pytest
-from mcp.types import Implementation
 
 from rhapsody_mcp.settings import Settings
 from rhapsody_mcp.toolsets.waiting import patience
 from tests.agents import Agent, open_agent
-from tests.behaviour.test_patience import give_up
+from tests.behaviour.test_patience import UNKNOWN, give_up
 from tests.behaviour.test_tasks_extension import Polls, Waits, created, open_house
 
 pytestmark = pytest.mark.anyio
@@ -90,7 +89,7 @@ async def test_a_deferred_wait_that_is_canceled_counts_too() -> None:
 
 async def test_a_wait_is_not_told_to_be_longer_than_the_service_lets_it_be() -> None:
     settings = Settings(wait_cap_s=0.1)
-    async with open_agent(settings=settings, client_info=Implementation(name="mcp", version="1")) as agent:
+    async with open_agent(settings=settings, client_info=UNKNOWN) as agent:
         await opened(agent, "runs")
         assert (await agent.call("wait_tasks", **SESSION))["asked_timeout_s"] == 0.1
         assert "waits longer" not in agent.texts[-1] and "asked" not in agent.texts[-1]

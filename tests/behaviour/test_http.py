@@ -115,7 +115,7 @@ async def test_a_client_runs_a_task_and_hears_of_its_progress(
             await call(client, "create_session", name=session, backends=["local"])
             task = {"name": "echo", "executable": "/bin/sh", "arguments": ["-c", "sleep 1; echo hello"]}
             await call(client, "submit_tasks", session=session, tasks=[task])
-            waited = await client.call_tool("wait_tasks", {"session": session, "timeout_s": 50}, progress_callback=hear)
+            waited = await client.call_tool("wait_tasks", {"session": session}, progress_callback=hear)
             await call(client, "close_session", session=session)
             assert waited.structured_content and waited.structured_content["counts"] == {"DONE": 1}
     assert heard
@@ -150,9 +150,7 @@ async def test_a_signal_answers_those_who_wait_and_leaves_nothing(
         async with connected(address, era) as client:
             await call(client, "create_session", backends=["local"])
             await call(client, "submit_tasks", session="session-1", tasks=SLEEPER)
-            waited = await client.call_tool(
-                "wait_tasks", {"session": "session-1", "timeout_s": 50}, progress_callback=end
-            )
+            waited = await client.call_tool("wait_tasks", {"session": "session-1"}, progress_callback=end)
             assert waited.structured_content and waited.structured_content["counts"] == {"CANCELED": 1}
         assert await anyio.to_thread.run_sync(server.wait) == 0
         await wait_until(lambda: not family(), within_s=120)

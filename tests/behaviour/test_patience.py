@@ -21,9 +21,8 @@ pytestmark = pytest.mark.anyio
 
 SESSION = {"session": "session-1"}
 HELD = {"name": "held", "prompt": "x"}
-
-
 UNKNOWN = Implementation(name="mcp", version="1")
+"""A client that has no name of its own."""
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ async def submit(agent: Agent, *tasks: dict[str, Any], session: str = "session-1
 
 async def waited(agent: Agent, *, session: str = "session-1", **options: Any) -> dict[str, Any]:
     with anyio.fail_after(600):
-        return await agent.call("wait_tasks", session=session, **{"timeout_s": 50, **options})
+        return await agent.call("wait_tasks", session=session, **options)
 
 
 async def until(agent: Agent, **counts: int) -> None:

@@ -15,7 +15,7 @@ from rhapsody_mcp.cards import read_cards
 from tests.agents import ERAS, text_of
 from tests.bare_client import COMMAND, busy_server, call
 from tests.processes import FAMILY, family, wait_until
-from tests.services import OwnService, own_service
+from tests.services import CLIENT, OwnService, own_service
 
 pytestmark = pytest.mark.anyio
 
@@ -38,7 +38,7 @@ async def test_a_client_runs_a_pipeline_in_both_eras_of_the_protocol(era: str, c
     server = StdioServerParameters(command=command[0], args=command[1:])
     source = "def total(text):\n    print('adding')\n    return sum(map(int, text.split()))"
     with anyio.fail_after(600):
-        async with Client(server, mode=cast(Any, era)) as client:
+        async with Client(server, mode=cast(Any, era), client_info=CLIENT) as client:
             assert {tool.name for tool in (await client.list_tools()).tools} == {card.name for card in read_cards()}
             await client.call_tool("create_session", {"name": session, "backends": ["local"]})
             tasks: list[dict[str, Any]] = [
@@ -46,7 +46,7 @@ async def test_a_client_runs_a_pipeline_in_both_eras_of_the_protocol(era: str, c
                 {"name": "numbers", "executable": "/bin/echo", "arguments": [1, 2, 39]},
             ]
             await client.call_tool("submit_tasks", {"session": session, "tasks": tasks})
-            waited = await client.call_tool("wait_tasks", {"session": session, "timeout_s": 50})
+            waited = await client.call_tool("wait_tasks", {"session": session})
             assert waited.structured_content and waited.structured_content["ended"]
             result = await client.call_tool("get_result", {"session": session, "task": "total"})
             await client.call_tool("close_session", {"session": session})

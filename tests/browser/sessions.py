@@ -24,8 +24,7 @@ def simulate(number):
         raise ValueError(f"no convergence after {number} steps")
     return number * number
 """
-_WAIT_MS = 60_000
-expect.set_options(timeout=_WAIT_MS)
+expect.set_options(timeout=60_000)
 
 
 @contextmanager

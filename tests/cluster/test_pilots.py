@@ -92,7 +92,7 @@ class Login:
         """Have the scheduler end the one job, at once after these lines for the shell, and let it start again: Slurm
         holds it back for two minutes."""
         (job,) = self.jobs()
-        self.cluster.run("sh", "-c", f"{after}\nscontrol requeue {job}")
+        self.cluster.run("sh", "-ec", f"{after}\nscontrol requeue {job}")
         with anyio.fail_after(within_s):
             while "PENDING" not in self.cluster.run("squeue", "-h", "--format=%T", "--jobs", job):  # noqa: ASYNC110
                 await anyio.sleep(0.5)

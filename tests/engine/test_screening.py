@@ -57,19 +57,19 @@ async def test_a_screening_is_one_submission_and_its_failed_run_is_mended_in_pla
             return (await agent.call("get_result", session=session, task=task))["result"]
 
         await agent.call("submit_tasks", session=session, tasks=tasks)
-        reply = await agent.call("wait_tasks", session=session, timeout_s=50)
+        reply = await agent.call("wait_tasks", session=session)
         assert reply["counts"] == {"DONE": 3, "FAILED": 1, "CANCELED": 3}
         assert "failed 2 times, its retry is used up" in reply["failures"][0]["error"]
         mark.unlink()
         await agent.call("submit_tasks", session=session, retry=["runs"])
         assert "Note: report ended with what there was before" in agent.texts[-1]
-        reply = await agent.call("wait_tasks", session=session, timeout_s=50, cursor=reply["cursor"])
+        reply = await agent.call("wait_tasks", session=session, cursor=reply["cursor"])
         assert reply["counts"] == {"DONE": 8, "skipped": 1} and reply["failures"] == []
         assert await result("good") == [None, "9", "6"]
         assert (await result("best"), await result("costly")) == ({"number": 9, "score": 0.9}, "ran")
         assert await result("report") == "None"  # it ran without the result before
         await agent.call("submit_tasks", session=session, retry=["report"])
-        await agent.call("wait_tasks", session=session, timeout_s=50)
+        await agent.call("wait_tasks", session=session)
         assert await result("report") == "'ran'"
         await agent.refusal("submit_tasks", session=session, retry=["report"])
         statistics = await agent.call("get_statistics", session=session)

@@ -88,12 +88,12 @@ class Line:
         return await self.reply()
 
     async def close(self) -> int:
-        """Close its stdin, and give the exit code of the bridge, which must end within 30 s."""
+        """Close its stdin, and give the exit code of the bridge, which must end within 5 s."""
         assert self.bridge.stdin
         self.bridge.stdin.close()
         with suppress(ConnectionError):
             await self.bridge.stdin.wait_closed()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(5):
             return await self.bridge.wait()
 
     async def __aenter__(self) -> Self:

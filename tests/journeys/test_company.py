@@ -19,6 +19,6 @@ async def test_one_agent_submits_and_another_finds_the_session_waits_and_reads()
             await first.submit({"name": "total", "function": "builtins:sum", "args": [[1, 2, 39]]})
             (found,) = (await second.call("list_sessions"))["sessions"]
             second.session = found["session"]
-            assert rows_by_name(await second.wait(timeout_s=50))["total"]["result"] == 42
+            assert rows_by_name(await second.wait())["total"]["result"] == 42
             assert (await second.result("total"))["result"] == 42
             assert (first.calls, second.calls) == (2, 3) and first.tokens + second.tokens < 800

@@ -97,7 +97,7 @@ async def test_a_wait_for_a_slow_engine_ends_at_its_bound_and_the_next_shows_onl
             {"name": "quick", "function": "builtins:abs", "args": [-2], "backend": "local"},
         )
         first = await agent.wait(timeout_s=0.3)
-        second = await agent.wait(timeout_s=50, cursor=first["cursor"])
+        second = await agent.wait(cursor=first["cursor"])
     assert not first["ended"] and first["engines"]["dragon"] == "starting" and "slow QUEUED" in first["open"][0]
     assert second["ended"] and second["engines"]["dragon"] == "ready"
     assert [*rows_by_name(first), *rows_by_name(second)] == ["quick", "slow"]

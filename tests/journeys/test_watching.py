@@ -72,7 +72,7 @@ async def test_an_agent_stops_a_training_when_the_loss_is_low_in_two_calls(
 ) -> None:
     await opened.submit(task(stop))
     calls = opened.calls
-    waited = await opened.wait(until={"task": "train", "field": "loss", "below": 0.3}, timeout_s=50)
+    waited = await opened.wait(until={"task": "train", "field": "loss", "below": 0.3})
     assert waited["until"]["met"] and waited["counts"] == {"RUNNING": 1}
     assert opened.texts[-1].startswith("Condition met: train RUNNING has loss below 0.3: ")
     assert waited["running"]["train"]["numbers"]["loss"] < 0.3 and waited["running"]["train"]["of"] == 1000
@@ -90,7 +90,7 @@ async def test_what_a_running_task_printed_is_read_from_both_ends_and_searched(
 ) -> None:
     await opened.submit(task(stop))
     word = "step" if task is program else "epoch"
-    waited = await opened.wait(until={"task": "train", "text": f"{word} 12"}, timeout_s=50)
+    waited = await opened.wait(until={"task": "train", "text": f"{word} 12"})
     assert waited["until"] == {"met": True, "text": f"train RUNNING printed: {word} 12"}
     first = await opened.result("train", output="head")
     assert first["state"] == "RUNNING" and first["stdout"].startswith(f"{word} 1\n{word} 2\n")
@@ -108,7 +108,7 @@ async def test_a_search_in_a_sweep_finds_what_ended_and_running_items_printed(op
     each = {"name": "each", "executable": "sh", "arguments": ["-c", script, {"item": True}], "for_each": [0, 1]}
     await opened.submit(each)
     await opened.wait(count=1)
-    await opened.wait(until={"task": "each[1]", "text": "found 1"}, timeout_s=50)
+    await opened.wait(until={"task": "each[1]", "text": "found 1"})
     found = await opened.result("each", search="found")
     assert found["state"] == "RUNNING"
     assert found["stdout"].splitlines() == ["each[0] 1: found 0", "each[1] 1: found 1"]

@@ -24,7 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
             ("submit_tasks", {"session": "session-1", "tasks": [SLEEPER]}),
         ):
             assert not server.post(call_body("tools/call", tool, **arguments), token).json()["result"].get("isError")
-        while ask(server, "tasks?session=session-1", token).json()["tasks"][0]["state"] != "RUNNING":
+        while ask(server, "tasks?session=session-1", token).json()["tasks"][0]["state"] == "QUEUED":
             time.sleep(0.05)  # that it runs is no event here
         yield server
 

@@ -67,9 +67,7 @@ def bridge(stage: OwnService, said: bytes) -> subprocess.CompletedProcess[bytes]
 
 def test_ten_megabytes_pass_whole_in_both_directions_and_what_was_said_last_is_answered(stage: OwnService) -> None:
     sent = os.urandom(10_000_000)
-    heard = hashlib.sha256()
-
-    last = bytearray()
+    heard, last = hashlib.sha256(), bytearray()
 
     def script(caller: socket.socket, hello: dict[str, Any]) -> None:
         left = len(sent)

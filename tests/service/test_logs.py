@@ -41,11 +41,12 @@ async def submitted(client: Client, *tasks: dict[str, object]) -> Caller:
     await agent.call("submit_tasks", session="session-1", tasks=list(tasks))
     for task in tasks:
         until = {"task": task["name"], "text": "first"}
-        assert (await agent.call("wait_tasks", session="session-1", until=until, timeout_s=50))["until"]["met"]
+        assert (await agent.call("wait_tasks", session="session-1", until=until))["until"]["met"]
         for rank in range(int(str(task.get("ranks", 0)))):
             which = {"session": "session-1", "task": task["name"], "rank": rank, "output": "tail"}
-            while (await agent.call("get_result", **which)).get("stdout") != "first\n":
-                pass  # the condition was met by any rank
+            with anyio.fail_after(60):
+                while (await agent.call("get_result", **which)).get("stdout") != "first\n":
+                    pass  # the condition was met by any rank
     return agent
 
 
